@@ -1,0 +1,43 @@
+"""The errors people see. Each ends in the command line as one line and an exit status, never as a traceback.
+
+A message names the place, the value and the remedy: ``scenarios/5g.yaml: links.wan: unknown profile '6g'; see `testbed profiles```.
+"""
+
+from __future__ import annotations
+
+
+class TestbedError(Exception):
+    """Something failed while running: exit status 1; rows so far are kept."""
+
+    __test__ = False  # the name looks like a test class to pytest
+    exit_status = 1
+
+
+class UsageError(TestbedError):
+    """The request was wrong (unknown name, bad unit, missing file, no root): exit status 2."""
+
+    exit_status = 2
+
+
+class UnitError(UsageError, ValueError):
+    """A quantity that cannot be read: wrong unit, not a number, out of range."""
+
+
+class SpecError(UsageError, ValueError):
+    """A codec, profile, topology or scenario text that cannot be understood."""
+
+
+class NetworkError(TestbedError):
+    """The kernel refused, or a link is not what was asked for."""
+
+
+class EndpointError(TestbedError):
+    """An endpoint process died, answered with an error, or did not answer in time."""
+
+
+class WireError(TestbedError, ValueError):
+    """Bytes from the network that are not a valid frame."""
+
+
+class PayloadError(TestbedError, ValueError):
+    """Bytes that are not a valid codec payload."""

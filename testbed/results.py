@@ -1,0 +1,219 @@
+"""A run's directory and its rows: what is written, in which form, so that a crash leaves whole rows and nothing else.
+
+    results/<scenario>-<UTC time>/
+        manifest.json       the resolved scenario, versions, kernel, emulator, seeds; `format` says how to read the rest
+        calibration.json    what was asked of each link and what was measured
+        trials.jsonl        one JSON object a line and trial, appended and flushed
+        trials.parquet      the same, written at the end
+        summary.csv  figures/  report.html
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from testbed.errors import UsageError
+
+FORMAT = 1
+
+#: The stages of a request in the order in which they happen; their sum is `e2e_s`.
+STAGES = (
+    "prefill_s",
+    "select_s",
+    "encode_s",
+    "connect_s",
+    "transmit_s",
+    "decode_s",
+    "first_token_s",
+    "generate_s",
+)
+
+
+@dataclass
+class Row:
+    """One trial. Seconds, bytes, bits per second, fractions. A stage that a placement does not have is 0."""
+
+    trial: str  #: identity of this trial within the run: the same settings, example and repeat give the same value
+    cell: str  #: identity of the settings; stable across runs
+    repeat: int
+    started_at: str  #: UTC, ISO 8601
+
+    model: str
+    task: str
+    example: str
+    context_tokens: int
+    placement: str  #: split, cloud or edge
+    codec: str  #: canonical text; empty where no KV cache crosses the link
+    profile: str  #: name of the link's conditions
+    link: str
+    emulator: str
+    transport: str  #: "tcp" or "tcp+reuse"
+    congestion: str
+
+    rate_up_bps: float | None = None  #: None: unlimited
+    rate_down_bps: float | None = None
+    delay_up_s: float = 0.0
+    delay_down_s: float = 0.0
+    loss_up: float = 0.0
+    loss_down: float = 0.0
+
+    prefill_s: float = 0.0
+    select_s: float = 0.0
+    encode_s: float = 0.0
+    connect_s: float = 0.0  #: opening the request's connection; 0 when one is reused
+    transmit_s: float = 0.0  #: first byte handed to the socket -> last byte received, on one clock
+    decode_s: float = 0.0
+    first_token_s: float = 0.0  #: cache rebuilt -> first token back at the edge
+    generate_s: float = 0.0  #: first -> last token, as they arrive at the edge
+    ttft_s: float = 0.0
+    e2e_s: float = 0.0
+    reused: str = ""  #: comma-separated stages taken from an identical earlier trial
+
+    kv_bytes: int = 0
+    payload_bytes: int = 0
+    wire_bytes: int = 0
+    retransmits: int = 0
+    tokens_kept: int = 0
+    bits_per_element: float = 0.0
+
+    answer: str = ""
+    score: float | None = None
+    em: float | None = None
+    f1: float | None = None
+    reference_answer: str = ""
+    reference_score: float | None = None
+    nll: float | None = None
+    reference_nll: float | None = None
+    payload_digest: str = ""  #: BLAKE2b of the payload: equal digests, equal bytes
+    kept_digest: str = ""  #: BLAKE2b of the kept positions of every layer and head
+    calibrated: bool = True  #: False: the link was measured out of tolerance and the run was told to go on
+    warnings: str = ""
+    error: str = ""
+
+
+COLUMNS = tuple(f.name for f in dataclasses.fields(Row))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` so that a reader sees the old file or the new one, never half of either."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+@dataclass
+class RunDirectory:
+    """A directory under ``results/``. `create` makes one; `open` finds one that exists."""
+
+    path: Path
+    owner: tuple[int, int] | None = None  #: (uid, gid) that everything in it shall belong to
+    _skipped: int = field(default=0, repr=False)
+
+    @classmethod
+    def create(cls, path: Path, owner: tuple[int, int] | None = None) -> RunDirectory:
+        """Make the directory (and its parents). Raises UsageError where it exists and is not empty."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(f"{path} exists and is not empty; choose another --out, or continue it with --resume {path}")
+        run = cls(path, owner)
+        missing = [p for p in (path, *path.parents) if not p.exists()]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot create the run directory {path}: {error.strerror}") from error
+        for made in missing:
+            run.claim(made)
+        return run
+
+    @classmethod
+    def open(cls, path: Path, owner: tuple[int, int] | None = None) -> RunDirectory:
+        """Raises UsageError where `path` is not a run directory of a format that this version reads."""
+        run = cls(path, owner)
+        if not (path / "manifest.json").is_file():
+            raise UsageError(f"{path} is not a run directory (it has no manifest.json)")
+        found = run.manifest().get("format")
+        if found != FORMAT:
+            raise UsageError(f"{path}: written in format {found!r}; this version reads format {FORMAT}")
+        return run
+
+    def claim(self, path: Path) -> None:
+        """Give a file that root wrote to the user who asked for the run."""
+        if self.owner is not None and os.geteuid() == 0:
+            os.chown(path, *self.owner)
+
+    def write(self, name: str, value: Any) -> None:
+        """Write ``name`` (a JSON file) atomically."""
+        write_json(self.path / name, value)
+        self.claim(self.path / name)
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest as a dictionary. Raises UsageError where it is not JSON."""
+        return self._read("manifest.json")
+
+    def calibration(self) -> dict[str, Any]:
+        """The calibration as a dictionary; empty where none was written."""
+        return self._read("calibration.json") if (self.path / "calibration.json").exists() else {}
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            value = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{self.path / name} cannot be read: {error}") from error
+        if not isinstance(value, dict):
+            raise UsageError(f"{self.path / name} does not hold a JSON object")
+        return value
+
+    def append(self, row: Row) -> None:
+        """Append one row in a single write and flush it to the disk, so that a kill leaves whole rows."""
+        line = json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n"
+        path = self.path / "trials.jsonl"
+        fresh = not path.exists()
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(fd, line.encode("utf-8"))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        if fresh:
+            self.claim(path)
+
+    def repair(self) -> int:
+        """Cut off a last line that a kill left unfinished; returns how many bytes went."""
+        path = self.path / "trials.jsonl"
+        if not path.exists():
+            return 0
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.truncate(path, whole)
+        return len(data) - whole
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows so far; a cut-off last line is passed over."""
+        path = self.path / "trials.jsonl"
+        if not path.exists():
+            return
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(row, dict):
+                    yield row
+
+    def write_parquet(self) -> None:
+        """Write ``trials.parquet`` from the rows, typed by `Row`'s columns."""
+        import pandas as pd
+
+        frame = pd.DataFrame(list(self.rows()), columns=list(COLUMNS))
+        path = self.path / "trials.parquet"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        frame.to_parquet(temporary, index=False)
+        temporary.replace(path)
+        self.claim(path)
