@@ -1,11 +1,11 @@
 """A run's directory and its rows: what is written, in which form, so that a crash leaves whole rows and nothing else.
 
-    results/<scenario>-<UTC time>/
-        manifest.json       the resolved scenario, versions, kernel, emulator, seeds; `format` says how to read the rest
-        calibration.json    what was asked of each link and what was measured
-        trials.jsonl        one JSON object a line and trial, appended and flushed
-        trials.parquet      the same, written at the end
-        summary.csv  figures/  report.html
+results/<scenario>-<UTC time>/
+    manifest.json       the resolved scenario, versions, kernel, emulator, seeds; `format` says how to read the rest
+    calibration.json    what was asked of each link and what was measured
+    trials.jsonl        one JSON object a line and trial, appended and flushed
+    trials.parquet      the same, written at the end
+    summary.csv  figures/  report.html
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ COLUMNS = tuple(f.name for f in dataclasses.fields(Row))
 def write_json(path: Path, value: Any) -> None:
     """Write `value` so that a reader sees the old file or the new one, never half of either."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    temporary.write_text(
+        json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
+    )
     temporary.replace(path)
 
 
@@ -119,7 +121,9 @@ class RunDirectory:
     def create(cls, path: Path, owner: tuple[int, int] | None = None) -> RunDirectory:
         """Make the directory (and its parents). Raises UsageError where it exists and is not empty."""
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UsageError(f"{path} exists and is not empty; choose another --out, or continue it with --resume {path}")
+            raise UsageError(
+                f"{path} exists and is not empty; choose another --out, or continue it with --resume {path}"
+            )
         run = cls(path, owner)
         missing = [p for p in (path, *path.parents) if not p.exists()]
         try:

@@ -13,7 +13,17 @@ import re
 from testbed.errors import UnitError
 
 _RATES = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
-_TIMES = {"s": 1.0, "sec": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9, "min": 60.0, "m": 60.0, "h": 3600.0}
+_TIMES = {
+    "s": 1.0,
+    "sec": 1.0,
+    "ms": 1e-3,
+    "us": 1e-6,
+    "µs": 1e-6,
+    "ns": 1e-9,
+    "min": 60.0,
+    "m": 60.0,
+    "h": 3600.0,
+}
 _SIZES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-zµ%]*)\s*$")
 
@@ -32,7 +42,9 @@ def _scaled(text: str | float, units: dict[str, float] | dict[str, int], what: s
     if isinstance(text, str) and unit == "" and number != 0:
         raise UnitError(f"{what} {text!r} has no unit; write it as {example}")
     if unit not in units and unit != "":
-        raise UnitError(f"{what} {text!r}: unknown unit {unit!r}; use one of {', '.join(units)} (such as {example})")
+        raise UnitError(
+            f"{what} {text!r}: unknown unit {unit!r}; use one of {', '.join(units)} (such as {example})"
+        )
     if number < 0:
         raise UnitError(f"{what} {text!r} is negative")
     value = number * (units[unit] if unit else 1)

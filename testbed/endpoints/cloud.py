@@ -1,0 +1,260 @@
+"""The cloud: receives requests across the link, rebuilds the cache, reads the question and decodes greedily."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from testbed.endpoints import wire
+from testbed.endpoints.inference import InferenceSide, Prefix, digest, main
+from testbed.endpoints.transport.tcp import Connection, Received, listen
+from testbed.errors import EndpointError, PayloadError, TestbedError, WireError
+
+if TYPE_CHECKING:
+    from testbed.models.kvcache import KVCache
+
+_MAX_CONNECTIONS = 64
+_IDLE_S = 3600.0
+
+
+@dataclass
+class Outcome:
+    """One computed answer: what is sent back, and what the orchestrator may ask about it afterwards."""
+
+    answer: wire.Answer
+    first: wire.FirstToken
+    details: dict[str, Any]
+    past: KVCache | None = None  #: prefix and context as they arrived; held for the latest request only
+    nlls: dict[str, float] = field(default_factory=dict)
+
+
+class Cloud(InferenceSide):
+    """Serves the link in threads of its own; calls from the orchestrator come in on the main thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.max_payload = 0
+        self._computing = threading.Lock()
+        self._memory: dict[tuple[str, ...], Outcome] = {}
+        self._by_request: dict[int, Outcome] = {}
+        self._latest: Outcome | None = None
+        self._slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+
+    def handlers(self) -> dict[str, Callable[..., Any]]:
+        """The orchestrator's calls."""
+        return {
+            "load": self.load,
+            "learn_prefix": self.learn_prefix,
+            "serve": self.serve,
+            "outcome": self.outcome,
+            "forget": self.forget,
+        }
+
+    def serve(self, max_payload: int, congestion: str | None) -> int:
+        """Open a listening socket and answer requests on it from now on; returns its port.
+
+        `max_payload` bounds what a request may make this process allocate, in bytes.
+        """
+        self.max_payload = max_payload
+        listener = listen(congestion=congestion)
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        port: int = listener.getsockname()[1]
+        return port
+
+    def forget(self) -> None:
+        """Drop the remembered answers (a new example begins: none of them can come again)."""
+        self._memory.clear()
+        self._by_request.clear()
+
+    def outcome(self, id: int, gold: str) -> dict[str, Any]:
+        """What became of request `id`, after its clock has stopped: digests, tokens kept, and the gold answer's NLL on the cache that arrived."""
+        outcome = self._by_request.get(id)
+        if outcome is None:
+            raise EndpointError(f"request {id} was never answered here")
+        if gold not in outcome.nlls:
+            with self._computing:
+                ids = self.model.tokenize(gold)
+                outcome.nlls[gold] = self.model.nll(outcome.details["question_ids"], ids, outcome.past)
+        details = {key: value for key, value in outcome.details.items() if key != "question_ids"}
+        return {**details, "nll": outcome.nlls[gold]}
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            sock, _ = listener.accept()
+            if not self._slots.acquire(blocking=False):
+                sock.close()
+                continue
+            threading.Thread(target=self._converse, args=(Connection(sock),), daemon=True).start()
+
+    def _converse(self, connection: Connection) -> None:
+        """Answer requests until the peer closes. A malformed frame ends the conversation: nothing after it can be trusted."""
+        try:
+            while True:
+                received = connection.receive(self.max_payload, _IDLE_S)
+                if received is None:
+                    break
+                if not isinstance(received.header, wire.Request):
+                    raise WireError(f"a {type(received.header).__name__} frame where a request was expected")
+                self._answer(connection, received, received.header)
+        except TestbedError as error:
+            self._complain(connection, 0, str(error))
+        except Exception as error:
+            self._complain(connection, 0, f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            connection.finish()
+            self._slots.release()
+
+    @staticmethod
+    def _complain(connection: Connection, id: int, message: str) -> None:
+        try:
+            connection.send(wire.Failure(id=id, message=message[:2000]))
+        except TestbedError:
+            pass
+
+    def _answer(self, connection: Connection, received: Received, request: wire.Request) -> None:
+        with self._computing:
+            key = (
+                digest(received.payload),
+                request.placement,
+                request.codec,
+                request.prefix,
+                request.question,
+            )
+            key += (request.stop, str(request.max_new_tokens), str(request.repeat))
+            known = self._memory.get(key) if request.reuse else None
+            try:
+                if known is not None:
+                    outcome = self._repeat(connection, received, request, known)
+                else:
+                    outcome = self._compute(connection, received, request)
+                    self._memory[key] = outcome
+            except (PayloadError, WireError) as error:
+                self._complain(connection, request.id, str(error))
+                return
+            self._by_request[request.id] = outcome
+
+    def _repeat(
+        self, connection: Connection, received: Received, request: wire.Request, known: Outcome
+    ) -> Outcome:
+        """The answer to bytes that were answered before, with the compute times measured then."""
+        now = time.monotonic()
+        connection.send(replace_struct(known.first, id=request.id, sent_at=now))
+        connection.send(
+            replace_struct(
+                known.answer,
+                id=request.id,
+                received_at=received.at,
+                sent_at=now,
+                reused=True,
+                retransmits=connection.retransmits(),
+            )
+        )
+        return known
+
+    def _compute(self, connection: Connection, received: Received, request: wire.Request) -> Outcome:
+        if request.prefix not in self.prefixes:
+            raise WireError(
+                f"the request names a prefix {request.prefix[:64]!r} that this side does not know"
+            )
+        prefix = self.prefixes[request.prefix]
+        details: dict[str, Any] = {
+            "payload_digest": digest(received.payload),
+            "tokens_kept": 0,
+            "kept_digest": "",
+        }
+        past, prefill_s = self._rebuild(received, request, prefix, details)
+        decoded_at = time.monotonic()
+        question_ids = self.model.tokenize(request.question)
+        firsts: list[wire.FirstToken] = []
+
+        def on_token(index: int, token: int) -> None:
+            if index == 0:
+                firsts.append(wire.FirstToken(id=request.id, token=token, sent_at=time.monotonic()))
+                connection.send(firsts[0])
+
+        ids = self.model.generate(question_ids, past, request.max_new_tokens, request.stop, on_token)
+        done_at = time.monotonic()
+        if not firsts:  # nothing but the end of the text: the first token is the empty answer
+            on_token(0, 0)
+        first = firsts[0]
+        answer = wire.Answer(
+            id=request.id,
+            text=self.model.text(ids, request.stop)[:8000],
+            tokens=len(ids),
+            received_at=received.at,
+            decode_s=decoded_at - received.at - prefill_s,
+            prefill_s=prefill_s,
+            first_token_s=first.sent_at - decoded_at,
+            generate_s=max(0.0, done_at - first.sent_at),
+            sent_at=time.monotonic(),
+            reused=False,
+            retransmits=connection.retransmits(),
+        )
+        connection.send(answer)
+        if self._latest is not None:
+            self._latest.past = None
+        outcome = Outcome(answer, first, {**details, "question_ids": question_ids}, past)
+        self._latest = outcome
+        return outcome
+
+    def _rebuild(
+        self, received: Received, request: wire.Request, prefix: Prefix, details: dict[str, Any]
+    ) -> tuple[KVCache | None, float]:
+        """Prefix and context as the model's past: from the codec's bytes, or by prefilling the text. Returns it and the prefill's seconds."""
+        if request.placement == "cloud":
+            try:
+                text = bytes(received.payload).decode()
+            except UnicodeDecodeError as error:
+                raise WireError("the request's context is not UTF-8 text") from error
+            ids = self.model.tokenize(text)
+            started = time.monotonic()
+            context = self.model.prefill(ids, prefix.cache).cache
+            past = self.behind(prefix, context)
+            details["tokens_kept"] = len(ids)
+            return past, time.monotonic() - started
+        from testbed.codecs.codec import decode
+
+        cache = decode(received.payload, self.model.device)
+        self._check_fits(cache)
+        details["tokens_kept"] = kept_tokens(cache)
+        details["kept_digest"] = kept_digest(cache)
+        return self.behind(prefix, cache), 0.0
+
+    def _check_fits(self, cache: KVCache) -> None:
+        """A payload may be valid and yet belong to another model."""
+        ours = [(s.kv_heads, s.head_dim, s.value_dim, s.window) for s in self.model.shapes]
+        theirs = [
+            (layer.kv_heads, layer.keys.shape[2], layer.values.shape[2], layer.window)
+            for layer in cache.layers
+        ]
+        if ours != theirs or cache.length > self.model.max_positions:
+            raise PayloadError(
+                "the payload is another model's cache: layers, heads, dimensions or length differ"
+            )
+
+
+def replace_struct(struct: Any, **changes: Any) -> Any:
+    """A frozen message with some fields changed."""
+    import msgspec
+
+    return msgspec.structs.replace(struct, **changes)
+
+
+def kept_tokens(cache: KVCache) -> int:
+    """Context tokens kept, as the mean over the layers that a selector may prune (all, where none has full attention)."""
+    layers = [layer for layer in cache.layers if layer.window is None] or cache.layers
+    return round(sum(layer.tokens for layer in layers) / len(layers)) if layers else 0
+
+
+def kept_digest(cache: KVCache) -> str:
+    """BLAKE2b over the kept positions of every layer and head."""
+    return digest(b"|".join(layer.positions.cpu().numpy().tobytes() for layer in cache.layers))
+
+
+if __name__ == "__main__":
+    main(lambda: Cloud().handlers())

@@ -1,0 +1,93 @@
+"""What both sides share: a model, the prefixes they both know, and the calls that set them up."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from testbed.endpoints.control import Channel
+
+if TYPE_CHECKING:
+    from testbed.models.kvcache import KVCache
+    from testbed.models.language import LanguageModel
+
+
+@dataclass
+class Prefix:
+    """The instructions and demonstrations of a task, prefilled: known to both sides, never sent."""
+
+    text: str
+    digest: str
+    cache: KVCache | None  #: None for an empty prefix of a model without a start token
+
+
+def digest(data: bytes | bytearray | memoryview) -> str:
+    """BLAKE2b of some bytes, as 32 hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+class InferenceSide:
+    """A loaded model and its prefixes; the part of an endpoint that is the same on both sides."""
+
+    def __init__(self) -> None:
+        self._model: LanguageModel | None = None
+        self.prefixes: dict[str, Prefix] = {}
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model; `load` comes first."""
+        if self._model is None:
+            raise RuntimeError("no model is loaded")
+        return self._model
+
+    def load(self, model: str, device: str, dtype: str, threads: int | None) -> dict[str, Any]:
+        """Load the model and run it once, so that the first trial does not pay for thread pools and lazy kernels."""
+        import torch
+
+        from testbed.models.language import load_model
+
+        self._model = load_model(model, device=device, dtype=dtype, threads=threads)
+        warm = self._model.tokenize("The quick brown fox jumps over the lazy dog. " * 12)
+        prefilled = self._model.prefill(warm, None)
+        self._model.generate(warm[:8], prefilled.cache, 4, "")
+        return {
+            "device": str(self._model.device),
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+            "layers": self._model.num_layers,
+            "kv_heads": self._model.kv_heads,
+            "head_dim": self._model.head_dim,
+            "max_positions": self._model.max_positions,
+            "kv_bytes_per_token": self._model.kv_bytes_per_token,
+            "threads": torch.get_num_threads(),
+        }
+
+    def learn_prefix(self, text: str) -> str:
+        """Prefill a task's prefix once; returns the digest by which requests name it."""
+        name = digest(text.encode())
+        if name not in self.prefixes:
+            ids = self.model.tokenize(text, start=True)
+            cache = self.model.prefill(ids, None).cache if ids else None
+            self.prefixes[name] = Prefix(text, name, cache)
+        return name
+
+    def behind(self, prefix: Prefix, cache: KVCache | None) -> KVCache | None:
+        """The prefix's cache with `cache` behind it."""
+        parts = [part for part in (prefix.cache, cache) if part is not None]
+        if not parts:
+            return None
+        return self.model.join(*parts) if len(parts) > 1 else parts[0]
+
+
+def main(make_handlers: Callable[[], dict[str, Callable[..., Any]]]) -> None:
+    """An endpoint process: answer the orchestrator's calls until it goes away."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--control-fd", type=int, required=True)
+    arguments = parser.parse_args()
+    channel = Channel(socket.socket(fileno=arguments.control_fd))
+    channel.serve(make_handlers())
+    sys.stdout.flush()

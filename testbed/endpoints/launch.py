@@ -1,0 +1,130 @@
+"""Starting an endpoint in its namespace, as the user who asked for the run, without capabilities, tied to our life.
+
+`nsenter` and `setpriv` (util-linux) do the work, so the command line that runs is plain data and can be printed, tested and repeated by hand.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from testbed.endpoints.control import Channel
+from testbed.errors import EndpointError
+
+
+@dataclass(frozen=True)
+class User:
+    """Whom an endpoint runs as."""
+
+    uid: int
+    gid: int
+    name: str
+    home: str
+
+
+def invoking_user() -> User:
+    """The user who typed the command: behind `sudo` the one who typed `sudo`, otherwise the process's own."""
+    uid, gid = os.getuid(), os.getgid()
+    if uid == 0 and os.environ.get("SUDO_UID", "").isdigit():
+        uid = int(os.environ["SUDO_UID"])
+        gid = int(os.environ.get("SUDO_GID", uid))
+    try:
+        entry = pwd.getpwuid(uid)
+        return User(uid, gid, entry.pw_name, entry.pw_dir)
+    except KeyError:
+        return User(uid, gid, str(uid), "/")
+
+
+def command(module: str, namespace: str | None, user: User, control_fd: int) -> list[str]:
+    """The argument vector that runs `module` inside `namespace` as `user`, without a capability left to regain.
+
+    Without root there is nothing to enter and nothing to drop: the module runs as it is (namespace None).
+    """
+    argv = [sys.executable, "-m", module, "--control-fd", str(control_fd)]
+    drop = ["setpriv", "--pdeathsig=KILL", "--no-new-privs"]
+    if os.geteuid() == 0:
+        groups = "--clear-groups" if user.uid == 0 or user.name.isdigit() else "--init-groups"
+        drop += [f"--reuid={user.uid}", f"--regid={user.gid}", groups]
+        drop += ["--inh-caps=-all", "--bounding-set=-all", "--securebits=+noroot,+noroot_locked"]
+    enter = ["nsenter", f"--net=/run/netns/{namespace}", "--"] if namespace else []
+    return [*enter, *drop, "--", *argv]
+
+
+class Endpoint:
+    """A running endpoint: its process and the channel to call it by."""
+
+    def __init__(self, role: str, process: subprocess.Popen[bytes], channel: Channel, log: Path) -> None:
+        self.role, self.process, self.channel, self.log = role, process, channel, log
+
+    @classmethod
+    def start(cls, role: str, namespace: str | None, log: Path, user: User | None = None) -> Endpoint:
+        """Start ``testbed.endpoints.<role>``; what it prints goes to `log`."""
+        user = user or invoking_user()
+        ours, theirs = socket.socketpair()
+        environment = {**os.environ, "HOME": user.home, "USER": user.name, "LOGNAME": user.name}
+        environment.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        environment["PYTHONPATH"] = os.pathsep.join(
+            p for p in (str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")) if p
+        )
+        with log.open("ab") as output:
+            try:
+                process = subprocess.Popen(
+                    command(f"testbed.endpoints.{role}", namespace, user, theirs.fileno()),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    pass_fds=[theirs.fileno()],
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C is the orchestrator's affair
+                )
+            except OSError as error:
+                ours.close()
+                raise EndpointError(f"cannot start the {role} process: {error}") from error
+            finally:
+                theirs.close()
+        return cls(role, process, Channel(ours), log)
+
+    def call(self, name: str, timeout: float | None = None, **arguments: Any) -> Any:
+        """Call the endpoint. Raises EndpointError naming the role, and the last line of its log where it died."""
+        try:
+            return self.channel.call(name, timeout, **arguments)
+        except EndpointError as error:
+            if self.process.poll() is None:
+                raise EndpointError(f"{self.role}: {error}") from error
+            raise EndpointError(
+                f"the {self.role} process ended ({self._fate()}): {self._last_words()}"
+            ) from error
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self.process.poll() is None
+
+    def _fate(self) -> str:
+        code = self.process.poll()
+        if code is not None and code < 0:
+            return f"signal {signal.Signals(-code).name}"
+        return f"exit status {code}"
+
+    def _last_words(self) -> str:
+        try:
+            lines = self.log.read_text(errors="replace").strip().splitlines()
+        except OSError:
+            lines = []
+        return f"{lines[-1][:300]} (see {self.log})" if lines else f"it printed nothing to {self.log}"
+
+    def stop(self) -> None:
+        """End the process: it leaves when the channel closes, and is killed where it does not."""
+        self.channel.socket.close()
+        try:
+            self.process.wait(timeout=3)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()

@@ -1,0 +1,1 @@
+"""How frames move between edge and cloud. One transport, one file."""

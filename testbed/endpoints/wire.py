@@ -1,0 +1,152 @@
+"""Frames: what crosses the link between edge and cloud. Bounded, versioned, checked, and never pickled.
+
+    0      4        5       6        8               12             20            24
+    | TBED | version | kind | flags 0 | header length | payload length | header CRC | header | payload |
+
+Integers are big-endian. The header is a MessagePack map that decodes into one of the structs below and nothing else; the CRC-32 covers the fixed
+part before it and the header. The payload (a codec's bytes, or the prompt's text) follows as it is, so it can be sent from where it lies.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from testbed.errors import WireError
+
+VERSION = 1
+MAGIC = b"TBED"
+PREFIX = struct.Struct("!4sBBHIQI")
+MAX_HEADER = 64 * 1024
+MAX_PAYLOAD = 1 << 36  #: what a frame may declare at all; a receiver sets its own, lower bound
+
+Count = Annotated[int, Meta(ge=0, le=1 << 40)]
+Seconds = Annotated[float, Meta(ge=-1e12, le=1e12)]
+Text = Annotated[str, Meta(max_length=32 * 1024)]
+Name = Annotated[str, Meta(max_length=512)]
+
+
+class Request(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Edge to cloud: answer this. The payload is the context: a codec's bytes (`split`) or its text (`cloud`)."""
+
+    id: Count
+    placement: Name
+    codec: Name
+    prefix: Name  #: digest of the prefix both sides must share
+    question: Text
+    stop: Name
+    max_new_tokens: Annotated[int, Meta(ge=1, le=65536)]
+    payload_crc: Count
+    repeat: Count = 0
+    reuse: bool = True  #: an answer already computed for the same bytes may be given again
+
+
+class FirstToken(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Cloud to edge, as soon as the first token is known."""
+
+    id: Count
+    token: Count
+    sent_at: Seconds
+
+
+class Answer(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Cloud to edge, when the last token is known. Times are the cloud's, on the host's monotonic clock."""
+
+    id: Count
+    text: Text
+    tokens: Count
+    received_at: Seconds  #: last byte of the request
+    decode_s: Seconds
+    prefill_s: Seconds  #: `cloud` placement: the context's prefill
+    first_token_s: Seconds  #: computing the first token
+    generate_s: Seconds  #: computing the others
+    sent_at: Seconds
+    reused: bool
+    retransmits: Count
+
+
+class Failure(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Cloud to edge: why there is no answer."""
+
+    id: Count
+    message: Text
+
+
+Header = Request | FirstToken | Answer | Failure
+KINDS: dict[int, type[Request] | type[FirstToken] | type[Answer] | type[Failure]] = {
+    1: Request,
+    2: FirstToken,
+    3: Answer,
+    4: Failure,
+}
+_KIND_OF = {struct_type: kind for kind, struct_type in KINDS.items()}
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODERS = {kind: msgspec.msgpack.Decoder(struct_type) for kind, struct_type in KINDS.items()}
+
+
+class Prefix(msgspec.Struct, frozen=True):
+    """A frame's fixed part, checked: what is to be read next, and how much of it."""
+
+    kind: int
+    header_length: int
+    payload_length: int
+    crc: int
+    raw: bytes
+
+
+def pack(header: Header, payload_length: int = 0) -> bytes:
+    """The frame up to its payload. Raises WireError where the header is larger than the format allows."""
+    body = _ENCODER.encode(header)
+    if len(body) > MAX_HEADER:
+        raise WireError(f"header of {len(body)} bytes; at most {MAX_HEADER} fit a frame")
+    kind = _KIND_OF[type(header)]
+    fixed = PREFIX.pack(MAGIC, VERSION, kind, 0, len(body), payload_length, 0)[:-4]
+    return fixed + struct.pack("!I", zlib.crc32(body, zlib.crc32(fixed))) + body
+
+
+def unpack_prefix(data: bytes, max_payload: int = MAX_PAYLOAD) -> Prefix:
+    """Check a frame's fixed part (`PREFIX.size` bytes). Raises WireError; nothing is allocated by what it claims."""
+    if len(data) != PREFIX.size:
+        raise WireError(f"truncated frame: {len(data)} of {PREFIX.size} bytes of its fixed part")
+    magic, version, kind, flags, header_length, payload_length, crc = PREFIX.unpack(data)
+    if magic != MAGIC:
+        raise WireError(f"not a frame: it starts with {magic!r}")
+    if version != VERSION:
+        raise WireError(f"frame version {version}; this side speaks {VERSION}")
+    if kind not in KINDS or flags != 0:
+        raise WireError(f"unknown frame kind {kind} or flags {flags}")
+    if header_length > MAX_HEADER:
+        raise WireError(f"header of {header_length} bytes; at most {MAX_HEADER} are accepted")
+    if payload_length > max_payload:
+        raise WireError(f"payload of {payload_length} bytes; at most {max_payload} are accepted here")
+    return Prefix(kind, header_length, payload_length, crc, data[:-4])
+
+
+def unpack_header(prefix: Prefix, body: bytes) -> Header:
+    """The header of a frame whose fixed part was accepted. Raises WireError."""
+    if len(body) != prefix.header_length:
+        raise WireError(f"truncated frame: {len(body)} of {prefix.header_length} header bytes")
+    if zlib.crc32(body, zlib.crc32(prefix.raw)) != prefix.crc:
+        raise WireError("a frame's header does not match its checksum")
+    try:
+        header: Header = _DECODERS[prefix.kind].decode(body)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise WireError(f"malformed frame header: {str(error)[:200]}") from error
+    return header
+
+
+def unpack(data: bytes, max_payload: int = MAX_PAYLOAD) -> tuple[Header, bytes]:
+    """A whole frame held in memory -> (header, payload). Raises WireError where a byte is missing, left over or wrong."""
+    prefix = unpack_prefix(data[: PREFIX.size], max_payload)
+    end = PREFIX.size + prefix.header_length
+    header = unpack_header(prefix, data[PREFIX.size : end])
+    payload = data[end:]
+    if len(payload) != prefix.payload_length:
+        raise WireError(f"payload of {len(payload)} bytes where the frame says {prefix.payload_length}")
+    if isinstance(header, Request) and zlib.crc32(payload) != header.payload_crc:
+        raise WireError("a frame's payload does not match its checksum")
+    return header, payload

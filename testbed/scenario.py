@@ -1,0 +1,369 @@
+"""A scenario: one YAML file that says what to run. Read, checked with the place of every mistake, and unfolded into cells.
+
+This module knows no torch and asks nothing of the kernel: `testbed plan` runs it as anybody.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from testbed.codecs.spec import parse as parse_codec
+from testbed.errors import SpecError, UsageError
+from testbed.net.profile import Profile, parse_profile, profile_from
+from testbed.net.topology import Topology, load_topology
+from testbed.tasks.task import make_task
+from testbed.units import parse_time
+
+Placement = Literal["split", "cloud", "edge"]
+_MAX_BYTES = 1 << 20
+_MAX_TRIALS = 10_000_000
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+def _codec(value: Any) -> str:
+    return str(parse_codec(str(value)))
+
+
+def _seconds(value: Any) -> float:
+    return parse_time(value)
+
+
+def _task(value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        return {"task": value}
+    if not isinstance(value, dict) or not isinstance(value.get("task"), str):
+        raise ValueError("write a task's name, or a mapping with `task: NAME` and its parameters")
+    return value
+
+
+class Sides(BaseModel):
+    """A setting for each endpoint."""
+
+    model_config = ConfigDict(extra="forbid")
+    edge: str = "auto"
+    cloud: str = "auto"
+
+
+def _sides(value: Any) -> Any:
+    return {"edge": value, "cloud": value} if isinstance(value, str) else value
+
+
+class Scenario(BaseModel):
+    """The file, checked. Lists may be written as a single value."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    description: str = ""
+    topology: str = "edge-cloud"
+    edge: str = "edge"  #: node that holds the context
+    cloud: str = "cloud"  #: node that answers
+    link: str | None = (
+        None  #: the link whose profile is swept; None: the topology's only one, or its "bottleneck"
+    )
+    profiles: Annotated[list[Any], BeforeValidator(_listed), Field(min_length=1)]
+    model: str = "smollm2-135m"
+    device: Annotated[Sides, BeforeValidator(_sides)] = Sides()
+    dtype: Annotated[Sides, BeforeValidator(_sides)] = Sides()
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    placements: Annotated[list[Placement], BeforeValidator(_listed), Field(min_length=1)] = ["split"]
+    codecs: Annotated[list[Annotated[str, BeforeValidator(_codec)]], BeforeValidator(_listed)] = ["fp16"]
+    tasks: Annotated[
+        list[Annotated[dict[str, Any], BeforeValidator(_task)]], BeforeValidator(_listed), Field(min_length=1)
+    ]
+    context_tokens: Annotated[
+        list[Annotated[int, Field(ge=8, le=1_000_000)] | None], BeforeValidator(_listed), Field(min_length=1)
+    ] = [256]
+    examples: Annotated[int, Field(ge=1, le=100_000)] = 10
+    repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
+    seed: int = 0
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 16
+    connection: Literal["per-request", "reuse"] = "per-request"
+    congestion: str | None = None  #: None: the link's, or else the namespace's default
+    emulator: Literal["auto", "netem", "userspace"] = "auto"
+    reuse: Literal["all", "prefill", "none"] = "all"
+    timeout: Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=86400)] = 120.0
+    links: dict[str, Any] = {}  #: profiles of links that are not swept
+
+    @property
+    def transport(self) -> str:
+        """As rows name it."""
+        return "tcp+reuse" if self.connection == "reuse" else "tcp"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the sweep."""
+
+    task: int  #: index into the scenario's tasks
+    context_tokens: int | None
+    placement: str
+    codec: str
+    profile: Profile
+
+    def identity(self, plan: Plan) -> str:
+        """A hash of the settings: the same settings give the same cell in every run."""
+        scenario = plan.scenario
+        settings = {
+            "model": scenario.model,
+            "dtype": [scenario.dtype.edge, scenario.dtype.cloud],
+            "device": [scenario.device.edge, scenario.device.cloud],
+            "task": scenario.tasks[self.task],
+            "context_tokens": self.context_tokens,
+            "max_new_tokens": scenario.max_new_tokens,
+            "seed": scenario.seed,
+            "placement": self.placement,
+            "codec": self.codec,
+            "profile": str(self.profile),
+            "topology": plan.topology.name,
+            "link": plan.link,
+            "transport": scenario.transport,
+            "congestion": scenario.congestion,
+        }
+        text = json.dumps(settings, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A scenario with everything it names looked up, and its cells."""
+
+    scenario: Scenario
+    topology: Topology
+    link: str
+    profiles: tuple[Profile, ...]
+
+    def batches(self) -> Iterator[tuple[int, int | None]]:
+        """Each task at each context length."""
+        yield from itertools.product(range(len(self.scenario.tasks)), self.scenario.context_tokens)
+
+    def cells(self, task: int, context_tokens: int | None) -> list[Cell]:
+        """The cells of one task and context length, in the order in which an example visits them: links innermost,
+        so that what two links share is made once, and a slow drift of the machine touches all links alike."""
+        cells = []
+        for placement in self.scenario.placements:
+            for codec in self.scenario.codecs if placement == "split" else [""]:
+                cells += [Cell(task, context_tokens, placement, codec, profile) for profile in self.profiles]
+        return cells
+
+    @property
+    def trials(self) -> int:
+        """How many trials the whole sweep has, if every task has as many examples as asked."""
+        per_example = sum(len(self.cells(*batch)) for batch in self.batches())
+        return per_example * self.scenario.examples * self.scenario.repeats
+
+
+def scenario_path(name: str) -> Path:
+    """The file of a scenario given by path, or by the name of one that is shipped. Raises UsageError."""
+    shipped = Path(__file__).parents[1] / "scenarios"
+    for path in (Path(name), shipped / name, shipped / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = sorted(p.stem for p in shipped.glob("*.yaml"))
+    near = difflib.get_close_matches(Path(name).stem, known, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"shipped ones: {', '.join(known) or 'none'}"
+    raise UsageError(f"no scenario file {name}; {hint}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that must hold a mapping. Raises SpecError with file and line."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(text) > _MAX_BYTES:
+        raise SpecError(f"{path}: larger than {_MAX_BYTES} bytes; this is not a scenario")
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise SpecError(
+            f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}"
+        ) from error
+    if not isinstance(value, dict):
+        raise SpecError(f"{path}: must hold a mapping of settings")
+    return value
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML without aliases (which can grow without bound) and without keys given twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(
+                None, None, "aliases are not used here", self.peek_event().start_mark
+            )  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)  # type: ignore[no-untyped-call]
+            if not isinstance(name, str | int | float | bool) or name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {name!r} twice or unusable", key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def override(settings: dict[str, Any], assignments: list[str]) -> None:
+    """Apply ``--set KEY=VALUE`` (KEY may be dotted, VALUE is YAML). Raises SpecError."""
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise SpecError(f"--set {assignment!r}: write KEY=VALUE")
+        try:
+            value = yaml.load(text, Loader=_StrictLoader)
+        except yaml.YAMLError as error:
+            raise SpecError(f"--set {assignment!r}: the value is not valid YAML") from error
+        target = settings
+        *parents, last = key.split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise SpecError(f"--set {assignment!r}: {parent!r} is not a mapping")
+        target[last] = value
+
+
+def load_plan(
+    name: str,
+    *,
+    assignments: list[str] | None = None,
+    codecs: list[str] | None = None,
+    links: list[str] | None = None,
+    examples: int | None = None,
+    emulator: str | None = None,
+) -> Plan:
+    """Read a scenario file, apply what the command line changes, and look everything up. Raises UsageError, naming the place."""
+    path = scenario_path(name)
+    settings = read_yaml(path)
+    settings.setdefault("name", path.stem)
+    override(settings, assignments or [])
+    for key, value in (("codecs", codecs or None), ("examples", examples), ("emulator", emulator)):
+        if value is not None:
+            settings[key] = value
+    return make_plan(settings, str(path), _link_options(links or []))
+
+
+def _link_options(options: list[str]) -> dict[str, str]:
+    given = {}
+    for option in options:
+        link, equals, profile = option.partition("=")
+        if not equals:
+            raise SpecError(f"--link {option!r}: write NAME=PROFILE, such as wan=5g-mid")
+        given[link] = profile
+    return given
+
+
+def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None = None) -> Plan:
+    """Check settings and look up what they name. `place` names their source in messages; `links`: NAME -> PROFILE from the
+    command line, which replace what the file says of those links."""
+    scenario = _check(settings, place)
+    topology = _at(f"{place}: topology", lambda: load_topology(scenario.topology))
+    nodes = {node.name for node in topology.nodes}
+    for role, node in (("edge", scenario.edge), ("cloud", scenario.cloud)):
+        if node not in nodes:
+            raise SpecError(
+                f"{place}: {role}: topology {topology.name} has no node {node!r}; it has {', '.join(sorted(nodes))}"
+            )
+    if scenario.edge == scenario.cloud:
+        raise SpecError(f"{place}: edge and cloud are the same node {scenario.edge!r}")
+    link = _swept_link(scenario, topology, place)
+    names = {item.name for item in topology.links}
+    for given in [*(links or {}), *scenario.links]:
+        if given not in names:
+            raise SpecError(
+                f"{place}: links: topology {topology.name} has no link {given!r}; it has {', '.join(sorted(names))}"
+            )
+    profiles = tuple(
+        _at(f"{place}: profiles[{i}]", lambda i=i, text=text: profile_from(text, f"{place}: profiles[{i}]"))
+        for i, text in enumerate(scenario.profiles)
+    )
+    if link in (links or {}):
+        profiles = (_at(f"--link {link}", lambda: parse_profile((links or {})[link])),)
+    others = {**scenario.links, **{k: v for k, v in (links or {}).items() if k != link}}
+    fixed = {
+        k: _at(f"{place}: links.{k}", lambda k=k, v=v: profile_from(v, f"{place}: links.{k}"))
+        for k, v in others.items()
+    }
+    topology = replace(
+        topology,
+        links=tuple(replace(item, profile=fixed.get(item.name, item.profile)) for item in topology.links),
+    )
+    for index, task in enumerate(scenario.tasks):
+        parameters = {k: v for k, v in task.items() if k != "task"}
+        _at(f"{place}: tasks[{index}]", lambda t=task, p=parameters: make_task(t["task"], **p))
+    plan = Plan(scenario, topology, link, profiles)
+    duplicates = [text for text in scenario.codecs if scenario.codecs.count(text) > 1]
+    if duplicates:
+        raise SpecError(f"{place}: codecs: {duplicates[0]!r} is listed twice")
+    if len({str(p) for p in profiles}) < len(profiles):
+        raise SpecError(f"{place}: profiles: the same conditions are listed twice")
+    if plan.trials > _MAX_TRIALS:
+        raise SpecError(f"{place}: {plan.trials} trials; at most {_MAX_TRIALS} make a run")
+    return plan
+
+
+def _check(settings: dict[str, Any], place: str) -> Scenario:
+    try:
+        return Scenario.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(
+            "."
+        )
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(first["loc"][-1]), list(Scenario.model_fields), 1)
+            hint = (
+                f"; did you mean {near[0]!r}?"
+                if near
+                else f"; known keys: {', '.join(Scenario.model_fields)}"
+            )
+            raise SpecError(f"{place}: {where}: unknown key{hint}") from error
+        if first["type"] == "missing":
+            raise SpecError(f"{place}: {where}: this key is required") from error
+        cause = (first.get("ctx") or {}).get("error")
+        message = str(cause) if cause else first["msg"]
+        value = "" if cause else f" (got {str(first.get('input'))[:60]!r})"
+        raise SpecError(f"{place}: {where}: {message}{value}") from error
+
+
+def _swept_link(scenario: Scenario, topology: Topology, place: str) -> str:
+    names = [link.name for link in topology.links]
+    if scenario.link is None:
+        if len(names) == 1:
+            return names[0]
+        if "bottleneck" in names:
+            return "bottleneck"
+        raise SpecError(
+            f"{place}: link: topology {topology.name} has several links; name the one to sweep: {', '.join(names)}"
+        )
+    if scenario.link not in names:
+        raise SpecError(
+            f"{place}: link: topology {topology.name} has no link {scenario.link!r}; it has {', '.join(names)}"
+        )
+    return scenario.link
+
+
+def _at(place: str, look_up: Any) -> Any:
+    """`look_up()`, with the place put before what it complains of."""
+    try:
+        return look_up()
+    except UsageError as error:
+        text = str(error)
+        raise SpecError(text if text.startswith(place) else f"{place}: {text}") from error

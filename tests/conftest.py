@@ -1,0 +1,57 @@
+"""What all tests share: hypothesis profiles, and skips that say why."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests import kernel
+
+settings.register_profile(
+    "fast", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+settings.register_profile("long", max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+MODEL = "smollm2-135m"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reasons: dict[str, str | None] = {}
+    for item in items:
+        for marker in ("netns", "netem", "model"):
+            if item.get_closest_marker(marker):
+                if marker not in reasons:
+                    reasons[marker] = _missing(marker)
+                if reasons[marker]:
+                    item.add_marker(pytest.mark.skip(reason=reasons[marker] or ""))
+
+
+def _missing(marker: str) -> str | None:
+    """Why tests with this marker cannot run here; None where they can."""
+    if marker == "model":
+        from testbed.errors import UsageError
+        from testbed.models.sources import resolve
+
+        try:
+            resolve(MODEL)
+        except UsageError as error:
+            return str(error)
+        return None
+    if not kernel.is_root():
+        return "needs root"
+    if marker == "netem":
+        return None if kernel.has_netem() else "this kernel has no sch_netem; the guest runs these tests"
+    return None if kernel.has_tun() or kernel.has_netem() else "needs a TUN device or sch_netem"
+
+
+@pytest.fixture
+def data() -> Path:
+    """The question sets that are no part of the project; tests that use them are skipped without."""
+    path = Path(os.environ.get("TESTBED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no data sets at {path}")
+    return path

@@ -1,0 +1,91 @@
+"""Frames over real sockets on loopback."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import zlib
+
+import pytest
+
+from testbed.endpoints import wire
+from testbed.endpoints.transport.tcp import Connection, listen, set_congestion
+from testbed.errors import EndpointError, UsageError, WireError
+from tests.endpoints.test_wire import request
+
+
+def pair() -> tuple[Connection, Connection]:
+    listener = listen("127.0.0.1")
+    with listener:
+        client = Connection.open("127.0.0.1", listener.getsockname()[1], None, 5.0)
+        accepted, _ = listener.accept()
+    return client, Connection(accepted)
+
+
+def test_a_large_payload_arrives_as_it_was_sent() -> None:
+    client, server = pair()
+    payload = memoryview(bytes(range(256)) * 40_000)
+    header = request(bytes(payload))
+    sender = threading.Thread(target=client.send, args=(header, payload))
+    sender.start()
+    received = server.receive(len(payload), 10.0)
+    sender.join()
+    assert received is not None
+    assert received.header == header
+    assert zlib.crc32(received.payload) == header.payload_crc
+    client.close()
+    server.close()
+
+
+def test_a_frame_larger_than_the_receiver_allows_is_refused_before_it_is_read() -> None:
+    client, server = pair()
+    client.send(request(b"x" * 100), b"x" * 100)
+    with pytest.raises(WireError, match="at most 99"):
+        server.receive(99, 5.0)
+    client.close()
+    server.close()
+
+
+def test_a_connection_that_closes_inside_a_frame_is_an_error_and_between_frames_is_not() -> None:
+    client, server = pair()
+    client.send(request(b""))
+    client.socket.sendall(wire.pack(request(b""))[:30])
+    client.close()
+    assert server.receive(0, 5.0) is not None
+    with pytest.raises(WireError, match="inside a frame"):
+        server.receive(0, 5.0)
+    server.close()
+    client, server = pair()
+    client.close()
+    assert server.receive(0, 5.0) is None
+    server.close()
+
+
+def test_silence_ends_after_the_timeout() -> None:
+    client, server = pair()
+    with pytest.raises(EndpointError, match="nothing arrived"):
+        server.receive(0, 0.05)
+    client.close()
+    server.close()
+
+
+def test_nobody_listening_is_one_clear_error() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        with pytest.raises(EndpointError, match=f"127.0.0.1:{port}"):
+            Connection.open("127.0.0.1", port, None, 1.0)
+
+
+def test_an_unknown_congestion_control_is_named_with_those_that_exist() -> None:
+    with socket.socket() as sock, pytest.raises(UsageError, match=r"'vegan'.*may use: .*reno"):
+        set_congestion(sock, "vegan")
+
+
+def test_the_congestion_control_that_was_asked_for_is_used() -> None:
+    listener = listen("127.0.0.1")
+    with listener:
+        client = Connection.open("127.0.0.1", listener.getsockname()[1], "reno", 5.0)
+        assert client.congestion() == "reno"
+        assert client.retransmits() == 0
+        client.close()

@@ -1,0 +1,68 @@
+"""People's units in, plain numbers out."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from testbed import units
+from testbed.errors import UnitError
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "value"),
+    [
+        (units.parse_rate, "50mbit", 50e6),
+        (units.parse_rate, "1.5 Gbit", 1.5e9),
+        (units.parse_rate, 1000, 1000.0),
+        (units.parse_time, "20ms", 0.02),
+        (units.parse_time, "250us", 250e-6),
+        (units.parse_time, "0", 0.0),
+        (units.parse_size, "512kb", 512_000),
+        (units.parse_size, "1kib", 1024),
+        (units.parse_fraction, "1%", 0.01),
+        (units.parse_fraction, 0.25, 0.25),
+    ],
+)
+def test_quantities_are_read(parse, text, value) -> None:
+    assert parse(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text"),
+    [
+        (units.parse_rate, "50"),
+        (units.parse_rate, "50mb/s"),
+        (units.parse_rate, "-1mbit"),
+        (units.parse_rate, "nan"),
+        (units.parse_rate, True),
+        (units.parse_time, "20parsec"),
+        (units.parse_time, ""),
+        (units.parse_size, "1e400b"),
+        (units.parse_fraction, "101%"),
+        (units.parse_fraction, "1ms"),
+    ],
+)
+def test_what_is_no_quantity_is_refused_with_its_value(parse, text) -> None:
+    with pytest.raises(UnitError, match=str(text)[:5] or "''"):
+        parse(text)
+
+
+@given(st.floats(1, 1e11))
+def test_rates_read_back_as_printed(rate: float) -> None:
+    assert units.parse_rate(units.format_rate(rate)) == pytest.approx(rate, rel=1e-3)
+
+
+@given(st.floats(1e-8, 1e4))
+def test_times_read_back_as_printed(seconds: float) -> None:
+    assert units.parse_time(units.format_time(seconds)) == pytest.approx(seconds, rel=1e-3)
+
+
+@given(st.text(max_size=80))
+def test_any_text_is_a_quantity_or_a_typed_error(text: str) -> None:
+    for parse in (units.parse_rate, units.parse_time, units.parse_size, units.parse_fraction):
+        try:
+            assert parse(text) >= 0
+        except UnitError:
+            pass
