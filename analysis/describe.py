@@ -1,0 +1,83 @@
+"""A run in words: what was run, over which links, and what a reader must know about it."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from analysis.run import Run
+from testbed.units import format_fraction
+
+
+def conditions(rows: pd.DataFrame) -> str:
+    """A panel's link in words, such as ``↑ 30 ↓ 100 Mbit/s · 15 ms one way · 0.1% loss``."""
+    up, down = rows["rate_up_bps"].median(), rows["rate_down_bps"].median()
+    rate = f"{_rate(up)} Mbit/s" if _same(up, down) else f"↑ {_rate(up)}  ↓ {_rate(down)} Mbit/s"
+    if up != up and down != down:
+        rate = "no rate limit"
+    delays = [f"{rows[c].median() * 1e3:.3g}" for c in ("delay_up_s", "delay_down_s")]
+    losses = [format_fraction(float(rows[c].median())) for c in ("loss_up", "loss_down")]
+    delay = f"{delays[0]} ms one way" if delays[0] == delays[1] else f"↑ {delays[0]}  ↓ {delays[1]} ms"
+    loss = f"{losses[0]} loss" if losses[0] == losses[1] else f"loss ↑ {losses[0]}  ↓ {losses[1]}"
+    trusted = "" if bool(rows["calibrated"].all()) else " · out of tolerance"
+    return f"{rate} · {delay} · {'no loss' if losses == ['0%', '0%'] else loss}{trusted}"
+
+
+def _same(a: float, b: float) -> bool:
+    return a == b or (a != a and b != b)
+
+
+def _rate(bits_per_second: float) -> str:
+    return "∞" if bits_per_second != bits_per_second else f"{bits_per_second / 1e6:.4g}"
+
+
+def subject(rows: pd.DataFrame) -> str:
+    """What was run, for a subtitle: model, tasks, examples, emulator."""
+    tasks = rows.groupby("task", sort=False)["example"].nunique()
+    sizes = f"n = {tasks.min()}" if tasks.min() == tasks.max() else f"n = {tasks.min()} to {tasks.max()}"
+    models = ", ".join(str(m) for m in rows["model"].unique() if m)
+    emulators = ", ".join(str(e) for e in rows["emulator"].unique() if e)
+    parts = [
+        models,
+        f"{' + '.join(map(str, tasks.index))}, {sizes} examples{' each' if len(tasks) > 1 else ''}",
+    ]
+    return " · ".join([p for p in parts if p] + ([f"{emulators} emulator"] if emulators else []))
+
+
+def caveats(run: Run) -> list[str]:
+    """What a reader must know about these rows, a sentence each: reuse, links out of tolerance, failures,
+    gaps.
+    """
+    rows, said = run.rows, []
+    if run.where:
+        said.append(f"Only rows where {run.where}.")
+    reused = rows["reused"].str.split(",").explode().str.strip()
+    shares = reused[reused.fillna("") != ""].value_counts() / max(1, len(rows))
+    if len(shares):
+        parts = ", ".join(f"{stage} ({share:.0%} of trials)" for stage, share in shares.items())
+        said.append(
+            f"Times taken over from an identical earlier trial: {parts}; transmission is always real."
+        )
+    off = rows.loc[~rows["calibrated"], "profile"].unique()
+    if len(off):
+        said.append(f"Links measured out of tolerance: {', '.join(map(str, off))}.")
+    if len(run.failed):
+        said.append(f"{_count(len(run.failed), 'failed trial')} left out.")
+    warned = int(((rows["warnings"] != "") & rows["calibrated"]).sum())
+    if warned:
+        said.append(f"{_count(warned, 'trial')} with warnings.")
+    lengths = rows.loc[rows["context_tokens"] > 0].groupby("task")["context_tokens"].agg(["min", "max"])
+    if (lengths["max"] > 1.5 * lengths["min"]).any():
+        said.append(f"Contexts of {lengths['min'].min()} to {lengths['max'].max()} tokens are put together.")
+    sizes = pd.Series(rows["task"] + "\0" + rows["example"]).groupby(
+        [rows["profile"], rows["placement"], rows["codec"]]
+    )
+    counts = sizes.nunique()
+    if len(counts) and counts.min() < counts.max():
+        said.append(f"Settings have from {counts.min()} to {counts.max()} examples: compare them with care.")
+    if run.notes:
+        said.append(f"Run directory: {'; '.join(run.notes)}.")
+    return said
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,70 @@
+"""The figures, one file each. To add one: a function from a `Run` to a matplotlib Figure, and its line in
+`FIGURES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from testbed.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from analysis.run import Run
+
+FIGURES = {
+    "latency_quality": "analysis.figures.latency_quality:draw",
+    "latency_quality_by_task": "analysis.figures.latency_quality:draw_by_task",
+    "latency_nll": "analysis.figures.latency_quality:draw_nll",
+    "stages": "analysis.figures.stages:draw",
+}
+
+
+class NotInThisRun(UsageError):
+    """The run has no data for this figure: an error where it was asked for by name, passed over where all
+    were.
+    """
+
+
+def figure(name: str, run: Run) -> Figure:
+    """One figure, not written anywhere. Raises UsageError for an unknown name and NotInThisRun for a run
+    without its data.
+    """
+    if name not in FIGURES:
+        raise UsageError(f"unknown figure {name!r}; choose from {', '.join(FIGURES)}")
+    module, function = FIGURES[name].split(":")
+    drawn: Figure = getattr(importlib.import_module(module), function)(run.require(2))
+    return drawn
+
+
+def draw_all(run: Run, names: list[str] | None = None) -> list[Path]:
+    """Write the named figures (None: all the run has data for) as PNG and PDF; returns the paths. Raises as
+    `figure` does.
+    """
+    from analysis.figures.style import style
+
+    for name in names or ():
+        if name not in FIGURES:
+            raise UsageError(f"unknown figure {name!r}; choose from {', '.join(FIGURES)}")
+    run.require(2)
+    written = []
+    with style():
+        for name in names or FIGURES:
+            try:
+                drawn = figure(name, run)
+            except NotInThisRun:
+                if names:
+                    raise
+                continue
+            for suffix in ("png", "pdf"):
+                written.append(run.write(f"figures/{name}.{suffix}", partial(_save, drawn)))
+    return written
+
+
+def _save(drawn: Figure, path: Path) -> None:
+    # No dates and versions inside: the same rows give the same bytes.
+    drawn.savefig(path, metadata={"Software": None} if path.suffix == ".png" else {"CreationDate": None})

@@ -1,0 +1,272 @@
+"""Quality against end-to-end latency, one panel a profile: which settings are worth choosing on which
+link.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from analysis import settings, stats
+from analysis.describe import caveats, conditions, subject
+from analysis.figures import NotInThisRun, labels
+from analysis.figures.style import GREY, INK, Frame, Mark, legend_columns, marks, panel_title
+from analysis.run import Run
+from analysis.settings import DELTA_NLL, QUALITY_FLOOR, SCORE, Measured, Metric
+
+#: From this ratio of the largest to the smallest latency in a panel on, its axis is logarithmic.
+LOGARITHMIC_FROM = 5.0
+_FULL: dict[str, Any] = {"color": INK, "lw": 0.9, "ls": (0, (5, 3))}
+_FRONT: dict[str, Any] = {"color": GREY, "lw": 2.2, "alpha": 0.55}
+_SPLIT_FRONT: dict[str, Any] = {"color": INK, "lw": 1.0, "ls": (0, (1, 1.6))}
+_RING: dict[str, Any] = {
+    "marker": "o",
+    "markersize": 16,
+    "markerfacecolor": "none",
+    "markeredgecolor": INK,
+    "ls": "none",
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one panel shows. `full`: the full cache's quality, NaN where unknown; `chosen`: what gets a
+    ring.
+    """
+
+    title: str
+    conditions: str
+    measured: list[Measured]
+    full: float
+    chosen: list[Measured]
+
+
+def draw(run: Run) -> Figure:
+    """Mean score over all tasks against median latency; several tasks count equally."""
+    _need(run, SCORE, "score")
+    panels = [_panel(name, rows, SCORE) for name, rows in settings.panels(run.rows)]
+    tasks = run.rows["task"].nunique()
+    what = "mean score" + (f" over {tasks} tasks" if tasks > 1 else "")
+    return _figure(run, panels, _columns(panels), SCORE, "Answer quality against end-to-end latency", what)
+
+
+def draw_by_task(run: Run) -> Figure:
+    """The same with a row of panels for each profile and a column for each task."""
+    _need(run, SCORE, "score")
+    tasks = list(run.rows["task"].unique())
+    if len(tasks) < 2:
+        raise NotInThisRun(f"{run.path} has one task only; draw latency_quality instead")
+    panels = [
+        _panel(f"{name} · {task}", rows[rows["task"] == task], SCORE)
+        for name, rows in settings.panels(run.rows)
+        for task in tasks
+        if (rows["task"] == task).any()
+    ]
+    title = "Answer quality against end-to-end latency, task by task"
+    return _figure(run, panels, min(3, len(tasks)), SCORE, title, "mean score")
+
+
+def draw_nll(run: Run) -> Figure:
+    """Paired rise of the gold answer's NLL over the full cache's against median latency."""
+    _need(run, DELTA_NLL, "nll beside a reference_nll")
+    panels = [_panel(name, rows, DELTA_NLL) for name, rows in settings.panels(run.rows)]
+    title = "Lost likelihood of the gold answer against end-to-end latency"
+    what = "mean of NLL − full cache's NLL on the same example, lower is better"
+    return _figure(run, panels, _columns(panels), DELTA_NLL, title, what)
+
+
+def _need(run: Run, metric: Metric, column: str) -> None:
+    if not np.isfinite(metric.values(run.rows)).any():
+        raise NotInThisRun(f"{run.path}: no finished trial has a {column}")
+
+
+def _columns(panels: list[Panel]) -> int:
+    return 1 if len(panels) == 1 else 2 if len(panels) <= 6 else 3
+
+
+def _panel(name: str, rows: pd.DataFrame, metric: Metric) -> Panel:
+    measured = [m for m in settings.measure(rows, metric) if math.isfinite(m.quality.value)]
+    measured = [m for m in measured if m.latency.value > 0]
+    full = settings.full_cache_quality(rows) if metric is SCORE else 0.0
+    choices = [measured, _split(measured)] if metric is SCORE else []
+    chosen = [found for c in choices if (found := settings.fastest_that_holds(c, full)) is not None]
+    return Panel(name, conditions(rows), measured, full, chosen)
+
+
+def _split(measured: list[Measured]) -> list[Measured]:
+    return [m for m in measured if m.placement == "split"]
+
+
+def _figure(run: Run, panels: list[Panel], columns: int, metric: Metric, title: str, what: str) -> Figure:
+    looks = marks({m.label: (m.label, m.placement, m.codec) for p in panels for m in p.measured}.values())
+    links = run.rows["profile"].nunique()
+    compared = (
+        f"{len(looks)} settings on {links} emulated link{'' if links == 1 else 's'} · {subject(run.rows)}"
+    )
+    frame = Frame(
+        title=title,
+        subtitle=f"{compared}\n{what}; median latency; bars: 95 % bootstrap intervals over examples",
+        footnotes=[_reading(panels), *caveats(run)],
+        rows=math.ceil(len(panels) / columns),
+        columns=columns,
+        panel={1: 3.4, 2: 2.25, 3: 1.95}[columns],
+        legend=0.2 * math.ceil(len(looks) / legend_columns(looks)) + 0.4,
+    )
+    figure, axes = frame.figure()
+    for index, ax in enumerate(axes):
+        if index >= len(panels):
+            ax.set_axis_off()
+            continue
+        _limit_quality(ax, panels, metric)
+        _draw_panel(ax, panels[index], looks, metric)
+        if index % columns == 0:
+            ax.set_ylabel(metric.label)
+        if index + columns >= len(panels):
+            ax.set_xlabel("end-to-end latency (s)")
+    _legends(figure, looks, panels, frame.footer)
+    return figure
+
+
+def _reading(panels: list[Panel]) -> str:
+    note = "Shape: selector or placement. Fill: precision (full 16 bit, left half 8 bit, open 4 bit)."
+    note += " Size: tokens kept."
+    if any(len(p.chosen) > 1 and p.chosen[0] is not p.chosen[1] for p in panels):
+        note += " Thick ring: fastest of all; thin ring: fastest that sends KV."
+    return note
+
+
+def _legends(figure: Figure, looks: dict[str, Mark], panels: list[Panel], bottom: float) -> None:
+    """The settings' marks, and below them the lines; `bottom`: where they begin, in inches."""
+    lines = [Line2D([], [], **_FRONT, label="Pareto front")]
+    if any(len(_split(p.measured)) < len(p.measured) for p in panels):
+        lines.append(Line2D([], [], **_SPLIT_FRONT, label="… of the settings that send KV"))
+    lines.append(Line2D([], [], **_FULL, label="full cache"))
+    if any(p.chosen for p in panels):
+        ring = Line2D(
+            [], [], **{**_RING, "markersize": 11}, label=f"fastest with ≥ {QUALITY_FLOOR:.0%} of full cache"
+        )
+        lines.append(ring)
+    height = float(figure.get_size_inches()[1])
+    compact: dict[str, Any] = {
+        "loc": "lower center",
+        "handletextpad": 0.5,
+        "borderpad": 0.2,
+        "labelspacing": 0.45,
+    }
+    names = [mark.handle(label) for label, mark in looks.items()]
+    for handles, columns, above in ((lines, len(lines), 0.0), (names, legend_columns(looks), 0.24)):
+        at = (0.5, (bottom + above - 0.04) / height)
+        figure.legend(handles=handles, ncols=columns, bbox_to_anchor=at, columnspacing=1.5, **compact)
+
+
+def _draw_panel(ax: Axes, panel: Panel, looks: dict[str, Mark], metric: Metric) -> None:
+    panel_title(ax, panel.title, panel.conditions)
+    if not panel.measured:
+        ax.text(0.5, 0.5, "nothing measured here", transform=ax.transAxes, ha="center", color="#555555")
+        return
+    if math.isfinite(panel.full):
+        ax.axhline(panel.full, zorder=1, **_FULL)
+    for one in panel.measured:
+        mark = looks[one.label]
+        for xs, ys in _bars(one):
+            ax.plot(xs, ys, color=mark.color, lw=1.0, alpha=0.6, zorder=2, solid_capstyle="butt")
+        ax.plot(one.latency.value, one.quality.value, zorder=4, **mark.options())
+    for one, width in zip(panel.chosen, (1.4, 0.8), strict=False):
+        ax.plot(one.latency.value, one.quality.value, zorder=3.5, markeredgewidth=width, **_RING)
+    _limit_latency(ax, panel.measured)
+    whole = _front(panel.measured, metric)
+    sent = _front(_split(panel.measured), metric)
+    _draw_front(ax, whole, _FRONT)
+    if sent and sent != whole:
+        _draw_front(ax, sent, _SPLIT_FRONT)
+    _label(ax, panel, metric)
+
+
+def _bars(one: Measured) -> Iterable[tuple[tuple[float, float], tuple[float, float]]]:
+    """The intervals' lines as (xs, ys)."""
+    x, y = one.latency, one.quality
+    return ((x.low, x.high), (y.value, y.value)), ((x.value, x.value), (y.low, y.high))
+
+
+def _front(measured: list[Measured], metric: Metric) -> list[Measured]:
+    sign = 1.0 if metric.higher_is_better else -1.0
+    indices = stats.pareto_front(
+        [m.latency.value for m in measured], [sign * m.quality.value for m in measured]
+    )
+    return [measured[int(i)] for i in indices]
+
+
+def _draw_front(ax: Axes, front: list[Measured], look: dict[str, Any]) -> None:
+    """A step at each member: the best quality to be had at that latency or less."""
+    xs = [m.latency.value for m in front] + [ax.get_xlim()[1]]
+    ys = [m.quality.value for m in front]
+    ax.step(xs, [*ys, ys[-1]], where="post", zorder=1.5, **look)
+
+
+def _label(ax: Axes, panel: Panel, metric: Metric) -> None:
+    """Name the members of both fronts and the placements in the panel itself; the legend names all."""
+    if not panel.measured:
+        return
+    named = _front(_split(panel.measured), metric) + _front(panel.measured, metric)
+    named += [m for m in panel.measured if m.placement != "split"]
+    points = {m.label: (m.latency.value, m.quality.value, m.label) for m in named}
+    everywhere = [(m.latency.value, m.quality.value) for m in panel.measured]
+    lines = [((xs[0], ys[0]), (xs[1], ys[1])) for m in panel.measured for xs, ys in _bars(m)]
+    for front in (_front(panel.measured, metric), _front(_split(panel.measured), metric)):
+        lines += _steps(ax, front)
+    lines.append(((ax.get_xlim()[0], panel.full), (ax.get_xlim()[1], panel.full)))
+    labels.place(ax, list(points.values()), everywhere, [line for line in lines if np.isfinite(line).all()])
+
+
+def _steps(ax: Axes, front: list[Measured]) -> list[labels.Segment]:
+    """A front's horizontal and vertical pieces."""
+    at = [(m.latency.value, m.quality.value) for m in front]
+    ends = [*at[1:], (ax.get_xlim()[1], at[-1][1])] if at else []
+    across = [((x, y), (end, y)) for (x, y), (end, _) in zip(at, ends, strict=True)]
+    return across + [((end, y), (end, above)) for (_, y), (end, above) in zip(at, ends, strict=True)]
+
+
+def _limit_latency(ax: Axes, measured: list[Measured]) -> None:
+    ends = [e for m in measured for e in (m.latency.low, m.latency.value, m.latency.high) if e > 0]
+    low, high = min(ends), max(ends)
+    if high / low < LOGARITHMIC_FROM:
+        pad = 0.1 * (high - low) or 0.1 * high
+        ax.set_xlim(max(0, low - pad), high + pad)
+        ax.xaxis.set_major_locator(MaxNLocator(6))
+    else:
+        pad = (high / low) ** 0.1
+        low, high = low / pad, high * pad
+        ax.set_xscale("log")
+        ax.set_xlim(low, high)
+        decades = 10.0 ** np.arange(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        steps = (1, 2, 5) if high / low < 300 else (1,)
+        ticks = sorted(float(d * s) for d in decades for s in steps)
+        ax.xaxis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
+        ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _limit_quality(ax: Axes, panels: list[Panel], metric: Metric) -> None:
+    ends = [e for p in panels for m in p.measured for e in (m.quality.low, m.quality.value, m.quality.high)]
+    ends = [e for e in [*ends, *(p.full for p in panels)] if math.isfinite(e)] or [0.0, 1.0]
+    low, high = min(ends), max(ends)
+    if metric.bounds is not None and low < 0.35 * metric.bounds[1]:
+        low = min(low, metric.bounds[0])
+    pad = 0.06 * (high - low) or 0.05
+    ax.set_ylim(low - pad, high + pad)
+    if metric is DELTA_NLL and high > 1:
+        ax.set_yscale("symlog", linthresh=0.1, linscale=0.7)
+        ax.set_ylim(min(low * 1.3, -0.03), high * 1.4)
+        ticks = [-1, -0.1, 0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20]
+        ax.yaxis.set_major_locator(FixedLocator([t for t in ticks if min(low, -0.01) <= t <= high * 1.4]))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

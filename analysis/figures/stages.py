@@ -1,0 +1,146 @@
+"""Where the time goes: mean stage times of each setting, stacked, one panel a profile."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from analysis import settings
+from analysis.describe import caveats, conditions, subject
+from analysis.figures.style import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    YELLOW,
+    Frame,
+    panel_title,
+)
+from analysis.run import Run, stage_names
+
+# Hatches alternate between dense and sparse, so that neighbours differ in a black-and-white print.
+LOOKS = {
+    "prefill_s": (BLUE, "", "prefill (edge)"),
+    "select_s": (YELLOW, "....", "select (edge)"),
+    "encode_s": (PURPLE, "xxxx", "encode (edge)"),
+    "connect_s": (INK, "", "connect"),
+    "transmit_s": (ORANGE, "////", "transmit"),
+    "decode_s": (GREEN, "----", "decode (cloud)"),
+    "first_token_s": (SKY, "", "first token"),
+    "generate_s": (VERMILLION, "\\\\\\\\", "further tokens"),
+}
+
+
+def draw(run: Run) -> Figure:
+    """Mean time of each stage; means, because only they add up to the mean of the whole."""
+    panels = list(settings.panels(run.rows))
+    columns = 1 if len(panels) == 1 else 2
+    stages = stage_names(run.rows)
+    order = list(settings.labelled(run.rows)["setting"].unique())
+    bars = len(order)
+    links = f"{len(panels)} emulated link{'' if len(panels) == 1 else 's'}"
+    frame = Frame(
+        title="Where the time of a request goes",
+        subtitle=(
+            f"{bars} settings on {links} · {subject(run.rows)}\n"
+            "mean time of each stage; each panel has its own time scale"
+        ),
+        footnotes=[
+            "Beside each bar: mean end-to-end latency, and mean payload. "
+            "First token: from the cache rebuilt (or the text received) to the first token at the edge.",
+            *caveats(run),
+        ],
+        rows=math.ceil(len(panels) / columns),
+        columns=columns,
+        panel=0.1 + 0.205 * bars,
+        legend=0.2 * math.ceil(len(stages) / 4) + 0.14,
+        left=0.2 + 0.072 * max(map(len, order)),
+        between=0.22,
+    )
+    figure, axes = frame.figure()
+    for index, ax in enumerate(axes):
+        if index >= len(panels):
+            ax.set_axis_off()
+            continue
+        _draw_panel(ax, *panels[index], stages, names=order)
+        ax.tick_params(labelleft=index % columns == 0)
+        if index + columns >= len(panels):
+            ax.set_xlabel("time (s)")
+    figure.legend(
+        handles=[_patch(stage) for stage in stages],
+        loc="lower center",
+        ncols=4,
+        bbox_to_anchor=(0.5, (frame.footer - 0.04) / figure.get_size_inches()[1]),
+        columnspacing=1.6,
+        handlelength=2.4,
+        borderpad=0.2,
+        labelspacing=0.45,
+    )
+    return figure
+
+
+def _patch(stage: str) -> Patch:
+    color, hatch, label = LOOKS[stage]
+    return Patch(facecolor=color, hatch=hatch, edgecolor=INK, linewidth=0.5, label=label)
+
+
+def _draw_panel(ax: Axes, name: str, rows: pd.DataFrame, stages: list[str], names: list[str]) -> None:
+    """One profile's bars; every panel has every setting's place, so that rows of bars line up across
+    panels.
+    """
+    panel_title(ax, name, conditions(rows))
+    means = rows.groupby("setting")[[*stages, "e2e_s", "payload_bytes"]].mean().reindex(names)
+    places = list(range(len(means)))
+    start = pd.Series(0.0, index=means.index)
+    for stage in stages:
+        color, hatch, _ = LOOKS[stage]
+        ax.barh(
+            places,
+            means[stage],
+            left=start,
+            height=0.74,
+            color=color,
+            hatch=hatch,
+            edgecolor=INK,
+            linewidth=0.4,
+        )
+        start = start + means[stage]
+    for place, end, total, payload in zip(places, start, means["e2e_s"], means["payload_bytes"], strict=True):
+        if not total >= 0:
+            continue  # not run on this profile
+        text = f"{_seconds(total)} · {_megabytes(payload)}" if payload else _seconds(total)
+        ax.annotate(
+            text,
+            (end, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7.6,
+            color=INK,
+        )
+    ax.set_yticks(places, names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    width = ax.get_window_extent().width / ax.figure.dpi
+    ax.set_xlim(
+        0, (float(start.max()) or 1.0) * width / max(0.3 * width, width - 1.3)
+    )  # room for a bar's text
+    ax.xaxis.set_major_locator(MaxNLocator(6))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:.2f} MB" if size >= 95_000 else f"{size / 1e3:.1f} kB"

@@ -1,0 +1,218 @@
+"""How figures look: fonts, the frame with title and footnote, and one mark per setting that survives a
+black-and-white print.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+# M. Okabe and K. Ito, "Color Universal Design", 2008: eight colours told apart with every common colour
+# vision.
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+GREY, INK = "#8A8A8A", "#222222"
+
+WIDTH = 9.0  #: inches; at 100 pixels an inch this is a README's width
+
+
+def style() -> AbstractContextManager[None]:
+    """The settings under which figures are made and saved."""
+    return matplotlib.rc_context(
+        {
+            "font.family": "DejaVu Sans",
+            "font.size": 9,
+            "axes.titlesize": 9.5,
+            "axes.labelsize": 9,
+            "axes.edgecolor": "#666666",
+            "axes.linewidth": 0.8,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#E6E6E6",
+            "grid.linewidth": 0.7,
+            "hatch.linewidth": 0.6,
+            "legend.frameon": False,
+            "legend.fontsize": 8.5,
+            "pdf.fonttype": 42,  # text stays text
+            "savefig.dpi": 200,
+            "xtick.labelsize": 8.5,
+            "ytick.labelsize": 8.5,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A setting's mark: shape and colour say the selector or placement, the fill says the precision, the
+    size what is kept.
+    """
+
+    marker: str
+    color: str
+    fill: str = "full"  #: matplotlib's fillstyle
+    size: float = 8.0
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `Axes.plot`."""
+        # An open mark is filled with white: lines behind it must not show through.
+        solid = self.fill == "full"
+        return {
+            "marker": self.marker,
+            "color": self.color,
+            "markerfacecolor": "white" if self.fill == "none" else self.color,
+            "markerfacecoloralt": "white",
+            "fillstyle": "full" if self.fill == "none" else self.fill,
+            "markersize": self.size,
+            "markeredgecolor": INK if solid else self.color,
+            "markeredgewidth": 0.6 if solid else 1.3,
+            "linestyle": "none",
+        }
+
+    def handle(self, label: str) -> Line2D:
+        """What stands for the mark in a legend."""
+        return Line2D([], [], label=label, **self.options())
+
+
+_PLACEMENTS = {"cloud": Mark("*", VERMILLION, size=13), "edge": Mark("X", VERMILLION, size=9)}
+_SELECTORS = {
+    "": ("o", BLACK),
+    "q2c": ("s", BLUE),
+    "snapkv": ("^", ORANGE),
+    "h2o": ("D", GREEN),
+    "window": ("v", SKY),
+    "random": ("p", PURPLE),
+}
+_SPARE = [("P", BLUE), ("h", ORANGE), ("<", GREEN), (">", PURPLE), ("d", SKY), ("8", GREY)]
+_FILLS = {16: "full", 8: "left", 4: "none"}
+_SELECTOR = re.compile(r"([a-z0-9_-]+)@([0-9.]+)")
+_BITS = re.compile(r"(?:fp|bf|int|bits=)(\d+)")
+
+
+def marks(settings: Iterable[tuple[str, str, str]]) -> dict[str, Mark]:
+    """A mark for each (label, placement, codec), by label; distinct ones as long as shapes, fills and sizes
+    last.
+    """
+    shapes = dict(_SELECTORS)
+    spare = iter(_SPARE * 20)
+    taken: set[Mark] = set()
+    found: dict[str, Mark] = {}
+    for label, placement, codec in settings:
+        mark = _PLACEMENTS.get(placement) or _codec_mark(codec, shapes, spare)
+        for fill in ("top", "bottom", "right", "full", "none", "left"):
+            if mark in taken:
+                mark = Mark(mark.marker, mark.color, fill, mark.size)
+        taken.add(mark)
+        found[label] = mark
+    return found
+
+
+def _codec_mark(codec: str, shapes: dict[str, tuple[str, str]], spare: Any) -> Mark:
+    selector, bits = _SELECTOR.match(codec), _BITS.search(codec)
+    quantizer = codec.split("+")[0].split("(")[0]
+    name = selector[1] if selector else "" if re.fullmatch(r"(?:fp|bf|int)\d+", quantizer) else quantizer
+    if name not in shapes:
+        shapes[name] = next(spare)
+    marker, color = shapes[name]
+    kept = float(selector[2]) if selector and selector[2].count(".") <= 1 else 1.0
+    size = 5.2 + 3.2 * min(1.0, max(0.0, kept)) ** 0.75 if selector else 7.5
+    return Mark(marker, color, _FILLS.get(int(bits[1]) if bits else 16, "bottom"), size)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A figure of equal panels with title, subtitle, legend and footnotes around them; lengths in inches.
+
+    The places are computed, not left to a layout engine: they are then known before anything is drawn.
+    """
+
+    title: str
+    subtitle: str
+    footnotes: list[str]
+    rows: int
+    columns: int
+    panel: float  #: height of one panel's axes
+    legend: float  #: height left free for the legend, above the footnotes
+    left: float = 0.62  #: room for the labels of the leftmost axes
+    between: float = 0.55  #: and of the others
+    above: float = 0.44  #: room for a panel's title
+    below: float = 0.24  #: and for its ticks
+
+    @property
+    def footer(self) -> float:
+        """Height of the footnotes: where the legend begins."""
+        return 0.14 + 0.135 * len(_wrapped(self.footnotes, WIDTH * 19.6))
+
+    def figure(self) -> tuple[Figure, list[Axes]]:
+        """The figure with its texts, and its axes row by row."""
+        below = _wrapped(self.subtitle.splitlines(), WIDTH * 14.5)
+        notes = _wrapped(self.footnotes, WIDTH * 19.6)
+        head = 0.42 + 0.16 * len(below)
+        foot = self.footer + self.legend + self.below + 0.22
+        step = self.panel + self.above + self.below
+        height = head + self.rows * step - self.below + foot
+        figure = Figure(figsize=(WIDTH, height))
+        start = 0.1 / WIDTH
+        figure.text(start, 1 - 0.1 / height, self.title, va="top", fontsize=12, fontweight="bold", color=INK)
+        figure.text(
+            start,
+            1 - 0.36 / height,
+            "\n".join(below),
+            va="top",
+            fontsize=8.5,
+            color="#444444",
+            linespacing=1.3,
+        )
+        figure.text(
+            start,
+            0.08 / height,
+            "\n".join(notes),
+            va="bottom",
+            fontsize=7.2,
+            color="#555555",
+            linespacing=1.3,
+        )
+        wide = (WIDTH - self.left - 0.12 - (self.columns - 1) * self.between) / self.columns
+        grid = {
+            "left": self.left / WIDTH,
+            "right": 1 - 0.12 / WIDTH,
+            "top": 1 - (head + self.above) / height,
+            "bottom": foot / height,
+            "wspace": self.between / wide,
+            "hspace": (self.above + self.below) / self.panel,
+        }
+        axes = figure.subplots(self.rows, self.columns, squeeze=False, gridspec_kw=grid)
+        return figure, list(axes.flat)
+
+
+def _wrapped(paragraphs: Iterable[str], characters: float) -> list[str]:
+    return [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, int(characters))]
+
+
+def panel_title(axes: Axes, title: str, below: str) -> None:
+    """A panel's name, and under it the conditions that it shows; both kept within the panel's width."""
+    width = axes.get_window_extent().width / axes.figure.dpi * 72  # points
+    if len(title) * 6.3 > width:
+        title = textwrap.shorten(title.replace(",", ", "), int(width / 6.3), placeholder=" …")
+    size = min(8.0, width / (0.55 * max(1, len(below))))
+    looks: list[tuple[str, int, dict[str, Any]]] = [
+        (title, 17, {"fontsize": 9.5, "fontweight": "bold"}),
+        (below, 5, {"fontsize": size, "color": "#444444"}),
+    ]
+    for text, height, look in looks:
+        axes.annotate(text, (0, 1), (0, height), xycoords="axes fraction", textcoords="offset points", **look)
+
+
+def legend_columns(labels: Iterable[str], most: int = 5) -> int:
+    """How many columns of these labels fit beside each other."""
+    return max(1, min(most, int((WIDTH - 0.2) / (0.5 + 0.072 * max(map(len, labels), default=1)))))

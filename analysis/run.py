@@ -1,0 +1,216 @@
+"""A run's directory as data: rows in a typed table, the manifest, the calibration, and what is missing of
+them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from testbed.errors import UsageError
+from testbed.results import FORMAT, STAGES, Row, RunDirectory
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. `rows` are the finished trials, `failed` those whose `error` is not empty; both have every
+    column of `Row`.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    calibration: dict[str, Any]
+    rows: pd.DataFrame
+    failed: pd.DataFrame
+    where: str = ""  #: the expression that selected the rows; empty: all of them
+    notes: tuple[str, ...] = field(default=())  #: what was missing or unreadable in the directory
+
+    def require(self, rows: int = 1) -> Run:
+        """This run. Raises UsageError where it has fewer finished trials than `rows`."""
+        have = len(self.rows)
+        if have >= rows:
+            return self
+        what = f"{self.path} has {'no' if have == 0 else have} finished trial{'' if have == 1 else 's'}"
+        if self.where:
+            what += f" where {self.where}"
+        if have:
+            what += f"; a figure compares at least {rows}"
+        if len(self.failed):
+            first = str(self.failed["error"].iloc[0]).splitlines()[0][:200]
+            what += f" ({len(self.failed)} failed, the first with: {first})"
+        elif not have and not self.where:
+            what += f"; continue the run with: testbed run --resume {self.path}"
+        raise UsageError(what)
+
+    def write(self, name: str, produce: Callable[[Path], object]) -> Path:
+        """Have `produce` write a temporary file and move it to `name` (relative to the directory) in one
+        step.
+
+        What is written belongs to the directory's owner, also under sudo. Raises UsageError where writing
+        fails.
+        """
+        target = self.path / name
+        try:
+            if not target.parent.is_dir():
+                target.parent.mkdir()
+                self._claim(target.parent)
+            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=target.suffix)
+            os.close(handle)
+            try:
+                produce(Path(temporary))
+                Path(temporary).chmod(0o644)
+                self._claim(Path(temporary))
+                Path(temporary).replace(target)
+            except BaseException:
+                Path(temporary).unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise UsageError(f"cannot write {target}: {error.strerror or error}") from error
+        return target
+
+    def _claim(self, path: Path) -> None:
+        if os.geteuid() == 0:
+            owner = self.path.stat()
+            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+
+
+def load(path: Path, where: str | None = None) -> Run:
+    """Read a run's directory; files that are missing and lines that a kill cut off become `Run.notes`.
+
+    `where` selects rows with a pandas query over the columns. Raises UsageError where `path` is no run
+    directory, was written in another format, or `where` cannot be evaluated.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UsageError(
+            f"{path} is not a directory; name a run's directory, such as results/5g-20250101T120000Z"
+        )
+    present = [n for n in ("manifest.json", "trials.jsonl", "trials.parquet") if (path / n).is_file()]
+    if not present:
+        raise UsageError(f"{path} is not a run directory (it has neither manifest.json nor trials.jsonl)")
+    notes: list[str] = []
+    directory = RunDirectory(path)
+    manifest = _object(directory.manifest, "manifest.json", path, notes)
+    found = manifest.get("format", FORMAT)
+    if found != FORMAT:
+        raise UsageError(f"{path}: written in format {found!r}; this version reads format {FORMAT}")
+    calibration = _object(directory.calibration, "calibration.json", path, notes)
+    table = _latest(_typed(_read_rows(directory, notes)))
+    if where:
+        table = _select(table, where)
+    failed = table["error"] != ""
+    return Run(
+        path=path,
+        manifest=manifest,
+        calibration=calibration,
+        rows=table[~failed].reset_index(drop=True),
+        failed=table[failed].reset_index(drop=True),
+        where=where or "",
+        notes=tuple(notes),
+    )
+
+
+def _object(read: Callable[[], dict[str, Any]], name: str, path: Path, notes: list[str]) -> dict[str, Any]:
+    if not (path / name).is_file():
+        notes.append(f"{name} is missing")
+        return {}
+    try:
+        return read()
+    except UsageError:
+        notes.append(f"{name} cannot be read")
+        return {}
+
+
+def _read_rows(directory: RunDirectory, notes: list[str]) -> pd.DataFrame:
+    path = directory.path / "trials.jsonl"
+    if path.is_file():
+        rows = list(directory.rows())
+        with path.open("rb") as lines:
+            unreadable = sum(1 for line in lines if line.strip()) - len(rows)
+        if unreadable > 0:
+            notes.append(
+                f"{unreadable} unreadable line{'s' if unreadable > 1 else ''} of trials.jsonl passed over"
+            )
+        return pd.DataFrame(rows)
+    notes.append("trials.jsonl is missing")
+    try:
+        return pd.read_parquet(directory.path / "trials.parquet")
+    except (OSError, ValueError):
+        return pd.DataFrame()
+
+
+def _typed(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with every column of `Row`, in its type and order, and unknown columns behind them."""
+    columns: dict[str, pd.Series[Any]] = {}
+    for column in dataclasses.fields(Row):
+        values = table[column.name] if column.name in table else pd.Series([None] * len(table), dtype=object)
+        kind = str(column.type)
+        default = column.default if column.default is not dataclasses.MISSING else None
+        if kind == "str":
+            columns[column.name] = values.map(lambda v: v if isinstance(v, str) else "").astype(object)
+        elif kind == "bool":
+            known = values.map(lambda v: isinstance(v, bool | np.bool_))
+            columns[column.name] = values.where(known, default).astype(bool)
+        else:
+            columns[column.name] = _numbers(values, kind == "int", default)
+    extra = {str(name): table[name] for name in table.columns if name not in columns}
+    return pd.DataFrame({**columns, **extra})
+
+
+def _numbers(values: pd.Series[Any], whole: bool, default: Any) -> pd.Series[Any]:
+    # Through Python floats: to_numeric raises on integers that do not fit in 64 bits.
+    numbers = values.map(_number).astype("float64")
+    if whole:
+        return numbers.fillna(default or 0).clip(-(2.0**62), 2.0**62).round().astype("int64")
+    return numbers if default is None else numbers.fillna(default)
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float | np.number):
+        return math.nan
+    try:
+        number = float(value)
+    except OverflowError:
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
+def _latest(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per trial: a trial that failed and finished when the run was resumed counts as finished."""
+    order = np.lexsort((np.arange(len(table)), (table["error"] == "").to_numpy()))
+    kept = table.iloc[order]
+    kept = kept[(kept["trial"] == "") | ~kept.duplicated("trial", keep="last")]
+    return kept.sort_index()
+
+
+def _select(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    outside_quotes = re.sub(r"'[^']*'|\"[^\"]*\"", "", where)
+    if "@" in outside_quotes or "__" in where:
+        raise UsageError(
+            f"--where {where!r}: only columns, values and comparisons, such as 'profile == \"5g-mid\"'"
+        )
+    try:
+        chosen = table.query(where, engine="python")
+    except Exception as error:  # pandas raises whatever the expression makes Python raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"--where {where!r}: {reason}; write it as 'profile == \"5g-mid\" and e2e_s < 2'"
+        ) from error
+    if not isinstance(chosen, pd.DataFrame):
+        raise UsageError(f"--where {where!r}: does not select rows; write it as 'profile == \"5g-mid\"'")
+    return chosen
+
+
+def stage_names(rows: pd.DataFrame) -> list[str]:
+    """The stages that take any time in these rows, in the order in which they happen."""
+    return [stage for stage in STAGES if (rows[stage] > 0).any()]

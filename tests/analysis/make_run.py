@@ -1,0 +1,143 @@
+"""Writes a run directory with plausible rows, as a source of known input for the figures' and tables' tests.
+
+Nothing here is a measurement: latencies follow from bytes and rates, qualities from a table, both with
+seeded noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from testbed.results import FORMAT, STAGES, Row
+
+#: profile -> rate up and down (bit/s), one-way delay (s), loss
+PROFILES: dict[str, tuple[float, float, float, float]] = {
+    "5g-good": (100e6, 300e6, 0.008, 0.0),
+    "5g-mid": (30e6, 100e6, 0.015, 0.001),
+    "5g-edge": (5e6, 15e6, 0.030, 0.01),
+    "lte": (10e6, 30e6, 0.035, 0.005),
+}
+#: codec -> share of the fp16 cache's bytes, probability of a right answer, mean rise of the NLL
+CODECS: dict[str, tuple[float, float, float]] = {
+    "fp16": (1.0, 0.80, 0.0),
+    "int8": (0.53, 0.80, 0.002),
+    "int4": (0.28, 0.70, 0.12),
+    "q2c@0.5+int8": (0.27, 0.78, 0.05),
+    "q2c@0.25+int8": (0.135, 0.72, 0.2),
+    "q2c@0.25+int4": (0.072, 0.60, 0.35),
+    "snapkv@0.25+int8": (0.135, 0.55, 0.7),
+    "h2o@0.25+int8": (0.135, 0.35, 1.3),
+    "window@0.25+int8": (0.135, 0.25, 1.9),
+    "random@0.25+int8": (0.135, 0.15, 2.6),
+}
+KV_BYTES = 480 * 2 * 30 * 3 * 64 * 2  # tokens, K and V, layers, heads, head size, bytes
+
+
+def make_run(
+    path: Path,
+    profiles: tuple[str, ...] = tuple(PROFILES),
+    codecs: tuple[str, ...] = tuple(CODECS),
+    placements: tuple[str, ...] = ("split", "cloud", "edge"),
+    tasks: tuple[str, ...] = ("passages", "needle"),
+    examples: int = 20,
+    seed: int = 0,
+    **overrides: Any,
+) -> Path:
+    """Write manifest, calibration and trials; `overrides` are `Row` fields that every row gets."""
+    rng = np.random.default_rng(seed)
+    path.mkdir(parents=True, exist_ok=True)
+    settings = [("split", c) for c in codecs if "split" in placements] + [
+        (p, "") for p in placements if p != "split"
+    ]
+    rows = [
+        dataclasses.replace(_row(rng, profile, placement, codec, task, example), **overrides)
+        for profile in profiles
+        for placement, codec in settings
+        for task in tasks
+        for example in range(examples)
+    ]
+    manifest = {
+        "format": FORMAT,
+        "scenario": {"name": "synthetic", "model": "smollm2-135m"},
+        "emulator": "userspace",
+    }
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "calibration.json").write_text("{}")
+    write_rows(path, rows)
+    return path
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    (path / "trials.jsonl").write_text("".join(json.dumps(dataclasses.asdict(r)) + "\n" for r in rows))
+
+
+def _row(rng: np.random.Generator, profile: str, placement: str, codec: str, task: str, example: int) -> Row:
+    up, down, delay, loss = PROFILES[profile]
+    share, right, rise = CODECS.get(codec, (0.0, 0.8, 0.0))
+    easy = np.random.default_rng([example, len(task)]).random()  # the same example is as hard for every codec
+    jitter = float(rng.lognormal(0, 0.06))
+    payload = int(KV_BYTES * share) if placement == "split" else 1900 if placement == "cloud" else 0
+    stages = dict.fromkeys(STAGES, 0.0)
+    if placement != "cloud":
+        stages["prefill_s"] = 0.55 * jitter
+    if placement != "edge":
+        goodput = up if loss == 0 else min(up, 1460 * 8 * 1.2 / (2 * delay * loss**0.5))
+        stages["connect_s"] = 2 * delay + 0.0004
+        stages["transmit_s"] = delay + payload * 8 * 1.05 / goodput * float(rng.lognormal(0, 0.1))
+        stages["decode_s"] = (0.01 + payload * 2e-9) * jitter if placement == "split" else 0.0
+    if placement == "split":
+        stages["select_s"] = 0.02 * jitter if "@" in codec else 0.0
+        stages["encode_s"] = (0.015 + share * 0.03) * jitter if codec != "fp16" else 0.004
+    stages["first_token_s"] = (0.06 if placement != "cloud" else 0.5) * jitter + (
+        delay if placement != "edge" else 0
+    )
+    stages["generate_s"] = 0.03 * int(rng.integers(2, 9)) * jitter
+    correct = easy < right + float(rng.normal(0, 0.05)) * (codec != "fp16")
+    f1 = 1.0 if correct else round(float(rng.beta(0.6, 3)), 3)
+    nll = 0.4 + easy
+    return Row(
+        trial=f"{profile}/{placement}/{codec}/{task}/{example}",
+        cell=f"{profile}/{placement}/{codec}/{task}",
+        repeat=0,
+        started_at="2025-01-01T12:00:00Z",
+        model="smollm2-135m",
+        task=task,
+        example=f"{task}-{example}",
+        context_tokens=480 - example,
+        placement=placement,
+        codec=codec,
+        profile=profile,
+        link="wan",
+        emulator="userspace",
+        transport="tcp",
+        congestion="cubic",
+        rate_up_bps=up,
+        rate_down_bps=down,
+        delay_up_s=delay,
+        delay_down_s=delay,
+        loss_up=loss,
+        loss_down=loss,
+        **stages,
+        ttft_s=sum(stages.values()) - stages["generate_s"],
+        e2e_s=sum(stages.values()),
+        reused="prefill" if example else "",
+        kv_bytes=KV_BYTES,
+        payload_bytes=payload,
+        wire_bytes=int(payload * 1.05) + 3000,
+        retransmits=int(rng.poisson(payload / 1460 * loss)),
+        tokens_kept=480,
+        bits_per_element=16 * share,
+        answer="x",
+        score=f1 if task == "passages" else float(correct),
+        em=float(correct),
+        f1=f1,
+        reference_answer="x",
+        reference_score=1.0 if easy < 0.8 else 0.2 * (task == "passages"),
+        nll=nll + rise * float(rng.gamma(2, 0.5)) if codec else nll,
+        reference_nll=nll,
+    )

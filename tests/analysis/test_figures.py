@@ -1,0 +1,224 @@
+"""Figures are written whole, are legible, and say what they show."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+import analysis
+from analysis.figures import FIGURES, figure
+from analysis.figures.style import WIDTH, marks, style
+from analysis.run import load
+from testbed.errors import UsageError
+from tests.analysis.make_run import CODECS, make_run
+from tests.analysis.test_run_directory import lines, rewrite
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("figures") / "run", examples=8)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("small") / "run"
+    return make_run(path, profiles=("5g-mid",), codecs=("fp16", "int8", "q2c@0.25+int4"), examples=5)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Many settings with long names, a link without a rate, one out of tolerance."""
+    path = make_run(tmp_path_factory.mktemp("wide") / "run", examples=4, tasks=("needle",))
+    rows = lines(path)
+    longer = [
+        r | {"codec": r["codec"].replace("snapkv@0.25", "snapkv@0.5(window=32)") + "+zstd"}
+        for r in rows
+        if r["codec"]
+    ]
+    inline = "up:rate=10mbit,delay=20ms,jitter=5ms,loss=1%;down:rate=50mbit,delay=20ms"
+    odd = [
+        r | {"profile": inline, "rate_up_bps": None, "calibrated": False}
+        for r in rows
+        if r["profile"] == "lte"
+    ]
+    rewrite(path, [r | {"trial": str(i)} for i, r in enumerate(rows + longer + odd)])
+    return path
+
+
+def drawn(name: str, path: Path) -> Figure:
+    with style():
+        made = figure(name, load(path))
+        FigureCanvasAgg(made).draw()
+    return made
+
+
+def test_all_figures_are_written_as_picture_and_vector(small: Path) -> None:
+    run = small
+    paths = analysis.draw(run)
+    assert [p.relative_to(run / "figures").name for p in paths] == [
+        f"{n}.{s}" for n in FIGURES for s in ("png", "pdf")
+    ]
+    assert sorted(p.name for p in (run / "figures").iterdir()) == sorted(p.name for p in paths)
+    for path in paths:
+        if path.suffix == ".png":
+            picture = matplotlib.image.imread(path)
+            assert picture.shape[1] == WIDTH * 200
+            assert picture.std() > 0.05
+        else:
+            assert path.read_bytes().startswith(b"%PDF")
+
+
+def test_the_same_rows_give_the_same_bytes(small: Path) -> None:
+    first = [p.read_bytes() for p in analysis.draw(small, ["stages"])]
+    assert [p.read_bytes() for p in analysis.draw(small, ["stages"])] == first
+
+
+def texts(made: Figure) -> list[Text]:
+    return [t for t in made.findobj(Text) if isinstance(t, Text) and t.get_visible() and t.get_text().strip()]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("which", ["run", "wide"])
+def test_no_text_leaves_the_picture(name: str, which: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(which)
+    if name == "latency_quality_by_task" and which == "wide":
+        pytest.skip("this run has one task")
+    made = drawn(name, path)
+    box = made.get_tightbbox(FigureCanvasAgg(made).get_renderer())  # inches, around all that is drawn
+    width, height = made.get_size_inches()
+    assert box.x0 >= 0
+    assert box.y0 >= 0
+    assert box.x1 <= width
+    assert box.y1 <= height
+
+
+@pytest.mark.parametrize("name", ["latency_quality", "latency_nll", "latency_quality_by_task"])
+def test_labels_in_a_panel_cover_neither_each_other_nor_a_mark(name: str, run: Path) -> None:
+    made = drawn(name, run)
+    renderer = FigureCanvasAgg(made).get_renderer()
+    checked = 0
+    for ax in made.axes:
+        labels = [t for t in ax.texts if t.get_text() in [*CODECS, "cloud", "edge"]]
+        boxes = [Text.get_window_extent(t, renderer) for t in labels]
+        for i, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[i + 1 :]), labels[i].get_text()
+            for line in ax.lines:
+                if line.get_marker() not in (None, "None") and line.get_markerfacecolor() != "none":
+                    x, y = ax.transData.transform(line.get_xydata())[0]
+                    assert not box.contains(x, y), labels[i].get_text()
+            checked += 1
+    assert checked >= 3 * len(made.axes)
+
+
+def test_a_figure_says_what_was_run(run: Path) -> None:
+    said = "\n".join(t.get_text() for t in texts(drawn("latency_quality", run)))
+    for words in (
+        "smollm2-135m",
+        "n = 8 examples",
+        "userspace emulator",
+        "95 %",
+        "end-to-end latency (s)",
+        "mean score",
+    ):
+        assert words in said
+    assert "5g-edge" in said
+    assert "5  ↓ 15 Mbit/s · 30 ms one way · 1% loss" in said
+
+
+def test_every_setting_has_its_own_mark() -> None:
+    settings = [(c, "split", c) for c in CODECS] + [("cloud", "cloud", ""), ("edge", "edge", "")]
+    settings += [
+        (c, "split", c)
+        for c in ("kivi(bits=2)", "cachegen(level=2)", "delta(anchor=10)+int4", "mixed(low=4, high=8)")
+    ]
+    found = marks(settings)
+    assert len(set(found.values())) == len(settings)
+    without_colour = {(m.marker, m.fill, round(m.size, 1)) for m in found.values()}
+    assert len(without_colour) == len(settings)
+
+
+def test_stage_bars_add_up_to_the_mean_latency(run: Path) -> None:
+    ax = drawn("stages", run).axes[0]
+    rows = load(run).rows
+    own = rows[(rows["profile"] == "5g-good") & (rows["codec"] == "fp16")]
+    first = [p for p in ax.patches if abs(p.get_y() + p.get_height() / 2) < 0.01]
+    assert sum(p.get_width() for p in first) == pytest.approx(own["e2e_s"].mean())
+
+
+def test_an_unknown_figure_is_a_usage_error_that_names_the_known_ones(run: Path) -> None:
+    with pytest.raises(UsageError, match="unknown figure 'bars'; choose from latency_quality"):
+        analysis.draw(run, ["stages", "bars"])
+
+
+def test_one_row_is_refused_in_words(tmp_path: Path) -> None:
+    path = make_run(
+        tmp_path / "run",
+        profiles=("lte",),
+        codecs=("int8",),
+        placements=("split",),
+        tasks=("needle",),
+        examples=1,
+    )
+    with pytest.raises(UsageError, match="1 finished trial; a figure compares at least 2"):
+        analysis.draw(path)
+    assert not (path / "figures").exists()
+
+
+def test_two_rows_are_drawn_without_intervals(tmp_path: Path) -> None:
+    path = make_run(
+        tmp_path / "run",
+        profiles=("lte",),
+        codecs=("fp16", "int8"),
+        placements=("split",),
+        tasks=("needle",),
+        examples=1,
+    )
+    assert len(analysis.draw(path)) == 6
+
+
+def test_figures_that_the_run_has_no_data_for_are_left_out_or_refused(tmp_path: Path) -> None:
+    path = make_run(
+        tmp_path / "run", profiles=("lte",), codecs=("int8",), tasks=("needle",), examples=3, nll=None
+    )
+    assert {p.stem for p in analysis.draw(path)} == {"latency_quality", "stages"}
+    with pytest.raises(UsageError, match="no finished trial has a nll"):
+        analysis.draw(path, ["latency_nll"])
+    with pytest.raises(UsageError, match="one task only"):
+        analysis.draw(path, ["latency_quality_by_task"])
+
+
+def test_equal_latencies_and_scores_are_drawn(tmp_path: Path) -> None:
+    path = make_run(
+        tmp_path / "run", profiles=("lte",), codecs=("int8", "int4"), examples=3, e2e_s=1.0, score=1.0
+    )
+    assert analysis.draw(path, ["latency_quality"])
+
+
+def test_a_filter_is_named_in_the_figure(run: Path) -> None:
+    with style():
+        made = figure("latency_quality", load(run, 'profile == "lte"'))
+    assert len(made.axes) == 1
+    assert any('Only rows where profile == "lte"' in t.get_text() for t in texts(made))
+
+
+def test_analysis_never_imports_torch_nor_a_window_system(small: Path) -> None:
+    code = (
+        "import sys, pathlib, analysis; assert 'pandas' not in sys.modules\n"
+        f"p = pathlib.Path({str(small)!r}); analysis.headline(p); analysis.draw(p, ['stages'])\n"
+        "assert not {'torch', 'transformers', 'tkinter', 'matplotlib.pyplot'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_marks_are_colours_of_the_colour_blind_safe_palette() -> None:
+    palette = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"}
+    assert {m.color for m in marks([(c, "split", c) for c in CODECS]).values()} <= palette
+    assert np.isfinite([m.size for m in marks([("x", "split", "q2c@1..2+int8")]).values()]).all()
