@@ -178,18 +178,25 @@ def _execute(started: Run, show: Console) -> int:
             click.echo(f"rows so far are in {path}; continue with  testbed run --resume {path}", err=True)
         raise
     show.close()
-    import analysis
-
-    click.echo(analysis.headline(path))
-    summary = analysis.write_summary(path)
-    figures = analysis.draw(path)
-    click.echo(f"\nrows      {path / 'trials.jsonl'}\nsummary   {summary}")
-    for figure in figures:
-        click.echo(f"plot      {figure}")
+    show_results(path)
     if started.failures:
         click.echo(f"testbed: {started.failures} trials failed; their rows say why", err=True)
         return 1
     return 0
+
+
+def show_results(path: Path) -> None:
+    """Draw a finished run; where there is too little to draw, say so: the rows are there all the same."""
+    import analysis
+
+    try:
+        click.echo(analysis.headline(path) + "\n")
+        click.echo(f"summary   {analysis.write_summary(path)}")
+        for figure in analysis.draw(path):
+            click.echo(f"plot      {figure}")
+    except UsageError as error:
+        click.echo(f"testbed: nothing to draw: {error}", err=True)
+    click.echo(f"rows      {path / 'trials.jsonl'}")
 
 
 class Console:
@@ -264,7 +271,8 @@ def plan(scenario: str, **changes: Any) -> Any:
         for c in cells
     ]
     text = table(rows, ["task", "placement", "codec", "profile", "payload", "transmit"])
-    text += f"\n\n{len(cells)} cells x {per_cell} = {made.trials} trials, {format_size(sent)} across the link, about {format_duration(seconds)}"
+    text += f"\n\n{len(cells)} cells x {per_cell} = {made.trials} trials, "
+    text += f"{format_size(sent)} across the link, about {format_duration(seconds)}"
     if estimator.model is None:
         text += f"\nmodel {made.scenario.model}: no configuration at hand, so cache sizes are unknown"
     value = {"cells": cells, "trials": made.trials, "bytes": sent, "seconds": seconds}
@@ -278,7 +286,7 @@ def plan(scenario: str, **changes: Any) -> Any:
 @as_json
 def up(topology: str, links: tuple[str, ...], emulator: str) -> Any:
     """Build TOPOLOGY and leave it standing, for `testbed exec` and your own programs."""
-    from testbed.net import session
+    from testbed.net import fabric
     from testbed.net.profile import parse_profile
     from testbed.net.topology import load_topology
 
@@ -287,27 +295,22 @@ def up(topology: str, links: tuple[str, ...], emulator: str) -> Any:
     for text in links:
         name, equals, profile = text.partition("=")
         if not equals:
-            raise UsageError(f"--link {text!r}: write NAME=PROFILE, such as wan=5g-mid")
+            raise UsageError(f"--link {text!r}: write NAME=PROFILE, such as access=5g-mid")
         given[name] = parse_profile(profile)
     require_root()
-    described = session.up(made, given, emulator)
-    return (
-        described,
-        _network_text(described)
-        + "\n\ntestbed exec NODE -- COMMAND runs a program in it; testbed down removes it",
-        0,
-    )
+    described = fabric.describe(fabric.up(made, given, emulator))
+    hint = "testbed exec NODE -- COMMAND runs a program in it; testbed down removes it"
+    return described, f"{_network_text(described)}\n\n{hint}", 0
 
 
 def _network_text(described: dict[str, Any]) -> str:
     lines = [f"{described['id']}  {described['topology']}  ({described['emulator']})"]
     for node in described["nodes"]:
-        lines.append(
-            f"  node {node['name']:<12} {', '.join(node['addresses']):<28} namespace {node['namespace']}"
-        )
+        addresses = ", ".join(f"{end['interface']} {end['address']}" for end in node["addresses"])
+        lines.append(f"  node {node['name']:<12} {addresses:<28} namespace {node['namespace']}")
     for link in described["links"]:
         lines.append(f"  link {link['name']:<12} {link['a']} - {link['b']}: {link['profile']}")
-        for way, counted in (link.get("counters") or {}).items():
+        for way, counted in (link["counters"] or {}).items():
             figures = ", ".join(f"{key} {value}" for key, value in counted.items())
             lines.append(f"       {way:<5} {figures}")
     return "\n".join(lines)
@@ -319,10 +322,11 @@ def _network_text(described: dict[str, Any]) -> str:
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def exec_(identifier: str | None, node: str, command: tuple[str, ...]) -> int:
     """Run COMMAND inside NODE of the network that `testbed up` built; node names resolve."""
-    from testbed.net import session
+    from testbed.net import state
+    from testbed.net.execute import execute
 
     require_root()
-    return session.execute(identifier, node, list(command))
+    return execute(state.find(identifier), node, list(command))
 
 
 @cli.command()
@@ -330,10 +334,9 @@ def exec_(identifier: str | None, node: str, command: tuple[str, ...]) -> int:
 @as_json
 def show(identifier: str | None) -> Any:
     """Show the network that stands: nodes, addresses, profiles, live counters."""
-    from testbed.net import session
+    from testbed.net import fabric, state
 
-    require_root()
-    described = session.describe(identifier)
+    described = fabric.describe(state.find(identifier))
     return described, _network_text(described), 0
 
 
@@ -341,10 +344,9 @@ def show(identifier: str | None) -> Any:
 @click.option("--id", "identifier", help="Which network, where several stand.")
 def down(identifier: str | None) -> None:
     """Remove the network that `testbed up` built."""
-    from testbed.net import session
+    from testbed.net import state
 
-    require_root()
-    click.echo(f"removed {session.down(identifier)}")
+    click.echo("\n".join(f"removed {what}" for what in state.down(identifier)))
 
 
 @cli.command()
@@ -354,31 +356,31 @@ def down(identifier: str | None) -> None:
 @as_json
 def calibrate(profiles: tuple[str, ...], every: bool, emulator: str) -> Any:
     """Build a link under each PROFILE, measure it, and print what was asked beside what was measured."""
-    from testbed.net import session
+    from testbed.net import calibrate as calibration
+    from testbed.net.fabric import Fabric
     from testbed.net.profile import PRESETS, parse_profile
+    from testbed.net.topology import load_topology
 
     chosen = [parse_profile(text) for text in profiles] + (list(PRESETS.values()) if every else [])
     if not chosen:
         raise UsageError("name at least one profile, or --all; `testbed profiles` lists the presets")
     require_root()
-    measured = session.calibrate(chosen, emulator)
-    rows = [
-        [
-            m["profile"],
-            line["way"],
-            line["what"],
-            line["asked"],
-            line["measured"],
-            line["error"],
-            "ok" if line["ok"] else "OUT",
-        ]
-        for m in measured
-        for line in m["lines"]
-    ]
+    measured = []
+    with Fabric.build(load_topology("edge-cloud"), emulator) as fabric:
+        link = fabric.topology.links[0].name
+        for profile in chosen:
+            fabric.apply(link, profile)
+            measured.append(calibration.calibrate(fabric, link, profile))
+    rows = []
+    for result in measured:
+        for line in result.lines():
+            verdict = {True: "ok", False: "OUT", None: "-"}[line["ok"]]
+            cells = [line["way"], line["what"], line["asked"], line["measured"], line["error"], verdict]
+            rows.append([result.profile, *map(str, cells)])
     text = table(rows, ["profile", "way", "what", "asked", "measured", "off by", ""])
-    bad = [m for m in measured if not m["ok"]]
-    text += "".join(f"\n{m['profile']}: {m['cause']}" for m in bad)
-    return {"calibrations": measured}, text, 1 if bad else 0
+    text += "".join(f"\n{result.profile}: {result.cause}" for result in measured if not result.ok)
+    value = {"emulator": measured[0].emulator, "calibrations": [result.to_dict() for result in measured]}
+    return value, text, 0 if all(result.ok for result in measured) else 1
 
 
 @cli.command()
@@ -443,16 +445,16 @@ def codecs() -> Any:
 @as_json
 def tasks() -> Any:
     """List the tasks."""
+    from dataclasses import asdict
+
     from testbed.tasks.task import describe
 
     found = describe()
     lines = []
     for task in found:
-        settings = ", ".join(f"{k}={v}" for k, v in task["parameters"].items())
-        lines.append(
-            f"{task['name']:<10} {task['summary']}" + (f"\n           {settings}" if settings else "")
-        )
-    return {"tasks": found}, "\n".join(lines), 0
+        settings = ", ".join(f"{k}={v}" for k, v in task.parameters.items())
+        lines.append(f"{task.name:<10} {task.summary}" + (f"\n           {settings}" if settings else ""))
+    return {"tasks": [asdict(task) for task in found]}, "\n".join(lines), 0
 
 
 @cli.group(invoke_without_command=True)
@@ -465,8 +467,10 @@ def models(context: click.Context, want_json: bool) -> None:
     from testbed.models.sources import available
 
     found = available()
-    rows = [[m.name, "ready" if m.fetched else f"testbed models fetch {m.name}", m.summary] for m in found]
-    value = {"models": [{"name": m.name, "fetched": m.fetched, "summary": m.summary} for m in found]}
+    rows = [
+        [m.name, "ready" if m.fetched else f"testbed models fetch {m.name}", m.description] for m in found
+    ]
+    value = {"models": [{"name": m.name, "fetched": m.fetched, "description": m.description} for m in found]}
     click.echo(json.dumps(value, indent=2) if want_json else table(rows, ["model", "state", "what it is"]))
 
 
@@ -487,9 +491,7 @@ def fetch(name: str) -> None:
 def plot(path: Path, figures: tuple[str, ...], where: str | None) -> None:
     """Draw a run's figures anew, from its directory alone."""
     import analysis
-    from testbed.results import RunDirectory
 
-    RunDirectory.open(path)
     click.echo(f"summary   {analysis.write_summary(path)}")
     for figure in analysis.draw(path, list(figures) or None, where):
         click.echo(f"plot      {figure}")

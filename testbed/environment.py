@@ -90,11 +90,11 @@ def _tun() -> Finding:
 
 
 def _netem() -> Finding:
-    from testbed.net.emulators import has_netem
+    from testbed.net.emulators import netem
 
     if os.geteuid() != 0:
         return Finding("netem", False, "unknown without root", False)
-    ok = has_netem()
+    ok = netem.available()
     return Finding(
         "netem",
         ok,

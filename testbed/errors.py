@@ -1,6 +1,7 @@
 """The errors people see. Each ends in the command line as one line and an exit status, never as a traceback.
 
-A message names the place, the value and the remedy: ``scenarios/5g.yaml: links.wan: unknown profile '6g'; see `testbed profiles```.
+A message names the place, the value and the remedy: ``scenarios/5g.yaml: links.wan: unknown profile '6g'; see `testbed
+profiles```.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a plan will cost, before anything runs: bytes from the codec's bit budget, seconds from the link and rough compute speeds.
 
-The bytes are close (a few per cent: headers and scales are counted, entropy coders are not guessed at). The seconds are a forecast for people:
+The bytes are close (a few per cent: headers and scales are counted, entropy coders are not guessed at). The seconds are
+a forecast for people:
 compute speeds depend on the machine and are only assumed here, from the model's size.
 """
 
@@ -10,11 +11,15 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from testbed.codecs.spec import parse
+from testbed.codecs.layout import Part
+from testbed.codecs.spec import CodecSpec, parse
 from testbed.models.sources import resolve
 from testbed.scenario import Cell, Plan
+
+if TYPE_CHECKING:
+    from testbed.codecs.quantize import Quantizer
 
 _TEXT_BYTES_PER_TOKEN = 4.5
 _MSS_BYTES = 1448
@@ -93,7 +98,7 @@ class Estimator:
         """A trial's own compute, given that the prefill is shared by an example's trials."""
         if self.model is None:
             return 0.5
-        tokens = 24 + 0.5 * self.plan.scenario.max_new_tokens
+        tokens = 24 + 8
         decode = self.model.parameters * tokens / 2 / _DECODE_MACS / 2
         prefill = self.model.parameters * (cell.context_tokens or 512) / _PREFILL_MACS
         shared = len(self.plan.profiles) if self.plan.scenario.reuse == "all" else 1
@@ -121,6 +126,9 @@ class Estimator:
         ]
 
 
-def bits_per_element(spec: Any, head_dim: int) -> float:
-    """A quantizer's bits for one element, scales included."""
-    return float(spec.quantizer.bits_per_element(head_dim))
+def bits_per_element(spec: CodecSpec, head_dim: int) -> float:
+    """A quantizer's bits for one element, scales included; entropy coding is not guessed at."""
+    quantizer = cast("Quantizer", spec.quantizer)
+    part = Part(layer=0, kind="keys", kv_heads=1, tokens=1024, head_dim=head_dim, dtype="float16")
+    bits = quantizer.bits(part) * quantizer.symbols(part) + 8 * quantizer.side_bytes(part)
+    return bits / part.elements

@@ -17,14 +17,14 @@ from typing import Any
 
 from testbed.endpoints.launch import Endpoint, invoking_user
 from testbed.environment import describe_host
-from testbed.errors import EndpointError, NetworkError, TestbedError, UsageError
+from testbed.errors import EndpointError, NetworkError, UsageError
 from testbed.estimate import Estimator
 from testbed.models.sources import resolve
 from testbed.net.fabric import Fabric
 from testbed.net.profile import Profile
 from testbed.results import FORMAT, Row, RunDirectory
 from testbed.scenario import Cell, Plan
-from testbed.tasks.task import Example, make_task
+from testbed.tasks.task import Example
 
 _LOAD_TIMEOUT_S = 900.0
 #: What one request may make the cloud allocate: the largest context's cache in 16 bits, twice, and room for headers.
@@ -63,7 +63,7 @@ class Run:
     ) -> None:
         self.plan, self.scenario, self.directory, self.watch = plan, plan.scenario, directory, watch
         self.accept_uncalibrated = accept_uncalibrated
-        self._identities = {}  # type: dict[Cell, str]
+        self._identities: dict[Cell, str] = {}
         self._done = {row["trial"]: row for row in directory.rows() if "trial" in row}
         self._uncalibrated: set[str] = set()
         self._current: Profile | None = None
@@ -164,7 +164,7 @@ class Run:
                 "settings": self.scenario.model_dump(mode="json"),
                 "topology": self.plan.topology.name,
                 "link": self.plan.link,
-                "profiles": {p.name: {"text": str(p), "source": p.source} for p in self.plan.profiles},
+                "profiles": {p.name: {"text": p.text(), "source": p.source} for p in self.plan.profiles},
                 "emulator": self.fabric.emulator.name,
                 "endpoints": loaded,
                 "trials": self.plan.trials,
@@ -187,7 +187,7 @@ class Run:
             history = [*history, {"profile": profile.name, "measured_at": utc_now(), **record}]
             self.directory.write("calibration.json", {"format": FORMAT, "measurements": history})
             if not measured.ok:
-                self._uncalibrated.add(str(profile))
+                self._uncalibrated.add(profile.text())
                 if not self.accept_uncalibrated:
                     raise NetworkError(
                         f"link {self.plan.link} is not what was asked for under {profile.name}: {measured.cause}; "
@@ -201,8 +201,7 @@ class Run:
 
     def _walk(self, batches: list[Batch]) -> None:
         for batch in batches:
-            settings = self.scenario.tasks[batch.task]
-            task = make_task(settings["task"], **{k: v for k, v in settings.items() if k != "task"})
+            task = self.plan.tasks[batch.task]
             cells = self.plan.cells(batch.task, batch.context_tokens)
             for number, made in enumerate(batch.examples):
                 example = Example(made["id"], made["context"], made["question"], tuple(made["answers"]))
@@ -258,7 +257,7 @@ class Run:
                 outcome = {"tokens_kept": reference["context_tokens"], "nll": reference["nll"]}
             else:
                 self._apply(cell.profile)
-                link = {**self._link_settings, "name": str(cell.profile)}
+                link = {**self._link_settings, "name": cell.profile.text()}
                 extra = {"codec": cell.codec} if cell.placement == "split" else {}
                 result = self.edge.call(cell.placement, None, link=link, **extra, **common)
                 outcome = self.cloud.call("outcome", None, id=result["request"], gold=gold)
@@ -273,7 +272,7 @@ class Run:
 
     def _row(self, batch: Batch, example: Example, cell: Cell, repeat: int, reference: dict[str, Any]) -> Row:
         profile = cell.profile
-        uncalibrated = str(profile) in self._uncalibrated
+        uncalibrated = profile.text() in self._uncalibrated
         return Row(
             trial=self._trial_id(cell, example, repeat),
             cell=self._cell_id(cell),
@@ -344,24 +343,9 @@ def fill(row: Row, result: dict[str, Any], outcome: dict[str, Any], scores: dict
 
 
 def task_label(plan: Plan, task: int, context_tokens: int | None) -> str:
-    """A task as rows name it: its name, and what else tells it apart from the scenario's other tasks."""
-    settings = plan.scenario.tasks[task]
-    label = str(settings.get("label") or settings["task"])
-    others = [k for k in settings if k not in ("task", "label")]
-    same = [t for t in plan.scenario.tasks if t["task"] == settings["task"]]
-    if len(same) > 1 and others:
-        label += (
-            "("
-            + ",".join(
-                f"{k}={Path(v).stem if k == 'path' else v}" for k, v in settings.items() if k in others
-            )
-            + ")"
-        )
-    elif "path" in settings:
-        label += f"({Path(settings['path']).stem})"
-    if len(plan.scenario.context_tokens) > 1:
-        label += f"@{context_tokens or 'own'}"
-    return label
+    """A task as rows name it: with its parameters, and the context length where the scenario has several."""
+    label = plan.tasks[task].label
+    return f"{label}@{context_tokens or 'own'}" if len(plan.scenario.context_tokens) > 1 else label
 
 
 def replace_profile(plan: Plan, profile: Profile) -> Any:
@@ -423,9 +407,7 @@ def start(plan: Plan, out: Path, watch: Watcher, accept_uncalibrated: bool) -> R
             "format": FORMAT,
             "name": plan.scenario.name,
             "settings": plan.scenario.model_dump(mode="json"),
-            "place": str(out / "manifest.json"),
             "created": utc_now(),
-            "link_profiles": {link.name: str(link.profile) for link in plan.topology.links},
         },
     )
     return Run(plan, directory, watch, accept_uncalibrated)
@@ -442,6 +424,3 @@ def resume(path: Path, watch: Watcher, accept_uncalibrated: bool) -> Run:
     check_ready(plan)
     directory.repair()
     return Run(plan, directory, watch, accept_uncalibrated)
-
-
-__all__ = ["Progress", "Run", "TestbedError", "resume", "start"]

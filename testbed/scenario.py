@@ -9,23 +9,22 @@ import difflib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from testbed.codecs.spec import parse as parse_codec
 from testbed.errors import SpecError, UsageError
+from testbed.net import strict_yaml
 from testbed.net.profile import Profile, parse_profile, profile_from
 from testbed.net.topology import Topology, load_topology
-from testbed.tasks.task import make_task
+from testbed.tasks.task import Task, make_task
 from testbed.units import parse_time
 
 Placement = Literal["split", "cloud", "edge"]
-_MAX_BYTES = 1 << 20
 _MAX_TRIALS = 10_000_000
 
 
@@ -47,6 +46,10 @@ def _task(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not isinstance(value.get("task"), str):
         raise ValueError("write a task's name, or a mapping with `task: NAME` and its parameters")
     return value
+
+
+def _parameters(task: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in task.items() if key != "task"}
 
 
 class Sides(BaseModel):
@@ -90,7 +93,9 @@ class Scenario(BaseModel):
     examples: Annotated[int, Field(ge=1, le=100_000)] = 10
     repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
     seed: int = 0
-    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 16
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] | None = (
+        None  #: None: what the task says its answers need
+    )
     connection: Literal["per-request", "reuse"] = "per-request"
     congestion: str | None = None  #: None: the link's, or else the namespace's default
     emulator: Literal["auto", "netem", "userspace"] = "auto"
@@ -127,7 +132,7 @@ class Cell:
             "seed": scenario.seed,
             "placement": self.placement,
             "codec": self.codec,
-            "profile": str(self.profile),
+            "profile": self.profile.text(),
             "topology": plan.topology.name,
             "link": plan.link,
             "transport": scenario.transport,
@@ -145,6 +150,7 @@ class Plan:
     topology: Topology
     link: str
     profiles: tuple[Profile, ...]
+    tasks: tuple[Task, ...]
 
     def batches(self) -> Iterator[tuple[int, int | None]]:
         """Each task at each context length."""
@@ -178,59 +184,13 @@ def scenario_path(name: str) -> Path:
     raise UsageError(f"no scenario file {name}; {hint}")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that must hold a mapping. Raises SpecError with file and line."""
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(text) > _MAX_BYTES:
-        raise SpecError(f"{path}: larger than {_MAX_BYTES} bytes; this is not a scenario")
-    try:
-        value = yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise SpecError(
-            f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}"
-        ) from error
-    if not isinstance(value, dict):
-        raise SpecError(f"{path}: must hold a mapping of settings")
-    return value
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML without aliases (which can grow without bound) and without keys given twice."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(
-                None, None, "aliases are not used here", self.peek_event().start_mark
-            )  # type: ignore[no-untyped-call]
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            name = self.construct_object(key, deep=True)  # type: ignore[no-untyped-call]
-            if not isinstance(name, str | int | float | bool) or name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {name!r} twice or unusable", key.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-def override(settings: dict[str, Any], assignments: list[str]) -> None:
+def override(settings: dict[str, Any], assignments: Sequence[str]) -> None:
     """Apply ``--set KEY=VALUE`` (KEY may be dotted, VALUE is YAML). Raises SpecError."""
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise SpecError(f"--set {assignment!r}: write KEY=VALUE")
-        try:
-            value = yaml.load(text, Loader=_StrictLoader)
-        except yaml.YAMLError as error:
-            raise SpecError(f"--set {assignment!r}: the value is not valid YAML") from error
+        value = strict_yaml.parse(text, f"--set {key}")
         target = settings
         *parents, last = key.split(".")
         for parent in parents:
@@ -243,29 +203,31 @@ def override(settings: dict[str, Any], assignments: list[str]) -> None:
 def load_plan(
     name: str,
     *,
-    assignments: list[str] | None = None,
-    codecs: list[str] | None = None,
-    links: list[str] | None = None,
+    assignments: Sequence[str] | None = None,
+    codecs: Sequence[str] | None = None,
+    links: Sequence[str] | None = None,
     examples: int | None = None,
     emulator: str | None = None,
 ) -> Plan:
     """Read a scenario file, apply what the command line changes, and look everything up. Raises UsageError, naming the place."""
     path = scenario_path(name)
-    settings = read_yaml(path)
+    settings = strict_yaml.read(path)
+    if not isinstance(settings, dict):
+        raise SpecError(f"{path}: must hold a mapping of settings")
     settings.setdefault("name", path.stem)
     override(settings, assignments or [])
     for key, value in (("codecs", codecs or None), ("examples", examples), ("emulator", emulator)):
         if value is not None:
-            settings[key] = value
+            settings[key] = list(value) if isinstance(value, tuple) else value
     return make_plan(settings, str(path), _link_options(links or []))
 
 
-def _link_options(options: list[str]) -> dict[str, str]:
+def _link_options(options: Sequence[str]) -> dict[str, str]:
     given = {}
     for option in options:
         link, equals, profile = option.partition("=")
         if not equals:
-            raise SpecError(f"--link {option!r}: write NAME=PROFILE, such as wan=5g-mid")
+            raise SpecError(f"--link {option!r}: write NAME=PROFILE, such as access=5g-mid")
         given[link] = profile
     return given
 
@@ -303,16 +265,24 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     }
     topology = replace(
         topology,
-        links=tuple(replace(item, profile=fixed.get(item.name, item.profile)) for item in topology.links),
+        links=tuple(
+            replace(
+                item,
+                profile=fixed.get(item.name, item.profile),
+                congestion=scenario.congestion or item.congestion,
+            )
+            for item in topology.links
+        ),
     )
-    for index, task in enumerate(scenario.tasks):
-        parameters = {k: v for k, v in task.items() if k != "task"}
-        _at(f"{place}: tasks[{index}]", lambda t=task, p=parameters: make_task(t["task"], **p))
-    plan = Plan(scenario, topology, link, profiles)
+    tasks = tuple(
+        _at(f"{place}: tasks[{i}]", lambda s=settings: make_task(s["task"], **_parameters(s)))
+        for i, settings in enumerate(scenario.tasks)
+    )
+    plan = Plan(scenario, topology, link, profiles, tasks)
     duplicates = [text for text in scenario.codecs if scenario.codecs.count(text) > 1]
     if duplicates:
         raise SpecError(f"{place}: codecs: {duplicates[0]!r} is listed twice")
-    if len({str(p) for p in profiles}) < len(profiles):
+    if len({p.text() for p in profiles}) < len(profiles):
         raise SpecError(f"{place}: profiles: the same conditions are listed twice")
     if plan.trials > _MAX_TRIALS:
         raise SpecError(f"{place}: {plan.trials} trials; at most {_MAX_TRIALS} make a run")

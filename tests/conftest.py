@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests import kernel
+from tests import kernel, tiny_models
 
 settings.register_profile(
     "fast", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
@@ -41,11 +41,7 @@ def _missing(marker: str) -> str | None:
         except UsageError as error:
             return str(error)
         return None
-    if not kernel.is_root():
-        return "needs root"
-    if marker == "netem":
-        return None if kernel.has_netem() else "this kernel has no sch_netem; the guest runs these tests"
-    return None if kernel.has_tun() or kernel.has_netem() else "needs a TUN device or sch_netem"
+    return (kernel.lacks_netem() if marker == "netem" else kernel.lacks_namespaces()) or None
 
 
 @pytest.fixture
@@ -55,3 +51,6 @@ def data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no data sets at {path}")
     return path
+
+
+tiny_model = tiny_models.tiny_model

@@ -39,7 +39,7 @@ class Cloud(InferenceSide):
         super().__init__()
         self.max_payload = 0
         self._computing = threading.Lock()
-        self._memory: dict[tuple[str, ...], Outcome] = {}
+        self._memory: dict[tuple[str | int, ...], Outcome] = {}
         self._by_request: dict[int, Outcome] = {}
         self._latest: Outcome | None = None
         self._slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
@@ -71,7 +71,7 @@ class Cloud(InferenceSide):
         self._by_request.clear()
 
     def outcome(self, id: int, gold: str) -> dict[str, Any]:
-        """What became of request `id`, after its clock has stopped: digests, tokens kept, and the gold answer's NLL on the cache that arrived."""
+        """What became of request `id`, asked after its clock has stopped: digests, tokens kept, the gold answer's NLL."""
         outcome = self._by_request.get(id)
         if outcome is None:
             raise EndpointError(f"request {id} was never answered here")
@@ -118,14 +118,8 @@ class Cloud(InferenceSide):
 
     def _answer(self, connection: Connection, received: Received, request: wire.Request) -> None:
         with self._computing:
-            key = (
-                digest(received.payload),
-                request.placement,
-                request.codec,
-                request.prefix,
-                request.question,
-            )
-            key += (request.stop, str(request.max_new_tokens), str(request.repeat))
+            settings = (request.codec, request.prefix, request.question, request.stop, request.max_new_tokens)
+            key = (digest(received.payload), request.placement, request.repeat, *settings)
             known = self._memory.get(key) if request.reuse else None
             try:
                 if known is not None:
@@ -205,7 +199,7 @@ class Cloud(InferenceSide):
     def _rebuild(
         self, received: Received, request: wire.Request, prefix: Prefix, details: dict[str, Any]
     ) -> tuple[KVCache | None, float]:
-        """Prefix and context as the model's past: from the codec's bytes, or by prefilling the text. Returns it and the prefill's seconds."""
+        """Prefix and context as the model's past, from the codec's bytes or by prefilling the text; and the prefill's seconds."""
         if request.placement == "cloud":
             try:
                 text = bytes(received.payload).decode()

@@ -1,6 +1,7 @@
 """The orchestrator's word to its endpoints: calls and results over a socket pair that never touches the emulated link.
 
-A message is a four-byte length and a MessagePack map. A call is ``{"call": name, "arguments": {…}}``; the answer is ``{"result": …}`` or
+A message is a four-byte length and a MessagePack map. A call is ``{"call": name, "arguments": {…}}``; the answer is
+``{"result": …}`` or
 ``{"error": message, "usage": bool}``. One call at a time.
 """
 

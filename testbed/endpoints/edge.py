@@ -87,14 +87,15 @@ class Edge(InferenceSide):
         context_tokens: int | None,
         seed: int,
         codecs: list[str],
-        max_new_tokens: int,
+        max_new_tokens: int | None,
     ) -> dict[str, Any]:
-        """Make a task's examples with this model's tokenizer and prefill its prefix; returns what the orchestrator needs of them."""
+        """Make a task's examples with this model's tokenizer and prefill its prefix; returns what the orchestrator needs."""
         from testbed.codecs.codec import Codec
         from testbed.codecs.spec import parse
         from testbed.tasks.task import make_task
 
         made = make_task(task, **parameters)
+        max_new_tokens = max_new_tokens or made.max_new_tokens
         examples = made.examples(count, context_tokens, lambda text: len(self.model.tokenize(text)), seed)
         wanted = [Codec(parse(text)).needs.context_queries for text in codecs]
         self._queries = None if None in wanted else max((n for n in wanted if n is not None), default=0)
@@ -134,7 +135,7 @@ class Edge(InferenceSide):
         }
 
     def reference(self, batch: int, example: int) -> dict[str, Any]:
-        """The example's answer and NLL with the full cache on this machine alone; prefills it and makes it the example at hand."""
+        """The example's answer and NLL with the full cache on this machine alone; makes it the example at hand."""
         held = self._hold(batch, example)
         local = self._local(held, 0)
         past = self.behind(held.prefix, held.prefill.cache)
@@ -228,8 +229,8 @@ class Edge(InferenceSide):
         task, chosen = self._batches[batch].task, self._batches[batch].examples[example]
         prefix = self.prefixes[self._batches[batch].prefix]
         context, question = task.context_text(chosen), task.question_text(chosen)
-        ids = self.model.tokenize(context)
         started = time.monotonic()
+        ids = self.model.tokenize(context)
         prefill = self.model.prefill(ids, prefix.cache, queries=self._queries)
         took = time.monotonic() - started
         self._held = Held(
@@ -273,8 +274,8 @@ class Edge(InferenceSide):
         from testbed.codecs.evidence import Evidence
         from testbed.codecs.spec import parse
 
-        codec = Codec(parse(codec_text))
         started = time.monotonic()
+        codec = Codec(parse(codec_text))
         evidence = Evidence(
             cache=held.prefill.cache,
             prefix=held.prefix.cache,

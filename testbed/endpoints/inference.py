@@ -49,6 +49,8 @@ class InferenceSide:
         """Load the model and run it once, so that the first trial does not pay for thread pools and lazy kernels."""
         import torch
 
+        import testbed.codecs.codec
+        import testbed.codecs.evidence  # noqa: F401  (here, so that no trial pays for it)
         from testbed.models.language import load_model
 
         self._model = load_model(model, device=device, dtype=dtype, threads=threads)

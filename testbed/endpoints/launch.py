@@ -1,6 +1,7 @@
 """Starting an endpoint in its namespace, as the user who asked for the run, without capabilities, tied to our life.
 
-`nsenter` and `setpriv` (util-linux) do the work, so the command line that runs is plain data and can be printed, tested and repeated by hand.
+`nsenter` and `setpriv` (util-linux) do the work, so the command line that runs is plain data and can be printed, tested
+and repeated by hand.
 """
 
 from __future__ import annotations

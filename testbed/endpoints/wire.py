@@ -3,8 +3,10 @@
     0      4        5       6        8               12             20            24
     | TBED | version | kind | flags 0 | header length | payload length | header CRC | header | payload |
 
-Integers are big-endian. The header is a MessagePack map that decodes into one of the structs below and nothing else; the CRC-32 covers the fixed
-part before it and the header. The payload (a codec's bytes, or the prompt's text) follows as it is, so it can be sent from where it lies.
+Integers are big-endian. The header is a MessagePack map that decodes into one of the structs below and nothing else;
+the CRC-32 covers the fixed
+part before it and the header. The payload (a codec's bytes, or the prompt's text) follows as it is, so it can be sent
+from where it lies.
 """
 
 from __future__ import annotations

@@ -44,7 +44,14 @@ class Connection:
         except BaseException:
             sock.close()
             raise
-        return cls(sock)
+        connection = cls(sock)
+        if congestion is not None and connection.congestion() != congestion:
+            connection.close()
+            raise UsageError(
+                f"congestion control {congestion!r} is not permitted here; this process may use: "
+                f"{', '.join(allowed_congestion())}"
+            )
+        return connection
 
     def send(self, header: wire.Header, payload: bytes | bytearray | memoryview = b"") -> float:
         """Send a frame from where it lies; returns when its first byte was handed to the socket (monotonic seconds)."""
@@ -122,11 +129,17 @@ class Connection:
 
 
 def set_congestion(sock: socket.socket, name: str | None) -> None:
-    """Choose a socket's congestion control; None leaves the namespace's default. Raises UsageError with what the kernel offers."""
+    """Choose a socket's congestion control; None leaves what the route or the namespace says.
+
+    Raises UsageError where the kernel has none of that name. One that it has but keeps for the privileged is left to the
+    route (`congctl`, ip-route(8)), which the network sets; `Connection.open` checks what came of it.
+    """
     if name is None:
         return
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+    except PermissionError:
+        pass
     except OSError as error:
         raise UsageError(
             f"congestion control {name!r}: {error.strerror}; this process may use: {', '.join(allowed_congestion())}"

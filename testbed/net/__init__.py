@@ -1,0 +1,1 @@
+"""The network: profiles, topologies, the fabric of namespaces and links, and how all of it is removed."""

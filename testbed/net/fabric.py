@@ -1,0 +1,244 @@
+"""A topology, built: namespaces, links with conditions, and the way to take all of it away again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from testbed.errors import NetworkError, TestbedError
+from testbed.net import namespaces, processes, state
+from testbed.net.profile import Profile
+from testbed.net.state import State
+from testbed.net.topology import Topology
+
+if TYPE_CHECKING:
+    from testbed.net.emulators import Attachment, Counters, Emulator
+
+
+class Fabric:
+    """A network that is there. Leaving its ``with`` block, or `close`, removes it.
+
+    Make one with `build`. Threads of the caller are in the namespace they were in, always.
+    """
+
+    def __init__(self, emulator: Emulator) -> None:
+        self.emulator = emulator
+        self._state: State | None = None
+        self._attachments: list[Attachment] = []
+
+    @classmethod
+    def build(
+        cls,
+        topology: Topology,
+        emulator: str | Emulator = "auto",
+        *,
+        run_id: str | None = None,
+        persistent: bool = False,
+    ) -> Fabric:
+        """The topology, built, each link under its profile. Where anything fails, or is interrupted, nothing
+        is left.
+
+        `persistent`: the network outlives this process, until `state.down`. Raises UsageError without root or
+        for what this machine does not offer, before anything is touched where that can be known; NetworkError
+        where the kernel refuses.
+        """
+        namespaces.require_root("building a network")
+        if isinstance(emulator, str):
+            from testbed.net import emulators
+
+            emulator = emulators.choose(emulator)
+        fabric = cls(emulator)
+        try:
+            fabric._make_namespaces(topology, run_id)
+            fabric._wire(persistent)
+            if persistent:
+                fabric._update(replace(fabric.state, persistent=True))
+        except BaseException:
+            fabric.close()
+            raise
+        return fabric
+
+    def _make_namespaces(self, topology: Topology, run_id: str | None) -> None:
+        # Not marked persistent before it is whole: what a killed `testbed up` leaves is a dead run like any
+        # other.
+        with state.locked():
+            self._state = state.new(topology, self.emulator.name, persistent=False, run_id=run_id)
+            namespaces.prepare_directory(state.netns_marker())
+            for name in self._state.namespaces:
+                namespaces.create(name)
+            hosts = self._state.directory / "hosts"
+            hosts.mkdir(parents=True)
+            for node in topology.nodes:
+                (hosts / node.name).write_text(topology.hosts(node.name))
+
+    def _wire(self, persistent: bool) -> None:
+        from testbed.net import (
+            wiring,  # pyroute2 takes a while to import; a command that only lists does without
+        )
+
+        wiring.build(self.state)
+        for number, link in enumerate(self.topology.links):
+            keep = self.state.keep(number) if persistent else None
+            if keep is not None:
+                keep.mkdir()
+            a, b = wiring.wire_ends(number)
+            attachment = self.emulator.attach(self.state.wire, f"l{number}", a, b, link.profile, keep=keep)
+            self._attachments.append(attachment)
+            process = getattr(attachment, "process", None)
+            if process is not None:
+                pid, started = process
+                self.record_process(pid, started, f"emulator of link {link.name}")
+
+    @property
+    def state(self) -> State:
+        """The record of this network. Raises NetworkError after `close`."""
+        if self._state is None:
+            raise NetworkError("the network is closed")
+        return self._state
+
+    @property
+    def id(self) -> str:
+        """The four digits that all names of this network carry."""
+        return self.state.id
+
+    @property
+    def topology(self) -> Topology:
+        """The topology with the profiles that are in force."""
+        return self.state.topology
+
+    def namespace(self, node: str) -> str:
+        """The node's namespace, ``tb-<id>-<node>``, to be found under /run/netns. Raises SpecError: no such
+        node."""
+        return self.state.namespace(node)
+
+    def address(self, node: str, link: str | None = None) -> str:
+        """The node's IPv4 address, on the named link or on its first. Raises SpecError: no such node or
+        link."""
+        return self.topology.address(node, link)
+
+    def hosts(self, node: str) -> str:
+        """The text of /etc/hosts as the node should see it, all nodes by name."""
+        return self.topology.hosts(node)
+
+    def hosts_file(self, node: str) -> Path:
+        """A file with that text, which lasts as long as the network."""
+        self.topology.require_node(node)
+        return self.state.hosts_file(node)
+
+    def apply(self, link: str, profile: Profile) -> None:
+        """Puts the link under another profile; connections survive. Raises SpecError: no such link;
+        NetworkError."""
+        number = self.topology.link_number(link)
+        fresh = replace(self.state, topology=self.topology.with_profiles({link: profile}))
+        from testbed.net import wiring
+
+        if wiring.tcp_buffer_bytes(fresh.topology) != wiring.tcp_buffer_bytes(self.topology):
+            wiring.allow_tcp_buffers(fresh)
+        self._attachments[number].apply(profile)
+        self._update(fresh)
+
+    def counters(self, link: str) -> dict[str, Counters]:
+        """``{"up": …, "down": …}`` of the link since it was built. Raises SpecError: no such link."""
+        return self._attachments[self.topology.link_number(link)].counters()
+
+    def record_process(self, pid: int, started: int | None = None, what: str = "helper") -> None:
+        """Notes a helper process, which `clean` ends should this process die. `started`: its start time, if
+        known."""
+        started = processes.start_time(pid) if started is None else started
+        if started is not None:
+            with state.locked():
+                self._state = state.add_process(self.state, pid, started, what)
+
+    def _update(self, fresh: State) -> None:
+        with state.locked():
+            state.write(fresh)
+            self._state = fresh
+
+    def close(self) -> None:
+        """Removes the network and everything that still runs in it. May be called again."""
+        attachments, self._attachments = self._attachments, []
+        for attachment in attachments:
+            with contextlib.suppress(Exception):  # what it leaves goes with its namespace
+                attachment.detach()
+        if self._state is not None:
+            with state.locked():
+                state.remove(self._state)
+            self._state = None
+
+    def __enter__(self) -> Fabric:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def up(
+    topology: Topology, links: Mapping[str, Profile] | None = None, emulator: str | Emulator = "auto"
+) -> State:
+    """A network that outlives this process: the topology, some links (by name) under other profiles. See
+    `state.down`.
+
+    Raises SpecError for an unknown link, and what `Fabric.build` raises.
+    """
+    return Fabric.build(topology.with_profiles(links or {}), emulator, persistent=True).state
+
+
+def describe(network: State) -> dict[str, Any]:
+    """The network in plain values, for people and JSON: nodes with addresses, links with profiles and live
+    counters.
+
+    ``counters`` is None where the emulator cannot be asked: it belongs to another process, or asking takes
+    root.
+    """
+    topology = network.topology
+    nodes = [
+        {
+            "name": node.name,
+            "namespace": network.namespace(node.name),
+            "addresses": [
+                {"link": topology.links[end.link].name, "interface": end.name, "address": end.address}
+                for end in topology.interfaces(node.name)
+            ],
+        }
+        for node in topology.nodes
+    ]
+    links = [
+        {
+            "name": link.name,
+            "a": link.a,
+            "b": link.b,
+            "profile": str(link.profile),
+            "conditions": link.profile.text(),
+            "congestion": link.congestion,
+            "counters": _live_counters(network, number),
+        }
+        for number, link in enumerate(topology.links)
+    ]
+    return {
+        "id": network.id,
+        "topology": topology.name,
+        "emulator": network.emulator,
+        "persistent": network.persistent,
+        "alive": state.is_alive(network),
+        "created_at": network.created_at,
+        "process": network.pid,
+        "nodes": nodes,
+        "links": links,
+    }
+
+
+def _live_counters(network: State, number: int) -> dict[str, dict[str, Any]] | None:
+    try:
+        namespaces.require_root()
+        if not network.keep(number).is_dir():
+            return None
+        counters = state.reattach(network, number).counters()
+    except (TestbedError, OSError):
+        return None
+    return {way: asdict(values) for way, values in counters.items()}

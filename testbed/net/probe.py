@@ -1,0 +1,132 @@
+"""The probing process of one node: sends numbered UDP packets on schedule and notes when the other node's arrive.
+
+A program of its own (standard library alone, ready in twenty milliseconds) so that nothing else in Python shares its
+time. Arrivals carry the kernel's receive time stamps (SO_TIMESTAMPNS, socket(7)), so it does not matter when this process
+gets to read them.
+
+It takes orders on standard input, a line of JSON each: a plan (see `send`), answered with a line of JSON when all of it is
+sent; then ``{}``, answered with the number of packets received, a line, and one `ARRIVAL` each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import select
+import socket
+import struct
+import sys
+import time
+from typing import Any
+
+MESSAGE = struct.Struct("=IIq")  # phase, number, CLOCK_MONOTONIC nanoseconds when sent
+ARRIVAL = struct.Struct("=Iqq")  # number, sent, arrived (both CLOCK_MONOTONIC nanoseconds)
+UDP_OVERHEAD = 28  # IPv4 and UDP headers
+SO_TIMESTAMPNS = 35
+_TIMESPEC = struct.Struct("@ll")
+_SPIN_S = 100e-6
+_READ_PER_TURN = 64
+
+
+class Receiver:
+    """What came in on a socket, of one phase."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.begin(0)
+
+    def begin(self, phase: int) -> None:
+        """Forgets what came in; from now on only packets of *phase* count."""
+        self._phase = phase
+        # Time stamps come on the wall clock; on this host and for these seconds it runs alongside the monotonic one.
+        self._offset = min(time.time_ns() - time.monotonic_ns() for _ in range(20))
+        self.arrivals: list[bytes] = []
+
+    def drain(self, most: int) -> bool:
+        """Reads up to *most* packets; whether there may be more."""
+        for _ in range(most):
+            try:
+                data, ancillary, _, _ = self._sock.recvmsg(2048, 128)
+            except BlockingIOError:
+                return False
+            except ConnectionRefusedError:  # the other side's socket is gone: an ICMP message said so
+                continue
+            if len(data) < MESSAGE.size:
+                continue
+            phase, number, sent = MESSAGE.unpack_from(data)
+            if phase != self._phase:
+                continue
+            arrived = time.monotonic_ns()
+            for level, kind, value in ancillary:
+                if level == socket.SOL_SOCKET and kind == SO_TIMESTAMPNS:
+                    seconds, nanoseconds = _TIMESPEC.unpack_from(value)
+                    arrived = seconds * 1_000_000_000 + nanoseconds - self._offset
+            self.arrivals.append(ARRIVAL.pack(number, sent, arrived))
+        return True
+
+
+def send(sock: socket.socket, receiver: Receiver, plan: dict[str, Any]) -> dict[str, Any]:
+    """Sends ``packets`` (at most; at most for ``duration_s``) of ``bytes`` every ``interval_s``.
+
+    With ``catch_up`` a late sender makes up for lost time at once, so that the mean rate is right; without, the schedule
+    shifts, so that no two packets are closer than the interval.
+    """
+    interval, start = plan["interval_s"], time.monotonic()
+    end = start + plan["duration_s"]
+    filling = bytes(plan["bytes"] - MESSAGE.size)
+    due, number, phase, held_up = start, 0, plan["phase"], 0.0
+    while number < plan["packets"] and due < end:
+        now = time.monotonic()
+        if now < due:
+            if not receiver.drain(_READ_PER_TURN) and due - now > _SPIN_S:
+                time.sleep(due - now - _SPIN_S)
+            continue
+        with contextlib.suppress(BlockingIOError, ConnectionRefusedError):
+            sock.send(MESSAGE.pack(phase, number, time.monotonic_ns()) + filling)
+        number += 1
+        held_up = max(held_up, now - due)
+        due = due + interval if plan["catch_up"] else max(due, now) + interval
+    return {"sent": number, "took_s": time.monotonic() - start, "held_up_s": held_up}
+
+
+def _ask_for_precision() -> None:
+    """Real-time scheduling: a gap in a saturating flow that outlasts the link's queue is a gap in what is measured.
+
+    Not with one processor, where it would keep the kernel's own threads from moving packets.
+    """
+    if (os.cpu_count() or 1) > 1:
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    with contextlib.suppress(OSError), open("/proc/self/timerslack_ns", "w") as slack:
+        slack.write("1")
+
+
+def main() -> None:
+    """Follows orders until their end; the arguments are the socket's file descriptor and whether to be ``urgent``."""
+    gc.disable()
+    if sys.argv[2:] == ["urgent"]:
+        _ask_for_precision()
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    sock.setblocking(False)
+    receiver, orders, answers = Receiver(sock), sys.stdin.buffer, sys.stdout.buffer
+    while True:
+        while not select.select([orders], [], [], 0.002)[0]:
+            while receiver.drain(_READ_PER_TURN):
+                pass
+        line = orders.readline()
+        if not line:
+            return
+        if plan := json.loads(line):
+            receiver.begin(plan["phase"])
+            answers.write(json.dumps(send(sock, receiver, plan)).encode() + b"\n")
+        else:
+            while receiver.drain(_READ_PER_TURN):
+                pass
+            answers.write(b"%d\n" % len(receiver.arrivals) + b"".join(receiver.arrivals))
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

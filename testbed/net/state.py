@@ -1,0 +1,314 @@
+"""What the testbed has on this machine, written down before it is made, so that whoever comes later can
+remove it.
+
+One JSON file a network, ``/run/testbed/<id>.json`` (TESTBED_STATE names another directory). It says which
+process made the network; when that one is gone, or the machine was booted again, the network is dead, and
+`clean` removes everything the file names. What was made by ``testbed up`` is marked persistent and stays
+until ``testbed down``. Nothing is ever touched that no state file names, and a state file can only name
+things that carry its id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from testbed.errors import NetworkError, UsageError
+from testbed.net import namespaces, processes
+from testbed.net.topology import Topology
+
+if TYPE_CHECKING:
+    from testbed.net.emulators import Attachment
+
+VERSION = 1
+_DEFAULT_DIRECTORY = "/run/testbed"
+_ID = re.compile(r"[0-9a-f]{4}")
+_MAX_BYTES = 16_000_000
+
+
+@dataclass(frozen=True)
+class Process:
+    """A helper process: signalled only while this pid still has this start time (clock ticks since boot)."""
+
+    pid: int
+    started: int
+    what: str
+
+
+@dataclass(frozen=True)
+class State:
+    """One network and the process it belongs to. Raises ValueError where it names what is not its own."""
+
+    id: str
+    pid: int
+    started: int
+    boot: str
+    created_at: str
+    persistent: bool
+    emulator: str
+    topology: Topology
+    namespaces: tuple[str, ...]
+    processes: tuple[Process, ...] = ()
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.version != VERSION:
+            raise ValueError(f"version {self.version} of the format, not {VERSION}")
+        if not _ID.fullmatch(self.id):
+            raise ValueError(f"no id: {self.id!r}")
+        for name in self.namespaces:
+            if not re.fullmatch(rf"tb-{self.id}-[a-z0-9-]+", name):
+                raise ValueError(f"namespace {name!r} does not carry the id {self.id}")
+
+    def namespace(self, node: str) -> str:
+        """The namespace of a node. Raises SpecError where there is no such node."""
+        return namespace_name(self.id, self.topology.require_node(node))
+
+    @property
+    def wire(self) -> str:
+        """The namespace in which the links' conditions are imposed."""
+        return namespace_name(self.id, "wire")
+
+    @property
+    def directory(self) -> Path:
+        """Files of this network: hosts files, and what outliving emulators keep (one directory a link)."""
+        return directory() / self.id
+
+    def hosts_file(self, node: str) -> Path:
+        """The /etc/hosts of a node."""
+        return self.directory / "hosts" / node
+
+    def keep(self, number: int) -> Path:
+        """Where the emulator of link `number` keeps what it needs to be found again."""
+        return self.directory / f"l{number}"
+
+
+def namespace_name(run_id: str, node: str) -> str:
+    """``tb-<id>-<node>``."""
+    return f"tb-{run_id}-{node}"
+
+
+def directory() -> Path:
+    """Where the state files are: TESTBED_STATE, or /run/testbed."""
+    return Path(os.environ.get("TESTBED_STATE") or _DEFAULT_DIRECTORY)
+
+
+def netns_marker() -> Path:
+    """The note that /run/netns was made by the testbed."""
+    return directory() / "netns-directory"
+
+
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """One testbed command at a time makes or removes networks (flock(2)). Not to be nested."""
+    try:
+        directory().mkdir(mode=0o755, parents=True, exist_ok=True)
+        lock = os.open(directory() / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise NetworkError(f"{directory()}: cannot keep state there: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _path(run_id: str) -> Path:
+    return directory() / f"{run_id}.json"
+
+
+def new(topology: Topology, emulator: str, *, persistent: bool, run_id: str | None = None) -> State:
+    """A state of this process for a network that is to be made, written down. Call it `locked`.
+
+    Raises UsageError where `run_id` is no id or taken already.
+    """
+    if run_id is not None and not _ID.fullmatch(run_id):
+        raise UsageError(f"run id {run_id!r}: expected four hexadecimal digits, such as 1a2b")
+    if run_id is not None and _is_taken(run_id):
+        raise UsageError(f"a network {run_id} exists already; see `testbed show`")
+    while run_id is None or _is_taken(run_id):
+        run_id = secrets.token_hex(2)
+    names = [*(node.name for node in topology.nodes), "wire"]
+    state = State(
+        id=run_id,
+        pid=os.getpid(),
+        started=processes.start_time(os.getpid()) or 0,
+        boot=namespaces.boot_id(),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        persistent=persistent,
+        emulator=emulator,
+        topology=topology,
+        namespaces=tuple(namespace_name(run_id, name) for name in names),
+    )
+    write(state)
+    return state
+
+
+def _is_taken(run_id: str) -> bool:
+    prefix = namespace_name(run_id, "")
+    return _path(run_id).exists() or any(name.startswith(prefix) for name in namespaces.names())
+
+
+def write(state: State) -> None:
+    """Puts the state on disk, whole or not at all, whatever happens meanwhile. Call it `locked`."""
+    target = _path(state.id)
+    fresh = target.with_name(f".{state.id}.tmp")
+    with fresh.open("wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(state)))
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.rename(target)
+    folder = os.open(directory(), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def add_process(state: State, pid: int, started: int, what: str) -> State:
+    """The state with one more helper process, written down. Call it `locked`."""
+    grown = replace(state, processes=(*state.processes, Process(pid, started, what)))
+    write(grown)
+    return grown
+
+
+def read_states() -> tuple[list[State], list[str]]:
+    """All networks on record, oldest first, and one line for each file here that is not a state of ours."""
+    states, problems = [], []
+    for path in sorted(directory().glob("*.json")):
+        try:
+            if path.stat().st_size > _MAX_BYTES:
+                raise ValueError("too large")
+            state = msgspec.json.decode(path.read_bytes(), type=State)
+            if state.id != path.stem:
+                raise ValueError(f"says it is {state.id!r}")
+            states.append(state)
+        except FileNotFoundError:
+            continue  # removed by its owner meanwhile
+        except (OSError, ValueError, RecursionError) as error:
+            problems.append(f"{path}: not a state file of this version ({error}); left alone")
+    return sorted(states, key=lambda state: (state.created_at, state.id)), problems
+
+
+def list_states() -> list[State]:
+    """All networks on record, dead ones too, oldest first."""
+    return read_states()[0]
+
+
+def unreadable() -> list[str]:
+    """One line for each file among the states that is none."""
+    return read_states()[1]
+
+
+def is_alive(state: State) -> bool:
+    """Whether the network is still wanted: its process runs, or it is persistent; and the machine was not
+    booted since."""
+    if state.boot != namespaces.boot_id():
+        return False
+    return state.persistent or processes.is_running(state.pid, state.started)
+
+
+def find(run_id: str | None = None) -> State:
+    """The network of that id, or the only persistent one. Raises UsageError with the remedy."""
+    states = list_states()
+    if run_id is not None:
+        for state in states:
+            if state.id == run_id:
+                return state
+        known = ", ".join(state.id for state in states) or "none"
+        raise UsageError(f"no network {run_id!r} on this machine (there is: {known})")
+    standing = [state for state in states if state.persistent and is_alive(state)]
+    if not standing:
+        raise UsageError("no network is up; make one with `sudo testbed up TOPOLOGY`")
+    if len(standing) > 1:
+        raise UsageError(f"several networks are up ({', '.join(state.id for state in standing)}); say which")
+    return standing[0]
+
+
+def remove(state: State) -> list[str]:
+    """Removes everything the state names, however much of it was made, and then the state. Call it `locked`.
+
+    Returns what it removed, a line each. What still runs inside the namespaces, and would keep them alive, is ended;
+    so is what writes to the network's files: an emulator that its maker had no time to put on record.
+    """
+    removed = []
+    if state.boot == namespaces.boot_id():
+        _detach(state)
+        found = {*processes.running_inside(state.namespaces), *processes.writing_below(state.directory)}
+        helpers = [*state.processes, *(Process(*process, "working for the network") for process in found)]
+        removed += [f"process {p.pid} ({p.what})" for p in helpers if processes.end(p.pid, p.started)]
+    removed += [f"namespace {name}" for name in state.namespaces if namespaces.delete(name)]
+    if state.directory.is_dir():
+        shutil.rmtree(state.directory, ignore_errors=True)
+        removed.append(f"directory {state.directory}")
+    if _path(state.id).exists():
+        _path(state.id).unlink()
+        removed.append(f"state {_path(state.id)}")
+    namespaces.release_directory(netns_marker())
+    return removed
+
+
+def _detach(state: State) -> None:
+    # An emulator that outlives its maker has left what it needs to be found; it may run without being on
+    # record yet.
+    for number in range(len(state.topology.links)):
+        if state.keep(number).is_dir():
+            with contextlib.suppress(Exception):  # whatever it runs into, the rest has to go
+                reattach(state, number).detach()
+
+
+def reattach(state: State, number: int) -> Attachment:
+    """The running emulator of link `number` of a network that is up. Raises NetworkError where it cannot be
+    found."""
+    from testbed.net import emulators
+
+    link, keep = f"l{number}", state.keep(number)
+    return emulators.reattach(state.emulator, state.wire, link, f"{link}a", f"{link}b", keep)
+
+
+def clean() -> list[str]:
+    """Removes what dead runs left and returns what that was, a line each. Networks that are alive or up stay.
+
+    Raises UsageError without root, where there is something to remove.
+    """
+    if not directory().is_dir():
+        return []
+    if any(not is_alive(state) for state in list_states()):
+        namespaces.require_root("removing what dead runs left")
+    elif not os.access(directory(), os.W_OK):
+        return []
+    removed = []
+    with locked():
+        for state in list_states():
+            if not is_alive(state):
+                removed += remove(state)
+        for rest in directory().glob(".*.tmp"):  # a write that was cut short; whoever writes holds the lock
+            rest.unlink()
+            removed.append(f"file {rest}")
+        namespaces.release_directory(netns_marker())
+    return removed
+
+
+def down(run_id: str | None = None) -> list[str]:
+    """Removes a network that is up (the only one, unless its id is given); returns what it removed, a line
+    each.
+
+    Raises UsageError where there is no such network, several, or no root; also for a run still at work.
+    """
+    state = find(run_id)
+    if not state.persistent and is_alive(state):
+        raise UsageError(f"network {state.id} belongs to a run at work (process {state.pid}); stop that one")
+    namespaces.require_root("removing a network")
+    with locked():
+        return remove(state)

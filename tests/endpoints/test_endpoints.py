@@ -1,0 +1,294 @@
+"""Edge and cloud as real processes with a tiny random model, talking over loopback."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from testbed.endpoints import wire
+from testbed.endpoints.launch import Endpoint, User, command, invoking_user
+from testbed.endpoints.transport.tcp import Connection
+from testbed.errors import EndpointError, UsageError
+from testbed.results import STAGES
+from tests.tiny_models import tiny_model_directory
+
+CODECS = [
+    "fp16",
+    "int8",
+    "int4",
+    "q2c@0.25+int8",
+    "snapkv@0.5+int4",
+    "h2o@0.5",
+    "window@0.25",
+    "random@0.5+int8+zstd",
+]
+
+
+class Pair:
+    """Both endpoints, loaded and serving."""
+
+    def __init__(self, directory: Path, model: Path) -> None:
+        self.edge = Endpoint.start("edge", None, directory / "edge.log")
+        self.cloud = Endpoint.start("cloud", None, directory / "cloud.log")
+        self.loaded = [
+            side.call("load", 120, model=str(model), device="cpu", dtype="auto", threads=1)
+            for side in (self.edge, self.cloud)
+        ]
+        made = self.edge.call(
+            "prepare",
+            60,
+            task="needle",
+            parameters={},
+            count=3,
+            context_tokens=300,
+            seed=0,
+            codecs=CODECS,
+            max_new_tokens=8,
+        )
+        self.examples = made["examples"]
+        self.cloud.call("learn_prefix", 60, text=made["prefix_text"])
+        self.port = self.cloud.call("serve", 10, max_payload=1 << 22, congestion=None)
+
+    def link(self, **changes: Any) -> dict[str, Any]:
+        link = {
+            "address": "127.0.0.1",
+            "port": self.port,
+            "congestion": None,
+            "timeout": 20.0,
+            "reuse": False,
+            "name": "lo",
+        }
+        return {**link, **changes}
+
+    def split(
+        self, example: int, codec: str, repeat: int = 0, reuse: str = "all", **link: Any
+    ) -> dict[str, Any]:
+        return self.edge.call(
+            "split",
+            60,
+            batch=0,
+            example=example,
+            codec=codec,
+            repeat=repeat,
+            reuse=reuse,
+            link=self.link(**link),
+        )
+
+    def outcome(self, result: dict[str, Any], example: int) -> dict[str, Any]:
+        return self.cloud.call("outcome", 60, id=result["request"], gold=self.examples[example]["gold"])
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    directory = tmp_path_factory.mktemp("endpoints")
+    made = Pair(directory, tiny_model_directory("llama", directory / "model"))
+    yield made
+    made.edge.stop()
+    made.cloud.stop()
+
+
+@pytest.mark.parametrize("example", [0, 1, 2])
+def test_the_full_cache_sent_across_gives_the_single_machines_answer(pair: Pair, example: int) -> None:
+    reference = pair.edge.call("reference", 60, batch=0, example=example)
+    result = pair.split(example, "fp16")
+    outcome = pair.outcome(result, example)
+    assert result["answer"] == reference["answer"]
+    assert outcome["nll"] == reference["nll"]
+    assert outcome["tokens_kept"] == reference["context_tokens"]
+    assert result["payload_bytes"] >= reference["kv_bytes"]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_codec_crosses_and_its_stages_sum_to_the_whole(pair: Pair, codec: str) -> None:
+    for _ in range(2):
+        result = pair.split(1, codec)
+        stages = sum(result["stages"].get(stage, 0.0) for stage in STAGES)
+        assert stages == pytest.approx(result["e2e_s"], rel=0.02, abs=0.005)
+        assert all(seconds >= 0 for seconds in result["stages"].values())
+    assert "decode" in result["reused"]
+    assert result["wire_bytes"] >= 0
+
+
+def test_what_is_reused_is_said_and_gives_the_same_answer(pair: Pair) -> None:
+    pair.cloud.call("forget")
+    first, again = pair.split(2, "q2c@0.25+int8"), pair.split(2, "q2c@0.25+int8")
+    fresh = pair.split(2, "q2c@0.25+int8", reuse="prefill")
+    assert again["reused"] == ["prefill", "select", "encode", "decode", "first_token", "generate"]
+    assert again["stages"]["select_s"] == first["stages"]["select_s"]
+    assert fresh["reused"] == ["prefill"]
+    assert first["answer"] == again["answer"] == fresh["answer"]
+    digests = {pair.outcome(result, 2)["payload_digest"] for result in (first, again, fresh)}
+    assert len(digests) == 1
+
+
+def test_nothing_is_reused_where_the_scenario_forbids_it(pair: Pair) -> None:
+    assert pair.split(0, "int8", reuse="none")["reused"] == []
+    assert pair.split(0, "int8", reuse="none")["reused"] == []
+
+
+def test_the_cloud_placement_sends_text_and_gives_the_same_answer(pair: Pair) -> None:
+    reference = pair.edge.call("reference", 60, batch=0, example=0)
+    result = pair.edge.call("cloud", 60, batch=0, example=0, repeat=0, reuse="all", link=pair.link())
+    assert result["answer"] == reference["answer"]
+    assert result["payload_bytes"] < reference["kv_bytes"] / 10
+    assert result["stages"]["prefill_s"] > 0
+    assert sum(result["stages"].values()) == pytest.approx(result["e2e_s"], rel=0.02, abs=0.005)
+
+
+def test_the_edge_placement_sends_nothing(pair: Pair) -> None:
+    first = pair.edge.call("edge", 60, batch=0, example=2, repeat=0, reuse="all")
+    again = pair.edge.call("edge", 60, batch=0, example=2, repeat=0, reuse="all")
+    assert first["payload_bytes"] == first["wire_bytes"] == 0
+    assert again["reused"] == ["prefill", "first_token", "generate"]
+    assert sum(again["stages"].values()) == pytest.approx(again["e2e_s"], rel=0.02, abs=0.005)
+
+
+def test_a_connection_can_be_kept_for_the_next_request(pair: Pair) -> None:
+    first = pair.edge.call(
+        "split",
+        60,
+        batch=0,
+        example=0,
+        codec="int8",
+        repeat=0,
+        reuse="all",
+        link=pair.link(reuse=True, name="kept"),
+    )
+    second = pair.edge.call(
+        "split",
+        60,
+        batch=0,
+        example=0,
+        codec="int8",
+        repeat=0,
+        reuse="all",
+        link=pair.link(reuse=True, name="kept"),
+    )
+    assert first["stages"]["connect_s"] > 0
+    assert second["stages"]["connect_s"] == 0
+
+
+def test_garbage_on_the_port_gets_an_answer_and_does_no_harm(pair: Pair) -> None:
+    with socket.create_connection(("127.0.0.1", pair.port), timeout=5) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\n\r\n" * 10)
+        sock.shutdown(socket.SHUT_WR)
+        reply = b"".join(iter(lambda: sock.recv(65536), b""))
+    header, _ = wire.unpack(reply)
+    assert isinstance(header, wire.Failure)
+    assert pair.split(0, "int8")["answer"] is not None
+
+
+def test_a_payload_that_is_no_codecs_is_an_error_of_that_request_only(pair: Pair) -> None:
+    prefix = pair.edge.call(
+        "prepare",
+        60,
+        task="needle",
+        parameters={},
+        count=1,
+        context_tokens=300,
+        seed=0,
+        codecs=["fp16"],
+        max_new_tokens=4,
+    )
+    digest = pair.cloud.call("learn_prefix", 60, text=prefix["prefix_text"])
+    connection = Connection.open("127.0.0.1", pair.port, None, 5.0)
+    for _ in range(2):
+        connection.send(wire.Request(1, "split", "int8", digest, "Q?\n", "\n", 4, 0), b"\x00" * 5000)
+        received = connection.receive(0, 10.0)
+        assert received is not None
+        assert isinstance(received.header, wire.Failure)
+    connection.close()
+
+
+def test_an_oversized_request_is_refused_unread(pair: Pair) -> None:
+    connection = Connection.open("127.0.0.1", pair.port, None, 5.0)
+    connection.socket.sendall(wire.pack(wire.Request(1, "split", "int8", "x", "Q?", "\n", 4, 0), 1 << 30))
+    received = connection.receive(0, 10.0)
+    assert received is not None
+    assert isinstance(received.header, wire.Failure)
+    assert "at most" in received.header.message
+    connection.close()
+
+
+def test_a_model_that_does_not_exist_is_the_users_mistake(tmp_path: Path) -> None:
+    endpoint = Endpoint.start("cloud", None, tmp_path / "log")
+    with pytest.raises(UsageError, match="nowhere"):
+        endpoint.call("load", 60, model=str(tmp_path / "nowhere"), device="cpu", dtype="auto", threads=1)
+    endpoint.stop()
+
+
+def test_an_endpoint_that_dies_is_named_with_its_fate(tmp_path: Path) -> None:
+    endpoint = Endpoint.start("cloud", None, tmp_path / "log")
+    endpoint.process.kill()
+    with pytest.raises(EndpointError, match=r"cloud process ended \(signal SIGKILL\)"):
+        endpoint.call("forget", 20)
+        endpoint.call("forget", 20)
+    endpoint.stop()
+
+
+def test_an_endpoint_leaves_when_the_orchestrator_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, signal, sys\n"
+        "from testbed.endpoints.launch import Endpoint\n"
+        f"endpoint = Endpoint.start('edge', None, pathlib.Path({str(tmp_path / 'log')!r}))\n"
+        "print(endpoint.process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    pid = int(done.stdout)
+    deadline = 100
+    while (
+        Path(f"/proc/{pid}/stat").exists()
+        and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+        and deadline
+    ):
+        deadline -= 1
+        subprocess.run(["sleep", "0.05"], check=True)
+    assert deadline > 0
+
+
+def test_root_is_dropped_on_the_command_line_that_starts_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    argv = " ".join(command("testbed.endpoints.edge", "tb-1-edge", User(1000, 100, "ann", "/home/ann"), 5))
+    assert argv.startswith("nsenter --net=/run/netns/tb-1-edge")
+    for part in (
+        "--reuid=1000",
+        "--regid=100",
+        "--init-groups",
+        "--bounding-set=-all",
+        "--no-new-privs",
+        "--pdeathsig=KILL",
+    ):
+        assert part in argv
+
+
+def test_behind_sudo_the_invoking_user_is_who_typed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getuid", lambda: 0)
+    monkeypatch.setenv("SUDO_UID", "65534")
+    monkeypatch.setenv("SUDO_GID", "65534")
+    assert (invoking_user().uid, invoking_user().gid) == (65534, 65534)
+
+
+@pytest.mark.netns
+def test_an_endpoint_has_no_capability_left(tmp_path: Path) -> None:
+    endpoint = Endpoint.start("edge", None, tmp_path / "log")
+    status = {}
+    for _ in range(200):
+        if (
+            "testbed.endpoints.edge"
+            in Path(f"/proc/{endpoint.process.pid}/cmdline").read_text().split("\0")[:4]
+        ):
+            break
+        subprocess.run(["sleep", "0.02"], check=True)
+    for line in Path(f"/proc/{endpoint.process.pid}/status").read_text().splitlines():
+        key, _, value = line.partition(":")
+        status[key] = value.strip()
+    endpoint.stop()
+    assert {int(status[key], 16) for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+    assert status["NoNewPrivs"] == "1"

@@ -1,0 +1,362 @@
+"""The fabric: a topology as namespaces and links, and a host that is the same before and after."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from testbed.errors import NetworkError, SpecError, UsageError
+from testbed.net import namespaces, processes, state
+from testbed.net.execute import execute
+from testbed.net.fabric import Fabric, describe, up
+from testbed.net.offloads import Ethtool
+from testbed.net.profile import PRESETS, parse_profile
+from testbed.net.topology import Link, Node, Topology, load_topology
+from tests.net.direct import Direct
+
+REPOSITORY = Path(__file__).parents[2]
+EDGE_CLOUD = load_topology("edge-cloud")
+
+pytestmark = [
+    pytest.mark.netns,
+    pytest.mark.skipif(os.geteuid() != 0, reason="making network namespaces needs root"),
+]
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TESTBED_STATE", str(tmp_path / "state"))
+    yield
+    for left in state.list_states():
+        with state.locked():
+            state.remove(left)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fabric]:
+    """One network for the tests that only look at it."""
+    directory = str(tmp_path_factory.mktemp("state"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TESTBED_STATE", directory)
+        fabric = Fabric.build(load_topology("shared-bottleneck"), Direct())
+    yield fabric
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TESTBED_STATE", directory)
+        fabric.close()
+
+
+def ours(run_id: str) -> list[str]:
+    return [name for name in namespaces.names() if name.startswith(f"tb-{run_id}-")]
+
+
+def run_in(namespace: str, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["ip", "netns", "exec", namespace, *command], capture_output=True, text=True, timeout=30
+    )
+
+
+def host_network() -> dict[str, str]:
+    """What the host shows of its network, without what changes by itself."""
+    shown = {
+        command: subprocess.run(command.split(), capture_output=True, text=True).stdout
+        for command in (
+            "ip addr",
+            "ip route show table all",
+            "ip rule",
+            "ip neigh show nud permanent",
+            "tc qdisc",
+        )
+    }
+    rules = subprocess.run(["iptables-save"], capture_output=True, text=True).stdout
+    shown["iptables-save"] = re.sub(r"^#.*\n|\[\d+:\d+\]", "", rules, flags=re.MULTILINE)
+    sysctls = subprocess.run(["sysctl", "-a"], capture_output=True, text=True).stdout
+    shown["sysctl net"] = "\n".join(line for line in sysctls.splitlines() if line.startswith("net."))
+    shown["ip addr"] = re.sub(r"(valid_lft|preferred_lft) \w+", "", shown["ip addr"])
+    shown["ip route show table all"] = re.sub(r"expires \w+", "", shown["ip route show table all"])
+    return shown
+
+
+def test_any_node_pings_any_other_by_address(shared: Fabric) -> None:
+    names = [node.name for node in shared.topology.nodes]
+    for start in names:
+        for end in names:
+            ping = run_in(shared.namespace(start), "ping", "-c1", "-W2", shared.address(end))
+            assert ping.returncode == 0, f"{start} to {end}: {ping.stdout}"
+
+
+def test_what_crosses_a_link_is_never_larger_than_the_mtu(shared: Fabric) -> None:
+    for name in (shared.namespace("edge1"), shared.state.wire):
+        with namespaces.inside(name), Ethtool() as ethtool:
+            features = ethtool.features("eth0" if name.endswith("edge1") else "l0a")
+        on = {feature for feature, active in features.items() if active}
+        assert not on & {"tx-tcp-segmentation", "tx-generic-segmentation", "tx-udp-segmentation", "rx-gro"}
+    listing = run_in(shared.namespace("edge1"), "ethtool", "-k", "eth0").stdout
+    for offload in ("tcp-segmentation-offload", "generic-segmentation-offload", "generic-receive-offload"):
+        assert f"{offload}: off" in listing
+
+
+def test_bulk_tcp_crosses_two_links_in_packets_of_the_mtu_under_the_links_congestion_control(
+    shared: Fabric,
+) -> None:
+    def received() -> tuple[int, int]:
+        with namespaces.inside(shared.namespace("cloud")):
+            line = next(
+                text for text in Path("/proc/thread-self/net/dev").read_text().splitlines() if "eth0" in text
+            )
+        counts = line.split(":")[1].split()
+        return int(counts[0]), int(counts[1])
+
+    before = received()
+    server = subprocess.Popen(
+        ["ip", "netns", "exec", shared.namespace("cloud"), "iperf3", "-s", "-1"], stdout=subprocess.DEVNULL
+    )
+    try:
+        client = ["iperf3", "-c", shared.address("cloud"), "-n", "20M", "-J"]
+        for _ in range(50):
+            report = run_in(shared.namespace("edge1"), *client)
+            if '"error"' not in report.stdout:  # the server listens by now; iperf3's status does not tell
+                break
+            time.sleep(0.1)
+        assert '"sender_tcp_congestion":\t"cubic"' in report.stdout
+    finally:
+        server.terminate()
+        server.wait()
+    after = received()
+    assert after[0] - before[0] > 20_000_000
+    assert (after[0] - before[0]) / (after[1] - before[1]) <= 1514
+
+
+def test_no_arp_and_no_ipv6_travel_on_the_link(shared: Fabric) -> None:
+    neighbours = run_in(shared.namespace("edge1"), "ip", "neigh").stdout
+    assert shared.topology.interfaces("edge1")[0].peer in neighbours
+    assert "PERMANENT" in neighbours
+    assert "inet6" not in run_in(shared.namespace("edge1"), "ip", "addr", "show", "eth0").stdout
+    if Path("/proc/sys/net/ipv6").exists():
+        assert "::1" in run_in(shared.namespace("edge1"), "ip", "addr", "show", "lo").stdout
+
+
+def test_tcp_may_use_windows_of_twice_the_bandwidth_delay_product() -> None:
+    profile = parse_profile("rate=1gbit,delay=100ms")
+    with Fabric.build(EDGE_CLOUD.with_profiles({"access": PRESETS["lte"]}), Direct()) as fabric:
+
+        def limit() -> int:
+            return int(
+                run_in(fabric.namespace("cloud"), "cat", "/proc/sys/net/ipv4/tcp_rmem").stdout.split()[2]
+            )
+
+        assert limit() >= 32_000_000
+        fabric.apply("access", profile)
+        assert limit() >= 2 * 1e9 / 8 * 0.2
+        assert fabric.topology.link("access").profile == profile
+        assert state.find(fabric.id).topology.link("access").profile == profile
+
+
+def test_the_host_is_the_same_before_during_and_after() -> None:
+    before = host_network()
+    with Fabric.build(load_topology("shared-bottleneck"), Direct()) as fabric:
+        run_id = fabric.id
+        assert len(ours(run_id)) == 5
+        during = host_network()
+    assert during == before
+    assert host_network() == before
+    assert ours(run_id) == []
+    assert f"tb-{run_id}-" not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_close_can_be_called_twice_and_ends_what_runs_inside() -> None:
+    fabric = Fabric.build(EDGE_CLOUD, Direct())
+    run_id, directory = fabric.id, fabric.state.directory
+    lasting = subprocess.Popen(["ip", "netns", "exec", fabric.namespace("edge"), "sleep", "100"])
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{lasting.pid}/ns/net").readlink() == Path("/proc/self/ns/net").readlink():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    fabric.close()
+    fabric.close()
+    assert lasting.wait(10) == -signal.SIGTERM
+    assert not ours(run_id)
+    assert not directory.exists()
+    assert state.list_states() == []
+    with pytest.raises(NetworkError, match="closed"):
+        fabric.address("edge")
+
+
+@pytest.mark.parametrize("error", [NetworkError("this link fails"), KeyboardInterrupt(), ValueError("a bug")])
+def test_a_build_that_fails_or_is_interrupted_midway_leaves_nothing(error: BaseException) -> None:
+    before = set(namespaces.names())
+    emulator = Direct(failing_at="l2", error=error)
+    with pytest.raises(type(error)):
+        Fabric.build(load_topology("shared-bottleneck"), emulator)
+    assert {name for name in namespaces.names() if name.startswith("tb-")} <= before
+    assert state.list_states() == []
+    assert [link.detached for link in emulator.links] == [1, 1]
+
+
+def test_an_unknown_congestion_control_is_the_users_mistake_and_leaves_nothing() -> None:
+    topology = Topology(
+        "t", (Node("edge"), Node("cloud")), (Link("access", "edge", "cloud", PRESETS["lte"], "warpspeed"),)
+    )
+    with pytest.raises(UsageError, match=r"congestion control 'warpspeed': this kernel offers .*cubic"):
+        Fabric.build(topology, Direct())
+    assert state.list_states() == []
+
+
+def test_building_never_moves_any_thread_to_another_namespace() -> None:
+    home = Path("/proc/thread-self/ns/net").readlink()
+    seen: set[Path] = set()
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            seen.add(Path("/proc/thread-self/ns/net").readlink())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    fabrics: list[Fabric] = []
+    builders = [
+        threading.Thread(target=lambda: fabrics.append(Fabric.build(EDGE_CLOUD, Direct()))) for _ in range(3)
+    ]
+    for builder in builders:
+        builder.start()
+    for builder in builders:
+        builder.join()
+    stop.set()
+    watcher.join()
+    assert len({fabric.id for fabric in fabrics}) == 3
+    for fabric in fabrics:
+        fabric.close()
+    assert seen == {home}
+    assert Path("/proc/thread-self/ns/net").readlink() == home
+
+
+def test_inside_brings_the_thread_back_after_an_error(shared: Fabric) -> None:
+    home = Path("/proc/thread-self/ns/net").readlink()
+    with pytest.raises(ValueError, match="boom"), namespaces.inside(shared.state.wire):
+        assert Path("/proc/thread-self/ns/net").readlink() != home
+        raise ValueError("boom")
+    assert Path("/proc/thread-self/ns/net").readlink() == home
+    with pytest.raises(NetworkError, match="tb-none-here"), namespaces.inside("tb-none-here"):
+        pass
+
+
+def test_no_descriptor_stays_open() -> None:
+    Fabric.build(EDGE_CLOUD, Direct()).close()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(3):
+        Fabric.build(EDGE_CLOUD, Direct()).close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_unknown_nodes_and_links_are_refused_by_name(shared: Fabric) -> None:
+    with pytest.raises(SpecError, match=r"no node 'edge'; did you mean 'edge.'"):
+        shared.namespace("edge")
+    with pytest.raises(SpecError, match="no link 'backhall'; did you mean 'backhaul'"):
+        shared.counters("backhall")
+
+
+def test_a_command_in_a_node_knows_the_others_by_name_and_sees_its_own_interfaces(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Fabric.build(load_topology("shared-bottleneck"), Direct()) as fabric:
+        hosts, mounts = Path("/etc/hosts").read_text(), Path("/proc/self/mountinfo").read_text()
+        assert execute(fabric.state, "edge1", ["ping", "-c1", "-W2", "cloud"]) == 0
+        assert execute(fabric.state, "edge1", ["sh", "-c", "cat /etc/hosts; ls /sys/class/net; exit 7"]) == 7
+        shown = capfd.readouterr().out
+        assert fabric.hosts("edge1") in shown
+        assert shown.split()[-2:] == ["eth0", "lo"]
+        assert Path("/etc/hosts").read_text() == hosts
+        assert Path("/proc/self/mountinfo").read_text() == mounts
+        assert execute(fabric.state, "edge1", ["sh", "-c", "kill -TERM $$"]) == 128 + signal.SIGTERM
+        with pytest.raises(UsageError, match="no-such-command: No such file"):
+            execute(fabric.state, "edge1", ["no-such-command"])
+        with pytest.raises(UsageError, match="no command"):
+            execute(fabric.state, "edge1", [])
+
+
+def test_a_signal_to_the_testbed_reaches_the_command() -> None:
+    with Fabric.build(EDGE_CLOUD, Direct()) as fabric:
+        program = (
+            "import sys; from testbed.net import state; from testbed.net.execute import execute; "
+            f"sys.exit(execute(state.find({fabric.id!r}), 'edge', ['sh', '-c', sys.argv[1]]))"
+        )
+        script = "trap 'echo caught; exit 5' INT; echo ready; while :; do sleep 0.05; done"
+        with subprocess.Popen(
+            [sys.executable, "-c", program, script], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+        ) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            child.send_signal(signal.SIGINT)
+            assert child.stdout.readline() == "caught\n"
+            assert child.wait(10) == 5
+
+
+def test_without_root_nothing_is_touched() -> None:
+    # loaded as root first, since another user may not be allowed to read the files
+    program = (
+        "import os, testbed.net.fabric as fabric\n"
+        "from testbed.errors import UsageError\n"
+        "from testbed.net.topology import load_topology\n"
+        "topology = load_topology('edge-cloud')\n"
+        "os.setgroups([]); os.setresuid(65534, 65534, 65534)\n"
+        "for call in (lambda: fabric.Fabric.build(topology), lambda: fabric.up(topology)):\n"
+        "    try: call()\n"
+        "    except UsageError as error: print(error)\n"
+    )
+    before = host_network(), set(namespaces.names())
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    assert answer.stdout == 2 * "building a network needs root: run it as sudo testbed …\n", answer.stderr
+    assert (host_network(), set(namespaces.names())) == before
+    assert not state.directory().exists()
+
+
+def test_a_network_that_is_up_stays_until_it_is_taken_down() -> None:
+    network = up(EDGE_CLOUD, {"access": PRESETS["lte"]}, Direct())
+    assert state.find() == network
+    assert state.clean() == []
+    shown = describe(network)
+    assert [node["namespace"] for node in shown["nodes"]] == [
+        f"tb-{network.id}-edge",
+        f"tb-{network.id}-cloud",
+    ]
+    assert shown["links"][0]["profile"] == "lte"
+    assert shown["links"][0]["counters"] is None  # this emulator cannot be found again
+    assert f"namespace tb-{network.id}-wire" in state.down()
+    assert not ours(network.id)
+    with pytest.raises(UsageError, match="no network is up"):
+        state.down()
+
+
+def test_a_network_that_is_up_answers_with_live_counters_and_goes_without_a_trace() -> None:
+    """The same with a real emulator, which outlives the process that made it."""
+    program = (
+        "from testbed.net.fabric import up; from testbed.net.topology import load_topology; "
+        "from testbed.net.profile import parse_profile; "
+        "print(up(load_topology('edge-cloud'), {'access': parse_profile('delay=20ms')}).id)"
+    )
+    made = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    if "UsageError" in made.stderr:
+        pytest.skip(f"no emulator runs here: {made.stderr.splitlines()[-1]}")
+    network = state.find(made.stdout.strip())
+    ping = run_in(network.namespace("edge"), "ping", "-c4", "-i0.2", network.topology.address("cloud"))
+    times = [float(value) for value in re.findall(r"time=([\d.]+) ms", ping.stdout)]
+    assert len(times) == 4
+    assert min(times) >= 40  # twice the one-way delay, which nothing can be faster than
+    counters = describe(network)["links"][0]["counters"]
+    assert counters["up"]["packets"] == counters["down"]["packets"] == 4
+    assert counters["up"]["bytes"] == 4 * 84  # ping's 56 bytes, 8 of ICMP, 20 of IP
+    state.down()
+    assert not ours(network.id)
+    assert all(not processes.is_running(helper.pid, helper.started) for helper in network.processes)

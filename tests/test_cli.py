@@ -1,0 +1,107 @@
+"""The command line as people and scripts see it: exit statuses, one-line errors, JSON, and no torch in its process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def testbed(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "testbed", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+testbed.__test__ = False  # type: ignore[attr-defined]
+
+
+def complaint(*arguments: str, **environment: str) -> str:
+    """The one line that a wrong request gives, with exit status 2."""
+    done = testbed(*arguments, **environment)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("plan", "nowhere"), "no scenario file nowhere"),
+        (("plan", "quick", "--set", "timeout=5parsec"), "parsec"),
+        (("plan", "quick", "--codec", "q2x@0.25"), "q2x"),
+        (("plan", "quick", "--set", "profils=lte"), "did you mean 'profiles'"),
+        (("plan", "quick", "--set", "nonsense"), "KEY=VALUE"),
+        (("plan", "quick", "--link", "wan"), "NAME=PROFILE"),
+        (("plan", "quick", "--set", "model=smollm2-135n"), "smollm2-135"),
+        (("run",), "name a scenario"),
+        (("run", "--resume", "nowhere"), "nowhere"),
+        (("models", "fetch", "smollm9"), "smollm9"),
+        (("plot", "nowhere"), "not a run directory"),
+        (("frobnicate",), "frobnicate"),
+        (("up", "nowhere"), "nowhere"),
+        (("calibrate",), "at least one profile"),
+        (("calibrate", "5g-midd"), "5g-mid"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_status_2(arguments: tuple[str, ...], words: str) -> None:
+    assert words in complaint(*arguments)
+
+
+def test_a_model_that_was_not_fetched_is_named_with_the_remedy(tmp_path: Path) -> None:
+    line = complaint("plan", "quick", TESTBED_CACHE=str(tmp_path))
+    assert "testbed models fetch smollm2-135m" in line
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give root up")
+@pytest.mark.parametrize("command", [("up", "edge-cloud"), ("calibrate", "lte"), ("clean",)])
+def test_without_root_the_remedy_is_named(command: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--securebits=+noroot", sys.executable, "-c",
+         "import os, sys; os.geteuid = lambda: 1000; from testbed.cli import main; main(sys.argv[1:])", *command],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "sudo" in done.stderr
+
+
+def test_plan_answers_in_json() -> None:
+    done = testbed("plan", "quick", "--set", "model=HuggingFaceTB/SmolLM2-135M", "--json")
+    value = json.loads(done.stdout)
+    assert value["trials"] == len(value["cells"]) * 3
+
+
+@pytest.mark.parametrize("command", ["codecs", "tasks", "profiles", "models"])
+def test_lists_are_printed_and_given_as_json(command: str) -> None:
+    assert testbed(command).stdout.count("\n") >= 2
+    assert (
+        len(json.loads(testbed(command, "--json").stdout)[command if command != "codecs" else "methods"]) >= 2
+    )
+
+
+def test_the_orchestrator_never_imports_torch() -> None:
+    code = (
+        "import sys, testbed.cli, testbed.runner, testbed.scenario, testbed.estimate, testbed.environment\n"
+        "import testbed.net.fabric, testbed.net.calibrate, testbed.results\n"
+        "from testbed.codecs.registry import describe; describe()\n"
+        "from testbed.tasks.task import describe, make_task; describe(); make_task('needle')\n"
+        "plan = testbed.scenario.load_plan('5g')\n"
+        "list(plan.batches())\n"
+        "sys.exit(sum(name in sys.modules for name in ('torch', 'transformers', 'pandas', 'matplotlib')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

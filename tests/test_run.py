@@ -1,0 +1,171 @@
+"""Whole runs with a tiny random model: real namespaces, a real link, real endpoints, and what is left afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.kill_resume import leftovers, torture
+from testbed.results import COLUMNS, STAGES
+from tests.tiny_models import tiny_model_directory
+
+ROOT = Path(__file__).parents[1]
+SCENARIO = """\
+name: tiny
+profiles: ["rate=20mbit,delay=5ms", "rate=50mbit,delay=1ms"]
+placements: [split, cloud, edge]
+codecs: [fp16, int8, q2c@0.25+int4, random@0.5+int8+zstd]
+tasks: [needle]
+context_tokens: 300
+examples: 2
+threads: 1
+max_new_tokens: 6
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "testbed", "run", *arguments, "--accept-uncalibrated"],
+        cwd=ROOT, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+
+
+def rows(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "trials.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def scenario(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("scenario")
+    path = directory / "tiny.yaml"
+    path.write_text(SCENARIO + f"model: {tiny_model_directory('llama', directory / 'model')}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(scenario: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run, once."""
+    before = set(leftovers())
+    out = tmp_path_factory.mktemp("run") / "out"
+    done = run(str(scenario), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "latency_quality.png" in done.stdout
+    assert set(leftovers()) == before
+    return out
+
+
+@pytest.mark.netns
+@pytest.mark.slow
+class TestAWholeRun:
+    def test_has_a_row_for_every_trial_with_every_column(self, finished: Path) -> None:
+        found = rows(finished)
+        assert len(found) == 2 * 2 * (4 + 1 + 1)
+        assert len({row["trial"] for row in found}) == len(found)
+        assert all(set(row) == set(COLUMNS) for row in found)
+        assert [row["error"] for row in found] == [""] * len(found)
+
+    def test_has_stages_that_sum_to_the_end_to_end_latency(self, finished: Path) -> None:
+        for row in rows(finished):
+            assert sum(row[stage] for stage in STAGES) == pytest.approx(row["e2e_s"], rel=0.02, abs=0.005)
+
+    def test_sends_the_full_cache_exactly(self, finished: Path) -> None:
+        full = [row for row in rows(finished) if row["codec"] == "fp16"]
+        assert all(row["answer"] == row["reference_answer"].strip() for row in full)
+        assert all(row["nll"] == row["reference_nll"] for row in full)
+
+    def test_counts_more_bytes_on_the_wire_than_in_the_payload(self, finished: Path) -> None:
+        for row in rows(finished):
+            if row["placement"] != "edge":
+                assert row["wire_bytes"] > row["payload_bytes"] > 0
+
+    def test_never_transmits_faster_than_the_link(self, finished: Path) -> None:
+        for row in rows(finished):
+            if row["placement"] == "split":
+                assert (
+                    row["transmit_s"]
+                    >= row["payload_bytes"] * 8 / row["rate_up_bps"] + row["delay_up_s"] * 0.99
+                )
+
+    def test_says_what_was_reused(self, finished: Path) -> None:
+        found = [row for row in rows(finished) if row["codec"] == "int8"]
+        assert {row["reused"] for row in found} == {
+            "prefill",
+            "prefill,select,encode,decode,first_token,generate",
+        }
+
+    def test_leaves_the_directory_as_documented(self, finished: Path) -> None:
+        names = {path.name for path in finished.iterdir()}
+        assert {
+            "manifest.json",
+            "calibration.json",
+            "trials.jsonl",
+            "trials.parquet",
+            "summary.csv",
+            "figures",
+        } <= names
+        manifest = json.loads((finished / "manifest.json").read_text())
+        assert manifest["format"] == 1
+        assert manifest["emulator"] in ("netem", "userspace")
+        measured = json.loads((finished / "calibration.json").read_text())["measurements"]
+        assert len(measured) == 2
+
+    def test_gives_the_same_answers_tokens_and_bytes_when_run_again(
+        self, finished: Path, scenario: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "again"
+        assert run(str(scenario), "--out", str(out)).returncode == 0
+        same = ("answer", "kept_digest", "payload_digest", "payload_bytes", "nll", "score")
+        first = {row["trial"]: [row[key] for key in same] for row in rows(finished)}
+        assert {row["trial"]: [row[key] for key in same] for row in rows(out)} == first
+
+    def test_stops_on_ctrl_c_and_is_finished_by_resume(self, scenario: Path, tmp_path: Path) -> None:
+        before, out = set(leftovers()), tmp_path / "stopped"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "testbed", "run", str(scenario), "--out", str(out), "--accept-uncalibrated"],
+            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        for _ in range(2000):
+            if process.poll() is not None or ((out / "trials.jsonl").exists() and len(rows(out)) >= 3):
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130, errors
+        assert f"--resume {out}" in errors
+        assert set(leftovers()) == before
+        assert 0 < len(rows(out)) < 24
+        with (out / "trials.jsonl").open("a") as file:
+            file.write('{"trial": "cut off in the mid')
+        done = run("--resume", str(out))
+        assert done.returncode == 0, done.stderr
+        assert len(rows(out)) == len({row["trial"] for row in rows(out)}) == 24
+
+    def test_survives_being_killed(self, tmp_path: Path) -> None:
+        result = torture(2, 3, tmp_path, tiny_model_directory("llama", tmp_path / "model"))
+        assert result["left_behind_after_clean"] == []
+        assert result["repeated"] == []
+        assert result["host_changed"] == {}
+        assert (result["trials"], result["failed"], result["final_exit_status"]) == (result["expected"], 0, 0)
+
+
+@pytest.mark.netem
+@pytest.mark.slow
+def test_a_whole_run_on_the_kernels_own_emulator(tmp_path: Path) -> None:
+    path = tmp_path / "netem.yaml"
+    small = SCENARIO.replace("examples: 2", "examples: 1")
+    path.write_text(small + f"model: {tiny_model_directory('llama', tmp_path / 'model')}\nemulator: netem\n")
+    done = run(str(path), "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    found = rows(tmp_path / "out")
+    assert len(found) == 12
+    assert {(row["emulator"], row["error"]) for row in found} == {("netem", "")}
+    assert all(row["answer"] == row["reference_answer"].strip() for row in found if row["codec"] == "fp16")
+    assert os.geteuid() == 0

@@ -1,0 +1,132 @@
+"""Scenario files: what is written is what is run, and a mistake is named with its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from testbed.errors import SpecError, UsageError
+from testbed.scenario import load_plan, make_plan
+
+BASE = {"name": "t", "profiles": ["5g-mid"], "tasks": ["needle"], "codecs": ["fp16", "int8"], "examples": 3}
+
+
+def plan(**changes: object):  # type: ignore[no-untyped-def]
+    return make_plan({**BASE, **changes}, "t.yaml")
+
+
+def test_shipped_scenarios_are_valid_and_keep_their_promises() -> None:
+    default = load_plan("5g")
+    assert len(default.profiles) >= 4
+    assert len(default.scenario.codecs) >= 8
+    assert set(default.scenario.placements) == {"split", "cloud", "edge"}
+    assert default.scenario.examples * len(default.tasks) >= 10
+    assert {task.name for task in default.tasks} == {"needle", "passages"}
+    quick = load_plan("quick")
+    assert (len(quick.profiles), len(quick.scenario.codecs), quick.scenario.examples) == (2, 3, 3)
+
+
+def test_a_sweep_has_every_combination_once() -> None:
+    made = plan(
+        profiles=["5g-mid", "lte"], placements=["split", "cloud", "edge"], context_tokens=[64, 128], repeats=2
+    )
+    cells = [cell for batch in made.batches() for cell in made.cells(*batch)]
+    assert len(cells) == len(set(cells)) == 2 * (2 * 2 + 2 + 2)
+    assert made.trials == len(cells) * 3 * 2
+    assert len({cell.identity(made) for cell in cells}) == len(cells)
+
+
+def test_a_cell_keeps_its_identity_when_other_parts_of_the_sweep_change() -> None:
+    few, many = plan(), plan(profiles=["lte", "5g-mid"], codecs=["int4", "int8", "fp16"], examples=50)
+    found = {cell.identity(many) for cell in many.cells(0, 256)}
+    assert {cell.identity(few) for cell in few.cells(0, 256)} < found
+
+
+def test_the_seed_and_the_model_are_part_of_a_cells_identity() -> None:
+    identities = {
+        made.cells(0, 256)[0].identity(made) for made in (plan(), plan(seed=1), plan(model="gemma3-270m"))
+    }
+    assert len(identities) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"profils": ["lte"]}, r"t.yaml: profils: unknown key; did you mean 'profiles'"),
+        ({"profiles": ["rate=5mb"]}, r"t.yaml: profiles\[0\]: .*'mb'"),
+        ({"profiles": ["6g"]}, r"t.yaml: profiles\[0\]: .*6g"),
+        ({"codecs": ["fp16", "q2x@0.25"]}, r"t.yaml: codecs\[1\]: .*q2x"),
+        ({"codecs": ["int8", "int8"]}, r"codecs: 'int8' is listed twice"),
+        ({"profiles": ["lte", "lte"]}, r"listed twice"),
+        ({"placements": ["moon"]}, r"t.yaml: placements\[0\]"),
+        ({"tasks": ["noodle"]}, r"t.yaml: tasks\[0\]: .*noodle"),
+        ({"tasks": [{"task": "needle", "sharpness": 3}]}, r"t.yaml: tasks\[0\]: .*sharpness"),
+        ({"tasks": [{"needle": 1}]}, r"t.yaml: tasks\[0\]: write a task's name"),
+        ({"examples": 0}, r"t.yaml: examples"),
+        ({"examples": "many"}, r"t.yaml: examples.*many"),
+        ({"timeout": "5 parsec"}, r"t.yaml: timeout: .*parsec"),
+        ({"topology": "nowhere"}, r"t.yaml: topology: .*nowhere"),
+        ({"edge": "moon"}, r"t.yaml: edge: .*'moon'"),
+        ({"edge": "cloud"}, r"same node"),
+        ({"link": "moon"}, r"t.yaml: link: .*'moon'"),
+        ({"links": {"moon": "lte"}}, r"no link 'moon'"),
+        ({"device": {"edge": "cpu", "fog": "cpu"}}, r"device.*fog: unknown key"),
+        ({"name": "../../etc"}, r"t.yaml: name"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SpecError, match=message) as caught:
+        plan(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(SpecError, match=r"x.yaml: tasks: this key is required"):
+        make_plan({"name": "x", "profiles": ["lte"]}, "x.yaml")
+
+
+def test_the_command_line_changes_a_scenario() -> None:
+    made = load_plan(
+        "quick",
+        assignments=["device.edge=cpu", "context_tokens=[64, 96]", "seed=7"],
+        codecs=("int8",),
+        links=["access=rate=5mbit,delay=1ms"],
+        examples=2,
+    )
+    assert made.scenario.device.edge == "cpu"
+    assert made.scenario.device.cloud == "auto"
+    assert made.scenario.context_tokens == [64, 96]
+    assert (made.scenario.seed, made.scenario.codecs, made.scenario.examples) == (7, ["int8"], 2)
+    assert [p.up.rate_bps for p in made.profiles] == [5e6]
+
+
+@pytest.mark.parametrize(
+    "text", ["[1, 2", "a: &x 1\nb: *x\n", "a: 1\na: 2\n", "- 1\n", "\x00", "!!python/object:os.system {}"]
+)
+def test_a_file_that_is_no_scenario_is_refused_with_its_name(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"bad\.yaml"):
+        load_plan(str(path))
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*BASE, "links", "device", "timeout"]),
+        st.recursive(
+            st.none() | st.integers() | st.text(max_size=9),
+            lambda inner: (
+                st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+            ),
+            max_leaves=6,
+        ),
+    )
+)
+def test_any_settings_make_a_plan_or_a_typed_error(changes: dict[str, object]) -> None:
+    try:
+        assert plan(**changes).trials >= 1
+    except UsageError as error:
+        assert "\n" not in str(error)
