@@ -90,7 +90,7 @@ def _tun() -> Finding:
 
 
 def _netem() -> Finding:
-    from testbed.net.emulators import netem
+    import testbed.net.emulators.netem as netem
 
     if os.geteuid() != 0:
         return Finding("netem", False, "unknown without root", False)

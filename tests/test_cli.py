@@ -50,7 +50,7 @@ def complaint(*arguments: str, **environment: str) -> str:
         (("run",), "name a scenario"),
         (("run", "--resume", "nowhere"), "nowhere"),
         (("models", "fetch", "smollm9"), "smollm9"),
-        (("plot", "nowhere"), "not a run directory"),
+        (("plot", "nowhere"), "not a directory"),
         (("frobnicate",), "frobnicate"),
         (("up", "nowhere"), "nowhere"),
         (("calibrate",), "at least one profile"),
