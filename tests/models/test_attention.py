@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from testbed.models.attention import attend, attention_blocks, attention_sum
+from testbed.models.language import load_model
+from tests.models import reference
+from tests.tiny_models import FAMILIES
+
+Tiny = Callable[[str], Path]
+
+TEXT = "Context: The harbour clock was mended in spring by Anna Lind, and the keeper wrote the code 4821."
+
+
+def textbook(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """One query and head at a time, in double precision."""
+    q_heads, new, _ = query.shape
+    out = torch.empty(q_heads, new, value.shape[2], dtype=torch.float64)
+    for head in range(q_heads):
+        kv = head * key.shape[0] // q_heads
+        held = positions.expand(key.shape[0], -1)[kv].tolist()
+        for i in range(new):
+            at = held[len(held) - new + i]
+            seen = [j for j, p in enumerate(held) if p <= at and (window is None or p > at - window)]
+            scores = key[kv, seen].double() @ query[head, i].double() * scaling
+            if softcap is not None:
+                scores = softcap * (scores / softcap).tanh()
+            out[head, i] = scores.softmax(0) @ value[kv, seen].double()
+    return out.float()
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("window", [None, 7, 40])
+@pytest.mark.parametrize("new", [1, 5, 30])
+@pytest.mark.parametrize("past", ["none", "whole", "with gaps", "by head"])
+def test_attention_over_any_cache_equals_the_textbook(
+    past: str, new: int, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("testbed.models.attention.BLOCK", 8)  # so that these lengths take several blocks
+    generator = torch.Generator().manual_seed(new)
+    before = {
+        "none": torch.arange(0),
+        "whole": torch.arange(20),
+        "with gaps": torch.tensor([0, 1, 5, 9, 13, 14, 33, 34, 39]),
+        "by head": torch.tensor([[0, 3, 9, 30, 33], [1, 2, 35, 36, 39]]),
+    }[past]
+    start = 20 if past == "whole" else 0 if past == "none" else 40
+    tail = torch.arange(start, start + new)
+    positions = torch.cat([before, tail.expand(*before.shape[:-1], -1)], -1)
+    query = torch.randn(4, new, 16, generator=generator)
+    key, value = torch.randn(2, 2, positions.shape[-1], 16, generator=generator)
+    ours = attend(query[None], key[None], value[None], positions, 0.3, window, softcap)
+    torch.testing.assert_close(
+        ours[0], textbook(query, key, value, positions, 0.3, window, softcap), atol=2e-6, rtol=2e-5
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_sums_equal_the_weights_that_transformers_returns(tiny_model: Tiny, family: str) -> None:
+    model = load_model(str(tiny_model(family)), threads=1, cache_dtype=torch.float32)
+    ids = model.tokenize(TEXT, start=True)
+    network = reference.reference_network(tiny_model(family), "eager")
+    with torch.no_grad():
+        weights = network(torch.tensor([ids]), output_attentions=True).attentions
+    count = 5
+    result = model.prefill(ids, None, queries=count)
+    for layer, (held, queries) in enumerate(zip(result.cache.layers, result.queries, strict=True)):
+        if held.tokens < len(ids):
+            continue  # a sliding layer gave up keys that these queries saw
+        total = attention_sum(
+            queries,
+            held.keys,
+            query_positions=result.query_positions,
+            key_positions=held.positions,
+            scaling=model.scaling(layer),
+            softcap=model.softcap(layer),
+            window=model.window(layer),
+            block=2,
+        )
+        expected = weights[layer][0, :, -count:].sum(1).reshape(model.kv_heads, 2, -1).mean(1)
+        torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_probabilities_come_in_blocks_and_sum_to_one_over_what_is_seen() -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(4, 10, 8, generator=generator)
+    keys = torch.randn(2, 6, 8, generator=generator)
+    positions = torch.tensor([[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11]])
+    at = torch.arange(10)
+    blocks = list(
+        attention_blocks(
+            queries, keys, query_positions=at, key_positions=positions, scaling=0.5, window=3, block=4
+        )
+    )
+    assert [(start, stop) for start, stop, _ in blocks] == [(0, 4), (4, 8), (8, 10)]
+    whole = torch.cat([probabilities for *_, probabilities in blocks], 1)
+    for head in range(4):
+        for q in range(10):
+            seen = [(p <= q) and (p > q - 3) for p in positions[head // 2].tolist()]
+            assert (whole[head, q] > 0).tolist() == seen
+            assert float(whole[head, q].sum()) == pytest.approx(1.0 if any(seen) else 0.0, abs=1e-6)
+
+
+def test_sixteen_bit_keys_score_as_their_values_in_full_precision() -> None:
+    generator = torch.Generator().manual_seed(1)
+    queries, keys = (
+        torch.randn(4, 3, 8, generator=generator),
+        torch.randn(2, 9, 8, generator=generator).half(),
+    )
+    at, positions = torch.arange(6, 9), torch.arange(9)
+    ours = attention_sum(queries, keys, query_positions=at, key_positions=positions, scaling=0.5)
+    full = attention_sum(queries, keys.float(), query_positions=at, key_positions=positions, scaling=0.5)
+    assert ours.dtype == torch.float32 and torch.equal(ours, full)

@@ -1,0 +1,123 @@
+"""Tiny random models of the supported families, with a real tokenizer, written as a directory that `load_model` takes.
+
+`tiny_model` is a fixture: import it in a ``conftest.py``, then ``load_model(str(tiny_model("llama")))`` in a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+START, END = "<|start|>", "<|end|>"
+WINDOW = 8  #: tokens; of the families that have sliding-window layers
+
+#: family -> (transformers' config class, settings beyond the common ones)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "mistral": ("MistralConfig", {"sliding_window": WINDOW}),
+    "phi3": ("Phi3Config", {"sliding_window": None, "pad_token_id": 0}),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "attn_logit_softcapping": 5.0,
+            "query_pre_attn_scalar": 16,
+        },
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 16,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+}
+
+_WORDS = """
+Context: The harbour clock was mended in spring by Anna Lind, and the keeper wrote the code 4821 on a blue card.
+Question: Who mended the clock? Answer: Anna Lind
+The river runs past the old mill, and in the evening the bell of the town rings seven times over the market.
+What is the number of the red door? The number of the red door is 9036, said the woman who keeps the keys.
+A train leaves the station at noon; it carries mail, milk, and three passengers to the villages in the hills.
+When did the library open? The library opened in 1897, when the council bought the house of a retired captain.
+"""
+
+
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE tokenizer trained on a few sentences: any text round-trips."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([_WORDS], trainer)
+    return tokenizer
+
+
+def tiny_model_directory(family: str = "llama", path: Path | None = None, seed: int = 0) -> Path:
+    """Write a seeded random model of 3 layers (4 query heads, 2 key/value heads of 16) to `path` and return it.
+
+    Weights are large enough for the greedy answer to depend on the whole prompt. Gemma's tokenizers put a start token.
+    """
+    import tempfile
+
+    import torch
+    import transformers
+    from tokenizers import processors
+
+    path = Path(tempfile.mkdtemp(prefix=f"tiny-{family}-")) if path is None else path
+    tokenizer = tiny_tokenizer()
+    if family.startswith("gemma"):
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{START} $A", special_tokens=[(START, tokenizer.token_to_id(START))]
+        )
+    kind, settings = FAMILIES[family]
+    common = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.15,
+        "tie_word_embeddings": False,
+        "bos_token_id": tokenizer.token_to_id(START),
+        "eos_token_id": tokenizer.token_to_id(END),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = transformers.AutoModelForCausalLM.from_config(
+            getattr(transformers, kind)(**{**common, **settings}), dtype=torch.float32
+        )
+    network.save_pretrained(path)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=START, eos_token=END, clean_up_tokenization_spaces=False
+    ).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """tiny_model(family) -> the directory of that family's tiny model, written once a session."""
+    root = tmp_path_factory.mktemp("tiny-models")
+
+    def directory(family: str = "llama") -> Path:
+        path = root / family
+        return path if (path / "config.json").exists() else tiny_model_directory(family, path)
+
+    return directory
