@@ -1,0 +1,257 @@
+"""A codec at work: selects, encodes to true bytes, decodes on another machine."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from testbed.codecs import container
+from testbed.codecs.container import Header
+from testbed.codecs.entropy import MOST_EXPANSION, Coder, pack, unpack, worth_coding
+from testbed.codecs.evidence import Evidence, Needs
+from testbed.codecs.kept import Kept
+from testbed.codecs.layout import ALIGNMENT, Layout, Piece, lay_out
+from testbed.codecs.shapes import describe, dtype_name, layer_positions, torch_dtype
+from testbed.codecs.spec import CodecSpec, parse
+from testbed.errors import PayloadError, SpecError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from testbed.codecs.quantize import Quantizer
+    from testbed.codecs.select import Selector
+    from testbed.codecs.transform import Transform
+    from testbed.models.kvcache import KVCache
+
+
+class Codec:
+    """Runs the stages of a spec (or of its text; raises SpecError)."""
+
+    def __init__(self, spec: CodecSpec | str) -> None:
+        self.spec = parse(spec) if isinstance(spec, str) else spec
+        self.selector = cast("Selector | None", self.spec.selector)
+        self.transform = cast("Transform | None", self.spec.transform)
+        self.quantizer = cast("Quantizer", self.spec.quantizer)
+        self.coder = cast(Coder | None, self.spec.coder)
+
+    def __str__(self) -> str:
+        return str(self.spec)
+
+    @property
+    def needs(self) -> Needs:
+        """Which queries the edge must keep for `select`."""
+        return self.selector.needs() if self.selector else Needs()
+
+    def select(self, evidence: Evidence) -> Kept:
+        """The context tokens to send. Raises CodecError where the evidence lacks what the selector needs."""
+        return self.selector.select(evidence) if self.selector else Kept.everything(evidence.cache)
+
+    def encode(self, cache: KVCache, kept: Kept | None = None) -> memoryview:
+        """The payload of the kept tokens (None: all) of a context's cache, which is in 16 bits. Its length is what crosses.
+
+        Equal caches give equal bytes. Raises CodecError for a cache that the format or the quantizer cannot hold.
+        """
+        import torch
+
+        held = kept.apply(cache) if kept else cache
+        dtype = dtype_name(held)
+        groups, lists, position_bytes = describe(held)
+        extra = b""
+        if self.transform:
+            held, extra = self.transform.encode(held, self.quantizer)
+        header = Header(str(self.spec), cache.length, dtype, groups, lists, [], len(extra))
+        layout = lay_out(header.parts(), self.quantizer)
+        if self.coder:
+            return self._encode_coded(self.coder, held, header, layout, position_bytes + extra)
+        body_bytes = layout.side_bytes + layout.symbol_bytes
+        payload, at = container.allocate(header, body_bytes + len(position_bytes) + len(extra))
+        body = torch.from_numpy(payload[at : at + body_bytes])
+        target = body if held.device.type == "cpu" else torch.empty_like(body, device=held.device)
+        self._quantize(held, layout, target[: layout.side_bytes], target[layout.side_bytes :])
+        if target is not body:
+            body.copy_(target)
+        payload[at + body_bytes :] = np.frombuffer(position_bytes + extra, dtype=np.uint8)
+        return container.seal(payload)
+
+    def _quantize(self, cache: KVCache, layout: Layout, side: Tensor, packed: Tensor) -> None:
+        for piece, symbols, numbers in self._symbols(cache, layout):
+            _write(side, piece.side_at, piece.side_bytes, numbers)
+            end = piece.symbols_at + piece.symbol_bytes
+            pack(symbols, piece.bits, out=packed[piece.symbols_at : end])
+            _zero_gap(packed, end)
+
+    def _symbols(self, cache: KVCache, layout: Layout) -> Iterator[tuple[Piece, Tensor, Tensor | None]]:
+        for piece in layout.pieces:
+            layer = cache.layers[piece.part.layer]
+            values = layer.keys if piece.part.kind == "keys" else layer.values
+            symbols, side = self.quantizer.encode(piece.part, values)
+            yield piece, symbols, side
+
+    def _encode_coded(
+        self, coder: Coder, cache: KVCache, header: Header, layout: Layout, behind: bytes
+    ) -> memoryview:
+        import msgspec
+        import torch
+
+        side = torch.zeros(layout.side_bytes, dtype=torch.uint8)
+        packed, coding = [], []
+        with ThreadPoolExecutor(container.THREADS) as pool:
+            for piece, symbols, numbers in self._symbols(cache, layout):
+                _write(side, piece.side_at, piece.side_bytes, numbers)
+                packed.append(pack(symbols, piece.bits).cpu().numpy().data)
+                plain = packed[-1] if coder.packed else symbols.flatten().view(torch.uint8).cpu().numpy().data
+                coding.append(pool.submit(coder.compress, piece, plain))
+            coded = [future.result() for future in coding]
+        chosen = [
+            code if worth_coding(piece, code) else plain
+            for piece, code, plain in zip(layout.pieces, coded, packed, strict=True)
+        ]
+        header = msgspec.structs.replace(header, coded=[len(part) for part in chosen])
+        sections = [side.numpy().data, *chosen, behind]
+        payload, at = container.allocate(header, sum(len(section) for section in sections))
+        for section in sections:
+            payload[at : at + len(section)] = np.frombuffer(section, dtype=np.uint8)
+            at += len(section)
+        return container.seal(payload)
+
+    @staticmethod
+    def decode(payload: bytes | bytearray | memoryview, device: str | torch.device = "cpu") -> KVCache:
+        """See `decode`."""
+        return decode(payload, device)
+
+
+def decode(payload: bytes | bytearray | memoryview, device: str | torch.device = "cpu") -> KVCache:
+    """The cache that a payload holds: what was kept, with its positions, in the 16-bit format it had.
+
+    Self-describing: any codec's payload is decoded. Raises PayloadError for bytes that `encode` did not write;
+    allocates nothing that the payload's checked sizes do not justify.
+    """
+    header, body = container.unseal(payload)
+    try:
+        codec = Codec(parse(header.codec))
+    except SpecError as error:
+        raise PayloadError(f"payload header: {error}") from None
+    layout = lay_out(header.parts(), codec.quantizer)
+    side, symbols, position_bytes, extra = _sections(header, layout, body, codec.coder is not None)
+    held = layer_positions(header, position_bytes, device)
+    decoded = _dequantize(codec, header, layout, side, symbols, device)
+    cache = _assemble(header, held, decoded)
+    if codec.transform:
+        cache = codec.transform.decode(cache, bytes(extra))
+    elif len(extra):
+        raise PayloadError("bytes of a transform in a payload without one")
+    return cache.to(dtype=torch_dtype(header.dtype))
+
+
+def _sections(header: Header, layout: Layout, body: memoryview, coded: bool) -> tuple[memoryview, ...]:
+    """The four sections, whose lengths must fill the body."""
+    if len(header.coded) != (len(layout.pieces) if coded else 0):
+        raise PayloadError(f"{len(header.coded)} coded parts in a payload of {len(layout.pieces)} parts")
+    lengths = [
+        layout.side_bytes,
+        sum(header.coded) if coded else layout.symbol_bytes,
+        sum(code.size for code in header.lists),
+        header.transform_bytes,
+    ]
+    if any(
+        piece.symbol_bytes > MOST_EXPANSION * size
+        for piece, size in zip(layout.pieces, header.coded, strict=False)
+    ):
+        raise PayloadError("a coded part is said to stand for more bytes than any encoder writes")
+    if sum(lengths) != len(body):
+        raise PayloadError(f"the header's shapes take {sum(lengths)} bytes, but {len(body)} are there")
+    sections, at = [], 0
+    for length in lengths:
+        sections.append(body[at : at + length])
+        at += length
+    return tuple(sections)
+
+
+def _dequantize(
+    codec: Codec,
+    header: Header,
+    layout: Layout,
+    side: memoryview,
+    symbols: memoryview,
+    device: str | torch.device,
+) -> list[Tensor]:
+    """Each part's values: in 16 bits, or float32 where a transform follows."""
+    import torch
+
+    dtype = torch.float32 if codec.transform else torch_dtype(header.dtype)
+    numbers = _tensor(side).to(device)
+    parts = []
+    for piece, flat in _flat_symbols(codec.coder, header, layout, symbols, device):
+        own = numbers[piece.side_at : piece.side_at + piece.side_bytes]
+        parts.append(codec.quantizer.decode(piece.part, flat, own).to(dtype, copy=True))
+    return parts
+
+
+def _flat_symbols(
+    coder: Coder | None, header: Header, layout: Layout, data: memoryview, device: str | torch.device
+) -> Iterator[tuple[Piece, Tensor]]:
+    import torch
+
+    if coder is None:
+        packed = _tensor(data).to(device)
+        for piece in layout.pieces:
+            own = packed[piece.symbols_at : piece.symbols_at + piece.symbol_bytes]
+            yield piece, unpack(own, piece.symbols, piece.bits)
+        return
+    at = 0
+    parts: list[tuple[Piece, bool, memoryview | Future[bytes | bytearray]]] = []
+    with ThreadPoolExecutor(container.THREADS) as pool:
+        for piece, length in zip(layout.pieces, header.coded, strict=True):
+            bytes_there = data[at : at + length]
+            is_coded = length != piece.symbol_bytes
+            parts.append(
+                (piece, is_coded, pool.submit(coder.expand, piece, bytes_there) if is_coded else bytes_there)
+            )
+            at += length
+        for piece, is_coded, part in parts:
+            plain = _tensor(memoryview(part.result() if isinstance(part, Future) else part)).to(device)
+            if is_coded and not coder.packed:
+                yield piece, plain.view(torch.int16) if piece.bits == 16 else plain
+            else:
+                yield piece, unpack(plain, piece.symbols, piece.bits)
+
+
+def _assemble(header: Header, held: Sequence[Tensor], parts: Sequence[Tensor]) -> KVCache:
+    from testbed.models.kvcache import KVCache, KVLayer
+
+    layers = [
+        KVLayer(keys, values, where, group.window)
+        for keys, values, where, group in zip(parts[0::2], parts[1::2], held, header.layers, strict=True)
+    ]
+    return KVCache(layers, header.length)
+
+
+def _write(section: Tensor, at: int, size: int, numbers: Tensor | None) -> None:
+    """A part's side information, as bytes."""
+    import torch
+
+    if numbers is not None and size:
+        section[at : at + size] = numbers.contiguous().flatten().view(torch.uint8)
+        _zero_gap(section, at + size)
+
+
+def _zero_gap(section: Tensor, end: int) -> None:
+    """Zeros behind a piece, up to the next multiple of the alignment."""
+    if end % ALIGNMENT:
+        section[end : end + ALIGNMENT - end % ALIGNMENT] = 0
+
+
+def _tensor(view: memoryview) -> Tensor:
+    """Bytes as a tensor that shares them; nothing here writes to it."""
+    import torch
+
+    if len(view) == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # read-only bytes; they stay unwritten
+        return torch.frombuffer(view, dtype=torch.uint8)

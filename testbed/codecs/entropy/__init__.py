@@ -1,0 +1,90 @@
+"""Entropy coders: from symbols to bytes. Without one, symbols are packed to their width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from testbed.codecs.layout import Piece, packed_bytes
+from testbed.codecs.method import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: A coded part may stand for this many times its bytes. Real caches stay far below; a forged payload that asks for
+#: more memory is refused, and a part that would shrink further (a constant one) is sent packed.
+MOST_EXPANSION = 64
+
+
+@dataclass(frozen=True)
+class Coder(Method):
+    """Codes one part at a time, bytes to bytes; several threads may call it at once.
+
+    `packed`: it is given symbols packed to their width; otherwise a byte for each (two for 16 bits).
+    """
+
+    stage: ClassVar[Literal["coder"]] = "coder"
+    packed: ClassVar[bool] = True
+
+    def compress(self, piece: Piece, data: memoryview) -> bytes:
+        """A part's symbols, coded. A result that does not shrink what packing gives is not used."""
+        raise NotImplementedError
+
+    def expand(self, piece: Piece, data: memoryview) -> bytes | bytearray:
+        """The inverse: exactly the bytes that `compress` was given, whose number `piece` says.
+
+        Raises PayloadError for other bytes than `compress` returns; allocates what `piece` says and no more.
+        """
+        raise NotImplementedError
+
+    def input_bytes(self, piece: Piece) -> int:
+        """How many bytes `compress` is given for a part."""
+        return piece.symbol_bytes if self.packed else piece.symbols * (2 if piece.bits == 16 else 1)
+
+
+def worth_coding(piece: Piece, coded: bytes) -> bool:
+    """Whether a part travels coded: not where packing is as short, or where decoders would refuse the expansion."""
+    return len(coded) < piece.symbol_bytes <= MOST_EXPANSION * len(coded)
+
+
+def pack(symbols: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
+    """Symbols of 1, 2, 4, 8 or 16 bits -> uint8, as many to a byte as fit; bytes that are not full end in zeros.
+
+    A byte holds symbols that lie n/2 (n/4 …) apart, the earliest in its low bits, so that whole stretches are combined
+    at once. Writes to `out` where given.
+    """
+    import torch
+
+    flat = symbols.view(torch.uint8).flatten() if bits == 16 else symbols.flatten()
+    share = 8 // min(bits, 8)
+    size = packed_bytes(symbols.numel(), bits)
+    out = torch.empty(size, dtype=torch.uint8, device=symbols.device) if out is None else out
+    if share == 1:
+        return out.copy_(flat)
+    out.copy_(flat[:size])
+    for i in range(1, share):
+        stretch = flat[i * size : (i + 1) * size]
+        head = out[: len(stretch)]
+        head.add_(
+            stretch, alpha=1 << (bits * i)
+        )  # an addition, since no bits overlap: a pass less than shift and or
+    return out
+
+
+def unpack(data: Tensor, count: int, bits: int) -> Tensor:
+    """The inverse of `pack`: uint8 bytes -> `count` flat symbols, uint8 (int16 for 16 bits). May share `data`'s memory."""
+    import torch
+
+    if bits == 16:
+        return data.view(torch.int16)
+    share = 8 // bits
+    if share == 1:
+        return data
+    symbols = torch.empty(share * len(data), dtype=torch.uint8, device=data.device)
+    for i in range(share):
+        target = symbols[i * len(data) : (i + 1) * len(data)]
+        if i == share - 1:
+            torch.bitwise_right_shift(data, bits * i, out=target)
+        else:
+            torch.bitwise_and(data if i == 0 else data >> (bits * i), (1 << bits) - 1, out=target)
+    return symbols[:count]

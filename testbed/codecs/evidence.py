@@ -1,0 +1,108 @@
+"""What a selector may look at: the context's cache and the queries that attended to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from testbed.codecs import CodecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from testbed.models.kvcache import KVCache
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which queries the edge must keep for a selector. `context_queries`: of the last n context tokens; None: of all."""
+
+    context_queries: int | None = 0
+    question: bool = False
+
+
+def _no_softcap(layer: int) -> float | None:
+    return None
+
+
+@dataclass
+class Evidence:
+    """The context's KV and what is known about its use. Queries are as attention used them: [q_heads, n, head_dim].
+
+    The cache holds the context alone; the prefix (known to both sides, never sent) and the question's own tokens
+    take part in the softmax, so their caches stand beside it. All positions are absolute, [tokens] (no ragged heads).
+    """
+
+    cache: KVCache
+    scaling: Callable[[int], float]  #: of a layer: what queries · keys are multiplied with
+    prefix: KVCache | None = None
+    context_queries: Sequence[Tensor] | None = None  #: per layer, of the last n context tokens
+    context_query_positions: Tensor | None = None  #: int64 [n]
+    question_queries: Sequence[Tensor] | None = None  #: per layer, of every question token
+    question_query_positions: Tensor | None = None  #: int64 [m]
+    question_cache: KVCache | None = None
+    softcap: Callable[[int], float | None] = field(default=_no_softcap)
+    seed: int | str = 0  #: of random choices; names the example
+
+    @property
+    def prunable(self) -> list[int]:
+        """Indices of the layers that selectors prune: all but sliding-window ones, which travel whole."""
+        return [i for i, layer in enumerate(self.cache.layers) if layer.window is None]
+
+    @property
+    def tokens(self) -> int:
+        """Context tokens, counted in the layers with full attention (any layer where there is none)."""
+        layers = [self.cache.layers[i] for i in self.prunable] or self.cache.layers
+        counts = {layer.tokens for layer in layers}
+        if len(counts) > 1:
+            raise CodecError(
+                f"full-attention layers hold {sorted(counts)[:4]} tokens; a selector takes unpruned caches"
+            )
+        return counts.pop()
+
+    @property
+    def question_tokens(self) -> int:
+        """Question tokens whose queries are at hand."""
+        return int(self.question_queries[0].shape[1]) if self.question_queries else 0
+
+    def attention_of_question(self, layer: int) -> Tensor:
+        """Attention paid to each context token, summed over the question's tokens: float32 [kv_heads, tokens].
+
+        Causal softmax over prefix, context and question; a KV head's query heads are averaged.
+        Raises CodecError where there is no question.
+        """
+        queries, positions = self.question_queries, self.question_query_positions
+        if not queries or positions is None or self.question_tokens == 0:
+            raise CodecError("the selector ranks by the question's queries, and there are none")
+        return self._attention(layer, queries[layer], positions, self.question_cache)
+
+    def attention_of_context(self, layer: int, last: int | None) -> Tensor:
+        """Attention paid to each context token, summed over the last `last` context tokens (None: all).
+
+        As `attention_of_question`, over prefix and context. Raises CodecError where those queries were not kept.
+        """
+        wanted = self.tokens if last is None else min(last, self.tokens)
+        queries, positions = self.context_queries, self.context_query_positions
+        kept = queries[layer].shape[1] if queries else 0
+        if not queries or positions is None or kept < wanted:
+            raise CodecError(f"the selector needs the queries of {wanted} context tokens; {kept} were kept")
+        return self._attention(layer, queries[layer][:, kept - wanted :], positions[kept - wanted :], None)
+
+    def _attention(self, layer: int, queries: Tensor, positions: Tensor, behind: KVCache | None) -> Tensor:
+        import torch
+
+        from testbed.models.attention import attention_sum
+
+        stretches = [cache.layers[layer] for cache in (self.prefix, self.cache, behind) if cache is not None]
+        before = self.prefix.layers[layer].tokens if self.prefix is not None else 0
+        total = attention_sum(
+            queries,
+            torch.cat([stretch.keys for stretch in stretches], dim=1),
+            query_positions=positions,
+            key_positions=torch.cat([stretch.positions for stretch in stretches]),
+            scaling=self.scaling(layer),
+            softcap=self.softcap(layer),
+            window=self.cache.layers[layer].window,
+        )
+        return total[:, before : before + self.cache.layers[layer].tokens]

@@ -1,0 +1,98 @@
+"""How large each piece of a payload is: from shapes alone, so that a decoder can check before it allocates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from testbed.codecs.quantize import Quantizer
+    from testbed.codecs.spec import CodecSpec
+
+ALIGNMENT = 4  # bytes: pieces start where float32 and int32 views may
+
+
+@dataclass(frozen=True)
+class Part:
+    """Keys or values of one layer: what a quantizer takes at a time. Shape [kv_heads, tokens, head_dim]."""
+
+    layer: int
+    kind: Literal["keys", "values"]
+    kv_heads: int
+    tokens: int
+    head_dim: int
+    dtype: str  #: "float16" or "bfloat16"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.kv_heads, self.tokens, self.head_dim
+
+    @property
+    def elements(self) -> int:
+        return self.kv_heads * self.tokens * self.head_dim
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a part's bytes lie: its side information in the side section, its packed symbols in the symbol section."""
+
+    part: Part
+    bits: int
+    symbols: int
+    side_at: int
+    side_bytes: int
+    symbols_at: int
+    symbol_bytes: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All parts of a cache, and the lengths of the two sections that hold them (symbols not entropy-coded)."""
+
+    pieces: tuple[Piece, ...]
+    side_bytes: int
+    symbol_bytes: int
+
+
+def aligned(size: int) -> int:
+    """`size` rounded up to the alignment."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def packed_bytes(symbols: int, bits: int) -> int:
+    """Bytes of `symbols` symbols of `bits` bits each, packed."""
+    return -(-symbols * bits // 8)
+
+
+def lay_out(parts: Iterable[Part], quantizer: Quantizer) -> Layout:
+    """The layout of these parts under a quantizer."""
+    pieces, side_at, symbols_at = [], 0, 0
+    for part in parts:
+        bits, symbols, side = quantizer.bits(part), quantizer.symbols(part), quantizer.side_bytes(part)
+        size = packed_bytes(symbols, bits)
+        pieces.append(Piece(part, bits, symbols, side_at, side, symbols_at, size))
+        side_at += aligned(side)
+        symbols_at += aligned(size)
+    return Layout(tuple(pieces), side_at, symbols_at)
+
+
+def expected_bytes(spec: CodecSpec, layers: Iterable[tuple[int, int, int, int | None]], tokens: int) -> int:
+    """About how many bytes the payload of a context of `tokens` tokens takes; needs no torch and no cache.
+
+    layers: (kv_heads, head_dim, value_dim, window) of each. Without what an entropy coder saves; positions are
+    counted as one bit for each context token, once.
+    """
+    from typing import cast
+
+    from testbed.codecs.quantize import Quantizer
+
+    ratio = getattr(spec.selector, "ratio", 1.0)
+    kept = max(1, round(ratio * tokens)) if tokens else 0
+    parts = []
+    for i, (heads, head_dim, value_dim, window) in enumerate(layers):
+        held = kept if window is None else tokens
+        parts.append(Part(i, "keys", heads, held, head_dim, "float16"))
+        parts.append(Part(i, "values", heads, held, value_dim, "float16"))
+    layout = lay_out(parts, cast(Quantizer, spec.quantizer))
+    return 128 + (tokens // 8 if kept < tokens else 0) + layout.side_bytes + layout.symbol_bytes

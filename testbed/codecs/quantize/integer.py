@@ -1,0 +1,195 @@
+"""Uniform quantization to eight and four bits, with a scale for each group of a token's elements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from testbed.codecs import CodecError
+from testbed.codecs.quantize import Part, Quantizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Integer(Quantizer):
+    """Uniform quantization along head_dim: groups of `group` elements of one token and KV head share a scale.
+
+    symmetric:   q = round(x / s), s = max|x| / L, L = 2^(bits-1) - 1;       x̂ = q · s
+    asymmetric:  q = round((x - z) / s), s = (max - min) / L, L = 2^bits - 1, z = min;  x̂ = q · s + z
+
+    Scales and zero points are in the cache's own 16-bit format, so they cannot overflow it, and z is exact; x is divided
+    by the scale that is sent, which is rounded up where 16 bits are too coarse to reach the largest element otherwise.
+    So |x̂ - x| ≤ s / 2, plus half a unit in the last place for x̂'s own rounding. A group of equal elements is exact
+    (asymmetric). A head_dim that `group` does not divide ends in a shorter group. NaN and infinity raise CodecError.
+    """
+
+    width: ClassVar[int]
+
+    group: int
+    symmetric: bool
+
+    def __post_init__(self) -> None:
+        self.require(
+            "group", "0 (the whole head) or from 2 to 4096", self.group == 0 or 2 <= self.group <= 4096
+        )
+
+    @property
+    def levels(self) -> int:
+        """The largest multiple of the scale."""
+        return 2 ** (self.width - 1) - 1 if self.symmetric else 2**self.width - 1
+
+    @property
+    def offset(self) -> int:
+        """What is added to q before it is stored: eight bits store int8, fewer store unsigned numbers."""
+        if self.width == 8:
+            return 0 if self.symmetric else -128
+        return 2 ** (self.width - 1) if self.symmetric else 0
+
+    def bits(self, part: Part) -> int:
+        return self.width
+
+    def groups(self, part: Part) -> int:
+        """Groups of a token and head."""
+        return -(-part.head_dim // (self.group or part.head_dim))
+
+    def side_bytes(self, part: Part) -> int:
+        return part.kv_heads * part.tokens * self.groups(part) * (2 if self.symmetric else 4)
+
+    def encode(self, part: Part, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        import torch
+
+        working = values.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        numbers = []  # [kv_heads, tokens, kinds, groups] of each stretch
+        for elements, groups in self._stretches(part):
+            view = working[..., elements].unflatten(-1, (groups.stop - groups.start, -1))
+            numbers.append(self._quantize(part, view))
+        if values.dtype == torch.float32 and not self.symmetric:
+            # Numbers of 16 bits cannot leave the levels: x · (1/s) is below 2^15, so float32 holds it to 2^-8.
+            working.clamp_(0, self.levels)
+        if self.offset:
+            working.add_(self.offset)
+        side = numbers[0] if len(numbers) == 1 else torch.cat(numbers, -1)
+        return working.to(torch.int8).view(torch.uint8), side
+
+    def _quantize(self, part: Part, x: Tensor) -> Tensor:
+        """Replaces x [kv_heads, tokens, groups, size] by q; returns [kv_heads, tokens, kinds, groups]."""
+        import torch
+
+        dtype = getattr(torch, part.dtype)
+        if self.symmetric:
+            step = x.abs().amax(-1).div_(self.levels)
+        else:
+            # The zero point as it is sent (which 16-bit values reach exactly); divided first: a difference may overflow.
+            zero = x.amin(-1).to(dtype)
+            low = zero.float()
+            step = (x.amax(-1).div_(self.levels) - low / self.levels).clamp_min_(0)
+        if not part.elements:
+            return torch.empty((*part.shape[:2], 1 if self.symmetric else 2, x.shape[2]), dtype=dtype)
+        scale, inverse = self._scale(part, step, dtype)
+        x.mul_(inverse[..., None])
+        if self.symmetric:
+            x.round_()
+            return scale[..., None, :]
+        x.sub_((low * inverse)[..., None]).round_()
+        return torch.stack((scale, zero), -2)
+
+    def _scale(self, part: Part, step: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The scales in 16 bits and their reciprocals in float32 (0 for a scale of 0); raises CodecError.
+
+        Where neighbouring numbers are far apart (bf16 beside 127 levels; fp16's subnormal numbers), a scale rounded
+        down may leave round(max / scale) above the levels; then it is the next number up. None is below float32's
+        smallest normal number, whose reciprocal is finite.
+        """
+        import torch
+
+        format = torch.finfo(dtype)
+        least, most = (float(extreme) for extreme in step.aminmax())
+        if not most <= format.max:
+            raise CodecError(
+                f"{self.name}: {part.kind} of layer {part.layer} hold NaN, infinity or too large values"
+            )
+        if least >= format.smallest_normal and self.levels * format.eps / 2 < 0.45:
+            scale = step.to(dtype)
+            return scale, scale.float().reciprocal_()
+        scale = step.clamp_min(torch.finfo(torch.float32).tiny).to(dtype)
+        short = scale.float() * (1 + 0.49 / self.levels) < step
+        scale = (scale.view(torch.int16) + short.to(torch.int16)).view(dtype)  # the next positive number
+        return scale, scale.float().reciprocal_().masked_fill_(scale == 0, 0.0)
+
+    def decode(self, part: Part, symbols: Tensor, side: Tensor) -> Tensor:
+        import torch
+
+        dtype = getattr(torch, part.dtype)
+        kinds = 1 if self.symmetric else 2
+        numbers = side.view(dtype).view(*part.shape[:2], kinds, self.groups(part)).float()
+        signed = symbols.view(torch.int8) if self.width == 8 else symbols
+        x = signed.view(part.shape).to(torch.float32)
+        if self.offset:
+            x.sub_(self.offset)
+        fits = self._fits(numbers, torch.finfo(dtype).max)
+        if not fits:
+            numbers.mul_(0.5)  # L · s may be beyond float32 where L · s + z is not
+        for elements, groups in self._stretches(part):
+            view = x[..., elements].unflatten(-1, (groups.stop - groups.start, -1))
+            view.mul_(numbers[:, :, 0, groups, None])
+            if not self.symmetric:
+                view.add_(numbers[:, :, 1, groups, None])
+        if not fits:
+            x.clamp_(-torch.finfo(dtype).max / 2, torch.finfo(dtype).max / 2).mul_(2)
+        return x
+
+    def _fits(self, numbers: Tensor, largest: float) -> bool:
+        """Whether every number on the way from q to x̂ is finite in 16 bits.
+
+        A scale that was rounded up may lead past `largest`, which is then as near as x̂ can be.
+        """
+        if not numbers.numel():
+            return True
+        span = numbers[:, :, 0] * self.levels
+        highest = span if self.symmetric else numbers[:, :, 1] + span
+        return float(highest.amax()) <= largest and (self.symmetric or float(span.amax()) <= largest)
+
+    def _stretches(self, part: Part) -> Iterator[tuple[slice, slice]]:
+        """Stretches of head_dim in groups of equal size, and which groups those are: the full ones, the short last."""
+        size = self.group or part.head_dim
+        full, rest = divmod(part.head_dim, size)
+        if full:
+            yield slice(0, full * size), slice(0, full)
+        if rest:
+            yield slice(full * size, part.head_dim), slice(full, full + 1)
+
+
+@dataclass(frozen=True)
+class Int8(Integer):
+    """Eight bits an element, symmetric, one scale for each token and KV head (per-token quantization).
+
+    With 255 levels the grid is finer than most of the noise, and a zero point would double the side information.
+    group: elements that share a scale; 0: the whole head. See `Integer` for the formula and the error bound.
+    """
+
+    name: ClassVar[str] = "int8"
+    source: ClassVar[str] = "uniform quantization; LLM.int8() (arXiv:2208.07339) for per-token scales"
+    width: ClassVar[int] = 8
+
+    group: int = 0
+    symmetric: bool = True
+
+
+@dataclass(frozen=True)
+class Int4(Integer):
+    """Four bits an element, two to a byte, with scale and zero point for each group along head_dim.
+
+    Asymmetric by default: keys have channels far from zero, and a symmetric grid of 15 levels leaves those on one side
+    unused. 32 elements a group cost 4 + 32/32 = 5 bits an element. See `Integer` for the formula and the error bound.
+    """
+
+    name: ClassVar[str] = "int4"
+    source: ClassVar[str] = "uniform quantization; FlexGen (arXiv:2303.06865) for group-wise 4-bit caches"
+    width: ClassVar[int] = 4
+
+    group: int = 32
+    symmetric: bool = False

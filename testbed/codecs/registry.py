@@ -1,0 +1,72 @@
+"""Which methods there are: one line a method. Adding one is a new file and its line here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+
+from testbed.codecs.method import Method, Parameter, parameters
+
+SELECTORS = {
+    "q2c": "testbed.codecs.select.q2c:Q2C",
+    "snapkv": "testbed.codecs.select.snapkv:SnapKV",
+    "h2o": "testbed.codecs.select.h2o:H2O",
+    "window": "testbed.codecs.select.window:Window",
+    "random": "testbed.codecs.select.random:Random",
+}
+TRANSFORMS: dict[str, str] = {}
+QUANTIZERS = {
+    "fp16": "testbed.codecs.quantize.fp16:FP16",
+    "int8": "testbed.codecs.quantize.integer:Int8",
+    "int4": "testbed.codecs.quantize.integer:Int4",
+}
+CODERS = {
+    "zstd": "testbed.codecs.entropy.zstd:Zstd",
+}
+STAGES = {"selector": SELECTORS, "transform": TRANSFORMS, "quantizer": QUANTIZERS, "coder": CODERS}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `testbed codecs` prints of one method. `takes_ratio`: it is written ``name@ratio``."""
+
+    stage: str
+    name: str
+    summary: str
+    takes_ratio: bool
+    parameters: tuple[Parameter, ...]
+    source: str
+
+
+def stage_of(name: str) -> str | None:
+    """The stage a method belongs to; None for a name that is not registered."""
+    return next((stage for stage, table in STAGES.items() if name in table), None)
+
+
+def find(name: str) -> type[Method]:
+    """The class of a registered method. Only modules of the tables above are ever imported. Raises KeyError."""
+    stage = stage_of(name)
+    if stage is None:
+        raise KeyError(name)
+    module, _, attribute = STAGES[stage][name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def describe() -> list[Description]:
+    """Every method, stage by stage in the order of the tables."""
+    found = []
+    for stage, table in STAGES.items():
+        for name in table:
+            method = find(name)
+            fields = parameters(method)
+            found.append(
+                Description(
+                    stage=stage,
+                    name=name,
+                    summary=(method.__doc__ or "").strip().partition("\n")[0],
+                    takes_ratio=any(field.name == "ratio" for field in fields),
+                    parameters=tuple(field for field in fields if field.name != "ratio"),
+                    source=method.source,
+                )
+            )
+    return found
