@@ -76,12 +76,15 @@ def send(sock: socket.socket, receiver: Receiver, plan: dict[str, Any]) -> dict[
     interval, start = plan["interval_s"], time.monotonic()
     end = start + plan["duration_s"]
     filling = bytes(plan["bytes"] - MESSAGE.size)
+    # A sender that catches up need not be punctual, and one that never slept would use up what the kernel grants real-time
+    # processes: it would be stopped for 50 ms each second (sched(7), sched_rt_runtime_us).
+    spin = 0.0 if plan["catch_up"] else _SPIN_S
     due, number, phase, held_up = start, 0, plan["phase"], 0.0
     while number < plan["packets"] and due < end:
         now = time.monotonic()
         if now < due:
-            if not receiver.drain(_READ_PER_TURN) and due - now > _SPIN_S:
-                time.sleep(due - now - _SPIN_S)
+            if not receiver.drain(_READ_PER_TURN) and due - now > spin:
+                time.sleep(due - now - spin)
             continue
         with contextlib.suppress(BlockingIOError, ConnectionRefusedError):
             sock.send(MESSAGE.pack(phase, number, time.monotonic_ns()) + filling)

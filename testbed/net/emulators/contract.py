@@ -1,0 +1,59 @@
+"""What every link emulator provides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from testbed.net.profile import Profile
+
+
+@dataclass(frozen=True)
+class Counters:
+    """One direction of a link since it was attached. Bytes are the network layer's (IP header and up)."""
+
+    packets: int  # that entered
+    bytes: int
+    dropped_loss: int  # by the profile's random loss
+    dropped_queue: int  # because the profile's queue was full
+    worst_lateness_s: float  # a packet's leaving after its logical time; 0 where the emulator cannot know
+    delivered: int = 0  # packets that left
+    overrun: int = (
+        0  # packets the emulator itself lost, because it could not keep up: not part of any profile
+    )
+
+
+class Attachment(Protocol):
+    """One link with conditions imposed on it."""
+
+    process: (
+        tuple[int, int] | None
+    )  # pid and start time (clock ticks since boot) of the process behind it, if there is one
+
+    def apply(self, profile: Profile) -> None:
+        """Changes the conditions of what enters from now on; packets under way stay, connections survive."""
+
+    def counters(self) -> dict[str, Counters]:
+        """``{"up": …, "down": …}``."""
+
+    def detach(self) -> None:
+        """Ends the emulation: nothing crosses the link any more, and nothing of the emulator is left. May be called twice."""
+
+
+class Emulator(Protocol):
+    """A way of imposing a profile on a link."""
+
+    name: str
+
+    def attach(
+        self, wire: str, link: str, a: str, b: str, profile: Profile, *, keep: Path | None = None
+    ) -> Attachment:
+        """Imposes *profile* on what passes between interfaces *a* and *b* of the namespace *wire* (*up* is a to b).
+
+        With *keep* (a directory) whatever runs outlives this process and `reattach` finds it there.
+        """
+
+    def reattach(self, wire: str, link: str, a: str, b: str, *, keep: Path) -> Attachment:
+        """The attachment that an earlier `attach` with the same arguments made. Raises NetworkError when it is gone."""

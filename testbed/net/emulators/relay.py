@@ -1,0 +1,321 @@
+"""The relay process: reads frames from one TAP, keeps each until its logical departure time, writes it to the other.
+
+One process serves one link, both ways. It is started by userspace.py as a program of its own, with open file descriptors and
+nothing else, and imports the standard library alone: it is there in some twenty milliseconds.
+
+Every time is *logical*: a packet's arrival at the bottleneck and its departure follow from the times of the packets before it and
+the profile, never from when this process got to run. Running late delays the packets concerned and is counted, but is not handed
+on to the next ones, so a saturated link delivers its rate exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import random
+import select
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable
+from math import inf
+from time import monotonic, sleep
+from typing import Any
+
+PRIORITY = 2  # real-time, just above the probers' (probe.py), which must not hold up the link they measure
+ETHERNET_HEADER = 14  # rates and queues count what is behind it
+NOBODY = 65534
+BATCH = 64  # frames read from one TAP before the departures get their turn
+COALESCE_S = 200e-6  # no two wake-ups closer than this: waking is what costs most, and a busy link would have two a packet
+LATE_S = 0.5e-3  # waking this much after the time asked for means that the processor was elsewhere
+SPIN_S = 30e-6  # below this, waiting in select(2) costs more precision than polling costs processor
+IDLE_S = 1.0  # how often an idle relay looks whether its parent still lives
+MAX_HELD_BYTES = (
+    256 << 20
+)  # under way in one direction: a sender faster than the host's memory is no reason to end
+
+
+class Line:
+    """One direction. Times are seconds of CLOCK_MONOTONIC."""
+
+    __slots__ = (
+        "begins",
+        "bytes",
+        "chance",
+        "deliver",
+        "delivered",
+        "dropped_loss",
+        "dropped_queue",
+        "flight",
+        "free",
+        "held_bytes",
+        "last_arrival",
+        "leaves",
+        "limit",
+        "mean_delay",
+        "overrun",
+        "packets",
+        "probability",
+        "queue",
+        "seconds_per_byte",
+        "spread",
+        "waiting_bytes",
+        "worst_lateness",
+    )
+
+    def __init__(self, deliver: Callable[[bytes], object], seed: int | None) -> None:
+        """*deliver* takes a frame that leaves; it may raise OSError."""
+        self.deliver = deliver
+        self.chance = random.Random(seed)
+        self.flight: deque[tuple[float, bytes]] = (
+            deque()
+        )  # on the way to the bottleneck, with arrival times there
+        self.queue: deque[bytes] = deque()  # at the bottleneck; the first one is being sent
+        self.last_arrival = self.free = 0.0
+        self.begins = 0.0
+        self.leaves = inf  # when the first in `queue` has been sent
+        self.waiting_bytes = self.held_bytes = 0
+        self.packets = self.bytes = self.delivered = self.dropped_loss = self.dropped_queue = self.overrun = 0
+        self.worst_lateness = 0.0
+        self.probability = self.mean_delay = self.spread = self.seconds_per_byte = 0.0
+        self.limit: float = inf
+
+    def apply(self, conditions: dict[str, Any], now: float) -> None:
+        """Changes the conditions; what is being sent goes on at the new rate, what is under way arrives as it would have."""
+        self.probability = conditions["loss"]
+        self.mean_delay = conditions["delay_s"]
+        self.spread = conditions["jitter_s"]
+        self.limit = inf if conditions["queue_bytes"] is None else conditions["queue_bytes"]
+        before, self.seconds_per_byte = self.seconds_per_byte, 8 / (conditions["rate_bps"] or inf)
+        if self.queue:
+            unsent = 1.0
+            if self.begins < now and self.leaves > self.begins:
+                unsent = max(0.0, (self.leaves - now) / (self.leaves - self.begins))
+            size = len(self.queue[0]) - ETHERNET_HEADER
+            if unsent and before != self.seconds_per_byte:
+                self.leaves = max(now, self.begins) + unsent * size * self.seconds_per_byte
+
+    def enter(self, frame: bytes, now: float) -> None:
+        """A frame has come in."""
+        size = len(frame) - ETHERNET_HEADER
+        self.packets += 1
+        self.bytes += size
+        if self.probability and self.chance.random() < self.probability:
+            self.dropped_loss += 1
+            return
+        if self.held_bytes > MAX_HELD_BYTES:
+            self.overrun += 1
+            return
+        arrival = now + self.mean_delay
+        if self.spread:
+            arrival = max(now, self.chance.gauss(arrival, self.spread))
+        if arrival < self.last_arrival:
+            arrival = self.last_arrival  # packets keep their order
+        self.last_arrival = arrival
+        self.held_bytes += size
+        if self.queue:
+            self.flight.append((arrival, frame))
+        else:
+            self._begin(frame, arrival)
+
+    def _begin(self, frame: bytes, arrival: float) -> None:
+        # Nothing is in front of it, so when it will have been sent is known before it arrives: one event less.
+        self.queue.append(frame)
+        self.begins = arrival if arrival > self.free else self.free
+        self.leaves = self.begins + (len(frame) - ETHERNET_HEADER) * self.seconds_per_byte
+
+    def advance(self, now: float) -> None:
+        """Everything that happens up to *now*, in the order in which it happens. `leaves` says when there is more to do."""
+        flight, queue = self.flight, self.queue
+        while self.leaves <= now:
+            while flight and flight[0][0] < self.leaves:  # these find the first in the queue still being sent
+                size = len(flight[0][1]) - ETHERNET_HEADER
+                if self.waiting_bytes + size > self.limit:
+                    self.dropped_queue += 1
+                    self.held_bytes -= size
+                    flight.popleft()
+                else:
+                    self.waiting_bytes += size
+                    queue.append(flight.popleft()[1])
+            frame = queue.popleft()
+            self.free = logical = self.leaves
+            if queue:
+                size = len(queue[0]) - ETHERNET_HEADER
+                self.waiting_bytes -= size
+                self.begins = self.free
+                self.leaves = self.free + size * self.seconds_per_byte
+            elif flight:
+                arrival, following = flight.popleft()
+                self._begin(following, arrival)
+            else:
+                self.leaves = inf
+            self._leave(frame, logical)
+
+    def _leave(self, frame: bytes, logical: float) -> None:
+        self.held_bytes -= len(frame) - ETHERNET_HEADER
+        lateness = monotonic() - logical
+        if lateness > self.worst_lateness:
+            self.worst_lateness = lateness
+        try:
+            self.deliver(frame)
+        except OSError:  # the interface is down or gone
+            self.overrun += 1
+        else:
+            self.delivered += 1
+
+    def counters(self) -> dict[str, float]:
+        return {
+            "packets": self.packets,
+            "bytes": self.bytes,
+            "dropped_loss": self.dropped_loss,
+            "dropped_queue": self.dropped_queue,
+            "worst_lateness_s": self.worst_lateness,
+            "delivered": self.delivered,
+            "overrun": self.overrun,
+        }
+
+
+class Relay:
+    """Both directions between two file descriptors, and the control sockets. Frames up to *frame_bytes* long."""
+
+    def __init__(self, tap_a: int, tap_b: int, frame_bytes: int, seed: int | None) -> None:
+        self._frame_bytes = frame_bytes
+        seeds = (None, None) if seed is None else (2 * seed, 2 * seed + 1)
+        self.lines = {
+            "up": Line(lambda frame: os.write(tap_b, frame), seeds[0]),
+            "down": Line(lambda frame: os.write(tap_a, frame), seeds[1]),
+        }
+        self._taps = ((tap_a, self.lines["up"]), (tap_b, self.lines["down"]))
+
+    def apply(self, conditions: dict[str, dict[str, Any]]) -> None:
+        for way, line in self.lines.items():
+            line.advance(monotonic())
+            line.apply(conditions[way], monotonic())
+
+    def serve(self, control: Control) -> None:
+        """Until *control* says to stop."""
+        up, down = self.lines.values()
+        (tap_a, _), (tap_b, _) = self._taps
+        woken = 0.0
+        while not control.stopped:
+            now = monotonic()
+            if now - woken < COALESCE_S:
+                sleep(COALESCE_S - (now - woken))
+                now = monotonic()
+            due = up.leaves if up.leaves < down.leaves else down.leaves
+            wait = due - now
+            if wait > IDLE_S:
+                wait = IDLE_S
+            elif wait < SPIN_S:
+                wait = 0.0
+            ready = select.select([tap_a, tap_b, *control.files], [], [], wait)[0]
+            woken = monotonic()
+            if ready:
+                for tap, line in self._taps:
+                    if tap in ready:
+                        self._receive(tap, line, due, woken)
+            now = monotonic()
+            if up.leaves <= now:
+                up.advance(now)
+            if down.leaves <= now:
+                down.advance(now)
+            if wait == IDLE_S or (ready and (len(ready) > 2 or ready[-1] not in (tap_a, tap_b))):
+                control.serve(ready, self)
+
+    def _receive(self, tap: int, line: Line, due: float, now: float) -> None:
+        """Takes in what waits at *tap*, read at *now*; something else had been due at *due*."""
+        frames: list[bytes] = []
+        with contextlib.suppress(BlockingIOError):
+            while len(frames) < BATCH:
+                frames.append(os.read(tap, self._frame_bytes))
+        late = now - due
+        if late > LATE_S and len(frames) > 1:
+            # This process did not get to run for a while. When these came in meanwhile is not known, but not all of them now:
+            # that would be a gap and a burst that the sender never made. Evenly spread is the best guess, and keeps the rate.
+            step = late / len(frames)
+            for number, frame in enumerate(frames):
+                line.enter(frame, due + (number + 1) * step)
+            return
+        for frame in frames:
+            line.enter(frame, now)
+
+
+class Control:
+    """Orders from outside, one JSON message each: ``apply``, ``counters``, ``stop``.
+
+    Either over one socket pair, whose other end's closing ends the relay (as does the parent's death), or over a listening
+    socket.
+    """
+
+    def __init__(self, sock: socket.socket, listening: bool) -> None:
+        self._listener = sock if listening else None
+        self._connections = [] if listening else [sock]
+        self._parent = None if listening else os.getppid()
+        self.stopped = False
+        self.files = [sock.fileno()]
+
+    def serve(self, ready: list[int], relay: Relay) -> None:
+        if self._parent is not None and os.getppid() != self._parent:
+            self.stopped = True
+        if self._listener is not None and self._listener.fileno() in ready:
+            with contextlib.suppress(OSError):
+                connection = self._listener.accept()[0]
+                connection.settimeout(1)
+                self._connections.append(connection)
+        for connection in [c for c in self._connections if c.fileno() in ready]:
+            try:
+                message = connection.recv(65536)
+                if not message:
+                    raise ConnectionError
+                connection.send(json.dumps(self._answer(json.loads(message), relay)).encode())
+            except (OSError, ValueError, LookupError, TypeError):
+                connection.close()
+                self._connections.remove(connection)
+                self.stopped |= self._listener is None
+        self.files = [s.fileno() for s in (self._listener, *self._connections) if s is not None]
+
+    def _answer(self, order: dict[str, Any], relay: Relay) -> dict[str, Any]:
+        if order["do"] == "apply":
+            relay.apply(order["conditions"])
+            return {}
+        if order["do"] == "counters":
+            return {way: line.counters() for way, line in relay.lines.items()}
+        self.stopped |= order["do"] == "stop"
+        return {}
+
+
+def _ask_for_precision() -> None:
+    """Real-time scheduling where permitted, else a better nice value, else nothing; and exact timers."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(PRIORITY))
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.nice(-10)
+    with contextlib.suppress(OSError), open("/proc/self/timerslack_ns", "w") as slack:
+        slack.write("1")
+
+
+def _drop_privileges() -> None:
+    """Open file descriptors are all that it needs from here on."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
+def main() -> None:
+    """Serves one link; the only argument is JSON (see `userspace._start`)."""
+    orders = json.loads(sys.argv[1])
+    gc.disable()  # nothing here forms cycles, and a collection takes longer than a packet may wait
+    control = Control(socket.socket(fileno=orders["control"]), orders["listening"])
+    relay = Relay(orders["tap_a"], orders["tap_b"], orders["frame_bytes"], orders["seed"])
+    relay.apply(orders["conditions"])
+    _ask_for_precision()
+    _drop_privileges()
+    relay.serve(control)
+
+
+if __name__ == "__main__":
+    main()

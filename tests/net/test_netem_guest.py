@@ -1,0 +1,38 @@
+"""Where the kernel has no netem: the tests that need one, inside a guest kernel that has it."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+
+from tests import kernel
+from tests.guest import run_in_guest
+
+
+@pytest.mark.slow
+def test_everything_that_needs_netem_passes_in_a_guest_kernel(capsys: pytest.CaptureFixture[str]):
+    if kernel.in_guest() or not kernel.lacks_netem():
+        pytest.skip("this kernel has netem: those tests run directly")
+    if reason := kernel.lacks_guest():
+        pytest.skip(f"this kernel has no netem, and no guest can be booted: {reason}")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "netem",
+        "-p",
+        "no:cacheprovider",
+        "-rs",
+        "--tb=short",
+        "tests/net",
+    ]
+    result = run_in_guest(command, limit_s=500)
+    summary = result.output.strip().splitlines()[-1] if result.output.strip() else result.console[-500:]
+    with capsys.disabled():
+        print(f"\n  in the guest: {summary.strip('= ')}")
+    assert result.status == 0, result.output[-6000:]
+    assert re.search(r"\b\d+ passed", summary)
+    assert "skipped" not in summary, result.output[-3000:]

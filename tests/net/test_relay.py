@@ -1,0 +1,253 @@
+"""The relay's law of motion, without a kernel: frames in, logical times out. And the process around it, over socket pairs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from testbed.net.emulators import relay
+
+FRAME = bytes(14 + 1250)  # 10,000 bits behind the Ethernet header: 1 ms at 10 Mbit/s
+
+
+def conditions(**changes: Any) -> dict[str, Any]:
+    return {"rate_bps": None, "delay_s": 0.0, "jitter_s": 0.0, "loss": 0.0, "queue_bytes": None} | changes
+
+
+class Recorder:
+    """A line whose departures are observed in logical time, by stepping it through time in small steps."""
+
+    def __init__(self, seed: int = 1, **changes: Any) -> None:
+        self.left: list[bytes] = []
+        self.line = relay.Line(self.left.append, seed)
+        self.line.apply(conditions(**changes), 0.0)
+
+    def departures(self, arrivals: list[tuple[float, bytes]]) -> list[tuple[float, bytes]]:
+        """(logical departure time, frame) of all that leave."""
+        found = []
+        pending = sorted(arrivals, key=lambda item: item[0])
+        while pending or self.line.leaves != float("inf"):
+            if pending and pending[0][0] <= self.line.leaves:
+                now, frame = pending.pop(0)
+                self.line.enter(frame, now)
+                continue
+            now = self.line.leaves
+            self.line.advance(now)
+            found += [(now, frame) for frame in self.left]
+            self.left.clear()
+        return found
+
+
+def test_a_lone_packet_takes_delay_plus_serialisation():
+    ((time_s, _),) = Recorder(rate_bps=10e6, delay_s=0.02).departures([(1.0, FRAME)])
+    assert time_s == pytest.approx(1.0 + 0.02 + 0.001)
+
+
+def test_a_saturated_line_delivers_its_rate_however_late_the_process_looks():
+    line = Recorder(rate_bps=10e6, delay_s=0.005, queue_bytes=10_000_000)
+    for number in range(1000):
+        line.line.enter(FRAME, number * 0.0005)
+    line.line.advance(0.7301)  # one look, long after most departures
+    # The first leaves at 5 + 1 ms, then one every millisecond: by 730.1 ms, 725 have left.
+    assert line.line.delivered == 725
+    assert line.line.leaves == pytest.approx(0.731)
+
+
+def test_what_finds_the_queue_full_is_dropped_and_the_packet_being_sent_does_not_count():
+    line = Recorder(rate_bps=10e6, queue_bytes=2 * 1250)
+    assert len(line.departures([(0.0, FRAME)] * 5)) == 3  # one being sent, two waiting
+    assert line.line.dropped_queue == 2
+
+
+def test_the_queue_is_counted_in_bytes_so_small_packets_fit_where_large_ones_do_not():
+    small = bytes(14 + 50)
+    line = Recorder(rate_bps=10e6, queue_bytes=1250)
+    assert len(line.departures([(0.0, FRAME)] + [(0.0, small)] * 30)) == 1 + 25
+
+
+def test_what_is_on_its_way_takes_no_room_in_the_queue():
+    line = Recorder(rate_bps=10e6, delay_s=0.5, queue_bytes=1250)
+    assert len(line.departures([(n * 0.001, FRAME) for n in range(400)])) == 400
+
+
+@given(
+    gaps=st.lists(st.floats(0, 0.01), min_size=1, max_size=60),
+    jitter=st.floats(0, 0.02),
+    rate=st.sampled_from([None, 1e6, 50e6]),
+)
+def test_packets_keep_their_order_and_never_leave_before_they_came(
+    gaps: list[float], jitter: float, rate: float | None
+):
+    arrivals, now = [], 0.0
+    for number, gap in enumerate(gaps):
+        now += gap
+        arrivals.append((now, bytes(14) + number.to_bytes(2, "big") + bytes(100)))
+    left = Recorder(rate_bps=rate, delay_s=0.02, jitter_s=jitter).departures(arrivals)
+    assert [frame for _, frame in left] == [frame for _, frame in arrivals]
+    assert all(out >= came for (out, _), (came, _) in zip(left, arrivals, strict=True))
+    assert [out for out, _ in left] == sorted(out for out, _ in left)
+
+
+def test_jitter_has_the_spread_that_was_asked_for():
+    line = Recorder(delay_s=0.05, jitter_s=0.01)
+    delays = [out - n for n, (out, _) in enumerate(line.departures([(float(n), FRAME) for n in range(2000)]))]
+    mean = sum(delays) / len(delays)
+    spread = (sum((d - mean) ** 2 for d in delays) / len(delays)) ** 0.5
+    assert mean == pytest.approx(0.05, abs=0.001)  # four standard errors of 10 ms / sqrt(2000)
+    assert spread == pytest.approx(0.01, rel=0.07)
+
+
+def test_the_same_seed_loses_the_same_packets():
+    frames = [(n * 0.01, bytes(14) + n.to_bytes(2, "big")) for n in range(500)]
+    first, second, other = (Recorder(seed=s, loss=0.2).departures(frames) for s in (7, 7, 8))
+    assert first == second != other
+    assert 60 < 500 - len(first) < 140  # four standard deviations of a binomial around 100
+
+
+def test_a_new_rate_holds_for_what_is_being_sent_and_what_waits():
+    line = Recorder(rate_bps=1e6, queue_bytes=100_000)
+    for _ in range(3):
+        line.line.enter(FRAME, 0.0)  # 10 ms each
+    line.line.advance(0.005)
+    line.line.apply(
+        conditions(rate_bps=10e6, queue_bytes=100_000), 0.005
+    )  # half of the first is left: 0.5 ms
+    assert line.line.leaves == pytest.approx(0.0055)
+    line.line.advance(0.0076)
+    assert line.line.delivered == 3
+
+
+def test_a_shorter_delay_does_not_let_packets_overtake():
+    line = Recorder(delay_s=0.1)
+    line.line.enter(b"first" * 10, 0.0)
+    line.line.apply(conditions(delay_s=0.01), 0.0)
+    assert [frame for _, frame in line.departures([(0.02, b"other" * 10)])] == [b"first" * 10, b"other" * 10]
+
+
+def test_a_frame_that_cannot_be_delivered_is_counted_and_ends_nothing():
+    def refuse(_: bytes) -> None:
+        raise OSError
+
+    line = relay.Line(refuse, 1)
+    line.enter(FRAME, 0.0)
+    line.advance(1.0)
+    assert (line.overrun, line.delivered) == (1, 0)
+
+
+class Process:
+    """A relay process between two datagram socket pairs: no TAP, no namespace, no root."""
+
+    def __init__(self, **changes: Any) -> None:
+        self.a, tap_a = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.b, tap_b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        tap_a.setblocking(False)
+        tap_b.setblocking(False)
+        for sock in (self.a, self.b, self.control):
+            sock.settimeout(10)
+        orders = {
+            "tap_a": tap_a.fileno(),
+            "tap_b": tap_b.fileno(),
+            "control": control.fileno(),
+            "listening": False,
+        }
+        orders |= {"frame_bytes": 1550, "seed": 1}
+        orders |= {"conditions": {"up": conditions(**changes), "down": conditions(**changes)}}
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", relay.__file__, json.dumps(orders)],
+            pass_fds=(tap_a.fileno(), tap_b.fileno(), control.fileno()),
+        )
+        for sock in (tap_a, tap_b, control):
+            sock.close()
+
+    def ask(self, **order: Any) -> dict[str, Any]:
+        self.control.send(json.dumps(order).encode())
+        return json.loads(self.control.recv(65536))
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        for sock in (self.a, self.b, self.control):
+            sock.close()
+
+
+def test_the_process_relays_both_ways_and_counts_each():
+    with Process(delay_s=0.01) as running:
+        started = time.monotonic()
+        running.a.send(FRAME)
+        assert running.b.recv(2000) == FRAME
+        assert time.monotonic() - started >= 0.01
+        running.b.send(FRAME[:100])
+        assert running.a.recv(2000) == FRAME[:100]
+        counted = running.ask(do="counters")
+        assert (counted["up"]["packets"], counted["up"]["bytes"], counted["up"]["delivered"]) == (1, 1250, 1)
+        assert (counted["down"]["packets"], counted["down"]["bytes"]) == (1, 86)
+
+
+def test_the_process_changes_conditions_when_told():
+    with Process() as running:
+        running.ask(do="apply", conditions={"up": conditions(loss=1.0), "down": conditions()})
+        running.a.send(FRAME)
+        running.b.send(FRAME)
+        running.a.recv(2000)
+        assert running.ask(do="counters")["up"]["dropped_loss"] == 1
+
+
+@pytest.mark.parametrize("end", ["stop", "closed", "nonsense"])
+def test_the_process_ends_when_told_or_when_its_owner_is_gone(end: str):
+    with Process() as running:
+        if end == "stop":
+            running.ask(do="stop")
+        elif end == "closed":
+            running.control.close()
+        else:
+            running.control.send(b"\xff not json")
+        assert running.process.wait(timeout=10) == 0
+
+
+def test_the_process_outlives_an_order_it_cannot_read_on_a_listening_socket(tmp_path):
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(tmp_path / "s"))
+    listener.listen()
+    ends = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2)]
+    for _, inner in ends:
+        inner.setblocking(False)
+    orders = {
+        "tap_a": ends[0][1].fileno(),
+        "tap_b": ends[1][1].fileno(),
+        "control": listener.fileno(),
+        "listening": True,
+    }
+    orders |= {"frame_bytes": 1550, "seed": None, "conditions": {"up": conditions(), "down": conditions()}}
+    descriptors = (ends[0][1].fileno(), ends[1][1].fileno(), listener.fileno())
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", relay.__file__, json.dumps(orders)], pass_fds=descriptors
+    )
+    try:
+        for message in (b"{}", b"[1]", os.urandom(100), b'{"do": "counters"}'):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+                client.settimeout(10)
+                client.connect(str(tmp_path / "s"))
+                client.send(message)
+                answer = client.recv(65536)
+        assert json.loads(answer)["up"]["packets"] == 0
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        listener.close()
+        for pair in ends:
+            for sock in pair:
+                sock.close()
