@@ -11,15 +11,12 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-from testbed.codecs.layout import Part
-from testbed.codecs.spec import CodecSpec, parse
+from testbed.codecs.layout import expected_bytes
+from testbed.codecs.spec import parse
 from testbed.models.sources import resolve
 from testbed.scenario import Cell, Plan
-
-if TYPE_CHECKING:
-    from testbed.codecs.quantize import Quantizer
 
 _TEXT_BYTES_PER_TOKEN = 4.5
 _MSS_BYTES = 1448
@@ -36,11 +33,6 @@ class Dimensions:
     kv_heads: int
     head_dim: int
     parameters: float
-
-    @property
-    def elements_per_token(self) -> int:
-        """Keys and values of one token, all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
 
 
 def dimensions(model: str) -> Dimensions | None:
@@ -77,9 +69,8 @@ class Estimator:
             return 0.0
         if cell.placement == "cloud" or self.model is None:
             return tokens * _TEXT_BYTES_PER_TOKEN
-        spec = parse(cell.codec)
-        kept = max(1, round(tokens * getattr(spec.selector, "ratio", 1.0)))
-        return kept * self.model.elements_per_token * bits_per_element(spec, self.model.head_dim) / 8
+        layers = [(self.model.kv_heads, self.model.head_dim, self.model.head_dim, None)] * self.model.layers
+        return float(expected_bytes(parse(cell.codec), layers, tokens))
 
     def transmit_s(self, cell: Cell) -> float:
         """Serialisation at the rate, one round trip for the handshake, and those that slow start spends to fill the link."""
@@ -124,11 +115,3 @@ class Estimator:
             for batch in self.plan.batches()
             for cell in self.plan.cells(*batch)
         ]
-
-
-def bits_per_element(spec: CodecSpec, head_dim: int) -> float:
-    """A quantizer's bits for one element, scales included; entropy coding is not guessed at."""
-    quantizer = cast("Quantizer", spec.quantizer)
-    part = Part(layer=0, kind="keys", kv_heads=1, tokens=1024, head_dim=head_dim, dtype="float16")
-    bits = quantizer.bits(part) * quantizer.symbols(part) + 8 * quantizer.side_bytes(part)
-    return bits / part.elements

@@ -103,6 +103,8 @@ def _memory_directory() -> str:
 
 def _command_line(exchange: Path, memory_mb: int) -> list[str]:
     return [
+        # What is measured in there is time: on a busy host, a guest that has to wait its turn measures the waiting.
+        *("nice", "-n", "-15"),
         shutil.which(KERNEL) or KERNEL,
         f"mem={memory_mb}M",
         "rootfstype=hostfs",

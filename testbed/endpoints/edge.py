@@ -118,6 +118,9 @@ class Edge(InferenceSide):
                 f"task {task}: a context of {longest} tokens leaves no room in a model of {self.model.max_positions} positions; "
                 f"ask for context_tokens of at most {max(0, room)}"
             )
+        # The first prefill of a size pays for memory and thread pools, which is no example's own cost.
+        warm = self.model.tokenize(made.context_text(examples[0]))
+        self.model.prefill(warm, self.prefixes[prefix].cache, queries=self._queries)
         return {
             "batch": len(self._batches) - 1,
             "prefix_text": made.prefix,

@@ -6,6 +6,7 @@ and repeated by hand.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import signal
@@ -97,6 +98,9 @@ class Endpoint:
         try:
             return self.channel.call(name, timeout, **arguments)
         except EndpointError as error:
+            # A broken channel and the end of the process reach us in either order.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.5)
             if self.process.poll() is None:
                 raise EndpointError(f"{self.role}: {error}") from error
             raise EndpointError(

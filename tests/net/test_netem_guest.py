@@ -12,24 +12,22 @@ from tests.guest import run_in_guest
 
 
 @pytest.mark.slow
-def test_everything_that_needs_netem_passes_in_a_guest_kernel(capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    ("tests", "torch"),
+    [("tests/net", False), ("tests/test_run.py", True)],
+    ids=["links", "a whole run with a tiny model"],
+)
+def test_what_needs_netem_passes_in_a_guest_kernel(
+    tests: str, torch: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     if kernel.in_guest() or not kernel.lacks_netem():
         pytest.skip("this kernel has netem: those tests run directly")
     if reason := kernel.lacks_guest():
         pytest.skip(f"this kernel has no netem, and no guest can be booted: {reason}")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "netem",
-        "-p",
-        "no:cacheprovider",
-        "-rs",
-        "--tb=short",
-        "tests/net",
-    ]
-    result = run_in_guest(command, limit_s=500)
+    options = ["-m", "netem", "-p", "no:cacheprovider", "-rs", "--tb=short"]
+    result = run_in_guest(
+        [sys.executable, "-m", "pytest", *options, tests], limit_s=550, memory_mb=4096, torch=torch
+    )
     summary = result.output.strip().splitlines()[-1] if result.output.strip() else result.console[-500:]
     with capsys.disabled():
         print(f"\n  in the guest: {summary.strip('= ')}")
