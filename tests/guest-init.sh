@@ -11,8 +11,14 @@ mount -t devtmpfs devtmpfs /dev 2>/dev/null
 mkdir -p /dev/shm /dev/pts /dev/net
 mount -t tmpfs tmpfs /dev/shm
 mount -t devpts devpts /dev/pts 2>/dev/null
-mount -t tmpfs tmpfs /tmp
-mount -t tmpfs tmpfs /var/tmp
+mkdir /run/tmp
+# A project that itself lies in a temporary directory must stay visible; what it writes goes to /run/tmp.
+for place in /tmp /var/tmp; do
+    case "$(cat /run/exchange/directory)/" in
+        "$place"/*) ;;
+        *) mount -t tmpfs tmpfs "$place" ;;
+    esac
+done
 ip link set lo up
 
 modules=/usr/lib/uml/modules/$(uname -r)/kernel

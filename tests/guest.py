@@ -122,7 +122,8 @@ def _command_line(exchange: Path, memory_mb: int) -> list[str]:
 def _write_orders(exchange: Path, command: list[str], environment: dict[str, str], directory: Path) -> None:
     variables = {
         "PATH": os.environ.get("PATH", os.defpath),
-        "HOME": "/tmp",
+        "HOME": "/run/tmp",
+        "TMPDIR": "/run/tmp",
         "LANG": "C.UTF-8",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
