@@ -51,7 +51,11 @@ def attach(net: Wire, emulator: str, profile: str, keep: Path | None = None) -> 
 )
 def test_rate_delay_and_loss_are_what_was_asked_for(net: Wire, emulator: str, profile: str):
     # Rates and queues that a guest on a busy host carries, too; what faster links do is the benchmarks' business.
-    measured = _calibrated(net, emulator, profile)
+    # Where the probes themselves could not be sent in time, nothing was learnt of the link: that measurement is made again.
+    for _ in range(4):
+        measured = _calibrated(net, emulator, profile)
+        if measured.ok or "the prober was held up" not in measured.cause:
+            break
     assert measured.ok, measured.cause
 
 
