@@ -258,6 +258,7 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     )
     if link in (links or {}):
         profiles = (_at(f"--link {link}", lambda: parse_profile((links or {})[link])),)
+        scenario = scenario.model_copy(update={"profiles": [(links or {})[link]]})
     others = {**scenario.links, **{k: v for k, v in (links or {}).items() if k != link}}
     fixed = {
         k: _at(f"{place}: links.{k}", lambda k=k, v=v: profile_from(v, f"{place}: links.{k}"))
@@ -278,6 +279,8 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
         _at(f"{place}: tasks[{i}]", lambda s=settings: make_task(s["task"], **_parameters(s)))
         for i, settings in enumerate(scenario.tasks)
     )
+    # The manifest keeps these settings, so that --resume runs what the command line asked for.
+    scenario = scenario.model_copy(update={"links": others})
     plan = Plan(scenario, topology, link, profiles, tasks)
     duplicates = [text for text in scenario.codecs if scenario.codecs.count(text) > 1]
     if duplicates:

@@ -101,6 +101,8 @@ def test_the_command_line_changes_a_scenario() -> None:
     assert made.scenario.context_tokens == [64, 96]
     assert (made.scenario.seed, made.scenario.codecs, made.scenario.examples) == (7, ["int8"], 2)
     assert [p.up.rate_bps for p in made.profiles] == [5e6]
+    again = make_plan(made.scenario.model_dump(mode="json"), "manifest.json")
+    assert [p.text() for p in again.profiles] == [p.text() for p in made.profiles]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -201,6 +202,8 @@ class Cloud(InferenceSide):
     ) -> tuple[KVCache | None, float]:
         """Prefix and context as the model's past, from the codec's bytes or by prefilling the text; and the prefill's seconds."""
         if request.placement == "cloud":
+            if zlib.crc32(received.payload) != request.payload_crc:
+                raise WireError("the request's context does not match its checksum")
             try:
                 text = bytes(received.payload).decode()
             except UnicodeDecodeError as error:
