@@ -1,0 +1,100 @@
+"""What there is: `testbed doctor`, `profiles`, `codecs`, `tasks`, `models`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from testbed.cli.parts import as_json, table
+
+
+@click.command()
+@as_json
+def doctor() -> Any:
+    """Say what this machine can and cannot do."""
+    from testbed.environment import examine
+
+    findings = examine()
+    rows = [[f.what, "yes" if f.ok else ("MISSING" if f.needed else "no"), f.detail] for f in findings]
+    missing = [f for f in findings if f.needed and not f.ok]
+    value = {"findings": [vars(f) for f in findings], "ok": not missing}
+    return value, table(rows, ["what", "", "detail"]), 1 if missing else 0
+
+
+@click.command()
+@as_json
+def profiles() -> Any:
+    """List the links' presets."""
+    from testbed.net.profile import PRESETS
+
+    rows, value = [], []
+    for profile in PRESETS.values():
+        rows.append([profile.name, str(profile.up), str(profile.down), profile.source])
+        value.append(
+            {"name": profile.name, "up": str(profile.up), "down": str(profile.down), "source": profile.source}
+        )
+    return {"profiles": value}, table(rows, ["profile", "up", "down", "source"]), 0
+
+
+@click.command()
+@as_json
+def codecs() -> Any:
+    """List the codecs' methods, stage by stage."""
+    from dataclasses import asdict
+
+    from testbed.codecs.registry import describe
+
+    methods = describe()
+    lines = []
+    for method in methods:
+        settings = ", ".join(f"{p.name}={p.default}" for p in method.parameters if p.name != "ratio")
+        written = (
+            method.name + ("@RATIO" if method.takes_ratio else "") + (f"({settings})" if settings else "")
+        )
+        lines.append(f"{method.stage:<10} {written}\n           {method.summary}\n           {method.source}")
+    return {"methods": [asdict(m) for m in methods]}, "\n".join(lines), 0
+
+
+@click.command()
+@as_json
+def tasks() -> Any:
+    """List the tasks."""
+    from dataclasses import asdict
+
+    from testbed.tasks.task import describe
+
+    found = describe()
+    lines = []
+    for task in found:
+        settings = ", ".join(f"{k}={v}" for k, v in task.parameters.items())
+        lines.append(f"{task.name:<10} {task.summary}" + (f"\n           {settings}" if settings else ""))
+    return {"tasks": [asdict(task) for task in found]}, "\n".join(lines), 0
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+@click.option("--json", "want_json", is_flag=True, help="Print one JSON object.")
+def models(context: click.Context, want_json: bool) -> None:
+    """List the named models (any hub id, directory or GGUF file works too)."""
+    if context.invoked_subcommand is not None:
+        return
+    from testbed.models.sources import available
+
+    found = available()
+    rows = [
+        [m.name, "ready" if m.fetched else f"testbed models fetch {m.name}", m.description] for m in found
+    ]
+    value = {"models": [{"name": m.name, "fetched": m.fetched, "description": m.description} for m in found]}
+    click.echo(json.dumps(value, indent=2) if want_json else table(rows, ["model", "state", "what it is"]))
+
+
+@models.command()
+@click.argument("name")
+def fetch(name: str) -> None:
+    """Download model NAME and convert it once into the cache."""
+    from testbed.models.sources import fetch as fetch_model
+
+    source = fetch_model(name)
+    click.echo(f"{source.name} is in {source.path}")

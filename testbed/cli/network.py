@@ -1,0 +1,93 @@
+"""Networks for programs of one's own: `testbed up`, `exec`, `show`, `down`; and `clean`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from testbed.cli.parts import EMULATORS, as_json, require_root
+from testbed.errors import UsageError
+
+
+@click.command()
+@click.argument("topology")
+@click.option("--link", "links", multiple=True, metavar="NAME=PROFILE", help="Put a link under this profile.")
+@click.option("--emulator", type=EMULATORS, default="auto", show_default=True)
+@as_json
+def up(topology: str, links: tuple[str, ...], emulator: str) -> Any:
+    """Build TOPOLOGY and leave it standing, for `testbed exec` and your own programs."""
+    from testbed.net import fabric
+    from testbed.net.profile import parse_profile
+    from testbed.net.topology import load_topology
+
+    made = load_topology(topology)
+    given = {}
+    for text in links:
+        name, equals, profile = text.partition("=")
+        if not equals:
+            raise UsageError(f"--link {text!r}: write NAME=PROFILE, such as access=5g-mid")
+        given[name] = parse_profile(profile)
+    require_root()
+    described = fabric.describe(fabric.up(made, given, emulator))
+    hint = "testbed exec NODE -- COMMAND runs a program in it; testbed down removes it"
+    return described, f"{_network_text(described)}\n\n{hint}", 0
+
+
+def _network_text(described: dict[str, Any]) -> str:
+    lines = [f"{described['id']}  {described['topology']}  ({described['emulator']})"]
+    for node in described["nodes"]:
+        addresses = ", ".join(f"{end['interface']} {end['address']}" for end in node["addresses"])
+        lines.append(f"  node {node['name']:<12} {addresses:<28} namespace {node['namespace']}")
+    for link in described["links"]:
+        lines.append(f"  link {link['name']:<12} {link['a']} - {link['b']}: {link['profile']}")
+        for way, counted in (link["counters"] or {}).items():
+            figures = ", ".join(f"{key} {value}" for key, value in counted.items())
+            lines.append(f"       {way:<5} {figures}")
+    return "\n".join(lines)
+
+
+@click.command(
+    name="exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+@click.option("--id", "identifier", help="Which network, where several stand.")
+@click.argument("node")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def exec_(identifier: str | None, node: str, command: tuple[str, ...]) -> int:
+    """Run COMMAND inside NODE of the network that `testbed up` built; node names resolve."""
+    from testbed.net import state
+    from testbed.net.execute import execute
+
+    require_root()
+    return execute(state.find(identifier), node, list(command))
+
+
+@click.command()
+@click.option("--id", "identifier", help="Which network, where several stand.")
+@as_json
+def show(identifier: str | None) -> Any:
+    """Show the network that stands: nodes, addresses, profiles, live counters."""
+    from testbed.net import fabric, state
+
+    described = fabric.describe(state.find(identifier))
+    return described, _network_text(described), 0
+
+
+@click.command()
+@click.option("--id", "identifier", help="Which network, where several stand.")
+def down(identifier: str | None) -> None:
+    """Remove the network that `testbed up` built."""
+    from testbed.net import state
+
+    click.echo("\n".join(f"removed {what}" for what in state.down(identifier)))
+
+
+@click.command()
+@as_json
+def clean() -> Any:
+    """Remove whatever dead runs left: namespaces, processes, state files. Touches nothing that was not ours."""
+    from testbed.net import state
+
+    require_root()
+    removed = state.clean()
+    return {"removed": removed}, "\n".join(f"removed {what}" for what in removed) or "nothing to remove", 0

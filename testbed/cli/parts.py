@@ -1,0 +1,76 @@
+"""What several commands share: options, tables, JSON, and the demand for root."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+
+from testbed.errors import UsageError
+
+EMULATORS = click.Choice(["auto", "netem", "userspace"])
+
+
+def as_json(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command ``--json``: the object that it returns goes to standard output instead of its table."""
+
+    @click.option("--json", "want_json", is_flag=True, help="Print one JSON object.")
+    @wraps(command)
+    def wrapped(*args: Any, want_json: bool, **kwargs: Any) -> Any:
+        value, text, status = command(*args, **kwargs)
+        click.echo(json.dumps(value, indent=2, default=str) if want_json else text)
+        return status
+
+    return wrapped
+
+
+def table(rows: list[list[str]], header: list[str]) -> str:
+    """Columns of text, left-aligned; the last column may be of any length."""
+    cells = [header, *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+    return "\n".join(lines)
+
+
+def sweep_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that change a scenario from the command line."""
+    options = [
+        click.option(
+            "--set",
+            "assignments",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Change a setting of the scenario.",
+        ),
+        click.option(
+            "--codec",
+            "codecs",
+            multiple=True,
+            metavar="CODEC",
+            help="Use this codec instead of the scenario's (repeatable).",
+        ),
+        click.option(
+            "--link", "links", multiple=True, metavar="NAME=PROFILE", help="Put a link under this profile."
+        ),
+        click.option("--examples", type=click.IntRange(1), help="Examples per task."),
+        click.option("--emulator", type=EMULATORS, help="What imposes the links' conditions."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def require_root() -> None:
+    """Networks are the kernel's: building one takes root, and nothing else here does. Raises UsageError."""
+    if os.geteuid() != 0:
+        raise UsageError(
+            f"building a network needs root: run it as  sudo {sys.argv[0]} {' '.join(sys.argv[1:])}"
+        )

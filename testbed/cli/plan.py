@@ -1,0 +1,45 @@
+"""`testbed plan`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from testbed.cli.parts import as_json, sweep_options, table
+
+
+@click.command()
+@click.argument("scenario")
+@sweep_options
+@as_json
+def plan(scenario: str, **changes: Any) -> Any:
+    """Show what SCENARIO would run: cells, bytes, expected time. Needs no root and builds nothing."""
+    from testbed.estimate import Estimator
+    from testbed.scenario import load_plan
+    from testbed.units import format_duration, format_size, format_time
+
+    made = load_plan(scenario, **changes)
+    estimator = Estimator(made)
+    per_cell = made.scenario.examples * made.scenario.repeats
+    cells = estimator.summary()
+    seconds = sum(cell["trial_s"] for cell in cells) * per_cell
+    sent = sum(cell["payload_bytes"] for cell in cells) * per_cell
+    rows = [
+        [
+            f"{c['task']}@{c['context_tokens'] or 'own'}",
+            c["placement"],
+            c["codec"] or "-",
+            c["profile"],
+            format_size(c["payload_bytes"]),
+            format_time(c["transmit_s"]),
+        ]
+        for c in cells
+    ]
+    text = table(rows, ["task", "placement", "codec", "profile", "payload", "transmit"])
+    text += f"\n\n{len(cells)} cells x {per_cell} = {made.trials} trials, "
+    text += f"{format_size(sent)} across the link, about {format_duration(seconds)}"
+    if estimator.model is None:
+        text += f"\nmodel {made.scenario.model}: no configuration at hand, so cache sizes are unknown"
+    value = {"cells": cells, "trials": made.trials, "bytes": sent, "seconds": seconds}
+    return value, text, 0

@@ -1,0 +1,103 @@
+"""`testbed run`."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from testbed.cli.parts import require_root, sweep_options
+from testbed.cli.progress import Console
+from testbed.errors import TestbedError, UsageError
+
+if TYPE_CHECKING:
+    from testbed.runner import Run
+
+INTERRUPTED = 130
+
+
+@click.command()
+@click.argument("scenario", required=False)
+@click.option(
+    "--resume",
+    "resumed",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Continue a run where it ended.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The run's directory [default: results/NAME-TIME].",
+)
+@click.option(
+    "--accept-uncalibrated",
+    is_flag=True,
+    help="Go on where a link is not what was asked for; every row says so.",
+)
+@sweep_options
+def run(
+    scenario: str | None, resumed: Path | None, out: Path | None, accept_uncalibrated: bool, **changes: Any
+) -> int:
+    """Run SCENARIO (a file, or the name of a shipped one): network, model, trials, plots."""
+    from testbed import runner
+    from testbed.net import state
+    from testbed.scenario import load_plan
+
+    if (scenario is None) == (resumed is None):
+        raise UsageError("name a scenario to run, or a directory with --resume, and not both")
+    show = Console()
+    if resumed is not None:
+        if any(value for value in (*changes.values(), out)):
+            raise UsageError("--resume continues a run as it was; leave the other options away")
+        require_root()
+        state.clean()
+        started = runner.resume(resumed, show, accept_uncalibrated)
+    else:
+        assert scenario is not None
+        plan = load_plan(scenario, **changes)
+        require_root()
+        state.clean()
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        started = runner.start(
+            plan, out or Path("results") / f"{plan.scenario.name}-{stamp}", show, accept_uncalibrated
+        )
+    return _execute(started, show)
+
+
+def _execute(started: Run, show: Console) -> int:
+    path = started.directory.path
+    try:
+        started.execute()
+    except KeyboardInterrupt:
+        show.close()
+        click.echo(f"testbed: interrupted; continue with  testbed run --resume {path}", err=True)
+        return INTERRUPTED
+    except TestbedError:
+        show.close()
+        if any(started.directory.rows()):
+            click.echo(f"rows so far are in {path}; continue with  testbed run --resume {path}", err=True)
+        raise
+    show.close()
+    show_results(path)
+    if started.failures:
+        click.echo(f"testbed: {started.failures} trials failed; their rows say why", err=True)
+        return 1
+    return 0
+
+
+def show_results(path: Path) -> None:
+    """Draw a finished run; where there is too little to draw, say so: the rows are there all the same."""
+    import analysis
+
+    try:
+        click.echo(analysis.headline(path) + "\n")
+        click.echo(f"summary   {analysis.write_summary(path)}")
+        for figure in analysis.draw(path):
+            click.echo(f"plot      {figure}")
+    except UsageError as error:
+        click.echo(f"testbed: nothing to draw: {error}", err=True)
+    click.echo(f"rows      {path / 'trials.jsonl'}")
