@@ -61,8 +61,13 @@ def aligned(size: int) -> int:
 
 
 def packed_bytes(symbols: int, bits: int) -> int:
-    """Bytes of `symbols` symbols of `bits` bits each, packed."""
-    return -(-symbols * bits // 8)
+    """Bytes of `symbols` symbols of `bits` bits each, packed: each stretch of `stretches` ends in a whole byte."""
+    return sum(-(-symbols * width // 8) for width in stretches(bits))
+
+
+def stretches(bits: int) -> tuple[int, ...]:
+    """How a symbol is cut to be packed: widths that divide a byte, from the lowest bits up (3 is 2 and 1, 7 is 4, 2 and 1)."""
+    return (bits,) if bits >= 8 else tuple(width for width in (4, 2, 1) if bits & width)
 
 
 def lay_out(parts: Iterable[Part], quantizer: Quantizer) -> Layout:

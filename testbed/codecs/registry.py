@@ -19,6 +19,8 @@ QUANTIZERS = {
     "fp16": "testbed.codecs.quantize.fp16:FP16",
     "int8": "testbed.codecs.quantize.integer:Int8",
     "int4": "testbed.codecs.quantize.integer:Int4",
+    "int3": "testbed.codecs.quantize.integer:Int3",
+    "int2": "testbed.codecs.quantize.integer:Int2",
 }
 CODERS = {
     "zstd": "testbed.codecs.entropy.zstd:Zstd",

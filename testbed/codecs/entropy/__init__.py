@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from testbed.codecs.layout import Piece, packed_bytes
+from testbed.codecs.layout import Piece, packed_bytes, stretches
 from testbed.codecs.method import Method
 
 if TYPE_CHECKING:
@@ -48,19 +48,35 @@ def worth_coding(piece: Piece, coded: bytes) -> bool:
 
 
 def pack(symbols: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
-    """Symbols of 1, 2, 4, 8 or 16 bits -> uint8, as many to a byte as fit; bytes that are not full end in zeros.
+    """Symbols of 1 to 8 or of 16 bits -> uint8, as many to a byte as fit; bytes that are not full end in zeros.
 
     A byte holds symbols that lie n/2 (n/4 …) apart, the earliest in its low bits, so that whole stretches are combined
-    at once. Writes to `out` where given.
+    at once. Widths that do not divide a byte are cut into ones that do (`layout.stretches`), one behind the other.
+    Writes to `out` where given.
     """
     import torch
 
-    flat = symbols.view(torch.uint8).flatten() if bits == 16 else symbols.flatten()
-    share = 8 // min(bits, 8)
     size = packed_bytes(symbols.numel(), bits)
     out = torch.empty(size, dtype=torch.uint8, device=symbols.device) if out is None else out
+    flat = symbols.view(torch.uint8).flatten() if bits == 16 else symbols.flatten()
+    widths = stretches(bits)
+    if len(widths) == 1:
+        return _pack_even(flat, widths[0], out)
+    start = shift = 0
+    for width in widths:
+        stop = start + packed_bytes(symbols.numel(), width)
+        part = (flat >> shift).bitwise_and_((1 << width) - 1)
+        _pack_even(part, width, out[start:stop])
+        start, shift = stop, shift + width
+    return out
+
+
+def _pack_even(flat: Tensor, bits: int, out: Tensor) -> Tensor:
+    """`pack` for widths that divide a byte, and for whole bytes."""
+    share = 8 // min(bits, 8)
     if share == 1:
         return out.copy_(flat)
+    size = len(out)
     out.copy_(flat[:size])
     for i in range(1, share):
         stretch = flat[i * size : (i + 1) * size]
@@ -77,6 +93,22 @@ def unpack(data: Tensor, count: int, bits: int) -> Tensor:
 
     if bits == 16:
         return data.view(torch.int16)
+    widths = stretches(bits)
+    if len(widths) == 1:
+        return _unpack_even(data, count, bits)
+    symbols = torch.zeros(count, dtype=torch.uint8, device=data.device)
+    start = shift = 0
+    for width in widths:
+        stop = start + packed_bytes(count, width)
+        symbols.add_(_unpack_even(data[start:stop], count, width), alpha=1 << shift)
+        start, shift = stop, shift + width
+    return symbols
+
+
+def _unpack_even(data: Tensor, count: int, bits: int) -> Tensor:
+    """`unpack` for widths that divide a byte."""
+    import torch
+
     share = 8 // bits
     if share == 1:
         return data

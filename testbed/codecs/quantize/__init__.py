@@ -19,7 +19,7 @@ class Quantizer(Method):
     stage: ClassVar[Literal["quantizer"]] = "quantizer"
 
     def bits(self, part: Part) -> int:
-        """Bits of a symbol: 1, 2, 4, 8 or 16."""
+        """Bits of a symbol: from 1 to 8, or 16."""
         raise NotImplementedError
 
     def symbols(self, part: Part) -> int:

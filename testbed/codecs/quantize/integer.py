@@ -1,10 +1,10 @@
-"""Uniform quantization to eight and four bits, with a scale for each group of a token's elements."""
+"""Uniform quantization to eight, four, three and two bits, with a scale for each group of elements."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from testbed.codecs import CodecError
 from testbed.codecs.quantize import Part, Quantizer
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Integer(Quantizer):
-    """Uniform quantization along head_dim: groups of `group` elements of one token and KV head share a scale.
+    """Uniform quantization: groups of `group` elements along an axis share a scale.
+
+    axis=token: elements of one token and KV head, along head_dim. axis=channel: one channel of a KV head, along the tokens.
 
     symmetric:   q = round(x / s), s = max|x| / L, L = 2^(bits-1) - 1;       x̂ = q · s
     asymmetric:  q = round((x - z) / s), s = (max - min) / L, L = 2^bits - 1, z = min;  x̂ = q · s + z
@@ -24,17 +26,19 @@ class Integer(Quantizer):
     Scales and zero points are in the cache's own 16-bit format, so they cannot overflow it, and z is exact; x is divided
     by the scale that is sent, which is rounded up where 16 bits are too coarse to reach the largest element otherwise.
     So |x̂ - x| ≤ s / 2, plus half a unit in the last place for x̂'s own rounding. A group of equal elements is exact
-    (asymmetric). A head_dim that `group` does not divide ends in a shorter group. NaN and infinity raise CodecError.
+    (asymmetric). An axis that `group` does not divide ends in a shorter group. NaN and infinity raise CodecError.
+    Symbols lie as the elements do, [kv_heads, tokens, head_dim], whatever the axis.
     """
 
     width: ClassVar[int]
 
     group: int
     symmetric: bool
+    axis: Literal["token", "channel"]
 
     def __post_init__(self) -> None:
         self.require(
-            "group", "0 (the whole head) or from 2 to 4096", self.group == 0 or 2 <= self.group <= 4096
+            "group", "0 (the whole axis) or from 2 to 4096", self.group == 0 or 2 <= self.group <= 4096
         )
 
     @property
@@ -52,20 +56,34 @@ class Integer(Quantizer):
     def bits(self, part: Part) -> int:
         return self.width
 
+    def _axes(self, part: Part) -> tuple[int, int]:
+        """Rows of a head that are quantized by themselves, and the elements of each: (tokens, head_dim) or the reverse."""
+        by_token = self.axis == "token"
+        return (part.tokens, part.head_dim) if by_token else (part.head_dim, part.tokens)
+
+    def _turned(self, x: Tensor) -> Tensor:
+        """x as [kv_heads, rows, elements], a view."""
+        return x if self.axis == "token" else x.transpose(-1, -2)
+
     def groups(self, part: Part) -> int:
-        """Groups of a token and head."""
-        return -(-part.head_dim // (self.group or part.head_dim))
+        """Groups of a row."""
+        elements = self._axes(part)[1]
+        return -(-elements // (self.group or max(elements, 1)))
 
     def side_bytes(self, part: Part) -> int:
-        return part.kv_heads * part.tokens * self.groups(part) * (2 if self.symmetric else 4)
+        rows = self._axes(part)[0]
+        return part.kv_heads * rows * self.groups(part) * (2 if self.symmetric else 4)
 
     def encode(self, part: Part, values: Tensor) -> tuple[Tensor, Tensor | None]:
         import torch
 
         working = values.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        numbers = []  # [kv_heads, tokens, kinds, groups] of each stretch
+        if not part.elements:
+            return working.view(torch.uint8), None
+        rows = self._turned(working)
+        numbers = []  # [kv_heads, rows, kinds, groups] of each stretch
         for elements, groups in self._stretches(part):
-            view = working[..., elements].unflatten(-1, (groups.stop - groups.start, -1))
+            view = rows[..., elements].unflatten(-1, (groups.stop - groups.start, -1))
             numbers.append(self._quantize(part, view))
         if values.dtype == torch.float32 and not self.symmetric:
             # Numbers of 16 bits cannot leave the levels: x · (1/s) is below 2^15, so float32 holds it to 2^-8.
@@ -76,7 +94,7 @@ class Integer(Quantizer):
         return working.to(torch.int8).view(torch.uint8), side
 
     def _quantize(self, part: Part, x: Tensor) -> Tensor:
-        """Replaces x [kv_heads, tokens, groups, size] by q; returns [kv_heads, tokens, kinds, groups]."""
+        """Replaces x [kv_heads, rows, groups, size] by q; returns [kv_heads, rows, kinds, groups]."""
         import torch
 
         dtype = getattr(torch, part.dtype)
@@ -87,8 +105,6 @@ class Integer(Quantizer):
             zero = x.amin(-1).to(dtype)
             low = zero.float()
             step = (x.amax(-1).div_(self.levels) - low / self.levels).clamp_min_(0)
-        if not part.elements:
-            return torch.empty((*part.shape[:2], 1 if self.symmetric else 2, x.shape[2]), dtype=dtype)
         scale, inverse = self._scale(part, step, dtype)
         x.mul_(inverse[..., None])
         if self.symmetric:
@@ -125,7 +141,7 @@ class Integer(Quantizer):
 
         dtype = getattr(torch, part.dtype)
         kinds = 1 if self.symmetric else 2
-        numbers = side.view(dtype).view(*part.shape[:2], kinds, self.groups(part)).float()
+        numbers = side.view(dtype).view(part.kv_heads, self._axes(part)[0], kinds, self.groups(part)).float()
         signed = symbols.view(torch.int8) if self.width == 8 else symbols
         x = signed.view(part.shape).to(torch.float32)
         if self.offset:
@@ -133,8 +149,9 @@ class Integer(Quantizer):
         fits = self._fits(numbers, torch.finfo(dtype).max)
         if not fits:
             numbers.mul_(0.5)  # L · s may be beyond float32 where L · s + z is not
+        rows = self._turned(x)
         for elements, groups in self._stretches(part):
-            view = x[..., elements].unflatten(-1, (groups.stop - groups.start, -1))
+            view = rows[..., elements].unflatten(-1, (groups.stop - groups.start, -1))
             view.mul_(numbers[:, :, 0, groups, None])
             if not self.symmetric:
                 view.add_(numbers[:, :, 1, groups, None])
@@ -154,13 +171,14 @@ class Integer(Quantizer):
         return float(highest.amax()) <= largest and (self.symmetric or float(span.amax()) <= largest)
 
     def _stretches(self, part: Part) -> Iterator[tuple[slice, slice]]:
-        """Stretches of head_dim in groups of equal size, and which groups those are: the full ones, the short last."""
-        size = self.group or part.head_dim
-        full, rest = divmod(part.head_dim, size)
+        """Stretches of a row in groups of equal size, and which groups those are: the full ones, the short last."""
+        elements = self._axes(part)[1]
+        size = self.group or max(elements, 1)
+        full, rest = divmod(elements, size)
         if full:
             yield slice(0, full * size), slice(0, full)
         if rest:
-            yield slice(full * size, part.head_dim), slice(full, full + 1)
+            yield slice(full * size, elements), slice(full, full + 1)
 
 
 @dataclass(frozen=True)
@@ -168,7 +186,7 @@ class Int8(Integer):
     """Eight bits an element, symmetric, one scale for each token and KV head (per-token quantization).
 
     With 255 levels the grid is finer than most of the noise, and a zero point would double the side information.
-    group: elements that share a scale; 0: the whole head. See `Integer` for the formula and the error bound.
+    group: elements that share a scale; 0: the whole axis. See `Integer` for the formula and the error bound.
     """
 
     name: ClassVar[str] = "int8"
@@ -177,6 +195,7 @@ class Int8(Integer):
 
     group: int = 0
     symmetric: bool = True
+    axis: Literal["token", "channel"] = "token"
 
 
 @dataclass(frozen=True)
@@ -193,3 +212,40 @@ class Int4(Integer):
 
     group: int = 32
     symmetric: bool = False
+    axis: Literal["token", "channel"] = "token"
+
+
+@dataclass(frozen=True)
+class Int3(Integer):
+    """Three bits an element, with scale and zero point for each group along head_dim.
+
+    Eight levels: 32 elements a group cost 3 + 32/32 = 4 bits an element. See `Integer` for the formula and the error bound.
+    """
+
+    name: ClassVar[str] = "int3"
+    source: ClassVar[str] = "uniform quantization, as int4 with one bit less"
+    width: ClassVar[int] = 3
+
+    group: int = 32
+    symmetric: bool = False
+    axis: Literal["token", "channel"] = "token"
+
+
+@dataclass(frozen=True)
+class Int2(Integer):
+    """Two bits an element, four to a byte, with scale and zero point for each group along head_dim.
+
+    Four levels, three where symmetric: 32 elements a group cost 2 + 32/32 = 3 bits an element. See `Integer` for the formula
+    and the error bound.
+    """
+
+    name: ClassVar[str] = "int2"
+    source: ClassVar[str] = "uniform quantization; KIVI (arXiv:2402.02750) for what two bits need"
+    width: ClassVar[int] = 2
+
+    group: int = 32
+    symmetric: bool = False
+    axis: Literal["token", "channel"] = "token"
+
+
+INTEGERS: dict[int, type[Integer]] = {8: Int8, 4: Int4, 3: Int3, 2: Int2}  #: by bits of a symbol
