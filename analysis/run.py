@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from testbed.errors import UsageError
-from testbed.results import FORMAT, STAGES, Row, RunDirectory
+from testbed.results import FORMAT, STAGES, Row, RunDirectory, check_format
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,7 @@ def load(path: Path, where: str | None = None) -> Run:
     directory = RunDirectory(path)
     manifest = _object(directory.manifest, "manifest.json", path, notes)
     found = manifest.get("format", FORMAT)
-    if found != FORMAT:
-        raise UsageError(f"{path}: written in format {found!r}; this version reads format {FORMAT}")
+    check_format(found, path)
     calibration = _object(directory.calibration, "calibration.json", path, notes)
     table = _latest(_typed(_read_rows(directory, notes)))
     if where:

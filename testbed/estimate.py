@@ -93,7 +93,8 @@ class Estimator:
         decode = self.model.parameters * tokens / 2 / _DECODE_MACS / 2
         prefill = self.model.parameters * (cell.context_tokens or 512) / _PREFILL_MACS
         shared = len(self.plan.profiles) if self.plan.scenario.reuse == "all" else 1
-        return (decode + (prefill if cell.placement == "cloud" else 0.0)) / shared
+        slowdown = getattr(self.plan.scenario.compute, "edge" if cell.placement == "edge" else "cloud")
+        return slowdown * (decode + (prefill if cell.placement == "cloud" else 0.0)) / shared
 
     def seconds(self, cell: Cell) -> float:
         """One trial of this cell."""

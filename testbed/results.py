@@ -20,7 +20,9 @@ from typing import Any
 
 from testbed.errors import UsageError
 
-FORMAT = 1
+FORMAT = 2
+#: Formats that this version reads. 1 has no `kl` (unknown there) and no slowdowns (there were none).
+READABLE = (1, 2)
 
 #: The stages of a request in the order in which they happen; their sum is `e2e_s`.
 STAGES = (
@@ -81,6 +83,10 @@ class Row:
     retransmits: int = 0
     tokens_kept: int = 0
     bits_per_element: float = 0.0
+    edge_slowdown: float = (
+        1.0  #: the edge's compute stages were stretched by this factor; 1: as this host computes
+    )
+    cloud_slowdown: float = 1.0
 
     answer: str = ""
     score: float | None = None
@@ -90,6 +96,7 @@ class Row:
     reference_score: float | None = None
     nll: float | None = None
     reference_nll: float | None = None
+    kl: float | None = None  #: mean KL divergence from the full cache's next-token distributions, nats
     payload_digest: str = ""  #: BLAKE2b of the payload: equal digests, equal bytes
     kept_digest: str = ""  #: BLAKE2b of the kept positions of every layer and head
     calibrated: bool = True  #: False: the link was measured out of tolerance and the run was told to go on
@@ -98,6 +105,13 @@ class Row:
 
 
 COLUMNS = tuple(f.name for f in dataclasses.fields(Row))
+
+
+def check_format(found: object, path: Path) -> None:
+    """Raises UsageError where a run directory's format is none that this version reads."""
+    if found not in READABLE:
+        formats = " and ".join(map(str, READABLE))
+        raise UsageError(f"{path}: written in format {found!r}; this version reads the formats {formats}")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -141,8 +155,7 @@ class RunDirectory:
         if not (path / "manifest.json").is_file():
             raise UsageError(f"{path} is not a run directory (it has no manifest.json)")
         found = run.manifest().get("format")
-        if found != FORMAT:
-            raise UsageError(f"{path}: written in format {found!r}; this version reads format {FORMAT}")
+        check_format(found, path)
         return run
 
     def claim(self, path: Path) -> None:

@@ -111,6 +111,7 @@ class Run:
                 device=getattr(self.scenario.device, side),
                 dtype=getattr(self.scenario.dtype, side),
                 threads=self.scenario.threads,
+                slowdown=getattr(self.scenario.compute, side),
             )
         return loaded
 
@@ -215,6 +216,12 @@ class Run:
                     continue
                 self.cloud.call("forget")
                 reference = self.edge.call("reference", None, batch=batch.index, example=number)
+                self.cloud.call(
+                    "compare",
+                    60,
+                    distributions=reference.pop("distributions"),
+                    vocabulary=reference["vocabulary"],
+                )
                 reference["score"] = task.score(reference["answer"], example)["score"]
                 for cell, repeat in todo:
                     row = self._trial(batch, number, made["gold"], example, task, cell, repeat, reference)
@@ -254,7 +261,7 @@ class Run:
         try:
             if cell.placement == "edge":
                 result = self.edge.call("edge", None, **common)
-                outcome = {"tokens_kept": reference["context_tokens"], "nll": reference["nll"]}
+                outcome = {"tokens_kept": reference["context_tokens"], "nll": reference["nll"], "kl": 0.0}
             else:
                 self._apply(cell.profile)
                 link = {**self._link_settings, "name": cell.profile.text()}
@@ -296,6 +303,8 @@ class Run:
             loss_up=profile.up.loss,
             loss_down=profile.down.loss,
             kv_bytes=reference["kv_bytes"],
+            edge_slowdown=self.scenario.compute.edge,
+            cloud_slowdown=self.scenario.compute.cloud,
             reference_answer=reference["answer"],
             reference_score=reference["score"],
             reference_nll=reference["nll"],
@@ -334,7 +343,7 @@ def fill(row: Row, result: dict[str, Any], outcome: dict[str, Any], scores: dict
     row.retransmits, row.congestion = result["retransmits"], result["congestion"]
     row.answer = result["answer"].strip()
     row.score, row.em, row.f1 = scores["score"], scores["em"], scores["f1"]
-    row.nll = outcome["nll"]
+    row.nll, row.kl = outcome["nll"], outcome.get("kl")
     row.tokens_kept = outcome["tokens_kept"]
     row.payload_digest = outcome.get("payload_digest", "")
     row.kept_digest = outcome.get("kept_digest", "")

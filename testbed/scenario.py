@@ -64,6 +64,14 @@ def _sides(value: Any) -> Any:
     return {"edge": value, "cloud": value} if isinstance(value, str) else value
 
 
+class Compute(BaseModel):
+    """How many times slower than this host each endpoint computes."""
+
+    model_config = ConfigDict(extra="forbid")
+    edge: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] = 1.0
+    cloud: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] = 1.0
+
+
 class Scenario(BaseModel):
     """The file, checked. Lists may be written as a single value."""
 
@@ -81,6 +89,7 @@ class Scenario(BaseModel):
     model: str = "smollm2-135m"
     device: Annotated[Sides, BeforeValidator(_sides)] = Sides()
     dtype: Annotated[Sides, BeforeValidator(_sides)] = Sides()
+    compute: Compute = Compute()  #: emulates slower machines: stretches their compute stages in real time
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     placements: Annotated[list[Placement], BeforeValidator(_listed), Field(min_length=1)] = ["split"]
     codecs: Annotated[list[Annotated[str, BeforeValidator(_codec)]], BeforeValidator(_listed)] = ["fp16"]
@@ -122,7 +131,7 @@ class Cell:
     def identity(self, plan: Plan) -> str:
         """A hash of the settings: the same settings give the same cell in every run."""
         scenario = plan.scenario
-        settings = {
+        settings: dict[str, Any] = {
             "model": scenario.model,
             "dtype": [scenario.dtype.edge, scenario.dtype.cloud],
             "device": [scenario.device.edge, scenario.device.cloud],
@@ -138,6 +147,9 @@ class Cell:
             "transport": scenario.transport,
             "congestion": scenario.congestion,
         }
+        # Only where it is asked for, so that cells of runs from before this setting keep their identity.
+        if scenario.compute != Compute():
+            settings["compute"] = [scenario.compute.edge, scenario.compute.cloud]
         text = json.dumps(settings, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 

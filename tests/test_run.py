@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.kill_resume import leftovers, torture
-from testbed.results import COLUMNS, STAGES
+from testbed.results import COLUMNS, FORMAT, STAGES
 from tests.tiny_models import tiny_model_directory
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +80,8 @@ class TestAWholeRun:
         full = [row for row in rows(finished) if row["codec"] == "fp16"]
         assert all(row["answer"] == row["reference_answer"].strip() for row in full)
         assert all(row["nll"] == row["reference_nll"] for row in full)
+        assert all(row["kl"] == 0 for row in full)
+        assert all(row["kl"] > 0 for row in rows(finished) if row["codec"].startswith("q2c"))
 
     def test_counts_more_bytes_on_the_wire_than_in_the_payload(self, finished: Path) -> None:
         for row in rows(finished):
@@ -112,7 +114,7 @@ class TestAWholeRun:
             "figures",
         } <= names
         manifest = json.loads((finished / "manifest.json").read_text())
-        assert manifest["format"] == 1
+        assert manifest["format"] == FORMAT
         assert manifest["emulator"] in ("netem", "userspace")
         measured = json.loads((finished / "calibration.json").read_text())["measurements"]
         assert len(measured) == 2

@@ -16,6 +16,8 @@ from testbed.endpoints.transport.tcp import Connection, Received, listen
 from testbed.errors import EndpointError, PayloadError, TestbedError, WireError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from testbed.models.kvcache import KVCache
 
 _MAX_CONNECTIONS = 64
@@ -30,7 +32,7 @@ class Outcome:
     first: wire.FirstToken
     details: dict[str, Any]
     past: KVCache | None = None  #: prefix and context as they arrived; held for the latest request only
-    nlls: dict[str, float] = field(default_factory=dict)
+    likelihoods: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 class Cloud(InferenceSide):
@@ -43,6 +45,7 @@ class Cloud(InferenceSide):
         self._memory: dict[tuple[str | int, ...], Outcome] = {}
         self._by_request: dict[int, Outcome] = {}
         self._latest: Outcome | None = None
+        self._full: Tensor | None = None
         self._slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
 
     def handlers(self) -> dict[str, Callable[..., Any]]:
@@ -51,6 +54,7 @@ class Cloud(InferenceSide):
             "load": self.load,
             "learn_prefix": self.learn_prefix,
             "serve": self.serve,
+            "compare": self.compare,
             "outcome": self.outcome,
             "forget": self.forget,
         }
@@ -70,18 +74,41 @@ class Cloud(InferenceSide):
         """Drop the remembered answers (a new example begins: none of them can come again)."""
         self._memory.clear()
         self._by_request.clear()
+        self._full = None
+
+    def compare(self, distributions: bytes, vocabulary: int) -> None:
+        """Take the full cache's next-token distributions along the gold answer, which `outcome` compares with."""
+        from testbed.models.likelihood import from_bytes
+
+        self._full = from_bytes(distributions, vocabulary)
 
     def outcome(self, id: int, gold: str) -> dict[str, Any]:
-        """What became of request `id`, asked after its clock has stopped: digests, tokens kept, the gold answer's NLL."""
+        """What became of request `id`, asked after its clock has stopped.
+
+        Digests, tokens kept, the gold answer's NLL, and the KL divergence from the distributions given to `compare`.
+        """
         outcome = self._by_request.get(id)
         if outcome is None:
             raise EndpointError(f"request {id} was never answered here")
-        if gold not in outcome.nlls:
+        if gold not in outcome.likelihoods:
             with self._computing:
-                ids = self.model.tokenize(gold)
-                outcome.nlls[gold] = self.model.nll(outcome.details["question_ids"], ids, outcome.past)
+                outcome.likelihoods[gold] = self._likelihood(outcome, gold)
         details = {key: value for key, value in outcome.details.items() if key != "question_ids"}
-        return {**details, "nll": outcome.nlls[gold]}
+        return {**details, **outcome.likelihoods[gold]}
+
+    def _likelihood(self, outcome: Outcome, gold: str) -> dict[str, float]:
+        from testbed.models.likelihood import mean_kl, mean_nll
+
+        if outcome is not self._latest:
+            raise EndpointError(
+                "the cache of that request was given up for a later one's; ask for its outcome first"
+            )
+        ids = self.model.tokenize(gold)
+        found = self.model.likelihood(outcome.details["question_ids"], ids, outcome.past)
+        measured = {"nll": mean_nll(found, ids)}
+        if self._full is not None:
+            measured["kl"] = mean_kl(self._full, found)
+        return measured
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -162,18 +189,21 @@ class Cloud(InferenceSide):
             "tokens_kept": 0,
             "kept_digest": "",
         }
+        self.pace.begin()
         past, prefill_s = self._rebuild(received, request, prefix, details)
-        decoded_at = time.monotonic()
+        decoded_at = self.pace.hold()
         question_ids = self.model.tokenize(request.question)
         firsts: list[wire.FirstToken] = []
 
         def on_token(index: int, token: int) -> None:
+            now = self.pace.hold()
             if index == 0:
-                firsts.append(wire.FirstToken(id=request.id, token=token, sent_at=time.monotonic()))
+                firsts.append(wire.FirstToken(id=request.id, token=token, sent_at=now))
                 connection.send(firsts[0])
+                self.pace.begin()
 
         ids = self.model.generate(question_ids, past, request.max_new_tokens, request.stop, on_token)
-        done_at = time.monotonic()
+        done_at = self.pace.hold()
         if not firsts:  # nothing but the end of the text: the first token is the empty answer
             on_token(0, 0)
         first = firsts[0]
@@ -209,11 +239,11 @@ class Cloud(InferenceSide):
             except UnicodeDecodeError as error:
                 raise WireError("the request's context is not UTF-8 text") from error
             ids = self.model.tokenize(text)
-            started = time.monotonic()
+            started = self.pace.hold()
             context = self.model.prefill(ids, prefix.cache).cache
             past = self.behind(prefix, context)
             details["tokens_kept"] = len(ids)
-            return past, time.monotonic() - started
+            return past, self.pace.hold() - started
         from testbed.codecs.codec import decode
 
         cache = decode(received.payload, self.model.device)

@@ -138,18 +138,25 @@ class Edge(InferenceSide):
         }
 
     def reference(self, batch: int, example: int) -> dict[str, Any]:
-        """The example's answer and NLL with the full cache on this machine alone; makes it the example at hand."""
+        """The example's answer, NLL and next-token distributions with the full cache on this machine alone.
+
+        Makes it the example at hand.
+        """
+        from testbed.models.likelihood import mean_nll, to_bytes
+
         held = self._hold(batch, example)
         local = self._local(held, 0)
         past = self.behind(held.prefix, held.prefill.cache)
         task = self._batches[batch].task
         gold = self.model.tokenize(task.answer_text(self._batches[batch].examples[example]))
-        nll = self.model.nll(held.question_ids, gold, past)
+        found = self.model.likelihood(held.question_ids, gold, past)
         return {
             "context_tokens": len(held.ids),
             "kv_bytes": held.prefill.cache.nbytes,
             "answer": local["answer"],
-            "nll": nll,
+            "nll": mean_nll(found, gold),
+            "distributions": to_bytes(found),
+            "vocabulary": found.shape[1],
         }
 
     def edge(self, batch: int, example: int, repeat: int, reuse: str) -> dict[str, Any]:
@@ -232,10 +239,10 @@ class Edge(InferenceSide):
         task, chosen = self._batches[batch].task, self._batches[batch].examples[example]
         prefix = self.prefixes[self._batches[batch].prefix]
         context, question = task.context_text(chosen), task.question_text(chosen)
-        started = time.monotonic()
+        started = self.pace.begin()
         ids = self.model.tokenize(context)
         prefill = self.model.prefill(ids, prefix.cache, queries=self._queries)
-        took = time.monotonic() - started
+        took = self.pace.hold() - started
         self._held = Held(
             (batch, example), prefix, context, question, ids, self.model.tokenize(question), prefill, took
         )
@@ -252,16 +259,16 @@ class Edge(InferenceSide):
             return held.local[repeat]
         batch = self._batches[held.key[0]]
         times: list[float] = []
-        started = time.monotonic()
+        started = self.pace.begin()
         past = self.behind(held.prefix, held.prefill.cache)
         ids = self.model.generate(
             held.question_ids,
             past,
             batch.max_new_tokens,
             batch.task.stop,
-            lambda index, token: times.append(time.monotonic()),
+            lambda index, token: times.append(self.pace.hold()),
         )
-        ended = time.monotonic()
+        ended = self.pace.hold()
         first = times[0] if times else ended
         held.local[repeat] = {
             "answer": self.model.text(ids, batch.task.stop),
@@ -277,7 +284,7 @@ class Edge(InferenceSide):
         from testbed.codecs.evidence import Evidence
         from testbed.codecs.spec import parse
 
-        started = time.monotonic()
+        started = self.pace.begin()
         codec = Codec(parse(codec_text))
         evidence = Evidence(
             cache=held.prefill.cache,
@@ -295,9 +302,9 @@ class Edge(InferenceSide):
             evidence.question_query_positions = asked.query_positions
             evidence.question_cache = asked.cache
         kept = codec.select(evidence)
-        selected = time.monotonic()
+        selected = self.pace.hold()
         payload = codec.encode(held.prefill.cache, kept)
-        return Encoded(payload, selected - started, time.monotonic() - selected)
+        return Encoded(payload, selected - started, self.pace.hold() - selected)
 
     def _request_cloud(
         self,

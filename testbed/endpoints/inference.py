@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from testbed.endpoints.control import Channel
+from testbed.endpoints.pace import Pace
 
 if TYPE_CHECKING:
     from testbed.models.kvcache import KVCache
@@ -37,6 +38,7 @@ class InferenceSide:
     def __init__(self) -> None:
         self._model: LanguageModel | None = None
         self.prefixes: dict[str, Prefix] = {}
+        self.pace = Pace()
 
     @property
     def model(self) -> LanguageModel:
@@ -45,14 +47,20 @@ class InferenceSide:
             raise RuntimeError("no model is loaded")
         return self._model
 
-    def load(self, model: str, device: str, dtype: str, threads: int | None) -> dict[str, Any]:
-        """Load the model and run it once, so that the first trial does not pay for thread pools and lazy kernels."""
+    def load(
+        self, model: str, device: str, dtype: str, threads: int | None, slowdown: float = 1.0
+    ) -> dict[str, Any]:
+        """Load the model and run it once, so that the first trial does not pay for thread pools and lazy kernels.
+
+        slowdown: stretches this side's compute stages from now on.
+        """
         import torch
 
         import testbed.codecs.codec
         import testbed.codecs.evidence  # noqa: F401  (here, so that no trial pays for it)
         from testbed.models.language import load_model
 
+        self.pace = Pace(slowdown)
         self._model = load_model(model, device=device, dtype=dtype, threads=threads)
         warm = self._model.tokenize("The quick brown fox jumps over the lazy dog. " * 12)
         prefilled = self._model.prefill(warm, None)
@@ -65,6 +73,7 @@ class InferenceSide:
             "head_dim": self._model.head_dim,
             "max_positions": self._model.max_positions,
             "kv_bytes_per_token": self._model.kv_bytes_per_token,
+            "slowdown": slowdown,
             "threads": torch.get_num_threads(),
         }
 

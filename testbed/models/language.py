@@ -20,6 +20,7 @@ from testbed.errors import UsageError
 from testbed.models import attention
 from testbed.models import kvcache as _kvcache
 from testbed.models.kvcache import KVCache
+from testbed.models.likelihood import log_probabilities, mean_nll
 from testbed.models.live import LayerShape, LiveCache, LivePass
 from testbed.models.sources import ModelSource, resolve
 
@@ -304,13 +305,20 @@ class LanguageModel:
             feed, before = [token], decoded
         return answer
 
-    def nll(self, ids_question: Sequence[int], ids_answer: Sequence[int], past: KVCache | None) -> float:
-        """Mean negative log-likelihood in nats of the answer's tokens, each behind the true ones."""
+    def likelihood(
+        self, ids_question: Sequence[int], ids_answer: Sequence[int], past: KVCache | None
+    ) -> Tensor:
+        """Log-probabilities in nats of what may follow, at each token of the answer and behind the true ones.
+
+        float32 [answer tokens, vocabulary]. Raises ValueError where question or answer have no tokens.
+        """
         if not ids_question or not ids_answer:
-            raise ValueError("nll() needs tokens of a question and of an answer")
+            raise ValueError("a likelihood needs tokens of a question and of an answer")
         ids = [*ids_question, *ids_answer[:-1]]
         self._check_length(past, len(ids))
-        live = self._live(past, len(ids))
-        logits, _ = self._forward(live, ids, keep=len(ids_answer))
-        targets = torch.tensor(list(ids_answer), device=self.device)
-        return float(torch.nn.functional.cross_entropy(logits.float(), targets))
+        logits, _ = self._forward(self._live(past, len(ids)), ids, keep=len(ids_answer))
+        return log_probabilities(logits)
+
+    def nll(self, ids_question: Sequence[int], ids_answer: Sequence[int], past: KVCache | None) -> float:
+        """Mean negative log-likelihood in nats of the answer's tokens, each behind the true ones."""
+        return mean_nll(self.likelihood(ids_question, ids_answer, past), ids_answer)

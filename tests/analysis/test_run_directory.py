@@ -131,6 +131,15 @@ def test_another_format_is_refused(run: Path) -> None:
         load(run)
 
 
+def test_a_run_from_before_kl_and_slowdowns_opens_with_nothing_invented(run: Path) -> None:
+    (run / "manifest.json").write_text('{"format": 1}')
+    new = ("kl", "edge_slowdown", "cloud_slowdown")
+    rewrite(run, [{key: value for key, value in r.items() if key not in new} for r in lines(run)])
+    rows = load(run).rows
+    assert rows["kl"].isna().all()
+    assert (rows[["edge_slowdown", "cloud_slowdown"]] == 1.0).all(axis=None)
+
+
 @pytest.mark.parametrize("act", [analysis.draw, analysis.write_summary, analysis.headline])
 def test_a_run_without_finished_trials_says_so(run: Path, act) -> None:
     (run / "trials.jsonl").unlink()

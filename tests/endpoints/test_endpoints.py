@@ -33,11 +33,19 @@ CODECS = [
 class Pair:
     """Both endpoints, loaded and serving."""
 
-    def __init__(self, directory: Path, model: Path) -> None:
+    def __init__(self, directory: Path, model: Path, **slowdown: float) -> None:
         self.edge = Endpoint.start("edge", None, directory / "edge.log")
         self.cloud = Endpoint.start("cloud", None, directory / "cloud.log")
         self.loaded = [
-            side.call("load", 120, model=str(model), device="cpu", dtype="auto", threads=1)
+            side.call(
+                "load",
+                120,
+                model=str(model),
+                device="cpu",
+                dtype="auto",
+                threads=1,
+                slowdown=slowdown.get(side.role, 1.0),
+            )
             for side in (self.edge, self.cloud)
         ]
         made = self.edge.call(
@@ -80,6 +88,10 @@ class Pair:
             link=self.link(**link),
         )
 
+    def compare(self, reference: dict[str, Any]) -> None:
+        distributions, vocabulary = reference["distributions"], reference["vocabulary"]
+        self.cloud.call("compare", 60, distributions=distributions, vocabulary=vocabulary)
+
     def outcome(self, result: dict[str, Any], example: int) -> dict[str, Any]:
         return self.cloud.call("outcome", 60, id=result["request"], gold=self.examples[example]["gold"])
 
@@ -96,9 +108,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 @pytest.mark.parametrize("example", [0, 1, 2])
 def test_the_full_cache_sent_across_gives_the_single_machines_answer(pair: Pair, example: int) -> None:
     reference = pair.edge.call("reference", 60, batch=0, example=example)
+    pair.compare(reference)
     result = pair.split(example, "fp16")
     outcome = pair.outcome(result, example)
     assert result["answer"] == reference["answer"]
+    assert outcome["kl"] == 0
     assert outcome["nll"] == reference["nll"]
     assert outcome["tokens_kept"] == reference["context_tokens"]
     assert result["payload_bytes"] >= reference["kv_bytes"]
@@ -115,16 +129,54 @@ def test_every_codec_crosses_and_its_stages_sum_to_the_whole(pair: Pair, codec: 
     assert result["wire_bytes"] >= 0
 
 
+def test_a_cache_with_fewer_tokens_gives_distributions_further_from_the_full_ones(pair: Pair) -> None:
+    pair.cloud.call("forget")
+    pair.compare(pair.edge.call("reference", 60, batch=0, example=1))
+    kl = {codec: pair.outcome(pair.split(1, codec), 1)["kl"] for codec in ("int8", "random@0.5+int8+zstd")}
+    assert 0 < kl["int8"] < kl["random@0.5+int8+zstd"]
+
+
+def test_an_outcome_is_not_made_up_from_a_cache_that_is_gone(pair: Pair) -> None:
+    pair.cloud.call("forget")
+    first = pair.split(1, "int8")
+    pair.split(1, "int4")
+    with pytest.raises(EndpointError, match="given up"):
+        pair.outcome(first, 1)
+
+
+def test_a_slower_machine_stretches_compute_stages_and_leaves_the_answer(tmp_path: Path) -> None:
+    model = tiny_model_directory("llama", tmp_path / "model")
+    plain, slow = Pair(tmp_path, model), Pair(tmp_path, model, edge=3.0, cloud=6.0)
+    try:
+        fast, result = plain.split(1, "int8"), slow.split(1, "int8")
+        again = slow.split(1, "int8")
+        sent = slow.edge.call("cloud", 60, batch=0, example=1, repeat=0, reuse="all", link=slow.link())
+        local = slow.edge.call("edge", 60, batch=0, example=1, repeat=0, reuse="all")
+    finally:
+        for pair in (plain, slow):
+            pair.edge.stop()
+            pair.cloud.stop()
+    assert slow.loaded[0]["slowdown"] == 3.0
+    assert result["answer"] == fast["answer"] == sent["answer"] == local["answer"]
+    assert again["answer"] == result["answer"]
+    for told in (result, again, sent, local):
+        stages = sum(told["stages"].get(stage, 0.0) for stage in STAGES)
+        assert stages == pytest.approx(told["e2e_s"], rel=0.02, abs=0.005)
+
+
 def test_what_is_reused_is_said_and_gives_the_same_answer(pair: Pair) -> None:
     pair.cloud.call("forget")
-    first, again = pair.split(2, "q2c@0.25+int8"), pair.split(2, "q2c@0.25+int8")
+    first = pair.split(2, "q2c@0.25+int8")
+    outcomes = [pair.outcome(first, 2)]
+    again = pair.split(2, "q2c@0.25+int8")
+    outcomes.append(pair.outcome(again, 2))
     fresh = pair.split(2, "q2c@0.25+int8", reuse="prefill")
+    outcomes.append(pair.outcome(fresh, 2))
     assert again["reused"] == ["prefill", "select", "encode", "decode", "first_token", "generate"]
     assert again["stages"]["select_s"] == first["stages"]["select_s"]
     assert fresh["reused"] == ["prefill"]
     assert first["answer"] == again["answer"] == fresh["answer"]
-    digests = {pair.outcome(result, 2)["payload_digest"] for result in (first, again, fresh)}
-    assert len(digests) == 1
+    assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
 def test_nothing_is_reused_where_the_scenario_forbids_it(pair: Pair) -> None:

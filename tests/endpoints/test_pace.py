@@ -1,0 +1,51 @@
+"""Emulated slower machines, on a clock of our own."""
+
+from __future__ import annotations
+
+import pytest
+
+from testbed.endpoints import pace as module
+from testbed.endpoints.pace import Pace
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds / 2  # as a sleep that a signal cut short
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(module, "time", made)
+    return made
+
+
+def test_computing_takes_as_many_times_longer_as_asked(clock: Clock) -> None:
+    pace = Pace(4.0)
+    started = pace.begin()
+    clock.now += 2.0
+    assert pace.hold() - started == pytest.approx(8.0)
+
+
+def test_each_piece_is_stretched_once_and_what_lies_between_is_not(clock: Clock) -> None:
+    pace = Pace(3.0)
+    started = pace.begin()
+    clock.now += 1.0
+    assert pace.hold() - started == pytest.approx(3.0)
+    clock.now += 0.5  # sending, which no slower machine does more slowly
+    pace.begin()
+    clock.now += 2.0
+    assert pace.hold() - started == pytest.approx(3.0 + 0.5 + 6.0)
+
+
+def test_this_hosts_own_pace_waits_for_nothing(clock: Clock) -> None:
+    pace = Pace()
+    pace.begin()
+    clock.now += 2.0
+    assert pace.hold() == 102.0
