@@ -1,0 +1,220 @@
+"""A link that changes over time, as a description: what a profile says in place of a rate.
+
+The text forms, wherever a direction of a profile is written (see `testbed.net.profile`)::
+
+    trace:FILE                              a recording (`testbed.net.trace_files`), for each way its own columns
+    step:50mbit*10s+5mbit*5s                rates one after the other
+    sine:10mbit..50mbit*20s                 a rate that swings
+    outage:5s@10s    outage:5s@10s/60s      nothing for 5 s, 10 s from the beginning; and so every 60 s
+    flap:10s/1s                             up for 10 s, down for 1 s
+
+each with options: ``trace:FILE(scale=0.5,offset=10s,end=hold,column=down)``. The others stand beside fixed conditions:
+``delay=20ms,queue=100ms,trace:FILE`` or ``rate=50mbit,delay=20ms,outage:5s@10s``.
+
+A description reads no file until `Trace.schedule` or `Trace.recording` is asked for, so what names a file that is gone can
+still be printed, compared and taken down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from testbed.errors import SpecError, UnitError
+from testbed.net.emulators.schedule import Deliveries, Schedule
+from testbed.net.generators import Flap, Outage, Sine, Step, exact_time
+from testbed.net.strict_yaml import did_you_mean
+from testbed.net.trace_files import (
+    MAX_SECONDS,
+    OPPORTUNITY_BYTES,
+    DeliveryTimes,
+    Recording,
+    Samples,
+    read_recording,
+)
+from testbed.units import parse_time
+
+Way = Literal["up", "down"]
+_SHIPPED = Path(__file__).resolve().parents[2] / "scenarios"
+_OPTIONS = ("scale", "offset", "end", "column")
+_COLUMNS = {"up": "up", "ul": "up", "down": "down", "dl": "down"}
+_UNWRITABLE = set(",;()\n\r\t")
+_MAX_SCALE = 1e6
+
+
+@dataclass(frozen=True)
+class File:
+    """A recording, by the path of its file: as written, from the working directory or else among the shipped scenarios."""
+
+    path: str
+    kind: ClassVar[str] = "trace"
+
+    @classmethod
+    def parse(cls, text: str) -> File:
+        """Raises SpecError."""
+        if not text or _UNWRITABLE & set(text):
+            raise SpecError(
+                f"{text[:40]!r} cannot be a trace's file: give one without brackets, commas and semicolons"
+            )
+        return cls(text)
+
+    def __str__(self) -> str:
+        return f"trace:{self.path}"
+
+    def found(self) -> Path:
+        """Where the file is. Raises SpecError where it is not."""
+        for path in (Path(self.path), _SHIPPED / self.path):
+            if path.exists():
+                return path
+        raise SpecError(f"trace {self.path}: no such file")
+
+
+_KINDS: dict[str, type[File | Step | Sine | Outage | Flap]] = {
+    kind.kind: kind for kind in (File, Step, Sine, Outage, Flap)
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A recording or a rule, and how it is used.
+
+    *scale* multiplies rates (of deliveries: what one carries); *offset_s*: where in it to start; *end*: whether it begins
+    again or its last values hold; *column*: the way whose columns of the file are used, empty for the direction's own.
+    """
+
+    source: File | Step | Sine | Outage | Flap
+    scale: float = 1.0
+    offset_s: float = 0.0
+    end: Literal["loop", "hold"] = "loop"
+    column: Literal["", "up", "down"] = ""
+
+    def __str__(self) -> str:
+        options = []
+        if self.scale != 1:
+            options.append(f"scale={self.scale!r}")
+        if self.offset_s:
+            options.append(f"offset={exact_time(self.offset_s)}")
+        if self.end != "loop":
+            options.append(f"end={self.end}")
+        if self.column:
+            options.append(f"column={self.column}")
+        return str(self.source) + (f"({','.join(options)})" if options else "")
+
+    @property
+    def sets_rate(self) -> bool:
+        """Whether a fixed rate beside it would be a contradiction, as far as is known without reading a file."""
+        return isinstance(self.source, (Step, Sine))
+
+    def recording(self, way: Way, rate_bps: float | None) -> Recording:
+        """What changes over one way's time. Raises SpecError where the file is missing or wrong, or has a rate where
+        *rate_bps* is given, too."""
+        if not isinstance(self.source, File):
+            return self.source.samples(rate_bps)
+        found = read_recording(self.source.found(), self.column or way)
+        if rate_bps is not None and (isinstance(found, DeliveryTimes) or found.rates is not None):
+            raise SpecError(f"{self}: it gives the rate; leave rate= away, or change it with scale")
+        return found
+
+    def schedule(self, way: Way, rate_bps: float | None, origin_s: float = 0.0) -> Schedule | Deliveries:
+        """What an emulator follows from *origin_s* on; `recording` says what is raised, and so does an option that cannot be."""
+        found = self.recording(way, rate_bps)
+        if isinstance(found, DeliveryTimes):
+            if self.end == "hold":
+                raise SpecError(f"{self}: packet deliveries have no last value to hold; they can loop")
+            return Deliveries(
+                found.times_ms, OPPORTUNITY_BYTES * self.scale, offset_s=self.offset_s, origin_s=origin_s
+            )
+        once = isinstance(self.source, Outage) and self.source.every_s is None
+        return Schedule(
+            found.times,
+            found.length_s,
+            rates=found.rates,
+            delays=found.delays,
+            losses=found.losses,
+            scale=self.scale,
+            loop=self.end == "loop" and not once,
+            offset_s=self.offset_s,
+            origin_s=origin_s,
+        )
+
+    def rates_bps(self, way: Way, rate_bps: float | None) -> tuple[float | None, float | None]:
+        """The mean and the largest rate, bits per second; None: not limited, or no business of this trace's."""
+        found = self.recording(way, rate_bps)
+        if isinstance(found, Samples) and (found.rates is None or found.peak_rate == float("inf")):
+            return rate_bps, rate_bps
+        return found.mean_rate * 8 * self.scale, found.peak_rate * 8 * self.scale
+
+    def below(self, folder: Path) -> Trace:
+        """The same with a relative file taken from *folder*, where there is one of that name."""
+        if isinstance(self.source, File) and not Path(self.source.path).is_absolute():
+            path = folder / self.source.path
+            if path.exists():
+                return replace(self, source=File.parse(str(path)))
+        return self
+
+
+def is_trace(text: str) -> bool:
+    """Whether this text is meant to be a trace: it begins with a kind's name and a colon."""
+    return text.partition(":")[0].strip() in _KINDS and ":" in text
+
+
+def parse_trace(text: str) -> Trace:
+    """The trace a text stands for; without a kind's name in front it is a file. Raises SpecError."""
+    text = text.strip()
+    if not is_trace(text):
+        text = f"trace:{text}"
+    kind, _, rest = text.partition(":")
+    options: dict[str, str] = {}
+    if rest.rstrip().endswith(")"):
+        rest, bracket, inside = rest.rstrip().removesuffix(")").partition("(")
+        if not bracket:
+            raise SpecError(f"{text[:60]!r}: a bracket is missing")
+        options = _options(inside)
+    return Trace(_KINDS[kind.strip()].parse(rest.strip()), **_values(options))  # type: ignore[arg-type]
+
+
+def _options(text: str) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for part in text.split(","):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not key or not value:
+            raise SpecError(f"{part.strip()[:40]!r} is not key=value, such as scale=0.5")
+        if key not in _OPTIONS:
+            raise SpecError(f"a trace has no option {key[:40]!r}" + did_you_mean(key[:40], list(_OPTIONS)))
+        if key in options:
+            raise SpecError(f"{key!r} is given twice")
+        options[key] = value
+    return options
+
+
+def _values(options: dict[str, str]) -> dict[str, float | str]:
+    values: dict[str, float | str] = {}
+    if "scale" in options:
+        values["scale"] = _scale(options["scale"])
+    if "offset" in options:
+        try:
+            values["offset_s"] = parse_time(options["offset"])
+        except UnitError as error:
+            raise SpecError(f"offset: {error}") from None
+        if float(values["offset_s"]) > MAX_SECONDS:
+            raise SpecError(f"offset {options['offset']} is more than {MAX_SECONDS / 86400:g} days")
+    if "end" in options:
+        if options["end"] not in ("loop", "hold"):
+            raise SpecError(f"end={options['end'][:20]}: a trace's end is loop or hold")
+        values["end"] = options["end"]
+    if "column" in options:
+        if options["column"].lower() not in _COLUMNS:
+            raise SpecError(f"column={options['column'][:20]}: it is up (ul) or down (dl)")
+        values["column"] = _COLUMNS[options["column"].lower()]
+    return values
+
+
+def _scale(text: str) -> float:
+    try:
+        scale = float(text)
+    except ValueError:
+        raise SpecError(f"scale {text[:20]!r} is no number") from None
+    if not 0 < scale <= _MAX_SCALE:  # also false for NaN
+        raise SpecError(f"scale {text[:20]} lies outside 0..{_MAX_SCALE:g}")
+    return scale

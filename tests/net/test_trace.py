@@ -1,0 +1,299 @@
+"""Traces: as text, from files good and bad, from rules."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from testbed.errors import SpecError
+from testbed.net.generators import Flap, Outage, Sine, Step
+from testbed.net.trace import File, Trace, parse_trace
+from testbed.net.trace_files import DeliveryTimes, Samples, read_recording
+
+rates = st.floats(0, 100e9) | st.integers(0, 1000).map(lambda mbit: mbit * 1e6)
+times = st.floats(0.04, 1e5) | st.integers(1, 1000).map(float)
+sources = (
+    st.builds(Step, st.lists(st.tuples(rates, times), min_size=1, max_size=4).map(tuple))
+    | st.tuples(rates, rates, times).map(lambda v: Sine(min(v[:2]), max(v[:2]), v[2]))
+    | st.builds(Outage, times, st.just(0.0) | times)
+    | st.tuples(times, times, times).map(lambda v: Outage(v[0], v[1], v[0] + v[1] + v[2]))
+    | st.builds(Flap, times, times)
+    | st.builds(
+        File,
+        st.sampled_from(["a.csv", "/tmp/some where/ATT-LTE.up", "../x(y", "traces/5g.csv"]).filter(
+            lambda p: "(" not in p
+        ),
+    )
+)
+traces = st.builds(
+    Trace,
+    sources,
+    scale=st.just(1.0) | st.floats(1e-3, 1e6),
+    offset_s=st.just(0.0) | times,
+    end=st.sampled_from(["loop", "hold"]),
+    column=st.sampled_from(["", "up", "down"]),
+)
+
+
+@given(traces)
+def test_every_trace_reads_back_from_its_text(trace: Trace):
+    assert parse_trace(str(trace)) == trace
+
+
+@given(
+    st.text(alphabet="trace:stepsineoutageflap0123456789.,=()*+@/msbit", max_size=40) | st.text(max_size=20)
+)
+def test_any_text_is_a_trace_or_a_refusal_in_one_line(text: str):
+    try:
+        trace = parse_trace(text)
+    except SpecError as error:
+        assert "\n" not in str(error)
+        assert len(str(error)) < 300
+    else:
+        assert parse_trace(str(trace)) == trace
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("step:50mbit", "step:50mbit*10s+5mbit*5s"),
+        ("step:50mbit*0s", "outside"),
+        ("step:50mbps*1s", "unknown unit"),
+        ("sine:50mbit..10mbit*10s", "lower rate comes first"),
+        ("sine:10mbit*10s", "sine:10mbit..50mbit*20s"),
+        ("outage:5s@58s/60s", "not be over"),
+        ("flap:10s", "flap:10s/1s"),
+        ("trace:", "cannot be a trace's file"),
+        ("trace:x.csv(scale=0)", "scale 0"),
+        ("trace:x.csv(scal=2)", "did you mean 'scale'"),
+        ("trace:x.csv(end=stop)", "loop or hold"),
+        ("trace:x.csv(column=left)", "up (ul) or down (dl)"),
+        ("trace:x.csv(scale=2,scale=3)", "twice"),
+        ("trace:x.csv(scale)", "key=value"),
+        ("trace:x.csv(offset=9)", "no unit"),
+    ],
+)
+def test_a_wrong_text_is_refused_with_what_would_be_right(text: str, says: str):
+    with pytest.raises(SpecError) as caught:
+        parse_trace(text)
+    assert says in str(caught.value)
+
+
+def written(folder: Path, text: str | bytes) -> Path:
+    path = folder / "trace"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def test_a_table_gives_rate_delay_and_loss_over_time(tmp_path: Path):
+    path = written(
+        tmp_path, "# made up\ntime_ms,rate_mbps,delay_ms,loss_percent\n500,8,10,0\n1500,16,20,50\n"
+    )
+    read = read_recording(path, "up")
+    assert isinstance(read, Samples)
+    assert (list(read.times), read.length_s) == ([0.0, 1.0], 2.0)
+    assert read.rates is not None and list(read.rates) == [1e6, 2e6]
+    assert read.delays is not None and list(read.delays) == pytest.approx([0.01, 0.02])
+    assert read.losses is not None and list(read.losses) == [0.0, 0.5]
+    assert read.mean_rate == 1.5e6
+
+
+def test_each_way_has_its_own_columns_and_column_takes_the_others(tmp_path: Path):
+    path = written(tmp_path, "time_s,rate_up_kbps,rate_down_kbps,delay_ms\n0,8,80,5\n")
+    trace = Trace(File(str(path)))
+    assert trace.rates_bps("up", None) == (8000, 8000)
+    assert trace.rates_bps("down", None) == (80_000, 80_000)
+    assert parse_trace(f"{path}(column=dl,scale=0.5)").rates_bps("up", None) == (40_000, 40_000)
+    only = written(tmp_path, "time_s,rate_down_kbps\n0,80\n1,80000\n")
+    with pytest.raises(SpecError, match="line 1: nothing is said of the way up; with column="):
+        read_recording(only, "up")
+
+
+def test_rows_of_one_time_share_it_and_missing_values_are_those_before(tmp_path: Path):
+    path = written(tmp_path, "time_s,rate_bps\n0,8\n1,16\n1,-\n1,24\n1,32\n3,8\n")
+    read = read_recording(path, "up")
+    assert isinstance(read, Samples) and read.rates is not None
+    assert list(read.times) == [0, 1, 1.5, 2, 2.5, 3]
+    assert list(read.rates) == [1, 2, 2, 3, 4, 1]
+    assert read.length_s == 3.5
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("time_s,rate_mbps\n0,1\n1,x\n", "line 3: rate_mbps: 'x' is not a number"),
+        ("time_s,rate_mbps\n0,1\n-1,1\n", "line 3: its time comes before"),
+        ("time_s,rate_mbps\n0,1\n2\n", "line 3: 1 fields, but 2 columns"),
+        ("time_s,rate_mbps\n0,-\n", "line 2: rate_mbps: no value, and none before it"),
+        ("time_s,rate_mbps\n0,-5\n", "line 2: rate_mbps: -5 is out of bounds"),
+        ("time_s,rate_mbps\n0,1\n\n", "line 3: empty"),
+        ("time_s,rate_mbps\nnan,1\n", "line 2: 'nan' is not a number"),
+        ("time_s,rate_mbps\n1e300,1\n", None),
+        ("time_s,rate_mbps\n0,1\n1e300,1\n", "line 3: more than 7 days"),
+        ("time_s,rate_mbit\n0,1\n", "line 1: unknown column 'rate_mbit'; did you mean 'rate_mbps'"),
+        ("time_s,rate_mbps,rate_kbps\n0,1,1\n", "line 1: two columns give the rate"),
+        ("rate_mbps\n1\n", "line 1: no column gives the time"),
+        ("time_s\n1\n", "line 1: no column gives a rate"),
+        ("time_s,rate_mbps\n", "no row"),
+        ("", "empty"),
+        ("# only\n", "empty"),
+        (b"time_s,rate_mbps\n0,\xff\n", "line 2: not text"),
+        ("time_s,rate_mbps\n0," + "1" * 5000, "line 2: longer than"),
+        ("3\n5\nx\n", "line 3: 'x' is not a whole number of milliseconds"),
+        ("3\n5\n4\n", "line 3: 4 comes before the line above, 5"),
+        ("3\n\n4\n", "line 2: '' is not"),
+        ("3\n5_0\n", "line 2: '5_0' is not"),
+        ("3\n" + "9" * 13, "line 2:"),
+        ("3\n4000000000\n", "line 2: 4000000000 ms is more than 7 days"),
+        ("1" * 5000, "line 1: longer than"),
+        ("0\n0\n", "no delivery after the time 0"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_line_it_is_wrong_in(
+    tmp_path: Path, text: str | bytes, says: str | None
+):
+    path = written(tmp_path, text)
+    if says is None:
+        assert read_recording(path, "up").length_s == 1
+        return
+    with pytest.raises(SpecError) as caught:
+        read_recording(path, "up")
+    assert says in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+fields = st.text(alphabet='0123456789.-+e"# ', max_size=6)
+rows = st.lists(fields, min_size=1, max_size=4).map(",".join)
+headers = (
+    st.sampled_from(["time_s,rate_mbps", "time_ms,rate_up_bps,rate_down_bps", "time_us,delay_ms,loss", "5"])
+    | rows
+)
+files = st.tuples(headers, st.lists(rows, max_size=6)).map(
+    lambda v: "\n".join([v[0], *v[1]]).encode()
+) | st.binary(max_size=60)
+
+
+@given(files)
+def test_any_file_is_a_recording_or_a_refusal_that_names_the_place(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+):
+    path = tmp_path_factory.getbasetemp() / "fuzzed"
+    path.write_bytes(content)
+    try:
+        # The time stamp alone may not tell two files written within one tick apart.
+        read_recording.__globals__["_read"].cache_clear()
+        read = read_recording(path, "up")
+    except SpecError as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+        return
+    assert read.length_s > 0
+    if isinstance(read, Samples):
+        assert list(read.times) == sorted(read.times)
+        assert len({len(c) for c in (read.times, read.rates, read.delays, read.losses) if c is not None}) == 1
+    made = Trace(File(str(path))).schedule("up", None)
+    assert made.capacity(0.0, 3 * read.length_s) >= 0
+
+
+def test_a_file_that_changed_is_read_again(tmp_path: Path):
+    path = written(tmp_path, "time_s,rate_mbps\n0,1\n")
+    assert read_recording(path, "up").mean_rate == 1e6 / 8
+    written(tmp_path, "time_s,rate_mbps\n0,10\n")
+    assert read_recording(path, "up").mean_rate == 10e6 / 8
+
+
+def test_what_is_no_file_or_not_there_is_said(tmp_path: Path):
+    with pytest.raises(SpecError, match="not a regular file"):
+        read_recording(Path("/dev/zero"), "up")
+    with pytest.raises(SpecError, match="no such file"):
+        parse_trace("nowhere.csv").schedule("up", None)
+
+
+def test_a_rate_is_given_by_the_trace_or_beside_it_not_both(tmp_path: Path):
+    path = written(tmp_path, "time_s,delay_ms\n0,10\n")
+    assert parse_trace(str(path)).schedule("up", 5e6).rates is None
+    path = written(tmp_path, "1\n2\n")
+    with pytest.raises(SpecError, match="it gives the rate"):
+        parse_trace(str(path)).schedule("up", 5e6)
+    with pytest.raises(SpecError, match="no last value to hold"):
+        parse_trace(f"{path}(end=hold)").schedule("up", None)
+
+
+def test_rules_are_what_they_say():
+    step = parse_trace("step:8mbit*2s+16mbit*1s").schedule("up", None)
+    assert [step.rate_at(t) for t in (0.5, 1.9, 2.1, 3.5)] == [1e6, 1e6, 2e6, 1e6]
+    assert parse_trace("step:8mbit*2s+16mbit*1s(end=hold)").schedule("up", None).rate_at(99) == 2e6
+    outage = parse_trace("outage:5s@10s").schedule("up", 8e6)
+    assert [outage.rate_at(t) for t in (9.9, 10.1, 14.9, 15.1, 1000)] == [1e6, 0, 0, 1e6, 1e6]
+    again = parse_trace("outage:5s@10s/60s").schedule("up", 8e6)
+    assert [again.rate_at(t) for t in (12, 16, 72, 76)] == [0, 1e6, 0, 1e6]
+    flap = parse_trace("flap:3s/1s").schedule("up", None)
+    assert [flap.rate_at(t) for t in (2.9, 3.1, 4.1)] == [float("inf"), 0, float("inf")]
+    sine = parse_trace("sine:8mbit..24mbit*4s").schedule("up", None)
+    assert sine.capacity(0, 4) == pytest.approx(8e6, rel=1e-6)
+    assert [sine.rate_at(t) for t in (1.0, 3.0)] == pytest.approx([3e6, 1e6], rel=1e-4)
+
+
+def gnettrack(path: Path, way: str) -> list[tuple[int, int]]:
+    """(seconds of the day, kbit/s) straight out of the file."""
+    names, *rows = [line.split(",") for line in path.read_text().splitlines()]
+    at, rate = names.index("Timestamp"), names.index("DL_bitrate" if way == "down" else "UL_bitrate")
+    clock = [[int(part) for part in row[at].partition("_")[2].split(".")] for row in rows]
+    return [(3600 * h + 60 * m + s, int(row[rate])) for (h, m, s), row in zip(clock, rows, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["5g-driving-download.csv", "5g-static-download.csv"])
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_a_gnettrack_log_is_read_as_it_is(data: Path, name: str, way: str):
+    rows = gnettrack(data / "traces" / name, way)
+    made = Trace(File(str(data / "traces" / name))).schedule(way, None)  # type: ignore[arg-type]
+    start = rows[0][0]
+    # Every second's mean rate is that of its rows, or the last row's before it where it has none.
+    for second, following in zip(
+        sorted({s for s, _ in rows}), sorted({s for s, _ in rows})[1:], strict=False
+    ):
+        of_second = [rate for s, rate in rows if s == second]
+        expected = sum(of_second) / len(of_second) * (following - second) * 125
+        assert made.capacity(second - start, following - start) == pytest.approx(expected, rel=1e-5, abs=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["ATT-LTE-driving-2016.down", "ATT-LTE-driving-2016.up", "TMobile-LTE-short.down"]
+)
+def test_a_mahimahi_file_gives_its_opportunities(data: Path, name: str):
+    lines = [int(line) for line in (data / "traces" / name).read_text().split()]
+    read = read_recording(data / "traces" / name, "up")
+    assert isinstance(read, DeliveryTimes)
+    assert list(read.times_ms) == lines
+    made = Trace(File(str(data / "traces" / name))).schedule("up", None)
+    made_in = Counter(ms // 100 for ms in lines[:-1])  # the last one belongs to the next round's beginning
+    for tenth in range(1, lines[-1] // 100):
+        assert made.capacity(tenth / 10, (tenth + 1) / 10) == 1500 * made_in[tenth]
+
+
+def test_an_hour_costs_no_more_memory_than_its_file(tmp_path: Path):
+    table = written(
+        tmp_path, "time_s,rate_kbps\n" + "".join(f"{s / 10:.1f},{10_000 + s % 977}\n" for s in range(36_000))
+    )
+    tracemalloc.start()
+    kept = read_recording(table, "up")
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < table.stat().st_size
+    assert kept.length_s == 3600
+
+
+def test_an_hour_of_deliveries_costs_no_more_memory_than_its_file_even_while_it_is_read(tmp_path: Path):
+    path = written(tmp_path, "".join(f"{ms}\n" for ms in range(1000, 3_600_000, 20)))
+    tracemalloc.start()
+    kept = read_recording(path, "up")
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < path.stat().st_size
+    assert peak < 40e6
+    assert isinstance(kept, DeliveryTimes)
