@@ -74,7 +74,7 @@ def lay_out(parts: Iterable[Part], quantizer: Quantizer) -> Layout:
     """The layout of these parts under a quantizer."""
     pieces, side_at, symbols_at = [], 0, 0
     for part in parts:
-        bits, symbols, side = quantizer.bits(part), quantizer.symbols(part), quantizer.side_bytes(part)
+        bits, symbols, side = quantizer.symbol_bits(part), quantizer.symbols(part), quantizer.side_bytes(part)
         size = packed_bytes(symbols, bits)
         pieces.append(Piece(part, bits, symbols, side_at, side, symbols_at, size))
         side_at += aligned(side)

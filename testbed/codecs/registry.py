@@ -21,6 +21,10 @@ QUANTIZERS = {
     "int4": "testbed.codecs.quantize.integer:Int4",
     "int3": "testbed.codecs.quantize.integer:Int3",
     "int2": "testbed.codecs.quantize.integer:Int2",
+    "fp8": "testbed.codecs.quantize.fp8:FP8",
+    "kivi": "testbed.codecs.quantize.kivi:Kivi",
+    "normsep": "testbed.codecs.quantize.normsep:NormSep",
+    "turbo": "testbed.codecs.quantize.turbo:Turbo",
 }
 CODERS = {
     "zstd": "testbed.codecs.entropy.zstd:Zstd",

@@ -26,7 +26,18 @@ from testbed.errors import PayloadError
 from testbed.models.kvcache import KVCache
 from tests.codecs.caches import make_cache, ragged_cache, same_cache
 
-CODECS = ("fp16", "int8", "int4", "int4+zstd", "fp16+zstd")
+CODECS = (
+    "fp16",
+    "int8",
+    "int4",
+    "int3(axis=channel)",
+    "int4+zstd",
+    "fp16+zstd",
+    "fp8",
+    "kivi(residual=3)",
+    "normsep",
+    "turbo+zstd",
+)
 
 
 @functools.cache

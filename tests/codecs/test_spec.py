@@ -114,7 +114,10 @@ def _values(name: str, kind: str, choices: tuple[str, ...]) -> st.SearchStrategy
         "window": st.integers(1, 65536),
         "sinks": st.integers(0, 4096),
         "level": st.integers(-7, 19),
-        "group": st.just(0) | st.integers(2, 4096),
+        "group": st.integers(2, 4096),
+        "bits": st.sampled_from([2, 3, 4, 8]),
+        "residual": st.integers(0, 65536),
+        "seed": st.integers(0, 2**31 - 1),
     }
     odd = st.integers(0, 511).map(lambda n: 2 * n + 1)
     if choices:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from testbed.codecs import CodecError
 from testbed.codecs.layout import Part
 from testbed.codecs.method import Method
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -18,7 +21,7 @@ class Quantizer(Method):
 
     stage: ClassVar[Literal["quantizer"]] = "quantizer"
 
-    def bits(self, part: Part) -> int:
+    def symbol_bits(self, part: Part) -> int:
         """Bits of a symbol: from 1 to 8, or 16."""
         raise NotImplementedError
 
@@ -43,3 +46,43 @@ class Quantizer(Method):
         May write over `symbols` where that is not the payload itself; any bytes give a result, if not a good one.
         """
         raise NotImplementedError
+
+    def require_finite(self, part: Part, values: Tensor) -> None:
+        """Raises CodecError naming the place where values are NaN or infinite."""
+        if not values.numel():
+            return
+        if not all(math.isfinite(float(extreme)) for extreme in values.aminmax()):
+            raise CodecError(f"{self.name}: {part.kind} of layer {part.layer} hold NaN or infinity")
+
+
+def side_of(*tensors: Tensor) -> Tensor:
+    """Side information of several kinds, as the uint8 bytes that `cut_side` reads back."""
+    import torch
+
+    return torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors])
+
+
+def cut_side(side: Tensor, *kinds: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
+    """The tensors of these shapes and formats that lie one behind the other in uint8 `side`, as views."""
+    found, at = [], 0
+    for shape, dtype in kinds:
+        size = dtype.itemsize
+        for length in shape:
+            size *= length
+        found.append(side[at : at + size].view(dtype).view(shape))
+        at += size
+    return found
+
+
+def rounded_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Positive float32 numbers in a 16-bit format, none below what it stands for."""
+    import torch
+
+    near = scale.to(dtype)
+    return (near.view(torch.int16) + (near.float() < scale).to(torch.int16)).view(dtype)
+
+
+def over(x: Tensor, scale: Tensor) -> Tensor:
+    """x / scale in float32; 0 where the scale is."""
+    wide = scale.float()
+    return (x.float() / wide.masked_fill(wide == 0, 1.0)).masked_fill_(wide == 0, 0.0)

@@ -18,7 +18,7 @@ class FP16(Quantizer):
     name: ClassVar[str] = "fp16"
     source: ClassVar[str] = "reference"
 
-    def bits(self, part: Part) -> int:
+    def symbol_bits(self, part: Part) -> int:
         return 16
 
     def encode(self, part: Part, values: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -53,7 +53,7 @@ class Integer(Quantizer):
             return 0 if self.symmetric else -128
         return 2 ** (self.width - 1) if self.symmetric else 0
 
-    def bits(self, part: Part) -> int:
+    def symbol_bits(self, part: Part) -> int:
         return self.width
 
     def _axes(self, part: Part) -> tuple[int, int]:

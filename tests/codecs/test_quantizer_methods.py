@@ -1,0 +1,273 @@
+"""The quantizers beyond plain integers: what each promises, on caches of every shape."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from testbed.codecs import CodecError
+from testbed.codecs.codec import Codec, decode
+from testbed.codecs.quantize.rotation import rotation
+from testbed.codecs.quantize.turbo import gaussian_levels
+from testbed.models.kvcache import KVCache, KVLayer
+from tests.codecs.caches import SHAPES, make_cache, ragged_cache, same_bits, same_cache
+from tests.codecs.test_quantizers import group_bounds
+
+QUANTIZERS = (
+    "fp8",
+    "fp8(scale=head)",
+    "kivi",
+    "kivi(residual=5, group=8)",
+    "kivi(bits=4, residual=0)",
+    "normsep",
+    "normsep(bits=3, group=16, symmetric=true)",
+    "turbo",
+    "turbo(bits=2, seed=7)",
+    "turbo(bits=5)",
+)
+EVERY = [*itertools.product(QUANTIZERS, [*SHAPES, "ragged"])]
+
+
+def cache_of(name: str) -> KVCache:
+    return ragged_cache() if name == "ragged" else make_cache(name)
+
+
+def pairs(original: KVCache, decoded: KVCache) -> list[tuple[str, Tensor, Tensor]]:
+    """("keys" or "values", x, x̂) of every layer, in float64."""
+    return [
+        (kind, getattr(a, kind).double(), getattr(b, kind).double())
+        for a, b in zip(original.layers, decoded.layers, strict=True)
+        for kind in ("keys", "values")
+    ]
+
+
+def rounding(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half a unit in the last place of numbers as large as x, in a 16-bit format."""
+    info = torch.finfo(dtype)
+    return (x.abs() * info.eps + info.smallest_normal * info.eps) / 2 * (1 + 2**-7)
+
+
+def fp8_bound(x: Tensor, dtype: torch.dtype, scale: str) -> Tensor:
+    """Half of E4M3's spacing: 2^-4 of a number, 2^-10 of the scale below 2^-6 of it."""
+    if not x.numel():
+        return x
+    info = torch.finfo(dtype)
+    largest = x.abs().amax((-1,) if scale == "token" else (-2, -1), keepdim=True)
+    step = largest / 448 * (1 + info.eps) + info.smallest_normal * info.eps
+    return torch.maximum(x.abs() / 16, step / 1024) + rounding(x.abs() * 17 / 16 + step, dtype)
+
+
+@pytest.mark.parametrize("text, name", EVERY)
+def test_shapes_positions_and_format_come_back(text: str, name: str) -> None:
+    cache = cache_of(name)
+    decoded = decode(Codec(text).encode(cache))
+    assert decoded.length == cache.length
+    for ours, theirs in zip(decoded.layers, cache.layers, strict=True):
+        assert (ours.keys.shape, ours.values.shape) == (theirs.keys.shape, theirs.values.shape)
+        assert ours.keys.dtype == theirs.keys.dtype
+        assert torch.equal(ours.positions, theirs.positions)
+        assert bool(torch.isfinite(ours.keys).all() and torch.isfinite(ours.values).all())
+
+
+def budget_bits(cache: KVCache, text: str) -> float:
+    """What each method says that it sends, from the shapes."""
+    method = Codec(text).quantizer
+    total = 0.0
+    for layer in cache.layers:
+        for kind, x in (("keys", layer.keys), ("values", layer.values)):
+            heads, tokens, width = x.shape
+            if method.name == "fp8":
+                total += 8 * x.numel() + 16 * heads * (tokens if method.scale == "token" else min(tokens, 1))  # type: ignore[attr-defined]
+            elif method.name == "kivi":
+                bits, group, residual = method.bits, method.group, method.residual  # type: ignore[attr-defined]
+                old = max(0, tokens - residual)
+                groups = width * -(-old // group) if kind == "keys" else old * -(-width // group)
+                total += heads * (old * width * bits + 32 * groups + 16 * (tokens - old) * width)
+            elif method.name == "normsep":
+                groups = -(-tokens // (method.group or tokens or 1))  # type: ignore[attr-defined]
+                scale = 16 if method.symmetric else 32  # type: ignore[attr-defined]
+                total += x.numel() * method.bits + 16 * heads * tokens + scale * heads * width * groups  # type: ignore[attr-defined]
+            else:
+                total += x.numel() * method.bits + 16 * heads * tokens * -(-width // 256)  # type: ignore[attr-defined]
+    return total
+
+
+@pytest.mark.parametrize("text, name", EVERY)
+def test_the_payload_is_as_large_as_the_bit_budget_says(text: str, name: str) -> None:
+    cache = cache_of(name)
+    budget = budget_bits(cache, text) / 8
+    assert int(budget) <= len(Codec(text).encode(cache)) <= 1.02 * budget + 1024
+
+
+@pytest.mark.parametrize("text", QUANTIZERS)
+def test_equal_caches_give_equal_bytes_and_stay_as_they_are(text: str) -> None:
+    for name in ("grouped", "odd dimensions", "one token"):
+        cache = make_cache(name)
+        first = bytes(Codec(text).encode(cache))
+        assert same_cache(cache, make_cache(name))
+        torch.rand(100_000)
+        assert bytes(Codec(text).encode(make_cache(name))) == first
+
+
+@pytest.mark.parametrize("text", QUANTIZERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_infinity_are_refused_with_the_place(text: str, value: float) -> None:
+    cache = make_cache("grouped")
+    cache.layers[2].values[1, 7, 33] = value
+    with pytest.raises(CodecError, match="values of layer 2"):
+        Codec(text).encode(cache)
+
+
+@pytest.mark.parametrize("text", QUANTIZERS)
+@pytest.mark.parametrize("coder", ["zstd"])
+def test_an_entropy_coder_changes_the_bytes_and_not_the_cache(text: str, coder: str) -> None:
+    for name in ("grouped", "odd dimensions", "no tokens"):
+        cache = make_cache(name)
+        coded = decode(Codec(f"{text}+{coder}").encode(cache))
+        assert same_cache(coded, decode(Codec(text).encode(cache)))
+
+
+@pytest.mark.parametrize("text", QUANTIZERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("exponent", [-126, -24, 0, 14, 126])
+def test_numbers_at_the_ends_of_the_format_stay_finite(text: str, dtype: torch.dtype, exponent: int) -> None:
+    values = torch.linspace(-1.9, 1.9, 5 * 64, dtype=torch.float64) * 2.0**exponent
+    limit = torch.finfo(dtype).max
+    x = values.clamp(-limit, limit).to(dtype).view(1, 5, 64)
+    cache = KVCache([KVLayer(x, x, torch.arange(5))], 5)
+    layer = decode(Codec(text).encode(cache)).layers[0]
+    for back in (layer.keys, layer.values):
+        assert bool(torch.isfinite(back).all())
+        assert float((back.double() - x.double()).abs().max()) <= 2 * float(x.double().abs().max())
+
+
+@pytest.mark.parametrize("scale", ["token", "head"])
+@pytest.mark.parametrize("name", [*SHAPES, "ragged"])
+def test_fp8_is_within_half_of_its_spacing(scale: str, name: str) -> None:
+    cache = cache_of(name)
+    for _, x, back in pairs(cache, decode(Codec(f"fp8(scale={scale})").encode(cache))):
+        assert bool(((back - x).abs() <= fp8_bound(x, cache.dtype, scale)).all())
+
+
+@given(
+    st.lists(st.floats(-65504, 65504, width=16), min_size=1, max_size=40),
+    st.sampled_from([torch.float16, torch.bfloat16]),
+)
+def test_fp8_of_any_finite_values_is_within_half_of_its_spacing(
+    values: list[float], dtype: torch.dtype
+) -> None:
+    x = torch.tensor(values, dtype=torch.float64).to(dtype)[None, None]
+    back = decode(Codec("fp8").encode(KVCache([KVLayer(x, x, torch.arange(1))], 1))).layers[0].keys
+    assert bool(((back.double() - x.double()).abs() <= fp8_bound(x.double(), dtype, "token")).all())
+
+
+@pytest.mark.parametrize("bits, group, residual", [(2, 32, 128), (2, 8, 5), (4, 32, 0), (3, 16, 20)])
+@pytest.mark.parametrize("name", [*SHAPES, "ragged"])
+def test_kivi_keeps_the_last_tokens_and_bounds_the_others(
+    name: str, bits: int, group: int, residual: int
+) -> None:
+    cache = cache_of(name)
+    decoded = decode(Codec(f"kivi(bits={bits}, group={group}, residual={residual})").encode(cache))
+    for ours, theirs in zip(decoded.layers, cache.layers, strict=True):
+        old = max(0, theirs.tokens - residual)
+        for kind, axis in (("keys", "channel"), ("values", "token")):
+            x, back = getattr(theirs, kind), getattr(ours, kind)
+            assert same_bits(back[:, old:].contiguous(), x[:, old:].contiguous())
+            bound = group_bounds(x[:, :old], bits, group, False, axis)
+            assert bool(((back[:, :old].double() - x[:, :old].double()).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("bits, group, symmetric", [(4, 0, False), (3, 16, True), (8, 0, False)])
+@pytest.mark.parametrize("name", [*SHAPES, "ragged"])
+def test_normsep_is_within_twice_the_error_of_the_direction(
+    name: str, bits: int, group: int, symmetric: bool
+) -> None:
+    """x = r·u is sent as r and û; scaling û back to ‖u‖ moves it by no more than ‖û - u‖ again."""
+    cache = cache_of(name)
+    text = f"normsep(bits={bits}, group={group}, symmetric={str(symmetric).lower()})"
+    for _, x, back in pairs(cache, decode(Codec(text).encode(cache))):
+        if not x.numel():
+            continue
+        size = x.square().mean(-1, keepdim=True).sqrt()
+        u = x / size
+        # in 16 bits: the grid's zero points and scales, and r; u is made with the r that is sent
+        eps = torch.finfo(cache.dtype).eps
+        step = group_bounds(u.to(torch.float32).to(cache.dtype), bits, group, symmetric, "channel")
+        per_element = step + 2 * eps * (u.abs().amax(-2, keepdim=True) + 1)
+        bound = 2 * size * per_element.square().sum(-1, keepdim=True).sqrt()
+        bound = bound + rounding(x, cache.dtype).square().sum(-1, keepdim=True).sqrt() * 3
+        assert bool(((back - x).square().sum(-1, keepdim=True).sqrt() <= bound).all())
+
+
+def test_normsep_withstands_outlier_channels_that_ruin_a_grid_for_each_token() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 200, 64, generator=generator) * (1 + 4 * torch.rand(2, 200, 1, generator=generator))
+    x[..., [3, 40]] *= 60
+    cache = KVCache([KVLayer(x.half(), x.half(), torch.arange(200))], 200)
+    quiet = [channel for channel in range(64) if channel not in (3, 40)]
+
+    def error(text: str) -> float:
+        back = decode(Codec(text).encode(cache)).layers[0].keys
+        return float((back.float() - x)[..., quiet].square().mean())
+
+    assert error("normsep") < 0.1 * error("int4(group=0)")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 80, 128, 256])
+def test_rotations_are_orthogonal_and_follow_the_seed(size: int) -> None:
+    matrix = rotation(size, 5).double()
+    assert torch.allclose(matrix @ matrix.T, torch.eye(size, dtype=torch.float64), atol=1e-6)
+    assert torch.equal(rotation(size, 5), rotation(size, 5))
+    if size > 7:
+        assert not torch.equal(rotation(size, 5), rotation(size, 6))
+
+
+# J. Max, "Quantizing for Minimum Distortion", 1960, table I: mean square error of 2, 4, 8, 16 and 32 levels
+@pytest.mark.parametrize(
+    "bits, error", [(1, 0.3634), (2, 0.1175), (3, 0.03454), (4, 0.009497), (5, 0.002499)]
+)
+def test_the_gaussian_levels_reach_the_least_error(bits: int, error: float) -> None:
+    levels = gaussian_levels(bits).double()
+    x = torch.linspace(-8, 8, 400_001, dtype=torch.float64)
+    weight = torch.exp(-x.square() / 2)
+    nearest = (x[:, None] - levels).square().amin(-1)
+    assert float((nearest * weight).sum() / weight.sum()) == pytest.approx(error, rel=0.01)
+
+
+@pytest.mark.parametrize("bits, expected", [(2, 0.1175), (3, 0.03454), (4, 0.009497)])
+def test_turbo_loses_what_theory_says_whatever_the_channels(bits: int, expected: float) -> None:
+    """Rotated vectors are nearly Gaussian even where two channels outweigh all others."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 500, 128, generator=generator)
+    x[..., :2] *= 30
+    cache = KVCache([KVLayer(x.half(), x.half(), torch.arange(500))], 500)
+    back = decode(Codec(f"turbo(bits={bits})").encode(cache)).layers[0].keys.float()
+    lost = float((back - x).square().sum() / x.square().sum())
+    plain = decode(Codec(f"int{bits}(group=0)").encode(cache)).layers[0].keys.float()
+    assert lost < 2 * expected
+    assert lost == pytest.approx(expected, rel=0.12) or lost < expected
+    assert (plain - x)[..., 2:].square().sum() > 3 * (back - x)[..., 2:].square().sum()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 5])
+@pytest.mark.parametrize("name", [*SHAPES, "ragged"])
+def test_turbo_errs_by_its_cells_in_the_rotated_space(name: str, bits: int) -> None:
+    """In the rotated space an element errs by half its cell, or by what it lies beyond the last level."""
+    cache = cache_of(name)
+    levels = gaussian_levels(bits).double()
+    for _, x, back in pairs(cache, decode(Codec(f"turbo(bits={bits})").encode(cache))):
+        turn = rotation(x.shape[-1], 0).double() if x.shape[-1] <= 256 else None
+        assert turn is not None
+        size = x.square().mean(-1, keepdim=True).sqrt()
+        y, y_back = x @ turn.T, back @ turn.T
+        inner = float(levels.diff().max()) / 2 if bits > 1 else 0.0
+        beyond = (y.abs() - size * float(levels[-1])).clamp_min(0)
+        eps = torch.finfo(cache.dtype).eps
+        # x̂ is rounded to 16 bits before it is turned: its rounding error's length bounds that of each coordinate
+        slack = 4 * eps * (back.square().sum(-1, keepdim=True).sqrt() + size) + 1e-6
+        assert bool(((y_back - y).abs() <= size * inner * (1 + eps) + beyond + slack).all())
