@@ -3,29 +3,40 @@ text."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from testbed.errors import SpecError
+from testbed.net.jitter import LAWS, JitterTable
+from testbed.net.losses import LossModel, exact, fraction_text
 from testbed.units import (
     format_fraction,
     format_rate,
     format_size,
     format_time,
-    parse_fraction,
     parse_rate,
     parse_size,
     parse_time,
 )
 
 MTU = 1500
-"""Bytes of the network layer in the largest packet: what a queue in packets is counted with."""
+"""Bytes of the network layer in the largest packet, unless a profile says otherwise."""
+LEAST_MTU, LARGEST_MTU = 576, 9000
 MIN_QUEUE_BYTES = 64_000
 """The least a queue in BDPs holds: a short link's product is a few packets, less than a real port has."""
 INLINE_SOURCE = "given in place"
 
 _LIMITS = {"s": 60.0, "bytes": 1e9, "packets": 1e6, "bdp": 100.0}
+
+
+_COMMA = re.compile(r",(?![^(]*\))")  # those in parentheses belong to what stands before them
+
+
+def split_conditions(text: str) -> list[str]:
+    """``a=1,b=f(2,3)`` -> ``["a=1", "b=f(2,3)"]``."""
+    return _COMMA.split(text)
 
 
 def _bounded(what: str, value: float, low: float, high: float, show: Callable[[float], str]) -> None:
@@ -34,14 +45,29 @@ def _bounded(what: str, value: float, low: float, high: float, show: Callable[[f
 
 
 @dataclass(frozen=True)
+class CoDel:
+    """Controlled delay, RFC 8289: what has waited longer than `target_s` for all of `interval_s` is dropped (or
+    marked), ever more often until the wait is below it again. The queue's size remains its limit."""
+
+    target_s: float = 0.005
+    interval_s: float = 0.1
+
+    def __post_init__(self) -> None:
+        _bounded("queue: CoDel's target", self.target_s, 1e-5, 10.0, format_time)
+        _bounded("queue: CoDel's interval", self.interval_s, 1e-4, 60.0, format_time)
+
+
+@dataclass(frozen=True)
 class Queue:
     """The bottleneck's buffer beyond the packets in flight. Raises SpecError outside of its bounds."""
 
     amount: float = 1.0
     unit: Literal["s", "bytes", "packets", "bdp"] = "bdp"
+    codel: CoDel | None = None
+    """None: drop-tail."""
 
     def __post_init__(self) -> None:
-        least = {"s": 0.0, "bytes": float(MTU), "packets": 1.0, "bdp": 0.0}
+        least = {"s": 0.0, "bytes": float(LEAST_MTU), "packets": 1.0, "bdp": 0.0}
         if self.unit not in least:
             raise SpecError(f"queue: unknown unit {self.unit!r}")
         _bounded("queue", self.amount, least[self.unit], _LIMITS[self.unit], self._show)
@@ -50,20 +76,23 @@ class Queue:
         return _queue_text(amount, self.unit)
 
     def __str__(self) -> str:
-        return self._show(self.amount)
+        size = self._show(self.amount)
+        if self.codel is None:
+            return size
+        target, interval = time_text(self.codel.target_s), time_text(self.codel.interval_s)
+        return f"codel({size},target={target},interval={interval})"
 
 
-def _exact(value: float, pretty: Callable[[float], str], read: Callable[[str], float], unit: str) -> str:
-    """`pretty`'s text where it reads back as the same number, every digit otherwise."""
-    text = pretty(value)
-    return text if read(text) == value else f"{value!r}{unit}"
+def time_text(seconds: float) -> str:
+    """A time, reading back as the same number."""
+    return exact(seconds, format_time, parse_time, "s")
 
 
 def _queue_text(amount: float, unit: str) -> str:
     if unit == "s":
-        return _exact(amount, format_time, parse_time, "s")
+        return time_text(amount)
     if unit == "bytes":
-        return _exact(amount, format_size, parse_size, "b")
+        return exact(amount, format_size, parse_size, "b")
     number = f"{amount:g}" if float(f"{amount:g}") == amount else repr(amount)
     return number + ("p" if unit == "packets" else "bdp")
 
@@ -72,42 +101,116 @@ def _queue_text(amount: float, unit: str) -> str:
 class Direction:
     """One way of a link. Raises SpecError where a value is out of bounds.
 
-    A packet is lost with probability `loss`; else it travels for `delay_s` plus a normally distributed
-    deviation of standard deviation `jitter_s` (never below zero in all), waits in the queue (or finds it full
-    and is dropped), and is serialised at `rate_bps`. Packets keep their order: one that would overtake its
-    predecessor arrives right behind it, as on a radio link with in-order delivery.
+    What happens to a packet, in this order: it is duplicated, lost (or marked, see `ecn`) and corrupted with
+    the probabilities given; it travels for `delay_s` plus a random deviation, never below zero in all; it waits
+    in the queue, or finds it full and is dropped; and it is serialised at `rate_bps`. A duplicate is a packet of
+    its own from there on. Packets keep their order, unless `jitter_reorders` or `reorder` say otherwise: one that
+    would overtake its predecessor arrives right behind it, as on a radio link with in-order delivery.
     """
 
     rate_bps: float | None = None
     """Bits per second of the network layer (IP header and up); None: as fast as the host."""
     delay_s: float = 0.0
     jitter_s: float = 0.0
+    """The unit of `jitter_law`: a normal one's standard deviation."""
     loss: float = 0.0
+    """The fraction lost in the long run; each packet on its own, unless `loss_model` says otherwise."""
     queue: Queue = field(default_factory=Queue)
+    loss_model: LossModel | None = None
+    """Bursts: a chain, whose mean `loss` then is (and need not be given)."""
+    jitter_law: str | JitterTable = "normal"
+    """One of `testbed.net.jitter.LAWS`, or a table of one's own."""
+    jitter_reorders: bool = False
+    """Whether packets that are delayed less overtake."""
+    duplicate: float = 0.0
+    """The probability that a packet comes twice."""
+    corrupt: float = 0.0
+    """The probability that one bit of a packet is flipped; its checksums are those of before."""
+    reorder: float = 0.0
+    """The probability that a packet skips the delay, and so overtakes those that are under way."""
+    ecn: bool = False
+    """Packets whose sender understands ECN are marked (congestion experienced) where `loss` or CoDel would lose
+    them. RFC 3168. A full queue drops all the same."""
+    overhead_bytes: int = 0
+    """Bytes of lower layers that each packet costs at the rate, besides its own."""
+    mtu: int = MTU
+    """Bytes of the network layer in the largest packet; what a queue in packets is counted with."""
+    seed: int | None = None
+    """Of this direction's random numbers; None: the run's."""
 
     def __post_init__(self) -> None:
         if self.rate_bps is not None:
             _bounded("rate", self.rate_bps, 1e3, 100e9, format_rate)
         _bounded("delay", self.delay_s, 0.0, 60.0, format_time)
-        _bounded("loss", self.loss, 0.0, 1.0, format_fraction)
+        for name in ("loss", "duplicate", "corrupt", "reorder"):
+            _bounded(name, getattr(self, name), 0.0, 1.0, format_fraction)
+        _bounded("overhead", self.overhead_bytes, 0, 1000, format_size)
+        _bounded("mtu", self.mtu, LEAST_MTU, LARGEST_MTU, lambda size: f"{size:g}")
+        if self.seed is not None:
+            _bounded("seed", self.seed, 0, 2**63 - 1, str)
+        if self.loss_model is not None:
+            if self.loss not in (0.0, self.loss_model.mean):
+                raise SpecError("loss: the model has a mean of its own")
+            object.__setattr__(self, "loss", self.loss_model.mean)
+        if isinstance(self.jitter_law, str) and self.jitter_law not in LAWS:
+            raise SpecError(f"jitter: unknown law {self.jitter_law!r}; use one of {', '.join(LAWS)}")
         if not 0 <= self.jitter_s <= self.delay_s:
             raise SpecError(
                 f"jitter {format_time(self.jitter_s)} exceeds the delay {format_time(self.delay_s)}: "
                 "packets would have to arrive before they were sent"
             )
+        if self.reorder and not self.delay_s:
+            raise SpecError("reorder needs a delay that a packet can skip")
 
     def __str__(self) -> str:
         parts = []
         if self.rate_bps is not None:
-            parts.append("rate=" + _exact(self.rate_bps, format_rate, parse_rate, "bit"))
-        parts.append("delay=" + _exact(self.delay_s, format_time, parse_time, "s"))
-        if self.jitter_s:
-            parts.append("jitter=" + _exact(self.jitter_s, format_time, parse_time, "s"))
-        if self.loss:
-            parts.append("loss=" + _exact(self.loss, format_fraction, parse_fraction, ""))
+            parts.append("rate=" + exact(self.rate_bps, format_rate, parse_rate, "bit"))
+        parts.append("delay=" + time_text(self.delay_s))
+        if self.jitter_s or self.jitter_law != "normal" or self.jitter_reorders:
+            parts.append("jitter=" + self._jitter_text())
+        if self.loss_model is not None:
+            parts.append(f"loss={self.loss_model}")
+        elif self.loss:
+            parts.append("loss=" + fraction_text(self.loss))
         if self.queue != Queue():
             parts.append(f"queue={self.queue}")
+        for name in ("duplicate", "corrupt", "reorder"):
+            if value := getattr(self, name):
+                parts.append(f"{name}={fraction_text(value)}")
+        parts += ["ecn=yes"] if self.ecn else []
+        parts += [f"overhead={self.overhead_bytes}b"] if self.overhead_bytes else []
+        parts += [f"mtu={self.mtu}"] if self.mtu != MTU else []
+        parts += [f"seed={self.seed}"] if self.seed is not None else []
         return ",".join(parts)
+
+    def _jitter_text(self) -> str:
+        spread, options = time_text(self.jitter_s), ["reorder"] if self.jitter_reorders else []
+        if isinstance(self.jitter_law, JitterTable):
+            return f"table({','.join([spread, f'file={self.jitter_law.path}', *options])})"
+        if self.jitter_law == "normal" and not options:
+            return spread
+        return f"{self.jitter_law}({','.join([spread, *options])})"
+
+    def beyond_the_basics(self) -> dict[str, str]:
+        """What this asks for besides rate, delay, normal jitter, independent loss and a drop-tail queue: name ->
+        how it is written. An emulator has to know of each, or refuse it."""
+        has = {
+            "jitter law": bool(self.jitter_s) and self.jitter_law != "normal",
+            "jitter reorder": bool(self.jitter_s) and self.jitter_reorders,
+            "loss model": self.loss_model is not None,
+            "codel": self.queue.codel is not None,
+            "duplicate": bool(self.duplicate),
+            "corrupt": bool(self.corrupt),
+            "reorder": bool(self.reorder),
+            "ecn": self.ecn,
+            "overhead": bool(self.overhead_bytes),
+            "mtu": self.mtu != MTU,
+            "seed": self.seed is not None,
+        }
+        key = {"jitter law": "jitter", "jitter reorder": "jitter", "loss model": "loss", "codel": "queue"}
+        written = dict(part.split("=", 1) for part in split_conditions(str(self)))
+        return {name: f"{key.get(name, name)}={written[key.get(name, name)]}" for name in has if has[name]}
 
     def queue_bytes(self, round_trip_s: float) -> int | None:
         """Bytes the queue holds, at least one packet; `round_trip_s` is the sum of both ways' delays.
@@ -115,13 +218,13 @@ class Direction:
         None where that has no meaning: nothing waits for an unlimited rate, so its time and BDPs are no size.
         """
         if self.queue.unit == "bytes":
-            return max(MTU, round(self.queue.amount))
+            return max(self.mtu, round(self.queue.amount))
         if self.queue.unit == "packets":
-            return max(1, round(self.queue.amount)) * MTU
+            return max(1, round(self.queue.amount)) * self.mtu
         if self.rate_bps is None:
             return None
         if self.queue.unit == "s":
-            return max(MTU, round(self.queue.amount * self.rate_bps / 8))
+            return max(self.mtu, round(self.queue.amount * self.rate_bps / 8))
         return max(MIN_QUEUE_BYTES, round(self.queue.amount * self.rate_bps / 8 * round_trip_s))
 
 
@@ -137,6 +240,10 @@ class Profile:
     up: Direction
     down: Direction
     source: str = INLINE_SOURCE
+
+    def __post_init__(self) -> None:
+        if self.up.mtu != self.down.mtu:
+            raise SpecError(f"a link has one mtu, not {self.up.mtu} up and {self.down.mtu} down")
 
     def __str__(self) -> str:
         return self.name

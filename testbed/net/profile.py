@@ -6,18 +6,35 @@ Three forms are understood wherever a profile is named::
     rate=50mbit,delay=20ms,jitter=2ms,loss=1%,queue=1bdp    the same both ways; every key may be left out
     up:rate=10mbit,delay=30ms;down:5g-mid                   each way on its own; a preset gives that half
 
+Some keys take models with arguments, such as ``loss=gilbert(1%,burst=4)``: see `testbed.net.profile_values`.
+
 *up* runs from a link's first-named node to its second. `str` of a profile reads back as an equal profile.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from testbed.errors import SpecError, UnitError
-from testbed.net.conditions import INLINE_SOURCE, MIN_QUEUE_BYTES, MTU, Direction, Profile, Queue
+from testbed.net.conditions import (
+    INLINE_SOURCE,
+    MIN_QUEUE_BYTES,
+    MTU,
+    Direction,
+    Profile,
+    Queue,
+    split_conditions,
+)
 from testbed.net.presets import PRESETS
+from testbed.net.profile_values import (
+    Values,
+    parse_integer,
+    parse_jitter,
+    parse_loss,
+    parse_queue,
+    parse_switch,
+)
 from testbed.net.strict_yaml import did_you_mean
 from testbed.units import parse_fraction, parse_rate, parse_size, parse_time
 
@@ -35,35 +52,21 @@ __all__ = [
 ]
 
 _MAX_TEXT = 1000
-_QUEUE = re.compile(r"\s*([0-9.eE+-]+)\s*(bdp|packets|p)\s*$", re.IGNORECASE)
-
-
-def parse_queue(text: str | float) -> Queue:
-    """``100ms``, ``64kb``, ``100p`` (packets of 1500 bytes) or ``2bdp``. Raises SpecError."""
-    match = _QUEUE.match(text) if isinstance(text, str) else None
-    if match:
-        try:
-            amount = float(match[1])
-        except ValueError:
-            raise SpecError(f"queue {text!r}: {match[1]!r} is no number") from None
-        return Queue(amount, "bdp" if match[2].lower() == "bdp" else "packets")
-    if isinstance(text, str):
-        for read, unit in ((parse_size, "bytes"), (parse_time, "s")):
-            try:
-                amount = read(text)
-            except UnitError:
-                continue
-            return Queue(float(amount), unit)  # type: ignore[arg-type]
-    raise SpecError(f"queue {str(text)[:40]!r}: write it as 100ms, 64kb, 100p (packets) or 1bdp")
-
-
-_READERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "rate": ("rate_bps", parse_rate),
-    "delay": ("delay_s", parse_time),
-    "jitter": ("jitter_s", parse_time),
-    "loss": ("loss", parse_fraction),
-    "queue": ("queue", parse_queue),
+_READERS: dict[str, Callable[[Any], Values]] = {
+    "rate": lambda value: {"rate_bps": parse_rate(value)},
+    "delay": lambda value: {"delay_s": parse_time(value)},
+    "jitter": parse_jitter,
+    "loss": parse_loss,
+    "queue": lambda value: {"queue": parse_queue(value)},
+    "duplicate": lambda value: {"duplicate": parse_fraction(value)},
+    "corrupt": lambda value: {"corrupt": parse_fraction(value)},
+    "reorder": lambda value: {"reorder": parse_fraction(value)},
+    "ecn": lambda value: {"ecn": parse_switch(value)},
+    "overhead": lambda value: {"overhead_bytes": parse_size(value)},
+    "mtu": lambda value: {"mtu": parse_integer(value)},
+    "seed": lambda value: {"seed": parse_integer(value)},
 }
+"""Key -> the fields of a `Direction` that its value stands for; raises SpecError or UnitError."""
 
 
 def _direction(settings: Mapping[str, Any]) -> Direction:
@@ -71,11 +74,12 @@ def _direction(settings: Mapping[str, Any]) -> Direction:
     for key, value in settings.items():
         if key not in _READERS:
             raise SpecError(f"unknown key {str(key)[:40]!r}" + did_you_mean(str(key), list(_READERS)))
-        name, read = _READERS[key]
         try:
-            values[name] = read(value)
+            values |= _READERS[key](value)
         except UnitError as error:
             raise SpecError(f"{key}: {error}") from None
+        except SpecError as error:
+            raise SpecError(str(error) if key in str(error) else f"{key}: {error}") from None
     if not values:
         raise SpecError("no conditions given; write for example rate=50mbit,delay=20ms")
     return Direction(**values)
@@ -83,7 +87,7 @@ def _direction(settings: Mapping[str, Any]) -> Direction:
 
 def _inline(text: str) -> Direction:
     settings: dict[str, str] = {}
-    for part in text.split(","):
+    for part in split_conditions(text):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not key or not value:
             raise SpecError(f"{part.strip()[:40]!r} is not key=value, such as rate=50mbit")

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import random
+import re
+from pathlib import Path
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.errors import SpecError
+from testbed.errors import SpecError, UsageError
+from testbed.net import jitter
+from testbed.net.conditions import CoDel
+from testbed.net.emulators.refusal import refuse_unknown
+from testbed.net.jitter import LAWS
+from testbed.net.losses import FourState, GilbertElliott, LossModel
 from testbed.net.profile import PRESETS, Direction, Profile, Queue, parse_profile, profile_from
 
 
@@ -35,23 +45,49 @@ def test_presets_written_out_keep_their_numbers() -> None:
         assert (written.up, written.down) == (preset.up, preset.down)
 
 
+probabilities = st.floats(0, 1)
+codels = st.none() | st.builds(CoDel, st.floats(1e-5, 10), st.floats(1e-4, 60))
 queues = st.one_of(
-    st.builds(Queue, st.floats(0, 60), st.just("s")),
-    st.builds(Queue, st.integers(1500, 10**9).map(float), st.just("bytes")),
-    st.builds(Queue, st.floats(1, 1e6), st.just("packets")),
-    st.builds(Queue, st.floats(0, 100), st.just("bdp")),
+    st.builds(Queue, st.floats(0, 60), st.just("s"), codels),
+    st.builds(Queue, st.integers(1500, 10**9).map(float), st.just("bytes"), codels),
+    st.builds(Queue, st.floats(1, 1e6), st.just("packets"), codels),
+    st.builds(Queue, st.floats(0, 100), st.just("bdp"), codels),
 )
 
 
 @st.composite
-def directions(draw: st.DrawFn) -> Direction:
-    delay = draw(st.floats(0, 60))
+def loss_models(draw: st.DrawFn) -> LossModel:
+    kind = draw(st.sampled_from(["bursty", "chain", "states"]))
+    if kind == "bursty":
+        mean = draw(st.floats(1e-4, 0.9))
+        return GilbertElliott.bursty(mean, draw(st.floats(max(1.0, mean / (1 - mean) * 1.001), 1e4)))
+    if kind == "chain":
+        steps = st.just(0.0) | st.floats(1e-9, 1)
+        return GilbertElliott(draw(steps), draw(st.floats(0.001, 1)), draw(steps), draw(steps))
+    halves = st.just(0.0) | st.floats(1e-9, 0.5)
+    return FourState(draw(halves), draw(halves), draw(halves), draw(st.floats(0.001, 1)), draw(halves))
+
+
+@st.composite
+def directions(draw: st.DrawFn, mtu: int = 1500) -> Direction:
+    delay = draw(st.floats(1e-9, 60))
+    model = draw(st.none() | loss_models())
     return Direction(
         rate_bps=draw(st.none() | st.floats(1e3, 100e9)),
         delay_s=delay,
         jitter_s=draw(st.floats(0, delay)),
-        loss=draw(st.floats(0, 1)),
+        loss=0.0 if model else draw(probabilities),
         queue=draw(queues),
+        loss_model=model,
+        jitter_law=draw(st.sampled_from(LAWS)),
+        jitter_reorders=draw(st.booleans()),
+        duplicate=draw(probabilities),
+        corrupt=draw(probabilities),
+        reorder=draw(probabilities),
+        ecn=draw(st.booleans()),
+        overhead_bytes=draw(st.integers(0, 1000)),
+        mtu=mtu,
+        seed=draw(st.none() | st.integers(0, 2**63 - 1)),
     )
 
 
@@ -62,7 +98,45 @@ def test_any_profile_reads_back_from_its_text_unchanged(up: Direction, down: Dir
     assert parse_profile(str(read)) == read
 
 
-@given(st.text(max_size=80))
+PIECES = (
+    "rate=",
+    "50mbit",
+    ",",
+    "jitter=",
+    "pareto(",
+    "2ms",
+    ")",
+    "loss=",
+    "gilbert(",
+    "1%",
+    "burst=",
+    "4",
+    "codel(",
+)
+MORE = (
+    "queue=",
+    "1bdp",
+    "up:",
+    "down:",
+    ";",
+    "=",
+    "p13=",
+    "states(",
+    "table(",
+    "file=",
+    "/dev/zero",
+    "reorder",
+    "ecn=yes",
+)
+
+
+@given(directions(), directions())
+def test_any_profile_survives_the_record_of_a_network(up: Direction, down: Direction) -> None:
+    profile = Profile("", up, down)
+    assert msgspec.json.decode(msgspec.json.encode(profile), type=Profile) == profile
+
+
+@given(st.text(max_size=80) | st.lists(st.sampled_from(PIECES + MORE), max_size=20).map("".join))
 def test_any_text_is_a_profile_or_a_spec_error(text: str) -> None:
     try:
         parse_profile(text)
@@ -91,10 +165,30 @@ def test_any_text_is_a_profile_or_a_spec_error(text: str) -> None:
         ("delay", "unknown profile"),
         ("rate=1mbit,,", "not key=value"),
         ("x" * 5000, "longer than"),
+        ("delay=1ms,jitter=paretto(1ms)", "did you mean 'pareto'"),
+        ("delay=1ms,jitter=pareto(1ms,reordr)", "did you mean 'reorder'"),
+        ("delay=1ms,jitter=table(1ms)", "file=FILE"),
+        ("delay=1ms,jitter=table(1ms,file=/nowhere/x.dist)", "No such file"),
+        ("delay=1ms,jitter=table(1ms,file=/dev/zero)", "not a file"),
+        ("loss=gilbrt(1%,burst=2)", "did you mean 'gilbert'"),
+        ("loss=gilbert(1%)", "burst=4"),
+        ("loss=gilbert(50%,burst=1,p=1%)", "burst=4"),
+        ("loss=gilbert(90%,burst=2)", "give 9 at least"),
+        ("loss=gilbert(1%,burst=many)", "no number"),
+        ("loss=states(p13=60%,p14=60%,p31=1%)", "together exceed"),
+        ("loss=correlated(0%,10%)", "between"),
+        ("queue=red(1bdp)", "codel"),
+        ("queue=codel(1bdp,target=0s)", "target"),
+        ("ecn=perhaps", "yes or no"),
+        ("seed=-1", "whole number"),
+        ("mtu=100", "mtu 100 lies outside"),
+        ("up:mtu=1400;down:lte", "one mtu"),
+        ("reorder=1%", "needs a delay"),
+        ("overhead=2kb", "outside"),
     ],
 )
 def test_a_wrong_text_is_refused_in_one_line_that_says_what_is_wrong(text: str, says: str) -> None:
-    with pytest.raises(SpecError, match=says.replace("(", r"\(")) as caught:
+    with pytest.raises(SpecError, match=re.escape(says)) as caught:
         parse_profile(text)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
@@ -135,3 +229,101 @@ def test_without_a_rate_only_sizes_are_a_size() -> None:
     assert parse_profile("delay=20ms").queue_bytes("up") is None
     assert parse_profile("delay=20ms,queue=100ms").queue_bytes("up") is None
     assert parse_profile("delay=20ms,queue=10p").queue_bytes("up") == 15_000
+
+
+def test_every_condition_can_be_written() -> None:
+    text = (
+        "rate=50mbit,delay=20ms,jitter=pareto(2ms,reorder),loss=gilbert(1%,burst=4),queue=codel(2bdp,target=10ms),"
+        "duplicate=0.1%,corrupt=0.2%,reorder=0.3%,ecn=yes,overhead=24b,mtu=1400,seed=7"
+    )
+    up = parse_profile(text).up
+    assert (up.jitter_s, up.jitter_law, up.jitter_reorders) == (0.002, "pareto", True)
+    assert up.queue == Queue(2, "bdp", CoDel(0.010, 0.1))
+    assert (up.duplicate, up.corrupt, up.reorder, up.ecn) == (0.001, 0.002, 0.003, True)
+    assert (up.overhead_bytes, up.mtu, up.seed) == (24, 1400, 7)
+    assert parse_profile(str(up)).up == up
+    mapping = {"rate": "50mbit", "loss": "gilbert(1%,burst=4)", "ecn": True, "mtu": 1400, "seed": 7}
+    same = profile_from(mapping, "here").up
+    assert (same.loss_model, same.ecn, same.mtu, same.seed) == (up.loss_model, True, 1400, 7)
+
+
+def test_a_table_of_ones_own_is_read_from_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "lte.dist"
+    file.write_text("# a comment\n-8192 0\n8192 16384\n")
+    profile = parse_profile(f"delay=20ms,jitter=table(2ms,file={file})")
+    assert jitter.table(profile.up.jitter_law) == (-8192, 0, 8192, 16384)
+    assert parse_profile(str(profile)) == profile
+    file.write_text("0 1\n2 three\n")
+    with pytest.raises(SpecError, match="line 2: 'three'"):
+        parse_profile(str(profile))
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_each_law_has_mean_zero_and_its_spread(law: str) -> None:
+    values = [entry / jitter.TABLE_SCALE for entry in jitter.table(law)]
+    assert len(values) == 4096
+    assert sum(values) / len(values) == pytest.approx(0, abs=1e-3)
+    # A uniform law within one jitter either way deviates by 1/sqrt(3) of it.
+    variance = sum(value * value for value in values) / len(values)
+    assert variance == pytest.approx(1 / 3 if law == "uniform" else 1, rel=0.01)
+
+
+def lost_in_a_row(model: LossModel, packets: int = 200_000) -> tuple[float, float]:
+    """Mean loss and mean burst length of a straight walk through the chain's definition."""
+    chance, state, bursts, lost, before = random.Random(5), 1, 0, 0, False
+    for _ in range(packets):
+        if isinstance(model, GilbertElliott):
+            now = chance.random() < (model.good_loss if state == 1 else model.bad_loss)
+            state = (
+                (2 if chance.random() < model.p else 1)
+                if state == 1
+                else (1 if chance.random() < model.r else 2)
+            )
+        else:
+            steps = {
+                1: {3: model.p13, 4: model.p14},
+                2: {3: model.p23},
+                3: {1: model.p31, 2: model.p32},
+                4: {1: 1.0},
+            }
+            (state,) = chance.choices(
+                [*steps[state], state], [*steps[state].values(), 1 - sum(steps[state].values())]
+            )
+            now = state in (3, 4)
+        lost, bursts, before = lost + now, bursts + (now and not before), now
+    return lost / packets, lost / max(1, bursts)
+
+
+@pytest.mark.parametrize(
+    ("text", "mean", "burst"),
+    [
+        ("gilbert(2%,burst=4)", 0.02, 4.0),
+        ("correlated(5%,50%)", 0.05, 1 / (0.95 * 0.5)),
+        ("gilbert(p=2%,r=20%,1-h=60%,1-k=1%)", None, None),
+        ("states(p13=1%,p31=20%,p32=10%,p23=30%,p14=0.5%)", None, None),
+    ],
+)
+def test_a_loss_models_mean_and_burst_are_those_of_its_chain(
+    text: str, mean: float | None, burst: float | None
+) -> None:
+    model = parse_profile(f"loss={text}").up.loss_model
+    assert model is not None
+    walked_mean, walked_burst = lost_in_a_row(model)
+    assert model.mean == pytest.approx(mean if mean else walked_mean, rel=0.05)
+    assert model.mean == pytest.approx(walked_mean, rel=0.06)
+    if isinstance(model, GilbertElliott):
+        assert model.burst == pytest.approx(burst if burst else walked_burst, rel=0.05)
+        assert model.burst == pytest.approx(walked_burst, rel=0.05)
+
+
+def test_a_queue_in_packets_is_counted_in_packets_of_the_profiles_mtu() -> None:
+    assert parse_profile("rate=1mbit,mtu=1000,queue=10p").queue_bytes("up") == 10_000
+
+
+def test_what_an_emulator_does_not_know_is_refused_by_name() -> None:
+    profile = parse_profile("up:delay=5ms,loss=gilbert(1%,burst=3);down:delay=5ms,duplicate=1%")
+    refuse_unknown("some", profile, {"loss model", "duplicate"})
+    with pytest.raises(UsageError, match=r"emulator some cannot honour 'duplicate=1%' \(down, duplicate\)"):
+        refuse_unknown("some", profile, {"loss model"})
+    with pytest.raises(UsageError, match=r"'loss=gilbert\(1%,burst=3\)' \(up, loss model\)"):
+        refuse_unknown("some", profile, set())

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from testbed.errors import NetworkError, UsageError
 from testbed.net.emulators.contract import Attachment, Counters
 from testbed.net.emulators.redirect import counted, end_redirect, quieten, redirect, redirected
+from testbed.net.emulators.refusal import refuse_unknown
 from testbed.net.emulators.rtnetlink import (
     CREATE,
     EXCLUSIVE,
@@ -40,6 +41,9 @@ from testbed.net.emulators.rtnetlink import (
 
 if TYPE_CHECKING:
     from testbed.net.profile import Profile
+
+HONOURED: frozenset[str] = frozenset()
+"""What of `Direction.beyond_the_basics` this emulator knows."""
 
 _ROOT = 0xFFFFFFFF
 _OUTER, _INNER, _OUTER_CLASS = 0x10000, 0x20000, 0x10001  # handles 1: and 2:, and class 1:1
@@ -198,6 +202,7 @@ class Netem:
         self, wire: str, link: str, a: str, b: str, profile: Profile, *, keep: Path | None = None
     ) -> Attachment:
         """See `Emulator.attach`. Raises NetworkError when the kernel refuses, or has set something else than was asked."""
+        refuse_unknown(self.name, profile, HONOURED)
         quieten(wire)
         attachment = NetemAttachment(wire, link, a, b, self._seed)
         try:
@@ -233,6 +238,7 @@ class NetemAttachment:
                 redirect(netlink, netlink.interface(source).index, netlink.interface(target).index)
 
     def apply(self, profile: Profile) -> None:
+        refuse_unknown(Netem.name, profile, HONOURED)
         self._configure(profile, 0)
 
     def _configure(self, profile: Profile, flags: int) -> None:

@@ -28,10 +28,14 @@ from testbed.net.emulators import relay
 from testbed.net.emulators.contract import Attachment, Counters
 from testbed.net.emulators.namespace import inside, inside_scratch
 from testbed.net.emulators.redirect import end_redirect, quieten, redirect
+from testbed.net.emulators.refusal import refuse_unknown
 from testbed.net.emulators.rtnetlink import Netlink
 
 if TYPE_CHECKING:
     from testbed.net.profile import Profile
+
+HONOURED: frozenset[str] = frozenset()
+"""What of `Direction.beyond_the_basics` this emulator knows."""
 
 _TUN = Path("/dev/net/tun")
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
@@ -60,6 +64,7 @@ class Userspace:
         self, wire: str, link: str, a: str, b: str, profile: Profile, *, keep: Path | None = None
     ) -> Attachment:
         """See `Emulator.attach`. Raises UsageError without /dev/net/tun, NetworkError when the kernel refuses."""
+        refuse_unknown(self.name, profile, HONOURED)
         quieten(wire)
         tap_a, tap_b = f"{link}ta", f"{link}tb"
         with contextlib.ExitStack() as undo, Netlink(wire) as netlink:
@@ -117,6 +122,7 @@ class RelayAttachment:
         self._control, self._keep = control, keep
 
     def apply(self, profile: Profile) -> None:
+        refuse_unknown(Userspace.name, profile, HONOURED)
         self._ask({"do": "apply", "conditions": _conditions(profile)})
 
     def counters(self) -> dict[str, Counters]:

@@ -1,0 +1,117 @@
+"""Laws of jitter: how far a packet's delay deviates, in units of the jitter written beside it.
+
+Every law is a table of quantiles, the same for both emulators (netem takes nothing else): a deviation is a table
+entry drawn at random. tc-netem(8), ``distribution``; the tables of its ``/usr/lib/tc/*.dist`` can be used, too.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import stat
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from testbed.errors import SpecError
+
+TABLE_SIZE, TABLE_SCALE = 4096, 8192
+"""Entries of a table, and the entry that stands for one jitter. Entries are 16-bit: four jitters at most."""
+_MAX_FILE, _MAX_ENTRIES = 1_000_000, 16_384
+_FORBIDDEN = set(",;()= \t\r\n\0\"'")
+LAWS = ("normal", "pareto", "paretonormal", "uniform")
+"""`normal`: of standard deviation one jitter. `pareto`: shape 3, mean zero, the same deviation: rarely early,
+sometimes very late. `paretonormal`: a quarter normal, three quarters Pareto. `uniform`: evenly within one jitter
+either way."""
+
+
+@dataclass(frozen=True)
+class JitterTable:
+    """A law out of a file: numbers between blanks, 8192 standing for one jitter; ``#`` begins a comment.
+
+    Make one with `read_table`.
+    """
+
+    path: str
+    entries: tuple[int, ...] = field(repr=False)
+
+
+def read_table(path: str) -> JitterTable:
+    """The table in a file. Raises SpecError naming the file, and the line, for what is none."""
+    if not path or len(path) > 300 or _FORBIDDEN & set(path):
+        raise SpecError(f"jitter table {path[:40]!r}: no file name of that kind is understood here")
+    entries: list[int] = []
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        for word in line.partition("#")[0].split():
+            try:
+                value = int(word)
+            except ValueError:
+                raise SpecError(f"jitter table {path}, line {number}: {word[:20]!r} is no integer") from None
+            if not -32768 <= value <= 32767:
+                raise SpecError(f"jitter table {path}, line {number}: {value} lies outside -32768..32767")
+            entries.append(value)
+    if not 1 <= len(entries) <= _MAX_ENTRIES:
+        raise SpecError(f"jitter table {path}: {len(entries)} entries; 1 to {_MAX_ENTRIES} are understood")
+    return JitterTable(path, tuple(entries))
+
+
+def _text(path: str) -> str:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not hold us up
+        with open(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise SpecError(f"jitter table {path}: not a file")
+            data = file.read(_MAX_FILE + 1)
+    except OSError as error:
+        raise SpecError(f"jitter table {path}: {error.strerror}") from None
+    if len(data) > _MAX_FILE:
+        raise SpecError(f"jitter table {path}: larger than {_MAX_FILE} bytes")
+    return data.decode("ascii", "replace")
+
+
+def table(law: str | JitterTable) -> tuple[int, ...]:
+    """The law's quantiles, ascending where the law is one of `LAWS`."""
+    return law.entries if isinstance(law, JitterTable) else _table(law)
+
+
+@functools.cache
+def _table(law: str) -> tuple[int, ...]:
+    from statistics import NormalDist  # takes a while to import
+
+    ranks = [(i + 0.5) / TABLE_SIZE for i in range(TABLE_SIZE)]
+    if law == "normal":
+        values = [NormalDist().inv_cdf(rank) for rank in ranks]
+    elif law == "uniform":
+        return tuple(round((2 * rank - 1) * TABLE_SCALE) for rank in ranks)
+    elif law == "pareto":
+        values = _standard([_pareto(rank) for rank in ranks])
+    elif law == "paretonormal":
+        values = _standard(_mixed(ranks, NormalDist().inv_cdf))
+    else:
+        raise SpecError(f"unknown jitter law {law!r}")
+    return tuple(max(-32768, min(32767, round(value * TABLE_SCALE))) for value in values)
+
+
+def _pareto(rank: float) -> float:
+    # Mean 3/2, variance 3/4.
+    return ((1 - rank) ** (-1 / 3) - 1.5) / math.sqrt(0.75)
+
+
+def _mixed(ranks: list[float], normal_quantile: Callable[[float], float]) -> list[float]:
+    # The quantiles of a sum: those of all sums of two coarse tables.
+    coarse = [(i + 0.5) / 256 for i in range(256)]
+    normal = [0.25 * normal_quantile(rank) for rank in coarse]
+    pareto = [0.75 * _pareto(rank) for rank in coarse]
+    sums = sorted(a + b for a in normal for b in pareto)
+    return [sums[int(rank * len(sums))] for rank in ranks]
+
+
+def _standard(values: list[float]) -> list[float]:
+    """Mean 0 and deviation 1 within the four deviations that an entry can hold."""
+    for _ in range(20):
+        mean = sum(values) / len(values)
+        deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+        values = [(value - mean) / deviation for value in values]
+        values[bisect_right(values, 4.0) :] = [4.0] * (len(values) - bisect_right(values, 4.0))
+    return values
