@@ -297,6 +297,8 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     duplicates = [text for text in scenario.codecs if scenario.codecs.count(text) > 1]
     if duplicates:
         raise SpecError(f"{place}: codecs: {duplicates[0]!r} is listed twice")
+    for text in scenario.codecs:
+        _at(f"{place}: codecs", lambda t=text: parse_codec(t).bound(scenario.model))
     if len({p.text() for p in profiles}) < len(profiles):
         raise SpecError(f"{place}: profiles: the same conditions are listed twice")
     if plan.trials > _MAX_TRIALS:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from testbed.codecs import container
+from testbed.codecs import container, progressive
 from testbed.codecs.container import Header
 from testbed.codecs.entropy import MOST_EXPANSION, Coder, pack, unpack, worth_coding
 from testbed.codecs.evidence import Evidence, Needs
 from testbed.codecs.kept import Kept
 from testbed.codecs.layout import ALIGNMENT, Layout, Piece, lay_out
+from testbed.codecs.progressive import Planes
 from testbed.codecs.shapes import describe, dtype_name, layer_positions, torch_dtype
 from testbed.codecs.spec import CodecSpec, parse
 from testbed.errors import PayloadError, SpecError
@@ -30,13 +32,13 @@ if TYPE_CHECKING:
 
 
 class Codec:
-    """Runs the stages of a spec (or of its text; raises SpecError)."""
+    """Runs the stages of a spec (or of its text; raises SpecError). model: whose caches; codecs that refer to it need it."""
 
-    def __init__(self, spec: CodecSpec | str) -> None:
-        self.spec = parse(spec) if isinstance(spec, str) else spec
+    def __init__(self, spec: CodecSpec | str, model: str | None = None) -> None:
+        self.spec = (parse(spec) if isinstance(spec, str) else spec).bound(model)
         self.selector = cast("Selector | None", self.spec.selector)
-        self.transform = cast("Transform | None", self.spec.transform)
         self.quantizer = cast("Quantizer", self.spec.quantizer)
+        self.transform = cast("Transform | None", self.spec.transform) or self.quantizer.own_transform
         self.coder = cast(Coder | None, self.spec.coder)
 
     def __str__(self) -> str:
@@ -66,6 +68,8 @@ class Codec:
             held, extra = self.transform.encode(held, self.quantizer)
         header = Header(str(self.spec), cache.length, dtype, groups, lists, [], len(extra))
         layout = lay_out(header.parts(), self.quantizer)
+        if self.quantizer.embedded:
+            return self._encode_planes(held, header, layout, position_bytes + extra)
         if self.coder:
             return self._encode_coded(self.coder, held, header, layout, position_bytes + extra)
         body_bytes = layout.side_bytes + layout.symbol_bytes
@@ -119,6 +123,23 @@ class Codec:
             at += len(section)
         return container.seal(payload)
 
+    def _encode_planes(self, cache: KVCache, header: Header, layout: Layout, behind: bytes) -> memoryview:
+        """A payload of all but the symbols, and the symbols behind it, plane by plane."""
+        import torch
+
+        base, at = container.allocate(header, layout.side_bytes + len(behind))
+        side = torch.zeros(layout.side_bytes, dtype=torch.uint8)
+
+        def symbols() -> Iterator[tuple[Piece, Tensor]]:
+            for piece, own, numbers in self._symbols(cache, layout):
+                _write(side, piece.side_at, piece.side_bytes, numbers)
+                yield piece, own.flatten()
+
+        chunks = progressive.write(symbols(), self.coder)
+        base[at : at + layout.side_bytes] = side.numpy()
+        base[at + layout.side_bytes :] = np.frombuffer(behind, dtype=np.uint8)
+        return memoryview(b"".join([container.seal(base), *chunks]))
+
     @staticmethod
     def decode(payload: bytes | bytearray | memoryview, device: str | torch.device = "cpu") -> KVCache:
         """See `decode`."""
@@ -131,30 +152,67 @@ def decode(payload: bytes | bytearray | memoryview, device: str | torch.device =
     Self-describing: any codec's payload is decoded. Raises PayloadError for bytes that `encode` did not write;
     allocates nothing that the payload's checked sizes do not justify.
     """
-    header, body = container.unseal(payload)
-    try:
-        codec = Codec(parse(header.codec))
-    except SpecError as error:
-        raise PayloadError(f"payload header: {error}") from None
+    beginning = decode_beginning(payload, device)
+    if beginning.missing:
+        raise PayloadError(beginning.missing)
+    return beginning.cache
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What the beginning of a payload decodes to. `missing` says what did not arrive; empty where nothing is missing."""
+
+    cache: KVCache
+    planes: int = 1  #: bit planes that are whole
+    of: int = 1
+    missing: str = ""
+
+
+def decode_beginning(
+    payload: bytes | bytearray | memoryview, device: str | torch.device = "cpu"
+) -> Beginning:
+    """As `decode`, but of a payload of bit planes that may be cut off anywhere: the best cache that its bytes allow.
+
+    Raises PayloadError as `decode` does, and where header, scales, positions and the first plane are not all there.
+    """
+    whole, behind = container.split(payload)
+    header, body = container.unseal(whole)
+    codec = _codec_of(header)
     layout = lay_out(header.parts(), codec.quantizer)
-    side, symbols, position_bytes, extra = _sections(header, layout, body, codec.coder is not None)
+    side, symbols, position_bytes, extra = _sections(header, layout, body, codec)
+    if len(behind) and not codec.quantizer.embedded:
+        raise PayloadError(f"the payload says {len(whole)} bytes, but {len(whole) + len(behind)} arrived")
+    planes = progressive.read(behind, layout.pieces, codec.coder) if codec.quantizer.embedded else None
     held = layer_positions(header, position_bytes, device)
-    decoded = _dequantize(codec, header, layout, side, symbols, device)
+    decoded = _dequantize(codec, header, layout, side, planes or symbols, device)
     cache = _assemble(header, held, decoded)
     if codec.transform:
         cache = codec.transform.decode(cache, bytes(extra))
     elif len(extra):
         raise PayloadError("bytes of a transform in a payload without one")
-    return cache.to(dtype=torch_dtype(header.dtype))
+    cache = cache.to(dtype=torch_dtype(header.dtype))
+    return Beginning(cache, planes.complete, planes.of, planes.missing) if planes else Beginning(cache)
 
 
-def _sections(header: Header, layout: Layout, body: memoryview, coded: bool) -> tuple[memoryview, ...]:
-    """The four sections, whose lengths must fill the body."""
+def _codec_of(header: Header) -> Codec:
+    """The codec that a payload names. One that refers to a file is refused: bytes from the network choose no files."""
+    try:
+        spec = parse(header.codec)
+        if spec.refers:
+            raise SpecError(f"{header.codec[:60]!r} refers to something outside the payload")
+        return Codec(spec)
+    except SpecError as error:
+        raise PayloadError(f"payload header: {error}") from None
+
+
+def _sections(header: Header, layout: Layout, body: memoryview, codec: Codec) -> tuple[memoryview, ...]:
+    """The four sections, whose lengths must fill the body. Those of an embedded code hold no symbols."""
+    coded = codec.coder is not None and not codec.quantizer.embedded
     if len(header.coded) != (len(layout.pieces) if coded else 0):
         raise PayloadError(f"{len(header.coded)} coded parts in a payload of {len(layout.pieces)} parts")
     lengths = [
         layout.side_bytes,
-        sum(header.coded) if coded else layout.symbol_bytes,
+        sum(header.coded) if coded else 0 if codec.quantizer.embedded else layout.symbol_bytes,
         sum(code.size for code in header.lists),
         header.transform_bytes,
     ]
@@ -177,7 +235,7 @@ def _dequantize(
     header: Header,
     layout: Layout,
     side: memoryview,
-    symbols: memoryview,
+    symbols: memoryview | Planes,
     device: str | torch.device,
 ) -> list[Tensor]:
     """Each part's values: in 16 bits, or float32 where a transform follows."""
@@ -193,10 +251,17 @@ def _dequantize(
 
 
 def _flat_symbols(
-    coder: Coder | None, header: Header, layout: Layout, data: memoryview, device: str | torch.device
+    coder: Coder | None,
+    header: Header,
+    layout: Layout,
+    data: memoryview | Planes,
+    device: str | torch.device,
 ) -> Iterator[tuple[Piece, Tensor]]:
     import torch
 
+    if isinstance(data, Planes):
+        yield from zip(layout.pieces, (own.to(device) for own in data.symbols), strict=True)
+        return
     if coder is None:
         packed = _tensor(data).to(device)
         for piece in layout.pieces:

@@ -99,6 +99,19 @@ def seal(payload: npt.NDArray[np.uint8]) -> memoryview:
     return view
 
 
+def split(payload: bytes | bytearray | memoryview) -> tuple[memoryview, memoryview]:
+    """A payload, and what lies behind its own end (chunks of bit planes); `unseal` says what is wrong with the former.
+
+    Raises PayloadError for what is no run of bytes.
+    """
+    view = memoryview(payload)
+    if not view.c_contiguous:
+        raise PayloadError("a payload is contiguous bytes")
+    view = view.cast("B")
+    total = _PREFIX.unpack_from(view)[4] if len(view) >= _HEADER_AT else len(view)
+    return view[:total], view[total:]
+
+
 def unseal(payload: bytes | bytearray | memoryview) -> tuple[Header, memoryview]:
     """The header and the body of a payload; raises PayloadError unless both are whole and unchanged."""
     view = memoryview(payload)

@@ -40,6 +40,15 @@ class Method:
     stage: ClassVar[Literal["selector", "transform", "quantizer", "coder"]]
     source: ClassVar[str]
 
+    @property
+    def refers(self) -> bool:
+        """Whether the text refers to something outside of it (a file), so that it must be `bound` before it codes."""
+        return False
+
+    def bound(self, model: str | None) -> Method:
+        """The method with what its text refers to written out. model: whose caches it will code. Raises SpecError."""
+        return self
+
     def require(self, parameter: str, wanted: str, satisfied: bool) -> None:
         """Raises SpecError saying what `parameter` must be, unless `satisfied`."""
         if not satisfied:

@@ -25,6 +25,9 @@ QUANTIZERS = {
     "kivi": "testbed.codecs.quantize.kivi:Kivi",
     "normsep": "testbed.codecs.quantize.normsep:NormSep",
     "turbo": "testbed.codecs.quantize.turbo:Turbo",
+    "kvquant": "testbed.codecs.quantize.kvquant:KVQuant",
+    "mixed": "testbed.codecs.quantize.mixed:Mixed",
+    "planes": "testbed.codecs.quantize.planes:Planes",
 }
 CODERS = {
     "zstd": "testbed.codecs.entropy.zstd:Zstd",

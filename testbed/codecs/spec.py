@@ -34,6 +34,18 @@ class CodecSpec:
         chain = (self.selector, self.transform, self.quantizer, self.coder)
         return tuple(method for method in chain if method is not None)
 
+    @property
+    def refers(self) -> bool:
+        """Whether a method's text refers to a file, such as ``protect=auto``; `bound` writes out what it says."""
+        return any(method.refers for method in self.methods)
+
+    def bound(self, model: str | None = None) -> CodecSpec:
+        """The spec that stands by itself. model: whose caches it will code. Raises SpecError where that needs more."""
+        if not self.refers:
+            return self
+        chain = (self.selector, self.transform, self.quantizer, self.coder)
+        return CodecSpec(*(method and method.bound(model) for method in chain))  # type: ignore[arg-type]
+
     def __str__(self) -> str:
         return "+".join(str(method) for method in self.methods)
 

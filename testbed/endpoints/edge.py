@@ -91,13 +91,12 @@ class Edge(InferenceSide):
     ) -> dict[str, Any]:
         """Make a task's examples with this model's tokenizer and prefill its prefix; returns what the orchestrator needs."""
         from testbed.codecs.codec import Codec
-        from testbed.codecs.spec import parse
         from testbed.tasks.task import make_task
 
         made = make_task(task, **parameters)
         max_new_tokens = max_new_tokens or made.max_new_tokens
         examples = made.examples(count, context_tokens, lambda text: len(self.model.tokenize(text)), seed)
-        wanted = [Codec(parse(text)).needs.context_queries for text in codecs]
+        wanted = [Codec(text, self.model.name).needs.context_queries for text in codecs]
         self._queries = None if None in wanted else max((n for n in wanted if n is not None), default=0)
         prefix = self.learn_prefix(made.prefix)
         self._batches.append(Batch(made, examples, prefix, max_new_tokens))
@@ -282,10 +281,9 @@ class Edge(InferenceSide):
     def _encode(self, held: Held, codec_text: str) -> Encoded:
         from testbed.codecs.codec import Codec
         from testbed.codecs.evidence import Evidence
-        from testbed.codecs.spec import parse
 
         started = self.pace.begin()
-        codec = Codec(parse(codec_text))
+        codec = Codec(codec_text, self.model.name)
         evidence = Evidence(
             cache=held.prefill.cache,
             prefix=held.prefix.cache,

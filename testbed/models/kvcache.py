@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from testbed.models.rope import Rope
+
 #: Bytes of an element in the formats that caches are held in (fp16, bf16).
 ELEMENT_BYTES = 2
 
@@ -32,6 +34,8 @@ class KVLayer:
     positions: Tensor  #: int64 [tokens], or [kv_heads, tokens] where heads differ: absolute, ascending
     #: Sliding-window length: a query at position q sees the keys at q - window < p <= q; None: all p <= q.
     window: int | None = None
+    #: How the keys were turned to their positions, for codecs that turn them back; None where that is not known.
+    rope: Rope | None = None
 
     @property
     def tokens(self) -> int:

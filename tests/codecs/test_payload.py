@@ -37,6 +37,9 @@ CODECS = (
     "kivi(residual=3)",
     "normsep",
     "turbo+zstd",
+    "kvquant(outliers=0.1)",
+    "mixed(protect=K0.V1)",
+    "planes(bits=3)",
 )
 
 

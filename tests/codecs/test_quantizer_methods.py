@@ -29,6 +29,14 @@ QUANTIZERS = (
     "turbo",
     "turbo(bits=2, seed=7)",
     "turbo(bits=5)",
+    "kvquant",
+    "kvquant(bits=2, outliers=0)",
+    "kvquant(bits=4, outliers=0.1, levels=normal)",
+    "mixed(protect=none)",
+    "mixed(low=2, high=16, protect=K0.V1)",
+    "mixed(protect=0-29)",
+    "planes",
+    "planes(bits=4, group=0)",
 )
 EVERY = [*itertools.product(QUANTIZERS, [*SHAPES, "ragged"])]
 
@@ -78,7 +86,7 @@ def budget_bits(cache: KVCache, text: str) -> float:
     """What each method says that it sends, from the shapes."""
     method = Codec(text).quantizer
     total = 0.0
-    for layer in cache.layers:
+    for i, layer in enumerate(cache.layers):
         for kind, x in (("keys", layer.keys), ("values", layer.values)):
             heads, tokens, width = x.shape
             if method.name == "fp8":
@@ -92,6 +100,28 @@ def budget_bits(cache: KVCache, text: str) -> float:
                 groups = -(-tokens // (method.group or tokens or 1))  # type: ignore[attr-defined]
                 scale = 16 if method.symmetric else 32  # type: ignore[attr-defined]
                 total += x.numel() * method.bits + 16 * heads * tokens + scale * heads * width * groups  # type: ignore[attr-defined]
+            elif method.name == "kvquant":
+                vectors, length = (heads * width, tokens) if kind == "keys" else (tokens, heads * width)
+                if not x.numel():
+                    continue
+                apart = vectors * round(method.outliers * length)  # type: ignore[attr-defined]
+                total += x.numel() * method.bits + 32 * apart + 32 * vectors + 16 * 2**method.bits  # type: ignore[attr-defined]
+            elif method.name == "mixed":
+                low, high, word = method.low, method.high, method.protect  # type: ignore[attr-defined]
+                fine = {"none": False, "0-29": True}.get(word, (i == 0) if kind == "keys" else i == 1)
+                total += (
+                    heads
+                    * tokens
+                    * {
+                        2: 2 * width + 32 * -(-width // 32),
+                        4: 4 * width + 32 * -(-width // 32),
+                        8: 8 * width + 16,
+                        16: 16 * width,
+                    }[high if fine else low]
+                )
+            elif method.name == "planes":
+                groups = -(-width // (method.group or width))  # type: ignore[attr-defined]
+                total += x.numel() * method.bits + 32 * heads * tokens * groups  # type: ignore[attr-defined]
             else:
                 total += x.numel() * method.bits + 16 * heads * tokens * -(-width // 256)  # type: ignore[attr-defined]
     return total

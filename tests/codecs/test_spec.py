@@ -116,6 +116,10 @@ def _values(name: str, kind: str, choices: tuple[str, ...]) -> st.SearchStrategy
         "level": st.integers(-7, 19),
         "group": st.integers(2, 4096),
         "bits": st.sampled_from([2, 3, 4, 8]),
+        "outliers": st.floats(0, 0.5),
+        "low": st.sampled_from([2, 3]),
+        "high": st.sampled_from([4, 8, 16]),
+        "protect": st.sampled_from(["auto", "none", "K0", "K3.V7.12", "K0-5.11", "some/where.json"]),
         "residual": st.integers(0, 65536),
         "seed": st.integers(0, 2**31 - 1),
     }

@@ -14,12 +14,21 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from testbed.codecs.transform import Transform
+
 
 @dataclass(frozen=True)
 class Quantizer(Method):
     """Codes one part (keys or values of one layer) at a time. Sizes follow from the part's shape alone."""
 
     stage: ClassVar[Literal["quantizer"]] = "quantizer"
+    #: Whether its symbols are sent plane by plane (`progressive`), so that the beginning of a payload decodes too.
+    embedded: ClassVar[bool] = False
+
+    @property
+    def own_transform(self) -> Transform | None:
+        """A transform that it brings with it where the codec names none."""
+        return None
 
     def symbol_bits(self, part: Part) -> int:
         """Bits of a symbol: from 1 to 8, or 16."""

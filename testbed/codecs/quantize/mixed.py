@@ -1,0 +1,71 @@
+"""Mixed precision: most keys and values coarse, those that a diagnosis found fragile finer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+from testbed.codecs.quantize import Part, Quantizer, protection
+from testbed.codecs.quantize.fp16 import FP16
+from testbed.codecs.quantize.integer import INTEGERS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mixed(Quantizer):
+    """Integers of `low` bits everywhere but in the protected layers, which get `high` bits (16: as they are).
+
+    protect: which layers' keys and values: ``K3.V7.12`` (keys of 3, values of 7, both of 12), ``K0-5``, ``none``; a file that
+    `testbed diagnose` wrote; or ``auto``, the model's own diagnosis. A payload names the layers, whatever was asked for.
+    Both sides of the mixture are `Integer` with its defaults for that width; the error bound is its.
+    """
+
+    name: ClassVar[str] = "mixed"
+    source: ClassVar[str] = (
+        "Task-Aware KV-Cache Compression for Bandwidth-Efficient Collaborative LLM Inference; "
+        "KVTuner (arXiv:2502.04420) for layer-wise widths"
+    )
+
+    low: int = 4
+    high: int = 8
+    protect: str = "auto"
+
+    def __post_init__(self) -> None:
+        self.require("low", "2, 3, 4 or 8", self.low in INTEGERS)
+        self.require(
+            "high", "3, 4, 8 or 16, and more than low", self.high in (3, 4, 8, 16) and self.high > self.low
+        )
+        if not protection.is_reference(self.protect):
+            protection.read_places(self.protect)
+
+    @property
+    def refers(self) -> bool:
+        return protection.is_reference(self.protect)
+
+    def bound(self, model: str | None) -> Mixed:
+        if not self.refers:
+            return self
+        return replace(self, protect=protection.look_up(self.protect, model, self.low))
+
+    @cached_property
+    def _places(self) -> frozenset[protection.Place]:
+        return protection.read_places(self.protect)
+
+    def _method(self, part: Part) -> Quantizer:
+        width = self.high if (part.kind, part.layer) in self._places else self.low
+        return FP16() if width == 16 else INTEGERS[width]()  # type: ignore[call-arg]
+
+    def symbol_bits(self, part: Part) -> int:
+        return self._method(part).symbol_bits(part)
+
+    def side_bytes(self, part: Part) -> int:
+        return self._method(part).side_bytes(part)
+
+    def encode(self, part: Part, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self._method(part).encode(part, values)
+
+    def decode(self, part: Part, symbols: Tensor, side: Tensor) -> Tensor:
+        return self._method(part).decode(part, symbols, side)

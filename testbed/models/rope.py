@@ -1,0 +1,84 @@
+"""A layer's rotary position embedding as plain numbers, which a payload can carry (Su et al., RoFormer, arXiv:2104.09864).
+
+The module imports without torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Pairs of elements of a head that turn together: pair i by position × `frequencies[i]` radians.
+
+    first: the index of each pair's first element. apart: how far behind it the second one lies (half of the turned
+    elements where halves are paired, 1 where neighbours are). Elements in no pair stay as they are.
+    """
+
+    frequencies: tuple[float, ...]
+    first: tuple[int, ...]
+    apart: int
+
+    def turn(self, x: Tensor, positions: Tensor, back: bool = False) -> Tensor:
+        """x [heads, n, head_dim] turned to its positions ([n] or [heads, n]), or back from them; float32.
+
+        (a, b) -> (a cos - b sin, a sin + b cos), angles computed in float32 as models do. `back` is its exact inverse, up to
+        the rounding of float32.
+        """
+        import torch
+
+        frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=x.device)
+        angles = positions.to(x.device)[..., None].float() * frequencies
+        cos, sin = angles.cos(), -angles.sin() if back else angles.sin()
+        first = torch.tensor(self.first, device=x.device)
+        turned = x.float().clone()
+        a, b = turned[..., first], turned[..., first + self.apart]
+        turned[..., first], turned[..., first + self.apart] = a * cos - b * sin, a * sin + b * cos
+        return turned
+
+    def fits(self, head_dim: int) -> bool:
+        """Whether every pair lies within a head of that many elements, and no element in two pairs."""
+        turned = [*self.first, *(index + self.apart for index in self.first)]
+        return (
+            len(self.first) == len(self.frequencies)
+            and len(set(turned)) == len(turned)
+            and all(0 <= index < head_dim for index in turned)
+        )
+
+
+def default_rope(
+    head_dim: int, theta: float = 10000.0, turned: int | None = None, interleaved: bool = False
+) -> Rope:
+    """The usual frequencies theta^(-2i/d) over the first `turned` elements (None: all) of a head."""
+    turned = head_dim if turned is None else turned
+    pairs = turned // 2
+    frequencies = tuple(theta ** (-2 * i / turned) for i in range(pairs))
+    first = tuple(2 * i if interleaved else i for i in range(pairs))
+    return Rope(frequencies, first, 1 if interleaved else pairs)
+
+
+def from_angles(cos: Tensor, sin: Tensor, partner: Tensor, sign: Tensor, positions: Tensor) -> Rope | None:
+    """The embedding that gives these cosines and sines [n, head_dim] at `positions` (0, then a growing row of powers of two).
+
+    partner, sign: element i becomes x[i] cos[i] + x[partner[i]] sign[i] sin[i]. None where nothing turns, or where pairs do
+    not lie equally far apart. A constant factor on cosines and sines (long-context models have one) is left out: it scales
+    all positions alike.
+    """
+    import torch
+
+    first = torch.nonzero(sign < 0).flatten()
+    apart = (partner[first] - first).unique()
+    if not len(first) or len(apart) != 1:
+        return None
+    angle = torch.atan2(sin[:, first].double(), cos[:, first].double())
+    whole = 2 * torch.pi
+    frequency = angle[1] / positions[1].double()
+    for at, measured in zip(positions[2:].double(), angle[2:], strict=True):
+        expected = frequency * at  # good enough to know how many whole turns are behind it
+        frequency = (measured + whole * torch.round((expected - measured) / whole)) / at
+    return Rope(tuple(frequency.float().tolist()), tuple(first.tolist()), int(apart))
