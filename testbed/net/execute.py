@@ -30,7 +30,7 @@ def execute(network: State, node: str, argv: Sequence[str]) -> int:
         raise NetworkError(
             f"network {network.id}: namespace {namespace} is gone; remove the rest with `testbed down`"
         )
-    hosts = network.hosts_file(node)
+    hosts = str(network.write_hosts(node))
     sys.stdout.flush()
     sys.stderr.flush()
     # Blocked, not handled: they stay pending until they are waited for, so none slips through while the child
@@ -40,7 +40,7 @@ def execute(network: State, node: str, argv: Sequence[str]) -> int:
     try:
         child = os.fork()
         if child == 0:
-            _become(namespace, str(hosts) if hosts.exists() else None, argv, writing, mask)
+            _become(namespace, hosts, argv, writing, mask)
         os.close(writing)
         with os.fdopen(reading, "rb") as pipe:
             trouble = pipe.read().decode(errors="replace")
@@ -53,7 +53,7 @@ def execute(network: State, node: str, argv: Sequence[str]) -> int:
 
 
 def _become(
-    namespace: str, hosts: str | None, argv: Sequence[str], trouble: int, mask: set[signal.Signals | int]
+    namespace: str, hosts: str, argv: Sequence[str], trouble: int, mask: set[signal.Signals | int]
 ) -> NoReturn:
     """The rest of the child's life. The pipe `trouble` closes by itself when the command starts."""
     try:

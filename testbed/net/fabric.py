@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -63,35 +62,35 @@ class Fabric:
         return fabric
 
     def _make_namespaces(self, topology: Topology, run_id: str | None) -> None:
+        from testbed.net import wiring
+
+        if not wiring.has_ipv6():
+            topology = replace(topology, ipv6=False)
         # Not marked persistent before it is whole: what a killed `testbed up` leaves is a dead run like any
         # other.
         with state.locked():
             self._state = state.new(topology, self.emulator.name, persistent=False, run_id=run_id)
             namespaces.prepare_directory(state.netns_marker())
-            for name in self._state.namespaces:
-                namespaces.create(name)
-            hosts = self._state.directory / "hosts"
-            hosts.mkdir(parents=True)
-            for node in topology.nodes:
-                (hosts / node.name).write_text(topology.hosts(node.name))
+            wiring.build(self._state)
 
     def _wire(self, persistent: bool) -> None:
-        from testbed.net import (
-            wiring,  # pyroute2 takes a while to import; a command that only lists does without
-        )
+        from testbed.net import emulators, wiring
 
-        wiring.build(self.state)
-        for number, link in enumerate(self.topology.links):
-            keep = self.state.keep(number) if persistent else None
-            if keep is not None:
-                keep.mkdir()
-            a, b = wiring.wire_ends(number)
-            attachment = self.emulator.attach(self.state.wire, f"l{number}", a, b, link.profile, keep=keep)
-            self._attachments.append(attachment)
-            process = getattr(attachment, "process", None)
-            if process is not None:
-                pid, started = process
-                self.record_process(pid, started, f"emulator of link {link.name}")
+        keep = self.state.keep if persistent else None
+        if keep is not None:
+            keep.mkdir(parents=True)
+        wanted = [
+            emulators.Wanted(f"l{number}", *wiring.wire_ends(number), link.profile)
+            for number, link in enumerate(self.topology.links)
+        ]
+        self._attachments = emulators.attach_all(self.emulator, self.state.wire, wanted, keep)
+        serving: dict[tuple[int, int], list[str]] = {}  # process -> the links that it serves
+        for attachment, link in zip(self._attachments, self.topology.links, strict=True):
+            if process := getattr(attachment, "process", None):
+                serving.setdefault(process, []).append(link.name)
+        for (pid, started), names in serving.items():
+            others = f" and {len(names) - 1} others" if len(names) > 1 else ""
+            self.record_process(pid, started, f"emulator of link {names[0]}{others}")
 
     @property
     def state(self) -> State:
@@ -126,8 +125,7 @@ class Fabric:
 
     def hosts_file(self, node: str) -> Path:
         """A file with that text, which lasts as long as the network."""
-        self.topology.require_node(node)
-        return self.state.hosts_file(node)
+        return self.state.write_hosts(node)
 
     def apply(self, link: str, profile: Profile) -> None:
         """Puts the link under another profile; connections survive. Raises SpecError: no such link;
@@ -161,9 +159,10 @@ class Fabric:
     def close(self) -> None:
         """Removes the network and everything that still runs in it. May be called again."""
         attachments, self._attachments = self._attachments, []
-        for attachment in attachments:
-            with contextlib.suppress(Exception):  # what it leaves goes with its namespace
-                attachment.detach()
+        if attachments:
+            from testbed.net import emulators
+
+            emulators.release_all(self.emulator, attachments)
         if self._state is not None:
             with state.locked():
                 state.remove(self._state)
@@ -236,7 +235,7 @@ def describe(network: State) -> dict[str, Any]:
 def _live_counters(network: State, number: int) -> dict[str, dict[str, Any]] | None:
     try:
         namespaces.require_root()
-        if not network.keep(number).is_dir():
+        if not network.keep.is_dir():
             return None
         counters = state.reattach(network, number).counters()
     except (TestbedError, OSError):

@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +55,38 @@ def names() -> list[str]:
 def create(name: str) -> None:
     """A new namespace called `name`. `prepare_directory` comes first. Raises NetworkError; then nothing is
     left."""
+    create_all([name], lambda made: None)
+
+
+def create_all(names: Iterable[str], furnish: Callable[[str], None]) -> None:
+    """New namespaces of those names, one after the other; `furnish` is called with its name inside each of them, in a thread
+    other than the caller's (one for all). `prepare_directory` comes first.
+
+    Raises NetworkError, or what `furnish` raises: then what was made so far stays, and no half-made name.
+    """
+
+    stop = threading.Event()
+
+    def make() -> None:
+        for name in names:
+            if stop.is_set():
+                return
+            _name_new_namespace(name)
+            furnish(name)
+
+    _in_own_thread(make, stop)
+
+
+def _name_new_namespace(name: str) -> None:
+    # The calling thread moves into it.
     target = path(name)
     try:
         os.close(os.open(target, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
     except OSError as error:
         raise NetworkError(f"network namespace {name}: {error.strerror}") from None
-
-    def make() -> None:
+    try:
         _unshare(_CLONE_NEWNET)
         _mount("/proc/thread-self/ns/net", str(target), None, _MS_BIND)
-
-    try:
-        _in_own_thread(make)
     except OSError as error:
         target.unlink()
         raise NetworkError(f"network namespace {name}: {error.strerror}") from None
@@ -200,7 +220,9 @@ def _open(name: str) -> int:
         raise NetworkError(f"network namespace {name}: {error.strerror}") from None
 
 
-def _in_own_thread(call: Callable[[], None]) -> None:
+def _in_own_thread(call: Callable[[], None], stop: threading.Event) -> None:
+    # Where the wait is interrupted (Ctrl-C), `stop` is set and the thread awaited all the same: nothing may be made while its
+    # maker's caller takes it away already.
     failures: list[BaseException] = []
 
     def work() -> None:
@@ -211,7 +233,12 @@ def _in_own_thread(call: Callable[[], None]) -> None:
 
     thread = threading.Thread(target=work, name="namespace")
     thread.start()
-    thread.join()
+    try:
+        thread.join()
+    except BaseException:
+        stop.set()
+        thread.join()
+        raise
     if failures:
         raise failures[0]
 

@@ -82,16 +82,28 @@ class State:
 
     @property
     def directory(self) -> Path:
-        """Files of this network: hosts files, and what outliving emulators keep (one directory a link)."""
+        """Files of this network: hosts files, and what outliving emulators keep."""
         return directory() / self.id
 
-    def hosts_file(self, node: str) -> Path:
-        """The /etc/hosts of a node."""
-        return self.directory / "hosts" / node
+    def write_hosts(self, node: str) -> Path:
+        """A file with the /etc/hosts of a node, made where it is not there yet: a thousand of them, each with a thousand lines,
+        would take longer than the rest of the network. Raises SpecError, NetworkError."""
+        text = self.topology.hosts(node)
+        path = self.directory / "hosts" / node
+        try:
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                fresh = path.with_name(f".{node}.{os.getpid()}.tmp")
+                fresh.write_text(text)
+                fresh.rename(path)
+        except OSError as error:
+            raise NetworkError(f"{path}: {error.strerror}") from None
+        return path
 
-    def keep(self, number: int) -> Path:
-        """Where the emulator of link `number` keeps what it needs to be found again."""
-        return self.directory / f"l{number}"
+    @property
+    def keep(self) -> Path:
+        """Where emulators that outlive their maker keep what they need to be found again."""
+        return self.directory / "links"
 
 
 def namespace_name(run_id: str, node: str) -> str:
@@ -244,7 +256,6 @@ def remove(state: State) -> list[str]:
     """
     removed = []
     if state.boot == namespaces.boot_id():
-        _detach(state)
         found = {*processes.running_inside(state.namespaces), *processes.writing_below(state.directory)}
         helpers = [*state.processes, *(Process(*process, "working for the network") for process in found)]
         removed += [f"process {p.pid} ({p.what})" for p in helpers if processes.end(p.pid, p.started)]
@@ -259,21 +270,12 @@ def remove(state: State) -> list[str]:
     return removed
 
 
-def _detach(state: State) -> None:
-    # An emulator that outlives its maker has left what it needs to be found; it may run without being on
-    # record yet.
-    for number in range(len(state.topology.links)):
-        if state.keep(number).is_dir():
-            with contextlib.suppress(Exception):  # whatever it runs into, the rest has to go
-                reattach(state, number).detach()
-
-
 def reattach(state: State, number: int) -> Attachment:
     """The running emulator of link `number` of a network that is up. Raises NetworkError where it cannot be
     found."""
     from testbed.net import emulators
 
-    link, keep = f"l{number}", state.keep(number)
+    link, keep = f"l{number}", state.keep
     return emulators.reattach(state.emulator, state.wire, link, f"{link}a", f"{link}b", keep)
 
 

@@ -98,6 +98,20 @@ def items(value: Any, where: str) -> list[Any]:
     return value
 
 
+def truth(value: Any, where: str) -> bool:
+    """`value`, if it is true or false. Raises SpecError beginning with `where`."""
+    if not isinstance(value, bool):
+        raise SpecError(f"{where}: expected true or false, not {str(value)[:40]!r}")
+    return value
+
+
+def whole(value: Any, where: str, low: int, high: int) -> int:
+    """`value`, if it is a whole number from `low` to `high`. Raises SpecError beginning with `where`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise SpecError(f"{where}: expected a whole number from {low} to {high}, not {str(value)[:40]!r}")
+    return value
+
+
 def text(value: Any, where: str) -> str:
     """`value`, if it is text. Raises SpecError beginning with `where`."""
     if not isinstance(value, str):

@@ -10,14 +10,13 @@ A link's *up* direction runs from ``a`` to ``b``. ``name`` of a link is ``a-b`` 
 the topology the file's. ``congestion`` names the TCP congestion control of connections that leave a node by
 that link.
 
-Addresses are in 10.0.0.0/8: link number *k* is 10.*k* div 256.*k* mod 256.0/30, its ``a`` end .1 and its
-``b`` end .2. Routes are shortest paths by hops, ties going to the link that comes first.
+What repeats itself need not be listed: ``kind: star`` and the like stand for nodes and links (see `testbed.net.shapes`).
+Addresses and routes follow from the links (see `testbed.net.routing`); ``ipv6: false`` leaves IPv6 out.
 """
 
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from testbed.errors import SpecError
-from testbed.net import strict_yaml
+from testbed.net import routing, shapes, strict_yaml
 from testbed.net.profile import Profile, profile_from
+from testbed.net.routing import Interface, Route
 from testbed.net.strict_yaml import did_you_mean
 
 MAX_NODES = 1000
@@ -57,36 +57,13 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Interface:
-    """One end of a link, in its node."""
-
-    node: str
-    name: str  # "eth0", counted per node
-    link: int  # the link's number
-    end: str  # "a" or "b"
-    address: str
-    peer: str  # the other end's address
-    peer_node: str
-    network: str  # "10.0.0.0/30"
-
-
-@dataclass(frozen=True)
-class Route:
-    """What a node does with packets for `destination` ("10.0.3.0/30")."""
-
-    destination: str
-    via: str
-    interface: str
-    link: int  # the number of the link it leads into
-
-
-@dataclass(frozen=True)
 class Topology:
     """Raises SpecError where the nodes and links do not make one connected network."""
 
     name: str
     nodes: tuple[Node, ...]
     links: tuple[Link, ...]
+    ipv6: bool = True
 
     def __post_init__(self) -> None:
         _validate(self)
@@ -98,16 +75,19 @@ class Topology:
     def link_number(self, name: str) -> int:
         """The number of the link called `name`: its place in `links`. Raises SpecError, with what there
         is."""
-        known = [link.name for link in self.links]
-        if name not in known:
+        if name not in self._link_numbers:
+            known = list(self._link_numbers)
             raise SpecError(f"topology {self.name} has no link {name!r}{did_you_mean(name, known)}")
-        return known.index(name)
+        return self._link_numbers[name]
+
+    @cached_property
+    def _link_numbers(self) -> dict[str, int]:
+        return {link.name: number for number, link in enumerate(self.links)}
 
     def require_node(self, name: str) -> str:
         """`name`, if there is such a node. Raises SpecError, with what there is."""
-        known = [node.name for node in self.nodes]
-        if name not in known:
-            raise SpecError(f"topology {self.name} has no node {name!r}{did_you_mean(name, known)}")
+        if name not in self.ends:
+            raise SpecError(f"topology {self.name} has no node {name!r}{did_you_mean(name, list(self.ends))}")
         return name
 
     def with_profiles(self, profiles: Mapping[str, Profile]) -> Topology:
@@ -119,21 +99,13 @@ class Topology:
         return replace(self, links=links)
 
     @cached_property
-    def _interfaces(self) -> dict[str, tuple[Interface, ...]]:
-        found: dict[str, list[Interface]] = {node.name: [] for node in self.nodes}
-        for number, link in enumerate(self.links):
-            a, b, network = f"{_prefix(number)}.1", f"{_prefix(number)}.2", f"{_prefix(number)}.0/30"
-            for node, end, address, peer, peer_node in (
-                (link.a, "a", a, b, link.b),
-                (link.b, "b", b, a, link.a),
-            ):
-                name = f"eth{len(found[node])}"
-                found[node].append(Interface(node, name, number, end, address, peer, peer_node, network))
-        return {node: tuple(interfaces) for node, interfaces in found.items()}
+    def ends(self) -> dict[str, tuple[Interface, ...]]:
+        """Every node's ends of its links, in the order of the links: eth0, eth1, …"""
+        return routing.interfaces((node.name for node in self.nodes), self.links, self.ipv6)
 
     def interfaces(self, node: str) -> tuple[Interface, ...]:
         """The node's ends of its links, in the order of the links: eth0, eth1, …"""
-        return self._interfaces[self.require_node(node)]
+        return self.ends[self.require_node(node)]
 
     def address(self, node: str, link: str | None = None) -> str:
         """The node's address on the named link, or on its first. Raises SpecError where it is not on that
@@ -156,73 +128,37 @@ class Topology:
         named = (self.links[interface.link].congestion for interface in self.interfaces(node))
         return next((name for name in named if name), None)
 
-    def _first_hops(self, node: str) -> dict[str, tuple[Interface, Interface]]:
-        # other node -> (the interface to leave by, the interface of the other node that packets arrive at),
-        # breadth first
-        found: dict[str, tuple[Interface, Interface]] = {}
-        queue: deque[tuple[str, Interface | None]] = deque([(node, None)])
-        while queue:
-            here, first = queue.popleft()
-            for interface in self._interfaces[here]:
-                there = interface.peer_node
-                if there == node or there in found:
-                    continue
-                arrival = next(other for other in self._interfaces[there] if other.link == interface.link)
-                found[there] = (first or interface, arrival)
-                queue.append((there, first or interface))
-        return found
-
     def routes(self, node: str) -> tuple[Route, ...]:
-        """The node's routes to all links it is not on itself; one for everything where it has a single
-        link."""
-        own = self.interfaces(node)
-        if len(own) == 1:
-            everything = Route("10.0.0.0/8", own[0].peer, own[0].name, own[0].link)
-            return (everything,) if len(self.links) > 1 else ()
-        hops = self._first_hops(node)
-        order = {name: place for place, name in enumerate(hops)}  # nearest first
-        attached = {interface.link for interface in own}
-        found = []
-        for number, link in enumerate(self.links):
-            if number not in attached:
-                nearest = min((link.a, link.b), key=order.__getitem__)
-                out = hops[nearest][0]
-                found.append(Route(f"{_prefix(number)}.0/30", out.peer, out.name, out.link))
-        return tuple(found)
+        """The node's routes to all links it is not on itself; one for everything where it has a single link."""
+        return routing.routes(self.require_node(node), self)
 
     def hosts(self, node: str) -> str:
-        """The text of /etc/hosts as `node` should see it: every node by the address at which its packets
+        """The text of /etc/hosts as `node` should see it: every node by the addresses at which its packets
         arrive there."""
-        lines = ["127.0.0.1 localhost", "::1 localhost", f"{self.address(node)} {node}"]
-        lines += [
-            f"{arrival.address} {name}" for name, (_, arrival) in sorted(self._first_hops(node).items())
-        ]
-        return "\n".join(lines) + "\n"
-
-
-def _prefix(number: int) -> str:
-    return f"10.{number // 256}.{number % 256}"
+        return routing.hosts(self.require_node(node), self)
 
 
 def _validate(topology: Topology) -> None:
     names = [node.name for node in topology.nodes]
     if not 2 <= len(names) <= MAX_NODES:
         raise SpecError(f"nodes: {len(names)} of them; a network has 2 to {MAX_NODES}")
+    places: dict[str, int] = {}
     for place, name in enumerate(names):
         _check_name(
             name, f"nodes[{place}]", _NODE_NAME, "start with a letter, then up to 31 of a-z, 0-9 and hyphens"
         )
         if name in _RESERVED:
             raise SpecError(f"nodes[{place}]: a node cannot be called {name!r}: {_RESERVED[name]}")
-        if name in names[:place]:
+        if name in places:
             raise SpecError(f"nodes[{place}]: node {name!r} is named twice")
+        places[name] = place
     if not 1 <= len(topology.links) <= MAX_LINKS:
         raise SpecError(f"links: {len(topology.links)} of them; a network has 1 to {MAX_LINKS}")
     seen: dict[str, int] = {}
     pairs: dict[frozenset[str], int] = {}
     for place, link in enumerate(topology.links):
         where = f"links[{place}]"
-        _check_link(link, where, names)
+        _check_link(link, where, places)
         if link.name in seen:
             raise SpecError(f"{where}.name: links[{seen[link.name]}] is called {link.name!r} already")
         pair = frozenset((link.a, link.b))
@@ -237,11 +173,11 @@ def _check_name(name: str, where: str, pattern: re.Pattern[str], rule: str) -> N
         raise SpecError(f"{where}: the name {name[:40]!r} does not do; {rule}")
 
 
-def _check_link(link: Link, where: str, nodes: list[str]) -> None:
+def _check_link(link: Link, where: str, nodes: Mapping[str, int]) -> None:
     _check_name(link.name, f"{where}.name", _LINK_NAME, "use letters, digits, hyphens, underscores and dots")
     for end, node in (("a", link.a), ("b", link.b)):
         if node not in nodes:
-            raise SpecError(f"{where}.{end}: unknown node {node[:40]!r}{did_you_mean(node, nodes)}")
+            raise SpecError(f"{where}.{end}: unknown node {node[:40]!r}{did_you_mean(node, list(nodes))}")
     if link.a == link.b:
         raise SpecError(f"{where}: a link from {link.a!r} to itself")
     if link.congestion is not None and not _CONGESTION_NAME.fullmatch(link.congestion):
@@ -298,7 +234,9 @@ def _find(name_or_path: str | Path) -> Path:
 def topology_from(value: Any, where: str, name: str) -> Topology:
     """The topology a YAML mapping describes. Raises SpecError beginning with `where`."""
     try:
-        strict_yaml.mapping(value, "", {"name", "nodes", "links"}, {"nodes", "links"})
+        if isinstance(value, Mapping) and "kind" in value:
+            value = shapes.unfold(value)
+        strict_yaml.mapping(value, "", {"name", "nodes", "links", "ipv6"}, {"nodes", "links"})
         nodes = tuple(
             Node(strict_yaml.text(node, f"nodes[{place}]"))
             for place, node in enumerate(strict_yaml.items(value["nodes"], "nodes"))
@@ -307,9 +245,20 @@ def topology_from(value: Any, where: str, name: str) -> Topology:
             _link(link, f"links[{place}]")
             for place, link in enumerate(strict_yaml.items(value["links"], "links"))
         )
-        return Topology(strict_yaml.text(value.get("name", name), "name"), nodes, links)
+        name = strict_yaml.text(value.get("name", name), "name")
+        return Topology(name, nodes, links, strict_yaml.truth(value.get("ipv6", True), "ipv6"))
     except SpecError as error:
         raise SpecError(f"{where}: {error}") from None
+
+
+def to_mapping(topology: Topology) -> dict[str, Any]:
+    """What `topology_from` makes the same topology of, in full: every node and link listed."""
+    links = []
+    for link in topology.links:
+        values = {"name": link.name, "a": link.a, "b": link.b, "profile": str(link.profile)}
+        links.append(values | ({"congestion": link.congestion} if link.congestion else {}))
+    nodes = [node.name for node in topology.nodes]
+    return {"name": topology.name, "ipv6": topology.ipv6, "nodes": nodes, "links": links}
 
 
 def _link(value: Any, where: str) -> Link:

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
-from collections.abc import Iterator
 from pathlib import Path
-
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
 
 from testbed.errors import NetworkError, UsageError
 from testbed.net import namespaces
 from testbed.net.offloads import Ethtool
 from testbed.net.presets import PRESETS
 from testbed.net.profile import MTU
+from testbed.net.requests import Batch, Peer
+from testbed.net.routing import PREFIX_BITS, Interface
 from testbed.net.state import State
 from testbed.net.topology import Topology
 
@@ -29,21 +26,29 @@ _FIRST_INDEX = 10
 
 
 def build(state: State) -> None:
-    """Fills the state's namespaces, which exist and are empty: links, addresses, routes, sysctls.
+    """Makes and fills the state's namespaces, which are named and not there yet: links, addresses, routes, sysctls.
 
     What arrives at the wire's ends of a link goes nowhere yet: that is the emulator's part. Raises
     NetworkError, or UsageError for a congestion control this kernel does not offer.
     """
-    topology = state.topology
-    with namespaces.inside(state.wire):
-        _set_sysctls({"net/ipv6/conf/all/disable_ipv6": "1", "net/ipv6/conf/default/disable_ipv6": "1"})
-    for node in topology.nodes:
-        with namespaces.inside(state.namespace(node.name)):
-            _set_sysctls(_node_sysctls(topology, node.name))
-    allow_tcp_buffers(state)
-    _make_links(state)
-    for node in topology.nodes:
-        _configure_node(state, node.name)
+    nodes = {state.namespace(node.name): node.name for node in state.topology.nodes}
+    with contextlib.ExitStack() as closing:
+        wire = -1
+
+        def furnish(name: str) -> None:
+            nonlocal wire
+            if name == state.wire:
+                _set_sysctls(_quiet())
+                # sockets stay in the namespace in which they were opened
+                wire = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+                closing.callback(os.close, wire)
+            else:
+                _set_sysctls(_node_sysctls(state.topology, nodes[name]))
+                _configure_node(state, nodes[name], wire)
+
+        namespaces.create_all([state.wire, *nodes], furnish)
+        with namespaces.inside(state.wire):
+            _raise_wire(state)
 
 
 def wire_ends(number: int) -> tuple[str, str]:
@@ -68,27 +73,50 @@ def tcp_buffer_bytes(topology: Topology) -> int:
 
 def allow_tcp_buffers(state: State) -> None:
     """Sets what TCP's buffers may grow to in every node, for the profiles the state's topology has now."""
-    limit = str(tcp_buffer_bytes(state.topology))
+    values = _buffer_sysctls(state.topology)
     for node in state.topology.nodes:
         with namespaces.inside(state.namespace(node.name)):
-            for name in ("net/ipv4/tcp_rmem", "net/ipv4/tcp_wmem"):
-                least, usual, _ = _sysctl(name).read_text().split()
-                _set_sysctls({name: f"{least} {usual} {limit}"})
+            _set_sysctls(values)
+
+
+def _buffer_sysctls(topology: Topology) -> dict[str, str]:
+    # The first two are the kernel's own defaults: least, and to begin with.
+    limit = tcp_buffer_bytes(topology)
+    return {"net/ipv4/tcp_rmem": f"4096 131072 {limit}", "net/ipv4/tcp_wmem": f"4096 16384 {limit}"}
+
+
+def has_ipv6() -> bool:
+    """Whether this kernel has IPv6."""
+    return Path("/proc/sys/net/ipv6").is_dir()
+
+
+def _quiet() -> dict[str, str]:
+    return {"net/ipv6/conf/all/disable_ipv6": "1", "net/ipv6/conf/default/disable_ipv6": "1"}
 
 
 def _node_sysctls(topology: Topology, node: str) -> dict[str, str]:
+    forwards = "1" if topology.forwards(node) else "0"
     values = {
         # A new namespace takes over some of the host's settings, so those that matter are all set.
-        "net/ipv4/ip_forward": "1" if topology.forwards(node) else "0",
+        "net/ipv4/ip_forward": forwards,
         "net/ipv4/conf/all/rp_filter": "0",
         "net/ipv4/conf/default/rp_filter": "0",
         "net/ipv4/conf/all/send_redirects": "0",
         "net/ipv4/conf/default/send_redirects": "0",
         # What one connection learnt about the path must not help the next one.
         "net/ipv4/tcp_no_metrics_save": "1",
-        # For the interfaces to come: no neighbour discovery between the packets that are measured. ::1 stays.
-        "net/ipv6/conf/default/disable_ipv6": "1",
-    }
+    } | _buffer_sysctls(topology)
+    # For the interfaces to come: no packet of the kernel's own between those that are measured (router and neighbour discovery,
+    # duplicate address detection, and the link-local address that takes part in them). ::1 stays.
+    if topology.ipv6:
+        values |= {
+            "net/ipv6/conf/default/addr_gen_mode": "1",  # none
+            "net/ipv6/conf/default/accept_ra": "0",
+            "net/ipv6/conf/default/router_solicitations": "0",
+            "net/ipv6/conf/default/accept_dad": "0",
+        }
+    else:
+        values["net/ipv6/conf/default/disable_ipv6"] = "1"
     congestion = topology.congestion(node)
     if congestion is not None:
         values["net/ipv4/tcp_congestion_control"] = congestion
@@ -123,75 +151,58 @@ def _refuse(name: str, value: str, error: OSError) -> None:
     raise NetworkError(f"sysctl {name.replace('/', '.')} = {value}: {error.strerror}") from None
 
 
-@contextlib.contextmanager
-def _netlink(namespace: str, what: str) -> Iterator[IPRoute]:
-    """A netlink socket in the namespace, and this thread with it; the kernel's refusal becomes a
-    NetworkError."""
-    with namespaces.inside(namespace):
-        try:
-            with IPRoute() as ip:
-                yield ip
-        except NetlinkError as error:
-            raise NetworkError(f"{what}: the kernel refused: {os.strerror(error.code)}") from None
+def _mac(number: int, last: int) -> bytes:
+    return bytes((0x02, 0x74, 0x62, number >> 8, number & 255, last))
 
 
-def _mac(number: int, last: int) -> str:
-    return f"02:74:62:{number // 256:02x}:{number % 256:02x}:{last:02x}"
-
-
-def _make_links(state: State) -> None:
-    with _netlink(state.wire, f"network {state.id}: links") as ip, Ethtool() as ethtool:
-        for node in state.topology.nodes:
-            with _open_namespace(state.namespace(node.name)) as descriptor:
-                for interface in state.topology.interfaces(node.name):
-                    second = interface.end == "b"
-                    name = wire_ends(interface.link)[second]
-                    index = _FIRST_INDEX + 2 * interface.link + second
-                    peer = {
-                        "ifname": interface.name,
-                        "address": _mac(interface.link, 0x0A + second),
-                        "mtu": MTU,
-                        "net_ns_fd": descriptor,
-                    }
-                    address = _mac(interface.link, 0x1A + second)
-                    ip.link("add", ifname=name, index=index, kind="veth", address=address, mtu=MTU, peer=peer)
-                    ethtool.disable_segmentation(name)
-                    ip.link("set", index=index, state="up")
-
-
-@contextlib.contextmanager
-def _open_namespace(name: str) -> Iterator[int]:
-    descriptor = os.open(namespaces.path(name), os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _configure_node(state: State, node: str) -> None:
+def _configure_node(state: State, node: str, wire: int) -> None:
+    """Makes the node's links, with their ends in the wire, and its addresses, neighbours and routes. Call it inside the node."""
     topology = state.topology
-    with _netlink(state.namespace(node), f"network {state.id}: node {node}") as ip, Ethtool() as ethtool:
-        ip.link("set", index=_LOOPBACK, state="up")
-        indices = {}
-        for interface in topology.interfaces(node):
-            index = indices[interface.name] = socket.if_nametoindex(interface.name)
-            ethtool.disable_segmentation(interface.name)
-            ip.addr("add", index=index, address=interface.address, prefixlen=30)
-            ip.link("set", index=index, state="up")
-            # Known for good, so that no ARP packet queues, is lost or counted on the emulated link.
-            other_end = _mac(interface.link, 0x0B if interface.end == "a" else 0x0A)
-            ip.neigh("add", dst=interface.peer, lladdr=other_end, ifindex=index, state="permanent")
-            metrics = _congestion_metric(topology, interface.link)
-            if metrics:  # the route that came with the address, again
-                own = {"dst": interface.network, "oif": index, "prefsrc": interface.address, "scope": "link"}
-                ip.route("replace", **own, **metrics)
+    with Batch(f"network {state.id}: node {node}") as batch:
+        batch.up(_LOOPBACK, "lo")
+        ends = topology.interfaces(node)
+        indices = {end.name: _FIRST_INDEX + place for place, end in enumerate(ends)}
+        for end in ends:
+            _add_end(batch, topology, end, indices[end.name], wire)
         for route in topology.routes(node):
-            metrics = _congestion_metric(topology, route.link)
-            ip.route("add", dst=route.destination, gateway=route.via, oif=indices[route.interface], **metrics)
+            congestion = topology.links[route.link].congestion
+            batch.route(
+                indices[route.interface], route.destination, node, via=route.via, congestion=congestion
+            )
+        batch.send()
+    if topology.ipv6 and topology.forwards(node):
+        # Not before the interfaces are without multicast: a router joins ff02::2 on each that has it, and reports so on the link.
+        _set_sysctls({"net/ipv6/conf/all/forwarding": "1"})
+    with Ethtool() as ethtool:
+        for end in ends:
+            ethtool.disable_segmentation(end.name)
 
 
-def _congestion_metric(topology: Topology, link: int) -> dict[str, dict[str, str]]:
-    # By route (ip-route(8), congctl) and not only by sysctl: a namespace may only set those algorithms as its
-    # default that the host allows everybody, and each link can have its own this way.
-    congestion = topology.links[link].congestion
-    return {"metrics": {"cc_algo": congestion}} if congestion else {}
+def _add_end(batch: Batch, topology: Topology, end: Interface, index: int, wire: int) -> None:
+    second = end.end == "b"
+    name = wire_ends(end.link)[second]
+    peer = Peer(name, _FIRST_INDEX + 2 * end.link + second, _mac(end.link, 0x1A + second), wire)
+    batch.veth(end.name, index, _mac(end.link, 0x0A + second), MTU, peer, end.name)
+    congestion = topology.links[end.link].congestion
+    for address, other, network, bits in (
+        (end.address, end.peer, end.network, PREFIX_BITS[4]),
+        (end.address6, end.peer6, end.network6, PREFIX_BITS[6]),
+    ):
+        if not address:
+            continue
+        batch.address(index, address, bits, end.name)
+        # Known for good, so that no packet that asks for it queues, is lost or counted on the emulated link.
+        batch.neighbour(index, other, _mac(end.link, 0x0A + (not second)), end.name)
+        if congestion:  # the route that came with the address, again
+            # By route (ip-route(8), congctl) and not only by sysctl: a namespace may only set those algorithms as its
+            # default that the host allows everybody, and each link can have its own this way.
+            batch.route(index, network, end.name, source=address, congestion=congestion)
+
+
+def _raise_wire(state: State) -> None:
+    with Batch(f"network {state.id}: links") as batch, Ethtool() as ethtool:
+        for number in range(len(state.topology.links)):
+            for second, name in enumerate(wire_ends(number)):
+                ethtool.disable_segmentation(name)
+                batch.up(_FIRST_INDEX + 2 * number + second, name)
+        batch.send()

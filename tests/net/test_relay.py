@@ -144,6 +144,15 @@ def test_a_frame_that_cannot_be_delivered_is_counted_and_ends_nothing():
     assert (line.overrun, line.delivered) == (1, 0)
 
 
+def start_relay(orders: dict[str, Any], passed: list[int]) -> subprocess.Popen[bytes]:
+    """The relay as a program, its orders in a file of memory."""
+    with os.fdopen(os.memfd_create("orders"), "wb", buffering=0) as file:
+        file.write(json.dumps(orders).encode())
+        file.seek(0)
+        argv = [sys.executable, "-I", "-S", relay.__file__, str(file.fileno())]
+        return subprocess.Popen(argv, pass_fds=(*passed, file.fileno()))
+
+
 class Process:
     """A relay process between two datagram socket pairs: no TAP, no namespace, no root."""
 
@@ -155,23 +164,15 @@ class Process:
         tap_b.setblocking(False)
         for sock in (self.a, self.b, self.control):
             sock.settimeout(10)
-        orders = {
-            "tap_a": tap_a.fileno(),
-            "tap_b": tap_b.fileno(),
-            "control": control.fileno(),
-            "listening": False,
-        }
-        orders |= {"frame_bytes": 1550, "seed": 1}
-        orders |= {"conditions": {"up": conditions(**changes), "down": conditions(**changes)}}
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", relay.__file__, json.dumps(orders)],
-            pass_fds=(tap_a.fileno(), tap_b.fileno(), control.fileno()),
-        )
+        link = {"tap_a": tap_a.fileno(), "tap_b": tap_b.fileno(), "frame_bytes": 1550, "seed": 1}
+        link |= {"conditions": {"up": conditions(**changes), "down": conditions(**changes)}}
+        orders = {"control": control.fileno(), "listening": False, "links": {"l0": link}}
+        self.process = start_relay(orders, [tap_a.fileno(), tap_b.fileno(), control.fileno()])
         for sock in (tap_a, tap_b, control):
             sock.close()
 
     def ask(self, **order: Any) -> dict[str, Any]:
-        self.control.send(json.dumps(order).encode())
+        self.control.send(json.dumps({"link": "l0"} | order).encode())
         return json.loads(self.control.recv(65536))
 
     def __enter__(self) -> Process:
@@ -225,19 +226,12 @@ def test_the_process_outlives_an_order_it_cannot_read_on_a_listening_socket(tmp_
     ends = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2)]
     for _, inner in ends:
         inner.setblocking(False)
-    orders = {
-        "tap_a": ends[0][1].fileno(),
-        "tap_b": ends[1][1].fileno(),
-        "control": listener.fileno(),
-        "listening": True,
-    }
-    orders |= {"frame_bytes": 1550, "seed": None, "conditions": {"up": conditions(), "down": conditions()}}
-    descriptors = (ends[0][1].fileno(), ends[1][1].fileno(), listener.fileno())
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", relay.__file__, json.dumps(orders)], pass_fds=descriptors
-    )
+    link = {"tap_a": ends[0][1].fileno(), "tap_b": ends[1][1].fileno(), "frame_bytes": 1550, "seed": None}
+    link |= {"conditions": {"up": conditions(), "down": conditions()}}
+    orders = {"control": listener.fileno(), "listening": True, "links": {"l0": link}}
+    process = start_relay(orders, [link["tap_a"], link["tap_b"], listener.fileno()])
     try:
-        for message in (b"{}", b"[1]", os.urandom(100), b'{"do": "counters"}'):
+        for message in (b"{}", b"[1]", os.urandom(100), b'{"do": "counters", "link": "l0"}'):
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
                 client.settimeout(10)
                 client.connect(str(tmp_path / "s"))
@@ -251,3 +245,47 @@ def test_the_process_outlives_an_order_it_cannot_read_on_a_listening_socket(tmp_
         for pair in ends:
             for sock in pair:
                 sock.close()
+
+
+def test_one_process_serves_many_links_each_by_its_own_conditions_until_the_last_is_removed():
+    count = 40
+    ends = {
+        f"l{n}": [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2)]
+        for n in range(count)
+    }
+    links = {}
+    for number, (name, ((a, tap_a), (b, tap_b))) in enumerate(ends.items()):
+        for sock in (tap_a, tap_b):
+            sock.setblocking(False)
+        for sock in (a, b):
+            sock.settimeout(10)
+        links[name] = {"tap_a": tap_a.fileno(), "tap_b": tap_b.fileno(), "frame_bytes": 1550, "seed": None}
+        links[name]["conditions"] = {"up": conditions(delay_s=number * 0.002), "down": conditions()}
+    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    taps = [link[tap] for link in links.values() for tap in ("tap_a", "tap_b")]
+    process = start_relay(
+        {"control": theirs.fileno(), "listening": False, "links": links}, [*taps, theirs.fileno()]
+    )
+
+    def ask(**order: Any) -> dict[str, Any]:
+        control.send(json.dumps(order).encode())
+        return json.loads(control.recv(65536))
+
+    try:
+        ask(do="counters", link="l0")  # it runs
+        sent = time.monotonic()
+        for name in reversed(ends):
+            ends[name][0][0].send(name.encode().ljust(100))
+        for number, name in enumerate(ends):
+            assert ends[name][1][0].recv(2000).strip() == name.encode()
+            assert time.monotonic() - sent >= number * 0.002
+        for number, name in enumerate(ends):
+            assert ask(do="counters", link=name)["up"]["delivered"] == 1
+            ask(do="remove", link=name)
+            assert (number == count - 1) or process.poll() is None
+        assert process.wait(timeout=10) == 0
+    finally:
+        process.kill()
+        process.wait()
+        for sock in (control, theirs, *(sock for pairs in ends.values() for pair in pairs for sock in pair)):
+            sock.close()

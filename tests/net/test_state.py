@@ -225,7 +225,7 @@ def test_clean_removes_dead_runs_however_much_of_them_was_made_and_nothing_else(
 @pytest.mark.netns
 def test_clean_ends_an_emulator_that_was_never_put_on_record_but_no_reader_of_its_files() -> None:
     dead = recorded()
-    log = dead.keep(0) / "l0.log"
+    log = dead.keep / "l0.log"
     log.parent.mkdir(parents=True)
     log.touch()
     with log.open("wb") as writing, log.open("rb") as reading:

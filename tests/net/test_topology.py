@@ -21,24 +21,37 @@ def network(*pairs: str) -> Topology:
 
 def path_taken(topology: Topology, start: str, address: str) -> list[str]:
     """The nodes a packet passes, following each node's routes and nothing else."""
-    owner = {end.address: node.name for node in topology.nodes for end in topology.interfaces(node.name)}
+    ends = [end for node in topology.nodes for end in topology.interfaces(node.name)]
+    owner = {given: end.node for end in ends for given in (end.address, end.address6)}
     here, path = start, [start]
-    while address not in [end.address for end in topology.interfaces(here)]:
-        target = ipaddress.ip_address(address)
-        own = [end for end in topology.interfaces(here) if target in ipaddress.ip_network(end.network)]
+    target = ipaddress.ip_address(address)
+    while owner[address] != here:
+        own = [
+            end
+            for end in topology.interfaces(here)
+            if any(target in ipaddress.ip_network(network) for network in (end.network, end.network6))
+        ]
         if own:
             here = own[0].peer_node
         else:
-            via = next(r.via for r in topology.routes(here) if target in ipaddress.ip_network(r.destination))
-            here = owner[via]
+            fitting = {
+                ipaddress.ip_network(route.destination).prefixlen: route.via
+                for route in topology.routes(here)
+                if target in ipaddress.ip_network(route.destination)
+            }
+            here = owner[fitting[max(fitting)]]
         path.append(here)
         assert len(path) <= len(topology.nodes), f"a loop: {path}"
     return path
 
 
-def addresses_by_name(topology: Topology, node: str) -> dict[str, str]:
+def addresses_by_name(topology: Topology, node: str, version: int = 4) -> dict[str, str]:
     lines = [line.split() for line in topology.hosts(node).splitlines()]
-    return {name: address for address, name in lines if name != "localhost"}
+    return {
+        name: address
+        for address, name in lines
+        if name != "localhost" and ipaddress.ip_address(address).version == version
+    }
 
 
 @pytest.mark.parametrize(
@@ -61,10 +74,11 @@ def test_every_node_reaches_every_other_by_name_on_a_shortest_path(topology: Top
                 if end.peer_node not in hops:
                     hops[end.peer_node] = hops[here] + 1
                     frontier.append(end.peer_node)
-        names = addresses_by_name(topology, start)
-        assert set(names) == set(hops)
-        for name, address in names.items():
-            assert len(path_taken(topology, start, address)) - 1 == hops[name]
+        for version in (4, 6):
+            names = addresses_by_name(topology, start, version)
+            assert set(names) == set(hops)
+            for name, address in names.items():
+                assert len(path_taken(topology, start, address)) - 1 == hops[name]
 
 
 def test_every_address_is_reached_from_everywhere() -> None:

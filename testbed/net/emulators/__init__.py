@@ -7,12 +7,24 @@ packet in front of it has left and its own bytes have been sent at the rate.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from testbed.errors import UsageError
-from testbed.net.emulators.contract import Attachment, Counters, Emulator
+from testbed.net.emulators.contract import Attachment, Counters, Emulator, Wanted
 
-__all__ = ["NAMES", "Attachment", "Counters", "Emulator", "choose", "reattach"]
+__all__ = [
+    "NAMES",
+    "Attachment",
+    "Counters",
+    "Emulator",
+    "Wanted",
+    "attach_all",
+    "choose",
+    "reattach",
+    "release_all",
+]
 
 NAMES = ("auto", "netem", "userspace")
 
@@ -33,6 +45,37 @@ def choose(name: str = "auto", *, seed: int | None = None) -> Emulator:
         return Netem(seed)
     require_taps()
     return Userspace(seed)
+
+
+def attach_all(
+    emulator: Emulator, wire: str, wanted: Sequence[Wanted], keep: Path | None = None
+) -> list[Attachment]:
+    """An attachment for each link that is wanted, in that order; when one fails, none stays. See `Emulator.attach`."""
+    together = getattr(emulator, "attach_all", None)
+    if together is not None:
+        return together(wire, wanted, keep=keep)
+    made: list[Attachment] = []
+    try:
+        for one in wanted:
+            made.append(emulator.attach(wire, one.link, one.a, one.b, one.profile, keep=keep))
+    except BaseException:
+        for attachment in made:
+            with contextlib.suppress(Exception):  # the first failure is the one to tell
+                attachment.detach()
+        raise
+    return made
+
+
+def release_all(emulator: Emulator, attachments: Sequence[Attachment]) -> None:
+    """Ends the emulation of links whose wire is about to be removed, and takes everything on it along. Raises nothing."""
+    together = getattr(emulator, "release_all", None)
+    with contextlib.suppress(Exception):  # what it leaves goes with its namespaces, or is on record
+        if together is not None:
+            together(attachments)
+            return
+    for attachment in attachments:
+        with contextlib.suppress(Exception):
+            attachment.detach()
 
 
 def reattach(name: str, wire: str, link: str, a: str, b: str, keep: Path) -> Attachment:

@@ -25,6 +25,16 @@ class Counters:
     )
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A link that conditions are to be imposed on: its name, its two interfaces in the wire, and the conditions."""
+
+    link: str
+    a: str
+    b: str
+    profile: Profile
+
+
 class Attachment(Protocol):
     """One link with conditions imposed on it."""
 
@@ -43,7 +53,11 @@ class Attachment(Protocol):
 
 
 class Emulator(Protocol):
-    """A way of imposing a profile on a link."""
+    """A way of imposing a profile on a link.
+
+    One that serves many links better together than one by one has ``attach_all(wire, wanted, *, keep=None)``, too, which returns
+    the attachments in the order of what is wanted, and ``release_all(attachments)`` for when their wire is about to be removed.
+    """
 
     name: str
 

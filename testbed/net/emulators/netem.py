@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -212,6 +213,9 @@ class Netem:
             raise
         return attachment
 
+    def release_all(self, attachments: Sequence[Attachment]) -> None:
+        """Nothing to do: the wire, which is about to be removed, takes its qdiscs along."""
+
     def reattach(self, wire: str, link: str, a: str, b: str, *, keep: Path) -> Attachment:
         """See `Emulator.reattach`."""
         with Netlink(wire) as netlink:
@@ -284,7 +288,8 @@ def _set(netlink: Netlink, ifindex: int, handle: int, parent: int, asked: Option
 
 
 def _find(netlink: Netlink, ifindex: int, handle: int) -> TrafficObject | None:
-    return next((q for q in netlink.qdiscs(ifindex) if q.handle == handle and q.kind == "netem"), None)
+    found = netlink.qdisc(ifindex, handle)
+    return found if found is not None and found.kind == "netem" else None
 
 
 def _get(netlink: Netlink, ifindex: int, handle: int) -> TrafficObject:

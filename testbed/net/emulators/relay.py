@@ -1,7 +1,7 @@
 """The relay process: reads frames from one TAP, keeps each until its logical departure time, writes it to the other.
 
-One process serves one link, both ways. It is started by userspace.py as a program of its own, with open file descriptors and
-nothing else, and imports the standard library alone: it is there in some twenty milliseconds.
+One process serves one link or many, both ways. It is started by userspace.py as a program of its own, with open file descriptors
+and nothing else, and imports the standard library alone: it is there in some twenty milliseconds.
 
 Every time is *logical*: a packet's arrival at the bottleneck and its departure follow from the times of the packets before it and
 the profile, never from when this process got to run. Running late delays the packets concerned and is counted, but is not handed
@@ -177,59 +177,98 @@ class Line:
         }
 
 
-class Relay:
-    """Both directions between two file descriptors, and the control sockets. Frames up to *frame_bytes* long."""
+class Pair:
+    """Both directions between two file descriptors."""
 
     def __init__(self, tap_a: int, tap_b: int, frame_bytes: int, seed: int | None) -> None:
-        self._frame_bytes = frame_bytes
+        """Frames up to *frame_bytes* long."""
+        self.frame_bytes = frame_bytes
         seeds = (None, None) if seed is None else (2 * seed, 2 * seed + 1)
         self.lines = {
             "up": Line(lambda frame: os.write(tap_b, frame), seeds[0]),
             "down": Line(lambda frame: os.write(tap_a, frame), seeds[1]),
         }
-        self._taps = ((tap_a, self.lines["up"]), (tap_b, self.lines["down"]))
+        self.taps = ((tap_a, self.lines["up"]), (tap_b, self.lines["down"]))
 
     def apply(self, conditions: dict[str, dict[str, Any]]) -> None:
         for way, line in self.lines.items():
             line.advance(monotonic())
             line.apply(conditions[way], monotonic())
 
+
+class Relay:
+    """The links that this process serves, by name."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[str, Pair] = {}
+        self._taps: dict[
+            int, tuple[Line, int]
+        ] = {}  # descriptor -> where its frames go, and how long they may be
+        self._busy: set[Line] = set()  # with something under way
+
+    def add(self, name: str, pair: Pair) -> None:
+        """One more link."""
+        self.pairs[name] = pair
+        self._taps.update({tap: (line, pair.frame_bytes) for tap, line in pair.taps})
+
+    def remove(self, name: str) -> None:
+        """Ends a link: its TAPs are closed, and what is under way on it is lost."""
+        for tap, line in self.pairs.pop(name).taps:
+            del self._taps[tap]
+            self._busy.discard(line)
+            os.close(tap)
+
+    def apply(self, name: str, conditions: dict[str, dict[str, Any]]) -> None:
+        """Changes the conditions of a link."""
+        pair = self.pairs[name]
+        pair.apply(conditions)
+        self._busy.update(line for line in pair.lines.values() if line.leaves < inf)
+
     def serve(self, control: Control) -> None:
         """Until *control* says to stop."""
-        up, down = self.lines.values()
-        (tap_a, _), (tap_b, _) = self._taps
+        busy, taps, waiter = self._busy, self._taps, Waiter()
+        files = [*taps, *control.files]
         woken = 0.0
         while not control.stopped:
             now = monotonic()
             if now - woken < COALESCE_S:
                 sleep(COALESCE_S - (now - woken))
                 now = monotonic()
-            due = up.leaves if up.leaves < down.leaves else down.leaves
+            due = inf
+            for line in busy:
+                if line.leaves < due:
+                    due = line.leaves
             wait = due - now
             if wait > IDLE_S:
                 wait = IDLE_S
             elif wait < SPIN_S:
                 wait = 0.0
-            ready = select.select([tap_a, tap_b, *control.files], [], [], wait)[0]
+            ready = waiter.wait(files, wait)
             woken = monotonic()
-            if ready:
-                for tap, line in self._taps:
-                    if tap in ready:
-                        self._receive(tap, line, due, woken)
+            called = wait == IDLE_S
+            for descriptor in ready:
+                if descriptor in taps:
+                    line, frame_bytes = taps[descriptor]
+                    self._receive(descriptor, line, frame_bytes, due, woken)
+                    busy.add(line)
+                else:
+                    called = True
             now = monotonic()
-            if up.leaves <= now:
-                up.advance(now)
-            if down.leaves <= now:
-                down.advance(now)
-            if wait == IDLE_S or (ready and (len(ready) > 2 or ready[-1] not in (tap_a, tap_b))):
+            for line in tuple(busy):
+                if line.leaves <= now:
+                    line.advance(now)
+                if line.leaves == inf:
+                    busy.discard(line)
+            if called:
                 control.serve(ready, self)
+                files = [*taps, *control.files]
 
-    def _receive(self, tap: int, line: Line, due: float, now: float) -> None:
+    def _receive(self, tap: int, line: Line, frame_bytes: int, due: float, now: float) -> None:
         """Takes in what waits at *tap*, read at *now*; something else had been due at *due*."""
         frames: list[bytes] = []
         with contextlib.suppress(BlockingIOError):
             while len(frames) < BATCH:
-                frames.append(os.read(tap, self._frame_bytes))
+                frames.append(os.read(tap, frame_bytes))
         late = now - due
         if late > LATE_S and len(frames) > 1:
             # This process did not get to run for a while. When these came in meanwhile is not known, but not all of them now:
@@ -242,8 +281,32 @@ class Relay:
             line.enter(frame, now)
 
 
+class Waiter:
+    """select(2), which is precise to the microsecond. Where there are many descriptors, on an epoll that holds them all: select's
+    own cost grows with their number, and epoll_wait(2) knows only milliseconds from here."""
+
+    FEW = 16
+
+    def __init__(self) -> None:
+        self._epoll: select.epoll | None = None
+        self._held: list[int] = []
+
+    def wait(self, files: list[int], wait: float) -> list[int]:
+        """Those of *files* that can be read, after at most *wait* seconds."""
+        if len(files) <= self.FEW:
+            return select.select(files, [], [], wait)[0]
+        if self._epoll is None or (files is not self._held and files != self._held):
+            if self._epoll is not None:
+                self._epoll.close()
+            self._epoll, self._held = select.epoll(), files
+            for file in files:
+                self._epoll.register(file, select.EPOLLIN)
+        select.select([self._epoll], [], [], wait)
+        return [file for file, _ in self._epoll.poll(0)]
+
+
 class Control:
-    """Orders from outside, one JSON message each: ``apply``, ``counters``, ``stop``.
+    """Orders from outside, one JSON message each: ``apply``, ``counters`` and ``remove`` for a ``link``, and ``stop``.
 
     Either over one socket pair, whose other end's closing ends the relay (as does the parent's death), or over a listening
     socket.
@@ -278,10 +341,14 @@ class Control:
 
     def _answer(self, order: dict[str, Any], relay: Relay) -> dict[str, Any]:
         if order["do"] == "apply":
-            relay.apply(order["conditions"])
+            relay.apply(order["link"], order["conditions"])
             return {}
         if order["do"] == "counters":
-            return {way: line.counters() for way, line in relay.lines.items()}
+            return {way: line.counters() for way, line in relay.pairs[order["link"]].lines.items()}
+        if order["do"] == "remove":
+            relay.remove(order["link"])
+            self.stopped |= not relay.pairs
+            return {}
         self.stopped |= order["do"] == "stop"
         return {}
 
@@ -306,12 +373,16 @@ def _drop_privileges() -> None:
 
 
 def main() -> None:
-    """Serves one link; the only argument is JSON (see `userspace._start`)."""
-    orders = json.loads(sys.argv[1])
+    """Serves links; the only argument is a file descriptor with JSON in it (see `userspace._start`)."""
+    with os.fdopen(int(sys.argv[1]), "rb") as file:
+        orders = json.loads(file.read())
     gc.disable()  # nothing here forms cycles, and a collection takes longer than a packet may wait
     control = Control(socket.socket(fileno=orders["control"]), orders["listening"])
-    relay = Relay(orders["tap_a"], orders["tap_b"], orders["frame_bytes"], orders["seed"])
-    relay.apply(orders["conditions"])
+    relay = Relay()
+    for name, link in orders["links"].items():
+        pair = Pair(link["tap_a"], link["tap_b"], link["frame_bytes"], link["seed"])
+        pair.apply(link["conditions"])
+        relay.add(name, pair)
     _ask_for_precision()
     _drop_privileges()
     relay.serve(control)

@@ -20,7 +20,7 @@ RTM_NEWTFILTER, RTM_GETTFILTER = 44, 46
 CREATE, EXCLUSIVE = 0x400, 0x200  # NLM_F_CREATE, NLM_F_EXCL
 
 TCA_KIND, TCA_OPTIONS, TCA_STATS2 = 1, 2, 7
-_REQUEST, _ACK, _DUMP = 0x1, 0x4, 0x300
+_REQUEST, _ACK, _ECHO, _DUMP = 0x1, 0x4, 0x8, 0x300
 _ERROR, _DONE = 2, 3
 _SOL_NETLINK, _CAP_ACK, _EXT_ACK = 270, 10, 11
 _ACK_TLVS = 0x200
@@ -130,6 +130,17 @@ class Netlink:
         """All queueing disciplines of an interface."""
         return self._dump(RTM_GETQDISC, ifindex, 0)
 
+    def qdisc(self, ifindex: int, handle: int) -> TrafficObject | None:
+        """The queueing discipline of that handle, asked for by itself: a dump would list those of every interface there is."""
+        body = _TC.pack(0, ifindex, handle, 0, 0)
+        try:
+            (reply,) = self._exchange(
+                RTM_GETQDISC, _ECHO, body, f"interface {ifindex}: qdisc {handle >> 16:x}:"
+            )
+        except RefusedError:
+            return None
+        return _described(reply)
+
     def filters(self, ifindex: int, parent: int) -> list[TrafficObject]:
         """All filters of an interface below *parent*."""
         return self._dump(RTM_GETTFILTER, ifindex, parent)
@@ -138,14 +149,7 @@ class Netlink:
         replies = self._exchange(
             message, _DUMP, _TC.pack(0, ifindex, 0, parent, 0), f"interface {ifindex}: dump"
         )
-        objects = []
-        for reply in replies:
-            _, index, handle, up, _ = _TC.unpack_from(reply)
-            found = attributes(reply[_TC.size :])
-            kind = found.get(TCA_KIND, b"").rstrip(b"\0").decode(errors="replace")
-            stats = attributes(found.get(TCA_STATS2, b""))
-            objects.append(TrafficObject(index, handle, up, kind, found.get(TCA_OPTIONS, b""), stats))
-        return [o for o in objects if o.ifindex == ifindex]
+        return [found for found in map(_described, replies) if found.ifindex == ifindex]
 
     def _exchange(self, message: int, flags: int, body: bytes, what: str) -> list[bytes]:
         """Sends one request; the bodies of what came back."""
@@ -170,6 +174,14 @@ class Netlink:
                 replies.append(payload)
                 if not flags & (_ACK | _DUMP):
                     return replies
+
+
+def _described(reply: bytes) -> TrafficObject:
+    _, index, handle, up, _ = _TC.unpack_from(reply)
+    found = attributes(reply[_TC.size :])
+    kind = found.get(TCA_KIND, b"").rstrip(b"\0").decode(errors="replace")
+    stats = attributes(found.get(TCA_STATS2, b""))
+    return TrafficObject(index, handle, up, kind, found.get(TCA_OPTIONS, b""), stats)
 
 
 class RefusedError(NetworkError):

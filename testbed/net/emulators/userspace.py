@@ -18,14 +18,14 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from testbed.errors import NetworkError, UsageError
 from testbed.net.emulators import relay
-from testbed.net.emulators.contract import Attachment, Counters
+from testbed.net.emulators.contract import Attachment, Counters, Wanted
 from testbed.net.emulators.namespace import inside, inside_scratch
 from testbed.net.emulators.redirect import end_redirect, quieten, redirect
 from testbed.net.emulators.refusal import refuse_unknown
@@ -40,6 +40,8 @@ HONOURED: frozenset[str] = frozenset()
 _TUN = Path("/dev/net/tun")
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
 _ANSWER_S = 5.0
+LINKS_A_RELAY = 256
+"""Two descriptors each have to fit into what a process may have open by default, 1024, here and there."""
 # The TAP's own queue in front of the relay must outlast the relay's not getting to run for a while: at 1 Gbit/s, 0.1 s.
 _TAP_QUEUE_PACKETS = 10_000
 
@@ -64,69 +66,171 @@ class Userspace:
         self, wire: str, link: str, a: str, b: str, profile: Profile, *, keep: Path | None = None
     ) -> Attachment:
         """See `Emulator.attach`. Raises UsageError without /dev/net/tun, NetworkError when the kernel refuses."""
-        refuse_unknown(self.name, profile, HONOURED)
+        return self.attach_all(wire, [Wanted(link, a, b, profile)], keep=keep)[0]
+
+    def attach_all(
+        self, wire: str, wanted: Sequence[Wanted], *, keep: Path | None = None
+    ) -> list[Attachment]:
+        """The same for many links, up to `LINKS_A_RELAY` of which share a relay process."""
+        for one in wanted:
+            refuse_unknown(self.name, one.profile, HONOURED)
         quieten(wire)
-        tap_a, tap_b = f"{link}ta", f"{link}tb"
-        with contextlib.ExitStack() as undo, Netlink(wire) as netlink:
-            mtu = netlink.interface(a).mtu
-            taps = []
-            for name in (tap_a, tap_b):
-                taps.append(inside(wire, lambda name=name: _open_tap(name)))  # type: ignore[misc]
-                undo.callback(os.close, taps[-1])
-                netlink.set_up(netlink.interface(name).index, mtu=mtu, queue_packets=_TAP_QUEUE_PACKETS)
-            orders = {
-                "tap_a": taps[0],
-                "tap_b": taps[1],
-                "frame_bytes": mtu + 32,
-                "seed": self._seed,
-                "conditions": _conditions(profile),
-            }
-            process, control = _start(orders, link, keep)
-            attachment = RelayAttachment(wire, link, a, b, process, control, keep)
-            try:
-                for source, target in ((a, tap_a), (tap_a, a), (b, tap_b), (tap_b, b)):
-                    redirect(netlink, netlink.interface(source).index, netlink.interface(target).index)
-                attachment.counters()  # it answers: it runs
-            except BaseException:
+        made: list[Attachment] = []
+        try:
+            for start in range(0, len(wanted), LINKS_A_RELAY):
+                made += self._attach(wire, wanted[start : start + LINKS_A_RELAY], keep)
+        except BaseException:
+            for attachment in made:
                 attachment.detach()
+            raise
+        return made
+
+    def _attach(self, wire: str, wanted: Sequence[Wanted], keep: Path | None) -> list[RelayAttachment]:
+        with contextlib.ExitStack() as undo, Netlink(wire) as netlink:
+            names = [(f"{one.link}ta", f"{one.link}tb") for one in wanted]
+            taps = inside(wire, lambda: _open_taps([name for pair in names for name in pair]))
+            for tap in taps.values():
+                undo.callback(os.close, tap)
+            links = {}
+            for one, pair in zip(wanted, names, strict=True):
+                mtu = netlink.interface(one.a).mtu
+                for name in pair:
+                    netlink.set_up(netlink.interface(name).index, mtu=mtu, queue_packets=_TAP_QUEUE_PACKETS)
+                links[one.link] = {
+                    "tap_a": taps[pair[0]],
+                    "tap_b": taps[pair[1]],
+                    "frame_bytes": mtu + 32,
+                    "seed": self._seed,
+                    "conditions": _conditions(one.profile),
+                }
+            first = wanted[0].link
+            process, control = _start(links, first, keep)
+            # The links of one relay share the connection to it, which ends the relay when the last of them is detached.
+            shared = Connection(first, process, control, keep, {one.link for one in wanted})
+            attachments = [RelayAttachment(wire, one.link, one.a, one.b, shared) for one in wanted]
+            try:
+                for one, pair in zip(wanted, names, strict=True):
+                    for source, target in (
+                        (one.a, pair[0]),
+                        (pair[0], one.a),
+                        (one.b, pair[1]),
+                        (pair[1], one.b),
+                    ):
+                        redirect(netlink, netlink.interface(source).index, netlink.interface(target).index)
+                attachments[-1].counters()  # it answers: it runs
+            except BaseException:
+                for attachment in attachments:
+                    attachment.detach()
                 raise
-        return attachment
+        return attachments
+
+    def release_all(self, attachments: Sequence[Attachment]) -> None:
+        """Ends the relays behind *attachments*, whose wire is about to be removed."""
+        for served in {id(a.relay): a.relay for a in attachments if isinstance(a, RelayAttachment)}.values():
+            served.end()
 
     def reattach(self, wire: str, link: str, a: str, b: str, *, keep: Path) -> Attachment:
         """See `Emulator.reattach`."""
-        record = keep / f"{link}.json"
+        first, process, links = _recorded(link, keep)
+        return RelayAttachment(wire, link, a, b, Connection(first, process, None, keep, set(links)))
+
+
+def _recorded(link: str, keep: Path) -> tuple[str, tuple[int, int], list[str]]:
+    """The relay that serves *link*: the name it goes by, its process, and its links. Raises NetworkError."""
+    for record in [keep / f"{link}.json", *sorted(keep.glob("*.json"))]:
         try:
-            pid, started = json.loads(record.read_text())["process"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise NetworkError(f"link {link}: no relay is recorded in {record}: {error}") from None
+            found = json.loads(record.read_text())
+            pid, started = found["process"]
+            links = list(found["links"])
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+        if link not in links:
+            continue
         if start_time(pid) != started:
             raise NetworkError(f"link {link}: its relay (process {pid}) is gone")
-        return RelayAttachment(wire, link, a, b, (pid, started), None, keep)
+        return record.stem, (pid, started), links
+    raise NetworkError(f"link {link}: no relay is recorded in {keep}")
+
+
+class Connection:
+    """A relay process, as the links that it serves see it. Its files in *keep* are named after its first link."""
+
+    def __init__(
+        self,
+        first: str,
+        process: tuple[int, int],
+        control: socket.socket | None,
+        keep: Path | None,
+        links: set[str],
+    ) -> None:
+        self.process = process
+        self._first, self._control, self._keep, self._links = first, control, keep, links
+
+    def ask(self, link: str, order: dict[str, Any]) -> dict[str, Any]:
+        """The relay's answer to an order for *link*. Raises NetworkError when there is none."""
+        pid = self.process[0]
+        try:
+            with self._connected() as connection:
+                connection.settimeout(_ANSWER_S)
+                connection.send(json.dumps(order | {"link": link}).encode())
+                answer = connection.recv(65536)
+        except OSError as error:
+            raise NetworkError(f"link {link}: its relay (process {pid}) does not answer: {error}") from None
+        if not answer:
+            raise NetworkError(f"link {link}: its relay (process {pid}) has ended")
+        return json.loads(answer)
+
+    def release(self, link: str) -> None:
+        """Ends the relay's work for *link*, and the relay when that was its last one."""
+        if link not in self._links:
+            return
+        self._links.discard(link)
+        if not self._links:
+            self.end()
+            return
+        with contextlib.suppress(NetworkError):
+            self.ask(link, {"do": "remove"})
+
+    def end(self) -> None:
+        """Ends the relay, whatever it still serves."""
+        self._links.clear()
+        with contextlib.suppress(NetworkError):
+            self.ask(self._first, {"do": "stop"})
+        if self._control is not None:
+            self._control.close()
+        _await_end(self.process)
+        if self._keep is not None:
+            for suffix in ("sock", "json", "log"):
+                (self._keep / f"{self._first}.{suffix}").unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[socket.socket]:
+        if self._control is not None:
+            yield self._control
+            return
+        assert self._keep is not None
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection,
+            _short(self._keep) as directory,
+        ):
+            connection.settimeout(_ANSWER_S)
+            connection.connect(f"{directory}/{self._first}.sock")
+            yield connection
 
 
 class RelayAttachment:
     """One link whose frames pass through a relay process."""
 
-    def __init__(
-        self,
-        wire: str,
-        link: str,
-        a: str,
-        b: str,
-        process: tuple[int, int],
-        control: socket.socket | None,
-        keep: Path | None,
-    ) -> None:
-        self.process: tuple[int, int] | None = process
-        self._wire, self._link, self._a, self._b = wire, link, a, b
-        self._control, self._keep = control, keep
+    def __init__(self, wire: str, link: str, a: str, b: str, relay: Connection) -> None:
+        self.process: tuple[int, int] | None = relay.process
+        self._wire, self._link, self._a, self._b, self.relay = wire, link, a, b, relay
 
     def apply(self, profile: Profile) -> None:
         refuse_unknown(Userspace.name, profile, HONOURED)
-        self._ask({"do": "apply", "conditions": _conditions(profile)})
+        self.relay.ask(self._link, {"do": "apply", "conditions": _conditions(profile)})
 
     def counters(self) -> dict[str, Counters]:
-        answer = self._ask({"do": "counters"})
+        answer = self.relay.ask(self._link, {"do": "counters"})
         with Netlink(self._wire) as netlink:
             overruns = {
                 "up": netlink.interface(f"{self._link}ta"),
@@ -139,47 +243,11 @@ class RelayAttachment:
     def detach(self) -> None:
         if self.process is None:
             return
-        process, self.process = self.process, None
-        with contextlib.suppress(NetworkError):
-            self._ask({"do": "stop"}, process)
-        if self._control is not None:
-            self._control.close()
-        _await_end(process)
+        self.process = None
+        self.relay.release(self._link)
         with contextlib.suppress(NetworkError), Netlink(self._wire) as netlink:
             for name in (self._a, self._b):
                 end_redirect(netlink, netlink.interface(name).index)
-        if self._keep is not None:
-            for suffix in ("sock", "json", "log"):
-                (self._keep / f"{self._link}.{suffix}").unlink(missing_ok=True)
-
-    def _ask(self, order: dict[str, Any], process: tuple[int, int] | None = None) -> dict[str, Any]:
-        pid = (process or self.process or (0, 0))[0]
-        try:
-            with self._connection() as connection:
-                connection.settimeout(_ANSWER_S)
-                connection.send(json.dumps(order).encode())
-                answer = connection.recv(65536)
-        except OSError as error:
-            raise NetworkError(
-                f"link {self._link}: its relay (process {pid}) does not answer: {error}"
-            ) from None
-        if not answer:
-            raise NetworkError(f"link {self._link}: its relay (process {pid}) has ended")
-        return json.loads(answer)
-
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[socket.socket]:
-        if self._control is not None:
-            yield self._control
-            return
-        assert self._keep is not None
-        with (
-            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection,
-            _short(self._keep) as directory,
-        ):
-            connection.settimeout(_ANSWER_S)
-            connection.connect(f"{directory}/{self._link}.sock")
-            yield connection
 
 
 def start_time(pid: int) -> int:
@@ -192,23 +260,31 @@ def start_time(pid: int) -> int:
 
 
 def _start(
-    orders: dict[str, Any], link: str, keep: Path | None
+    links: dict[str, dict[str, Any]], first: str, keep: Path | None
 ) -> tuple[tuple[int, int], socket.socket | None]:
-    """Starts the relay; its identity, and this end of its control socket when it is ours alone."""
+    """Starts a relay for *links*; its identity, and this end of its control socket when it is ours alone."""
     with contextlib.ExitStack() as closing:
         ours: socket.socket | None = None
         if keep is None:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             log = None
         else:
-            theirs = _listener(keep, link)
-            log = closing.enter_context(open(keep / f"{link}.log", "wb"))
+            theirs = _listener(keep, first)
+            log = closing.enter_context(open(keep / f"{first}.log", "wb"))
         closing.enter_context(theirs)
-        orders = orders | {"control": theirs.fileno(), "listening": keep is not None}
+        # In memory and not on its command line, which has a limit.
+        orders = closing.enter_context(os.fdopen(os.memfd_create("orders"), "wb", buffering=0))
+        told = {"control": theirs.fileno(), "listening": keep is not None, "links": links}
+        orders.write(json.dumps(told).encode())
+        orders.seek(0)
         process = subprocess.Popen(
             # By its path, isolated and without site-packages: the standard library is all it needs.
-            [sys.executable, "-I", "-S", relay.__file__, json.dumps(orders)],
-            pass_fds=(orders["tap_a"], orders["tap_b"], orders["control"]),
+            [sys.executable, "-I", "-S", relay.__file__, str(orders.fileno())],
+            pass_fds=(
+                theirs.fileno(),
+                orders.fileno(),
+                *(link[tap] for link in links.values() for tap in ("tap_a", "tap_b")),
+            ),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=log,
@@ -218,7 +294,7 @@ def _start(
         _CHILDREN[process.pid] = process
         identity = (process.pid, start_time(process.pid))
         if keep is not None:
-            (keep / f"{link}.json").write_text(json.dumps({"process": identity}))
+            (keep / f"{first}.json").write_text(json.dumps({"process": identity, "links": list(links)}))
         return identity, ours
 
 
@@ -229,16 +305,16 @@ _CHILDREN: dict[
 
 def _await_end(process: tuple[int, int]) -> None:
     """Waits a moment for a relay that was told to stop, and kills it when it does not."""
-    for attempt in range(200):
+    for attempt in range(220):
         child = _CHILDREN.get(process[0])
         if child is not None and child.poll() is not None:
             del _CHILDREN[process[0]]
         if start_time(process[0]) != process[1]:
             return
-        if attempt == 100:
+        if attempt == 120:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process[0], signal.SIGKILL)
-        time.sleep(0.01)
+        time.sleep(0.001 if attempt < 20 else 0.01)
 
 
 def _listener(keep: Path, link: str) -> socket.socket:
@@ -260,6 +336,19 @@ def _short(directory: Path) -> Iterator[str]:
         yield f"/proc/self/fd/{handle}"
     finally:
         os.close(handle)
+
+
+def _open_taps(names: list[str]) -> dict[str, int]:
+    """New TAPs in the calling thread's namespace, by name."""
+    taps: dict[str, int] = {}
+    try:
+        for name in names:
+            taps[name] = _open_tap(name)
+    except BaseException:
+        for tap in taps.values():
+            os.close(tap)
+        raise
+    return taps
 
 
 def _open_tap(name: str) -> int:
