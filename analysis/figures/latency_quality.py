@@ -14,17 +14,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from analysis import settings, stats
 from analysis.describe import caveats, conditions, subject
 from analysis.figures import NotInThisRun, labels
+from analysis.figures.axes import limit_losses, limit_scores, limit_seconds
 from analysis.figures.style import GREY, INK, Frame, Mark, legend_columns, marks, panel_title
 from analysis.run import Run
 from analysis.settings import DELTA_NLL, QUALITY_FLOOR, SCORE, Measured, Metric
 
-#: From this ratio of the largest to the smallest latency in a panel on, its axis is logarithmic.
-LOGARITHMIC_FROM = 5.0
 _FULL: dict[str, Any] = {"color": INK, "lw": 0.9, "ls": (0, (5, 3))}
 _FRONT: dict[str, Any] = {"color": GREY, "lw": 2.2, "alpha": 0.55}
 _SPLIT_FRONT: dict[str, Any] = {"color": INK, "lw": 1.0, "ls": (0, (1, 1.6))}
@@ -182,7 +180,7 @@ def _draw_panel(ax: Axes, panel: Panel, looks: dict[str, Mark], metric: Metric) 
         ax.plot(one.latency.value, one.quality.value, zorder=4, **mark.options())
     for one, width in zip(panel.chosen, (1.4, 0.8), strict=False):
         ax.plot(one.latency.value, one.quality.value, zorder=3.5, markeredgewidth=width, **_RING)
-    _limit_latency(ax, panel.measured)
+    limit_seconds(ax, (e for m in panel.measured for e in (m.latency.low, m.latency.value, m.latency.high)))
     whole = _front(panel.measured, metric)
     sent = _front(_split(panel.measured), metric)
     _draw_front(ax, whole, _FRONT)
@@ -235,38 +233,7 @@ def _steps(ax: Axes, front: list[Measured]) -> list[labels.Segment]:
     return across + [((end, y), (end, above)) for (_, y), (end, above) in zip(at, ends, strict=True)]
 
 
-def _limit_latency(ax: Axes, measured: list[Measured]) -> None:
-    ends = [e for m in measured for e in (m.latency.low, m.latency.value, m.latency.high) if e > 0]
-    low, high = min(ends), max(ends)
-    if high / low < LOGARITHMIC_FROM:
-        pad = 0.1 * (high - low) or 0.1 * high
-        ax.set_xlim(max(0, low - pad), high + pad)
-        ax.xaxis.set_major_locator(MaxNLocator(6))
-    else:
-        pad = (high / low) ** 0.1
-        low, high = low / pad, high * pad
-        ax.set_xscale("log")
-        ax.set_xlim(low, high)
-        decades = 10.0 ** np.arange(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        steps = (1, 2, 5) if high / low < 300 else (1,)
-        ticks = sorted(float(d * s) for d in decades for s in steps)
-        ax.xaxis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
-        ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
 def _limit_quality(ax: Axes, panels: list[Panel], metric: Metric) -> None:
     ends = [e for p in panels for m in p.measured for e in (m.quality.low, m.quality.value, m.quality.high)]
-    ends = [e for e in [*ends, *(p.full for p in panels)] if math.isfinite(e)] or [0.0, 1.0]
-    low, high = min(ends), max(ends)
-    if metric.bounds is not None and low < 0.35 * metric.bounds[1]:
-        low = min(low, metric.bounds[0])
-    pad = 0.06 * (high - low) or 0.05
-    ax.set_ylim(low - pad, high + pad)
-    if metric is DELTA_NLL and high > 1:
-        ax.set_yscale("symlog", linthresh=0.1, linscale=0.7)
-        ax.set_ylim(min(low * 1.3, -0.03), high * 1.4)
-        ticks = [-1, -0.1, 0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20]
-        ax.yaxis.set_major_locator(FixedLocator([t for t in ticks if min(low, -0.01) <= t <= high * 1.4]))
-        ax.yaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ends += [p.full for p in panels]
+    (limit_scores if metric is SCORE else limit_losses)(ax, ends)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from analysis import settings
+from analysis import settings, stats
 from analysis.describe import caveats, conditions, subject
 from analysis.figures.style import (
     BLUE,
@@ -28,7 +28,7 @@ from analysis.run import Run, stage_names
 
 # Hatches alternate between dense and sparse, so that neighbours differ in a black-and-white print.
 LOOKS = {
-    "prefill_s": (BLUE, "", "prefill (edge)"),
+    "prefill_s": (BLUE, "", "prefill"),
     "select_s": (YELLOW, "....", "select (edge)"),
     "encode_s": (PURPLE, "xxxx", "encode (edge)"),
     "connect_s": (INK, "", "connect"),
@@ -51,7 +51,7 @@ def draw(run: Run) -> Figure:
         title="Where the time of a request goes",
         subtitle=(
             f"{bars} settings on {links} · {subject(run.rows)}\n"
-            "mean time of each stage; each panel has its own time scale"
+            "mean time of each stage; whisker: 95 % bootstrap interval of the whole; each panel has its own time scale"
         ),
         footnotes=[
             "Beside each bar: mean end-to-end latency, and mean payload. "
@@ -75,7 +75,7 @@ def draw(run: Run) -> Figure:
         if index + columns >= len(panels):
             ax.set_xlabel("time (s)")
     figure.legend(
-        handles=[_patch(stage) for stage in stages],
+        handles=[patch(stage) for stage in stages],
         loc="lower center",
         ncols=4,
         bbox_to_anchor=(0.5, (frame.footer - 0.04) / figure.get_size_inches()[1]),
@@ -87,7 +87,8 @@ def draw(run: Run) -> Figure:
     return figure
 
 
-def _patch(stage: str) -> Patch:
+def patch(stage: str) -> Patch:
+    """What stands for a stage in a legend."""
     color, hatch, label = LOOKS[stage]
     return Patch(facecolor=color, hatch=hatch, edgecolor=INK, linewidth=0.5, label=label)
 
@@ -113,10 +114,19 @@ def _draw_panel(ax: Axes, name: str, rows: pd.DataFrame, stages: list[str], name
             linewidth=0.4,
         )
         start = start + means[stage]
-    for place, end, total, payload in zip(places, start, means["e2e_s"], means["payload_bytes"], strict=True):
+    intervals = {k: stats.mean(g["e2e_s"], settings.clusters(g)) for k, g in rows.groupby("setting")}
+    ends = []
+    for place, label, end, total, payload in zip(
+        places, names, start, means["e2e_s"], means["payload_bytes"], strict=True
+    ):
         if not total >= 0:
             continue  # not run on this profile
-        text = f"{_seconds(total)} · {_megabytes(payload)}" if payload else _seconds(total)
+        whole = intervals[label]
+        if whole.low == whole.low:
+            ax.plot([whole.low, whole.high], [place, place], color=INK, lw=1.0, zorder=4)
+            ends.append(whole.high)
+        end = max(end, whole.high) if whole.high == whole.high else end
+        text = f"{_seconds(total)} · {megabytes(payload)}" if payload else _seconds(total)
         ax.annotate(
             text,
             (end, place),
@@ -130,7 +140,7 @@ def _draw_panel(ax: Axes, name: str, rows: pd.DataFrame, stages: list[str], name
     ax.set_ylim(len(names) - 0.4, -0.6)
     width = ax.get_window_extent().width / ax.figure.dpi
     ax.set_xlim(
-        0, (float(start.max()) or 1.0) * width / max(0.3 * width, width - 1.3)
+        0, (max([float(start.max()), *ends]) or 1.0) * width / max(0.3 * width, width - 1.3)
     )  # room for a bar's text
     ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -142,5 +152,6 @@ def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
 
 
-def _megabytes(size: float) -> str:
+def megabytes(size: float) -> str:
+    """Bytes for people: MB, or kB below 0.1 MB."""
     return f"{size / 1e6:.2f} MB" if size >= 95_000 else f"{size / 1e3:.1f} kB"

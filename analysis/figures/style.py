@@ -216,3 +216,17 @@ def panel_title(axes: Axes, title: str, below: str) -> None:
 def legend_columns(labels: Iterable[str], most: int = 5) -> int:
     """How many columns of these labels fit beside each other."""
     return max(1, min(most, int((WIDTH - 0.2) / (0.5 + 0.072 * max(map(len, labels), default=1)))))
+
+
+def bottom_legend(figure: Figure, frame: Frame, handles: list[Any], columns: int, above: float = 0.0) -> None:
+    """A legend across the figure, `above` inches above the footnotes."""
+    figure.legend(
+        handles=handles,
+        loc="lower center",
+        ncols=columns,
+        bbox_to_anchor=(0.5, (frame.footer + above - 0.04) / float(figure.get_size_inches()[1])),
+        columnspacing=1.5,
+        handletextpad=0.5,
+        borderpad=0.2,
+        labelspacing=0.45,
+    )

@@ -22,6 +22,12 @@ PROFILES: dict[str, tuple[float, float, float, float]] = {
     "5g-edge": (5e6, 15e6, 0.030, 0.01),
     "lte": (10e6, 30e6, 0.035, 0.005),
 }
+#: links that differ in one condition alone
+SWEEP: dict[str, tuple[float, float, float, float]] = {
+    f"rate={rate}mbit,delay={delay}ms": (rate * 1e6, rate * 1e6, delay / 1e3, 0.0)
+    for rate in (5, 20, 80)
+    for delay in (10, 40)
+}
 #: codec -> share of the fp16 cache's bytes, probability of a right answer, mean rise of the NLL
 CODECS: dict[str, tuple[float, float, float]] = {
     "fp16": (1.0, 0.80, 0.0),
@@ -77,7 +83,7 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 
 def _row(rng: np.random.Generator, profile: str, placement: str, codec: str, task: str, example: int) -> Row:
-    up, down, delay, loss = PROFILES[profile]
+    up, down, delay, loss = (PROFILES | SWEEP)[profile]
     share, right, rise = CODECS.get(codec, (0.0, 0.8, 0.0))
     easy = np.random.default_rng([example, len(task)]).random()  # the same example is as hard for every codec
     jitter = float(rng.lognormal(0, 0.06))

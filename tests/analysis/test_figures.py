@@ -18,7 +18,7 @@ from analysis.figures import FIGURES, figure
 from analysis.figures.style import WIDTH, marks, style
 from analysis.run import load
 from testbed.errors import UsageError
-from tests.analysis.make_run import CODECS, make_run
+from tests.analysis.make_run import CODECS, SWEEP, make_run
 from tests.analysis.test_run_directory import lines, rewrite
 
 
@@ -53,6 +53,13 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Links that differ in rate alone and in delay alone."""
+    path = tmp_path_factory.mktemp("sweep") / "run"
+    return make_run(path, tuple(SWEEP), ("fp16", "int8", "q2c@0.25+int4"), tasks=("needle",), examples=6)
+
+
 def drawn(name: str, path: Path) -> Figure:
     with style():
         made = figure(name, load(path))
@@ -63,8 +70,9 @@ def drawn(name: str, path: Path) -> Figure:
 def test_all_figures_are_written_as_picture_and_vector(small: Path) -> None:
     run = small
     paths = analysis.draw(run)
+    left_out = {"regimes", "link_sweep"}  # one link only
     assert [p.relative_to(run / "figures").name for p in paths] == [
-        f"{n}.{s}" for n in FIGURES for s in ("png", "pdf")
+        f"{n}.{s}" for n in FIGURES if n not in left_out for s in ("png", "pdf")
     ]
     assert sorted(p.name for p in (run / "figures").iterdir()) == sorted(p.name for p in paths)
     for path in paths:
@@ -91,6 +99,8 @@ def test_no_text_leaves_the_picture(name: str, which: str, request: pytest.Fixtu
     path = request.getfixturevalue(which)
     if name == "latency_quality_by_task" and which == "wide":
         pytest.skip("this run has one task")
+    if name == "link_sweep":
+        path = request.getfixturevalue("sweep")
     made = drawn(name, path)
     box = made.get_tightbbox(FigureCanvasAgg(made).get_renderer())  # inches, around all that is drawn
     width, height = made.get_size_inches()
@@ -181,14 +191,15 @@ def test_two_rows_are_drawn_without_intervals(tmp_path: Path) -> None:
         tasks=("needle",),
         examples=1,
     )
-    assert len(analysis.draw(path)) == 6
+    assert {p.stem for p in analysis.draw(path)} == {"latency_quality", "latency_nll", "stages", "timeline"}
 
 
 def test_figures_that_the_run_has_no_data_for_are_left_out_or_refused(tmp_path: Path) -> None:
     path = make_run(
         tmp_path / "run", profiles=("lte",), codecs=("int8",), tasks=("needle",), examples=3, nll=None
     )
-    assert {p.stem for p in analysis.draw(path)} == {"latency_quality", "stages"}
+    found = {p.stem for p in analysis.draw(path)}
+    assert found == {"latency_quality", "stages", "latency_cdf", "timeline"}
     with pytest.raises(UsageError, match="no finished trial has a nll"):
         analysis.draw(path, ["latency_nll"])
     with pytest.raises(UsageError, match="one task only"):
@@ -222,3 +233,55 @@ def test_marks_are_colours_of_the_colour_blind_safe_palette() -> None:
     palette = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"}
     assert {m.color for m in marks([(c, "split", c) for c in CODECS]).values()} <= palette
     assert np.isfinite([m.size for m in marks([("x", "split", "q2c@1..2+int8")]).values()]).all()
+
+
+def test_regimes_names_the_fastest_that_keeps_the_quality_and_the_next(sweep: Path) -> None:
+    made = drawn("regimes", sweep)
+    said = [t.get_text() for t in texts(made)]
+    rows = load(sweep).rows
+    for profile in SWEEP:
+        own = rows[rows["profile"] == profile]
+        full = own["reference_score"].mean()
+        kept = own.groupby(["placement", "codec"])["score"].mean() >= 0.95 * full
+        medians = own.groupby(["placement", "codec"])["e2e_s"].median()[kept].sort_values()
+        assert any(t.startswith(f"{medians.iloc[0]:.2f} s") for t in said)
+        assert any(t.endswith(f"+{medians.iloc[1] / medians.iloc[0] - 1:.0%}") for t in said)
+    assert {"5 Mbit/s", "20 Mbit/s", "80 Mbit/s", "10ms", "40ms"} <= set(said)
+
+
+def test_link_sweep_draws_the_medians_of_links_that_differ_in_one_condition(sweep: Path) -> None:
+    made = drawn("link_sweep", sweep)
+    rows = load(sweep).rows
+    edge = rows[(rows["delay_up_s"] == 0.01) & (rows["codec"] == "int8")].groupby("rate_up_bps")["e2e_s"]
+    expected = edge.median()
+    curves = [np.asarray(line.get_xydata()) for line in made.axes[0].lines if len(line.get_xdata()) == 3]
+    assert any(np.allclose(c[:, 0], expected.index / 1e6) and np.allclose(c[:, 1], expected) for c in curves)
+
+
+def test_link_sweep_says_what_it_needs(run: Path, small: Path) -> None:
+    with pytest.raises(UsageError, match="no two of its links differ in rate, delay or loss alone"):
+        analysis.draw(small, ["link_sweep"])
+    with pytest.raises(UsageError, match="one link only"):
+        analysis.draw(small, ["regimes"])
+
+
+def test_retention_needs_a_selector(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", ("lte",), ("int8", "int4"), tasks=("needle",), examples=3)
+    with pytest.raises(UsageError, match="no codec of it selects tokens"):
+        analysis.draw(path, ["retention"])
+
+
+def test_the_timeline_of_a_trial_adds_up_to_its_latency(run: Path) -> None:
+    trial = load(run).rows.iloc[3]
+    with style():
+        made = figure("timeline", load(run, f'trial == "{trial["trial"]}"'))
+    bars = made.axes[0].patches
+    assert max(b.get_x() + b.get_width() for b in bars) == pytest.approx(trial["e2e_s"])
+    assert len(made.axes) == 1
+
+
+def test_the_distribution_marks_the_medians(run: Path) -> None:
+    made = drawn("latency_cdf", run)
+    own = load(run).rows.query('profile == "5g-good" and codec == "fp16"')["e2e_s"]
+    marks_at = [float(line.get_xdata()[0]) for line in made.axes[0].lines if len(line.get_xdata()) == 1]
+    assert any(x == pytest.approx(own.median()) for x in marks_at)

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats as reference
 
 from analysis import stats
+from analysis.stats import estimates
 
 
 def test_the_mean_and_its_interval_agree_with_scipys_percentile_bootstrap() -> None:
@@ -43,7 +44,7 @@ def test_weighted_medians_equal_the_median_of_the_repeated_values() -> None:
     weights = rng.integers(0, 4, (50, 9))
     weights[:, 0] += weights.sum(axis=1) == 0
     expected = [np.median(np.repeat(ordered, w)) for w in weights]
-    np.testing.assert_allclose(stats._weighted_medians(ordered, weights), expected)
+    np.testing.assert_allclose(estimates._weighted_medians(ordered, weights), expected)
 
 
 def test_repeating_an_examples_rows_does_not_narrow_the_interval() -> None:
@@ -69,7 +70,7 @@ def test_each_task_counts_once_in_the_mean_over_tasks() -> None:
 def test_all_right_answers_do_not_claim_certainty() -> None:
     # Clopper and Pearson for 20 of 20: the lower limit solves p^20 = 0.025.
     estimate = stats.mean(np.ones(20), bounds=(0, 1), resamples=100_000)
-    tail = stats._tails(20, 0.95)[0]
+    tail = estimates._tails(20, 0.95)[0]
     assert estimate.low == pytest.approx(tail ** (1 / 20), abs=0.01)
     assert estimate.low <= 0.025 ** (1 / 20) + 0.005
     assert estimate.high == 1.0

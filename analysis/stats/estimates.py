@@ -1,4 +1,4 @@
-"""Estimates with intervals, over examples.
+"""One sample's mean, median and quantiles with intervals, over examples.
 
 The unit of resampling is the example (the *cluster*): an example's rows (repeats, links) are not
 independent. Intervals are bootstrap percentile intervals with the quantiles expanded for small samples (T.
@@ -9,6 +9,7 @@ Everything is seeded: the same rows give the same interval.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +123,7 @@ def median(
     seed: int = 0,
 ) -> Estimate:
     """Median of all values with its bootstrap percentile interval; whole examples (`clusters`) are
-    resampled.
+    resampled. Values that are not finite are left out; with one example there is no interval (NaN).
     """
     labels = np.arange(np.size(values)) if clusters is None else clusters
     data, (examples,) = _clean(values, labels)
@@ -156,17 +157,55 @@ def _weighted_medians(ordered: Floats, weights: npt.NDArray[np.intp]) -> Floats:
     return np.asarray((ordered[lower] + ordered[upper]) / 2)
 
 
-def pareto_front(cost: npt.ArrayLike, gain: npt.ArrayLike) -> npt.NDArray[np.intp]:
-    """Indices of the points that no other point beats (lower or equal cost and higher or equal gain, one of
-    them strictly), by cost.
+def quantile(
+    values: npt.ArrayLike,
+    q: float,
+    clusters: npt.ArrayLike | None = None,
+    *,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """The `q`-quantile of all values (0 < q < 1; 0.95 for the latency that 19 of 20 requests stay below).
 
-    Points that are equal in both are all kept. Points with a value that is not finite are never on the front.
+    Where each example has one value, the interval lies between two order statistics and holds whatever the
+    distribution is (W. J. Conover, "Practical Nonparametric Statistics", 3rd edition, 1999, section 3.2);
+    where examples have several, whole examples are resampled. An end that the sample cannot bound is
+    infinite: the greatest of n values bounds the q-quantile from above with confidence 1 - q^n only.
     """
-    x, y = np.asarray(cost, dtype=np.float64), np.asarray(gain, dtype=np.float64)
-    usable = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
-    order = usable[np.lexsort((-y[usable], x[usable]))]
-    front: list[int] = []
-    for index in order:
-        if not front or y[index] > y[front[-1]] or (y[index] == y[front[-1]] and x[index] == x[front[-1]]):
-            front.append(int(index))
-    return np.array(front, dtype=np.intp)
+    labels = np.arange(np.size(values)) if clusters is None else clusters
+    data, (examples,) = _clean(values, labels)
+    if not len(data):
+        return NOTHING
+    codes = _codes(examples)
+    n = int(codes.max()) + 1
+    point = float(np.quantile(data, q))
+    if n < 2:
+        return Estimate(point, float("nan"), float("nan"), n)
+    tail = (1 - confidence) / 2
+    if n == len(data):
+        low, high = _between_order_statistics(np.sort(data), q, tail)
+    else:
+        generator = np.random.default_rng(seed)
+        groups = [data[codes == code] for code in range(n)]
+        draws = [
+            np.quantile(np.concatenate([groups[i] for i in generator.integers(0, n, n)]), q)
+            for _ in range(min(resamples, 500))
+        ]
+        low, high = (float(e) for e in np.quantile(draws, (tail, 1 - tail)))
+        low = low if (1 - q) ** n <= tail else -math.inf
+        high = high if q**n <= tail else math.inf
+    return Estimate(point, min(low, point), max(high, point), n)
+
+
+def _between_order_statistics(ordered: Floats, q: float, tail: float) -> tuple[float, float]:
+    """The narrowest pair of order statistics that miss the q-quantile on either side with probability at
+    most `tail`.
+    """
+    n = len(ordered)
+    at_most = special.bdtr(np.arange(n), n, q)  # P(at most k of n values lie below the quantile)
+    below = np.flatnonzero(at_most <= tail)  # ordered[k] exceeds the quantile with that probability
+    above = np.flatnonzero(at_most >= 1 - tail)
+    low = float(ordered[below[-1]]) if len(below) else -math.inf
+    high = float(ordered[above[0]]) if len(above) else math.inf
+    return low, high

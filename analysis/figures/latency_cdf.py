@@ -1,0 +1,120 @@
+"""How latency is spread over requests: for each setting the share of requests that are done by then."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
+
+from analysis import settings, stats
+from analysis.describe import caveats, conditions, subject
+from analysis.figures import NotInThisRun
+from analysis.figures.axes import limit_seconds
+from analysis.figures.style import INK, Frame, Mark, bottom_legend, legend_columns, marks, panel_title
+from analysis.run import Run
+from analysis.settings import Measured
+
+MOST = 7  #: so many curves can be told apart in one panel
+_STYLES: list[Any] = ["-", (0, (5, 2)), (0, (1.2, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2))]
+
+
+def draw(run: Run) -> Figure:
+    """One panel a profile; median and 95th percentile of each curve carry its mark and an interval."""
+    panels = list(settings.panels(run.rows))
+    if settings.labelled(run.rows).groupby(["panel", "setting"]).size().max() < 2:
+        raise NotInThisRun(f"{run.path}: no setting has two finished trials on one link")
+    measured = [m for _, rows in panels for m in settings.measure(rows)]
+    every = list(dict.fromkeys(m.label for m in measured))
+    shown = _few(run.rows, measured, every)
+    looks = marks({m.label: (m.label, m.placement, m.codec) for m in measured}.values())
+    looks = {label: looks[label] for label in shown}
+    columns, across = (1 if len(panels) == 1 else 2), legend_columns(shown)
+    left_out = (
+        "" if len(shown) == len(every) else f"{len(shown)} of {len(every)} settings; --where shows others"
+    )
+    frame = Frame(
+        title="How long requests take: the share that is done by then",
+        subtitle=(
+            f"{left_out or f'{len(shown)} settings'} · {subject(run.rows)}\n"
+            "marks: median and 95th percentile of the end-to-end latency, with 95 % intervals"
+        ),
+        footnotes=[
+            "The 95th percentile is marked only where there are enough requests (72 examples) to bound it.",
+            *caveats(run),
+        ],
+        rows=math.ceil(len(panels) / columns),
+        columns=columns,
+        panel=2.0,
+        legend=0.2 * math.ceil(len(shown) / across) + 0.14,
+        left=0.75,
+    )
+    figure, axes = frame.figure()
+    for index, ax in enumerate(axes):
+        if index >= len(panels):
+            ax.set_axis_off()
+            continue
+        _draw_panel(ax, *panels[index], looks)
+        if index % columns == 0:
+            ax.set_ylabel("share of requests")
+        if index + columns >= len(panels):
+            ax.set_xlabel("end-to-end latency (s)")
+    handles = [
+        Line2D([], [], **{**mark.options(), "linestyle": _STYLES[i % 5], "markersize": 6}, label=label)
+        for i, (label, mark) in enumerate(looks.items())
+    ]
+    bottom_legend(figure, frame, handles, across)
+    return figure
+
+
+def _few(rows: pd.DataFrame, measured: list[Measured], every: list[str]) -> list[str]:
+    """At most `MOST` settings: the reference, the placements, then those that are fastest somewhere with the
+    quality kept, then in the run's order.
+    """
+    wanted = [label for label in ("fp16", "cloud", "edge") if label in every]
+    for _, own in settings.panels(rows):
+        full = settings.full_cache_quality(own)
+        sending = [m for m in settings.measure(own) if m.placement == "split"]
+        best = settings.fastest_that_holds(sending, full)
+        wanted += [best.label] if best else []
+    order = list(dict.fromkeys([*wanted, *every]))[:MOST]
+    return [label for label in every if label in order]
+
+
+def _draw_panel(ax: Axes, name: str, rows: pd.DataFrame, looks: dict[str, Mark]) -> None:
+    panel_title(ax, name, conditions(rows))
+    ends: list[float] = []
+    for number, (label, mark) in enumerate(looks.items()):
+        own = rows[rows["setting"] == label]
+        if own.empty:
+            continue
+        times = np.sort(own["e2e_s"].to_numpy())
+        shares = np.arange(1, len(times) + 1) / len(times)
+        ax.step(
+            [times[0], *times],
+            [0.0, *shares],
+            where="post",
+            color=mark.color,
+            lw=1.2,
+            ls=_STYLES[number % 5],
+            zorder=2,
+        )
+        for q in (0.5, 0.95):
+            found = stats.quantile(own["e2e_s"], q, settings.clusters(own))
+            if q > 0.5 and not math.isfinite(found.high):
+                continue
+            height = q - 0.012 * (number - len(looks) / 2)  # intervals beside each other, not on top
+            if math.isfinite(found.low):
+                ends_of = [found.low, found.high]
+                ax.plot(ends_of, [height, height], color=mark.color, lw=1.6, alpha=0.6, zorder=3)
+            ax.plot(found.value, height, zorder=4, **{**mark.options(), "markersize": 5.5})
+        ends += [float(times[0]), float(times[-1])]
+    limit_seconds(ax, ends)
+    ax.set_ylim(-0.02, 1.04)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    ax.axhline(0.5, color=INK, lw=0.4, zorder=1)

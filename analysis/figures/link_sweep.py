@@ -1,0 +1,137 @@
+"""Latency and quality against one condition of the link, all others held."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis import settings
+from analysis.describe import caveats, subject
+from analysis.figures import NotInThisRun
+from analysis.figures.axes import at_values, limit_scores, limit_seconds
+from analysis.figures.style import INK, Frame, Mark, bottom_legend, legend_columns, marks, panel_title
+from analysis.run import Run
+from analysis.settings import Measured
+from testbed.units import format_fraction
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A condition of the link: its column, and how people read it."""
+
+    column: str
+    label: str
+    scale: float
+    logarithmic: bool
+
+
+CONDITIONS = (
+    Condition("rate_up_bps", "rate, edge to cloud (Mbit/s)", 1e-6, True),
+    Condition("delay_up_s", "one-way delay (ms)", 1e3, False),
+    Condition("loss_up", "loss (%)", 100.0, False),
+)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One condition's values, and each setting as it was measured there."""
+
+    condition: Condition
+    held: str
+    points: dict[float, list[Measured]]
+
+    def of(self, label: str) -> list[tuple[float, Measured]]:
+        """A setting's points, by value."""
+        return [(x, m) for x, all_ in sorted(self.points.items()) for m in all_ if m.label == label]
+
+
+def draw(run: Run) -> Figure:
+    """A column of panels for each condition that varies alone: latency above, score below."""
+    sweeps = [s for condition in CONDITIONS if (s := _sweep(run.rows, condition)) is not None]
+    if not sweeps:
+        raise NotInThisRun(
+            f"{run.path}: no two of its links differ in rate, delay or loss alone; for this figure run a "
+            "scenario whose profiles are, say, rate=10mbit,delay=20ms and rate=50mbit,delay=20ms"
+        )
+    named = {m.label: (m.label, m.placement, m.codec) for s in sweeps for p in s.points.values() for m in p}
+    looks = marks(named.values())
+    columns = legend_columns(looks)
+    frame = Frame(
+        title="Latency and quality against the link's "
+        + " and ".join(s.condition.label.split(" (")[0].split(",")[0] for s in sweeps),
+        subtitle=(
+            f"{len(looks)} settings · {subject(run.rows)}\n"
+            "median end-to-end latency and mean score; bars: 95 % bootstrap intervals over examples"
+        ),
+        footnotes=["Points of one setting are joined by lines for the eye.", *caveats(run)],
+        rows=2,
+        columns=len(sweeps),
+        panel=2.1,
+        legend=0.2 * math.ceil(len(looks) / columns) + 0.14,
+        below=0.42,
+    )
+    figure, axes = frame.figure()
+    for index, sweep in enumerate(sweeps):
+        upper, lower = axes[index], axes[len(sweeps) + index]
+        _draw(upper, sweep, looks, quality=False)
+        _draw(lower, sweep, looks, quality=True)
+        if index == 0:
+            upper.set_ylabel("end-to-end latency (s)")
+            lower.set_ylabel("mean score")
+    bottom_legend(figure, frame, [mark.handle(label) for label, mark in looks.items()], columns)
+    return figure
+
+
+def _sweep(rows: pd.DataFrame, condition: Condition) -> Sweep | None:
+    """The largest group of links that differ in this condition alone; None where no two do."""
+    across = settings.labelled(rows)
+    across = across[across[condition.column].notna()]
+    others = [c.column for c in CONDITIONS if c is not condition]
+    best: pd.DataFrame | None = None
+    for _, own in across.groupby(others, dropna=False):
+        if own[condition.column].nunique() > max(1, 0 if best is None else best[condition.column].nunique()):
+            best = own
+    if best is None:
+        return None
+    points = {
+        float(value) * condition.scale: settings.measure(own) for value, own in best.groupby(condition.column)
+    }
+    return Sweep(condition, _held(best, condition), points)
+
+
+def _held(rows: pd.DataFrame, condition: Condition) -> str:
+    texts = {
+        "rate_up_bps": lambda v: f"{v / 1e6:g} Mbit/s" if v == v else "no rate limit",
+        "delay_up_s": lambda v: f"{v * 1e3:g} ms one way",
+        "loss_up": lambda v: f"{format_fraction(v)} loss" if v else "no loss",
+    }
+    return " · ".join(
+        texts[c.column](float(rows[c.column].iloc[0])) for c in CONDITIONS if c is not condition
+    )
+
+
+def _draw(ax: Axes, sweep: Sweep, looks: dict[str, Mark], quality: bool) -> None:
+    panel_title(ax, "quality" if quality else "latency", f"at {sweep.held}")
+    ends: list[float] = []
+    styles = ["-", (0, (5, 2)), (0, (1.2, 1.2)), (0, (5, 1.5, 1, 1.5))]
+    for number, (label, mark) in enumerate(looks.items()):
+        points = sweep.of(label)
+        if not points:
+            continue
+        found = [(x, m.quality if quality else m.latency) for x, m in points]
+        xs, ys = [x for x, _ in found], [e.value for _, e in found]
+        ax.plot(xs, ys, color=mark.color, lw=1.0, ls=styles[number % 4], zorder=2)
+        ax.plot(xs, ys, zorder=4, **{**mark.options(), "markersize": 0.75 * mark.size})
+        for x, e in found:
+            if e.low == e.low:
+                ax.plot([x, x], [e.low, e.high], color=mark.color, lw=1.0, alpha=0.6, zorder=3)
+                ends += [e.low, e.high]
+        ends += ys
+    (limit_scores if quality else lambda a, e: limit_seconds(a, e, "y"))(ax, ends)
+    at_values(ax, sweep.points, sweep.condition.logarithmic)
+    if quality:
+        ax.set_xlabel(sweep.condition.label, color=INK)

@@ -1,0 +1,138 @@
+"""Quality against the fraction of the context's tokens that is kept, selector by selector."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis import settings, stats
+from analysis.describe import caveats, subject
+from analysis.figures import NotInThisRun
+from analysis.figures.axes import at_values, limit_losses, limit_scores
+from analysis.figures.style import Frame, Mark, bottom_legend, legend_columns, marks, panel_title
+from analysis.run import Run
+from analysis.settings import DELTA_NLL, SCORE, Metric
+
+_SELECTION = re.compile(r"(?P<name>[a-z0-9_-]+)@(?P<ratio>[0-9.]+)(?P<settings>\([^)]*\))?\+?(?P<rest>.*)")
+_STYLES: list[str | tuple[int, tuple[float, ...]]] = [
+    "-",
+    (0, (5, 2)),
+    (0, (1.2, 1.2)),
+    (0, (5, 1.5, 1, 1.5)),
+    (0, (8, 2, 1, 2, 1, 2)),
+]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One selector with one quantizer: quality by the fraction kept."""
+
+    label: str
+    codec: str
+    points: tuple[tuple[float, stats.Estimate], ...]
+
+
+def split_selection(codec: str) -> tuple[str, float, str] | None:
+    """(selector with its settings, ratio, the rest of the codec) of a codec's text; None without selector."""
+    match = _SELECTION.fullmatch(codec)
+    if match is None:
+        return None
+    try:
+        ratio = float(match["ratio"])
+    except ValueError:
+        return None
+    return match["name"] + (match["settings"] or ""), ratio, match["rest"] or "fp16"
+
+
+def draw(run: Run) -> Figure:
+    """A column of panels for each task: score above, ΔNLL below (where the rows have it)."""
+    rows = settings.labelled(run.rows[run.rows["placement"] == "split"])
+    if not any(split_selection(codec) for codec in rows["codec"].unique()):
+        raise NotInThisRun(f"{run.path}: no codec of it selects tokens (such as q2c@0.25+int8)")
+    models = rows["model"].nunique()
+    panels = list(rows.groupby(["model", "task"] if models > 1 else ["task"], sort=False))
+    metrics = [m for m in (SCORE, DELTA_NLL) if m.values(rows).notna().any()]
+    if not metrics:
+        raise NotInThisRun(f"{run.path}: no finished trial has a score or an nll")
+    drawn = {(row, i): _curves(own, m) for row, m in enumerate(metrics) for i, (_, own) in enumerate(panels)}
+    named = {c.label: (c.label, "split", c.codec) for curves in drawn.values() for c in curves}
+    looks = marks(named.values())
+    columns = legend_columns(looks, 4)
+    frame = Frame(
+        title="What is left of the answers when tokens are dropped",
+        subtitle=(
+            f"{len(looks)} selectors · {subject(run.rows)}\n"
+            "mean over examples against the fraction of context tokens kept; bars: 95 % bootstrap intervals"
+        ),
+        footnotes=[
+            "1: the same precision with every token kept. Dashed: the full cache. Points at one fraction stand "
+            "beside each other for legibility; every link gives the same quality, since transport loses nothing.",
+            *caveats(run),
+        ],
+        rows=len(metrics),
+        columns=len(panels),
+        panel=2.2,
+        legend=0.2 * math.ceil(len(looks) / columns) + 0.14,
+        below=0.42,
+    )
+    figure, axes = frame.figure()
+    for (row, column), curves in drawn.items():
+        ax = axes[row * len(panels) + column]
+        key, own = panels[column]
+        what = "score" if metrics[row] is SCORE else "likelihood lost against the full cache"
+        panel_title(ax, " · ".join(map(str, key)), f"{what} · n = {own['example'].nunique()} examples")
+        level = settings.full_cache_quality(own) if metrics[row] is SCORE else 0.0
+        _draw(ax, curves, looks, metrics[row], level)
+        if column == 0:
+            ax.set_ylabel("mean score" if metrics[row] is SCORE else "ΔNLL (nats/token)")
+        if row == len(metrics) - 1:
+            ax.set_xlabel("fraction of context tokens kept")
+    bottom_legend(figure, frame, [m.handle(label) for label, m in looks.items()], columns)
+    return figure
+
+
+def _curves(rows: pd.DataFrame, metric: Metric) -> list[Curve]:
+    whole: dict[str, stats.Estimate] = {}
+    parts: dict[tuple[str, str], dict[float, stats.Estimate]] = {}
+    for codec, own in rows.groupby("codec", sort=False):
+        found = stats.mean(metric.values(own), settings.clusters(own), bounds=metric.bounds)
+        selection = split_selection(str(codec))
+        if selection is None:
+            whole[str(codec)] = found
+        else:
+            parts.setdefault((selection[0], selection[2]), {})[selection[1]] = found
+    curves = []
+    for (selector, rest), points in parts.items():
+        ends = {1.0: whole[rest]} if rest in whole and 1.0 not in points else {}
+        known = sorted((points | ends).items())
+        name, _, options = selector.partition("(")
+        text = f"{name}@r" + (f"({options}" if options else "") + ("" if rest == "fp16" else f"+{rest}")
+        codec = f"{name}@0.6" + (f"({options}" if options else "") + f"+{rest}"
+        curves.append(Curve(text, codec, tuple(p for p in known if math.isfinite(p[1].value))))
+    return [c for c in curves if c.points]
+
+
+def _draw(ax: Axes, curves: list[Curve], looks: dict[str, Mark], metric: Metric, full: float) -> None:
+    ends = [full]
+    if math.isfinite(full):
+        ax.axhline(full, color="#222222", lw=0.9, ls=(0, (5, 3)), zorder=1)
+    values = sorted({x for c in curves for x, _ in c.points})
+    at_values(ax, values, logarithmic=True)
+    for number, curve in enumerate(curves):
+        mark = looks[curve.label]
+        aside = 1.018 ** (number - (len(curves) - 1) / 2)  # side by side on a logarithmic axis
+        xs = [x * (aside if x < 1 else 1) for x, _ in curve.points]
+        ys = [e.value for _, e in curve.points]
+        ax.plot(xs, ys, color=mark.color, lw=1.0, ls=_STYLES[number % len(_STYLES)], zorder=2)
+        ax.plot(xs, ys, zorder=4, **{**mark.options(), "markersize": 6})
+        for x, (_, e) in zip(xs, curve.points, strict=True):
+            if math.isfinite(e.low):
+                ax.plot([x, x], [e.low, e.high], color=mark.color, lw=1.0, alpha=0.6, zorder=3)
+                ends += [e.low, e.high]
+        ends += ys
+    (limit_scores if metric is SCORE else limit_losses)(ax, ends)

@@ -1,0 +1,143 @@
+"""One request from the question to the last token, stage by stage: at the edge, on the link, in the cloud."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from analysis import settings
+from analysis.describe import caveats, conditions
+from analysis.figures import NotInThisRun
+from analysis.figures.stages import LOOKS, megabytes, patch
+from analysis.figures.style import GREY, INK, Frame, bottom_legend, panel_title
+from analysis.run import Run
+from testbed.results import STAGES
+
+MOST = 5  #: settings beside each other
+_PLACES = ("edge", "link", "cloud")
+
+
+def draw(run: Run) -> Figure:
+    """The same example on the same link under a few settings, on one time axis; one trial where one is chosen
+    (``--where 'trial == "…"'``).
+    """
+    rows = settings.labelled(run.rows)
+    rows = rows[rows["e2e_s"] > 0]
+    if rows.empty:
+        raise NotInThisRun(f"{run.path}: no finished trial has a latency")
+    chosen = _trials(rows)
+    used = [s for s in STAGES if (chosen[s] > 0).any()]
+    first = chosen.iloc[0]
+    frame = Frame(
+        title="One request" if len(chosen) == 1 else f"One request under {len(chosen)} settings",
+        subtitle=(
+            f"{first['model']} · {first['task']}, example {first['example']}, {first['context_tokens']} tokens "
+            f"of context · {first['profile']} ({first['emulator']} emulator): {conditions(chosen)}\n"
+            "single trials, so without intervals; triangle: the first token reaches the user"
+        ),
+        footnotes=[
+            "The example is the one whose latencies are nearest to the settings' medians. "
+            "Stages in parentheses were taken over from an identical earlier trial.",
+            *caveats(run),
+        ],
+        rows=len(chosen),
+        columns=1,
+        panel=0.72,
+        legend=0.2 * ((len(used) + 3) // 4) + 0.14,
+        left=0.7,
+        above=0.4,
+        below=0.12,
+    )
+    figure, axes = frame.figure()
+    longest = float(chosen["e2e_s"].max())
+    for ax, (_, trial) in zip(axes, chosen.iterrows(), strict=True):
+        _draw_trial(ax, trial)
+        ax.set_xlim(0, longest * 1.02)
+        ax.tick_params(labelbottom=ax is axes[-1])
+    axes[-1].set_xlabel("time since the request (s)")
+    bottom_legend(figure, frame, [patch(stage) for stage in used], 4)
+    return figure
+
+
+def _trials(rows: pd.DataFrame) -> pd.DataFrame:
+    """Trials of one example on one link: the reference, the fastest that keep the quality, the placements."""
+    if len(rows) == 1:
+        return rows
+    panel = rows["panel"].iloc[0]
+    own = rows[rows["panel"] == panel]
+    full = settings.full_cache_quality(own)
+    measured = settings.measure(own)
+    sending = [m for m in measured if m.placement == "split"]
+    best = settings.fastest_that_holds(sending, full)
+    wanted = ["fp16", *([best.label] if best else []), "cloud", "edge"]
+    small = min(sending, key=lambda m: m.payload_bytes, default=None)
+    wanted += [small.label] if small else []
+    known = [m.label for m in measured]
+    order = [w for w in dict.fromkeys([*wanted, *known]) if w in known][:MOST]
+    example = _typical(own, order)
+    found = own[(own["task"] == example[0]) & (own["example"] == example[1])]
+    found = found[found["setting"].isin(order)].drop_duplicates("setting")
+    return found.sort_values("setting", key=lambda s: s.map(order.index))
+
+
+def _typical(rows: pd.DataFrame, order: list[str]) -> tuple[str, str]:
+    """The example that most of these settings have, and whose latencies are nearest to their medians."""
+    own = rows[rows["setting"].isin(order)]
+    away = (own["e2e_s"] / own.groupby("setting")["e2e_s"].transform("median") - 1).abs()
+    table = (
+        own.assign(away=away)
+        .groupby(["task", "example"])
+        .agg(n=("setting", "nunique"), away=("away", "mean"))
+    )
+    task, example = table[table["n"] == table["n"].max()]["away"].idxmin()
+    return str(task), str(example)
+
+
+def _where(stage: str, placement: str) -> str:
+    if stage in ("connect_s", "transmit_s"):
+        return "link"
+    if placement == "edge" or stage in ("select_s", "encode_s"):
+        return "edge"
+    return "edge" if stage == "prefill_s" and placement == "split" else "cloud"
+
+
+def _order(placement: str) -> list[str]:
+    """The stages as they follow each other: a cloud that is sent the text prefills after it has arrived."""
+    if placement != "cloud":
+        return list(STAGES)
+    rest = [s for s in STAGES if s != "prefill_s"]
+    return [*rest[: rest.index("transmit_s") + 1], "prefill_s", *rest[rest.index("transmit_s") + 1 :]]
+
+
+def _draw_trial(ax: Axes, trial: pd.Series) -> None:
+    payload = trial["payload_bytes"]
+    sent = f"{megabytes(float(payload))} sent" if payload else "nothing sent"
+    score = f"score {trial['score']:.2f}" if trial["score"] == trial["score"] else "no score"
+    panel_title(ax, str(trial["setting"]), f"{trial['e2e_s']:.2f} s · {sent} · {score}")
+    reused = {f"{name.strip()}_s" for name in str(trial["reused"]).split(",") if name.strip()}
+    at = 0.0
+    for stage in _order(str(trial["placement"])):
+        length = float(trial[stage])
+        if length <= 0:
+            continue
+        color, hatch, _ = LOOKS[stage]
+        lane = _PLACES.index(_where(stage, str(trial["placement"])))
+        ax.barh(lane, length, left=at, height=0.78, color=color, hatch=hatch, edgecolor=INK, linewidth=0.4)
+        text = f"{length:.2f} s" if length >= 0.1 else f"{length * 1e3:.0f} ms"
+        text = f"({text})" if stage in reused else text
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
+        if length > 0.055 * float(trial["e2e_s"]) and length > 0.05:
+            ax.text(at + length / 2, lane, text, ha="center", va="center", fontsize=6.6, bbox=box)
+        at += length
+        if stage == "first_token_s":
+            ax.plot(at, -0.62, marker="v", color=INK, markersize=5, clip_on=False, zorder=5)
+    for lane in (0.5, 1.5):
+        ax.axhline(lane, color=GREY, lw=0.3)
+    ax.set_yticks(range(3), _PLACES)
+    ax.set_ylim(2.5, -0.6)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="y", visible=False)
+    ax.xaxis.set_major_locator(MaxNLocator(8))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

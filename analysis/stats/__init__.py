@@ -1,0 +1,28 @@
+"""What the rows can say, and how surely: estimates with intervals, paired comparisons, families of tests.
+
+Everything is seeded: the same rows give the same numbers. The unit is the example, always.
+"""
+
+from analysis.stats.counts import McNemar, holm, mcnemar
+from analysis.stats.estimates import CONFIDENCE, NOTHING, RESAMPLES, Estimate, mean, median, quantile
+from analysis.stats.front import pareto_front
+from analysis.stats.paired import Difference, difference, ratio, signed_rank, smallest_detectable
+
+__all__ = [
+    "CONFIDENCE",
+    "NOTHING",
+    "RESAMPLES",
+    "Difference",
+    "Estimate",
+    "McNemar",
+    "difference",
+    "holm",
+    "mcnemar",
+    "mean",
+    "median",
+    "pareto_front",
+    "quantile",
+    "ratio",
+    "signed_rank",
+    "smallest_detectable",
+]

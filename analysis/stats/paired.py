@@ -1,0 +1,184 @@
+"""Two measurements of the same examples: their difference and their ratio, tested and with intervals.
+
+What is compared has met the same examples, so that an example's difficulty cancels out. Two tests say
+whether the difference is there: Wilcoxon's signed-rank test (F. Wilcoxon, "Individual Comparisons by Ranking
+Methods", Biometrics Bulletin 1(6), 1945) over examples, and the bootstrap interval of the mean difference.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import optimize, special
+from scipy import stats as scipy_stats
+
+from analysis.stats.estimates import (
+    CONFIDENCE,
+    NOTHING,
+    RESAMPLES,
+    Estimate,
+    Floats,
+    _clean,
+    _codes,
+    _tails,
+    mean,
+)
+
+POWER = 0.8
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean paired difference with its interval over `n` examples.
+
+    `p`: Wilcoxon's signed-rank test, two-sided, 1 where no example differs, NaN below two examples;
+    `detectable`: the smallest mean difference that this many examples, as spread as these, show at 5 % with
+    a probability of 80 %; NaN where the data does not say.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    p: float
+    detectable: float
+
+    @property
+    def estimate(self) -> Estimate:
+        """The same without the tests."""
+        return Estimate(self.value, self.low, self.high, self.n)
+
+
+def difference(
+    values: npt.ArrayLike,
+    baseline: npt.ArrayLike,
+    clusters: npt.ArrayLike | None = None,
+    strata: npt.ArrayLike | None = None,
+    *,
+    bounds: tuple[float, float] | None = None,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Difference:
+    """Mean of `values` − `baseline`, whose elements belong together pair by pair.
+
+    `clusters` and `strata` as in `mean`: examples are averaged first and count once, tasks count equally.
+    `bounds`: the least and largest possible value of either side; where no example differs, the interval is
+    that of a change so rare that it stayed unseen. Pairs with a value that is not finite are left out.
+    """
+    change = np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
+    estimate = mean(change, clusters, strata, confidence=confidence, resamples=resamples, seed=seed)
+    labels = np.arange(np.size(change)) if clusters is None else clusters
+    data, (examples, _) = _clean(change, labels, strata)
+    if not len(data):
+        return Difference(NAN, NAN, NAN, 0, NAN, NAN)
+    codes = _codes(examples)
+    averaged = np.bincount(codes, weights=data) / np.bincount(codes)
+    n, low, high = estimate.n, estimate.low, estimate.high
+    if n < 2:
+        return Difference(estimate.value, NAN, NAN, n, NAN, NAN)
+    if not averaged.any():
+        if bounds is not None:
+            # The share of examples that change could still be this large (Clopper and Pearson for 0 of n).
+            unseen = (bounds[1] - bounds[0]) * (1 - ((1 - confidence) / 2) ** (1 / n))
+            return Difference(0.0, -unseen, unseen, n, 1.0, unseen)
+        return Difference(0.0, low, high, n, 1.0, NAN)
+    detectable = smallest_detectable(_spread(averaged, codes, strata, np.asarray(change)), n)
+    return Difference(estimate.value, low, high, n, signed_rank(averaged), detectable)
+
+
+def _spread(
+    averaged: Floats, codes: npt.NDArray[np.intp], strata: npt.ArrayLike | None, change: Floats
+) -> float:
+    """Standard deviation of the examples' differences, within their strata."""
+    if strata is None:
+        return float(averaged.std(ddof=1))
+    tasks = _codes(np.asarray(strata)[np.isfinite(change.ravel())])
+    of = np.zeros(len(averaged), dtype=np.intp)
+    of[codes] = tasks
+    means = np.bincount(of, weights=averaged) / np.maximum(1, np.bincount(of))
+    rest = averaged - means[of]
+    freedom = max(1, len(averaged) - len(np.unique(of)))
+    return float(np.sqrt((rest**2).sum() / freedom))
+
+
+def signed_rank(differences: npt.ArrayLike) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test; examples without a difference are dropped, and 1 is
+    returned where none is left. Exact where there are no ties and at most 50 pairs.
+    """
+    data = np.asarray(differences, dtype=np.float64)
+    data = data[np.isfinite(data) & (data != 0)]
+    if not len(data):
+        return 1.0
+    ties = len(np.unique(np.abs(data))) < len(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy warns of small samples; n is beside every p of ours
+        exact = len(data) <= 50 and not ties
+        return float(scipy_stats.wilcoxon(data, method="exact" if exact else "approx").pvalue)
+
+
+def smallest_detectable(spread: float, n: int, power: float = POWER, alpha: float = 0.05) -> float:
+    """The mean difference that a two-sided paired t-test of `n` pairs whose differences have the standard
+    deviation `spread` finds with probability `power`. NaN where n < 3 or the spread is 0 or unknown.
+    """
+    if n < 3 or not spread > 0:
+        return NAN
+    freedom = n - 1
+    critical = -special.stdtrit(freedom, alpha / 2)
+
+    def excess(effect: float) -> float:
+        within = special.nctdtr(freedom, effect, critical) - special.nctdtr(freedom, effect, -critical)
+        return float(1 - np.nan_to_num(within) - power)  # NaN where it is too small to compute
+
+    effect = optimize.brentq(excess, 1e-6, critical + 12, xtol=1e-6)
+    return float(effect * spread / np.sqrt(n))
+
+
+def ratio(
+    values: npt.ArrayLike,
+    baseline: npt.ArrayLike,
+    clusters: npt.ArrayLike | None = None,
+    strata: npt.ArrayLike | None = None,
+    *,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of `values` over mean of `baseline` (1.3: 30 % more), whose elements belong together pair by
+    pair.
+
+    Examples are resampled with both of their values, within their stratum; tasks count equally in both
+    means. The interval is the bootstrap's, expanded as that of `mean`. An end is infinite where resampled
+    baselines reach 0; NaN where the baseline's mean is not positive.
+    """
+    above, below = np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
+    labels = np.arange(np.size(above)) if clusters is None else np.asarray(clusters)
+    groups = np.zeros(np.size(above), dtype=int) if strata is None else np.asarray(strata)
+    both = np.isfinite(above) & np.isfinite(below)
+    if not both.any():
+        return NOTHING
+    above, below, labels, tasks = above[both], below[both], labels[both], _codes(groups[both])
+    generator = np.random.default_rng(seed)
+    count = int(tasks.max()) + 1
+    points, draws, sizes = np.zeros(2), np.zeros((2, resamples)), []
+    for task in range(count):
+        own = tasks == task
+        codes = _codes(labels[own])
+        weights = np.bincount(codes)
+        pair = np.stack([np.bincount(codes, weights=side[own]) / weights for side in (above, below)])
+        sizes.append(pair.shape[1])
+        points += pair.mean(axis=1) / count
+        draws += pair[:, generator.integers(0, sizes[-1], (resamples, sizes[-1]))].mean(axis=2) / count
+    if not points[1] > 0:
+        return Estimate(NAN, NAN, NAN, sum(sizes))
+    point = float(points[0] / points[1])
+    if min(sizes) < 2:
+        return Estimate(point, NAN, NAN, sum(sizes))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn = np.where(draws[1] > 0, draws[0] / draws[1], np.inf)
+    low, high = np.quantile(drawn, _tails(min(sizes), confidence), method="nearest")
+    return Estimate(point, min(float(low), point), max(float(high), point), sum(sizes))
