@@ -76,7 +76,7 @@ def _few(rows: pd.DataFrame, measured: list[Measured], every: list[str]) -> list
     """At most `MOST` settings: the reference, the placements, then those that are fastest somewhere with the
     quality kept, then in the run's order.
     """
-    wanted = [label for label in ("fp16", "cloud", "edge") if label in every]
+    wanted: list[str] = [label for label in ("fp16", "cloud", "edge") if label in every]
     for _, own in settings.panels(rows):
         full = settings.full_cache_quality(own)
         sending = [m for m in settings.measure(own) if m.placement == "split"]

@@ -98,7 +98,8 @@ def _sweep(rows: pd.DataFrame, condition: Condition) -> Sweep | None:
     if best is None:
         return None
     points = {
-        float(value) * condition.scale: settings.measure(own) for value, own in best.groupby(condition.column)
+        value * condition.scale: settings.measure(best[best[condition.column] == value])
+        for value in map(float, best[condition.column].unique())
     }
     return Sweep(condition, _held(best, condition), points)
 

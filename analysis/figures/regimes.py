@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -130,7 +131,7 @@ def _draw_square(ax: Axes, square: Square, x: float, y: float, height: float, lo
         edgecolor="none",
     )
     ax.add_patch(box)
-    edge = {"facecolor": "none", "edgecolor": GREY, "linewidth": 0.8}
+    edge: dict[str, Any] = {"facecolor": "none", "edgecolor": GREY, "linewidth": 0.8}
     ax.add_patch(Rectangle((x + 0.02, y + 0.02 * height), 0.96, 0.96 * height, **edge))
     ax.text(
         x + 0.5,

@@ -133,8 +133,8 @@ def _draw_trial(ax: Axes, trial: pd.Series) -> None:
         at += length
         if stage == "first_token_s":
             ax.plot(at, -0.62, marker="v", color=INK, markersize=5, clip_on=False, zorder=5)
-    for lane in (0.5, 1.5):
-        ax.axhline(lane, color=GREY, lw=0.3)
+    for border in (0.5, 1.5):
+        ax.axhline(border, color=GREY, lw=0.3)
     ax.set_yticks(range(3), _PLACES)
     ax.set_ylim(2.5, -0.6)
     ax.tick_params(axis="y", length=0)

@@ -28,8 +28,8 @@ def mcnemar(right: npt.ArrayLike, baseline: npt.ArrayLike) -> McNemar:
     """
     after, before = np.asarray(right, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
     both = np.isfinite(after) & np.isfinite(before)
-    after, before = after[both] >= 0.5, before[both] >= 0.5
-    gained, lost = int((after & ~before).sum()), int((~after & before).sum())
+    now, then = after[both] >= 0.5, before[both] >= 0.5
+    gained, lost = int((now & ~then).sum()), int((~now & then).sum())
     p = float(scipy_stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return McNemar(gained, lost, int(both.sum()), p)
 

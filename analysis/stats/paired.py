@@ -67,8 +67,9 @@ def difference(
     """Mean of `values` − `baseline`, whose elements belong together pair by pair.
 
     `clusters` and `strata` as in `mean`: examples are averaged first and count once, tasks count equally.
-    `bounds`: the least and largest possible value of either side; where no example differs, the interval is
-    that of a change so rare that it stayed unseen. Pairs with a value that is not finite are left out.
+    `bounds`: the least and largest possible value of either side; where all examples differ alike (mostly:
+    not at all), the interval is that of another outcome so rare that it stayed unseen. Pairs with a value
+    that is not finite are left out.
     """
     change = np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
     estimate = mean(change, clusters, strata, confidence=confidence, resamples=resamples, seed=seed)
@@ -78,17 +79,23 @@ def difference(
         return Difference(NAN, NAN, NAN, 0, NAN, NAN)
     codes = _codes(examples)
     averaged = np.bincount(codes, weights=data) / np.bincount(codes)
-    n, low, high = estimate.n, estimate.low, estimate.high
+    n = estimate.n
     if n < 2:
         return Difference(estimate.value, NAN, NAN, n, NAN, NAN)
-    if not averaged.any():
-        if bounds is not None:
-            # The share of examples that change could still be this large (Clopper and Pearson for 0 of n).
-            unseen = (bounds[1] - bounds[0]) * (1 - ((1 - confidence) / 2) ** (1 / n))
-            return Difference(0.0, -unseen, unseen, n, 1.0, unseen)
-        return Difference(0.0, low, high, n, 1.0, NAN)
+    p = signed_rank(averaged)
+    if bounds is not None and np.ptp(averaged) == 0:
+        unseen, most = _unseen(bounds, confidence, n), bounds[1] - bounds[0]
+        ends = max(-most, estimate.value - unseen), min(most, estimate.value + unseen)
+        return Difference(estimate.value, *ends, n, p, unseen)
     detectable = smallest_detectable(_spread(averaged, codes, strata, np.asarray(change)), n)
-    return Difference(estimate.value, low, high, n, signed_rank(averaged), detectable)
+    return Difference(estimate.value, estimate.low, estimate.high, n, p, detectable)
+
+
+def _unseen(bounds: tuple[float, float], confidence: float, n: int) -> float:
+    """How much the mean may still have changed where none of `n` examples did: the share of examples that
+    change could be this large (Clopper and Pearson for 0 of n), each by all that the bounds allow.
+    """
+    return float((bounds[1] - bounds[0]) * (1 - ((1 - confidence) / 2) ** (1 / n)))
 
 
 def _spread(
@@ -144,6 +151,7 @@ def ratio(
     clusters: npt.ArrayLike | None = None,
     strata: npt.ArrayLike | None = None,
     *,
+    bounds: tuple[float, float] | None = None,
     confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -152,7 +160,8 @@ def ratio(
     pair.
 
     Examples are resampled with both of their values, within their stratum; tasks count equally in both
-    means. The interval is the bootstrap's, expanded as that of `mean`. An end is infinite where resampled
+    means. The interval is the bootstrap's, expanded as that of `mean`; where no example differs and `bounds`
+    are given, it is that of a change so rare that it stayed unseen, as in `difference`. An end is infinite where resampled
     baselines reach 0; NaN where the baseline's mean is not positive.
     """
     above, below = np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
@@ -178,6 +187,9 @@ def ratio(
     point = float(points[0] / points[1])
     if min(sizes) < 2:
         return Estimate(point, NAN, NAN, sum(sizes))
+    if bounds is not None and np.array_equal(above, below):
+        unseen = _unseen(bounds, confidence, sum(sizes)) / points[1]
+        return Estimate(point, 1 - unseen, 1 + unseen, sum(sizes))
     with np.errstate(divide="ignore", invalid="ignore"):
         drawn = np.where(draws[1] > 0, draws[0] / draws[1], np.inf)
     low, high = np.quantile(drawn, _tails(min(sizes), confidence), method="nearest")

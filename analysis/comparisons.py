@@ -1,0 +1,192 @@
+"""Each setting's answers against a baseline's, example by example: by how much, how surely, and what so many
+examples could have shown.
+
+Quality belongs to an example and a setting, not to a link (transport loses nothing), so an example's rows on
+several links are one observation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import settings, stats
+from analysis.run import Run
+from testbed.errors import UsageError
+
+#: The baseline that every row carries: the same example with everything kept, on one machine.
+FULL = "full cache"
+#: A score from which on an answer counts as right in McNemar's test.
+RIGHT_FROM = 0.5
+
+_KEYS = ["model", "task", "example"]
+_QUALITIES = ["score", "nll", "kl", "reference_score", "reference_nll", "context_tokens", "payload_bytes"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`setting` − `baseline` over the examples that both have; `task` is empty where tasks are put together
+    (each counts equally).
+
+    `score`: difference of scores; `ratio`: score over the baseline's; `answers`: McNemar's test of right
+    answers; `nll`: difference of the gold answer's NLL (nats/token, positive: worse); `kl`: the setting's own
+    mean KL from the full cache; `p_nll`, `p_score`: Wilcoxon's p after Holm's correction over the family of
+    settings that were compared together.
+    """
+
+    model: str
+    task: str
+    setting: str
+    baseline: str
+    score: stats.Difference
+    ratio: stats.Estimate
+    answers: stats.McNemar
+    nll: stats.Difference
+    kl: stats.Estimate
+    p_nll: float = float("nan")
+    p_score: float = float("nan")
+
+
+def by_example(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line per model, task, example and setting: the mean of its rows' qualities, over links and
+    repeats.
+    """
+    labelled = rows if "setting" in rows else settings.labelled(rows)
+    return labelled.groupby([*_KEYS, "setting"], sort=False)[_QUALITIES].mean().reset_index()
+
+
+def pairs(table: pd.DataFrame, setting: str, baseline: str = FULL) -> pd.DataFrame:
+    """The examples (of `by_example`) that both settings have, with the baseline's columns suffixed
+    ``_base``.
+    """
+    own = table[table["setting"] == setting]
+    if baseline == FULL:
+        base = {"score_base": own["reference_score"], "nll_base": own["reference_nll"]}
+        return own.assign(**base, kl_base=0.0)
+    other = table[table["setting"] == baseline]
+    return own.merge(other, on=_KEYS, suffixes=("", "_base"))
+
+
+def compare(found: pd.DataFrame, model: str, task: str, setting: str, baseline: str) -> Comparison:
+    """The comparison of these pairs (from `pairs`); several tasks count equally."""
+    examples = found["task"] + "\0" + found["example"]
+    score, base = found["score"], found["score_base"]
+    right = [(side >= RIGHT_FROM).where(side.notna()).astype(float) for side in (score, base)]
+    return Comparison(
+        model=model,
+        task=task,
+        setting=setting,
+        baseline=baseline,
+        score=stats.difference(score, base, examples, found["task"], bounds=(0.0, 1.0)),
+        ratio=stats.ratio(score, base, examples, found["task"], bounds=(0.0, 1.0)),
+        answers=stats.mcnemar(*right),
+        nll=stats.difference(found["nll"], found["nll_base"], examples, found["task"]),
+        kl=stats.mean(found["kl"], examples, found["task"]),
+    )
+
+
+def family(found: Iterable[Comparison]) -> list[Comparison]:
+    """These comparisons as one family: with Holm's correction over them."""
+    members = list(found)
+    nll = stats.holm([m.nll.p for m in members])
+    score = stats.holm([m.score.p for m in members])
+    return [replace(m, p_nll=float(a), p_score=float(b)) for m, a, b in zip(members, nll, score, strict=True)]
+
+
+def against(run: Run, baseline: str = FULL) -> list[Comparison]:
+    """Every setting against the baseline, model by model: each task alone, then all tasks together.
+
+    A family is what shares model and task. Raises UsageError for a baseline that the run does not have.
+    """
+    run.require()
+    table = by_example(run.rows)
+    known = list(table["setting"].unique())
+    if baseline != FULL and baseline not in known:
+        raise UsageError(f"{run.path} has no setting {baseline!r}; choose from {FULL}, {', '.join(known)}")
+    found: list[Comparison] = []
+    for model, own in table.groupby("model", sort=False):
+        tasks = list(own["task"].unique())
+        for task in [*tasks, ""] if len(tasks) > 1 else tasks:
+            part = own[own["task"] == task] if task else own
+            labels = [s for s in known if s != baseline and s in set(part["setting"])]
+            members = (compare(pairs(part, s, baseline), str(model), task, s, baseline) for s in labels)
+            found += family(m for m in members if m.score.n or m.nll.n)
+    return found
+
+
+def frame(found: list[Comparison]) -> pd.DataFrame:
+    """The comparisons as a table, one line each; `_lo` and `_hi` bound 95 % intervals."""
+    return pd.DataFrame([_line(one) for one in found])
+
+
+def _line(one: Comparison) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "model": one.model,
+        "task": one.task or "all",
+        "setting": one.setting,
+        "baseline": one.baseline,
+        "n": max(one.score.n, one.nll.n),
+    }
+    line |= _interval("score_diff", one.score.estimate)
+    line |= {"score_p": one.score.p, "score_p_holm": one.p_score, "score_detectable": one.score.detectable}
+    line |= _interval("score_ratio", one.ratio)
+    line |= {"gained": one.answers.gained, "lost": one.answers.lost, "mcnemar_p": one.answers.p}
+    line |= _interval("nll_diff", one.nll.estimate)
+    line |= {"nll_p": one.nll.p, "nll_p_holm": one.p_nll, "nll_detectable": one.nll.detectable}
+    return line | _interval("kl", one.kl)
+
+
+def _interval(name: str, one: stats.Estimate) -> dict[str, float]:
+    return {name: one.value, f"{name}_lo": one.low, f"{name}_hi": one.high}
+
+
+def write(run: Run, baseline: str = FULL) -> Path:
+    """Write ``comparisons.csv``: every setting against the baseline. Raises as `against` does."""
+    lines = frame(against(run, baseline)).replace([np.inf, -np.inf], np.nan)
+    return run.write("comparisons.csv", lambda to: lines.to_csv(to, index=False, float_format="%.6g"))
+
+
+def text(found: list[Comparison]) -> str:
+    """The comparisons for the terminal: one block a model and task."""
+    blocks = []
+    keys = list(dict.fromkeys((f.model, f.task) for f in found))
+    for model, task in keys:
+        own = [f for f in found if (f.model, f.task) == (model, task)]
+        wide = max(len(f.setting) for f in own)
+        head = f"{model} · {task or 'all tasks'} · against {own[0].baseline}"
+        columns = f"  {'setting':<{wide}}  {'n':>4}  {'Δscore':>22}  {'p':>6}  {'ΔNLL':>24}  {'p':>6}  {'detectable':>10}"
+        lines = [
+            f"  {f.setting:<{wide}}  {max(f.score.n, f.nll.n):>4}  {signed(f.score.estimate, 2):>22}  "
+            f"{p_text(f.p_score):>6}  {signed(f.nll.estimate, 3):>24}  {p_text(f.p_nll):>6}  "
+            f"{number(f.nll.detectable, 3):>10}"
+            for f in own
+        ]
+        blocks.append("\n".join([head, columns, *lines]))
+    note = (
+        "brackets: 95 % bootstrap intervals over examples; p: Wilcoxon signed-rank after Holm's correction; "
+        "detectable: the ΔNLL that so many examples show with a probability of 80 %"
+    )
+    return "\n\n".join([*blocks, note])
+
+
+def number(value: float, digits: int) -> str:
+    """A number, or a dash where there is none."""
+    return f"{value:.{digits}f}" if np.isfinite(value) else "-"
+
+
+def signed(one: stats.Estimate, digits: int) -> str:
+    """A difference with its sign and interval."""
+    if not np.isfinite(one.value):
+        return "-"
+    interval = f" [{one.low:+.{digits}f}, {one.high:+.{digits}f}]" if np.isfinite(one.low) else ""
+    return f"{one.value:+.{digits}f}{interval}"
+
+
+def p_text(p: float) -> str:
+    """A p-value for people."""
+    return "-" if not np.isfinite(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
