@@ -107,12 +107,12 @@ def _draw_panel(
 ) -> None:
     panel_title(ax, name, "")
     ax.grid(visible=False)
+    ax.set_xlim(-0.02, len(rates) + 0.02)
+    ax.set_ylim(-0.02, len(delays) + 0.02)
     for (rate, delay), own in squares.items():
         column, row = rates.index(rate or float("inf")), delays.index(delay)
         for index, square in enumerate(own):
             _draw_square(ax, square, column, row + index / len(own), 1 / len(own), looks)
-    ax.set_xlim(-0.02, len(rates) + 0.02)
-    ax.set_ylim(-0.02, len(delays) + 0.02)
     texts = ["no limit" if rate == float("inf") else f"{rate / 1e6:g} Mbit/s" for rate in rates]
     ax.set_xticks([i + 0.5 for i in range(len(rates))], texts)
     ax.set_yticks([i + 0.5 for i in range(len(delays))], [format_time(d) for d in delays])
@@ -136,7 +136,7 @@ def _draw_square(ax: Axes, square: Square, x: float, y: float, height: float, lo
     ax.text(
         x + 0.5,
         y + 0.84 * height,
-        f"{square.profile} · {format_fraction(square.loss)} loss",
+        _fitted(ax, f"{square.profile} · {format_fraction(square.loss)} loss", 6.8),
         ha="center",
         va="center",
         fontsize=6.8,
@@ -152,7 +152,7 @@ def _draw_square(ax: Axes, square: Square, x: float, y: float, height: float, lo
     ax.text(
         x + 0.5,
         middle + 0.1 * height,
-        square.best.label,
+        _fitted(ax, square.best.label, 8.6, 0.8),
         ha="center",
         va="center",
         fontsize=8.6,
@@ -169,4 +169,19 @@ def _draw_square(ax: Axes, square: Square, x: float, y: float, height: float, lo
     if square.second is not None:
         slower = square.second.latency.value / best.value - 1
         text = f"{square.second.label} +{slower:.0%}"
-        ax.text(x + 0.5, y + 0.14 * height, text, ha="center", va="center", fontsize=6.8, color="#444444")
+        ax.text(
+            x + 0.5,
+            y + 0.14 * height,
+            _fitted(ax, text, 6.8),
+            ha="center",
+            va="center",
+            fontsize=6.8,
+            color="#444444",
+        )
+
+
+def _fitted(ax: Axes, text: str, size: float, share: float = 0.94) -> str:
+    """The text, or its beginning and end where a square is too narrow for it at this font size (points)."""
+    width = ax.get_window_extent().width / ax.figure.dpi * 72 / ax.get_xlim()[1] * share
+    most = max(6, int(width / (0.58 * size)))
+    return text if len(text) <= most else f"{text[: most - 4]}…{text[-3:]}"
