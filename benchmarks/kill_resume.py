@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -65,7 +65,7 @@ def host_state() -> dict[str, str]:
 
 
 def leftovers() -> list[str]:
-    """Namespaces, mounts, interfaces and processes that look like the testbed's."""
+    """Namespaces, mounts, interfaces and processes that look like the testbed's (processes: of this Python environment)."""
     found = (
         [f"namespace {p.name}" for p in Path("/run/netns").glob("tb-*")]
         if Path("/run/netns").is_dir()
@@ -84,7 +84,8 @@ def leftovers() -> list[str]:
             words = (process / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if any(word.startswith((b"testbed.endpoints.", b"testbed.net.")) for word in words):
+        ours = words[0] == os.fsencode(sys.executable)
+        if ours and any(b"testbed.endpoints" in word or b"testbed/net/" in word for word in words):
             found.append(f"process {process.name} {b' '.join(words).decode(errors='replace')[:80]}")
     return found
 
@@ -117,11 +118,8 @@ def torture(kills: int, seed: int, directory: Path, model: Path, scenario: str =
         process = testbed(
             *(("run", "--resume", str(out)) if resumable else ("run", str(path), "--out", str(out)))
         )
-        delay = generator.uniform(0.0, 1.0) if generator.random() < 0.3 else generator.uniform(1.0, 14.0)
-        try:
-            process.wait(delay)
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
+        _let_run(process, out, generator)
+        process.kill()
         process.communicate()
         killed_at.append(_rows(out))
         subprocess.run([sys.executable, "-m", "testbed", "clean"], cwd=ROOT, check=True, capture_output=True)
@@ -145,6 +143,22 @@ def torture(kills: int, seed: int, directory: Path, model: Path, scenario: str =
         "failed": sum(bool(row["error"]) for row in rows),
         "host_changed": changed,
     }
+
+
+def _let_run(process: subprocess.Popen[str], out: Path, generator: random.Random) -> None:
+    """Until a random moment: of the set-up (by the clock), or of the trials (a few rows on, and a little more)."""
+    kind = generator.random()
+    if kind < 0.2:
+        rows, patience = 0, generator.uniform(0.0, 1.0)
+    elif kind < 0.5:
+        rows, patience = 0, generator.uniform(1.0, 14.0)
+    else:
+        rows, patience = generator.randint(1, 4), 120.0
+    target, deadline = _rows(out) + rows if rows else math.inf, time.monotonic() + patience
+    while time.monotonic() < deadline and _rows(out) < target and process.poll() is None:
+        time.sleep(0.01)
+    if rows:
+        time.sleep(generator.uniform(0.0, 0.3))
 
 
 def _settled(mine: set[str]) -> list[str]:
