@@ -32,7 +32,7 @@ placements: [split, cloud, edge]
 codecs: [fp16, int8, q2c@0.25+int4]
 tasks: [needle]
 context_tokens: 300
-examples: 4
+examples: 6
 threads: 1
 max_new_tokens: 4
 """
@@ -110,22 +110,18 @@ def torture(kills: int, seed: int, directory: Path, model: Path, scenario: str =
     before = host_state()
     untidy: list[list[str]] = []
     killed_at: list[int] = []
+    ended = 0
     mine = set(leftovers())
     for _ in range(kills):
-        resumable = (out / "manifest.json").exists()
-        if not resumable:
-            shutil.rmtree(out, ignore_errors=True)
-        process = testbed(
-            *(("run", "--resume", str(out)) if resumable else ("run", str(path), "--out", str(out)))
-        )
+        process = _start(path, out)
         _let_run(process, out, generator)
+        ended += process.poll() is not None
         process.kill()
         process.communicate()
         killed_at.append(_rows(out))
         subprocess.run([sys.executable, "-m", "testbed", "clean"], cwd=ROOT, check=True, capture_output=True)
         untidy.append(sorted(set(_settled(mine)) - mine))
-    resumable = (out / "manifest.json").exists()
-    last = testbed(*(("run", "--resume", str(out)) if resumable else ("run", str(path), "--out", str(out))))
+    last = _start(path, out)
     _, errors = last.communicate()
     rows = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
     times = Counter(row["trial"] for row in rows)
@@ -133,16 +129,25 @@ def torture(kills: int, seed: int, directory: Path, model: Path, scenario: str =
     changed = {name: _difference(before[name], after[name]) for name in before if before[name] != after[name]}
     return {
         "kills": kills,
+        "ended_before_the_kill": ended,
         "rows_when_killed": killed_at,
         "left_behind_after_clean": [items for items in untidy if items],
         "final_exit_status": last.returncode,
         "final_errors": errors[-500:] if last.returncode else "",
         "trials": len(rows),
-        "expected": 4 * 2 * 5,
+        "expected": 6 * 2 * 5,
         "repeated": [trial for trial, n in times.items() if n > 1],
         "failed": sum(bool(row["error"]) for row in rows),
         "host_changed": changed,
     }
+
+
+def _start(scenario: Path, out: Path) -> subprocess.Popen[str]:
+    """Begin the run, or continue it. On a busy machine links may be out of tolerance, which is not what this is about."""
+    if (out / "manifest.json").exists():
+        return testbed("run", "--resume", str(out), "--accept-uncalibrated")
+    shutil.rmtree(out, ignore_errors=True)
+    return testbed("run", str(scenario), "--out", str(out), "--accept-uncalibrated")
 
 
 def _let_run(process: subprocess.Popen[str], out: Path, generator: random.Random) -> None:
@@ -153,7 +158,7 @@ def _let_run(process: subprocess.Popen[str], out: Path, generator: random.Random
     elif kind < 0.5:
         rows, patience = 0, generator.uniform(1.0, 14.0)
     else:
-        rows, patience = generator.randint(1, 4), 120.0
+        rows, patience = generator.randint(1, 3), 120.0
     target, deadline = _rows(out) + rows if rows else math.inf, time.monotonic() + patience
     while time.monotonic() < deadline and _rows(out) < target and process.poll() is None:
         time.sleep(0.01)
