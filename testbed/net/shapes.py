@@ -13,7 +13,8 @@
     profile: 5g-good                 edge3 ═╝
     bottleneck: "rate=60mbit,delay=5ms"
 
-`profile` is every link's; ``profiles: {n3-hub: lte}`` puts some under others. ``congestion`` is every link's congestion control.
+`profile` is every link's; ``profiles: {n3-hub: lte}`` puts some under others. ``congestion`` is every link's congestion
+control; ``pcap: [n3-hub]`` names links whose packets are captured.
 """
 
 from __future__ import annotations
@@ -58,12 +59,12 @@ KINDS: dict[str, tuple[Callable[[int], Listed], int]] = {
 }
 """Name -> the shape, and the fewest nodes it has."""
 
-_KEYS = {"name", "kind", "nodes", "profile", "bottleneck", "profiles", "congestion", "ipv6"}
+KEYS = {"name", "kind", "nodes", "profile", "bottleneck", "profiles", "congestion", "pcap", "ipv6"}
 
 
 def unfold(value: Mapping[str, Any]) -> dict[str, Any]:
     """The mapping with every node and link listed, as `testbed.net.topology.topology_from` takes it. Raises SpecError."""
-    strict_yaml.mapping(value, "", _KEYS, {"kind", "nodes", "profile"})
+    strict_yaml.mapping(value, "", KEYS, {"kind", "nodes", "profile"})
     kind = strict_yaml.text(value["kind"], "kind")
     if kind not in KINDS:
         raise SpecError(f"kind: unknown kind {kind[:40]!r}{did_you_mean(kind, list(KINDS))}")
@@ -71,12 +72,21 @@ def unfold(value: Mapping[str, Any]) -> dict[str, Any]:
     names, links = shape(strict_yaml.whole(value["nodes"], "nodes", least, MAX_NODES))
     profiles = _profiles(value, kind, [name for name, _, _ in links])
     common = {key: value[key] for key in ("congestion",) if key in value}
+    captured = _captured(value, [name for name, _, _ in links])
     listed = [
         {"name": name, "a": a, "b": b, "profile": profiles.get(name, value["profile"]), **common}
+        | ({"pcap": True} if name in captured else {})
         for name, a, b in links
     ]
     rest = {key: value[key] for key in ("name", "ipv6") if key in value}
     return {"nodes": names, "links": listed, **rest}
+
+
+def _captured(value: Mapping[str, Any], known: list[str]) -> set[str]:
+    names = {strict_yaml.text(name, "pcap") for name in strict_yaml.items(value.get("pcap", []), "pcap")}
+    for name in sorted(names.difference(known)):
+        raise SpecError(f"pcap: no link {name[:40]!r}{did_you_mean(name, known)}")
+    return names
 
 
 def _profiles(value: Mapping[str, Any], kind: str, known: list[str]) -> dict[str, Any]:

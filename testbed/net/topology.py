@@ -31,6 +31,8 @@ from testbed.net.strict_yaml import did_you_mean
 
 MAX_NODES = 1000
 MAX_LINKS = 4000
+KEYS = {"name", "nodes", "links", "ipv6"}
+LINK_KEYS = {"name", "a", "b", "profile", "congestion", "pcap"}
 _NODE_NAME = re.compile(r"[a-z]([a-z0-9-]{0,30}[a-z0-9])?")
 _LINK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
 _CONGESTION_NAME = re.compile(r"[a-z0-9_]{1,15}")
@@ -47,13 +49,15 @@ class Node:
 
 @dataclass(frozen=True)
 class Link:
-    """Two nodes' connection; *up* is from `a` to `b`. `congestion`: None for the kernel's default."""
+    """Two nodes' connection; *up* is from `a` to `b`. `congestion`: None for the kernel's default.
+    `pcap`: whether the packets at both of its ends are captured to files."""
 
     name: str
     a: str
     b: str
     profile: Profile
     congestion: str | None = None
+    pcap: bool = False
 
 
 @dataclass(frozen=True)
@@ -236,7 +240,7 @@ def topology_from(value: Any, where: str, name: str) -> Topology:
     try:
         if isinstance(value, Mapping) and "kind" in value:
             value = shapes.unfold(value)
-        strict_yaml.mapping(value, "", {"name", "nodes", "links", "ipv6"}, {"nodes", "links"})
+        strict_yaml.mapping(value, "", KEYS, {"nodes", "links"})
         nodes = tuple(
             Node(strict_yaml.text(node, f"nodes[{place}]"))
             for place, node in enumerate(strict_yaml.items(value["nodes"], "nodes"))
@@ -255,14 +259,15 @@ def to_mapping(topology: Topology) -> dict[str, Any]:
     """What `topology_from` makes the same topology of, in full: every node and link listed."""
     links = []
     for link in topology.links:
-        values = {"name": link.name, "a": link.a, "b": link.b, "profile": str(link.profile)}
-        links.append(values | ({"congestion": link.congestion} if link.congestion else {}))
+        values: dict[str, Any] = {"name": link.name, "a": link.a, "b": link.b, "profile": str(link.profile)}
+        values |= {"congestion": link.congestion} if link.congestion is not None else {}
+        links.append(values | ({"pcap": True} if link.pcap else {}))
     nodes = [node.name for node in topology.nodes]
     return {"name": topology.name, "ipv6": topology.ipv6, "nodes": nodes, "links": links}
 
 
 def _link(value: Any, where: str) -> Link:
-    strict_yaml.mapping(value, where, {"name", "a", "b", "profile", "congestion"}, {"a", "b", "profile"})
+    strict_yaml.mapping(value, where, LINK_KEYS, {"a", "b", "profile"})
     a, b = strict_yaml.text(value["a"], f"{where}.a"), strict_yaml.text(value["b"], f"{where}.b")
     congestion = value.get("congestion")
     return Link(
@@ -271,4 +276,5 @@ def _link(value: Any, where: str) -> Link:
         b=b,
         profile=profile_from(value["profile"], f"{where}.profile"),
         congestion=None if congestion is None else strict_yaml.text(congestion, f"{where}.congestion"),
+        pcap=strict_yaml.truth(value.get("pcap", False), f"{where}.pcap"),
     )
