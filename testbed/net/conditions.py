@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from testbed.errors import SpecError
+from testbed.net.emulators.schedule import Deliveries, Schedule
 from testbed.net.jitter import LAWS, JitterTable
 from testbed.net.losses import LossModel, exact, fraction_text
+from testbed.net.trace import Trace
 from testbed.units import (
     format_fraction,
     format_rate,
@@ -137,6 +139,8 @@ class Direction:
     """Bytes of the network layer in the largest packet; what a queue in packets is counted with."""
     seed: int | None = None
     """Of this direction's random numbers; None: the run's."""
+    trace: Trace | None = None
+    """What changes over time: the rate, which is then not given here (outages stop the one that is), delay or loss."""
 
     def __post_init__(self) -> None:
         if self.rate_bps is not None:
@@ -159,6 +163,8 @@ class Direction:
                 f"jitter {format_time(self.jitter_s)} exceeds the delay {format_time(self.delay_s)}: "
                 "packets would have to arrive before they were sent"
             )
+        if self.trace is not None and self.trace.sets_rate and self.rate_bps is not None:
+            raise SpecError(f"{self.trace} gives the rate; leave rate= away")
         if self.reorder and not self.delay_s:
             raise SpecError("reorder needs a delay that a packet can skip")
 
@@ -166,7 +172,8 @@ class Direction:
         parts = []
         if self.rate_bps is not None:
             parts.append("rate=" + exact(self.rate_bps, format_rate, parse_rate, "bit"))
-        parts.append("delay=" + time_text(self.delay_s))
+        if self.delay_s or self.trace is None:
+            parts.append("delay=" + time_text(self.delay_s))
         if self.jitter_s or self.jitter_law != "normal" or self.jitter_reorders:
             parts.append("jitter=" + self._jitter_text())
         if self.loss_model is not None:
@@ -182,6 +189,7 @@ class Direction:
         parts += [f"overhead={self.overhead_bytes}b"] if self.overhead_bytes else []
         parts += [f"mtu={self.mtu}"] if self.mtu != MTU else []
         parts += [f"seed={self.seed}"] if self.seed is not None else []
+        parts += [str(self.trace)] if self.trace is not None else []
         return ",".join(parts)
 
     def _jitter_text(self) -> str:
@@ -209,8 +217,36 @@ class Direction:
             "seed": self.seed is not None,
         }
         key = {"jitter law": "jitter", "jitter reorder": "jitter", "loss model": "loss", "codel": "queue"}
-        written = dict(part.split("=", 1) for part in split_conditions(str(self)))
-        return {name: f"{key.get(name, name)}={written[key.get(name, name)]}" for name in has if has[name]}
+        fixed = split_conditions(str(replace(self, trace=None)))
+        written = dict(part.split("=", 1) for part in fixed)
+        found = {name: f"{key.get(name, name)}={written[key.get(name, name)]}" for name in has if has[name]}
+        return found | ({"trace": str(self.trace)} if self.trace is not None else {})
+
+    def schedule(self, way: Literal["up", "down"], origin_s: float) -> Schedule | Deliveries | None:
+        """What changes over time, beginning at `origin_s`; None: nothing does. Raises SpecError where the trace's file is
+        missing or wrong, or says what is said here, too."""
+        if self.trace is None:
+            return None
+        made = self.trace.schedule(way, self.rate_bps, origin_s)
+        for name, there, here in (("delay", made.delays, self.delay_s), ("loss", made.losses, self.loss)):
+            if there is not None and here:
+                raise SpecError(f"{self.trace}: it gives the {name}; leave {name}= away")
+        return made
+
+    def steady(self, way: Literal["up", "down"], *, peak: bool = False) -> Direction:
+        """The same without what changes: its mean in its place, or with `peak` the largest rate. Raises as
+        `schedule` does."""
+        if self.trace is None:
+            return self
+        rate = self.trace.rates_bps(way, self.rate_bps)[peak]
+        means = self.trace.means(way, self.rate_bps)
+        return replace(
+            self,
+            trace=None,
+            rate_bps=None if rate is None else min(100e9, max(1e3, rate)),
+            delay_s=self.delay_s or means.get("delays", 0.0),
+            loss=self.loss or means.get("losses", 0.0),
+        )
 
     def queue_bytes(self, round_trip_s: float) -> int | None:
         """Bytes the queue holds, at least one packet; `round_trip_s` is the sum of both ways' delays.
@@ -257,10 +293,23 @@ class Profile:
         """Both ways' one-way delays, seconds."""
         return self.up.delay_s + self.down.delay_s
 
+    @property
+    def changes(self) -> bool:
+        """Whether a trace is in force on one of the ways."""
+        return self.up.trace is not None or self.down.trace is not None
+
+    def steady(self, *, peak: bool = False) -> Profile:
+        """The profile with means, or peak rates, in the place of what changes over time; see `Direction.steady`."""
+        if not self.changes:
+            return self
+        return replace(self, up=self.up.steady("up", peak=peak), down=self.down.steady("down", peak=peak))
+
     def queue_bytes(self, way: Literal["up", "down"]) -> int | None:
-        """See `Direction.queue_bytes`."""
-        return (self.up if way == "up" else self.down).queue_bytes(self.round_trip_s)
+        """See `Direction.queue_bytes`; BDPs and times of a rate that changes are those of its mean."""
+        steady = self.steady()
+        return (steady.up if way == "up" else steady.down).queue_bytes(steady.round_trip_s)
 
     def bdp_bytes(self) -> float:
-        """Bandwidth-delay product of the faster way, bytes; 0 where the rate is not limited."""
-        return max(self.up.rate_bps or 0.0, self.down.rate_bps or 0.0) / 8 * self.round_trip_s
+        """Bandwidth-delay product of the faster way at its fastest, bytes; 0 where the rate is not limited."""
+        most = self.steady(peak=True)
+        return max(most.up.rate_bps or 0.0, most.down.rate_bps or 0.0) / 8 * most.round_trip_s

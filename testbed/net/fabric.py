@@ -127,16 +127,16 @@ class Fabric:
         """A file with that text, which lasts as long as the network."""
         return self.state.write_hosts(node)
 
-    def apply(self, link: str, profile: Profile) -> None:
-        """Puts the link under another profile; connections survive. Raises SpecError: no such link;
-        NetworkError."""
+    def apply(self, link: str, profile: Profile, origin_s: float | None = None) -> None:
+        """Puts the link under another profile; connections survive. `origin_s`: when its traces begin
+        (CLOCK_MONOTONIC); None: now. Raises SpecError: no such link, a trace's file is wrong; NetworkError."""
         number = self.topology.link_number(link)
         fresh = replace(self.state, topology=self.topology.with_profiles({link: profile}))
         from testbed.net import wiring
 
         if wiring.tcp_buffer_bytes(fresh.topology) != wiring.tcp_buffer_bytes(self.topology):
             wiring.allow_tcp_buffers(fresh)
-        self._attachments[number].apply(profile)
+        self._attachments[number].apply(profile, origin_s)
         self._update(fresh)
 
     def counters(self, link: str) -> dict[str, Counters]:

@@ -7,9 +7,10 @@ outage and a flapping link stop whatever rate the profile has.
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
 from math import inf, pi, sin
 from typing import ClassVar
+
+import msgspec
 
 from testbed.errors import SpecError, UnitError
 from testbed.net.trace_files import MAX_SECONDS, Samples
@@ -62,8 +63,7 @@ def _halves(text: str, mark: str, example: str) -> tuple[str, str]:
     return left, right
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(msgspec.Struct, frozen=True, tag="step"):
     """``step:50mbit*10s+5mbit*5s``: one rate after the other, each for its time."""
 
     parts: tuple[tuple[float, float], ...]  # (bits per second, seconds)
@@ -91,8 +91,7 @@ class Step:
         return Samples(times, now, array("f", [rate / 8 for rate, _ in self.parts]))
 
 
-@dataclass(frozen=True)
-class Sine:
+class Sine(msgspec.Struct, frozen=True, tag="sine"):
     """``sine:10mbit..50mbit*20s``: from the middle up, down and back in 20 s, in steps of 10 ms (longer ones above 40 s)."""
 
     low_bps: float
@@ -124,8 +123,7 @@ class Sine:
         return Samples(times, self.period_s, array("f", [max(0.0, rate) for rate in rates]))
 
 
-@dataclass(frozen=True)
-class Outage:
+class Outage(msgspec.Struct, frozen=True, tag="outage"):
     """``outage:5s@10s``: nothing is sent for 5 s, 10 s from the beginning; what waits waits. Once, or with ``every=60s`` again
     and again."""
 
@@ -164,8 +162,7 @@ class Outage:
         return Samples(array("d", [at for at, _ in parts]), length, array("f", [rate for _, rate in parts]))
 
 
-@dataclass(frozen=True)
-class Flap:
+class Flap(msgspec.Struct, frozen=True, tag="flap"):
     """``flap:10s/1s``: up for 10 s, down for 1 s, up again, and so on."""
 
     up_s: float

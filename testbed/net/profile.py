@@ -1,10 +1,11 @@
 """Profiles as text and as YAML.
 
-Three forms are understood wherever a profile is named::
+Four forms are understood wherever a profile is named::
 
     5g-mid                                                  a preset (`testbed.net.presets`)
     rate=50mbit,delay=20ms,jitter=2ms,loss=1%,queue=1bdp    the same both ways; every key may be left out
     up:rate=10mbit,delay=30ms;down:5g-mid                   each way on its own; a preset gives that half
+    trace:FILE    delay=20ms,sine:5mbit..50mbit*20s         what changes over time; see `testbed.net.trace`
 
 Some keys take models with arguments, such as ``loss=gilbert(1%,burst=4)``: see `testbed.net.profile_values`.
 
@@ -36,6 +37,7 @@ from testbed.net.profile_values import (
     parse_switch,
 )
 from testbed.net.strict_yaml import did_you_mean
+from testbed.net.trace import is_trace, parse_trace
 from testbed.units import parse_fraction, parse_rate, parse_size, parse_time
 
 __all__ = [
@@ -65,6 +67,7 @@ _READERS: dict[str, Callable[[Any], Values]] = {
     "overhead": lambda value: {"overhead_bytes": parse_size(value)},
     "mtu": lambda value: {"mtu": parse_integer(value)},
     "seed": lambda value: {"seed": parse_integer(value)},
+    "trace": lambda value: {"trace": parse_trace(str(value))},
 }
 """Key -> the fields of a `Direction` that its value stands for; raises SpecError or UnitError."""
 
@@ -89,6 +92,8 @@ def _inline(text: str) -> Direction:
     settings: dict[str, str] = {}
     for part in split_conditions(text):
         key, equals, value = (piece.strip() for piece in part.partition("="))
+        if is_trace(part):
+            key, equals, value = "trace", "=", part
         if not equals or not key or not value:
             raise SpecError(f"{part.strip()[:40]!r} is not key=value, such as rate=50mbit")
         if key in settings:
@@ -105,8 +110,12 @@ def _preset(text: str) -> Profile:
     return PRESETS[text]
 
 
+def _is_inline(text: str) -> bool:
+    return "=" in text or is_trace(text)
+
+
 def _half(text: str, way: str) -> Direction:
-    if "=" in text:
+    if _is_inline(text):
         return _inline(text)
     return getattr(_preset(text), way)
 
@@ -123,7 +132,7 @@ def parse_profile(text: str) -> Profile:
     stripped = text.strip()
     try:
         if ";" not in stripped and not stripped.startswith(("up:", "down:")):
-            if "=" not in stripped:
+            if not _is_inline(stripped):
                 return _preset(stripped)
             both = _inline(stripped)
             return _profile(both, both)

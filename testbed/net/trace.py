@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import msgspec
+
 from testbed.errors import SpecError, UnitError
 from testbed.net.emulators.schedule import Deliveries, Schedule
 from testbed.net.generators import Flap, Outage, Sine, Step, exact_time
@@ -43,8 +45,7 @@ _UNWRITABLE = set(",;()\n\r\t")
 _MAX_SCALE = 1e6
 
 
-@dataclass(frozen=True)
-class File:
+class File(msgspec.Struct, frozen=True, tag="file"):
     """A recording, by the path of its file: as written, from the working directory or else among the shipped scenarios."""
 
     path: str
@@ -92,7 +93,9 @@ class Trace:
     def __str__(self) -> str:
         options = []
         if self.scale != 1:
-            options.append(f"scale={self.scale!r}")
+            options.append(
+                f"scale={self.scale:g}" if float(f"{self.scale:g}") == self.scale else f"scale={self.scale!r}"
+            )
         if self.offset_s:
             options.append(f"offset={exact_time(self.offset_s)}")
         if self.end != "loop":
@@ -144,6 +147,12 @@ class Trace:
         if isinstance(found, Samples) and (found.rates is None or found.peak_rate == float("inf")):
             return rate_bps, rate_bps
         return found.mean_rate * 8 * self.scale, found.peak_rate * 8 * self.scale
+
+    def means(self, way: Way, rate_bps: float | None) -> dict[str, float]:
+        """The mean ``delays`` (seconds) and ``losses`` (fractions) of what gives them."""
+        found = self.recording(way, rate_bps)
+        columns = [name for name in ("delays", "losses") if getattr(found, name, None) is not None]
+        return {name: found.mean(name) for name in columns if isinstance(found, Samples)}
 
     def below(self, folder: Path) -> Trace:
         """The same with a relative file taken from *folder*, where there is one of that name."""

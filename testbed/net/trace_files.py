@@ -168,7 +168,7 @@ def _add_times(times: array[int], text: bytes, last: int, path: Path) -> int:
     if not text.translate(None, b"0123456789\n"):
         import numpy as np  # an hour is millions of lines: seven times as fast as int()
 
-        found = np.fromstring(text, dtype=np.float64, sep="\n")
+        found = np.fromstring(text, dtype=np.int64, sep="\n")
         complete = len(found) == text.count(b"\n") + 1
         if (
             complete

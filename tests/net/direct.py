@@ -21,7 +21,7 @@ class DirectLink:
         self.profile = profile
         self.detached = 0
 
-    def apply(self, profile: Profile) -> None:
+    def apply(self, profile: Profile, origin_s: float | None = None) -> None:
         self.profile = profile
 
     def counters(self) -> dict[str, Counters]:

@@ -320,6 +320,50 @@ def test_a_queue_in_packets_is_counted_in_packets_of_the_profiles_mtu() -> None:
     assert parse_profile("rate=1mbit,mtu=1000,queue=10p").queue_bytes("up") == 10_000
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "trace:a.csv",
+        "delay=20ms,queue=100ms,trace:a.csv(scale=0.5,offset=10s,end=hold,column=down)",
+        "up:rate=10mbit,delay=5ms,loss=gilbert(1%,burst=4),outage:5s@1s/60s;down:delay=5ms,sine:1mbit..5mbit*4s",
+        "up:trace:a b.up;down:trace:../a.down(scale=2)",
+        "rate=5mbit,delay=10ms,jitter=pareto(2ms),flap:10s/1s",
+    ],
+)
+def test_traces_stand_beside_fixed_conditions_and_read_back(text: str) -> None:
+    profile = parse_profile(text)
+    assert str(profile) == text
+    assert parse_profile(str(profile)) == profile
+    assert profile.up.beyond_the_basics()["trace"] == str(profile.up.trace)
+
+
+def test_a_trace_in_yaml_is_a_key_like_the_others() -> None:
+    assert profile_from({"delay": "5ms", "trace": "a.csv(scale=2)"}, "here") == parse_profile(
+        "delay=5ms,trace:a.csv(scale=2)"
+    )
+    assert profile_from({"trace": "flap:10s/1s"}, "here") == parse_profile("flap:10s/1s")
+
+
+def test_a_rate_and_a_trace_that_gives_one_contradict_each_other(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="gives the rate; leave rate= away"):
+        parse_profile("rate=5mbit,sine:1mbit..5mbit*4s")
+    (tmp_path / "a.csv").write_text("time_s,rate_mbps,delay_ms\n0,8,5\n")
+    profile = parse_profile(f"delay=1ms,trace:{tmp_path}/a.csv")
+    with pytest.raises(SpecError, match="it gives the delay; leave delay= away"):
+        profile.up.schedule("up", 0.0)
+
+
+def test_means_and_peaks_stand_for_what_changes(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("time_s,rate_mbps,delay_ms\n0,80,10\n3,160,50\n4,0,50\n")
+    profile = parse_profile(f"trace:{tmp_path}/a.csv")
+    steady = profile.steady()
+    assert (steady.up.rate_bps, steady.up.delay_s) == (80e6, pytest.approx(0.026))
+    assert profile.steady(peak=True).up.rate_bps == 160e6
+    assert profile.queue_bytes("up") == round(80e6 / 8 * 2 * 0.026)
+    assert profile.bdp_bytes() == pytest.approx(160e6 / 8 * 2 * 0.026)
+    assert parse_profile("delay=5ms,rate=8mbit").steady() == parse_profile("delay=5ms,rate=8mbit")
+
+
 def test_what_an_emulator_does_not_know_is_refused_by_name() -> None:
     profile = parse_profile("up:delay=5ms,loss=gilbert(1%,burst=3);down:delay=5ms,duplicate=1%")
     refuse_unknown("some", profile, {"loss model", "duplicate"})

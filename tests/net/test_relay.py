@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from array import array
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.net.emulators import relay
+from testbed.net.emulators.schedule import Deliveries, Schedule
 
 FRAME = bytes(14 + 1250)  # 10,000 bits behind the Ethernet header: 1 ms at 10 Mbit/s
 
@@ -153,6 +156,52 @@ def start_relay(orders: dict[str, Any], passed: list[int]) -> subprocess.Popen[b
         return subprocess.Popen(argv, pass_fds=(*passed, file.fileno()))
 
 
+def test_a_schedule_gives_the_rate_and_an_outage_makes_everything_wait():
+    made = Schedule([0.0, 1.0, 6.0], 10.0, rates=[1250e3, 0.0, 125e3])
+    line = Recorder(queue_bytes=2 * 1250, schedule=made)
+    arrivals = [(0.9985, FRAME)] + [(1.0 + n / 10, FRAME) for n in range(9)]
+    left = [time_s for time_s, _ in line.departures(arrivals)]
+    # The first has 1 ms at 10 Mbit/s; of the others, one is being sent and two wait, at 10 ms each from 6 s on.
+    assert left == pytest.approx([0.9995, 6.01, 6.02, 6.03])
+    assert line.line.dropped_queue == 6
+
+
+def test_an_outage_does_not_fill_the_memory_with_what_the_queue_has_no_room_for():
+    line = Recorder(queue_bytes=10_000, schedule=Schedule([0.0, 1.0], 2.0, rates=[0.0, 1e6], loop=False))
+    for number in range(500):
+        line.line.enter(FRAME, number / 1000)
+    assert line.line.held_bytes <= 10_000 + 2 * 1250
+
+
+def test_a_schedule_gives_delay_and_loss_as_they_are_when_a_packet_enters():
+    made = Schedule([0.0, 1.0], 2.0, delays=[0.1, 0.5], losses=[0.0, 1.0], loop=False)
+    assert [t for t, _ in Recorder(schedule=made).departures([(0.5, FRAME), (1.5, FRAME)])] == pytest.approx(
+        [0.6]
+    )
+    assert [t for t, _ in Recorder(schedule=made).departures([(0.95, FRAME)])] == pytest.approx([1.05])
+
+
+def test_deliveries_let_packets_go_at_their_opportunities():
+    line = Recorder(schedule=Deliveries(array("I", [5, 5, 20, 30])))
+    small = bytes(14 + 700)
+    left = line.departures([(0.0, FRAME), (0.001, small), (0.002, FRAME), (0.021, small)])
+    # 1250 and 700 of 1500 + 1500 at 5 ms, of which 1050 are for the third, and 200 at 20 ms; the rest of that is lost.
+    assert [round(time_s, 6) for time_s, _ in left] == [0.005, 0.005, 0.02, 0.03]
+
+
+def test_a_schedule_that_begins_or_ends_while_a_packet_is_sent_takes_over_what_is_left_of_it():
+    line = Recorder(rate_bps=1e6)
+    line.line.enter(FRAME, 0.0)  # 10 ms
+    line.line.apply(
+        conditions(schedule=Schedule([0.0, 0.01], 1.0, rates=[0.0, 1250e3], origin_s=0.004)), 0.004
+    )
+    assert line.line.leaves == pytest.approx(
+        0.004 + 0.010 + 0.0006
+    )  # 750 bytes are left, at ten times the rate
+    line.line.apply(conditions(rate_bps=1e6), 0.0143)
+    assert line.line.leaves == pytest.approx(0.0143 + 0.003)
+
+
 class Process:
     """A relay process between two datagram socket pairs: no TAP, no namespace, no root."""
 
@@ -196,6 +245,19 @@ def test_the_process_relays_both_ways_and_counts_each():
         counted = running.ask(do="counters")
         assert (counted["up"]["packets"], counted["up"]["bytes"], counted["up"]["delivered"]) == (1, 1250, 1)
         assert (counted["down"]["packets"], counted["down"]["bytes"]) == (1, 86)
+
+
+def test_the_process_takes_schedules_over_its_socket():
+    with Process() as running, tempfile.TemporaryFile() as file:
+        made = Schedule([0.0, 0.3], 1.0, rates=[0.0, 1e9], loop=False, origin_s=time.monotonic())
+        up = conditions(schedule=made.pack(file) | {"file": 0})
+        file.flush()
+        order = {"do": "apply", "link": "l0", "conditions": {"up": up, "down": conditions()}}
+        socket.send_fds(running.control, [json.dumps(order).encode()], [file.fileno()])
+        assert json.loads(running.control.recv(65536)) == {}
+        running.a.send(FRAME)
+        assert running.b.recv(2000) == FRAME
+        assert time.monotonic() >= made.origin_s + 0.3
 
 
 def test_the_process_changes_conditions_when_told():

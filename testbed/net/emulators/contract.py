@@ -42,8 +42,11 @@ class Attachment(Protocol):
         tuple[int, int] | None
     )  # pid and start time (clock ticks since boot) of the process behind it, if there is one
 
-    def apply(self, profile: Profile) -> None:
-        """Changes the conditions of what enters from now on; packets under way stay, connections survive."""
+    def apply(self, profile: Profile, origin_s: float | None = None) -> None:
+        """Changes the conditions of what enters from now on; packets under way stay, connections survive.
+
+        *origin_s*: when the profile's traces begin, on the clock CLOCK_MONOTONIC; None: now. Both ways' begin together.
+        """
 
     def counters(self) -> dict[str, Counters]:
         """``{"up": …, "down": …}``."""

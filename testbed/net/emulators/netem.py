@@ -241,7 +241,7 @@ class NetemAttachment:
             for source, target in self._ends.values():
                 redirect(netlink, netlink.interface(source).index, netlink.interface(target).index)
 
-    def apply(self, profile: Profile) -> None:
+    def apply(self, profile: Profile, origin_s: float | None = None) -> None:
         refuse_unknown(Netem.name, profile, HONOURED)
         self._configure(profile, 0)
 

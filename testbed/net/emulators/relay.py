@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import json
 import os
 import random
@@ -21,7 +22,9 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from math import inf
+from pathlib import Path
 from time import monotonic, sleep
+from types import ModuleType
 from typing import Any
 
 PRIORITY = 2  # real-time, just above the probers' (probe.py), which must not hold up the link they measure
@@ -37,6 +40,22 @@ MAX_HELD_BYTES = (
 )  # under way in one direction: a sender faster than the host's memory is no reason to end
 
 
+MAX_FILES = 2  # a schedule each way
+
+
+def _beside(name: str) -> ModuleType:
+    """A module that lies in this file's directory: this process knows no packages."""
+    place = Path(__file__).resolve().with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"relay_{name}", place)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_schedules = _beside("schedule")
+
+
 class Line:
     """One direction. Times are seconds of CLOCK_MONOTONIC."""
 
@@ -44,6 +63,7 @@ class Line:
         "begins",
         "bytes",
         "chance",
+        "changing",
         "deliver",
         "delivered",
         "dropped_loss",
@@ -56,10 +76,13 @@ class Line:
         "limit",
         "mean_delay",
         "overrun",
+        "owed",
+        "owed_from",
         "packets",
         "probability",
         "queue",
         "seconds_per_byte",
+        "sending",
         "spread",
         "waiting_bytes",
         "worst_lateness",
@@ -81,27 +104,59 @@ class Line:
         self.worst_lateness = 0.0
         self.probability = self.mean_delay = self.spread = self.seconds_per_byte = 0.0
         self.limit: float = inf
+        self.sending: Any = None  # a schedule (schedule.py) that gives the rate
+        self.changing: Any = None  # one that gives delay or loss
+        self.owed, self.owed_from = (
+            0.0,
+            inf,
+        )  # bytes left of a packet from that time on, when conditions changed while it was sent
 
     def apply(self, conditions: dict[str, Any], now: float) -> None:
-        """Changes the conditions; what is being sent goes on at the new rate, what is under way arrives as it would have."""
+        """Changes the conditions; what is being sent goes on at the new rate, what is under way arrives as it would have.
+
+        ``schedule``, where it is there, gives what changes over time.
+        """
+        unsent = self._unsent(now) if self.queue else 0.0
         self.probability = conditions["loss"]
         self.mean_delay = conditions["delay_s"]
         self.spread = conditions["jitter_s"]
         self.limit = inf if conditions["queue_bytes"] is None else conditions["queue_bytes"]
-        before, self.seconds_per_byte = self.seconds_per_byte, 8 / (conditions["rate_bps"] or inf)
-        if self.queue:
-            unsent = 1.0
-            if self.begins < now and self.leaves > self.begins:
-                unsent = max(0.0, (self.leaves - now) / (self.leaves - self.begins))
-            size = len(self.queue[0]) - ETHERNET_HEADER
-            if unsent and before != self.seconds_per_byte:
-                self.leaves = max(now, self.begins) + unsent * size * self.seconds_per_byte
+        before = self.seconds_per_byte, self.sending
+        self.seconds_per_byte = 8 / (conditions["rate_bps"] or inf)
+        schedule = conditions.get("schedule")
+        gives_rate = schedule is not None and (schedule.opportunity_bytes or schedule.rates is not None)
+        self.sending = schedule if gives_rate else None
+        self.changing = schedule if schedule is not None and (schedule.delays or schedule.losses) else None
+        if unsent and before != (self.seconds_per_byte, self.sending):
+            self.begins = self.owed_from = max(now, self.begins)
+            self.owed = unsent
+            self.leaves = self._finish(self.begins, unsent)
+
+    def _unsent(self, now: float) -> float:
+        """Bytes of the first in the queue that are still to be sent."""
+        size = self.owed if self.begins == self.owed_from else len(self.queue[0]) - ETHERNET_HEADER
+        if now <= self.begins:
+            return size
+        if self.sending is not None:
+            return max(0.0, size - self.sending.capacity(self.begins, now))
+        return (
+            size * max(0.0, (self.leaves - now) / (self.leaves - self.begins))
+            if self.leaves > self.begins
+            else 0.0
+        )
+
+    def _finish(self, begins: float, size: float) -> float:
+        if self.sending is not None:
+            return self.sending.finish(begins, size)
+        return begins + size * self.seconds_per_byte
 
     def enter(self, frame: bytes, now: float) -> None:
         """A frame has come in."""
         size = len(frame) - ETHERNET_HEADER
         self.packets += 1
         self.bytes += size
+        if self.changing is not None:
+            self._look_up(now)
         if self.probability and self.chance.random() < self.probability:
             self.dropped_loss += 1
             return
@@ -117,35 +172,49 @@ class Line:
         self.held_bytes += size
         if self.queue:
             self.flight.append((arrival, frame))
+            if self.sending is not None and self.leaves > now:
+                self._arrive(
+                    now
+                )  # in an outage nothing leaves for long: what finds the queue full must not pile up here
         else:
             self._begin(frame, arrival)
+
+    def _look_up(self, now: float) -> None:
+        loss, delay = self.changing.loss_at(now), self.changing.delay_at(now)
+        self.probability = self.probability if loss is None else loss
+        self.mean_delay = self.mean_delay if delay is None else delay
 
     def _begin(self, frame: bytes, arrival: float) -> None:
         # Nothing is in front of it, so when it will have been sent is known before it arrives: one event less.
         self.queue.append(frame)
         self.begins = arrival if arrival > self.free else self.free
-        self.leaves = self.begins + (len(frame) - ETHERNET_HEADER) * self.seconds_per_byte
+        self.leaves = self._finish(self.begins, len(frame) - ETHERNET_HEADER)
+
+    def _arrive(self, before: float) -> None:
+        """What has reached the bottleneck before this time takes its place in the queue, or finds it full."""
+        flight, queue = self.flight, self.queue
+        while flight and flight[0][0] < before:
+            size = len(flight[0][1]) - ETHERNET_HEADER
+            if self.waiting_bytes + size > self.limit:
+                self.dropped_queue += 1
+                self.held_bytes -= size
+                flight.popleft()
+            else:
+                self.waiting_bytes += size
+                queue.append(flight.popleft()[1])
 
     def advance(self, now: float) -> None:
         """Everything that happens up to *now*, in the order in which it happens. `leaves` says when there is more to do."""
         flight, queue = self.flight, self.queue
         while self.leaves <= now:
-            while flight and flight[0][0] < self.leaves:  # these find the first in the queue still being sent
-                size = len(flight[0][1]) - ETHERNET_HEADER
-                if self.waiting_bytes + size > self.limit:
-                    self.dropped_queue += 1
-                    self.held_bytes -= size
-                    flight.popleft()
-                else:
-                    self.waiting_bytes += size
-                    queue.append(flight.popleft()[1])
+            self._arrive(self.leaves)  # these find the first in the queue still being sent
             frame = queue.popleft()
             self.free = logical = self.leaves
             if queue:
                 size = len(queue[0]) - ETHERNET_HEADER
                 self.waiting_bytes -= size
                 self.begins = self.free
-                self.leaves = self.free + size * self.seconds_per_byte
+                self.leaves = self._finish(self.free, size)
             elif flight:
                 arrival, following = flight.popleft()
                 self._begin(following, arrival)
@@ -190,10 +259,15 @@ class Pair:
         }
         self.taps = ((tap_a, self.lines["up"]), (tap_b, self.lines["down"]))
 
-    def apply(self, conditions: dict[str, dict[str, Any]]) -> None:
+    def apply(self, conditions: dict[str, dict[str, Any]], files: list[int]) -> None:
+        """*files*: descriptors of what schedules are packed in; they are closed."""
         for way, line in self.lines.items():
+            packed = conditions[way].get("schedule")
+            schedule = None if packed is None else _schedules.unpack(packed, files[packed["file"]])
             line.advance(monotonic())
-            line.apply(conditions[way], monotonic())
+            line.apply(conditions[way] | {"schedule": schedule}, monotonic())
+        for file in files:
+            os.close(file)
 
 
 class Relay:
@@ -218,10 +292,10 @@ class Relay:
             self._busy.discard(line)
             os.close(tap)
 
-    def apply(self, name: str, conditions: dict[str, dict[str, Any]]) -> None:
-        """Changes the conditions of a link."""
+    def apply(self, name: str, conditions: dict[str, dict[str, Any]], files: list[int]) -> None:
+        """Changes the conditions of a link; see `Pair.apply`."""
         pair = self.pairs[name]
-        pair.apply(conditions)
+        pair.apply(conditions, files)
         self._busy.update(line for line in pair.lines.values() if line.leaves < inf)
 
     def serve(self, control: Control) -> None:
@@ -329,19 +403,19 @@ class Control:
                 self._connections.append(connection)
         for connection in [c for c in self._connections if c.fileno() in ready]:
             try:
-                message = connection.recv(65536)
+                message, files, _, _ = socket.recv_fds(connection, 65536, MAX_FILES)
                 if not message:
                     raise ConnectionError
-                connection.send(json.dumps(self._answer(json.loads(message), relay)).encode())
+                connection.send(json.dumps(self._answer(json.loads(message), files, relay)).encode())
             except (OSError, ValueError, LookupError, TypeError):
                 connection.close()
                 self._connections.remove(connection)
                 self.stopped |= self._listener is None
         self.files = [s.fileno() for s in (self._listener, *self._connections) if s is not None]
 
-    def _answer(self, order: dict[str, Any], relay: Relay) -> dict[str, Any]:
+    def _answer(self, order: dict[str, Any], files: list[int], relay: Relay) -> dict[str, Any]:
         if order["do"] == "apply":
-            relay.apply(order["link"], order["conditions"])
+            relay.apply(order["link"], order["conditions"], files)
             return {}
         if order["do"] == "counters":
             return {way: line.counters() for way, line in relay.pairs[order["link"]].lines.items()}
@@ -381,7 +455,7 @@ def main() -> None:
     relay = Relay()
     for name, link in orders["links"].items():
         pair = Pair(link["tap_a"], link["tap_b"], link["frame_bytes"], link["seed"])
-        pair.apply(link["conditions"])
+        pair.apply(link["conditions"], link.get("files", []))
         relay.add(name, pair)
     _ask_for_precision()
     _drop_privileges()

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from testbed.errors import NetworkError, UsageError
 from testbed.net.emulators import relay
@@ -34,9 +34,10 @@ from testbed.net.emulators.rtnetlink import Netlink
 if TYPE_CHECKING:
     from testbed.net.profile import Profile
 
-HONOURED: frozenset[str] = frozenset()
+HONOURED: frozenset[str] = frozenset({"trace"})
 """What of `Direction.beyond_the_basics` this emulator knows."""
 
+WAYS: tuple[Literal["up", "down"], ...] = ("up", "down")
 _TUN = Path("/dev/net/tun")
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
 _ANSWER_S = 5.0
@@ -91,17 +92,20 @@ class Userspace:
             taps = inside(wire, lambda: _open_taps([name for pair in names for name in pair]))
             for tap in taps.values():
                 undo.callback(os.close, tap)
-            links = {}
+            links: dict[str, dict[str, Any]] = {}
+            now = time.monotonic()
             for one, pair in zip(wanted, names, strict=True):
                 mtu = netlink.interface(one.a).mtu
                 for name in pair:
                     netlink.set_up(netlink.interface(name).index, mtu=mtu, queue_packets=_TAP_QUEUE_PACKETS)
+                conditions, files = undo.enter_context(_conditions(one.profile, now))
                 links[one.link] = {
                     "tap_a": taps[pair[0]],
                     "tap_b": taps[pair[1]],
                     "frame_bytes": mtu + 32,
                     "seed": self._seed,
-                    "conditions": _conditions(one.profile),
+                    "conditions": conditions,
+                    "files": files,
                 }
             first = wanted[0].link
             process, control = _start(links, first, keep)
@@ -166,13 +170,17 @@ class Connection:
         self.process = process
         self._first, self._control, self._keep, self._links = first, control, keep, links
 
-    def ask(self, link: str, order: dict[str, Any]) -> dict[str, Any]:
-        """The relay's answer to an order for *link*. Raises NetworkError when there is none."""
+    def ask(self, link: str, order: dict[str, Any], files: Sequence[int] = ()) -> dict[str, Any]:
+        """The relay's answer to an order for *link*, sent with open *files*. Raises NetworkError when there is none."""
         pid = self.process[0]
         try:
             with self._connected() as connection:
                 connection.settimeout(_ANSWER_S)
-                connection.send(json.dumps(order | {"link": link}).encode())
+                message = [json.dumps(order | {"link": link}).encode()]
+                if files:
+                    socket.send_fds(connection, message, list(files))
+                else:
+                    connection.sendmsg(message)
                 answer = connection.recv(65536)
         except OSError as error:
             raise NetworkError(f"link {link}: its relay (process {pid}) does not answer: {error}") from None
@@ -225,9 +233,11 @@ class RelayAttachment:
         self.process: tuple[int, int] | None = relay.process
         self._wire, self._link, self._a, self._b, self.relay = wire, link, a, b, relay
 
-    def apply(self, profile: Profile) -> None:
+    def apply(self, profile: Profile, origin_s: float | None = None) -> None:
         refuse_unknown(Userspace.name, profile, HONOURED)
-        self.relay.ask(self._link, {"do": "apply", "conditions": _conditions(profile)})
+        origin_s = time.monotonic() if origin_s is None else origin_s
+        with _conditions(profile, origin_s) as (conditions, files):
+            self.relay.ask(self._link, {"do": "apply", "conditions": conditions}, files)
 
     def counters(self) -> dict[str, Counters]:
         answer = self.relay.ask(self._link, {"do": "counters"})
@@ -284,6 +294,7 @@ def _start(
                 theirs.fileno(),
                 orders.fileno(),
                 *(link[tap] for link in links.values() for tap in ("tap_a", "tap_b")),
+                *(file for link in links.values() for file in link["files"]),
             ),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -370,14 +381,24 @@ def _open_tap(name: str) -> int:
     return tap
 
 
-def _conditions(profile: Profile) -> dict[str, dict[str, Any]]:
-    return {
-        way: {
-            "rate_bps": direction.rate_bps,
-            "delay_s": direction.delay_s,
-            "jitter_s": direction.jitter_s,
-            "loss": direction.loss,
-            "queue_bytes": direction.queue_bytes(profile.round_trip_s),
-        }
-        for way, direction in (("up", profile.up), ("down", profile.down))
-    }
+@contextlib.contextmanager
+def _conditions(profile: Profile, origin_s: float) -> Iterator[tuple[dict[str, dict[str, Any]], list[int]]]:
+    """What the relay is told, and the open files that hold what changes over time, which may be long."""
+    conditions: dict[str, dict[str, Any]] = {}
+    with contextlib.ExitStack() as closing:
+        files: list[int] = []
+        for way in WAYS:
+            direction = getattr(profile, way)
+            conditions[way] = {
+                "rate_bps": direction.rate_bps,
+                "delay_s": direction.delay_s,
+                "jitter_s": direction.jitter_s,
+                "loss": direction.loss,
+                "queue_bytes": profile.queue_bytes(way),
+            }
+            if (schedule := direction.schedule(way, origin_s)) is not None:
+                file = closing.enter_context(open(os.memfd_create("schedule"), "wb"))
+                conditions[way]["schedule"] = schedule.pack(file) | {"file": len(files)}
+                file.flush()
+                files.append(file.fileno())
+        yield conditions, files
