@@ -70,7 +70,10 @@ class Estimator:
         if cell.placement == "cloud" or self.model is None:
             return tokens * _TEXT_BYTES_PER_TOKEN
         layers = [(self.model.kv_heads, self.model.head_dim, self.model.head_dim, None)] * self.model.layers
-        return float(expected_bytes(parse(cell.codec).bound(self.plan.scenario.model), layers, tokens))
+        spec = parse(cell.codec)
+        if spec.refers:
+            spec = spec.bound(resolve(self.plan.scenario.model).name)
+        return float(expected_bytes(spec, layers, tokens))
 
     def transmit_s(self, cell: Cell) -> float:
         """Serialisation at the rate, one round trip for the handshake, and those that slow start spends to fill the link."""

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from testbed.codecs.spec import parse as parse_codec
 from testbed.errors import SpecError, UsageError
+from testbed.models.sources import find as find_model
 from testbed.net import strict_yaml
 from testbed.net.profile import Profile, parse_profile, profile_from
 from testbed.net.topology import Topology, load_topology
@@ -298,7 +299,8 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     if duplicates:
         raise SpecError(f"{place}: codecs: {duplicates[0]!r} is listed twice")
     for text in scenario.codecs:
-        _at(f"{place}: codecs", lambda t=text: parse_codec(t).bound(scenario.model))
+        if (spec := parse_codec(text)).refers:
+            _at(f"{place}: codecs", lambda s=spec: s.bound(find_model(scenario.model).name))
     if len({p.text() for p in profiles}) < len(profiles):
         raise SpecError(f"{place}: profiles: the same conditions are listed twice")
     if plan.trials > _MAX_TRIALS:

@@ -11,7 +11,7 @@ import sys
 import click
 
 from testbed import __version__
-from testbed.cli import calibrate, listings, network, plan, plot, run
+from testbed.cli import calibrate, diagnose, listings, network, plan, plot, run
 from testbed.errors import TestbedError
 
 
@@ -36,6 +36,7 @@ for _command in (
     listings.tasks,
     listings.models,
     plot.plot,
+    diagnose.diagnose,
 ):
     cli.add_command(_command)
 

@@ -1,0 +1,89 @@
+"""Which layers' keys and values cannot stand few bits: damage and rescue of each, from a diagnosis file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.figures.style import BLUE, INK, ORANGE, Frame, panel_title, style
+
+KINDS = {"keys": (BLUE, "", "keys"), "values": (ORANGE, "////", "values")}
+
+
+def draw_file(path: Path) -> list[Path]:
+    """Draws ``layer_sensitivity`` beside a diagnosis file (or the ones in a directory); returns the PNG's and PDF's paths.
+
+    Raises SpecError for a file that is no diagnosis.
+    """
+    from testbed.codecs.quantize.protection import load_diagnosis
+
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    written = []
+    for file in files:
+        with style():
+            figure = draw(load_diagnosis(file))
+            for suffix in ("png", "pdf"):
+                target = file.with_name(f"{file.stem}-layer_sensitivity.{suffix}")
+                metadata = {"Software": None} if suffix == "png" else {"CreationDate": None}
+                figure.savefig(target, metadata=metadata)
+                written.append(target)
+    return written
+
+
+def draw(diagnosis: dict[str, Any]) -> Figure:
+    """Two panels: the KL from the full cache that quantizing one place alone brings, and what sparing it alone wins back."""
+    frame = Frame(
+        title="Which layers cannot stand few bits",
+        subtitle=(
+            f"{diagnosis['model']} · int{diagnosis['bits']} · {diagnosis['task']} at {diagnosis['context_tokens']} tokens, "
+            f"{diagnosis['examples']} examples\n{diagnosis['verdict']}"
+        ),
+        footnotes=[
+            "KL of the next-token distributions along the gold answer, teacher-forced, from those of the full cache; bars: mean, "
+            "lines: 95 % bootstrap interval over examples. Damage: this alone is quantized. Rescue: all else is.",
+        ],
+        rows=2,
+        columns=1,
+        panel=1.7,
+        legend=0.3,
+        left=0.75,
+        between=0.4,
+    )
+    figure, axes = frame.figure()
+    whole = diagnosis["all_quantized"]["kl"]["mean"]
+    panel_title(axes[0], "damage", "only this one quantized")
+    _bars(axes[0], diagnosis, "damage")
+    panel_title(axes[1], "rescue", f"all but this one quantized; with all of them the KL is {whole:.4f}")
+    _bars(axes[1], diagnosis, "won")
+    axes[1].axhline(0, color=INK, linewidth=0.7)
+    axes[0].set_ylabel("KL (nats a token)")
+    axes[1].set_ylabel("KL won back")
+    axes[1].set_xlabel("layer")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="lower center",
+        ncols=2,
+        bbox_to_anchor=(0.5, (frame.footer - 0.04) / figure.get_size_inches()[1]),
+    )
+    return figure
+
+
+def _bars(ax: Axes, diagnosis: dict[str, Any], which: str) -> None:
+    """Keys and values beside each other. `which`: "damage", or "won" by sparing this one (paired with all quantized)."""
+    for shift, (kind, (color, hatch, label)) in zip((-0.2, 0.2), KINDS.items(), strict=True):
+        places = [place for place in diagnosis["places"] if place["kind"] == kind]
+        layers = np.array([place["layer"] for place in places])
+        found = [place["won"] if which == "won" else place["damage"]["kl"] for place in places]
+        mean, low, high = ([interval[end] for interval in found] for end in ("mean", "low", "high"))
+        ax.bar(
+            layers + shift, mean, 0.38, color=color, hatch=hatch, edgecolor=INK, linewidth=0.4, label=label
+        )
+        ax.vlines(layers + shift, low, high, color=INK, linewidth=0.8)
+    ax.set_xlim(-0.7, max(place["layer"] for place in diagnosis["places"]) + 0.7)
+    ax.grid(axis="x", visible=False)

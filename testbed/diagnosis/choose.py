@@ -1,0 +1,83 @@
+"""What the measurements say: the smallest protected set that holds the quality, or that there is no bottleneck."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from testbed.codecs.quantize.protection import Place
+
+#: A set of more than this share of all keys and values is no bottleneck any more: the damage is everywhere.
+LARGEST_BOTTLENECK = 0.15
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a setting loses against the full cache, per example: nats a token of the gold answer, and points of the score."""
+
+    nll: tuple[float, ...]
+    score: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over examples and its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Paired bootstrap: the values are differences from the same example's full cache."""
+    from analysis import stats
+
+    found = stats.mean(list(values))
+    return Interval(found.value, found.low, found.high)
+
+
+def holds(loss: Loss, measure: str, epsilon: float) -> bool:
+    """Whether the loss is within epsilon: the far end of its 95 % interval, not its mean."""
+    found = interval(loss.nll if measure == "nll" else loss.score)
+    return found.high <= epsilon
+
+
+def smallest_set(
+    ranked: Sequence[Place], loss_of: Callable[[frozenset[Place]], Loss], within: Callable[[Loss], bool]
+) -> tuple[frozenset[Place], bool]:
+    """The smallest set found that holds the quality, and whether any did (else all places are returned).
+
+    ranked: the most fragile first. Sizes are doubled until one holds and then halved in between, so that few are tried; from
+    what remains each place is dropped that is not needed, the least fragile first.
+    """
+    failing, size = -1, 0
+    while not within(loss_of(frozenset(ranked[:size]))):
+        failing = size
+        if size == len(ranked):
+            return frozenset(ranked), False
+        size = min(max(1, 2 * size), len(ranked))
+    while size - failing > 1:
+        middle = (size + failing) // 2
+        if within(loss_of(frozenset(ranked[:middle]))):
+            size = middle
+        else:
+            failing = middle
+    chosen = list(ranked[:size])
+    if len(chosen) <= 16:
+        for place in reversed(chosen[:-1]):
+            fewer = [other for other in chosen if other != place]
+            if within(loss_of(frozenset(fewer))):
+                chosen = fewer
+    return frozenset(chosen), True
+
+
+def verdict(protected: frozenset[Place], held: bool, places: int, low: int, high: int, word: str) -> str:
+    """One sentence for people."""
+    if held and not protected:
+        return f"no bottleneck: int{low} everywhere holds the full cache's quality"
+    if not held:
+        return f"no set holds the quality: even with {high} bits everywhere the loss is beyond epsilon"
+    share = len(protected) / places
+    if share > LARGEST_BOTTLENECK:
+        return f"no bottleneck: the loss is spread; {len(protected)} of {places} keys and values need {high} bits ({word})"
+    return f"bottleneck: {word} ({len(protected)} of {places} keys and values); the others stand int{low}"

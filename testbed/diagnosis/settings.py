@@ -1,0 +1,23 @@
+"""What a diagnosis is asked for; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """bits: of the coarse quantization. high: of what is protected. measure: "nll" or "score", whose loss must stay within
+    `epsilon` (nats a token, or points of the score). `examples` rank the layers, and as many others choose the set.
+    """
+
+    model: str
+    task: str = "needle"
+    context_tokens: int = 512
+    bits: int = 4
+    high: int = 8
+    examples: int = 8
+    epsilon: float = 0.05
+    measure: str = "nll"
+    seed: int = 1
+    threads: int | None = None
