@@ -77,7 +77,8 @@ class Estimator:
 
     def transmit_s(self, cell: Cell) -> float:
         """Serialisation at the rate, one round trip for the handshake, and those that slow start spends to fill the link."""
-        up, down = cell.profile.up, cell.profile.down
+        steady = cell.profile.steady()
+        up, down = steady.up, steady.down
         payload = self.payload_bytes(cell)
         if not payload:
             return 0.0

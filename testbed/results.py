@@ -64,6 +64,9 @@ class Row:
     delay_down_s: float = 0.0
     loss_up: float = 0.0
     loss_down: float = 0.0
+    trace_s: float | None = (
+        None  #: how far the profile's traces had come when the trial began; None: nothing changes
+    )
 
     prefill_s: float = 0.0
     select_s: float = 0.0

@@ -67,6 +67,7 @@ class Run:
         self._done = {row["trial"]: row for row in directory.rows() if "trial" in row}
         self._uncalibrated: set[str] = set()
         self._current: Profile | None = None
+        self._origin = time.monotonic()  #: when traces begin
         self.failures = 0
         self._estimator = Estimator(plan)
         self._work_done = self._work_total = self._seconds = 0.0
@@ -197,10 +198,18 @@ class Run:
 
     def _apply(self, profile: Profile) -> None:
         if profile != self._current:
-            self.fabric.apply(self.plan.link, profile)
+            self.fabric.apply(self.plan.link, profile, self._origin)
             self._current = profile
 
+    def _align(self, profile: Profile) -> float | None:
+        """Puts the link under a trial's profile; how far its traces, which begin with the trial or the run, have come."""
+        if profile.changes and self.scenario.at == "trial":
+            self._origin, self._current = time.monotonic(), None
+        self._apply(profile)
+        return time.monotonic() - self._origin if profile.changes else None
+
     def _walk(self, batches: list[Batch]) -> None:
+        self._origin, self._current = time.monotonic(), None
         for batch in batches:
             task = self.plan.tasks[batch.task]
             cells = self.plan.cells(batch.task, batch.context_tokens)
@@ -263,7 +272,7 @@ class Run:
                 result = self.edge.call("edge", None, **common)
                 outcome = {"tokens_kept": reference["context_tokens"], "nll": reference["nll"], "kl": 0.0}
             else:
-                self._apply(cell.profile)
+                row.trace_s = self._align(cell.profile)
                 link = {**self._link_settings, "name": cell.profile.text()}
                 extra = {"codec": cell.codec} if cell.placement == "split" else {}
                 result = self.edge.call(cell.placement, None, link=link, **extra, **common)
@@ -278,7 +287,7 @@ class Run:
         return row
 
     def _row(self, batch: Batch, example: Example, cell: Cell, repeat: int, reference: dict[str, Any]) -> Row:
-        profile = cell.profile
+        profile, steady = cell.profile, cell.profile.steady()
         uncalibrated = profile.text() in self._uncalibrated
         return Row(
             trial=self._trial_id(cell, example, repeat),
@@ -296,12 +305,12 @@ class Run:
             emulator=self.fabric.emulator.name,
             transport=self.scenario.transport,
             congestion="",
-            rate_up_bps=profile.up.rate_bps,
-            rate_down_bps=profile.down.rate_bps,
-            delay_up_s=profile.up.delay_s,
-            delay_down_s=profile.down.delay_s,
-            loss_up=profile.up.loss,
-            loss_down=profile.down.loss,
+            rate_up_bps=steady.up.rate_bps,
+            rate_down_bps=steady.down.rate_bps,
+            delay_up_s=steady.up.delay_s,
+            delay_down_s=steady.down.delay_s,
+            loss_up=steady.up.loss,
+            loss_down=steady.down.loss,
             kv_bytes=reference["kv_bytes"],
             edge_slowdown=self.scenario.compute.edge,
             cloud_slowdown=self.scenario.compute.cloud,

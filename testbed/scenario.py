@@ -102,6 +102,7 @@ class Scenario(BaseModel):
     ] = [256]
     examples: Annotated[int, Field(ge=1, le=100_000)] = 10
     repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
+    at: Literal["trial", "run"] = "trial"  #: when traces begin: with each trial, or once with the first
     seed: int = 0
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] | None = (
         None  #: None: what the task says its answers need
@@ -148,6 +149,8 @@ class Cell:
             "transport": scenario.transport,
             "congestion": scenario.congestion,
         }
+        if self.profile.changes:
+            settings["at"] = scenario.at
         # Only where it is asked for, so that cells of runs from before this setting keep their identity.
         if scenario.compute != Compute():
             settings["compute"] = [scenario.compute.edge, scenario.compute.cloud]
@@ -277,6 +280,9 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
         k: _at(f"{place}: links.{k}", lambda k=k, v=v: profile_from(v, f"{place}: links.{k}"))
         for k, v in others.items()
     }
+    for number, profile in enumerate(profiles):
+        # A trace's file is read here, so that what is wrong with it is known before anything is built.
+        _at(f"{place}: profiles[{number}]", profile.schedules)
     topology = replace(
         topology,
         links=tuple(

@@ -171,3 +171,25 @@ def test_a_whole_run_on_the_kernels_own_emulator(tmp_path: Path) -> None:
     assert {(row["emulator"], row["error"]) for row in found} == {("netem", "")}
     assert all(row["answer"] == row["reference_answer"].strip() for row in found if row["codec"] == "fp16")
     assert os.geteuid() == 0
+
+
+@pytest.mark.netns
+@pytest.mark.slow
+@pytest.mark.parametrize("at", ["trial", "run"])
+def test_every_row_says_where_in_its_trace_it_began(scenario: Path, tmp_path: Path, at: str) -> None:
+    out = tmp_path / "out"
+    changes = [
+        *["--set", "profiles=['delay=5ms,sine:10mbit..30mbit*2s', 'rate=20mbit,delay=5ms']"],
+        *["--set", f"at={at}", "--set", "placements=[split, edge]", "--codec", "fp16", "--examples", "2"],
+        *["--emulator", "userspace"],
+    ]
+    done = run(str(scenario), "--out", str(out), *changes)
+    assert done.returncode == 0, done.stderr
+    changing = [row for row in rows(out) if row["profile"].endswith("*2s") and row["placement"] == "split"]
+    assert all(row["trace_s"] is None for row in rows(out) if row not in changing)
+    assert all(row["error"] == "" and row["rate_up_bps"] == pytest.approx(20e6) for row in changing)
+    first, second = (row["trace_s"] for row in changing)
+    assert first < 1.0
+    assert second < 1.0 if at == "trial" else second > first
+    curves = json.loads((out / "calibration.json").read_text())["measurements"][0]["attempts"][-1]["curves"]
+    assert [curve["way"] for curve in curves] == ["up", "down"]

@@ -18,6 +18,16 @@ def plan(**changes: object):  # type: ignore[no-untyped-def]
     return make_plan({**BASE, **changes}, "t.yaml")
 
 
+def test_a_trace_is_read_before_anything_is_built_and_its_beginning_is_part_of_the_cell(tmp_path):
+    (tmp_path / "link.csv").write_text("time_s,rate_mbps\n0,8\n1,x\n")
+    settings = {"name": "t", "tasks": ["needle"], "profiles": [f"trace:{tmp_path}/link.csv"]}
+    with pytest.raises(SpecError, match=r"here: profiles\[0\]: trace .*line 3: rate_mbps: 'x'"):
+        make_plan(settings, "here")
+    (tmp_path / "link.csv").write_text("time_s,rate_mbps\n0,8\n1,16\n")
+    trial, run = (make_plan({**settings, "at": at}, "here") for at in ("trial", "run"))
+    assert trial.cells(0, 256)[0].identity(trial) != run.cells(0, 256)[0].identity(run)
+
+
 def test_shipped_scenarios_are_valid_and_keep_their_promises() -> None:
     default = load_plan("5g")
     assert len(default.profiles) >= 4

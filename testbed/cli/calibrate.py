@@ -13,25 +13,43 @@ from testbed.errors import UsageError
 @click.command()
 @click.argument("profiles", nargs=-1, metavar="PROFILE...")
 @click.option("--all", "every", is_flag=True, help="Every preset.")
+@click.option(
+    "--trace", "traces", multiple=True, metavar="FILE", help="A recorded link; options as in a profile."
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(1, 600),
+    default=8.0,
+    show_default=True,
+    help="How much of a trace is measured.",
+)
 @click.option("--emulator", type=EMULATORS, default="auto", show_default=True)
 @as_json
-def calibrate(profiles: tuple[str, ...], every: bool, emulator: str) -> Any:
+def calibrate(
+    profiles: tuple[str, ...], every: bool, traces: tuple[str, ...], seconds: float, emulator: str
+) -> Any:
     """Build a link under each PROFILE, measure it, and print what was asked beside what was measured."""
     from testbed.net import calibrate as calibration
     from testbed.net.fabric import Fabric
     from testbed.net.profile import PRESETS, parse_profile
     from testbed.net.topology import load_topology
+    from testbed.net.trace import is_trace
 
     chosen = [parse_profile(text) for text in profiles] + (list(PRESETS.values()) if every else [])
+    chosen += [parse_profile(text if is_trace(text) else f"trace:{text}") for text in traces]
+    for profile in chosen:
+        profile.steady()  # a trace that cannot be read is known before anything is built
     if not chosen:
-        raise UsageError("name at least one profile, or --all; `testbed profiles` lists the presets")
+        raise UsageError(
+            "name at least one profile, a --trace, or --all; `testbed profiles` lists the presets"
+        )
     require_root()
     measured = []
     with Fabric.build(load_topology("edge-cloud"), emulator) as fabric:
         link = fabric.topology.links[0].name
         for profile in chosen:
             fabric.apply(link, profile)
-            measured.append(calibration.calibrate(fabric, link, profile))
+            measured.append(calibration.calibrate(fabric, link, profile, stretch_s=seconds))
     rows = []
     for result in measured:
         for line in result.lines():

@@ -7,10 +7,12 @@ the receiver; bytes are the network layer's.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from testbed.errors import SpecError
 from testbed.net.emulators.contract import Counters
+from testbed.net.following import STRETCH_S, Curve, follow
 from testbed.net.measure import Check, delay_check, loss_check, rate_check
 from testbed.net.probing import WAYS, Arrived, Flow, Network, Prober
 from testbed.net.profile import Direction, Profile
@@ -36,6 +38,7 @@ class CalibratedNetwork(Network, Protocol):
     @property
     def emulator(self) -> Any: ...
     def counters(self, link: str) -> dict[str, Counters]: ...
+    def apply(self, link: str, profile: Profile, origin_s: float | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Attempt:
     checks: tuple[Check, ...]
     counters: dict[str, Counters]
     causes: tuple[str, ...] = ()
+    curves: tuple[Curve, ...] = ()  # of a trace
 
     @property
     def ok(self) -> bool:
@@ -92,13 +96,23 @@ class Calibration:
                 {"ok": attempt.ok, "causes": list(attempt.causes)}
                 | {"checks": [asdict(check) for check in attempt.checks]}
                 | {"counters": {way: asdict(values) for way, values in attempt.counters.items()}}
+                | ({"curves": [asdict(curve) for curve in attempt.curves]} if attempt.curves else {})
                 for attempt in self.attempts
             ],
         }
 
 
-def calibrate(fabric: CalibratedNetwork, link: str, profile: Profile, *, quick: bool = False) -> Calibration:
+def calibrate(
+    fabric: CalibratedNetwork,
+    link: str,
+    profile: Profile,
+    *,
+    quick: bool = False,
+    stretch_s: float = STRETCH_S,
+) -> Calibration:
     """Measures a link that is under *profile* (the caller has applied it) and idle.
+
+    What changes over time is measured over *stretch_s* of its trace; rate, delay and loss then under the profile's means.
 
     Takes three to five seconds on ordinary links, longer where delay or queue are; *quick* halves that and widens the
     intervals. A measurement out of tolerance is repeated once; both are in the result. Raises SpecError for an unknown link,
@@ -114,11 +128,17 @@ def calibrate(fabric: CalibratedNetwork, link: str, profile: Profile, *, quick: 
     with Prober(fabric, link, ends.a, ends.b, urgent=urgent) as prober:
         while not attempts or (not attempts[-1].ok and len(attempts) < ATTEMPTS):
             before = fabric.counters(link)
-            checks, causes = _attempt(prober, profile, 0.5 if quick else 1.0)
+            if profile.changes:
+                fabric.apply(link, profile.steady())
+            checks, causes = _attempt(prober, profile.steady(), 0.5 if quick else 1.0)
+            curves: list[Curve] = []
+            if profile.changes:
+                curves = follow(prober, profile, partial(fabric.apply, link, profile), stretch_s)
+                checks += [check for curve in curves for check in curve.checks(fabric.emulator.name)]
             after = fabric.counters(link)
             counters = {way: _difference(before[way], after[way]) for way in WAYS}
             causes += _emulator_causes(before, after)
-            attempts.append(Attempt(tuple(checks), counters, tuple(causes)))
+            attempts.append(Attempt(tuple(checks), counters, tuple(causes), tuple(curves)))
     return Calibration(link, profile.name, fabric.emulator.name, tuple(attempts))
 
 

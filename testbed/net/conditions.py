@@ -298,6 +298,12 @@ class Profile:
         """Whether a trace is in force on one of the ways."""
         return self.up.trace is not None or self.down.trace is not None
 
+    def schedules(
+        self, origin_s: float = 0.0
+    ) -> tuple[Schedule | Deliveries | None, Schedule | Deliveries | None]:
+        """Both ways' `Direction.schedule`, which says what is raised."""
+        return self.up.schedule("up", origin_s), self.down.schedule("down", origin_s)
+
     def steady(self, *, peak: bool = False) -> Profile:
         """The profile with means, or peak rates, in the place of what changes over time; see `Direction.steady`."""
         if not self.changes:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
 from testbed.net.probing import Arrived
 from testbed.net.profile import Direction
-from testbed.units import format_fraction, format_rate, format_time
+from testbed.units import format_fraction, format_rate, format_size, format_time
 
 RATE_TOLERANCE = 0.03
 DELAY_TOLERANCE_S = 1e-3  # above the asked delay
@@ -17,12 +18,21 @@ CONFIDENCE = 0.99
 _FILL_S = 0.15  # of a saturating flow, at most: until the queue stands
 
 
+_SHOWN: dict[str, Callable[[float], str]] = {
+    "rate": format_rate,
+    "delay": format_time,
+    "loss": format_fraction,
+    "curve": lambda correlation: f"{correlation:.4f}",
+    "total": format_size,
+}
+
+
 @dataclass(frozen=True)
 class Check:
     """One figure of one way. Rates in bits per second, delays in seconds, losses as fractions."""
 
     way: str
-    what: str  # "rate", "delay" or "loss"
+    what: str  # "rate", "delay" or "loss"; of a trace, "curve" (correlation) and "total" (bytes)
     asked: float | None  # None: no limit
     measured: float | None  # None: nothing arrived
     low: float | None  # 99 % interval of what was measured
@@ -38,12 +48,12 @@ class Check:
 
     def line(self) -> dict[str, object]:
         """The figure as text: ``asked``, ``measured``, ``error``; with ``way``, ``what``, ``ok``."""
-        show = {"rate": format_rate, "delay": format_time, "loss": format_fraction}[self.what]
+        show = _SHOWN[self.what]
         error = ""
         if self.asked is not None and self.measured is not None:
             off = self.measured - self.asked
             sign = "-" if off < 0 else "+"
-            relative = self.what == "rate" and self.asked > 0
+            relative = self.what in ("rate", "total") and self.asked > 0
             error = f"{100 * off / self.asked:+.2f}%" if relative else sign + show(abs(off))
         return {
             "way": self.way,

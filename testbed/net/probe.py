@@ -19,6 +19,7 @@ import socket
 import struct
 import sys
 import time
+from math import inf
 from typing import Any
 
 MESSAGE = struct.Struct("=IIq")  # phase, number, CLOCK_MONOTONIC nanoseconds when sent
@@ -70,9 +71,10 @@ def send(sock: socket.socket, plan: dict[str, Any]) -> dict[str, Any]:
     """Sends ``packets`` (at most; at most for ``duration_s``) of ``bytes`` every ``interval_s``.
 
     With ``catch_up`` a late sender makes up for lost time at once, so that the mean rate is right; without, the schedule
-    shifts, so that no two packets are closer than the interval.
+    shifts, so that no two packets are closer than the interval. ``pace`` changes the interval over time (see `probing.Flow`).
     """
-    interval, start = plan["interval_s"], time.monotonic()
+    start, pace = time.monotonic(), iter(plan.get("pace", ()))
+    until, interval = next(pace, (inf, plan["interval_s"]))
     end = start + plan["duration_s"]
     filling = bytes(plan["bytes"] - MESSAGE.size)
     due, number, phase, held_up = start, 0, plan["phase"], 0.0
@@ -82,6 +84,8 @@ def send(sock: socket.socket, plan: dict[str, Any]) -> dict[str, Any]:
             # time stamps: on a slow machine, both would take the processor from what is measured.
             time.sleep(due - now)
             continue
+        while due - start >= until:
+            until, interval = next(pace, (inf, interval))
         with contextlib.suppress(BlockingIOError, ConnectionRefusedError):
             sock.send(MESSAGE.pack(phase, number, time.monotonic_ns()) + filling)
         number += 1

@@ -40,6 +40,8 @@ class Flow:
     interval_s: float
     duration_s: float
     catch_up: bool = False
+    pace: tuple[tuple[float, float], ...] = ()
+    """Other intervals over time: (until when after the flow's beginning, seconds from one packet to the next)."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def _plan(flow: Flow, phase: int) -> dict[str, Any]:
         "interval_s": flow.interval_s,
         "duration_s": flow.duration_s,
         "catch_up": flow.catch_up,
+        "pace": flow.pace,
     }
 
 

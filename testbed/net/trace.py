@@ -17,7 +17,7 @@ still be printed, compared and taken down.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -153,14 +153,6 @@ class Trace:
         found = self.recording(way, rate_bps)
         columns = [name for name in ("delays", "losses") if getattr(found, name, None) is not None]
         return {name: found.mean(name) for name in columns if isinstance(found, Samples)}
-
-    def below(self, folder: Path) -> Trace:
-        """The same with a relative file taken from *folder*, where there is one of that name."""
-        if isinstance(self.source, File) and not Path(self.source.path).is_absolute():
-            path = folder / self.source.path
-            if path.exists():
-                return replace(self, source=File.parse(str(path)))
-        return self
 
 
 def is_trace(text: str) -> bool:

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import pytest
 
 from testbed.net import emulators
+from testbed.net.calibrate import calibrate
 from testbed.net.emulators.namespace import inside
 from testbed.net.profile import parse_profile
-from tests.net.wire import Wire, wire
+from tests.net.wire import Conditioned, Wire, wire
 
 pytestmark = pytest.mark.netns
 
@@ -21,6 +22,25 @@ pytestmark = pytest.mark.netns
 def net() -> Iterator[Wire]:
     with wire() as made:
         yield made
+
+
+@pytest.mark.slow
+def test_a_link_follows_its_trace_and_calibration_keeps_both_curves(net: Wire):
+    text = "up:delay=5ms,sine:1mbit..5mbit*2s;down:rate=2mbit,delay=5ms,outage:500ms@1s/2s"
+    for _ in range(3):
+        conditioned = Conditioned(net, emulators.choose("userspace"), parse_profile(text))
+        measured = calibrate(conditioned, "l0", parse_profile(text), stretch_s=4.0)
+        conditioned.attachment.detach()
+        if measured.ok:
+            break
+    assert measured.ok, measured.cause
+    assert [(c.way, c.what) for c in measured.checks if c.what in ("curve", "total")] == [
+        *[("up", "curve"), ("up", "total")],
+        *[("down", "curve"), ("down", "total")],
+    ]
+    up, down = measured.to_dict()["attempts"][-1]["curves"]
+    assert len(up["asked_bytes"]) == len(up["delivered_bytes"]) == 40
+    assert sum(down["asked_bytes"]) == pytest.approx(2e6 / 8 * 3)  # 4 s without two outages
 
 
 def test_a_transfer_survives_an_outage_of_five_seconds(net: Wire):

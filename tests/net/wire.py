@@ -96,5 +96,8 @@ class Conditioned:
     def address(self, node: str, link: str | None = None) -> str:
         return self.net.address(node)
 
+    def apply(self, link: str, profile: Profile, origin_s: float | None = None) -> None:
+        self.attachment.apply(profile, origin_s)
+
     def counters(self, link: str) -> dict[str, Counters]:
         return self.attachment.counters()
