@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from testbed.errors import NetworkError
 from testbed.net.emulators.namespace import inside, inside_scratch
 
-RTM_NEWLINK, RTM_GETLINK = 16, 18
+RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC = 36, 37, 38
 RTM_NEWTFILTER, RTM_GETTFILTER = 44, 46
 CREATE, EXCLUSIVE = 0x400, 0x200  # NLM_F_CREATE, NLM_F_EXCL
@@ -110,6 +110,10 @@ class Netlink:
         body = _LINK.pack(0, 0, index, 1, 1)  # IFF_UP, and only that flag changes
         body += attribute(4, struct.pack("=I", mtu)) + attribute(13, struct.pack("=I", queue_packets))
         self._exchange(RTM_NEWLINK, _ACK, body, f"interface {index}: up")
+
+    def delete(self, index: int) -> None:
+        """Removes an interface."""
+        self._exchange(RTM_DELLINK, _ACK, _LINK.pack(0, 0, index, 0, 0), f"interface {index}: delete")
 
     def traffic(
         self,

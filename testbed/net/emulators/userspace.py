@@ -2,7 +2,8 @@
 
     l0a ──redirect──▶ l0ta ═ relay, up ═▶ l0tb ──redirect──▶ l0b        and the other way after *down*
 
-The TAPs belong to the relay: they go when it does, however it ends. Without ``keep`` the relay ends with this process.
+The TAPs are persistent, so that they go with the wire's namespace, all at once: taking one off a kernel by closing it lasts some
+twenty milliseconds. Without ``keep`` the relay ends with this process.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ HONOURED: frozenset[str] = frozenset({"trace"})
 
 WAYS: tuple[Literal["up", "down"], ...] = ("up", "down")
 _TUN = Path("/dev/net/tun")
-_TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
+_TUNSETIFF, _TUNSETPERSIST, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x400454CB, 0x0002, 0x1000
 _ANSWER_S = 5.0
 LINKS_A_RELAY = 256
 """Two descriptors each have to fit into what a process may have open by default, 1024, here and there."""
@@ -94,6 +95,9 @@ class Userspace:
                 undo.callback(os.close, tap)
             links: dict[str, dict[str, Any]] = {}
             now = time.monotonic()
+            unserved = undo.enter_context(contextlib.ExitStack())
+            for tap in taps.values():
+                unserved.callback(fcntl.ioctl, tap, _TUNSETPERSIST, 0)
             for one, pair in zip(wanted, names, strict=True):
                 mtu = netlink.interface(one.a).mtu
                 for name in pair:
@@ -109,6 +113,7 @@ class Userspace:
                 }
             first = wanted[0].link
             process, control = _start(links, first, keep)
+            unserved.pop_all()
             # The links of one relay share the connection to it, which ends the relay when the last of them is detached.
             shared = Connection(first, process, control, keep, {one.link for one in wanted})
             attachments = [RelayAttachment(wire, one.link, one.a, one.b, shared) for one in wanted]
@@ -256,6 +261,8 @@ class RelayAttachment:
         self.process = None
         self.relay.release(self._link)
         with contextlib.suppress(NetworkError), Netlink(self._wire) as netlink:
+            for name in (f"{self._link}ta", f"{self._link}tb"):
+                netlink.delete(netlink.interface(name).index)
             for name in (self._a, self._b):
                 end_redirect(netlink, netlink.interface(name).index)
 
@@ -355,6 +362,7 @@ def _open_taps(names: list[str]) -> dict[str, int]:
     try:
         for name in names:
             taps[name] = _open_tap(name)
+            fcntl.ioctl(taps[name], _TUNSETPERSIST, 1)
     except BaseException:
         for tap in taps.values():
             os.close(tap)
