@@ -58,6 +58,7 @@ def examine() -> list[Finding]:
     findings = [
         Finding("python", sys.version_info >= (3, 11), platform.python_version()),
         _root(),
+        _rootless(),
         _tun(),
         _netem(),
         *[
@@ -79,6 +80,13 @@ def _root() -> Finding:
         "yes" if ok else "no: networks are built by `sudo testbed run`; plan, plot and models need none",
         False,
     )
+
+
+def _rootless() -> Finding:
+    from testbed.net import rootless
+
+    obstacle = rootless.obstacle()
+    return Finding("rootless", not obstacle, obstacle or "testbed run --rootless works here", False)
 
 
 def _tun() -> Finding:

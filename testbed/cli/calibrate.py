@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from testbed.cli.parts import EMULATORS, as_json, require_root, table
+from testbed.cli.parts import EMULATORS, as_json, require_root, rootless_option, table
 from testbed.errors import UsageError
 
 
@@ -24,6 +24,7 @@ from testbed.errors import UsageError
     help="How much of a trace is measured.",
 )
 @click.option("--emulator", type=EMULATORS, default="auto", show_default=True)
+@rootless_option
 @as_json
 def calibrate(
     profiles: tuple[str, ...], every: bool, traces: tuple[str, ...], seconds: float, emulator: str

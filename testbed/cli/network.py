@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from typing import Any
 
 import click
 
-from testbed.cli.parts import EMULATORS, as_json, require_root
+from testbed.cli.parts import EMULATORS, as_json, require_root, rootless_option
 from testbed.errors import UsageError
 
 
@@ -14,10 +16,15 @@ from testbed.errors import UsageError
 @click.argument("topology")
 @click.option("--link", "links", multiple=True, metavar="NAME=PROFILE", help="Put a link under this profile.")
 @click.option("--emulator", type=EMULATORS, default="auto", show_default=True)
+@rootless_option
 @as_json
 def up(topology: str, links: tuple[str, ...], emulator: str) -> Any:
-    """Build TOPOLOGY and leave it standing, for `testbed exec` and your own programs."""
-    from testbed.net import fabric
+    """Build TOPOLOGY and leave it standing, for `testbed exec` and your own programs.
+
+    With --rootless it stands for as long as the shell that opens then, in which `testbed exec`, show and down work; for a
+    script, write the commands to its standard input.
+    """
+    from testbed.net import fabric, rootless
     from testbed.net.profile import parse_profile
     from testbed.net.topology import load_topology
 
@@ -30,6 +37,11 @@ def up(topology: str, links: tuple[str, ...], emulator: str) -> Any:
         given[name] = parse_profile(profile)
     require_root()
     described = fabric.describe(fabric.up(made, given, emulator))
+    if rootless.inside():
+        click.echo(_network_text(described), err=True)
+        click.echo("testbed exec NODE -- COMMAND runs a program in it; it ends with this shell", err=True)
+        subprocess.run([os.environ.get("SHELL") or "/bin/sh"], check=False)
+        return described, f"network {described['id']} is gone", 0
     hint = "testbed exec NODE -- COMMAND runs a program in it; testbed down removes it"
     return described, f"{_network_text(described)}\n\n{hint}", 0
 
@@ -37,7 +49,10 @@ def up(topology: str, links: tuple[str, ...], emulator: str) -> Any:
 def _network_text(described: dict[str, Any]) -> str:
     lines = [f"{described['id']}  {described['topology']}  ({described['emulator']})"]
     for node in described["nodes"]:
-        addresses = ", ".join(f"{end['interface']} {end['address']}" for end in node["addresses"])
+        addresses = ", ".join(
+            " ".join(filter(None, (end["interface"], end["address"], end.get("address6"))))
+            for end in node["addresses"]
+        )
         lines.append(f"  node {node['name']:<12} {addresses:<28} namespace {node['namespace']}")
     for link in described["links"]:
         lines.append(f"  link {link['name']:<12} {link['a']} - {link['b']}: {link['profile']}")
@@ -59,7 +74,8 @@ def exec_(identifier: str | None, node: str, command: tuple[str, ...]) -> int:
     from testbed.net.execute import execute
 
     require_root()
-    return execute(state.find(identifier), node, list(command))
+    argv = command[1:] if command[0] == "--" else command  # which click keeps, behind an argument
+    return execute(state.find(identifier), node, list(argv))
 
 
 @click.command()

@@ -74,3 +74,20 @@ def require_root() -> None:
         raise UsageError(
             f"building a network needs root: run it as  sudo {sys.argv[0]} {' '.join(sys.argv[1:])}"
         )
+
+
+def rootless_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--rootless``: the command goes on in namespaces of its own, where everybody may build networks."""
+
+    @click.option(
+        "--rootless", is_flag=True, help="Without root: inside a user namespace, which leaves nothing."
+    )
+    @wraps(command)
+    def wrapped(*args: Any, rootless: bool, **kwargs: Any) -> Any:
+        if rootless:
+            from testbed.net import rootless as namespaces
+
+            namespaces.enter()
+        return command(*args, **kwargs)
+
+    return wrapped

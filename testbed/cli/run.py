@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from testbed.cli.parts import require_root, sweep_options
+from testbed.cli.parts import require_root, rootless_option, sweep_options
 from testbed.cli.progress import Console
 from testbed.errors import TestbedError, UsageError
 
@@ -39,6 +39,7 @@ INTERRUPTED = 130
     help="Go on where a link is not what was asked for; every row says so.",
 )
 @sweep_options
+@rootless_option
 def run(
     scenario: str | None, resumed: Path | None, out: Path | None, accept_uncalibrated: bool, **changes: Any
 ) -> int:

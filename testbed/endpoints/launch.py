@@ -19,6 +19,7 @@ from typing import Any
 
 from testbed.endpoints.control import Channel
 from testbed.errors import EndpointError
+from testbed.net import rootless
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class User:
 def invoking_user() -> User:
     """The user who typed the command: behind `sudo` the one who typed `sudo`, otherwise the process's own."""
     uid, gid = os.getuid(), os.getgid()
+    if rootless.inside():  # where uid 0 is whoever called
+        return User(uid, gid, os.environ.get("USER", str(uid)), os.environ.get("HOME", "/"))
     if uid == 0 and os.environ.get("SUDO_UID", "").isdigit():
         uid = int(os.environ["SUDO_UID"])
         gid = int(os.environ.get("SUDO_GID", uid))
@@ -53,6 +56,8 @@ def command(module: str, namespace: str | None, user: User, control_fd: int) -> 
     drop = ["setpriv", "--pdeathsig=KILL", "--no-new-privs"]
     if os.geteuid() == 0:
         groups = "--clear-groups" if user.uid == 0 or user.name.isdigit() else "--init-groups"
+        if rootless.inside():
+            groups = "--keep-groups"  # without root nobody can change them
         drop += [f"--reuid={user.uid}", f"--regid={user.gid}", groups]
         drop += ["--inh-caps=-all", "--bounding-set=-all", "--securebits=+noroot,+noroot_locked"]
     enter = ["nsenter", f"--net=/run/netns/{namespace}", "--"] if namespace else []

@@ -44,7 +44,7 @@ def execute(network: State, node: str, argv: Sequence[str]) -> int:
         os.close(writing)
         with os.fdopen(reading, "rb") as pipe:
             trouble = pipe.read().decode(errors="replace")
-        status = _wait(child)
+        status = await_child(child)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if trouble:
@@ -75,7 +75,13 @@ def _become(
     os._exit(127)
 
 
-def _wait(child: int) -> int:
+def passed_on() -> set[signal.Signals]:
+    """The signals that `await_child` takes note of; block them before the child is made."""
+    return _PASSED_ON | {signal.SIGCHLD}
+
+
+def await_child(child: int) -> int:
+    """The exit status of a child (128 + n where signal n ended it). Signals that come meanwhile are handed on to it."""
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:

@@ -71,7 +71,7 @@ class Fabric:
         with state.locked():
             self._state = state.new(topology, self.emulator.name, persistent=False, run_id=run_id)
             namespaces.prepare_directory(state.netns_marker())
-            wiring.build(self._state)
+            wiring.build(self._state, checksums=getattr(self.emulator, "reads_packets", False))
 
     def _wire(self, persistent: bool) -> None:
         from testbed.net import emulators, wiring
@@ -202,6 +202,7 @@ def describe(network: State) -> dict[str, Any]:
             "namespace": network.namespace(node.name),
             "addresses": [
                 {"link": topology.links[end.link].name, "interface": end.name, "address": end.address}
+                | ({"address6": end.address6} if end.address6 else {})
                 for end in topology.interfaces(node.name)
             ],
         }

@@ -24,6 +24,8 @@ _FEATURE_STRINGS = 4
 _NAME_BYTES = 32
 _SEGMENTATION = re.compile(r"tx-.*segmentation|tx-gso-(partial|list)|rx-gro.*|rx-udp-gro-forwarding|rx-lro")
 
+_CHECKSUMS = re.compile(r"tx-checksum-.*")
+
 
 class Ethtool:
     """The ethtool requests for interfaces of the namespace in which this is made. Close it, or use it in a
@@ -46,23 +48,26 @@ class Ethtool:
     def disable_segmentation(self, interface: str) -> None:
         """Turns every segmentation and coalescing feature off and reads back that it is. Raises
         NetworkError."""
+        self._disable(interface, _SEGMENTATION, "packets would be larger than the MTU")
+
+    def disable_checksums(self, interface: str) -> None:
+        """Has the kernel fill in the checksums of what is sent, and reads back that it does. Raises NetworkError."""
+        self._disable(interface, _CHECKSUMS, "packets would leave without checksums")
+
+    def _disable(self, interface: str, features: re.Pattern[str], otherwise: str) -> None:
         names = self._features(interface)
         blocks = -(-len(names) // 32)
         valid = [0] * blocks
         for index, (name, changeable, _) in enumerate(self._read(interface)):
-            if changeable and _SEGMENTATION.fullmatch(name):
+            if changeable and features.fullmatch(name):
                 valid[index // 32] |= 1 << index % 32
         pairs = [word for block in valid for word in (block, 0)]
         self._ask(interface, bytearray(struct.pack(f"=II{2 * blocks}I", _SFEATURES, blocks, *pairs)))
         left = [
-            name
-            for name, active in self.features(interface).items()
-            if active and _SEGMENTATION.fullmatch(name)
+            name for name, active in self.features(interface).items() if active and features.fullmatch(name)
         ]
         if left:
-            raise NetworkError(
-                f"{interface}: the kernel keeps {', '.join(left)} on; packets would be larger than the MTU"
-            )
+            raise NetworkError(f"{interface}: the kernel keeps {', '.join(left)} on; {otherwise}")
 
     def _read(self, interface: str) -> list[tuple[str, bool, bool]]:
         # (name, can be changed, is active), in the kernel's order

@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from testbed.errors import NetworkError, UsageError
+from testbed.net import rootless
 from testbed.net.emulators import relay
 from testbed.net.emulators.contract import Attachment, Counters, Wanted
 from testbed.net.emulators.namespace import inside, inside_scratch
 from testbed.net.emulators.redirect import end_redirect, quieten, redirect
 from testbed.net.emulators.refusal import refuse_unknown
-from testbed.net.emulators.rtnetlink import Netlink
+from testbed.net.emulators.rtnetlink import Netlink, RefusedError
 
 if TYPE_CHECKING:
     from testbed.net.profile import Profile
@@ -41,6 +42,8 @@ HONOURED: frozenset[str] = frozenset({"trace"})
 WAYS: tuple[Literal["up", "down"], ...] = ("up", "down")
 _TUN = Path("/dev/net/tun")
 _TUNSETIFF, _TUNSETPERSIST, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x400454CB, 0x0002, 0x1000
+_SOL_PACKET, _PACKET_IGNORE_OUTGOING, _EVERY_PROTOCOL = 263, 23, 3
+_PACKET_BUFFER_BYTES = 16 << 20
 _ANSWER_S = 5.0
 LINKS_A_RELAY = 256
 """Two descriptors each have to fit into what a process may have open by default, 1024, here and there."""
@@ -48,8 +51,16 @@ LINKS_A_RELAY = 256
 _TAP_QUEUE_PACKETS = 10_000
 
 
+def opens_taps() -> bool:
+    """Whether this process may open TAPs. Where not (without root, on machines that keep /dev/net/tun for root), the relay reads
+    and writes the wire's interfaces themselves by packet(7) sockets."""
+    return os.access(_TUN, os.R_OK | os.W_OK)
+
+
 def require_taps() -> None:
     """Raises UsageError when this machine cannot run the userspace emulator."""
+    if rootless.inside() and not opens_taps():
+        return
     try:
         os.close(inside_scratch(lambda: _open_tap("probe")))
     except UsageError as error:
@@ -60,6 +71,11 @@ class Userspace:
     """The emulator called ``userspace``; see `testbed.net.emulators`."""
 
     name = "userspace"
+
+    @property
+    def reads_packets(self) -> bool:
+        """Whether it does without TAPs. Then the nodes have to fill in checksums, which a TAP would."""
+        return rootless.inside() and not opens_taps()
 
     def __init__(self, seed: int | None = None) -> None:
         self._seed = seed
@@ -90,17 +106,21 @@ class Userspace:
     def _attach(self, wire: str, wanted: Sequence[Wanted], keep: Path | None) -> list[RelayAttachment]:
         with contextlib.ExitStack() as undo, Netlink(wire) as netlink:
             names = [(f"{one.link}ta", f"{one.link}tb") for one in wanted]
-            taps = inside(wire, lambda: _open_taps([name for pair in names for name in pair]))
+            if self.reads_packets:
+                names = [(one.a, one.b) for one in wanted]
+                taps = inside(wire, lambda: _open_packets([name for pair in names for name in pair]))
+            else:
+                taps = inside(wire, lambda: _open_taps([name for pair in names for name in pair]))
             for tap in taps.values():
                 undo.callback(os.close, tap)
             links: dict[str, dict[str, Any]] = {}
             now = time.monotonic()
             unserved = undo.enter_context(contextlib.ExitStack())
-            for tap in taps.values():
+            for tap in () if self.reads_packets else taps.values():
                 unserved.callback(fcntl.ioctl, tap, _TUNSETPERSIST, 0)
             for one, pair in zip(wanted, names, strict=True):
                 mtu = netlink.interface(one.a).mtu
-                for name in pair:
+                for name in () if self.reads_packets else pair:
                     netlink.set_up(netlink.interface(name).index, mtu=mtu, queue_packets=_TAP_QUEUE_PACKETS)
                 conditions, files = undo.enter_context(_conditions(one.profile, now))
                 links[one.link] = {
@@ -118,7 +138,7 @@ class Userspace:
             shared = Connection(first, process, control, keep, {one.link for one in wanted})
             attachments = [RelayAttachment(wire, one.link, one.a, one.b, shared) for one in wanted]
             try:
-                for one, pair in zip(wanted, names, strict=True):
+                for one, pair in () if self.reads_packets else zip(wanted, names, strict=True):
                     for source, target in (
                         (one.a, pair[0]),
                         (pair[0], one.a),
@@ -246,12 +266,15 @@ class RelayAttachment:
 
     def counters(self) -> dict[str, Counters]:
         answer = self.relay.ask(self._link, {"do": "counters"})
-        with Netlink(self._wire) as netlink:
-            overruns = {
-                "up": netlink.interface(f"{self._link}ta"),
-                "down": netlink.interface(f"{self._link}tb"),
-            }
         counters = {way: Counters(**answer[way]) for way in ("up", "down")}
+        with Netlink(self._wire) as netlink:
+            try:
+                overruns = {
+                    "up": netlink.interface(f"{self._link}ta"),
+                    "down": netlink.interface(f"{self._link}tb"),
+                }
+            except RefusedError:  # it does without TAPs
+                return counters
         # What the TAP's own queue had no room for never reached the relay.
         return {w: replace(c, overrun=c.overrun + overruns[w].tx_dropped) for w, c in counters.items()}
 
@@ -368,6 +391,27 @@ def _open_taps(names: list[str]) -> dict[str, int]:
             os.close(tap)
         raise
     return taps
+
+
+def _open_packets(interfaces: list[str]) -> dict[str, int]:
+    """Packet sockets on interfaces of the calling thread's namespace, by name: what arrives there is read from them, what is
+    written to them leaves there."""
+    sockets: dict[str, int] = {}
+    try:
+        for name in interfaces:
+            opened = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
+            sockets[name] = opened.detach()
+            with socket.socket(fileno=os.dup(sockets[name])) as same:
+                same.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
+                same.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_RCVBUF, _PACKET_BUFFER_BYTES
+                )  # up to net.core.rmem_max
+                same.bind((name, _EVERY_PROTOCOL))  # ETH_P_ALL; bind converts to network order
+    except OSError as error:
+        for number in sockets.values():
+            os.close(number)
+        raise NetworkError(f"cannot open a packet socket: {error.strerror}") from None
+    return sockets
 
 
 def _open_tap(name: str) -> int:

@@ -1,0 +1,92 @@
+"""Networks without root, as a plain user: in a mount namespace where that user may read this Python, whoever owns it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from testbed.net import namespaces, rootless
+
+REPOSITORY = Path(__file__).parents[2]
+# The interpreter may lie in a directory that is root's alone: a file system of the same layout with just it takes its place.
+SCRIPT = """
+set -e
+cd {repository}
+if [ "$(stat -c %a /root)" != 755 ] && case {prefix} in /root/*) true;; *) false;; esac; then
+    mount --bind {prefix} /mnt
+    mount -t tmpfs -o mode=755 none /root
+    mkdir -p {prefix}
+    mount --bind /mnt {prefix}
+fi
+mount -t tmpfs none /dev/net
+{device}
+exec setpriv --reuid=65534 --regid=65534 --clear-groups env HOME=/tmp PYTHONDONTWRITEBYTECODE=1 SHELL=/bin/sh \\
+    {python} -m testbed {arguments}
+"""
+
+pytestmark = [
+    pytest.mark.netns,
+    pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root"),
+    pytest.mark.skipif(bool(rootless.obstacle()), reason=f"no user namespaces: {rootless.obstacle()}"),
+]
+
+
+def as_plain_user(arguments: str, said: str = "", tun: bool = True) -> subprocess.CompletedProcess[str]:
+    """A testbed command as a user without any right, on a machine where everybody may open /dev/net/tun, or nobody."""
+    script = SCRIPT.format(
+        repository=REPOSITORY,
+        prefix=sys.base_prefix,
+        python=sys.executable,
+        device="mknod -m 666 /dev/net/tun c 10 200" if tun else "true",
+        arguments=arguments,
+    )
+    return subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script], input=said, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("tun", [True, False], ids=["with TAPs", "with packet sockets"])
+def test_a_plain_user_builds_a_network_with_an_emulated_link_and_leaves_nothing(tun: bool) -> None:
+    before = namespaces.names()
+    commands = (
+        f"{sys.executable} -m testbed exec edge -- ping -c 3 -i 0.05 cloud\n"
+        f"{sys.executable} -m testbed exec edge -- ping -4 -c 1 cloud\n"
+        f"{sys.executable} -m testbed show\n"
+    )
+    done = as_plain_user(
+        "up edge-cloud --rootless --emulator userspace --link access=rate=20mbit,delay=30ms", commands, tun
+    )
+    assert "3 received" in done.stdout, done.stderr
+    assert "1 received" in done.stdout
+    time_text = done.stdout.rpartition("time=")[2].split()[0]
+    assert 60 <= float(time_text) < 80
+    assert "tb-" in done.stdout
+    assert namespaces.names() == before
+
+
+def test_the_exit_status_is_the_commands() -> None:
+    done = as_plain_user("calibrate --rootless no-such-profile")
+    assert done.returncode == 2
+    assert "unknown profile 'no-such-profile'" in done.stderr
+
+
+def test_nothing_outlives_the_process_that_entered_even_when_it_is_killed() -> None:
+    program = (
+        "import os, sys, time; from testbed.net import rootless; rootless.enter(); "
+        "os.spawnvp(os.P_NOWAIT, 'sleep', ['sleep', sys.argv[1]]); print('inside', flush=True); time.sleep(100)"
+    )
+    mark = f"100.{os.getpid()}"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, mark], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    ) as outer:
+        assert outer.stdout is not None
+        assert outer.stdout.readline() == "inside\n"
+        outer.kill()
+        assert outer.stdout.read() == ""  # closed by the last process that held it
+    assert not [
+        entry for entry in Path("/proc").glob("[0-9]*/cmdline") if mark.encode() in entry.read_bytes()
+    ]
