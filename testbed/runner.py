@@ -22,6 +22,7 @@ from testbed.estimate import Estimator
 from testbed.models.sources import resolve
 from testbed.net.fabric import Fabric
 from testbed.net.profile import Profile
+from testbed.net.topology import Topology
 from testbed.results import FORMAT, Row, RunDirectory
 from testbed.scenario import Cell, Plan
 from testbed.tasks.task import Example
@@ -80,7 +81,7 @@ class Run:
             stack.enter_context(interruptible())
             stack.enter_context(locked(self.directory.path))
             self._say("building the network")
-            self.fabric = stack.enter_context(Fabric.build(first, self.scenario.emulator))
+            self.fabric = stack.enter_context(self._build(first))
             self._say(f"loading {self.scenario.model} on both sides")
             self.edge = self._start("edge", self.scenario.edge, stack)
             self.cloud = self._start("cloud", self.scenario.cloud, stack)
@@ -91,6 +92,14 @@ class Run:
             self._calibrate()
             self._walk(batches)
         self.directory.write_parquet()
+
+    def _build(self, topology: Topology) -> Fabric:
+        captures = self.directory.path / "captures"
+        fabric = Fabric.build(topology, self.scenario.emulator, captures=captures)
+        if captures.is_dir():
+            for path in (captures, *captures.iterdir()):
+                self.directory.claim(path)
+        return fabric
 
     def _start(self, role: str, node: str, stack: contextlib.ExitStack) -> Endpoint:
         log = self.directory.path / "logs" / f"{role}.log"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,9 +17,15 @@ from testbed.errors import UsageError
 @click.argument("topology")
 @click.option("--link", "links", multiple=True, metavar="NAME=PROFILE", help="Put a link under this profile.")
 @click.option("--emulator", type=EMULATORS, default="auto", show_default=True)
+@click.option(
+    "--captures",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Where packets of links with `pcap: true` go.",
+)
 @rootless_option
 @as_json
-def up(topology: str, links: tuple[str, ...], emulator: str) -> Any:
+def up(topology: str, links: tuple[str, ...], emulator: str, captures: Path | None) -> Any:
     """Build TOPOLOGY and leave it standing, for `testbed exec` and your own programs.
 
     With --rootless it stands for as long as the shell that opens then, in which `testbed exec`, show and down work; for a
@@ -36,7 +43,7 @@ def up(topology: str, links: tuple[str, ...], emulator: str) -> Any:
             raise UsageError(f"--link {text!r}: write NAME=PROFILE, such as access=5g-mid")
         given[name] = parse_profile(profile)
     require_root()
-    described = fabric.describe(fabric.up(made, given, emulator))
+    described = fabric.describe(fabric.up(made, given, emulator, captures))
     if rootless.inside():
         click.echo(_network_text(described), err=True)
         click.echo("testbed exec NODE -- COMMAND runs a program in it; it ends with this shell", err=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +31,7 @@ class Fabric:
         self.emulator = emulator
         self._state: State | None = None
         self._attachments: list[Attachment] = []
+        self._capturing: subprocess.Popen[bytes] | None = None
 
     @classmethod
     def build(
@@ -37,11 +41,13 @@ class Fabric:
         *,
         run_id: str | None = None,
         persistent: bool = False,
+        captures: Path | None = None,
     ) -> Fabric:
         """The topology, built, each link under its profile. Where anything fails, or is interrupted, nothing
         is left.
 
-        `persistent`: the network outlives this process, until `state.down`. Raises UsageError without root or
+        `captures`: the directory for the packets of links with ``pcap: true``; None: that of the network's state, which goes
+        with it. `persistent`: the network outlives this process, until `state.down`. Raises UsageError without root or
         for what this machine does not offer, before anything is touched where that can be known; NetworkError
         where the kernel refuses.
         """
@@ -54,6 +60,7 @@ class Fabric:
         try:
             fabric._make_namespaces(topology, run_id)
             fabric._wire(persistent)
+            fabric._capture(captures, persistent)
             if persistent:
                 fabric._update(replace(fabric.state, persistent=True))
         except BaseException:
@@ -91,6 +98,35 @@ class Fabric:
         for (pid, started), names in serving.items():
             others = f" and {len(names) - 1} others" if len(names) > 1 else ""
             self.record_process(pid, started, f"emulator of link {names[0]}{others}")
+
+    def _capture(self, directory: Path | None, persistent: bool) -> None:
+        from testbed.net import capture, wiring
+        from testbed.net.emulators.namespace import inside
+
+        directory = directory or self.state.directory / "captures"
+        named = {
+            end: f"{link.name}-{node}"
+            for number, link in enumerate(self.topology.links)
+            if link.pcap
+            for end, node in zip(wiring.wire_ends(number), (link.a, link.b), strict=True)
+        }
+        if not named:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        argv = [sys.executable, "-I", "-S", capture.__file__, "0" if persistent else str(os.getpid())]
+        argv += [str(capture.SNAP_BYTES), str(capture.LIMIT_BYTES), str(directory)]
+        argv += [f"{end}={name}" for end, name in named.items()]
+        self._capturing = inside(
+            self.state.wire,
+            lambda: subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+            ),
+        )
+        self.record_process(self._capturing.pid, what="capture")
+        assert self._capturing.stdout is not None
+        with self._capturing.stdout as said:
+            if said.readline() != b"capturing\n":
+                raise NetworkError(f"cannot capture packets in {directory}")
 
     @property
     def state(self) -> State:
@@ -158,6 +194,10 @@ class Fabric:
 
     def close(self) -> None:
         """Removes the network and everything that still runs in it. May be called again."""
+        if self._capturing is not None:
+            self._capturing.terminate()
+            self._capturing.wait()
+            self._capturing = None
         attachments, self._attachments = self._attachments, []
         if attachments:
             from testbed.net import emulators
@@ -178,14 +218,19 @@ class Fabric:
 
 
 def up(
-    topology: Topology, links: Mapping[str, Profile] | None = None, emulator: str | Emulator = "auto"
+    topology: Topology,
+    links: Mapping[str, Profile] | None = None,
+    emulator: str | Emulator = "auto",
+    captures: Path | None = None,
 ) -> State:
     """A network that outlives this process: the topology, some links (by name) under other profiles. See
     `state.down`.
 
     Raises SpecError for an unknown link, and what `Fabric.build` raises.
     """
-    return Fabric.build(topology.with_profiles(links or {}), emulator, persistent=True).state
+    return Fabric.build(
+        topology.with_profiles(links or {}), emulator, persistent=True, captures=captures
+    ).state
 
 
 def describe(network: State) -> dict[str, Any]:

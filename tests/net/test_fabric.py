@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -394,3 +395,49 @@ def test_a_network_that_is_up_answers_with_live_counters_and_goes_without_a_trac
     state.down()
     assert not ours(network.id)
     assert all(not processes.is_running(helper.pid, helper.started) for helper in network.processes)
+
+
+def captured(path: Path) -> list[tuple[int, bytes]]:
+    """The packets of a capture file, read straight after the format's description: (length, first bytes)."""
+    data = path.read_bytes()
+    magic, major, minor, _, _, snap, kind = struct.unpack_from("=IHHiIII", data)
+    assert (magic, major, minor, kind) == (0xA1B23C4D, 2, 4, 1)
+    packets, at = [], 24
+    while at < len(data):
+        _, _, kept, length = struct.unpack_from("=IIII", data, at)
+        assert kept == min(length, snap)
+        packets.append((length, data[at + 16 : at + 16 + kept]))
+        at += 16 + kept
+    return packets
+
+
+def test_packets_of_a_link_are_captured_at_both_ends_until_the_network_is_gone(tmp_path: Path) -> None:
+    topology = replace(EDGE_CLOUD, links=(replace(EDGE_CLOUD.links[0], pcap=True),))
+    with Fabric.build(topology, Direct(), captures=tmp_path / "captures") as fabric:
+        (process,) = fabric.state.processes
+        run_in(fabric.namespace("edge"), "ping", "-c2", "-i0.05", "-s1000", fabric.address("cloud"))
+    assert not processes.is_running(process.pid, process.started)
+    for name in ("access-edge", "access-cloud"):
+        packets = captured(tmp_path / "captures" / f"{name}.pcap")
+        assert [length for length, _ in packets] == [1042] * 4
+        sources = [packet[26:30] for _, packet in packets]
+        assert sources == [bytes((10, 0, 0, 1)), bytes((10, 0, 0, 2))] * 2
+
+
+def test_a_capture_ends_with_the_process_that_built_the_network(tmp_path: Path) -> None:
+    program = (
+        "import os, signal; from dataclasses import replace; from pathlib import Path; from testbed.net.fabric import Fabric\n"
+        "from testbed.net.topology import load_topology; from tests.net.direct import Direct\n"
+        "made = load_topology('edge-cloud'); made = replace(made, links=(replace(made.links[0], pcap=True),))\n"
+        f"fabric = Fabric.build(made, Direct(), captures=Path({str(tmp_path)!r}))\n"
+        "print(*fabric.state.processes[0].__dict__.values(), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    made = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    pid, started = map(int, made.stdout.split()[:2])
+    deadline = time.monotonic() + 10
+    while processes.is_running(pid, started):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert state.clean() != []
