@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ from testbed.models.sources import resolve
 from testbed.net.fabric import Fabric
 from testbed.net.profile import Profile
 from testbed.net.topology import Topology
+from testbed.net.traffic import running
 from testbed.results import FORMAT, Row, RunDirectory
 from testbed.scenario import Cell, Plan
 from testbed.tasks.task import Example
@@ -90,8 +92,18 @@ class Run:
             self._link_settings = self._serve(batches, loaded)
             self._write_manifest(loaded)
             self._calibrate()
-            self._walk(batches)
+            with running(self.fabric, self.plan.flows()) as traffic:
+                self._walk(batches)
+            self._write_traffic(traffic)
         self.directory.write_parquet()
+
+    def _write_traffic(self, flows: list[dict[str, Any]]) -> None:
+        # One entry for each time the run was started: a flow's figures are of one stretch of time.
+        if flows:
+            path = self.directory.path / "traffic.json"
+            before = json.loads(path.read_text())["starts"] if path.exists() else []
+            ended = {"ended_at": utc_now(), "flows": flows}
+            self.directory.write("traffic.json", {"format": FORMAT, "starts": [*before, ended]})
 
     def _build(self, topology: Topology) -> Fabric:
         captures = self.directory.path / "captures"

@@ -22,6 +22,7 @@ from testbed.models.sources import find as find_model
 from testbed.net import strict_yaml
 from testbed.net.profile import Profile, parse_profile, profile_from
 from testbed.net.topology import Topology, load_topology
+from testbed.net.traffic import Flow, flow_from
 from testbed.tasks.task import Task, make_task
 from testbed.units import parse_time
 
@@ -47,6 +48,11 @@ def _task(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not isinstance(value.get("task"), str):
         raise ValueError("write a task's name, or a mapping with `task: NAME` and its parameters")
     return value
+
+
+def _flow(value: Any) -> dict[str, Any]:
+    flow_from(value)  # kept as it was written, for the manifest
+    return dict(value)
 
 
 def _parameters(task: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +119,7 @@ class Scenario(BaseModel):
     reuse: Literal["all", "prefill", "none"] = "all"
     timeout: Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=86400)] = 120.0
     links: dict[str, Any] = {}  #: profiles of links that are not swept
+    traffic: Annotated[list[Annotated[dict[str, Any], BeforeValidator(_flow)]], BeforeValidator(_listed)] = []
 
     @property
     def transport(self) -> str:
@@ -154,6 +161,8 @@ class Cell:
         # Only where it is asked for, so that cells of runs from before this setting keep their identity.
         if scenario.compute != Compute():
             settings["compute"] = [scenario.compute.edge, scenario.compute.cloud]
+        if scenario.traffic:
+            settings["traffic"] = scenario.traffic
         text = json.dumps(settings, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -167,6 +176,10 @@ class Plan:
     link: str
     profiles: tuple[Profile, ...]
     tasks: tuple[Task, ...]
+
+    def flows(self) -> list[Flow]:
+        """The background traffic."""
+        return [flow_from(value) for value in self.scenario.traffic]
 
     def batches(self) -> Iterator[tuple[int, int | None]]:
         """Each task at each context length."""
@@ -259,6 +272,13 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
             raise SpecError(
                 f"{place}: {role}: topology {topology.name} has no node {node!r}; it has {', '.join(sorted(nodes))}"
             )
+    for number, value in enumerate(scenario.traffic):
+        for key in ("from", "to"):
+            if value[key] not in nodes:
+                raise SpecError(
+                    f"{place}: traffic[{number}].{key}: topology {topology.name} has no node {value[key]!r}; "
+                    f"it has {', '.join(sorted(nodes))}"
+                )
     if scenario.edge == scenario.cloud:
         raise SpecError(f"{place}: edge and cloud are the same node {scenario.edge!r}")
     link = _swept_link(scenario, topology, place)

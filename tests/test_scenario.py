@@ -151,3 +151,44 @@ def test_any_settings_make_a_plan_or_a_typed_error(changes: dict[str, object]) -
         assert plan(**changes).trials >= 1
     except UsageError as error:
         assert "\n" not in str(error)
+
+
+def test_background_traffic_is_part_of_what_a_cell_is() -> None:
+    flows = [
+        {"from": "edge2", "to": "cloud", "kind": "udp", "rate": "20mbit", "start": "1s", "stop": "30s"},
+        {"from": "cloud", "to": "edge2"},
+    ]
+    made = plan(topology="shared-bottleneck", edge="edge1", link="backhaul", traffic=flows)
+    quiet = plan(topology="shared-bottleneck", edge="edge1", link="backhaul")
+    udp, tcp = made.flows()
+    assert (udp.source, udp.target, udp.rate_bps, udp.start_s, udp.stop_s) == (
+        "edge2",
+        "cloud",
+        20e6,
+        1.0,
+        30.0,
+    )
+    assert (tcp.kind, tcp.rate_bps, tcp.stop_s) == ("tcp", None, None)
+    assert made.cells(0, 256)[0].identity(made) != quiet.cells(0, 256)[0].identity(quiet)
+    assert make_plan(made.scenario.model_dump(mode="json"), "again").flows() == [udp, tcp]
+
+
+@pytest.mark.parametrize(
+    ("flow", "says"),
+    [
+        ({"from": "edge", "to": "clod"}, r"traffic\[0\].to: topology edge-cloud has no node 'clod'"),
+        ({"from": "edge"}, r"traffic\[0\]: to is missing"),
+        ({"from": "edge", "to": "cloud", "kind": "quic"}, r"traffic\[0\]: kind: unknown kind 'quic'"),
+        ({"from": "edge", "to": "cloud", "kind": "udp"}, r"traffic\[0\]: rate is missing"),
+        ({"from": "edge", "to": "cloud", "rate": "fast"}, r"traffic\[0\]: rate: "),
+        (
+            {"from": "edge", "to": "cloud", "start": "2s", "stop": "1s"},
+            r"traffic\[0\]: stop: not after start",
+        ),
+        ({"from": "edge", "to": "edge"}, r"traffic\[0\]: a flow from 'edge' to itself"),
+        ({"from": "edge", "to": "cloud", "speed": 1}, r"traffic\[0\]: unknown key 'speed'"),
+    ],
+)
+def test_traffic_that_does_not_do_is_refused_by_its_place(flow: dict[str, object], says: str) -> None:
+    with pytest.raises(SpecError, match=f"t.yaml: {says}"):
+        plan(traffic=[flow])
