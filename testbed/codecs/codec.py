@@ -49,6 +49,11 @@ class Codec:
         """Which queries the edge must keep for `select`."""
         return self.selector.needs() if self.selector else Needs()
 
+    @property
+    def undoes_rope(self) -> bool:
+        """Whether `encode` makes use of a cache that knows its rotary embedding."""
+        return self.transform is not None and self.transform.undoes_rope
+
     def select(self, evidence: Evidence) -> Kept:
         """The context tokens to send. Raises CodecError where the evidence lacks what the selector needs."""
         return self.selector.select(evidence) if self.selector else Kept.everything(evidence.cache)

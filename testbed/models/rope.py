@@ -62,23 +62,50 @@ def default_rope(
     return Rope(frequencies, first, 1 if interleaved else pairs)
 
 
-def from_angles(cos: Tensor, sin: Tensor, partner: Tensor, sign: Tensor, positions: Tensor) -> Rope | None:
-    """The embedding that gives these cosines and sines [n, head_dim] at `positions` (0, then a growing row of powers of two).
+#: Where a lone token's keys are looked at: each far enough to refine the angle, near enough to count its whole turns.
+PROBES = (0, 1, 16, 256, 2048)
+_CHECK = 2  #: of `PROBES`: where the arrangement that was found must give the model's own keys
 
-    partner, sign: element i becomes x[i] cos[i] + x[partner[i]] sign[i] sin[i]. None where nothing turns, or where pairs do
-    not lie equally far apart. A constant factor on cosines and sines (long-context models have one) is left out: it scales
-    all positions alike.
+
+def find_rope(keys: list[Tensor]) -> Rope | None:
+    """The embedding that tells apart a lone token's keys [kv_heads, 1, head_dim] at the positions `PROBES`.
+
+    A token that sees itself alone has the same key everywhere, but for the turn. None where nothing turns (a latent is
+    cached), or where no arrangement of pairs gives the keys, to the rounding of 16 bits.
     """
+    head_dim = keys[0].shape[-1]
+    if all(bool((key == keys[0]).all()) for key in keys):
+        return None
+    turned = head_dim - head_dim % 2
+    while turned >= 2:
+        for interleaved in (False, True):
+            usual = default_rope(head_dim, turned=turned, interleaved=interleaved)
+            rope = Rope(_frequencies(keys, usual), usual.first, usual.apart)
+            there = keys[_CHECK].float()
+            error = (rope.turn(keys[0], _tensor(PROBES[_CHECK])) - there).abs().max()
+            if float(error) <= 2e-2 * float(there.abs().max()):
+                return rope
+        turned = turned // 2 - turned // 2 % 2
+    return None
+
+
+def _frequencies(keys: list[Tensor], pairs: Rope) -> tuple[float, ...]:
+    """What each pair turns by a position, from its angle at nearer and farther ones."""
     import torch
 
-    first = torch.nonzero(sign < 0).flatten()
-    apart = (partner[first] - first).unique()
-    if not len(first) or len(apart) != 1:
-        return None
-    angle = torch.atan2(sin[:, first].double(), cos[:, first].double())
-    whole = 2 * torch.pi
-    frequency = angle[1] / positions[1].double()
-    for at, measured in zip(positions[2:].double(), angle[2:], strict=True):
-        expected = frequency * at  # good enough to know how many whole turns are behind it
-        frequency = (measured + whole * torch.round((expected - measured) / whole)) / at
-    return Rope(tuple(frequency.float().tolist()), tuple(first.tolist()), int(apart))
+    first = torch.tensor(pairs.first)
+    points = [
+        torch.complex(key[:, 0, first].double(), key[:, 0, first + pairs.apart].double()) for key in keys
+    ]
+    frequency = torch.zeros(len(first), dtype=torch.float64)
+    for position, there in zip(PROBES[1:], points[1:], strict=True):
+        measured = (points[0].conj() * there).sum(0).angle()
+        whole = torch.round((frequency * position - measured) / (2 * torch.pi)) if position > 1 else 0
+        frequency = (measured + 2 * torch.pi * whole) / position
+    return tuple(frequency.float().tolist())
+
+
+def _tensor(position: int) -> Tensor:
+    import torch
+
+    return torch.tensor([position])

@@ -14,7 +14,7 @@ from testbed.codecs.quantize.kvquant import fitted_levels, normal_levels
 from testbed.codecs.transform.unrotated import Unrotated
 from testbed.errors import PayloadError
 from testbed.models.kvcache import KVCache, KVLayer
-from testbed.models.rope import Rope, default_rope, from_angles
+from testbed.models.rope import PROBES, Rope, default_rope, find_rope
 from tests.codecs.caches import SHAPES, make_cache, ragged_cache
 
 
@@ -50,24 +50,17 @@ def test_turning_is_the_complex_product_and_turning_back_undoes_it(name: str, pe
 
 
 @pytest.mark.parametrize("name", ROPES)
-def test_a_rope_is_found_from_the_angles_that_a_model_makes(name: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_rope_is_found_from_a_lone_tokens_keys(name: str, dtype: torch.dtype) -> None:
     rope = ROPES[name]
-    positions = torch.tensor([0, *(2**i for i in range(13))])
-    first = torch.tensor(rope.first)
-    partner, sign = torch.arange(16), torch.zeros(16)
-    partner[first], partner[first + rope.apart] = first + rope.apart, first
-    sign[first], sign[first + rope.apart] = -1, 1
-    cos, sin = torch.ones(len(positions), 16), torch.zeros(len(positions), 16)
-    angles = positions[:, None].float() * torch.tensor(rope.frequencies)
-    for half in (first, first + rope.apart):
-        cos[:, half], sin[:, half] = 1.3 * angles.cos(), 1.3 * angles.sin()
-    found = from_angles(cos, sin, partner, sign, positions)
+    key = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(0))
+    keys = [rope.turn(key, torch.tensor([position])).to(dtype) for position in PROBES]
+    found = find_rope(keys)
     assert found is not None
     assert (found.first, found.apart) == (rope.first, rope.apart)
-    assert found.frequencies == pytest.approx(rope.frequencies, rel=1e-5)
-    assert (
-        from_angles(torch.ones_like(cos), torch.zeros_like(sin), partner, torch.zeros(16), positions) is None
-    )
+    assert found.frequencies == pytest.approx(rope.frequencies, abs=2e-6 if dtype == torch.float16 else 1e-7)
+    assert find_rope([key] * len(PROBES)) is None
+    assert find_rope([key * (1 + i) for i in range(len(PROBES))]) is None
 
 
 def rotated_cache(tokens: int = 300) -> tuple[KVCache, KVCache]:

@@ -43,6 +43,7 @@ class Unrotated(Transform):
     """
 
     name: ClassVar[str] = "unrotated"
+    undoes_rope: ClassVar[bool] = True
     source: ClassVar[str] = "KVQuant (arXiv:2401.18079), section 3.2"
 
     def encode(self, cache: KVCache, quantizer: Quantizer) -> tuple[KVCache, bytes]:
