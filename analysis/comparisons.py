@@ -25,7 +25,16 @@ FULL = "full cache"
 RIGHT_FROM = 0.5
 
 _KEYS = ["model", "task", "example"]
-_QUALITIES = ["score", "nll", "kl", "reference_score", "reference_nll", "context_tokens", "payload_bytes"]
+_QUALITIES = [
+    "score",
+    "nll",
+    "kl",
+    "reference_score",
+    "reference_nll",
+    "context_tokens",
+    "kv_bytes",
+    "payload_bytes",
+]
 
 
 @dataclass(frozen=True)
@@ -121,24 +130,25 @@ def against(run: Run, baseline: str = FULL) -> list[Comparison]:
 
 def frame(found: list[Comparison]) -> pd.DataFrame:
     """The comparisons as a table, one line each; `_lo` and `_hi` bound 95 % intervals."""
-    return pd.DataFrame([_line(one) for one in found])
+    return pd.DataFrame([line(one) for one in found])
 
 
-def _line(one: Comparison) -> dict[str, Any]:
-    line: dict[str, Any] = {
+def line(one: Comparison) -> dict[str, Any]:
+    """The comparison as one line of a table."""
+    found: dict[str, Any] = {
         "model": one.model,
         "task": one.task or "all",
         "setting": one.setting,
         "baseline": one.baseline,
         "n": max(one.score.n, one.nll.n),
     }
-    line |= _interval("score_diff", one.score.estimate)
-    line |= {"score_p": one.score.p, "score_p_holm": one.p_score, "score_detectable": one.score.detectable}
-    line |= _interval("score_ratio", one.ratio)
-    line |= {"gained": one.answers.gained, "lost": one.answers.lost, "mcnemar_p": one.answers.p}
-    line |= _interval("nll_diff", one.nll.estimate)
-    line |= {"nll_p": one.nll.p, "nll_p_holm": one.p_nll, "nll_detectable": one.nll.detectable}
-    return line | _interval("kl", one.kl)
+    found |= _interval("score_diff", one.score.estimate)
+    found |= {"score_p": one.score.p, "score_p_holm": one.p_score, "score_detectable": one.score.detectable}
+    found |= _interval("score_ratio", one.ratio)
+    found |= {"gained": one.answers.gained, "lost": one.answers.lost, "mcnemar_p": one.answers.p}
+    found |= _interval("nll_diff", one.nll.estimate)
+    found |= {"nll_p": one.nll.p, "nll_p_holm": one.p_nll, "nll_detectable": one.nll.detectable}
+    return found | _interval("kl", one.kl)
 
 
 def _interval(name: str, one: stats.Estimate) -> dict[str, float]:

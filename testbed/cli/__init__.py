@@ -11,7 +11,7 @@ import sys
 import click
 
 from testbed import __version__
-from testbed.cli import calibrate, diagnose, listings, network, plan, plot, run
+from testbed.cli import calibrate, claims, diagnose, listings, network, plan, plot, recommend, report, run
 from testbed.errors import TestbedError
 
 
@@ -37,6 +37,10 @@ for _command in (
     listings.models,
     plot.plot,
     diagnose.diagnose,
+    report.report,
+    report.compare,
+    recommend.recommend,
+    claims.claims,
 ):
     cli.add_command(_command)
 

@@ -1,0 +1,152 @@
+"""Two runs side by side: the same settings on the same links, paired where the examples match."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import comparisons, settings, stats
+from analysis.run import Run
+from testbed.errors import UsageError
+
+_KEYS = ["task", "example"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One setting on one profile in both runs. `ratio`: the second run's latency over the first's, geometric
+    mean over the examples that both have; `score`, `nll`: second − first on these; `p`: Wilcoxon's for the
+    latency after Holm's correction over all lines; without matching examples these are empty (n = 0).
+    """
+
+    panel: str
+    setting: str
+    latency: tuple[stats.Estimate, stats.Estimate]
+    quality: tuple[stats.Estimate, stats.Estimate]
+    ratio: stats.Estimate
+    score: stats.Difference
+    nll: stats.Difference
+    p: float
+
+
+def compare(first: Run, second: Run) -> list[Line]:
+    """Every setting and profile that both runs have, in the first one's order.
+
+    Raises UsageError where they share none.
+    """
+    tables = [settings.labelled(run.require().rows) for run in (first, second)]
+    models = [set(t["model"]) for t in tables]
+    if models[0] != models[1] and all(len(m) == 1 for m in models):
+        # A model each: the runs are compared across models, so the panel must not name it.
+        tables = [t.assign(panel=t["profile"]) for t in tables]
+    groups = [dict(iter(t.groupby(["panel", "setting"], sort=False))) for t in tables]
+    shared = [key for key in groups[0] if key in groups[1]]
+    if not shared:
+        raise UsageError(f"{first.path} and {second.path} have no setting on the same link in common")
+    lines, ps = [], []
+    for key in shared:
+        own = [g[key] for g in groups]
+        pair = _pair(*own)
+        logs = np.log(pair["e2e_s_b"] / pair["e2e_s_a"])
+        found = stats.difference(logs, np.zeros(len(pair)))
+        ps.append(found.p)
+        clusters = pair["task"] + "\0" + pair["example"]
+        lines.append(
+            Line(
+                panel=str(key[0]),
+                setting=str(key[1]),
+                latency=_both(stats.median(o["e2e_s"], settings.clusters(o)) for o in own),
+                quality=_both(
+                    stats.mean(o["score"], settings.clusters(o), o["task"], bounds=(0, 1)) for o in own
+                ),
+                ratio=stats.Estimate(
+                    math.exp(found.value), math.exp(found.low), math.exp(found.high), found.n
+                ),
+                score=stats.difference(
+                    pair["score_b"], pair["score_a"], clusters, pair["task"], bounds=(0.0, 1.0)
+                ),
+                nll=stats.difference(pair["nll_b"], pair["nll_a"], clusters, pair["task"]),
+                p=math.nan,
+            )
+        )
+    adjusted = stats.holm(ps)
+    return [Line(**{**vars(one), "p": float(p)}) for one, p in zip(lines, adjusted, strict=True)]
+
+
+def _both(found: Any) -> tuple[stats.Estimate, stats.Estimate]:
+    a, b = found
+    return a, b
+
+
+def _pair(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
+    """The examples that both have, repeats averaged."""
+    means = [t.groupby(_KEYS)[["e2e_s", "score", "nll"]].mean().reset_index() for t in (a, b)]
+    return means[0].merge(means[1], on=_KEYS, suffixes=("_a", "_b"))
+
+
+def differences(first: Run, second: Run) -> list[str]:
+    """What the two runs were told differently, a line each."""
+    old, new = (run.manifest.get("settings") or {} for run in (first, second))
+    said = [
+        f"{key}: {old.get(key)} → {new.get(key)}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key) and key not in ("name", "description")
+    ]
+    for key in ("emulator",):
+        values = [", ".join(sorted(map(str, set(run.rows[key])))) for run in (first, second)]
+        if values[0] != values[1]:
+            said.append(f"{key}: {values[0]} → {values[1]}")
+    return said
+
+
+def text(first: Run, second: Run, lines: list[Line]) -> str:
+    """The comparison for the terminal."""
+    out = [f"A {first.path}", f"B {second.path}", *(f"  {d}" for d in differences(first, second)), ""]
+    wide = max(len(one.setting) for one in lines)
+    for panel in dict.fromkeys(one.panel for one in lines):
+        out.append(panel)
+        out.append(
+            f"  {'setting':<{wide}}  {'A':>8}  {'B':>8}  {'B/A latency':>18}  {'p':>6}  {'A':>5}  {'B':>5}  "
+            f"{'B−A score':>21}  {'B−A NLL':>24}  {'n':>4}"
+        )
+        for one in (x for x in lines if x.panel == panel):
+            ratio = "unpaired"
+            if one.ratio.n:
+                ends = f" [{one.ratio.low:.2f}, {one.ratio.high:.2f}]" if math.isfinite(one.ratio.low) else ""
+                ratio = f"{one.ratio.value:.2f}{ends}"
+            out.append(
+                f"  {one.setting:<{wide}}  {one.latency[0].value:>6.3f} s  {one.latency[1].value:>6.3f} s  {ratio:>18}  "
+                f"{comparisons.p_text(one.p):>6}  {one.quality[0].value:>5.2f}  {one.quality[1].value:>5.2f}  "
+                f"{comparisons.signed(one.score.estimate, 2):>21}  {comparisons.signed(one.nll.estimate, 3):>24}  "
+                f"{one.ratio.n:>4}"
+            )
+        out.append("")
+    out.append(
+        "latency: medians, and the geometric mean of the examples' ratios; brackets: 95 % bootstrap intervals; "
+        "p: Wilcoxon signed-rank of the latencies after Holm's correction; n: examples in both"
+    )
+    return "\n".join(out)
+
+
+def to_dict(first: Run, second: Run, lines: list[Line]) -> dict[str, Any]:
+    """Plain values for JSON; what is unknown is None."""
+    return {
+        "a": str(first.path),
+        "b": str(second.path),
+        "differences": differences(first, second),
+        "settings": [_plain(asdict(one)) for one in lines],
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

@@ -1,0 +1,230 @@
+"""How long a request takes on a link that was not measured, from the run's own rows.
+
+Compute stages are the run's; the link's are modelled. A payload of B bytes over TCP takes
+
+    connect   RTT + c
+    transmit  d + t0 + slow start + rest / rate        (d: one-way delay)
+
+Slow start sends W0 (2^k - 1) bytes in k round trips until its window fills the link (RTT · rate), and what is
+left goes at the goodput: the link's rate times an efficiency e, or what loss allows, a MSS / (RTT sqrt(p)), where
+that is less (M. Mathis et al., "The Macroscopic Behavior of the TCP Congestion Avoidance Algorithm", CCR 27(3),
+1997, which CUBIC follows at these windows: RFC 9438, section 4.3). c, t0, e, W0 and a are fitted to the rows by
+robust least squares on log seconds, held near their textbook values where the rows say little.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy import optimize
+
+from analysis import settings
+
+Floats = npt.NDArray[np.float64]
+
+#: Payload bytes of a full segment with timestamps, and what the link's rate counts of it.
+MSS, PACKET = 1448.0, 1500.0
+_COMPUTE = ("prefill_s", "select_s", "encode_s", "decode_s", "generate_s")
+
+
+@dataclass(frozen=True)
+class Link:
+    """What the model knows of a link; a rate of infinity is unlimited."""
+
+    rate_up_bps: float
+    delay_up_s: float
+    delay_down_s: float
+    loss_up: float = 0.0
+
+    @property
+    def rtt_s(self) -> float:
+        """Both ways without queues."""
+        return self.delay_up_s + self.delay_down_s
+
+    def text(self) -> str:
+        """The link for people."""
+        rate = "no rate limit" if np.isinf(self.rate_up_bps) else f"{self.rate_up_bps / 1e6:g} Mbit/s up"
+        return f"{rate}, {self.rtt_s * 1e3:g} ms round trip, {self.loss_up * 100:g}% loss"
+
+
+@dataclass(frozen=True)
+class Transport:
+    """The fitted numbers; the defaults are the textbook's, the metadata how far (in log units) they may go."""
+
+    connect_s: float = 0.001
+    begin_s: float = 0.002
+    efficiency: float = 0.97
+    window: float = 10 * MSS  #: W0, bytes (RFC 6928)
+    loss: float = 1.22  #: a, Mathis' constant
+
+    def transmit_s(self, payload: Floats, rate: Floats, one_way: Floats, rtt: Floats, p: Floats) -> Floats:
+        """First byte handed over to last byte received, elementwise: bytes, bit/s, s, s, fraction -> s."""
+        link = self.efficiency * rate / 8 * (MSS / PACKET)
+        rtt = np.maximum(rtt, 1e-4)
+        with np.errstate(divide="ignore"):
+            allowed = self.loss * MSS / (rtt * np.sqrt(p))
+            # Both limits at once cost more than either: a smooth minimum.
+            goodput = (link**-2.0 + allowed**-2.0) ** -0.5
+        goodput = np.minimum(goodput, 1e12)
+        full = np.maximum(goodput * rtt, self.window)
+        rounds = np.log2(1 + np.minimum(payload, full - self.window) / self.window)
+        rest = np.maximum(payload - (full - self.window), 0.0)
+        return np.asarray(one_way + self.begin_s + rounds * rtt + rest / goodput)
+
+
+_SPREAD = {"connect_s": 1.0, "begin_s": 1.0, "efficiency": 0.05, "window": 0.7, "loss": 0.5}
+
+
+def link_of(rows: pd.DataFrame) -> Link:
+    """The conditions of one profile's rows."""
+    rate = float(rows["rate_up_bps"].median())
+    return Link(
+        float("inf") if rate != rate else rate,
+        float(rows["delay_up_s"].median()),
+        float(rows["delay_down_s"].median()),
+        float(rows["loss_up"].median()),
+    )
+
+
+def fit_transport(rows: pd.DataFrame) -> Transport:
+    """The transport's numbers from the rows that crossed a link."""
+    across = rows[(rows["placement"] != "edge") & (rows["transmit_s"] > 0)]
+    if across.empty:
+        return Transport()
+    names = [f.name for f in fields(Transport)]
+    start = np.log([getattr(Transport(), name) for name in names])
+    spread = np.array([_SPREAD[name] for name in names])
+    rate = across["rate_up_bps"].fillna(np.inf).to_numpy()
+    one_way = across["delay_up_s"].to_numpy()
+    rtt = one_way + across["delay_down_s"].to_numpy()
+    payload = across["payload_bytes"].to_numpy(dtype=np.float64)
+    loss = across["loss_up"].to_numpy()
+    measured = np.log(across["transmit_s"].to_numpy())
+    opened = (across["connect_s"] > 0).to_numpy()
+    handshake = across["connect_s"].to_numpy()
+    noise = 0.15  # log seconds between requests alike: losses come at random
+    # Kilobytes take a few milliseconds, of which a tenth matters to nobody: weigh by share of the second.
+    weight = np.sqrt(np.minimum(1.0, np.exp(measured) / 0.1))
+
+    def residuals(x: Floats) -> Floats:
+        model = Transport(*np.exp(start + spread * x))
+        said = np.log(model.transmit_s(payload, rate, one_way, rtt, loss))
+        parts = [weight * (said - measured) / noise]
+        if opened.any():
+            opening = np.log(rtt[opened] + model.connect_s) - np.log(handshake[opened])
+            parts.append(0.2 * opening / noise)
+        return np.concatenate([*parts, x])
+
+    found = optimize.least_squares(residuals, np.zeros(len(names)), loss="soft_l1")
+    return Transport(*(float(v) for v in np.exp(start + spread * found.x)))
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """A run's rows, and the transport fitted to them."""
+
+    rows: pd.DataFrame  #: labelled (see `settings.labelled`)
+    transport: Transport
+
+    @classmethod
+    def fit(cls, rows: pd.DataFrame) -> LatencyModel:
+        """The model of these rows."""
+        labelled = rows if "setting" in rows else settings.labelled(rows)
+        return cls(labelled, fit_transport(labelled))
+
+    def predict(self, link: Link) -> pd.DataFrame:
+        """Median end-to-end latency and its 95th percentile for each setting (the index) on this link:
+        columns ``e2e_s``, ``p95_s``, seconds.
+        """
+        rows = self.rows
+        crossing = rows["placement"] != "edge"
+        compute = rows[list(_COMPUTE)].sum(axis=1)
+        first = (rows["first_token_s"] - rows["delay_down_s"].where(crossing, 0.0)).clip(lower=0.0)
+        # One value an example and setting: what it computes does not depend on the link.
+        table = (
+            rows.assign(compute=compute + first, opened=(rows["connect_s"] > 0).astype(float))
+            .groupby(["setting", "placement", "task", "example"], sort=False)[
+                ["compute", "payload_bytes", "opened"]
+            ]
+            .median()
+            .reset_index()
+        )
+        size = len(table)
+        transmit = self.transport.transmit_s(
+            table["payload_bytes"].to_numpy(dtype=np.float64),
+            np.full(size, link.rate_up_bps),
+            np.full(size, link.delay_up_s),
+            np.full(size, link.rtt_s),
+            np.full(size, link.loss_up),
+        )
+        connect = table["opened"] * (link.rtt_s + self.transport.connect_s)
+        across = (table["placement"] != "edge").astype(float)
+        latency = table["compute"] + across * (connect + transmit + link.delay_down_s)
+        found = latency.groupby(table["setting"], sort=False)
+        return pd.DataFrame({"e2e_s": found.median(), "p95_s": found.quantile(0.95)})
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One profile, predicted from all others. `errors`: relative, by setting that crosses the link;
+    `chosen_within`: how much slower the predicted best is than the measured best (0: the same).
+    """
+
+    profile: str
+    errors: dict[str, float]
+    chosen: str
+    best: str
+    chosen_within: float
+    chosen_sending: str
+    best_sending: str
+    sending_within: float
+
+
+def leave_one_out(rows: pd.DataFrame, eligible: list[str] | None = None) -> list[HeldOut]:
+    """The model's error: each profile in turn is predicted from the rows of the others.
+
+    `eligible`: the settings to choose from (those that hold the quality); None: all. Empty for fewer than two
+    profiles.
+    """
+    labelled = settings.labelled(rows)
+    panels = [str(p) for p in labelled["panel"].unique()]
+    if len(panels) < 2:
+        return []
+    found = []
+    for panel in panels:
+        own = labelled[labelled["panel"] == panel]
+        predicted = LatencyModel.fit(labelled[labelled["panel"] != panel]).predict(link_of(own))["e2e_s"]
+        measured = own.groupby("setting", sort=False)["e2e_s"].median()
+        both = [s for s in measured.index if s in predicted.index]
+        crossing = set(own.loc[own["placement"] != "edge", "setting"])
+        errors = {s: float(predicted[s] / measured[s] - 1) for s in both if s in crossing}
+        options = [s for s in both if eligible is None or s in eligible]
+        sending = [s for s in options if s not in ("cloud", "edge")]
+        if not options:
+            continue
+        said, true = predicted.to_dict(), measured.to_dict()
+        kv = sending or options
+        chosen, best = min(options, key=said.__getitem__), min(options, key=true.__getitem__)
+        chosen_kv, best_kv = min(kv, key=said.__getitem__), min(kv, key=true.__getitem__)
+        found.append(
+            HeldOut(
+                panel,
+                errors,
+                str(chosen),
+                str(best),
+                float(true[chosen] / true[best] - 1),
+                str(chosen_kv),
+                str(best_kv),
+                float(true[chosen_kv] / true[best_kv] - 1),
+            )
+        )
+    return found
+
+
+def median_error(found: list[HeldOut]) -> float:
+    """Median of the absolute relative errors over all held-out cells that cross the link; NaN without any."""
+    errors = [abs(e) for one in found for e in one.errors.values()]
+    return float(np.median(errors)) if errors else float("nan")

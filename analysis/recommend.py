@@ -1,0 +1,239 @@
+"""Which setting to deploy on a link: the lowest predicted latency among those whose quality is shown to hold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import settings, stats
+from analysis.latency_model import HeldOut, LatencyModel, Link, leave_one_out, link_of, median_error
+from analysis.run import Run
+
+_BOUNDS = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting on the asked link. `quality`: its score over the full cache's on the same examples; `exact`:
+    the cache arrived bit for bit, so that nothing can be lost; `latency_s`, `p95_s`: predicted (or, on a
+    measured link, measured) median and 95th percentile.
+    """
+
+    setting: str
+    quality: stats.Estimate
+    exact: bool
+    latency_s: float
+    p95_s: float
+
+    def holds(self, floor: float) -> bool:
+        """Whether the quality's interval lies at or above the floor."""
+        return self.exact or bool(self.quality.low >= floor - 1e-12)
+
+    def seems_to_hold(self, floor: float) -> bool:
+        """Whether the estimate alone does."""
+        return self.exact or bool(self.quality.value >= floor - 1e-12)
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What was asked, the options from the fastest on, the choice, and how far the model can be trusted.
+
+    `choice` is None where no setting is shown to hold the floor (within the deadline). `without_proof` is what
+    the estimates alone would choose, where that is faster.
+    """
+
+    link: Link
+    floor: float
+    deadline_s: float | None
+    model: str
+    measured_as: str | None  #: the measured profile that the link equals; None: predicted
+    options: list[Option]
+    choice: Option | None
+    without_proof: Option | None
+    held_out: list[HeldOut]
+
+    @property
+    def runners_up(self) -> list[Option]:
+        """The others that hold the floor, from the fastest on."""
+        return [o for o in self.options if o.holds(self.floor) and o is not self.choice]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; what is unknown is None."""
+        value = {
+            "link": asdict(self.link),
+            "quality_floor": self.floor,
+            "deadline_s": self.deadline_s,
+            "model": self.model,
+            "measured_as": self.measured_as,
+            "choice": _option(self.choice, self.floor),
+            "margin_s": self.runners_up[0].latency_s - self.choice.latency_s
+            if self.choice and self.runners_up
+            else None,
+            "without_proof": _option(self.without_proof, self.floor),
+            "options": [_option(o, self.floor) for o in self.options],
+            "held_out": {
+                "median_error": median_error(self.held_out),
+                "profiles": [asdict(h) for h in self.held_out],
+            },
+        }
+        plain: dict[str, Any] = _plain(value)
+        return plain
+
+
+def recommend(
+    run: Run, link: Link, floor: float = settings.QUALITY_FLOOR, deadline_s: float | None = None
+) -> Recommendation:
+    """The recommendation from this run's rows. Raises UsageError where there are none."""
+    run.require()
+    rows = settings.labelled(run.rows)
+    qualities = {str(s): _quality(own) for s, own in rows.groupby("setting", sort=False)}
+    panel = _same_link(rows, link)
+    if panel is None:
+        latency = LatencyModel.fit(rows).predict(link)
+    else:
+        own = rows[rows["panel"] == panel].groupby("setting", sort=False)["e2e_s"]
+        latency = pd.DataFrame({"e2e_s": own.median(), "p95_s": own.quantile(0.95)})
+    times, tails = latency["e2e_s"].to_dict(), latency["p95_s"].to_dict()
+    options = [Option(str(s), *qualities[str(s)], float(times[s]), float(tails[s])) for s in times]
+    options.sort(key=lambda o: o.latency_s)
+    in_time = [o for o in options if deadline_s is None or o.latency_s <= deadline_s]
+    choice = next((o for o in in_time if o.holds(floor)), None)
+    seeming = next((o for o in in_time if o.seems_to_hold(floor)), None)
+    likely = [o.setting for o in options if o.seems_to_hold(floor)]
+    return Recommendation(
+        link=link,
+        floor=floor,
+        deadline_s=deadline_s,
+        model=", ".join(map(str, rows["model"].unique())),
+        measured_as=panel,
+        options=options,
+        choice=choice,
+        without_proof=seeming if seeming is not choice else None,
+        held_out=leave_one_out(run.rows, likely),
+    )
+
+
+def _quality(rows: pd.DataFrame) -> tuple[stats.Estimate, bool]:
+    clusters = settings.clusters(rows)
+    found = stats.ratio(rows["score"], rows["reference_score"], clusters, rows["task"], bounds=_BOUNDS)
+    codec = str(rows["codec"].iloc[0])
+    exact = str(rows["placement"].iloc[0]) != "split" or codec == "fp16"
+    same = rows["nll"].notna() & (rows["nll"] == rows["reference_nll"])
+    return found, bool(exact and same.all())
+
+
+def _same_link(rows: pd.DataFrame, link: Link) -> str | None:
+    """The measured profile with these conditions; None where there is none."""
+    for panel, own in rows.groupby("panel", sort=False):
+        there = link_of(own)
+        near = (
+            (there.rate_up_bps, link.rate_up_bps, 0.01),
+            (there.delay_up_s + there.delay_down_s, link.rtt_s, 0.01),
+            (there.loss_up, link.loss_up, 0.05),
+        )
+        if all(math.isclose(a, b, rel_tol=t) for a, b, t in near):
+            return str(panel)
+    return None
+
+
+def examples_needed(floor: float) -> int | None:
+    """How many examples, none of them changed, show that a floor holds; None for a floor of 1."""
+    if floor >= 1:
+        return None
+    return math.ceil(math.log((1 - stats.CONFIDENCE) / 2) / math.log(floor))
+
+
+def text(found: Recommendation) -> str:
+    """The recommendation for the terminal."""
+    asked = f"{found.link.text()} · quality at least {found.floor:.0%} of the full cache's"
+    if found.deadline_s is not None:
+        asked += f" · within {found.deadline_s:g} s"
+    source = (
+        f"latencies measured on {found.measured_as}"
+        if found.measured_as
+        else "latencies predicted by the model fitted to this run"
+    )
+    lines = [f"{found.model} · {asked}", source, ""]
+    lines += _verdict(found)
+    wide = max(len(o.setting) for o in found.options)
+    lines += ["", f"   {'setting':<{wide}}  {'latency':>9}  {'p95':>9}  {'quality of full':>22}  {'n':>4}"]
+    for one in found.options:
+        mark = "*" if one is found.choice else "+" if one.holds(found.floor) else " "
+        quality = "exact" if one.exact else _ratio(one.quality)
+        lines.append(
+            f" {mark} {one.setting:<{wide}}  {one.latency_s:>7.3f} s  {one.p95_s:>7.3f} s  {quality:>22}  "
+            f"{one.quality.n:>4}"
+        )
+    lines += [
+        "",
+        "* chosen; + its quality holds too; brackets: 95 % bootstrap interval of the ratio of scores",
+    ]
+    return "\n".join([*lines, *_trust(found)])
+
+
+def _verdict(found: Recommendation) -> list[str]:
+    lines = []
+    if found.choice is None:
+        lines.append("no setting is shown to hold the quality" + (" in time" if found.deadline_s else ""))
+    else:
+        lines.append(f"use {found.choice.setting}: {found.choice.latency_s:.3f} s")
+        if found.runners_up:
+            other = found.runners_up[0]
+            margin = other.latency_s / found.choice.latency_s - 1
+            lines.append(
+                f"next: {other.setting}, {other.latency_s:.3f} s ({other.latency_s - found.choice.latency_s:+.3f} s, "
+                f"{margin:+.0%})"
+            )
+    sending = next(
+        (o for o in found.options if o.holds(found.floor) and o.setting not in ("cloud", "edge")), None
+    )
+    if sending is not None and sending is not found.choice:
+        lines.append(f"of the settings that send KV: {sending.setting}, {sending.latency_s:.3f} s")
+    if found.without_proof is not None:
+        other = found.without_proof
+        lines.append(
+            f"{other.setting} ({other.latency_s:.3f} s) keeps {other.quality.value:.0%} as far as its {other.quality.n} "
+            "examples go, which are too few to show it"
+        )
+        needed = examples_needed(found.floor)
+        if needed is not None:
+            lines[-1] += f" (at least {needed}, none of them changed, would)"
+    return lines
+
+
+def _trust(found: Recommendation) -> list[str]:
+    if not found.held_out:
+        return ["the run has one link only: the model's error on other links is unknown"]
+    cells = sum(len(h.errors) for h in found.held_out)
+    right = sum(h.chosen_within <= 0.05 for h in found.held_out)
+    sent = sum(h.sending_within <= 0.05 for h in found.held_out)
+    count = len(found.held_out)
+    return [
+        f"the model on links it was not fitted to: median error {median_error(found.held_out):.1%} over {cells} cells of "
+        f"{count} profiles; its choice is within 5 % of the measured best on {right} of {count} "
+        f"({sent} of {count} among settings that send KV)"
+    ]
+
+
+def _ratio(one: stats.Estimate) -> str:
+    interval = f" [{one.low:.2f}, {one.high:.2f}]" if math.isfinite(one.low) else ""
+    return f"{one.value:.2f}{interval}" if math.isfinite(one.value) else "-"
+
+
+def _option(one: Option | None, floor: float) -> dict[str, Any] | None:
+    return None if one is None else asdict(one) | {"holds": one.holds(floor)}
+
+
+def _plain(value: Any) -> Any:
+    """The value with numbers that JSON cannot write as None."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return bool(value) if isinstance(value, np.bool_) else value

@@ -1,0 +1,159 @@
+"""``report.html``: a run on one page that needs nothing but a browser."""
+
+from __future__ import annotations
+
+import base64
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis import claims, comparisons
+from analysis.describe import caveats, subject
+from analysis.figures import FIGURES, draw_all
+from analysis.run import Run
+from analysis.summary import summarise
+
+#: Columns of the table: name in the summary, heading, digits.
+COLUMNS = (
+    ("profile", "link", None),
+    ("placement", "placement", None),
+    ("codec", "codec", None),
+    ("task", "task", None),
+    ("n", "n", 0),
+    ("e2e_s", "latency (s)", 3),
+    ("ttft_s", "first token (s)", 3),
+    ("transmit_s_mean", "transmit (s)", 3),
+    ("score", "score", 3),
+    ("delta_nll", "ΔNLL", 3),
+    ("payload_bytes", "payload (B)", 0),
+    ("ratio", "smaller ×", 2),
+    ("failed", "failed", 0),
+)
+_WITH_INTERVAL = {"e2e_s", "score", "delta_nll"}
+
+
+def write(run: Run) -> Path:
+    """Draw all figures and write ``report.html`` with them inside; returns its path. Raises UsageError for a
+    run without finished trials.
+    """
+    run.require()
+    drawn = [p for p in draw_all(run) if p.suffix == ".png"] if len(run.rows) > 1 else []
+    page = render(run, drawn)
+    return run.write("report.html", lambda to: to.write_text(page, encoding="utf-8"))
+
+
+def render(run: Run, figures: list[Path]) -> str:
+    """The page as text."""
+    import jinja2
+
+    here = Path(__file__).parent
+    environment = jinja2.Environment(
+        autoescape=True, loader=jinja2.FileSystemLoader(here), undefined=jinja2.StrictUndefined
+    )
+    found, left_out = claims.judge([run])
+    missing = [name for name in FIGURES if name not in {p.stem for p in figures}]
+    return environment.get_template("page.html").render(
+        title=str(run.manifest.get("name") or run.path.name),
+        subject=subject(run.rows),
+        facts=_facts(run),
+        caveats=_caveats(run),
+        figures=[(p.stem, base64.b64encode(p.read_bytes()).decode()) for p in figures],
+        missing=missing,
+        calibration=_calibration(run),
+        columns=[heading for _, heading, _ in COLUMNS],
+        lines=_lines(summarise(run)),
+        comparisons=comparisons.text(comparisons.against(run)),
+        claims=found,
+        left_out=left_out,
+        script=(here / "table.js").read_text(encoding="utf-8"),
+        style=(here / "page.css").read_text(encoding="utf-8"),
+    )
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    settings = run.manifest.get("settings")
+    told = settings if isinstance(settings, dict) else {}
+    facts = [
+        ("what", str(told.get("description") or "")),
+        ("started", str(run.manifest.get("created") or "")),
+        ("model", ", ".join(map(str, run.rows["model"].unique()))),
+        ("links", ", ".join(map(str, run.rows["profile"].unique()))),
+        ("emulator", ", ".join(e for e in map(str, run.rows["emulator"].unique()) if e)),
+        ("transport", ", ".join(t for t in map(str, run.rows["transport"].unique()) if t)),
+        ("trials", f"{len(run.rows)} finished, {len(run.failed)} failed"),
+    ]
+    host = run.manifest.get("host")
+    for key, value in host.items() if isinstance(host, dict) else ():
+        said = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        facts.append((str(key).replace("_", " "), said))
+    return [(name, value) for name, value in facts if value]
+
+
+def _caveats(run: Run) -> list[str]:
+    said = caveats(run)
+    slowed = run.rows[(run.rows["edge_slowdown"] != 1) | (run.rows["cloud_slowdown"] != 1)]
+    if len(slowed):
+        said.append(
+            f"Compute is emulated in {len(slowed)} trials: stages stretched by up to "
+            f"{slowed['edge_slowdown'].max():g} at the edge and {slowed['cloud_slowdown'].max():g} in the cloud."
+        )
+    if len(run.failed):
+        first = str(run.failed["error"].iloc[0]).splitlines()[0][:200]
+        said.append(f"The first failure: {first}")
+    return said
+
+
+def _calibration(run: Run) -> list[dict[str, Any]]:
+    """Each profile's last measurement: asked, measured, interval, verdict."""
+    measured = run.calibration.get("measurements")
+    latest: dict[str, Any] = {}
+    for one in measured if isinstance(measured, list) else []:
+        if isinstance(one, dict):
+            latest[str(one.get("profile"))] = one
+    found = []
+    for name, one in latest.items():
+        attempts = one.get("attempts")
+        last = attempts[-1] if isinstance(attempts, list) and attempts else {}
+        checks = last.get("checks") if isinstance(last, dict) else None
+        for check in checks if isinstance(checks, list) else []:
+            if not isinstance(check, dict):
+                continue
+            found.append(
+                {
+                    "profile": name,
+                    "way": check.get("way"),
+                    "what": check.get("what"),
+                    "asked": _quantity(check.get("what"), check.get("asked")),
+                    "measured": _quantity(check.get("what"), check.get("measured")),
+                    "ok": "ok" if check.get("ok") is True else "OUT" if check.get("ok") is False else "–",
+                }
+            )
+    return found
+
+
+def _quantity(what: object, value: object) -> str:
+    if not isinstance(value, int | float):
+        return "–"
+    if what == "rate":
+        return f"{value / 1e6:.4g} Mbit/s"
+    return f"{value * 1e3:.4g} ms" if what in ("delay", "jitter") else f"{value:.3%}"
+
+
+def _lines(table: pd.DataFrame) -> list[list[tuple[str, str]]]:
+    """For each line and column what is shown, and what it sorts by."""
+    return [[_cell(row, name, digits) for name, _, digits in COLUMNS] for _, row in table.iterrows()]
+
+
+def _cell(row: pd.Series[Any], name: str, digits: int | None) -> tuple[str, str]:
+    value = row[name]
+    if digits is None:
+        return str(value) or "–", str(value)
+    number = float(value)
+    if not math.isfinite(number):
+        return "–", ""
+    shown = f"{number:,.{digits}f}"
+    if name in _WITH_INTERVAL and math.isfinite(float(row[f"{name}_lo"])):
+        shown += f" [{row[f'{name}_lo']:.{digits}f}, {row[f'{name}_hi']:.{digits}f}]"
+    return shown, repr(number)

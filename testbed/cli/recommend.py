@@ -1,0 +1,43 @@
+"""`testbed recommend`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from testbed.cli.parts import as_json
+
+
+@click.command()
+@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--rate", required=True, help="The link's rate from edge to cloud, such as 40mbit.")
+@click.option("--delay", required=True, help="Its one-way delay, such as 20ms.")
+@click.option("--loss", default="0%", show_default=True, help="Its packet loss.")
+@click.option(
+    "--quality", default="0.95", show_default=True, help="Share of the full cache's quality to keep."
+)
+@click.option("--deadline", help="The longest median latency to accept, such as 500ms.")
+@click.option("--where", help="Only rows for which this holds.")
+@as_json
+def recommend(
+    path: Path, rate: str, delay: str, loss: str, quality: str, deadline: str | None, where: str | None
+) -> Any:
+    """Name the setting of RUN to deploy on a link: the fastest whose quality is shown to hold.
+
+    Exit status 1 where there is none.
+    """
+    from analysis import recommend as recommending
+    from analysis.latency_model import Link
+    from analysis.run import load
+    from testbed.errors import UsageError
+    from testbed.units import parse_fraction, parse_rate, parse_time
+
+    one_way, bits = parse_time(delay), parse_rate(rate)
+    if bits <= 0:
+        raise UsageError(f"--rate {rate}: a link needs a rate above 0")
+    link = Link(bits, one_way, one_way, parse_fraction(loss))
+    limit = None if deadline is None else parse_time(deadline)
+    found = recommending.recommend(load(path, where), link, parse_fraction(quality), limit)
+    return found.to_dict(), recommending.text(found), 0 if found.choice else 1

@@ -1,0 +1,34 @@
+"""`testbed report` and `testbed compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from testbed.cli.parts import as_json
+
+
+@click.command()
+@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+def report(path: Path) -> None:
+    """Write RUN's report: one page with figures, table, claims and caveats, to be read without a network."""
+    from analysis import report as reporting
+    from analysis.run import load
+
+    click.echo(f"report    {reporting.write(load(path))}")
+
+
+@click.command()
+@click.argument("first", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("second", metavar="RUN", type=click.Path(path_type=Path))
+@as_json
+def compare(first: Path, second: Path) -> Any:
+    """Put two runs side by side, paired where their examples match."""
+    from analysis import compare as comparing
+    from analysis.run import load
+
+    a, b = load(first), load(second)
+    lines = comparing.compare(a, b)
+    return comparing.to_dict(a, b, lines), comparing.text(a, b, lines), 0

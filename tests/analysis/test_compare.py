@@ -1,0 +1,83 @@
+"""Two runs, and each setting against a baseline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis import compare, comparisons
+from analysis.run import load
+from testbed.cli import main
+from testbed.errors import UsageError
+from tests.analysis.make_run import make_run
+from tests.analysis.test_run_directory import lines, rewrite
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "a", ("lte", "5g-mid"), ("fp16", "int8"), tasks=("needle",), examples=12)
+
+
+def test_matching_examples_are_compared_pair_by_pair(run: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "b", ("lte",), ("int8",), tasks=("needle",), examples=12)
+    rows = {(r["codec"], r["placement"], r["example"]): r for r in lines(run) if r["profile"] == "lte"}
+    changed = [
+        rows[r["codec"], r["placement"], r["example"]]
+        | {"e2e_s": 2 * rows[r["codec"], r["placement"], r["example"]]["e2e_s"]}
+        for r in lines(other)
+    ]
+    rewrite(other, changed)
+    found = compare.compare(load(run), load(other))
+    assert {(f.panel, f.setting) for f in found} == {("lte", "int8"), ("lte", "cloud"), ("lte", "edge")}
+    for one in found:
+        assert one.ratio.value == pytest.approx(2.0)
+        assert one.ratio.n == 12
+        assert one.score.value == one.nll.value == 0.0
+        assert one.p < 0.01
+
+
+def test_runs_without_the_same_examples_are_compared_unpaired(run: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "b", ("lte",), ("int8",), tasks=("needle",), examples=4)
+    rewrite(other, [r | {"example": f"other-{r['example']}"} for r in lines(other)])
+    found = compare.compare(load(run), load(other))
+    assert all(one.ratio.n == 0 for one in found)
+    assert "unpaired" in compare.text(load(run), load(other), found)
+
+
+def test_runs_with_nothing_in_common_are_refused(run: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "b", ("5g-good",), ("int8",), tasks=("needle",), examples=4)
+    with pytest.raises(UsageError, match="no setting on the same link in common"):
+        compare.compare(load(run), load(other))
+
+
+def test_the_command_line_compares(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", str(run), str(run)])
+    assert ended.value.code == 0
+    assert "1.00 [1.00, 1.00]" in capsys.readouterr().out
+
+
+def test_an_example_on_several_links_is_one_observation(run: Path) -> None:
+    found = {f.setting: f for f in comparisons.against(load(run))}
+    assert found["int8"].nll.n == 12
+    rows = load(run).rows
+    own = rows[rows["codec"] == "int8"]
+    expected = (own["nll"] - own["reference_nll"]).mean()
+    assert found["int8"].nll.value == pytest.approx(expected)
+
+
+def test_a_baseline_may_be_any_setting(run: Path) -> None:
+    found = {f.setting: f for f in comparisons.against(load(run), "fp16")}
+    assert set(found) == {"int8", "cloud", "edge"}
+    means = load(run).rows.groupby("codec")["nll"].mean()
+    assert found["int8"].nll.value == pytest.approx(means["int8"] - means["fp16"])
+    with pytest.raises(UsageError, match="no setting 'int2'; choose from full cache, fp16"):
+        comparisons.against(load(run), "int2")
+
+
+def test_the_comparisons_are_written_as_a_table(run: Path) -> None:
+    text = comparisons.write(load(run)).read_text()
+    assert text.startswith("model,task,setting,baseline,n,score_diff,")
+    assert np.isfinite(comparisons.frame(comparisons.against(load(run)))["nll_diff"]).all()
