@@ -32,6 +32,16 @@ def write_summary(run_path: Path) -> Path:
     return write(load(run_path))
 
 
+def write_report(run_path: Path, figures: list[Path] | None = None) -> Path:
+    """Write ``report.html`` and ``comparisons.csv``; returns the page's path. `figures`: what `draw` returned;
+    None draws all. Raises UsageError for a run without rows.
+    """
+    from analysis import report
+    from analysis.run import load
+
+    return report.write(load(run_path), figures)
+
+
 def headline(run_path: Path) -> str:
     """A plain-text table for the terminal: latency, quality and payload of each setting, profile by profile.
 

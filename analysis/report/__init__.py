@@ -34,12 +34,17 @@ COLUMNS = (
 _WITH_INTERVAL = {"e2e_s", "score", "delta_nll"}
 
 
-def write(run: Run) -> Path:
-    """Draw all figures and write ``report.html`` with them inside; returns its path. Raises UsageError for a
-    run without finished trials.
+def write(run: Run, figures: list[Path] | None = None) -> Path:
+    """Write ``report.html`` with the figures inside, and ``comparisons.csv`` beside it; returns the page's path.
+
+    `figures`: files as `draw_all` returned them; None draws all. Raises UsageError for a run without finished
+    trials.
     """
     run.require()
-    drawn = [p for p in draw_all(run) if p.suffix == ".png"] if len(run.rows) > 1 else []
+    if figures is None:
+        figures = draw_all(run) if len(run.rows) > 1 else []
+    drawn = [p for p in figures if p.suffix == ".png"]
+    comparisons.write(run)
     page = render(run, drawn)
     return run.write("report.html", lambda to: to.write_text(page, encoding="utf-8"))
 

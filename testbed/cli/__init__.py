@@ -11,7 +11,19 @@ import sys
 import click
 
 from testbed import __version__
-from testbed.cli import calibrate, claims, diagnose, listings, network, plan, plot, recommend, report, run
+from testbed.cli import (
+    calibrate,
+    claims,
+    diagnose,
+    guide,
+    listings,
+    network,
+    plan,
+    plot,
+    recommend,
+    report,
+    run,
+)
 from testbed.errors import TestbedError
 
 
@@ -41,6 +53,7 @@ for _command in (
     report.compare,
     recommend.recommend,
     claims.claims,
+    guide.guide,
 ):
     cli.add_command(_command)
 

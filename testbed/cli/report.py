@@ -14,10 +14,9 @@ from testbed.cli.parts import as_json
 @click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
 def report(path: Path) -> None:
     """Write RUN's report: one page with figures, table, claims and caveats, to be read without a network."""
-    from analysis import report as reporting
-    from analysis.run import load
+    import analysis
 
-    click.echo(f"report    {reporting.write(load(path))}")
+    click.echo(f"report    {analysis.write_report(path)}")
 
 
 @click.command()

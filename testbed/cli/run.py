@@ -97,8 +97,10 @@ def show_results(path: Path) -> None:
     try:
         click.echo(analysis.headline(path) + "\n")
         click.echo(f"summary   {analysis.write_summary(path)}")
-        for figure in analysis.draw(path):
+        drawn = analysis.draw(path)
+        for figure in drawn:
             click.echo(f"plot      {figure}")
+        click.echo(f"report    {analysis.write_report(path, drawn)}")
     except UsageError as error:
         click.echo(f"testbed: nothing to draw: {error}", err=True)
     click.echo(f"rows      {path / 'trials.jsonl'}")

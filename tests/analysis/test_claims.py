@@ -67,6 +67,24 @@ def test_delta_hurts_where_the_nll_rises(tmp_path: Path) -> None:
     assert found["delta-hurts"] == ["holds"]
 
 
+def test_a_protected_layer_is_judged_by_the_margin_and_against_other_layers(tmp_path: Path) -> None:
+    codecs = ("mixed(protect=3)", "mixed(protect=7)")
+    found = _verdicts(_made(tmp_path / "run", codecs, {"mixed(protect=3)": 0.005, "mixed(protect=7)": 0.3}))
+    assert found["protected-layer"] == ["holds", "holds"]
+
+
+def test_q2cs_advantage_is_compared_at_the_longest_and_the_shortest_contexts(tmp_path: Path) -> None:
+    codecs = ("q2c@0.25", "snapkv@0.25")
+    path = _made(tmp_path / "run", codecs, {"snapkv@0.25": 0.2}, n=120)
+    rows = []
+    for number, row in enumerate(lines(path)):
+        long = number % 2 == 0
+        more = 0.5 if long and row["codec"].startswith("snapkv") else 0.0
+        rows.append(row | {"context_tokens": 2048 if long else 512, "nll": row["nll"] + more})
+    rewrite(path, rows)
+    assert _verdicts(path)["q2c-grows"] == ["holds"]
+
+
 def test_fragility_needs_two_models_that_differ(tmp_path: Path) -> None:
     a = _made(tmp_path / "a", ("int4",), {"int4": 0.01}, model="a")
     b = _made(tmp_path / "b", ("int4",), {"int4": 0.5}, model="b")

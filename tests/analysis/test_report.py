@@ -60,6 +60,24 @@ def test_names_cannot_become_markup(tmp_path: Path) -> None:
     assert "&lt;img src=x" in text
 
 
+def test_what_is_missing_in_the_directory_is_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ("lte",), ("fp16", "int8"), tasks=("needle",), examples=4)
+    failed = [r | {"error": "the cloud died"} if i == 0 else r for i, r in enumerate(lines(run))]
+    rewrite(run, failed)
+    text = (run / "trials.jsonl").read_text()
+    (run / "trials.jsonl").write_text(text[:-30])
+    (run / "manifest.json").unlink()
+    page = html.unescape(report.write(load(run)).read_text())
+    for words in (
+        "1 failed trial left out",
+        "the cloud died",
+        "1 unreadable line",
+        "manifest.json is missing",
+    ):
+        assert words in page, words
+    assert (run / "comparisons.csv").is_file()
+
+
 def test_a_page_of_one_row_is_written(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ("lte",), ("int8",), ("split",), ("needle",), examples=1)
     assert "This run has no data for: latency_quality" in report.write(load(run)).read_text()
