@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from testbed.codecs.entropy import MOST_EXPANSION, Coder, pack, unpack, worth_co
 from testbed.codecs.evidence import Evidence, Needs
 from testbed.codecs.kept import Kept
 from testbed.codecs.layout import ALIGNMENT, Layout, Piece, lay_out
+from testbed.codecs.parallel import bytes_for, each
 from testbed.codecs.progressive import Planes
 from testbed.codecs.shapes import describe, dtype_name, layer_positions, torch_dtype
 from testbed.codecs.spec import CodecSpec, parse
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from testbed.codecs.select import Selector
     from testbed.codecs.transform import Transform
     from testbed.models.kvcache import KVCache
+
+Result = TypeVar("Result")
 
 
 class Codec:
@@ -81,25 +84,28 @@ class Codec:
         payload, at = container.allocate(header, body_bytes + len(position_bytes) + len(extra))
         body = torch.from_numpy(payload[at : at + body_bytes])
         target = body if held.device.type == "cpu" else torch.empty_like(body, device=held.device)
-        self._quantize(held, layout, target[: layout.side_bytes], target[layout.side_bytes :])
+        side, packed = target[: layout.side_bytes], target[layout.side_bytes :]
+
+        def quantize(piece: Piece) -> None:
+            end = piece.symbols_at + piece.symbol_bytes
+            pack(self._symbols(held, piece, side), piece.bits, out=packed[piece.symbols_at : end])
+            _zero_gap(packed, end)
+
+        for _ in _each(held.device, quantize, layout.pieces):
+            pass
         if target is not body:
             body.copy_(target)
         payload[at + body_bytes :] = np.frombuffer(position_bytes + extra, dtype=np.uint8)
         return container.seal(payload)
 
-    def _quantize(self, cache: KVCache, layout: Layout, side: Tensor, packed: Tensor) -> None:
-        for piece, symbols, numbers in self._symbols(cache, layout):
-            _write(side, piece.side_at, piece.side_bytes, numbers)
-            end = piece.symbols_at + piece.symbol_bytes
-            pack(symbols, piece.bits, out=packed[piece.symbols_at : end])
-            _zero_gap(packed, end)
-
-    def _symbols(self, cache: KVCache, layout: Layout) -> Iterator[tuple[Piece, Tensor, Tensor | None]]:
-        for piece in layout.pieces:
-            layer = cache.layers[piece.part.layer]
-            values = layer.keys if piece.part.kind == "keys" else layer.values
-            symbols, side = self.quantizer.encode(piece.part, values)
-            yield piece, symbols, side
+    def _symbols(self, cache: KVCache, piece: Piece, side: Tensor) -> Tensor:
+        """A part's symbols; its side information is written to the side section."""
+        layer = cache.layers[piece.part.layer]
+        symbols, numbers = self.quantizer.encode(
+            piece.part, layer.keys if piece.part.kind == "keys" else layer.values
+        )
+        _write(side, piece.side_at, piece.side_bytes, numbers)
+        return symbols
 
     def _encode_coded(
         self, coder: Coder, cache: KVCache, header: Header, layout: Layout, behind: bytes
@@ -107,21 +113,24 @@ class Codec:
         import msgspec
         import torch
 
-        side = torch.zeros(layout.side_bytes, dtype=torch.uint8)
-        packed, coding = [], []
-        with ThreadPoolExecutor(container.THREADS) as pool:
-            for piece, symbols, numbers in self._symbols(cache, layout):
-                _write(side, piece.side_at, piece.side_bytes, numbers)
-                packed.append(pack(symbols, piece.bits).cpu().numpy().data)
-                plain = packed[-1] if coder.packed else symbols.flatten().view(torch.uint8).cpu().numpy().data
-                coding.append(pool.submit(coder.compress, piece, plain))
-            coded = [future.result() for future in coding]
-        chosen = [
-            code if worth_coding(piece, code) else plain
-            for piece, code, plain in zip(layout.pieces, coded, packed, strict=True)
-        ]
+        side = torch.zeros(layout.side_bytes, dtype=torch.uint8, device=cache.device)
+
+        def quantize(piece: Piece) -> tuple[Piece, Tensor, Tensor]:
+            symbols = self._symbols(cache, piece, side)
+            packed = pack(symbols, piece.bits).cpu()
+            return piece, packed, packed if coder.packed else symbols.flatten().view(torch.uint8).cpu()
+
+        def code(quantized: tuple[Piece, Tensor, Tensor]) -> bytes | memoryview:
+            piece, packed, plain = quantized
+            coded = coder.compress(piece, plain.numpy().data)
+            return coded if worth_coding(piece, coded) else packed.numpy().data
+
+        if cache.device.type == "cpu":
+            chosen = list(each(lambda piece: code(quantize(piece)), layout.pieces))
+        else:
+            chosen = list(each(code, [quantize(piece) for piece in layout.pieces]))
         header = msgspec.structs.replace(header, coded=[len(part) for part in chosen])
-        sections = [side.numpy().data, *chosen, behind]
+        sections = [side.cpu().numpy().data, *chosen, behind]
         payload, at = container.allocate(header, sum(len(section) for section in sections))
         for section in sections:
             payload[at : at + len(section)] = np.frombuffer(section, dtype=np.uint8)
@@ -133,15 +142,14 @@ class Codec:
         import torch
 
         base, at = container.allocate(header, layout.side_bytes + len(behind))
-        side = torch.zeros(layout.side_bytes, dtype=torch.uint8)
+        side = torch.zeros(layout.side_bytes, dtype=torch.uint8, device=cache.device)
 
         def symbols() -> Iterator[tuple[Piece, Tensor]]:
-            for piece, own, numbers in self._symbols(cache, layout):
-                _write(side, piece.side_at, piece.side_bytes, numbers)
-                yield piece, own.flatten()
+            for piece in layout.pieces:
+                yield piece, self._symbols(cache, piece, side).flatten()
 
         chunks = progressive.write(symbols(), self.coder)
-        base[at : at + layout.side_bytes] = side.numpy()
+        base[at : at + layout.side_bytes] = side.cpu().numpy()
         base[at + layout.side_bytes :] = np.frombuffer(behind, dtype=np.uint8)
         return memoryview(b"".join([container.seal(base), *chunks]))
 
@@ -248,47 +256,76 @@ def _dequantize(
 
     dtype = torch.float32 if codec.transform else torch_dtype(header.dtype)
     numbers = _tensor(side).to(device)
-    parts = []
-    for piece, flat in _flat_symbols(codec.coder, header, layout, symbols, device):
+    read = _reader(codec.coder, header, layout, symbols, device)
+    targets = _targets(layout, dtype, device)
+
+    def dequantize(piece: Piece) -> Tensor:
         own = numbers[piece.side_at : piece.side_at + piece.side_bytes]
-        parts.append(codec.quantizer.decode(piece.part, flat, own).to(dtype, copy=True))
-    return parts
+        return codec.quantizer.decode_into(piece.part, read(piece), own, targets[piece])
+
+    return list(_each(torch.device(device), dequantize, layout.pieces))
 
 
-def _flat_symbols(
+def _targets(layout: Layout, dtype: torch.dtype, device: str | torch.device) -> dict[Piece, Tensor]:
+    """Memory for each part's values, side by side in one block, each at a cache line's start."""
+    import torch
+
+    sizes = [-(-piece.part.elements * dtype.itemsize // 64) * 64 for piece in layout.pieces]
+    if torch.device(device).type == "cpu":
+        block = torch.from_numpy(bytes_for(sum(sizes)))
+    else:
+        block = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+    targets, at = {}, 0
+    for piece, size in zip(layout.pieces, sizes, strict=True):
+        used = block[at : at + piece.part.elements * dtype.itemsize]
+        typed = used.view(dtype) if len(used) else used.to(dtype)  # nothing has no stride to view it by
+        targets[piece] = typed.view(piece.part.shape)
+        at += size
+    return targets
+
+
+def _reader(
     coder: Coder | None,
     header: Header,
     layout: Layout,
     data: memoryview | Planes,
     device: str | torch.device,
-) -> Iterator[tuple[Piece, Tensor]]:
+) -> Callable[[Piece], Tensor]:
+    """What gives a part's flat symbols. Expands where they are entropy-coded."""
     import torch
 
     if isinstance(data, Planes):
-        yield from zip(layout.pieces, (own.to(device) for own in data.symbols), strict=True)
-        return
+        known = dict(zip(layout.pieces, data.symbols, strict=True))
+        return lambda piece: known[piece].to(device)
     if coder is None:
         packed = _tensor(data).to(device)
-        for piece in layout.pieces:
+
+        def unpacked(piece: Piece) -> Tensor:
             own = packed[piece.symbols_at : piece.symbols_at + piece.symbol_bytes]
-            yield piece, unpack(own, piece.symbols, piece.bits)
-        return
-    at = 0
-    parts: list[tuple[Piece, bool, memoryview | Future[bytes | bytearray]]] = []
-    with ThreadPoolExecutor(container.THREADS) as pool:
-        for piece, length in zip(layout.pieces, header.coded, strict=True):
-            bytes_there = data[at : at + length]
-            is_coded = length != piece.symbol_bytes
-            parts.append(
-                (piece, is_coded, pool.submit(coder.expand, piece, bytes_there) if is_coded else bytes_there)
-            )
-            at += length
-        for piece, is_coded, part in parts:
-            plain = _tensor(memoryview(part.result() if isinstance(part, Future) else part)).to(device)
-            if is_coded and not coder.packed:
-                yield piece, plain.view(torch.int16) if piece.bits == 16 else plain
-            else:
-                yield piece, unpack(plain, piece.symbols, piece.bits)
+            return unpack(own, piece.symbols, piece.bits)
+
+        return unpacked
+    ends = itertools.accumulate(header.coded)
+    coded = {
+        piece: data[end - length : end]
+        for piece, length, end in zip(layout.pieces, header.coded, ends, strict=True)
+    }
+
+    def expanded(piece: Piece) -> Tensor:
+        part = coded[piece]
+        if len(part) == piece.symbol_bytes:  # did not shrink, and was packed only
+            return unpack(_tensor(part).to(device), piece.symbols, piece.bits)
+        plain = _tensor(memoryview(coder.expand(piece, part))).to(device)
+        if coder.packed:
+            return unpack(plain, piece.symbols, piece.bits)
+        return plain.view(torch.int16) if piece.bits == 16 else plain
+
+    return expanded
+
+
+def _each(device: torch.device, work: Callable[[Piece], Result], pieces: Iterable[Piece]) -> Iterator[Result]:
+    """Part by part; on several threads where the processor computes, and in order on a GPU, which has its own queue."""
+    return each(work, pieces) if device.type == "cpu" else map(work, pieces)
 
 
 def _assemble(header: Header, held: Sequence[Tensor], parts: Sequence[Tensor]) -> KVCache:

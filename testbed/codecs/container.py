@@ -14,29 +14,27 @@ covers everything before and behind itself, so a payload with a flipped bit is r
 
 from __future__ import annotations
 
-import os
 import struct
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import xxhash
 from msgspec import Meta
 
+from testbed.codecs import parallel
 from testbed.codecs.layout import Part
 from testbed.codecs.positions import PositionList
 from testbed.codecs.spec import LONGEST
 from testbed.errors import PayloadError
 
-MAGIC, VERSION = b"TBKV", 1
+MAGIC, VERSION = b"TBKV", 2
 MOST_LAYERS, MOST_HEADS, MOST_DIMENSIONS, MOST_TOKENS = 512, 1024, 1 << 14, 1 << 22
 _MOST_HEADER = 1 << 24  # a position list for each of 512 × 1024 heads
 _PREFIX, _CHECKSUM = struct.Struct("<4sHHIQ"), struct.Struct("<I")
 _HEADER_AT = _PREFIX.size + _CHECKSUM.size
 _CHUNK = 1 << 20  # of the checksum: chunks are summed in parallel
-THREADS = min(4, os.cpu_count() or 1)
 
 Format = Literal["float16", "bfloat16"]
 _Dimension = Annotated[int, Meta(ge=1, le=MOST_DIMENSIONS)]
@@ -85,7 +83,7 @@ def allocate(header: Header, body_bytes: int) -> tuple[npt.NDArray[np.uint8], in
     """A payload with its header written, and where the body starts; fill it, then `seal` it."""
     packed = msgspec.msgpack.encode(header)
     body_at = _body_at(len(packed))
-    payload = np.empty(body_at + body_bytes, dtype=np.uint8)
+    payload = parallel.bytes_for(body_at + body_bytes)
     _PREFIX.pack_into(payload.data, 0, MAGIC, VERSION, 0, len(packed), len(payload))
     payload[_HEADER_AT : _HEADER_AT + len(packed)] = np.frombuffer(packed, dtype=np.uint8)
     payload[_HEADER_AT + len(packed) : body_at] = 0
@@ -147,12 +145,12 @@ def _body_at(header_bytes: int) -> int:
 
 
 def _checksum(payload: memoryview) -> int:
-    """CRC-32 over the CRC-32s of the prefix and of each mebibyte behind the checksum, which threads sum in parallel."""
+    """The low half of XXH3-64 over the hashes of the prefix and of each mebibyte behind the checksum.
+
+    CRC-32 at 4 GB/s would take half of the time that int8 takes. Threads hash the mebibytes in parallel.
+    """
     chunks = [payload[at : at + _CHUNK] for at in range(_HEADER_AT, len(payload), _CHUNK)]
-    if len(chunks) > 2:
-        with ThreadPoolExecutor(THREADS) as pool:
-            sums = list(pool.map(zlib.crc32, chunks))
-    else:
-        sums = [zlib.crc32(chunk) for chunk in chunks]
-    first = zlib.crc32(payload[: _PREFIX.size])
-    return zlib.crc32(struct.pack(f"<{len(sums)}I", *sums), first)
+    several = len(chunks) > 2
+    sums = list((parallel.each if several else map)(xxhash.xxh3_64_intdigest, chunks))
+    first = xxhash.xxh3_64_intdigest(payload[: _PREFIX.size])
+    return xxhash.xxh3_64_intdigest(struct.pack(f"<{1 + len(sums)}Q", first, *sums)) & 0xFFFFFFFF

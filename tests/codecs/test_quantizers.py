@@ -11,6 +11,7 @@ from torch import Tensor
 from testbed.codecs import CodecError
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.entropy import pack, unpack
+from testbed.codecs.quantize.integer import Integer
 from testbed.models.kvcache import KVCache, KVLayer
 from tests.codecs.caches import SHAPES, make_cache, ragged_cache, same_bits, same_cache
 
@@ -245,3 +246,32 @@ def test_positions_that_do_not_fit_are_refused() -> None:
     cache.layers[1].positions = torch.arange(5)
     with pytest.raises(CodecError, match="layer 1: the shapes"):
         Codec("int8").encode(cache)
+
+
+def test_the_fused_pass_gives_the_bytes_and_values_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in itertools.product(("grouped", "multi-head bf16", "latent"), QUANTIZERS):
+        cache = make_cache(name)
+        cache.layers[0].keys[0, :2] *= 1e-4  # fp16's subnormal numbers
+        cache.layers[0].values[0, 0] = -0.0
+        fused = Codec(text).encode(cache)
+        decoded = decode(fused)
+        with monkeypatch.context() as patch:
+            patch.setattr(Integer, "_fusible", lambda *_: False)
+            assert bytes(Codec(text).encode(cache)) == bytes(fused)
+            for ours, theirs in zip(decoded.layers, decode(fused).layers, strict=True):
+                assert torch.equal(ours.keys, theirs.keys)
+                assert torch.equal(ours.values, theirs.values)
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_threads() -> None:
+    cache, before = make_cache("sliding layers"), torch.get_num_threads()
+    try:
+        for text in ("int8", "int4+zstd"):
+            made = []
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                made.append(bytes(Codec(text).encode(cache)))
+                assert same_cache(decode(made[-1]), decode(made[0]))
+            assert made[0] == made[1]
+    finally:
+        torch.set_num_threads(before)

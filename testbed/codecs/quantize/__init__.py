@@ -26,6 +26,11 @@ class Quantizer(Method):
     embedded: ClassVar[bool] = False
 
     @property
+    def by_token(self) -> bool:
+        """Whether a token's symbols and scales depend on that token alone, whichever others are coded with it."""
+        return False
+
+    @property
     def own_transform(self) -> Transform | None:
         """A transform that it brings with it where the codec names none."""
         return None
@@ -55,6 +60,13 @@ class Quantizer(Method):
         May write over `symbols` where that is not the payload itself; any bytes give a result, if not a good one.
         """
         raise NotImplementedError
+
+    def decode_into(self, part: Part, symbols: Tensor, side: Tensor, out: Tensor) -> Tensor:
+        """`decode`, written to and returned as `out` [kv_heads, tokens, head_dim], 16-bit or float32.
+
+        A quantizer whose format is the cache's own may override it to write once.
+        """
+        return out.copy_(self.decode(part, symbols, side))
 
     def require_finite(self, part: Part, values: Tensor) -> None:
         """Raises CodecError naming the place where values are NaN or infinite."""

@@ -18,6 +18,10 @@ class FP16(Quantizer):
     name: ClassVar[str] = "fp16"
     source: ClassVar[str] = "reference"
 
+    @property
+    def by_token(self) -> bool:
+        return True
+
     def symbol_bits(self, part: Part) -> int:
         return 16
 

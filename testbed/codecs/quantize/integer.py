@@ -42,6 +42,10 @@ class Integer(Quantizer):
         )
 
     @property
+    def by_token(self) -> bool:
+        return self.axis == "token"
+
+    @property
     def levels(self) -> int:
         """The largest multiple of the scale."""
         return 2 ** (self.width - 1) - 1 if self.symmetric else 2**self.width - 1
@@ -77,41 +81,77 @@ class Integer(Quantizer):
     def encode(self, part: Part, values: Tensor) -> tuple[Tensor, Tensor | None]:
         import torch
 
-        working = values.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        symbols = torch.empty(part.shape, dtype=torch.uint8, device=values.device)
         if not part.elements:
-            return working.view(torch.uint8), None
-        rows = self._turned(working)
+            return symbols, None
+        if self._fusible(part, values):
+            return symbols, self._encode_fused(part, values, symbols)
         numbers = []  # [kv_heads, rows, kinds, groups] of each stretch
         for elements, groups in self._stretches(part):
-            view = rows[..., elements].unflatten(-1, (groups.stop - groups.start, -1))
-            numbers.append(self._quantize(part, view))
-        if values.dtype == torch.float32 and not self.symmetric:
-            # Numbers of 16 bits cannot leave the levels: x · (1/s) is below 2^15, so float32 holds it to 2^-8.
-            working.clamp_(0, self.levels)
-        if self.offset:
-            working.add_(self.offset)
-        side = numbers[0] if len(numbers) == 1 else torch.cat(numbers, -1)
-        return working.to(torch.int8).view(torch.uint8), side
+            shape = (groups.stop - groups.start, -1)
+            target = self._turned(symbols.view(torch.int8))[..., elements].unflatten(-1, shape)
+            q, side = self._quantize(part, self._turned(values)[..., elements].unflatten(-1, shape))
+            if values.dtype == torch.float32 and not self.symmetric:
+                # Numbers of 16 bits cannot leave the levels: x · (1/s) is below 2^15, so float32 holds it to 2^-8.
+                q.clamp_(0, self.levels)
+            target.copy_(q.add_(self.offset) if self.offset else q)
+            numbers.append(side)
+        return symbols, numbers[0] if len(numbers) == 1 else torch.cat(numbers, -1)
 
-    def _quantize(self, part: Part, x: Tensor) -> Tensor:
-        """Replaces x [kv_heads, rows, groups, size] by q; returns [kv_heads, rows, kinds, groups]."""
+    def _quantize(self, part: Part, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [kv_heads, rows, groups, size] -> q in float32, and the side information [kv_heads, rows, kinds, groups]."""
         import torch
 
         dtype = getattr(torch, part.dtype)
         if self.symmetric:
-            step = x.abs().amax(-1).div_(self.levels)
-        else:
-            # The zero point as it is sent (which 16-bit values reach exactly); divided first: a difference may overflow.
-            zero = x.amin(-1).to(dtype)
-            low = zero.float()
-            step = (x.amax(-1).div_(self.levels) - low / self.levels).clamp_min_(0)
+            scale, inverse = self._scale(part, _largest(x).div_(self.levels), dtype)
+            return torch.mul(x, inverse[..., None]).round_(), scale[..., None, :]
+        working = x.to(torch.float32, copy=True)
+        # The zero point as it is sent (which 16-bit values reach exactly); divided first: a difference may overflow.
+        zero = working.amin(-1).add_(0.0).to(dtype)  # + 0: no -0
+        low = zero.float()
+        step = (working.amax(-1).div_(self.levels) - low / self.levels).clamp_min_(0)
         scale, inverse = self._scale(part, step, dtype)
-        x.mul_(inverse[..., None])
-        if self.symmetric:
-            x.round_()
-            return scale[..., None, :]
-        x.sub_((low * inverse)[..., None]).round_()
-        return torch.stack((scale, zero), -2)
+        working.mul_(inverse[..., None]).sub_((low * inverse)[..., None]).round_()
+        return working, torch.stack((scale, zero), -2)
+
+    def _fusible(self, part: Part, values: Tensor) -> bool:
+        """Whether `fused` takes values like these: 16 bits, on the processor, in groups of equal size that lie together."""
+        import torch
+
+        return (
+            values.device.type == "cpu"
+            and values.dtype == getattr(torch, part.dtype)
+            and self.axis == "token"
+            and part.head_dim % (self.group or part.head_dim) == 0
+        )
+
+    def _encode_fused(self, part: Part, values: Tensor, symbols: Tensor) -> Tensor:
+        """Writes the symbols; returns the side information [rows, kinds, groups]."""
+        import torch
+
+        from testbed.codecs.quantize import fused
+
+        rows = (part.kv_heads * part.tokens, self.groups(part), -1)
+        side = torch.empty((rows[0], 1 if self.symmetric else 2, rows[1]), dtype=torch.int16)
+        worst = fused.QUANTIZE[part.dtype](
+            values.contiguous().view(torch.int16).view(rows).numpy(),
+            *self._settings,
+            side.numpy(),
+            symbols.view(torch.int8).view(rows).numpy(),
+        )
+        if not worst <= torch.finfo(values.dtype).max:
+            raise self._not_finite(part)
+        return side
+
+    @property
+    def _settings(self) -> tuple[bool, float, float]:
+        return self.symmetric, float(self.levels), float(self.offset)
+
+    def _not_finite(self, part: Part) -> CodecError:
+        return CodecError(
+            f"{self.name}: {part.kind} of layer {part.layer} hold NaN, infinity or too large values"
+        )
 
     def _scale(self, part: Part, step: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The scales in 16 bits and their reciprocals in float32 (0 for a scale of 0); raises CodecError.
@@ -125,9 +165,7 @@ class Integer(Quantizer):
         format = torch.finfo(dtype)
         least, most = (float(extreme) for extreme in step.aminmax())
         if not most <= format.max:
-            raise CodecError(
-                f"{self.name}: {part.kind} of layer {part.layer} hold NaN, infinity or too large values"
-            )
+            raise self._not_finite(part)
         if least >= format.smallest_normal and self.levels * format.eps / 2 < 0.45:
             scale = step.to(dtype)
             return scale, scale.float().reciprocal_()
@@ -140,8 +178,7 @@ class Integer(Quantizer):
         import torch
 
         dtype = getattr(torch, part.dtype)
-        kinds = 1 if self.symmetric else 2
-        numbers = side.view(dtype).view(part.kv_heads, self._axes(part)[0], kinds, self.groups(part)).float()
+        numbers = self._numbers(part, side)
         signed = symbols.view(torch.int8) if self.width == 8 else symbols
         x = signed.view(part.shape).to(torch.float32)
         if self.offset:
@@ -158,6 +195,30 @@ class Integer(Quantizer):
         if not fits:
             x.clamp_(-torch.finfo(dtype).max / 2, torch.finfo(dtype).max / 2).mul_(2)
         return x
+
+    def decode_into(self, part: Part, symbols: Tensor, side: Tensor, out: Tensor) -> Tensor:
+        import torch
+
+        if part.elements and self._fusible(part, out) and out.is_contiguous():
+            from testbed.codecs.quantize import fused
+
+            rows = (part.kv_heads * part.tokens, self.groups(part), -1)
+            fits = fused.DEQUANTIZE[part.dtype](
+                symbols.view(torch.int8).view(rows).numpy(),
+                *self._settings,
+                side.view(torch.int16).view(rows[0], -1, rows[1]).numpy(),
+                out.view(torch.int16).view(rows).numpy(),
+            )
+            if fits:
+                return out
+        return super().decode_into(part, symbols, side, out)
+
+    def _numbers(self, part: Part, side: Tensor) -> Tensor:
+        """Scales and zero points as they were sent, [kv_heads, rows, kinds, groups] in float32."""
+        import torch
+
+        shape = (part.kv_heads, self._axes(part)[0], 1 if self.symmetric else 2, self.groups(part))
+        return side.view(getattr(torch, part.dtype)).view(shape).float()
 
     def _fits(self, numbers: Tensor, largest: float) -> bool:
         """Whether every number on the way from q to x̂ is finite in 16 bits.
@@ -179,6 +240,16 @@ class Integer(Quantizer):
             yield slice(0, full * size), slice(0, full)
         if rest:
             yield slice(full * size, elements), slice(full, full + 1)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude along the last dimension, in float32; NaN where there is one."""
+    import torch
+
+    if x.dtype == torch.float32 or x.shape[-1] < 64:
+        return x.to(torch.float32).abs().amax(-1)
+    # Without the sign, 16-bit floats are in the order of their bits, which the processor compares ten times as fast.
+    return (x.view(torch.int16) & 0x7FFF).amax(-1).view(x.dtype).float()
 
 
 @dataclass(frozen=True)
