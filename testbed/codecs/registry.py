@@ -14,7 +14,9 @@ SELECTORS = {
     "window": "testbed.codecs.select.window:Window",
     "random": "testbed.codecs.select.random:Random",
 }
-TRANSFORMS: dict[str, str] = {}
+TRANSFORMS = {
+    "delta": "testbed.codecs.transform.delta:Delta",
+}
 QUANTIZERS = {
     "fp16": "testbed.codecs.quantize.fp16:FP16",
     "int8": "testbed.codecs.quantize.integer:Int8",
@@ -31,6 +33,8 @@ QUANTIZERS = {
 }
 CODERS = {
     "zstd": "testbed.codecs.entropy.zstd:Zstd",
+    "lz4": "testbed.codecs.entropy.lz4:LZ4",
+    "ans": "testbed.codecs.entropy.ans:ANS",
 }
 STAGES = {"selector": SELECTORS, "transform": TRANSFORMS, "quantizer": QUANTIZERS, "coder": CODERS}
 

@@ -122,6 +122,7 @@ def _values(name: str, kind: str, choices: tuple[str, ...]) -> st.SearchStrategy
         "protect": st.sampled_from(["auto", "none", "K0", "K3.V7.12", "K0-5.11", "some/where.json"]),
         "residual": st.integers(0, 65536),
         "seed": st.integers(0, 2**31 - 1),
+        "anchor": st.integers(2, 4096),
     }
     odd = st.integers(0, 511).map(lambda n: 2 * n + 1)
     if choices:

@@ -1,0 +1,152 @@
+"""Asymmetric numeral systems over symbols, with a frequency table for each channel where that pays for itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from testbed.codecs.entropy import Coder
+from testbed.codecs.layout import Piece
+from testbed.errors import PayloadError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Symbols = npt.NDArray[np.uint8]
+    Counts = npt.NDArray[np.int64]
+
+_PART, _CHANNEL, _BYTES = 0, 1, 2  # what shares a table
+
+
+@dataclass(frozen=True)
+class ANS(Coder):
+    """Range asymmetric numeral systems (constriction), each layer's keys and values by themselves, one symbol at a time.
+
+    tables: a frequency table for each channel of a head, for the whole part, or whichever makes fewer bytes (auto). A
+    table takes 2^bits bytes of the payload: frequencies relative to the most frequent symbol, which has 255. Values of
+    16 bits are coded as two bytes with a table each.
+    """
+
+    name: ClassVar[str] = "ans"
+    source: ClassVar[str] = "Duda (arXiv:1311.2540); constriction (arXiv:2201.01741)"
+    packed: ClassVar[bool] = False
+
+    tables: Literal["auto", "part", "channel"] = "auto"
+
+    def compress(self, piece: Piece, data: memoryview) -> bytes:
+        import numpy as np
+
+        symbols: Symbols = np.frombuffer(data, dtype=np.uint8)
+        if not len(symbols):
+            return b""
+        width, modes = _widths(piece), _modes(piece)
+        if self.tables != "auto" and _CHANNEL in modes:
+            modes = [_CHANNEL if self.tables == "channel" else _PART]
+        costs = {}
+        for mode in modes:
+            rows = _rows(piece, mode, symbols)
+            counts = np.stack([np.bincount(row, minlength=width) for row in rows])
+            costs[mode] = (_bits(counts) + 8 * counts.size, rows, counts)
+        mode = min(costs, key=lambda mode: costs[mode][0])
+        _, rows, counts = costs[mode]
+        table = _rounded(counts)
+        coder = _ans().AnsCoder()
+        for row, frequencies in zip(rows[::-1], table[::-1], strict=True):
+            coder.encode_reverse(row.astype(np.int32), _model(frequencies))
+        words = coder.get_compressed().astype("<u4")
+        return bytes([mode]) + table.tobytes() + words.tobytes()
+
+    def expand(self, piece: Piece, data: memoryview) -> bytes:
+        import numpy as np
+
+        size = self.input_bytes(piece)
+        if not size:
+            raise PayloadError("ans: bytes for a part without symbols")
+        mode = data[0] if len(data) else -1
+        if mode not in _modes(piece):
+            raise PayloadError(f"ans: a part whose tables are of kind {mode}")
+        rows = _rows(piece, mode, np.empty(size, dtype=np.uint8))
+        table_bytes = rows.shape[0] * _widths(piece)
+        if (len(data) - 1 - table_bytes) % 4 or len(data) <= table_bytes:
+            raise PayloadError(f"ans: {len(data)} bytes do not hold {rows.shape[0]} tables and words")
+        table = np.frombuffer(data[1 : 1 + table_bytes], dtype=np.uint8).reshape(rows.shape[0], -1)
+        if not (table.max(1) == 255).all():
+            raise PayloadError("ans: a table that no encoder writes")
+        words = np.frombuffer(data[1 + table_bytes :], dtype="<u4").astype(np.uint32)
+        try:
+            coder = _ans().AnsCoder(words)
+            for row, frequencies in zip(rows, table, strict=True):
+                row[:] = coder.decode(_model(frequencies), len(row))
+        except (ValueError, AssertionError) as error:
+            raise PayloadError(f"ans: {str(error)[:80]}") from None
+        if not coder.is_empty():
+            raise PayloadError("ans: bytes behind the last symbol")
+        return _unrowed(piece, mode, rows).tobytes()
+
+
+def _ans() -> Any:
+    import constriction
+
+    return constriction.stream.stack
+
+
+def _model(frequencies: Symbols) -> Any:
+    import constriction
+    import numpy as np
+
+    share = frequencies / frequencies.sum(dtype=np.float64)
+    return constriction.stream.model.Categorical(share, perfect=False)
+
+
+def _widths(piece: Piece) -> int:
+    """How many symbols there are: 256 for the bytes of 16 bits."""
+    return 1 << min(piece.bits, 8)
+
+
+def _modes(piece: Piece) -> list[int]:
+    """How symbols may share tables: by channel only where a symbol is an element."""
+    if piece.bits == 16:
+        return [_BYTES]
+    return [_PART, _CHANNEL] if piece.symbols == piece.part.elements else [_PART]
+
+
+def _rows(piece: Piece, mode: int, symbols: Symbols) -> Symbols:
+    """Symbols that share a table, a row a table."""
+    import numpy as np
+
+    if mode == _PART:
+        return symbols.reshape(1, -1)
+    if mode == _BYTES:
+        return np.ascontiguousarray(symbols.reshape(-1, 2).T)
+    heads, tokens, channels = piece.part.shape
+    by_channel = symbols.reshape(heads, tokens, channels).transpose(0, 2, 1)
+    return np.ascontiguousarray(by_channel).reshape(heads * channels, tokens)
+
+
+def _unrowed(piece: Piece, mode: int, rows: Symbols) -> Symbols:
+    """The inverse of `_rows`."""
+    import numpy as np
+
+    if mode == _PART:
+        return rows
+    if mode == _BYTES:
+        return np.ascontiguousarray(rows.T)
+    heads, tokens, channels = piece.part.shape
+    return np.ascontiguousarray(rows.reshape(heads, channels, tokens).transpose(0, 2, 1))
+
+
+def _bits(counts: Counts) -> float:
+    """What the symbols of these counts take by their entropy, a row a distribution."""
+    import numpy as np
+
+    totals = counts.sum(1, keepdims=True)
+    return float(-(counts * np.log2(np.maximum(counts, 1) / totals)).sum())
+
+
+def _rounded(counts: Counts) -> Symbols:
+    """Frequencies in a byte: 255 for the most frequent symbol, at least 1 for one that occurs."""
+    import numpy as np
+
+    scaled = np.rint(counts * (255 / counts.max(1, keepdims=True)))
+    return np.where(counts > 0, np.maximum(scaled, 1), 0).astype(np.uint8)
