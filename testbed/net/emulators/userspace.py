@@ -118,10 +118,13 @@ class Userspace:
             unserved = undo.enter_context(contextlib.ExitStack())
             for tap in () if self.reads_packets else taps.values():
                 unserved.callback(fcntl.ioctl, tap, _TUNSETPERSIST, 0)
+            index: dict[str, int] = {}  # asked for once each: a thousand links have four thousand interfaces
             for one, pair in zip(wanted, names, strict=True):
-                mtu = netlink.interface(one.a).mtu
+                ends = {name: netlink.interface(name) for name in dict.fromkeys((one.a, one.b, *pair))}
+                index.update({name: end.index for name, end in ends.items()})
+                mtu = ends[one.a].mtu
                 for name in () if self.reads_packets else pair:
-                    netlink.set_up(netlink.interface(name).index, mtu=mtu, queue_packets=_TAP_QUEUE_PACKETS)
+                    netlink.set_up(index[name], mtu=mtu, queue_packets=_TAP_QUEUE_PACKETS)
                 conditions, files = undo.enter_context(_conditions(one.profile, now))
                 links[one.link] = {
                     "tap_a": taps[pair[0]],
@@ -145,7 +148,7 @@ class Userspace:
                         (one.b, pair[1]),
                         (pair[1], one.b),
                     ):
-                        redirect(netlink, netlink.interface(source).index, netlink.interface(target).index)
+                        redirect(netlink, index[source], index[target])
                 attachments[-1].counters()  # it answers: it runs
             except BaseException:
                 for attachment in attachments:
