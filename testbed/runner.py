@@ -151,6 +151,7 @@ class Run:
                 seed=self.scenario.seed,
                 codecs=self.scenario.codecs,
                 max_new_tokens=self.scenario.max_new_tokens,
+                prompt=str(self.plan.prompt),
             )
             self.cloud.call("learn_prefix", _LOAD_TIMEOUT_S, text=made["prefix_text"])
             batches.append(Batch(made["batch"], task, context_tokens, made["examples"]))
@@ -185,6 +186,7 @@ class Run:
                 "format": FORMAT,
                 "name": self.scenario.name,
                 "settings": self.scenario.model_dump(mode="json"),
+                "prompt": str(self.plan.prompt),
                 "topology": self.plan.topology.name,
                 "link": self.plan.link,
                 "profiles": {p.name: {"text": p.text(), "source": p.source} for p in self.plan.profiles},

@@ -23,6 +23,7 @@ from testbed.net import strict_yaml
 from testbed.net.profile import Profile, parse_profile, profile_from
 from testbed.net.topology import Topology, load_topology
 from testbed.net.traffic import Flow, flow_from
+from testbed.tasks.prompt import DEFAULT, PromptFormat, choose_prompt, parse_prompt
 from testbed.tasks.task import Task, make_task
 from testbed.units import parse_time
 
@@ -53,6 +54,10 @@ def _task(value: Any) -> dict[str, Any]:
 def _flow(value: Any) -> dict[str, Any]:
     flow_from(value)  # kept as it was written, for the manifest
     return dict(value)
+
+
+def _prompt(value: Any) -> str:
+    return str(parse_prompt(str(value)) or "auto")
 
 
 def _parameters(task: dict[str, Any]) -> dict[str, Any]:
@@ -103,6 +108,9 @@ class Scenario(BaseModel):
     tasks: Annotated[
         list[Annotated[dict[str, Any], BeforeValidator(_task)]], BeforeValidator(_listed), Field(min_length=1)
     ]
+    prompt: Annotated[str, BeforeValidator(_prompt)] = (
+        "auto"  #: how the task's texts are laid out for the model
+    )
     context_tokens: Annotated[
         list[Annotated[int, Field(ge=8, le=1_000_000)] | None], BeforeValidator(_listed), Field(min_length=1)
     ] = [256]
@@ -158,11 +166,13 @@ class Cell:
         }
         if self.profile.changes:
             settings["at"] = scenario.at
-        # Only where it is asked for, so that cells of runs from before this setting keep their identity.
+        # Only where it is asked for, so that cells of runs from before these settings keep theirs.
         if scenario.compute != Compute():
             settings["compute"] = [scenario.compute.edge, scenario.compute.cloud]
         if scenario.traffic:
             settings["traffic"] = scenario.traffic
+        if plan.prompt != DEFAULT:
+            settings["prompt"] = str(plan.prompt)
         text = json.dumps(settings, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -180,6 +190,10 @@ class Plan:
     def flows(self) -> list[Flow]:
         """The background traffic."""
         return [flow_from(value) for value in self.scenario.traffic]
+    @property
+    def prompt(self) -> PromptFormat:
+        """How the tasks' texts are laid out for the model."""
+        return choose_prompt(self.scenario.prompt, self.scenario.model)
 
     def batches(self) -> Iterator[tuple[int, int | None]]:
         """Each task at each context length."""

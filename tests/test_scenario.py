@@ -62,6 +62,14 @@ def test_the_seed_and_the_model_are_part_of_a_cells_identity() -> None:
     assert len(identities) == 3
 
 
+def test_the_prompts_format_is_part_of_a_cell_and_auto_is_what_it_stands_for() -> None:
+    made = [plan(), plan(prompt="plain:2"), plan(prompt="plain:0"), plan(prompt="chat")]
+    identities = [each.cells(0, 256)[0].identity(each) for each in made]
+    assert identities[0] == identities[1]
+    assert len(set(identities)) == 3
+    assert str(made[3].prompt) == "chat:0"
+
+
 def test_an_emulated_slower_machine_is_another_cell_and_none_is_the_cell_it_always_was() -> None:
     made = [plan(), plan(compute={"edge": 1}), plan(compute={"edge": 4}), plan(compute={"cloud": 4})]
     identities = [each.cells(0, 256)[0].identity(each) for each in made]
@@ -72,6 +80,7 @@ def test_an_emulated_slower_machine_is_another_cell_and_none_is_the_cell_it_alwa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"prompt": "shout"}, r"t.yaml: prompt: .*write auto, plain or chat"),
         ({"compute": {"edge": 0.5}}, r"t.yaml: compute.edge: .*greater than or equal to 1"),
         ({"compute": {"edge": float("inf")}}, r"t.yaml: compute.edge"),
         ({"profils": ["lte"]}, r"t.yaml: profils: unknown key; did you mean 'profiles'"),

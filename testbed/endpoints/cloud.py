@@ -42,7 +42,7 @@ class Cloud(InferenceSide):
         super().__init__()
         self.max_payload = 0
         self._computing = threading.Lock()
-        self._memory: dict[tuple[str | int, ...], Outcome] = {}
+        self._memory: dict[tuple[str | int | tuple[str, ...], ...], Outcome] = {}
         self._by_request: dict[int, Outcome] = {}
         self._latest: Outcome | None = None
         self._full: Tensor | None = None
@@ -146,8 +146,8 @@ class Cloud(InferenceSide):
 
     def _answer(self, connection: Connection, received: Received, request: wire.Request) -> None:
         with self._computing:
-            settings = (request.codec, request.prefix, request.question, request.stop, request.max_new_tokens)
-            key = (digest(received.payload), request.placement, request.repeat, *settings)
+            asked = (request.codec, request.prefix, request.question, request.stop, request.max_new_tokens)
+            key = (digest(received.payload), request.placement, request.repeat, *asked, request.choices)
             known = self._memory.get(key) if request.reuse else None
             try:
                 if known is not None:
@@ -202,7 +202,7 @@ class Cloud(InferenceSide):
                 connection.send(firsts[0])
                 self.pace.begin()
 
-        ids = self.model.generate(question_ids, past, request.max_new_tokens, request.stop, on_token)
+        ids = self.answer(question_ids, past, request.max_new_tokens, request.stop, request.choices, on_token)
         done_at = self.pace.hold()
         if not firsts:  # nothing but the end of the text: the first token is the empty answer
             on_token(0, 0)

@@ -15,6 +15,7 @@ from testbed.errors import EndpointError, UsageError
 
 if TYPE_CHECKING:
     from testbed.models.language import Prefill
+    from testbed.tasks.prompt import Prompted
     from testbed.tasks.task import Example, Task
 
 #: A cloud's answer holds no payload.
@@ -38,6 +39,7 @@ class Held:
     prefix: Prefix
     context_text: str
     question_text: str
+    choices: tuple[str, ...]
     ids: list[int]
     question_ids: list[int]
     prefill: Prefill
@@ -51,7 +53,7 @@ class Held:
 class Batch:
     """A task's examples at one context length."""
 
-    task: Task
+    task: Prompted
     examples: list[Example]
     prefix: str
     max_new_tokens: int
@@ -88,12 +90,13 @@ class Edge(InferenceSide):
         seed: int,
         codecs: list[str],
         max_new_tokens: int | None,
+        prompt: str = "plain:2",
     ) -> dict[str, Any]:
         """Make a task's examples with this model's tokenizer and prefill its prefix; returns what the orchestrator needs."""
         from testbed.codecs.codec import Codec
         from testbed.tasks.task import make_task
 
-        made = make_task(task, **parameters)
+        made = self._prompted(make_task(task, **parameters), prompt)
         max_new_tokens = max_new_tokens or made.max_new_tokens
         examples = made.examples(count, context_tokens, lambda text: len(self.model.tokenize(text)), seed)
         wanted = [Codec(text, self.model.name).needs.context_queries for text in codecs]
@@ -135,6 +138,14 @@ class Edge(InferenceSide):
                 for example in examples
             ],
         }
+
+    def _prompted(self, task: Task, prompt: str) -> Prompted:
+        """The task with its prompts in the format that the scenario asks for."""
+        from testbed.tasks.prompt import Prompted, choose_prompt
+
+        format = choose_prompt(prompt, self.model.name)
+        template = self.model.chat_template() if format.layout == "chat" else None
+        return Prompted(task, format, template)
 
     def reference(self, batch: int, example: int) -> dict[str, Any]:
         """The example's answer, NLL and next-token distributions with the full cache on this machine alone.
@@ -238,12 +249,21 @@ class Edge(InferenceSide):
         task, chosen = self._batches[batch].task, self._batches[batch].examples[example]
         prefix = self.prefixes[self._batches[batch].prefix]
         context, question = task.context_text(chosen), task.question_text(chosen)
+        choices = tuple(task.choice_texts(chosen))
         started = self.pace.begin()
         ids = self.model.tokenize(context)
         prefill = self.model.prefill(ids, prefix.cache, queries=self._queries)
         took = self.pace.hold() - started
         self._held = Held(
-            (batch, example), prefix, context, question, ids, self.model.tokenize(question), prefill, took
+            (batch, example),
+            prefix,
+            context,
+            question,
+            choices,
+            ids,
+            self.model.tokenize(question),
+            prefill,
+            took,
         )
         return self._held
 
@@ -260,11 +280,12 @@ class Edge(InferenceSide):
         times: list[float] = []
         started = self.pace.begin()
         past = self.behind(held.prefix, held.prefill.cache)
-        ids = self.model.generate(
+        ids = self.answer(
             held.question_ids,
             past,
             batch.max_new_tokens,
             batch.task.stop,
+            held.choices,
             lambda index, token: times.append(self.pace.hold()),
         )
         ended = self.pace.hold()
@@ -335,6 +356,7 @@ class Edge(InferenceSide):
             max_new_tokens=self._batches[batch].max_new_tokens,
             payload_crc=zlib.crc32(payload) if placement == "cloud" else 0,
             repeat=repeat,
+            choices=held.choices,
             reuse=reuse == "all",
         )
         before = interface_bytes()

@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,24 @@ class InferenceSide:
             cache = self.model.prefill(ids, None).cache if ids else None
             self.prefixes[name] = Prefix(text, name, cache)
         return name
+
+    def answer(
+        self,
+        question_ids: list[int],
+        past: KVCache | None,
+        max_new_tokens: int,
+        stop: str,
+        choices: Sequence[str],
+        on_token: Callable[[int, int], None],
+    ) -> list[int]:
+        """The answer's tokens: decoded greedily, or the likeliest per token of the choices, where there are any."""
+        if not choices:
+            return self.model.generate(question_ids, past, max_new_tokens, stop, on_token)
+        options = [self.model.tokenize(choice) for choice in choices]
+        nlls = self.model.option_nlls(question_ids, options, past)
+        best = options[min(range(len(options)), key=nlls.__getitem__)]
+        on_token(0, best[0])  # with the choice, all of its tokens are known
+        return best
 
     def behind(self, prefix: Prefix, cache: KVCache | None) -> KVCache | None:
         """The prefix's cache with `cache` behind it."""

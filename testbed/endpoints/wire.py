@@ -44,6 +44,9 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     max_new_tokens: Annotated[int, Meta(ge=1, le=65536)]
     payload_crc: Count
     repeat: Count = 0
+    choices: Annotated[
+        tuple[Text, ...], Meta(max_length=64)
+    ] = ()  #: answer with the likeliest of these; none: decode freely
     reuse: bool = True  #: an answer already computed for the same bytes may be given again
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -223,6 +224,13 @@ class LanguageModel:
         decoded: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return decoded if not stop else decoded.partition(stop)[0]
 
+    def chat_template(self) -> Callable[[list[dict[str, str]]], str] | None:
+        """How the model's chat turns are written as a prompt (see `chat`); None: it has no template."""
+        from testbed.models.chat import chat_template
+
+        location = self._network.name_or_path
+        return chat_template(location, local=Path(location).is_dir())
+
     join = staticmethod(_kvcache.join)
 
     def _live(self, past: KVCache | None, capacity: int) -> LiveCache:
@@ -339,3 +347,26 @@ class LanguageModel:
     def nll(self, ids_question: Sequence[int], ids_answer: Sequence[int], past: KVCache | None) -> float:
         """Mean negative log-likelihood in nats of the answer's tokens, each behind the true ones."""
         return mean_nll(self.likelihood(ids_question, ids_answer, past), ids_answer)
+
+    def option_nlls(
+        self, ids_question: Sequence[int], options: Sequence[Sequence[int]], past: KVCache | None
+    ) -> list[float]:
+        """Mean negative log-likelihood in nats a token of each option behind the question, which is read once.
+
+        Raises ValueError where the question or an option has no tokens.
+        """
+        if not ids_question or not options or not all(options):
+            raise ValueError("option_nlls() needs tokens of a question and of every option")
+        longest = max(map(len, options))
+        self._check_length(past, len(ids_question) + longest)
+        live = self._live(past, len(ids_question) + longest)
+        first, _ = self._forward(live, ids_question)
+        found = []
+        for option in options:
+            logits, taught = first, list(option[:-1])
+            if taught:
+                behind, _ = self._forward(live, taught, keep=len(taught))
+                live.rewind(len(taught))
+                logits = torch.cat([first, behind])
+            found.append(mean_nll(log_probabilities(logits), option))
+        return found

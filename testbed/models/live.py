@@ -108,6 +108,13 @@ class LiveCache:
         self.written[layer_idx] += keys.shape[2]
         return held[0], held[1]
 
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` tokens written here, so that others can stand in their place."""
+        if not 0 <= count <= min(self.written):
+            raise ValueError(f"{count} tokens to forget of {min(self.written)}")
+        self.written = [written - count for written in self.written]
+        self.length -= count
+
     def held(self, layer: int) -> tuple[Tensor, Tensor]:
         """The layer's keys and values so far, [1, kv_heads, tokens, d], as views."""
         keys, values = self._keys[layer], self._values[layer]

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from testbed.errors import UsageError
-from testbed.tasks.filler import SHORT, filler
-from testbed.tasks.padding import CountTokens, Depth, check_depth, depth_of, insert_at_depth, most_that_fit
+from testbed.tasks.padding import (
+    CountTokens,
+    Depth,
+    check_count,
+    check_depth,
+    check_length,
+    depth_of,
+    hide,
+)
 from testbed.tasks.task import Example, ExtractiveTask
 
 _NAMES = (
@@ -24,7 +29,6 @@ _NAMES = (
 )  # fmt: skip
 _PLACES = ("archive", "museum", "laboratory", "warehouse", "library", "hotel", "garage", "gallery")
 _MOST_NEEDLES = 64
-_MOST_TOKENS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -59,21 +63,16 @@ class Needle(ExtractiveTask):
     )
 
     def __post_init__(self) -> None:
-        _check_count("needles", self.needles, 1, _MOST_NEEDLES)
-        _check_count("distractors", self.distractors, 0, len(_PLACES) - 1)
+        check_count(self.name, "needles", self.needles, 1, _MOST_NEEDLES)
+        check_count(self.name, "distractors", self.distractors, 0, len(_PLACES) - 1)
         object.__setattr__(self, "depth", check_depth(self.name, self.depth))
 
     def examples(
         self, count: int, context_tokens: int | None, count_tokens: CountTokens, seed: int
     ) -> list[Example]:
         """`count` examples within about 3 % below `context_tokens`; see `Task.examples`."""
-        if context_tokens is None:
-            raise UsageError(
-                "task needle: its text has no length of its own; give context_tokens, such as 512"
-            )
-        if not 1 <= context_tokens <= _MOST_TOKENS:
-            raise UsageError(f"task needle: context_tokens {context_tokens} lies outside 1..{_MOST_TOKENS}")
-        return [self._example(index, context_tokens, count_tokens, seed) for index in range(count)]
+        length = check_length(self.name, context_tokens)
+        return [self._example(index, length, count_tokens, seed) for index in range(count)]
 
     def _example(self, index: int, context_tokens: int, count_tokens: CountTokens, seed: int) -> Example:
         rng = random.Random(f"needle/{seed}/{index}")
@@ -86,7 +85,7 @@ class Needle(ExtractiveTask):
             for place, key, code in zip(depths, keys, codes, strict=True)
         ]
         question = f"What is the access code for the {keys[0]}?"
-        context = self._hide(hidden, context_tokens, count_tokens, rng)
+        context = hide(self.label, hidden, context_tokens, self.counting(count_tokens), rng)
         return Example(f"needle-{seed}-{index}", context, question, (str(codes[0]),))
 
     def _keys(self, rng: random.Random) -> list[str]:
@@ -98,40 +97,3 @@ class Needle(ExtractiveTask):
         for turn, (first, owner) in itertools.product(range(len(_PLACES)), zip(start, others, strict=True)):
             keys.append(f"{owner} {_PLACES[(first + turn) % len(_PLACES)]}")
         return keys[: self.distractors + self.needles]
-
-    def _hide(
-        self,
-        hidden: Sequence[tuple[float, str]],
-        context_tokens: int,
-        count_tokens: CountTokens,
-        rng: random.Random,
-    ) -> str:
-        drawn: list[str] = []
-        more = filler(random.Random(rng.random()))
-
-        def build(n: int, extra: Sequence[str] = ()) -> str:
-            drawn.extend(itertools.islice(more, max(0, n - len(drawn))))
-            return " ".join(insert_at_depth([*drawn[:n], *extra], hidden))
-
-        tokens = self.counting(count_tokens)
-        n = most_that_fit(build, context_tokens, context_tokens, tokens)
-        if n is None:
-            least = tokens(build(0))
-            raise UsageError(
-                f"task needle: {self.label} needs a context of at least {least} tokens; {context_tokens} were asked"
-            )
-        extra: list[str] = []
-        left = context_tokens - tokens(build(n))
-        for short in rng.sample(SHORT, len(SHORT)):
-            size = count_tokens(f" {short}")
-            if size <= left:
-                extra.append(short)
-                left -= size
-        while extra and tokens(build(n, extra)) > context_tokens:  # a tokeniser whose counts do not add up
-            extra.pop()
-        return build(n, extra)
-
-
-def _check_count(what: str, value: object, least: int, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise UsageError(f"task needle: {what} {value!r} is not a whole number from {least} to {most}")

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from testbed.errors import UsageError
-from testbed.tasks.filler import filler
+from testbed.tasks.filler import SHORT, filler
 
 Depth = float | Literal["random"] | tuple[float, ...]
 CountTokens = Callable[[str], int]
 
+_MOST_TOKENS = 10_000_000
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"'(]?[A-Z0-9])")
 
 
@@ -105,6 +106,17 @@ def among_distractors(
     The paragraphs are `distractors` in their order, and filler text when these are used up; the last is cut behind a sentence.
     None where the evidence alone has more tokens.
     """
+    return evidence_among([(depth, evidence)], distractors, target, count_tokens, rng)
+
+
+def evidence_among(
+    evidence: Sequence[tuple[float, str]],
+    distractors: Sequence[str],
+    target: int,
+    count_tokens: CountTokens,
+    rng: random.Random,
+) -> str | None:
+    """As `among_distractors`, for several pieces of evidence, each at a depth; those at one place keep their order."""
     more = _sentences_of(distractors, random.Random(rng.random()))
     drawn: list[tuple[int, str]] = []
 
@@ -114,8 +126,15 @@ def among_distractors(
             " ".join(sentence for _, sentence in group)
             for _, group in itertools.groupby(drawn[:n], key=lambda item: item[0])
         ]
-        before = min(len(paragraphs), int(depth * (len(paragraphs) + 1)))
-        return "\n".join([*paragraphs[:before], evidence, *paragraphs[before:]])
+        room = len(paragraphs)
+        # From the end, so that what was put in moves no place that is still to come.
+        placed = sorted(
+            ((min(room, int(depth * (room + 1))), number) for number, (depth, _) in enumerate(evidence)),
+            reverse=True,
+        )
+        for before, number in placed:
+            paragraphs.insert(before, evidence[number][1])
+        return "\n".join(paragraphs)
 
     n = most_that_fit(build, max(target, 0), target, count_tokens)
     return None if n is None else build(n)
@@ -147,3 +166,55 @@ def around(
 
     n = most_that_fit(build, len(others), target, count_tokens)
     return None if n is None else build(n)
+
+
+def check_count(task: str, what: str, value: object, least: int, most: int) -> None:
+    """Raises UsageError where a parameter is not a whole number in this range."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise UsageError(f"task {task}: {what} {value!r} is not a whole number from {least} to {most}")
+
+
+def check_length(task: str, context_tokens: int | None) -> int:
+    """The asked length of a text that has none of its own. Raises UsageError where none was asked, or an absurd one."""
+    if context_tokens is None:
+        raise UsageError(f"task {task}: its text has no length of its own; give context_tokens, such as 512")
+    if not 1 <= context_tokens <= _MOST_TOKENS:
+        raise UsageError(f"task {task}: context_tokens {context_tokens} lies outside 1..{_MOST_TOKENS}")
+    return context_tokens
+
+
+def hide(
+    label: str,
+    hidden: Sequence[tuple[float, str]],
+    target: int,
+    count_tokens: CountTokens,
+    rng: random.Random,
+) -> str:
+    """Filler text of at most `target` tokens, and few fewer, with each sentence of `hidden` at its depth.
+
+    `label`: the task, for the UsageError that is raised where the sentences alone have more tokens.
+    """
+    drawn: list[str] = []
+    more = filler(random.Random(rng.random()))
+
+    def build(n: int, extra: Sequence[str] = ()) -> str:
+        drawn.extend(itertools.islice(more, max(0, n - len(drawn))))
+        return " ".join(insert_at_depth([*drawn[:n], *extra], hidden))
+
+    n = most_that_fit(build, target, target, count_tokens)
+    if n is None:
+        raise UsageError(
+            f"task {label.partition('(')[0]}: {label} needs a context of at least {count_tokens(build(0))} tokens; "
+            f"{target} were asked"
+        )
+    extra: list[str] = []
+    left = target - count_tokens(build(n))
+    empty = count_tokens("x")
+    for short in rng.sample(SHORT, len(SHORT)):
+        size = count_tokens(f"x {short}") - empty
+        if size <= left:
+            extra.append(short)
+            left -= size
+    while extra and count_tokens(build(n, extra)) > target:  # a tokeniser whose counts do not add up
+        extra.pop()
+    return build(n, extra)

@@ -8,6 +8,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, ClassVar, Protocol
 
 from testbed.errors import UsageError
@@ -18,19 +19,27 @@ CountTokens = Callable[[str], int]
 #: One line a task: name -> "module:class". The class is a frozen dataclass whose fields are the task's parameters.
 TASKS = {
     "needle": "testbed.tasks.needle:Needle",
+    "multikey": "testbed.tasks.multikey:MultiKey",
+    "variables": "testbed.tasks.variables:Variables",
     "passages": "testbed.tasks.passages:Passages",
+    "choice": "testbed.tasks.choice:Choice",
+    "multihop": "testbed.tasks.multihop:Multihop",
     "qa": "testbed.tasks.qa:QA",
 }
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question about one context. `answers` are the gold answers, the preferred one first; there is at least one."""
+    """One question about one context. `answers` are the gold answers, the preferred one first; there is at least one.
+
+    `choices`: of a multiple-choice question; empty where the answer is free.
+    """
 
     id: str
     context: str
     question: str
     answers: tuple[str, ...]
+    choices: tuple[str, ...] = ()
 
 
 class Task(Protocol):
@@ -38,8 +47,9 @@ class Task(Protocol):
 
     name: ClassVar[str]
     stop: ClassVar[str]  #: generation ends before this text
-    metric: ClassVar[str]  #: what "score" is: "em" or "f1"
+    metric: ClassVar[str]  #: what "score" is: "em", "f1" or "recall"
     max_new_tokens: ClassVar[int]  #: enough for every answer that the task asks for
+    demonstrations: ClassVar[tuple[Example, ...]]  #: short examples with their answers, for the prefix
 
     @property
     def label(self) -> str:
@@ -67,6 +77,9 @@ class Task(Protocol):
     def answer_text(self, example: Example) -> str:
         """The gold answer as a continuation of `question_text`, for its likelihood."""
 
+    def choice_texts(self, example: Example) -> list[str]:
+        """The example's choices as continuations of `question_text`; empty where the answer is free."""
+
     def score(self, answer: str, example: Example) -> dict[str, float]:
         """``score`` (the task's metric), ``em`` and ``f1`` of a generated answer, each in 0..1."""
 
@@ -88,7 +101,9 @@ class ExtractiveTask:
     def label(self) -> str:
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
         told = [
-            f"{f.name}={_plain(getattr(self, f.name))}" for f in fields if getattr(self, f.name) != f.default
+            f"{f.name}={_plain(_told(f.name, getattr(self, f.name)))}"
+            for f in fields
+            if getattr(self, f.name) != f.default
         ]
         return f"{self.name}({', '.join(told)})" if told else self.name
 
@@ -107,6 +122,9 @@ class ExtractiveTask:
 
     def answer_text(self, example: Example) -> str:
         return f" {example.answers[0]}"
+
+    def choice_texts(self, example: Example) -> list[str]:
+        return [f" {choice}" for choice in example.choices]
 
     def counting(self, count_tokens: CountTokens) -> CountTokens:
         """Counts the tokens that a context has as `context_text` writes it."""
@@ -180,6 +198,11 @@ def _find(name: str) -> Any:
 def _near(word: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(word, known, n=2, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else ""
+
+
+def _told(name: str, value: Any) -> Any:
+    """A file by its name alone: where it lies is nothing that a result is named by."""
+    return PurePath(value).stem if name == "path" and not str(value).startswith("hub:") else value
 
 
 def _plain(value: Any) -> str:

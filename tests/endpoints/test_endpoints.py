@@ -16,6 +16,7 @@ from testbed.endpoints.launch import Endpoint, User, command, invoking_user
 from testbed.endpoints.transport.tcp import Connection
 from testbed.errors import EndpointError, UsageError
 from testbed.results import STAGES
+from testbed.tasks.rows import choice_rows
 from tests.tiny_models import tiny_model_directory
 
 CODECS = [
@@ -33,7 +34,7 @@ CODECS = [
 class Pair:
     """Both endpoints, loaded and serving."""
 
-    def __init__(self, directory: Path, model: Path, **slowdown: float) -> None:
+    def __init__(self, directory: Path, model: Path, task: str = "needle", **slowdown: float) -> None:
         self.edge = Endpoint.start("edge", None, directory / "edge.log")
         self.cloud = Endpoint.start("cloud", None, directory / "cloud.log")
         self.loaded = [
@@ -51,7 +52,7 @@ class Pair:
         made = self.edge.call(
             "prepare",
             60,
-            task="needle",
+            task=task,
             parameters={},
             count=3,
             context_tokens=300,
@@ -134,6 +135,26 @@ def test_a_cache_with_fewer_tokens_gives_distributions_further_from_the_full_one
     pair.compare(pair.edge.call("reference", 60, batch=0, example=1))
     kl = {codec: pair.outcome(pair.split(1, codec), 1)["kl"] for codec in ("int8", "random@0.5+int8+zstd")}
     assert 0 < kl["int8"] < kl["random@0.5+int8+zstd"]
+
+
+def test_a_choice_is_made_in_the_cloud_by_likelihood_and_is_the_single_machines(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_model_directory("llama", tmp_path / "model"), task="choice")
+    try:
+        for example in range(2):
+            pair.cloud.call("forget")
+            reference = pair.edge.call("reference", 60, batch=0, example=example)
+            pair.compare(reference)
+            full, pruned = pair.split(example, "fp16"), pair.split(example, "random@0.5+int8+zstd")
+            sent = pair.edge.call(
+                "cloud", 60, batch=0, example=example, repeat=0, reuse="all", link=pair.link()
+            )
+            assert full["answer"] == sent["answer"] == reference["answer"]
+            options = {choice for row in choice_rows() for choice in row.choices}
+            assert full["answer"].strip() in options and pruned["answer"].strip() in options
+            assert sum(full["stages"].values()) == pytest.approx(full["e2e_s"], rel=0.02, abs=0.005)
+    finally:
+        pair.edge.stop()
+        pair.cloud.stop()
 
 
 def test_an_outcome_is_not_made_up_from_a_cache_that_is_gone(pair: Pair) -> None:

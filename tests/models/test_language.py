@@ -246,3 +246,15 @@ def test_an_architecture_that_keeps_no_plain_cache_is_refused(tmp_path: Path) ->
     transformers.PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer()).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="mamba"):
         load_model(str(tmp_path))
+
+
+def test_options_read_behind_one_question_are_as_likely_as_each_read_alone(tiny_model: Tiny) -> None:
+    for family in ("llama", "gemma3"):
+        model = load_model(str(tiny_model(family)))
+        prefix, context, question = parts(model)
+        past = join(past_of(model, prefix), model.prefill(context, past_of(model, prefix)).cache)
+        options = [model.tokenize(text) for text in (" Anna Lind", " a", " the keeper of the clock", " 4821")]
+        alone = [model.nll(question, option, past) for option in options]
+        assert model.option_nlls(question, options, past) == pytest.approx(alone, abs=1e-4)
+        with pytest.raises(ValueError, match="every option"):
+            model.option_nlls(question, [[]], past)

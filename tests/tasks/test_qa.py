@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from testbed.errors import UsageError
 from testbed.tasks import make_task
+from testbed.tasks.jsonl import read_rows
 from testbed.tasks.padding import around, most_that_fit, sentences
-from testbed.tasks.qa import read_rows
 from tests.tasks.counting import Counter
 
 Write = Callable[..., str]
@@ -47,7 +47,7 @@ def test_rows_are_taken_as_they_are_without_a_length(write: Write) -> None:
         row(1, context="One.\n\nTwo  \n three."),
         b"",
         row(2, id=7, question=" Who\n is it? "),
-        {**row(3), "choices": ["x"]},
+        {**row(3), "choices": ["x", "y"]},
     )
     found = {e.id: e for e in make_task("qa", path=path).examples(3, None, Counter(), seed=0)}
     assert set(found) == {"r1", "7", "r3"}

@@ -1,0 +1,129 @@
+"""Data sets of the Hugging Face hub as rows: ``hub:squad``, ``hub:ORG/NAME``, ``hub:ORG/NAME?config=distractor&split=test``.
+
+Needs the `datasets` library, which the testbed does not install. What comes from the hub is checked like a line of a file.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+from urllib.parse import parse_qsl
+
+from testbed.errors import UsageError
+from testbed.tasks.jsonl import Row, make_row
+
+_MOST_ROWS = 20_000
+
+#: Short names -> (id, configuration, split)
+KNOWN: dict[str, tuple[str, str | None, str]] = {
+    "squad": ("rajpurkar/squad", None, "validation"),
+    "hotpotqa": ("hotpotqa/hotpot_qa", "distractor", "validation"),
+    "musique": ("dgslibisey/MuSiQue", None, "validation"),
+    "boolq": ("google/boolq", None, "validation"),
+    "race": ("ehovy/race", "high", "test"),
+}
+
+
+def parse_hub(name: str) -> tuple[str, str | None, str]:
+    """(id, configuration, split) of what stands behind ``hub:``. Raises UsageError."""
+    bare, _, query = name.partition("?")
+    given = dict(parse_qsl(query))
+    if not bare or set(given) - {"config", "split"}:
+        raise UsageError(
+            f"hub:{name}: write hub:ORG/NAME, with ?config=NAME&split=NAME where they are needed"
+        )
+    identifier, config, split = KNOWN.get(bare, (bare, None, "validation"))
+    return identifier, given.get("config", config), given.get("split", split)
+
+
+@functools.lru_cache(maxsize=2)
+def read_hub(name: str) -> tuple[Row, ...]:
+    """The first 20,000 rows of a hub data set. Raises UsageError where it cannot be had, or its rows are of no known form."""
+    identifier, config, split = parse_hub(name)
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError(
+            f"hub:{name}: reading from the hub needs the `datasets` library: pip install datasets "
+            "(or write the questions into a file of JSON lines, and give its path)"
+        ) from error
+    try:
+        found = datasets.load_dataset(identifier, config, split=split)
+        records = list(itertools.islice(found, _MOST_ROWS))
+    except Exception as error:  # whatever the library, the network and the data set's own form raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"hub:{name}: {identifier} ({split}) cannot be read: {first[:200]}") from error
+    return rows_from(records, f"hub:{name}")
+
+
+def rows_from(records: list[Any], place: str) -> tuple[Row, ...]:
+    """The rows of records as the hub has them, ids made unique. Raises UsageError naming the record that has no known form."""
+    rows: dict[str, Row] = {}
+    for number, record in enumerate(records, start=1):
+        row = make_row(convert(record), f"{place}:{number}", str(number))
+        rows.setdefault(row.id, row)
+    return tuple(rows.values())
+
+
+def convert(record: Any) -> Any:
+    """A record of a known form, as a line of a file would have it; any other, unchanged.
+
+    Known are the forms of SQuAD, HotpotQA and 2WikiMultihopQA, MuSiQue, BoolQ and RACE.
+    """
+    if not isinstance(record, dict):
+        return record
+    made = {"id": str(record.get("id") or record.get("_id") or record.get("example_id") or "")}
+    if not made["id"]:
+        del made["id"]
+    for form in (_squad, _hotpot, _musique, _boolq, _race):
+        try:
+            return {**made, "question": record["question"], **form(record)}
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+            continue
+    return record
+
+
+def _squad(record: dict[str, Any]) -> dict[str, Any]:
+    return {"context": record["context"] + "", "answers": list(dict.fromkeys(record["answers"]["text"]))}
+
+
+def _hotpot(record: dict[str, Any]) -> dict[str, Any]:
+    gold = set(record["supporting_facts"]["title"])
+    context = record["context"]
+    return _paragraphs(
+        [
+            {"title": title, "text": "".join(sentences), "gold": title in gold}
+            for title, sentences in zip(context["title"], context["sentences"], strict=True)
+        ],
+        [record["answer"]],
+    )
+
+
+def _musique(record: dict[str, Any]) -> dict[str, Any]:
+    return _paragraphs(
+        [
+            {"title": each["title"], "text": each["paragraph_text"], "gold": each["is_supporting"]}
+            for each in record["paragraphs"]
+        ],
+        [record["answer"], *record.get("answer_aliases", [])],
+    )
+
+
+def _paragraphs(paragraphs: list[dict[str, Any]], answers: list[str]) -> dict[str, Any]:
+    context = "\n".join(f"{each['title']}: {each['text']}" for each in paragraphs)
+    return {"context": context, "answers": answers, "paragraphs": paragraphs}
+
+
+def _boolq(record: dict[str, Any]) -> dict[str, Any]:
+    answer = {True: "yes", False: "no"}[record["answer"]]
+    return {"context": record["passage"], "answers": [answer], "choices": ["yes", "no"]}
+
+
+def _race(record: dict[str, Any]) -> dict[str, Any]:
+    options = record["options"]
+    return {
+        "context": record["article"],
+        "answers": [options["ABCD".index(record["answer"])]],
+        "choices": options,
+    }
