@@ -44,6 +44,19 @@ def answer_and_nll(
     return tokenizer.decode(answer, skip_special_tokens=True).split(stop)[0], nll
 
 
+def choose(model: Any, tokenizer: Any, ids: list[int], options: list[list[int]]) -> int:
+    """Which option is likeliest per token behind `ids`."""
+    past = model(torch.tensor([ids]), use_cache=True, logits_to_keep=1)
+    nlls = []
+    for option in options:
+        logits = past.logits[0]
+        if len(option) > 1:
+            held = copy.deepcopy(past.past_key_values)
+            logits = torch.cat([logits, model(torch.tensor([option[:-1]]), past_key_values=held).logits[0]])
+        nlls.append(float(torch.nn.functional.cross_entropy(logits.float(), torch.tensor(option))))
+    return nlls.index(min(nlls))
+
+
 def interval(values: list[float]) -> float:
     """Half the width of the mean's 95 % interval."""
     if len(values) < 2:
@@ -68,12 +81,29 @@ def measure(
     prefix = list(start) + encode(task.prefix)
     rows, lengths = [], []
     began = time.monotonic()
-    for example in task.examples(count, tokens, lambda text: len(encode(text)), seed):
-        context = encode(task.context_text(example))
-        ids = prefix + context + encode(task.question_text(example))
-        gold = encode(task.answer_text(example))
-        answer, nll = answer_and_nll(model, tokenizer, ids, gold, task.stop, task.max_new_tokens)
-        scores = {**task.score(answer, example), "nll": nll}
+    examples = task.examples(count, tokens, lambda text: len(encode(text)), seed)
+    for number, example in enumerate(examples):
+        # The floor: the same question with the context of an example that does not hold this answer.
+        others = [e for e in examples if example.answers[0].lower() not in e.context.lower()]
+        other = others[number % len(others)] if others else example
+        figures_of: dict[str, dict[str, float]] = {}
+        for what, shown in (("", example), ("floor", other)):
+            context = encode(task.context_text(shown))
+            ids = prefix + context + encode(task.question_text(example))
+            gold = encode(task.answer_text(example))
+            answer, nll = answer_and_nll(model, tokenizer, ids, gold, task.stop, task.max_new_tokens)
+            if example.choices:
+                options = [encode(text) for text in task.choice_texts(example)]
+                answer = example.choices[choose(model, tokenizer, ids, options)]
+            figures_of[what] = {**task.score(answer, example), "nll": nll}
+            if not what:
+                said = answer
+        answer, context = said, encode(task.context_text(example))
+        scores = {
+            **figures_of[""],
+            "floor": figures_of["floor"]["score"],
+            "floor_nll": figures_of["floor"]["nll"],
+        }
         rows.append(scores)
         lengths.append(len(context))
         if show:
@@ -81,7 +111,7 @@ def measure(
                 f"  {scores['f1']:.2f} {example.question}  {answer.strip()!r}  ({example.answers[0]})",
                 flush=True,
             )
-    figures = {key: statistics.mean(row[key] for row in rows) for key in ("em", "f1", "nll")}
+    figures = {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
     widths = {f"{key}_ci": interval([row[key] for row in rows]) for key in figures}
     return {
         "task": task.label,
@@ -125,7 +155,8 @@ def main() -> None:
                     print(json.dumps(row), flush=True)
                     continue
                 figures = "  ".join(
-                    f"{key} {row[key]:.2f} ± {row[key + '_ci']:.2f}" for key in ("em", "f1", "nll")
+                    f"{key} {row[key]:.2f} ± {row[key + '_ci']:.2f}"
+                    for key in ("score", "floor", "em", "f1", "nll", "floor_nll")
                 )
                 print(
                     f"{row['task']:28} {row['context_tokens']:6} tokens  n {row['n']}  {figures}  "

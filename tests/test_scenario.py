@@ -39,6 +39,17 @@ def test_shipped_scenarios_are_valid_and_keep_their_promises() -> None:
     assert (len(quick.profiles), len(quick.scenario.codecs), quick.scenario.examples) == (2, 3, 3)
 
 
+CLAIMS = sorted((Path(__file__).parents[1] / "scenarios" / "claims").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CLAIMS, ids=lambda path: path.stem)
+def test_a_claims_scenario_is_valid_and_fixes_its_rule_in_advance(path: Path) -> None:
+    made = load_plan(str(path))
+    assert made.scenario.name == f"claim-{path.stem}"
+    rule = path.read_text().partition("name:")[0]
+    assert all(word in rule for word in ("Rule, fixed in advance", "undecided", "95 %", "n >= "))
+
+
 def test_a_sweep_has_every_combination_once() -> None:
     made = plan(
         profiles=["5g-mid", "lte"], placements=["split", "cloud", "edge"], context_tokens=[64, 128], repeats=2

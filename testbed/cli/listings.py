@@ -97,4 +97,4 @@ def fetch(name: str) -> None:
     from testbed.models.sources import fetch as fetch_model
 
     source = fetch_model(name)
-    click.echo(f"{source.name} is in {source.path}")
+    click.echo(f"{source.name} is in {source.path or 'the hub cache'}")

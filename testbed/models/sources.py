@@ -12,10 +12,11 @@ import os
 import pwd
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from testbed.errors import UsageError
+from testbed.models.hub import HUB_MODELS, HubModel
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,12 @@ class ModelSource:
     origin: str = ""  #: where it comes from, for people
     description: str = ""
     license: str = ""
+    hub_id: str = ""  #: of a model of the hub
 
     @property
     def location(self) -> str:
         """What transformers is asked to load."""
-        return self.name if self.path is None else str(self.path)
+        return (self.hub_id or self.name) if self.path is None else str(self.path)
 
 
 def _home() -> Path:
@@ -130,6 +132,8 @@ def find(name: str) -> ModelSource:
     """The model that `name` means, fetched or not. Raises UsageError where it means none."""
     if name in PRESETS:
         return _preset(PRESETS[name])
+    if name in HUB_MODELS:
+        return _hub_model(HUB_MODELS[name])
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         return _gguf(name, path)
@@ -139,7 +143,7 @@ def find(name: str) -> ModelSource:
         raise UsageError(f"model {name!r}: there is no such directory")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         return _hub(name)
-    near = difflib.get_close_matches(name.lower(), PRESETS, n=2, cutoff=0.5)
+    near = difflib.get_close_matches(name.lower(), [*PRESETS, *HUB_MODELS], n=2, cutoff=0.7)
     hint = f"did you mean {' or '.join(near)}?" if near else f"presets are {', '.join(PRESETS)}"
     raise UsageError(
         f"unknown model {name!r}; {hint} (or a directory, a .gguf file, a hub id such as org/name)"
@@ -162,17 +166,17 @@ def fetch(name: str, say: Callable[[str], None] = lambda _: None) -> ModelSource
     elif source.kind == "gguf":
         fetching.fetch_gguf(Path(name).expanduser(), say)
     else:
-        fetching.fetch_hub(name, say)
+        fetching.fetch_hub(source.location, say)
     return resolve(name)
 
 
 def available() -> list[ModelSource]:
-    """The presets, and the GGUF files that were converted."""
+    """The presets, the GGUF files that were converted, and the hub's models that have names of ours."""
     known = [_preset(preset) for preset in PRESETS.values()]
     for record in sorted(cache_directory().glob("models/*/source.json")):
         if record.parent.name not in PRESETS and (found := _read(record)).get("kind") == "gguf":
             known.append(_converted(str(found.get("file", record.parent.name)), record.parent))
-    return known
+    return known + [_hub_model(model) for model in HUB_MODELS.values()]
 
 
 def _preset(preset: Preset) -> ModelSource:
@@ -229,6 +233,12 @@ def _hub(name: str) -> ModelSource:
     snapshots = hub / f"models--{name.replace('/', '--')}" / "snapshots"
     fetched = any(snapshots.glob("*/config.json"))
     return ModelSource(name, "hub", None, fetched, origin=f"https://huggingface.co/{name}")
+
+
+def _hub_model(model: HubModel) -> ModelSource:
+    description = f"{model.description} ({model.id}{', gated' if model.gated else ''})"
+    found = _hub(model.id)
+    return replace(found, name=model.name, hub_id=model.id, description=description, license=model.license)
 
 
 def _offline() -> bool:

@@ -46,7 +46,7 @@ def test_under_sudo_the_cache_is_the_invoking_users(monkeypatch: pytest.MonkeyPa
     ("name", "complaint"),
     [
         ("smollm2-135m", "not fetched; get it with `testbed models fetch smollm2-135m`"),
-        ("smollm-135", "did you mean smollm2-135m?"),
+        ("smollm-135", "did you mean smollm2-135m"),
         ("zzz", "presets are smollm2-135m, gemma3-270m"),
         ("/nowhere/at/all", "no such directory"),
         ("nowhere.gguf", "no such file"),
@@ -208,7 +208,8 @@ def test_a_gguf_file_is_converted_once_and_answers_as_its_original(tiny_model: T
     path.with_name("tiny.gguf").hardlink_to(tmp_path / "renamed.gguf")
     sources.fetch(str(path), said.append)
     assert len(said) == 1
-    assert [source.kind for source in sources.available()] == ["preset", "preset", "gguf"]
+    kinds = [source.kind for source in sources.available()]
+    assert [kind for kind in kinds if kind != "hub"] == ["preset", "preset", "gguf"]
 
     original, converted = load_model(str(tiny_model("llama"))), load_model(str(path))
     text = "Who mended the clock in 1897?"
@@ -225,3 +226,39 @@ def test_available_tells_what_is_there(cache: Path) -> None:
     listed = {source.name: source for source in sources.available()}
     assert listed["smollm2-135m"].fetched and listed["smollm2-135m"].size_bytes == 102
     assert not listed["gemma3-270m"].fetched and "Gemma Terms" in listed["gemma3-270m"].license
+
+
+def test_the_studys_families_have_names_that_stand_for_hub_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    found = sources.find("qwen2.5-7b")
+    assert (found.kind, found.name, found.location) == ("hub", "qwen2.5-7b", "Qwen/Qwen2.5-7B-Instruct")
+    assert not found.fetched and "gated" in sources.find("llama3.2-1b").description
+    families = (
+        "llama3",
+        "qwen2.5",
+        "qwen3",
+        "mistral",
+        "yi",
+        "phi",
+        "gemma2",
+        "gemma3",
+        "tinyllama",
+        "smollm2",
+        "deepseek",
+    )
+    names = [source.name for source in sources.available()]
+    assert all(any(name.startswith(family) for name in names) for family in families)
+    assert len(names) == len(set(names))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UsageError, match="not in the hub cache"):
+        sources.resolve("yi-6b")
+
+
+def test_a_named_model_is_downloaded_by_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    asked: list[str] = []
+    monkeypatch.setattr(fetching, "fetch_hub", lambda name, say: asked.append(name))
+    assert sources.fetch("tinyllama-1.1b").location == asked[0] == "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
