@@ -190,6 +190,7 @@ class Plan:
     def flows(self) -> list[Flow]:
         """The background traffic."""
         return [flow_from(value) for value in self.scenario.traffic]
+
     @property
     def prompt(self) -> PromptFormat:
         """How the tasks' texts are laid out for the model."""
