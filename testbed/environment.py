@@ -59,7 +59,7 @@ def examine() -> list[Finding]:
         Finding("python", sys.version_info >= (3, 11), platform.python_version()),
         _root(),
         _rootless(),
-        _tun(),
+        _packet_sockets(),
         _netem(),
         *[
             _program(name, package)
@@ -89,12 +89,17 @@ def _rootless() -> Finding:
     return Finding("rootless", not obstacle, obstacle or "testbed run --rootless works here", False)
 
 
-def _tun() -> Finding:
-    path = Path("/dev/net/tun")
-    detail = "/dev/net/tun (for the userspace emulator)"
-    return Finding(
-        "tun device", path.exists(), detail if path.exists() else f"no {path}: modprobe tun", False
-    )
+def _packet_sockets() -> Finding:
+    from testbed.errors import TestbedError
+    from testbed.net.emulators.userspace import require_packet_sockets
+
+    if os.geteuid() != 0:
+        return Finding("packet sockets", False, "unknown without root", False)
+    try:
+        require_packet_sockets()
+    except TestbedError as error:
+        return Finding("packet sockets", False, str(error), False)
+    return Finding("packet sockets", True, "for the userspace emulator", False)
 
 
 def _netem() -> Finding:

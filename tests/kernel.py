@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from pathlib import Path
 
 from testbed.errors import TestbedError
 
@@ -22,10 +21,8 @@ def lacks_namespaces() -> str:
 
     if reason := lacks_root():
         return reason
-    if not Path("/dev/net/tun").exists():
-        return "needs /dev/net/tun"
     try:
-        userspace.require_taps()
+        userspace.require_packet_sockets()
     except TestbedError as error:
         return str(error)
     return ""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from testbed.errors import NetworkError, TestbedError
 from testbed.net import namespaces, processes, state
-from testbed.net.profile import Profile
+from testbed.net.profile import MTU, Profile
 from testbed.net.state import State
 from testbed.net.topology import Topology
 
@@ -32,6 +32,8 @@ class Fabric:
         self._state: State | None = None
         self._attachments: list[Attachment] = []
         self._capturing: subprocess.Popen[bytes] | None = None
+        self._mtus: dict[int, int] = {}  # link -> its own, where it ever had one
+        self._super_packets: dict[int, dict[str, int]] = {}  # link -> what is allowed, where that is any
 
     @classmethod
     def build(
@@ -91,6 +93,8 @@ class Fabric:
             for number, link in enumerate(self.topology.links)
         ]
         self._attachments = emulators.attach_all(self.emulator, self.state.wire, wanted, keep)
+        for number in range(len(wanted)):
+            self._shape_packets(number, wanted[number].profile)
         serving: dict[tuple[int, int], list[str]] = {}  # process -> the links that it serves
         for attachment, link in zip(self._attachments, self.topology.links, strict=True):
             if process := getattr(attachment, "process", None):
@@ -174,6 +178,21 @@ class Fabric:
             wiring.allow_tcp_buffers(fresh)
         self._attachments[number].apply(profile, origin_s)
         self._update(fresh)
+        self._shape_packets(number, profile)
+
+    def _shape_packets(self, number: int, profile: Profile) -> None:
+        """Sees to it that what enters the link is of the size that its profile, and its emulator, ask for."""
+        from testbed.net import wiring
+
+        if profile.up.mtu != self._mtus.get(number, MTU):
+            wiring.set_mtu(self.state, number, profile.up.mtu)
+            self._mtus[number] = profile.up.mtu
+        segments = getattr(self._attachments[number], "super_packets", lambda _: {"up": 1, "down": 1})(
+            profile
+        )
+        if segments != self._super_packets.get(number, {"up": 1, "down": 1}):
+            wiring.allow_super_packets(self.state, number, segments)
+            self._super_packets[number] = segments
 
     def counters(self, link: str) -> dict[str, Counters]:
         """``{"up": …, "down": …}`` of the link since it was built. Raises SpecError: no such link."""

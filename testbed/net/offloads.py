@@ -3,8 +3,9 @@ wire.
 
 With them on, TCP hands a veth "packets" of up to 64 kB, which a queue counts as one and a loss takes as a
 whole. All features of that kind go off by name, also the ones ethtool's short names leave out
-(``tx-udp-segmentation``, which QUIC stacks use). Checksums stay offloaded: a TAP gets them filled in, and
-nobody else needs them on a link inside one machine. See ethtool(8) and the kernel's
+(``tx-udp-segmentation``, which QUIC stacks use). An emulator that sees through such packets may have TCP's, capped
+to a fraction of a millisecond of the link's rate, where they spare much of its work. Checksums stay offloaded:
+nobody needs them on a link inside one machine. See ethtool(8) and the kernel's
 include/uapi/linux/ethtool.h.
 """
 
@@ -55,19 +56,26 @@ class Ethtool:
         self._disable(interface, _CHECKSUMS, "packets would leave without checksums")
 
     def _disable(self, interface: str, features: re.Pattern[str], otherwise: str) -> None:
-        names = self._features(interface)
-        blocks = -(-len(names) // 32)
-        valid = [0] * blocks
-        for index, (name, changeable, _) in enumerate(self._read(interface)):
-            if changeable and features.fullmatch(name):
-                valid[index // 32] |= 1 << index % 32
-        pairs = [word for block in valid for word in (block, 0)]
-        self._ask(interface, bytearray(struct.pack(f"=II{2 * blocks}I", _SFEATURES, blocks, *pairs)))
+        self._set(interface, features, False)
         left = [
             name for name, active in self.features(interface).items() if active and features.fullmatch(name)
         ]
         if left:
             raise NetworkError(f"{interface}: the kernel keeps {', '.join(left)} on; {otherwise}")
+
+    def enable_tcp_segmentation(self, interface: str) -> None:
+        """Lets TCP hand over several segments as one packet; for an emulator that knows what they are. Raises
+        NetworkError."""
+        self._set(interface, re.compile(r"tx-tcp6?-segmentation"), True)
+
+    def _set(self, interface: str, pattern: re.Pattern[str], on: bool) -> None:
+        blocks = -(-len(self._features(interface)) // 32)
+        valid = [0] * blocks
+        for index, (name, changeable, _) in enumerate(self._read(interface)):
+            if changeable and pattern.fullmatch(name):
+                valid[index // 32] |= 1 << index % 32
+        pairs = [word for block in valid for word in (block, block if on else 0)]
+        self._ask(interface, bytearray(struct.pack(f"=II{2 * blocks}I", _SFEATURES, blocks, *pairs)))
 
     def _read(self, interface: str) -> list[tuple[str, bool, bool]]:
         # (name, can be changed, is active), in the kernel's order

@@ -127,6 +127,16 @@ class Batch:
         """An interface, up."""
         self.add(_NEWLINK, 0, _LINK.pack(0, 0, index, _UP, _UP), what)
 
+    def super_packets(self, index: int, segments: int, what: str) -> None:
+        """How many segments a packet that an interface takes may consist of (IFLA_GSO_MAX_SEGS)."""
+        body = _LINK.pack(0, 0, index, 0, 0) + attribute(40, struct.pack("=I", segments))
+        self.add(_NEWLINK, 0, body, what)
+
+    def mtu(self, index: int, size: int, what: str) -> None:
+        """Bytes of the network layer in an interface's largest packet (IFLA_MTU)."""
+        body = _LINK.pack(0, 0, index, 0, 0) + attribute(4, struct.pack("=I", size))
+        self.add(_NEWLINK, 0, body, what)
+
     def address(self, index: int, address: str, bits: int, what: str) -> None:
         """An address, with the route to its network. IPv6: used at once, without asking whether somebody else has it."""
         given = ip_address(address)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 from testbed.errors import NetworkError, UsageError
@@ -78,6 +80,39 @@ def allow_tcp_buffers(state: State) -> None:
     for node in state.topology.nodes:
         with namespaces.inside(state.namespace(node.name)):
             _set_sysctls(values)
+
+
+def allow_super_packets(state: State, number: int, segments: Mapping[str, int]) -> None:
+    """How many TCP segments may enter link *number* as one packet, ``up`` and ``down``; 1, as it is at first: none."""
+    topology = state.topology
+    link = topology.links[number]
+    for node, end, way in ((link.a, "a", "up"), (link.b, "b", "down")):
+        name = next(i.name for i in topology.interfaces(node) if (i.link, i.end) == (number, end))
+        with namespaces.inside(state.namespace(node)), Ethtool() as ethtool:
+            with Batch(f"network {state.id}: node {node}") as batch:
+                batch.super_packets(socket.if_nametoindex(name), segments[way], name)
+                batch.send()
+            if segments[way] > 1:
+                ethtool.enable_tcp_segmentation(name)
+            else:
+                ethtool.disable_segmentation(name)
+    if max(segments.values()) > 1:
+        with namespaces.inside(state.wire), Ethtool() as ethtool:
+            for name in wire_ends(number):
+                ethtool.enable_tcp_segmentation(name)
+
+
+def set_mtu(state: State, number: int, mtu: int) -> None:
+    """The largest packet of link *number*, both ways and at all four of its interfaces."""
+    link = state.topology.links[number]
+    places = [(state.wire, name) for name in wire_ends(number)]
+    for node, end in ((link.a, "a"), (link.b, "b")):
+        names = [i.name for i in state.topology.interfaces(node) if (i.link, i.end) == (number, end)]
+        places += [(state.namespace(node), name) for name in names]
+    for namespace, name in places:
+        with namespaces.inside(namespace), Batch(f"network {state.id}: mtu") as batch:
+            batch.mtu(socket.if_nametoindex(name), mtu, name)
+            batch.send()
 
 
 def _buffer_sysctls(topology: Topology) -> dict[str, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,16 +134,28 @@ def test_a_prober_that_dies_is_an_error_that_says_so():
             prober.run({"up": Flow(1, 64, 0.01, 0.1)}, 0.1)
 
 
-def test_the_probing_and_relaying_programs_need_the_standard_library_alone():
+def test_the_probing_and_relaying_programs_need_the_standard_library_and_their_own_parts_alone():
     # They are started isolated and without site-packages, for speed.
     from testbed.net import probe
-    from testbed.net.emulators import relay
+    from testbed.net.emulators.userspace import PACKAGE
 
-    for module in (probe, relay):
-        assert module.__file__ is not None
-        assert "testbed" not in {
-            word.split(".")[0]
-            for line in Path(module.__file__).read_text().splitlines()
-            if line.startswith(("import ", "from "))
-            for word in line.split()[1:2]
-        }
+    assert probe.__file__ is not None
+    assert "testbed" not in {
+        word.split(".")[0]
+        for line in Path(probe.__file__).read_text().splitlines()
+        if line.startswith(("import ", "from "))
+        for word in line.split()[1:2]
+    }
+    load = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import testbed.net.emulators.relay; print(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", load, str(PACKAGE)], capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    ours = {name for name in loaded if name.startswith("testbed.")}
+    assert {name.split(".")[0] for name in loaded - ours} <= sys.stdlib_module_names | {"testbed", "__main__"}
+    assert all(
+        name in ("testbed.net", "testbed.errors") or name.startswith("testbed.net.emulators") for name in ours
+    ), ours
+    assert not any(name.endswith((".userspace", ".netem", ".contract")) for name in ours)

@@ -17,10 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.net.emulators import relay
+from testbed.net.emulators.relaying.jitter import pack
+from testbed.net.emulators.relaying.line import Line
 from testbed.net.emulators.schedule import Deliveries, Schedule
+from testbed.net.emulators.userspace import PACKAGE, PROGRAM
+from testbed.net.jitter import table
 
-FRAME = bytes(14 + 1250)  # 10,000 bits behind the Ethernet header: 1 ms at 10 Mbit/s
+FRAME = bytes(24 + 1250)  # 10,000 bits behind the headers: 1 ms at 10 Mbit/s
 
 
 def conditions(**changes: Any) -> dict[str, Any]:
@@ -32,7 +35,7 @@ class Recorder:
 
     def __init__(self, seed: int = 1, **changes: Any) -> None:
         self.left: list[bytes] = []
-        self.line = relay.Line(self.left.append, seed)
+        self.line = Line(self.left.append, seed)
         self.line.apply(conditions(**changes), 0.0)
 
     def departures(self, arrivals: list[tuple[float, bytes]]) -> list[tuple[float, bytes]]:
@@ -73,7 +76,7 @@ def test_what_finds_the_queue_full_is_dropped_and_the_packet_being_sent_does_not
 
 
 def test_the_queue_is_counted_in_bytes_so_small_packets_fit_where_large_ones_do_not():
-    small = bytes(14 + 50)
+    small = bytes(24 + 50)
     line = Recorder(rate_bps=10e6, queue_bytes=1250)
     assert len(line.departures([(0.0, FRAME)] + [(0.0, small)] * 30)) == 1 + 25
 
@@ -94,15 +97,17 @@ def test_packets_keep_their_order_and_never_leave_before_they_came(
     arrivals, now = [], 0.0
     for number, gap in enumerate(gaps):
         now += gap
-        arrivals.append((now, bytes(14) + number.to_bytes(2, "big") + bytes(100)))
-    left = Recorder(rate_bps=rate, delay_s=0.02, jitter_s=jitter).departures(arrivals)
+        arrivals.append((now, bytes(24) + number.to_bytes(2, "big") + bytes(100)))
+    left = Recorder(
+        rate_bps=rate, delay_s=0.02, jitter_s=jitter, jitter_table=pack(table("normal"))
+    ).departures(arrivals)
     assert [frame for _, frame in left] == [frame for _, frame in arrivals]
     assert all(out >= came for (out, _), (came, _) in zip(left, arrivals, strict=True))
     assert [out for out, _ in left] == sorted(out for out, _ in left)
 
 
 def test_jitter_has_the_spread_that_was_asked_for():
-    line = Recorder(delay_s=0.05, jitter_s=0.01)
+    line = Recorder(delay_s=0.05, jitter_s=0.01, jitter_table=pack(table("normal")))
     delays = [out - n for n, (out, _) in enumerate(line.departures([(float(n), FRAME) for n in range(2000)]))]
     mean = sum(delays) / len(delays)
     spread = (sum((d - mean) ** 2 for d in delays) / len(delays)) ** 0.5
@@ -111,7 +116,7 @@ def test_jitter_has_the_spread_that_was_asked_for():
 
 
 def test_the_same_seed_loses_the_same_packets():
-    frames = [(n * 0.01, bytes(14) + n.to_bytes(2, "big")) for n in range(500)]
+    frames = [(n * 0.01, bytes(24) + n.to_bytes(2, "big")) for n in range(500)]
     first, second, other = (Recorder(seed=s, loss=0.2).departures(frames) for s in (7, 7, 8))
     assert first == second != other
     assert 60 < 500 - len(first) < 140  # four standard deviations of a binomial around 100
@@ -131,17 +136,18 @@ def test_a_new_rate_holds_for_what_is_being_sent_and_what_waits():
 
 
 def test_a_shorter_delay_does_not_let_packets_overtake():
+    first, other = (bytes(24) + word * 10 for word in (b"first", b"other"))
     line = Recorder(delay_s=0.1)
-    line.line.enter(b"first" * 10, 0.0)
+    line.line.enter(first, 0.0)
     line.line.apply(conditions(delay_s=0.01), 0.0)
-    assert [frame for _, frame in line.departures([(0.02, b"other" * 10)])] == [b"first" * 10, b"other" * 10]
+    assert [frame for _, frame in line.departures([(0.02, other)])] == [first, other]
 
 
 def test_a_frame_that_cannot_be_delivered_is_counted_and_ends_nothing():
     def refuse(_: bytes) -> None:
         raise OSError
 
-    line = relay.Line(refuse, 1)
+    line = Line(refuse, 1)
     line.enter(FRAME, 0.0)
     line.advance(1.0)
     assert (line.overrun, line.delivered) == (1, 0)
@@ -152,7 +158,7 @@ def start_relay(orders: dict[str, Any], passed: list[int]) -> subprocess.Popen[b
     with os.fdopen(os.memfd_create("orders"), "wb", buffering=0) as file:
         file.write(json.dumps(orders).encode())
         file.seek(0)
-        argv = [sys.executable, "-I", "-S", relay.__file__, str(file.fileno())]
+        argv = [sys.executable, "-I", "-S", "-c", PROGRAM, str(PACKAGE), str(file.fileno())]
         return subprocess.Popen(argv, pass_fds=(*passed, file.fileno()))
 
 
@@ -183,7 +189,7 @@ def test_a_schedule_gives_delay_and_loss_as_they_are_when_a_packet_enters():
 
 def test_deliveries_let_packets_go_at_their_opportunities():
     line = Recorder(schedule=Deliveries(array("I", [5, 5, 20, 30])))
-    small = bytes(14 + 700)
+    small = bytes(24 + 700)
     left = line.departures([(0.0, FRAME), (0.001, small), (0.002, FRAME), (0.021, small)])
     # 1250 and 700 of 1500 + 1500 at 5 ms, of which 1050 are for the third, and 200 at 20 ms; the rest of that is lost.
     assert [round(time_s, 6) for time_s, _ in left] == [0.005, 0.005, 0.02, 0.03]
@@ -213,7 +219,7 @@ class Process:
         tap_b.setblocking(False)
         for sock in (self.a, self.b, self.control):
             sock.settimeout(10)
-        link = {"tap_a": tap_a.fileno(), "tap_b": tap_b.fileno(), "frame_bytes": 1550, "seed": 1}
+        link = {"port_a": tap_a.fileno(), "port_b": tap_b.fileno(), "seed": 1}
         link |= {"conditions": {"up": conditions(**changes), "down": conditions(**changes)}}
         orders = {"control": control.fileno(), "listening": False, "links": {"l0": link}}
         self.process = start_relay(orders, [tap_a.fileno(), tap_b.fileno(), control.fileno()])
@@ -240,8 +246,8 @@ def test_the_process_relays_both_ways_and_counts_each():
         running.a.send(FRAME)
         assert running.b.recv(2000) == FRAME
         assert time.monotonic() - started >= 0.01
-        running.b.send(FRAME[:100])
-        assert running.a.recv(2000) == FRAME[:100]
+        running.b.send(FRAME[:110])
+        assert running.a.recv(2000) == FRAME[:110]
         counted = running.ask(do="counters")
         assert (counted["up"]["packets"], counted["up"]["bytes"], counted["up"]["delivered"]) == (1, 1250, 1)
         assert (counted["down"]["packets"], counted["down"]["bytes"]) == (1, 86)
@@ -288,10 +294,10 @@ def test_the_process_outlives_an_order_it_cannot_read_on_a_listening_socket(tmp_
     ends = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2)]
     for _, inner in ends:
         inner.setblocking(False)
-    link = {"tap_a": ends[0][1].fileno(), "tap_b": ends[1][1].fileno(), "frame_bytes": 1550, "seed": None}
+    link = {"port_a": ends[0][1].fileno(), "port_b": ends[1][1].fileno(), "seed": None}
     link |= {"conditions": {"up": conditions(), "down": conditions()}}
     orders = {"control": listener.fileno(), "listening": True, "links": {"l0": link}}
-    process = start_relay(orders, [link["tap_a"], link["tap_b"], listener.fileno()])
+    process = start_relay(orders, [link["port_a"], link["port_b"], listener.fileno()])
     try:
         for message in (b"{}", b"[1]", os.urandom(100), b'{"do": "counters", "link": "l0"}'):
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
@@ -321,10 +327,10 @@ def test_one_process_serves_many_links_each_by_its_own_conditions_until_the_last
             sock.setblocking(False)
         for sock in (a, b):
             sock.settimeout(10)
-        links[name] = {"tap_a": tap_a.fileno(), "tap_b": tap_b.fileno(), "frame_bytes": 1550, "seed": None}
+        links[name] = {"port_a": tap_a.fileno(), "port_b": tap_b.fileno(), "seed": None}
         links[name]["conditions"] = {"up": conditions(delay_s=number * 0.002), "down": conditions()}
     control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    taps = [link[tap] for link in links.values() for tap in ("tap_a", "tap_b")]
+    taps = [link[tap] for link in links.values() for tap in ("port_a", "port_b")]
     process = start_relay(
         {"control": theirs.fileno(), "listening": False, "links": links}, [*taps, theirs.fileno()]
     )

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
+# The relay process comes by here, too, and has to be there at once: nothing heavy is imported.
 from testbed.errors import UsageError
-from testbed.net.emulators.contract import Attachment, Counters, Emulator, Wanted
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from testbed.net.emulators.contract import Attachment, Counters, Emulator, Wanted
 
 __all__ = [
     "NAMES",
@@ -29,13 +34,21 @@ __all__ = [
 NAMES = ("auto", "netem", "userspace")
 
 
+def __getattr__(name: str) -> object:
+    if name in ("Attachment", "Counters", "Emulator", "Wanted"):
+        from testbed.net.emulators import contract
+
+        return getattr(contract, name)
+    raise AttributeError(name)
+
+
 def choose(name: str = "auto", *, seed: int | None = None) -> Emulator:
     """The emulator called *name*; ``auto`` is netem where the kernel has it, else the userspace relay.
 
     *seed* fixes the random losses and delays (netem: since Linux 6.6). Raises UsageError when this machine cannot run it.
     """
     from testbed.net.emulators.netem import Netem, available, require
-    from testbed.net.emulators.userspace import Userspace, require_taps
+    from testbed.net.emulators.userspace import Userspace, require_packet_sockets
 
     if name not in NAMES:
         raise UsageError(f"unknown emulator {name!r}; use one of {', '.join(NAMES)}")
@@ -43,7 +56,7 @@ def choose(name: str = "auto", *, seed: int | None = None) -> Emulator:
         require()
     if name == "netem" or (name == "auto" and available()):
         return Netem(seed)
-    require_taps()
+    require_packet_sockets()
     return Userspace(seed)
 
 

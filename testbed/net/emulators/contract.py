@@ -23,6 +23,12 @@ class Counters:
     overrun: int = (
         0  # packets the emulator itself lost, because it could not keep up: not part of any profile
     )
+    # What follows an emulator may not be able to tell: 0.
+    dropped_aqm: int = 0  # by the queue's management (CoDel)
+    marked: int = 0  # congestion experienced, instead of lost or dropped
+    duplicated: int = 0
+    corrupted: int = 0
+    reordered: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,9 @@ class Attachment(Protocol):
 
     def counters(self) -> dict[str, Counters]:
         """``{"up": …, "down": …}``."""
+
+    def super_packets(self, profile: Profile) -> dict[str, int]:
+        """How many TCP segments may enter as one packet under *profile*, each way; 1: only real packets."""
 
     def detach(self) -> None:
         """Ends the emulation: nothing crosses the link any more, and nothing of the emulator is left. May be called twice."""

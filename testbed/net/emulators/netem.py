@@ -43,7 +43,7 @@ from testbed.net.emulators.rtnetlink import (
 if TYPE_CHECKING:
     from testbed.net.profile import Profile
 
-HONOURED: frozenset[str] = frozenset()
+HONOURED = frozenset({"mtu"})
 """What of `Direction.beyond_the_basics` this emulator knows."""
 
 _ROOT = 0xFFFFFFFF
@@ -271,6 +271,10 @@ class NetemAttachment:
                 packets, total = redirected(netlink, netlink.interface(source).index)
                 counters[str(way)] = Counters(packets, total, loss, queue, 0.0, delivered=delivered)
         return counters
+
+    def super_packets(self, profile: Profile) -> dict[str, int]:
+        """See `Attachment.super_packets`: netem counts, loses and delays what the kernel hands it as one packet."""
+        return {"up": 1, "down": 1}
 
     def detach(self) -> None:
         with contextlib.suppress(NetworkError), Netlink(self._wire) as netlink:

@@ -1,70 +1,82 @@
-"""The userspace emulator: a relay process between two TAPs, for kernels without netem.
+"""The userspace emulator: a relay process between two packet sockets, for kernels without netem.
 
-    l0a ──redirect──▶ l0ta ═ relay, up ═▶ l0tb ──redirect──▶ l0b        and the other way after *down*
+    l0a ──▶ packet socket ═ relay, up ═▶ packet socket ──▶ l0b        and the other way after *down*
 
-The TAPs are persistent, so that they go with the wire's namespace, all at once: taking one off a kernel by closing it lasts some
-twenty milliseconds. Without ``keep`` the relay ends with this process.
+Without ``keep`` the relay ends with this process, however that ends.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from msgspec import structs
+
 from testbed.errors import NetworkError, UsageError
-from testbed.net import rootless
-from testbed.net.emulators import relay
 from testbed.net.emulators.contract import Attachment, Counters, Wanted
 from testbed.net.emulators.namespace import inside, inside_scratch
-from testbed.net.emulators.redirect import end_redirect, quieten, redirect
+from testbed.net.emulators.redirect import quieten
 from testbed.net.emulators.refusal import refuse_unknown
-from testbed.net.emulators.rtnetlink import Netlink, RefusedError
+from testbed.net.emulators.relaying.control import LARGEST
+from testbed.net.emulators.relaying.jitter import pack
+from testbed.net.emulators.relaying.port import open_port
+from testbed.net.jitter import table
+from testbed.net.losses import FourState, GilbertElliott
 
 if TYPE_CHECKING:
-    from testbed.net.profile import Profile
+    from testbed.net.profile import Direction, Profile
 
-HONOURED: frozenset[str] = frozenset({"trace"})
+HONOURED = frozenset(
+    {"jitter law", "jitter reorder", "loss model", "codel", "duplicate", "corrupt", "reorder", "ecn"}
+    | {"overhead", "mtu", "seed", "trace"}
+)
 """What of `Direction.beyond_the_basics` this emulator knows."""
 
 WAYS: tuple[Literal["up", "down"], ...] = ("up", "down")
-_TUN = Path("/dev/net/tun")
-_TUNSETIFF, _TUNSETPERSIST, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x400454CB, 0x0002, 0x1000
-_SOL_PACKET, _PACKET_IGNORE_OUTGOING, _EVERY_PROTOCOL = 263, 23, 3
-_PACKET_BUFFER_BYTES = 16 << 20
 _ANSWER_S = 5.0
 LINKS_A_RELAY = 256
 """Two descriptors each have to fit into what a process may have open by default, 1024, here and there."""
-# The TAP's own queue in front of the relay must outlast the relay's not getting to run for a while: at 1 Gbit/s, 0.1 s.
-_TAP_QUEUE_PACKETS = 10_000
+_SUPER_PACKET_S = 0.5e-3
+_SUPER_PACKET_BYTES = 60_000
+PACKAGE = Path(__file__).parents[3]
+"""Where the relay finds this package."""
+PROGRAM = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); from testbed.net.emulators.relay import main; main()"
+)
 
 
-def opens_taps() -> bool:
-    """Whether this process may open TAPs. Where not (without root, on machines that keep /dev/net/tun for root), the relay reads
-    and writes the wire's interfaces themselves by packet(7) sockets."""
-    return os.access(_TUN, os.R_OK | os.W_OK)
-
-
-def require_taps() -> None:
+def require_packet_sockets() -> None:
     """Raises UsageError when this machine cannot run the userspace emulator."""
-    if rootless.inside() and not opens_taps():
-        return
     try:
-        os.close(inside_scratch(lambda: _open_tap("probe")))
+        inside_scratch(lambda: _open("lo")).close()
     except UsageError as error:
         raise UsageError(f"emulator userspace: {error}") from None
+
+
+def super_packet_segments(direction: Direction) -> int:
+    """How many TCP segments may cross as one packet without being told from so many: half a millisecond's worth.
+
+    One where chance decides over each packet, and where there is no rate to say how long they take.
+    """
+    chance = (direction.loss, direction.duplicate, direction.corrupt, direction.reorder, direction.jitter_s)
+    if any(chance) or direction.queue.codel is not None or direction.rate_bps is None or _changes(direction):
+        return 1
+    at_once = min(direction.rate_bps / 8 * _SUPER_PACKET_S, _SUPER_PACKET_BYTES)
+    return max(1, int(at_once / direction.mtu))
+
+
+def _changes(direction: Direction) -> bool:
+    return direction.trace is not None
 
 
 class Userspace:
@@ -72,18 +84,13 @@ class Userspace:
 
     name = "userspace"
 
-    @property
-    def reads_packets(self) -> bool:
-        """Whether it does without TAPs. Then the nodes have to fill in checksums, which a TAP would."""
-        return rootless.inside() and not opens_taps()
-
     def __init__(self, seed: int | None = None) -> None:
         self._seed = seed
 
     def attach(
         self, wire: str, link: str, a: str, b: str, profile: Profile, *, keep: Path | None = None
     ) -> Attachment:
-        """See `Emulator.attach`. Raises UsageError without /dev/net/tun, NetworkError when the kernel refuses."""
+        """See `Emulator.attach`. Raises UsageError without the right to, NetworkError when the kernel refuses."""
         return self.attach_all(wire, [Wanted(link, a, b, profile)], keep=keep)[0]
 
     def attach_all(
@@ -104,51 +111,27 @@ class Userspace:
         return made
 
     def _attach(self, wire: str, wanted: Sequence[Wanted], keep: Path | None) -> list[RelayAttachment]:
-        with contextlib.ExitStack() as undo, Netlink(wire) as netlink:
-            names = [(f"{one.link}ta", f"{one.link}tb") for one in wanted]
-            if self.reads_packets:
-                names = [(one.a, one.b) for one in wanted]
-                taps = inside(wire, lambda: _open_packets([name for pair in names for name in pair]))
-            else:
-                taps = inside(wire, lambda: _open_taps([name for pair in names for name in pair]))
-            for tap in taps.values():
-                undo.callback(os.close, tap)
+        with contextlib.ExitStack() as undo:
+            ports = inside(wire, lambda: _open_ports([name for one in wanted for name in (one.a, one.b)]))
+            for port in ports.values():
+                undo.callback(port.close)
             links: dict[str, dict[str, Any]] = {}
             now = time.monotonic()
-            unserved = undo.enter_context(contextlib.ExitStack())
-            for tap in () if self.reads_packets else taps.values():
-                unserved.callback(fcntl.ioctl, tap, _TUNSETPERSIST, 0)
-            index: dict[str, int] = {}  # asked for once each: a thousand links have four thousand interfaces
-            for one, pair in zip(wanted, names, strict=True):
-                ends = {name: netlink.interface(name) for name in dict.fromkeys((one.a, one.b, *pair))}
-                index.update({name: end.index for name, end in ends.items()})
-                mtu = ends[one.a].mtu
-                for name in () if self.reads_packets else pair:
-                    netlink.set_up(index[name], mtu=mtu, queue_packets=_TAP_QUEUE_PACKETS)
+            for one in wanted:
                 conditions, files = undo.enter_context(_conditions(one.profile, now))
                 links[one.link] = {
-                    "tap_a": taps[pair[0]],
-                    "tap_b": taps[pair[1]],
-                    "frame_bytes": mtu + 32,
+                    "port_a": ports[one.a].fileno(),
+                    "port_b": ports[one.b].fileno(),
                     "seed": self._seed,
                     "conditions": conditions,
                     "files": files,
                 }
             first = wanted[0].link
             process, control = _start(links, first, keep)
-            unserved.pop_all()
             # The links of one relay share the connection to it, which ends the relay when the last of them is detached.
             shared = Connection(first, process, control, keep, {one.link for one in wanted})
-            attachments = [RelayAttachment(wire, one.link, one.a, one.b, shared) for one in wanted]
+            attachments = [RelayAttachment(one.link, shared) for one in wanted]
             try:
-                for one, pair in () if self.reads_packets else zip(wanted, names, strict=True):
-                    for source, target in (
-                        (one.a, pair[0]),
-                        (pair[0], one.a),
-                        (one.b, pair[1]),
-                        (pair[1], one.b),
-                    ):
-                        redirect(netlink, index[source], index[target])
                 attachments[-1].counters()  # it answers: it runs
             except BaseException:
                 for attachment in attachments:
@@ -164,7 +147,7 @@ class Userspace:
     def reattach(self, wire: str, link: str, a: str, b: str, *, keep: Path) -> Attachment:
         """See `Emulator.reattach`."""
         first, process, links = _recorded(link, keep)
-        return RelayAttachment(wire, link, a, b, Connection(first, process, None, keep, set(links)))
+        return RelayAttachment(link, Connection(first, process, None, keep, set(links)))
 
 
 def _recorded(link: str, keep: Path) -> tuple[str, tuple[int, int], list[str]]:
@@ -209,7 +192,7 @@ class Connection:
                     socket.send_fds(connection, message, list(files))
                 else:
                     connection.sendmsg(message)
-                answer = connection.recv(65536)
+                answer = connection.recv(LARGEST)
         except OSError as error:
             raise NetworkError(f"link {link}: its relay (process {pid}) does not answer: {error}") from None
         if not answer:
@@ -257,9 +240,9 @@ class Connection:
 class RelayAttachment:
     """One link whose frames pass through a relay process."""
 
-    def __init__(self, wire: str, link: str, a: str, b: str, relay: Connection) -> None:
+    def __init__(self, link: str, relay: Connection) -> None:
         self.process: tuple[int, int] | None = relay.process
-        self._wire, self._link, self._a, self._b, self.relay = wire, link, a, b, relay
+        self._link, self.relay = link, relay
 
     def apply(self, profile: Profile, origin_s: float | None = None) -> None:
         refuse_unknown(Userspace.name, profile, HONOURED)
@@ -269,28 +252,17 @@ class RelayAttachment:
 
     def counters(self) -> dict[str, Counters]:
         answer = self.relay.ask(self._link, {"do": "counters"})
-        counters = {way: Counters(**answer[way]) for way in ("up", "down")}
-        with Netlink(self._wire) as netlink:
-            try:
-                overruns = {
-                    "up": netlink.interface(f"{self._link}ta"),
-                    "down": netlink.interface(f"{self._link}tb"),
-                }
-            except RefusedError:  # it does without TAPs
-                return counters
-        # What the TAP's own queue had no room for never reached the relay.
-        return {w: replace(c, overrun=c.overrun + overruns[w].tx_dropped) for w, c in counters.items()}
+        return {way: Counters(**answer[way]) for way in ("up", "down")}
+
+    def super_packets(self, profile: Profile) -> dict[str, int]:
+        """See `Attachment.super_packets`."""
+        return {"up": super_packet_segments(profile.up), "down": super_packet_segments(profile.down)}
 
     def detach(self) -> None:
         if self.process is None:
             return
         self.process = None
         self.relay.release(self._link)
-        with contextlib.suppress(NetworkError), Netlink(self._wire) as netlink:
-            for name in (f"{self._link}ta", f"{self._link}tb"):
-                netlink.delete(netlink.interface(name).index)
-            for name in (self._a, self._b):
-                end_redirect(netlink, netlink.interface(name).index)
 
 
 def start_time(pid: int) -> int:
@@ -321,12 +293,12 @@ def _start(
         orders.write(json.dumps(told).encode())
         orders.seek(0)
         process = subprocess.Popen(
-            # By its path, isolated and without site-packages: the standard library is all it needs.
-            [sys.executable, "-I", "-S", relay.__file__, str(orders.fileno())],
+            # Isolated and without site-packages: the standard library and its own parts are all it needs.
+            [sys.executable, "-I", "-S", "-c", PROGRAM, str(PACKAGE), str(orders.fileno())],
             pass_fds=(
                 theirs.fileno(),
                 orders.fileno(),
-                *(link[tap] for link in links.values() for tap in ("tap_a", "tap_b")),
+                *(link[port] for link in links.values() for port in ("port_a", "port_b")),
                 *(file for link in links.values() for file in link["files"]),
             ),
             stdin=subprocess.DEVNULL,
@@ -382,78 +354,61 @@ def _short(directory: Path) -> Iterator[str]:
         os.close(handle)
 
 
-def _open_taps(names: list[str]) -> dict[str, int]:
-    """New TAPs in the calling thread's namespace, by name."""
-    taps: dict[str, int] = {}
-    try:
-        for name in names:
-            taps[name] = _open_tap(name)
-            fcntl.ioctl(taps[name], _TUNSETPERSIST, 1)
-    except BaseException:
-        for tap in taps.values():
-            os.close(tap)
-        raise
-    return taps
+def _open_ports(interfaces: list[str]) -> dict[str, socket.socket]:
+    """Packet sockets on interfaces of the calling thread's namespace."""
+    with contextlib.ExitStack() as undo:
+        ports = {name: undo.enter_context(_open(name)) for name in interfaces}
+        undo.pop_all()
+        return ports
 
 
-def _open_packets(interfaces: list[str]) -> dict[str, int]:
-    """Packet sockets on interfaces of the calling thread's namespace, by name: what arrives there is read from them, what is
-    written to them leaves there."""
-    sockets: dict[str, int] = {}
+def _open(interface: str) -> socket.socket:
+    """A packet socket on an interface of the calling thread's namespace."""
     try:
-        for name in interfaces:
-            opened = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
-            sockets[name] = opened.detach()
-            with socket.socket(fileno=os.dup(sockets[name])) as same:
-                same.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
-                same.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_RCVBUF, _PACKET_BUFFER_BYTES
-                )  # up to net.core.rmem_max
-                same.bind((name, _EVERY_PROTOCOL))  # ETH_P_ALL; bind converts to network order
+        return open_port(interface)
+    except PermissionError:
+        raise UsageError("no permission to open a packet socket; run it with sudo") from None
     except OSError as error:
-        for number in sockets.values():
-            os.close(number)
-        raise NetworkError(f"cannot open a packet socket: {error.strerror}") from None
-    return sockets
-
-
-def _open_tap(name: str) -> int:
-    """A new TAP in the calling thread's namespace, non-blocking; it exists for as long as it is open."""
-    try:
-        tap = os.open(_TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        remedy = "modprobe tun, or give the container --device /dev/net/tun"
-        if error.errno in (errno.EACCES, errno.EPERM):
-            remedy = "run it with sudo"
-        raise UsageError(f"cannot open {_TUN} ({error.strerror}); {remedy}") from None
-    try:
-        fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TAP | _IFF_NO_PI))
-    except OSError as error:
-        os.close(tap)
-        if error.errno == errno.EPERM:
-            raise UsageError(f"no permission to create TAP {name}; run it with sudo") from None
-        raise NetworkError(f"cannot create TAP {name}: {error.strerror}") from None
-    return tap
+        raise NetworkError(f"cannot open a packet socket on {interface}: {error.strerror}") from None
 
 
 @contextlib.contextmanager
 def _conditions(profile: Profile, origin_s: float) -> Iterator[tuple[dict[str, dict[str, Any]], list[int]]]:
-    """What the relay is told, and the open files that hold what changes over time, which may be long."""
+    """What the relay is told (see `Line.apply`), and the open files that hold what changes over time, which may be long."""
     conditions: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as closing:
         files: list[int] = []
         for way in WAYS:
-            direction = getattr(profile, way)
-            conditions[way] = {
-                "rate_bps": direction.rate_bps,
-                "delay_s": direction.delay_s,
-                "jitter_s": direction.jitter_s,
-                "loss": direction.loss,
-                "queue_bytes": profile.queue_bytes(way),
-            }
+            conditions[way] = plain_conditions(profile, way)
+            direction = profile.up if way == "up" else profile.down
             if (schedule := direction.schedule(way, origin_s)) is not None:
                 file = closing.enter_context(open(os.memfd_create("schedule"), "wb"))
                 conditions[way]["schedule"] = schedule.pack(file) | {"file": len(files)}
                 file.flush()
                 files.append(file.fileno())
         yield conditions, files
+
+
+def plain_conditions(profile: Profile, way: Literal["up", "down"]) -> dict[str, Any]:
+    """What does not change over time, in plain values."""
+    direction = profile.up if way == "up" else profile.down
+    model, codel = direction.loss_model, direction.queue.codel
+    kind = {GilbertElliott: "gilbert", FourState: "states"}
+    return {
+        "rate_bps": direction.rate_bps,
+        "delay_s": direction.delay_s,
+        "jitter_s": direction.jitter_s,
+        "jitter_table": pack(table(direction.jitter_law)) if direction.jitter_s else None,
+        "jitter_reorders": direction.jitter_reorders,
+        "loss": direction.loss,
+        "loss_model": model and {"kind": kind[type(model)]} | structs.asdict(model),
+        "duplicate": direction.duplicate,
+        "corrupt": direction.corrupt,
+        "reorder": direction.reorder,
+        "ecn": direction.ecn,
+        "queue_bytes": profile.queue_bytes(way),
+        "codel": codel and asdict(codel),
+        "overhead_bytes": direction.overhead_bytes,
+        "mtu": direction.mtu,
+        "seed": direction.seed,
+    }

@@ -1,0 +1,65 @@
+"""Orders to the relay, one JSON message each: ``apply``, ``counters`` and ``remove`` for a ``link``, and ``stop``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from typing import Any, Protocol
+
+LARGEST = 1 << 18  # bytes of a message
+_FILES = 4  # descriptors that may come with one
+
+
+class Orders(Protocol):
+    """What is ordered about: links, by name."""
+
+    def apply(self, link: str, conditions: dict[str, dict[str, Any]], files: list[int]) -> None: ...
+    def counters(self, link: str) -> dict[str, dict[str, float]]: ...
+    def remove(self, link: str) -> bool: ...
+
+
+class Control:
+    """Either over one socket pair, whose other end's closing ends the relay (as does the parent's death), or over a listening
+    socket."""
+
+    def __init__(self, sock: socket.socket, listening: bool) -> None:
+        self._listener = sock if listening else None
+        self._connections = [] if listening else [sock]
+        self._parent = None if listening else os.getppid()
+        self.stopped = False
+        self.files = [sock.fileno()]
+
+    def serve(self, ready: list[int], relay: Orders) -> None:
+        """Does what the sockets among *ready* say."""
+        if self._parent is not None and os.getppid() != self._parent:
+            self.stopped = True
+        if self._listener is not None and self._listener.fileno() in ready:
+            with contextlib.suppress(OSError):
+                connection = self._listener.accept()[0]
+                connection.settimeout(1)
+                self._connections.append(connection)
+        for connection in [c for c in self._connections if c.fileno() in ready]:
+            try:
+                message, files, _, _ = socket.recv_fds(connection, LARGEST, _FILES)
+                if not message:
+                    raise ConnectionError
+                connection.send(json.dumps(self._answer(json.loads(message), files, relay)).encode())
+            except (OSError, ValueError, LookupError, TypeError):
+                connection.close()
+                self._connections.remove(connection)
+                self.stopped |= self._listener is None
+        self.files = [s.fileno() for s in (self._listener, *self._connections) if s is not None]
+
+    def _answer(self, order: dict[str, Any], files: list[int], relay: Orders) -> dict[str, Any]:
+        if order["do"] == "apply":
+            relay.apply(order["link"], order["conditions"], files)
+            return {}
+        if order["do"] == "counters":
+            return dict(relay.counters(order["link"]))
+        if order["do"] == "remove":
+            self.stopped |= not relay.remove(order["link"])
+            return {}
+        self.stopped |= order["do"] == "stop"
+        return {}

@@ -1,0 +1,271 @@
+"""The relay's impairments, each against its definition: a straight walk, a formula, or the standard's own words."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from testbed.net.emulators.relaying import packet
+from testbed.net.emulators.relaying.codel import CoDel
+from testbed.net.emulators.relaying.jitter import Jitter, pack, unpack
+from testbed.net.emulators.relaying.line import Line
+from testbed.net.emulators.relaying.loss import loss_of
+from testbed.net.emulators.schedule import Schedule
+from testbed.net.emulators.userspace import plain_conditions, super_packet_segments
+from testbed.net.jitter import table
+from testbed.net.profile import parse_profile
+
+
+def internet_sum(data: bytes) -> int:
+    """RFC 1071, word by word."""
+    total = 0
+    for high, low in zip(data[::2], data[1::2] + b"\0" * (len(data) % 2), strict=True):
+        total += high << 8 | low
+        total = (total & 0xFFFF) + (total >> 16)
+    return total
+
+
+def tcp_super_packet(payload: bytes, size: int, version: int = 4, flags: int = 0x18) -> bytes:
+    """What a packet socket gives for TCP payload with segmentation and checksum left to the card."""
+    tcp = bytearray(struct.pack("!HHIIBBHHH", 5, 6, 0xFFFFFF00, 7, 5 << 4, flags, 100, 0, 0))
+    length = len(tcp) + len(payload)
+    if version == 4:
+        ip = bytearray(
+            struct.pack(
+                "!BBHHHBBH4s4s", 0x45, 2, 20 + length, 65535, 0, 64, 6, 0, b"\x0a\0\0\1", b"\x0a\0\0\2"
+            )
+        )
+        struct.pack_into("!H", ip, 10, 0xFFFF & ~internet_sum(bytes(ip)))
+        pseudo = bytes(ip[12:20]) + struct.pack("!BBH", 0, 6, length)
+    else:
+        ip = bytearray(struct.pack("!IHBB16s16s", 6 << 28 | 2 << 20, length, 6, 64, b"\1" * 16, b"\2" * 16))
+        pseudo = bytes(ip[8:40]) + struct.pack("!II", length, 6)
+    struct.pack_into("!H", tcp, 16, internet_sum(pseudo))
+    start = 14 + len(ip)
+    vnet = struct.pack("=BBHHHH", 1, 1 if version == 4 else 4, start + 20, size, start, 16)
+    kind = b"\x08\x00" if version == 4 else b"\x86\xdd"
+    return vnet + bytes(12) + kind + bytes(ip) + bytes(tcp) + payload
+
+
+def check_segment(frame: bytes, version: int) -> tuple[int, int, bytes]:
+    """Verifies lengths and checksums of a single segment, and returns its sequence number, flags and payload."""
+    done = packet.finish_checksum(frame)[24:]
+    header = 20 if version == 4 else 40
+    if version == 4:
+        assert internet_sum(done[:20]) == 0xFFFF
+        assert struct.unpack_from("!H", done, 2)[0] == len(done)
+        pseudo = done[12:20] + struct.pack("!BBH", 0, 6, len(done) - 20)
+    else:
+        assert struct.unpack_from("!H", done, 4)[0] == len(done) - 40
+        pseudo = done[8:40] + struct.pack("!II", len(done) - 40, 6)
+    assert internet_sum(pseudo + done[header:]) == 0xFFFF
+    return struct.unpack_from("!I", done, header + 4)[0], done[header + 13], done[header + 20 :]
+
+
+@given(
+    payload=st.integers(1, 9000).map(lambda n: random.Random(n).randbytes(n)),
+    size=st.integers(100, 1460),
+    version=st.sampled_from([4, 6]),
+)
+def test_a_super_packets_segments_are_valid_packets_that_carry_the_same_bytes(
+    payload: bytes, size: int, version: int
+) -> None:
+    frame = tcp_super_packet(payload, size, version, flags=0x99)  # CWR, ACK, PSH, FIN
+    length, count = packet.measure(frame)
+    pieces = packet.split(frame)
+    assert count == len(pieces) == math.ceil(len(payload) / size)
+    assert length == sum(len(piece) - 24 for piece in pieces)
+    checked = [check_segment(piece, version) for piece in pieces]
+    assert b"".join(data for *_, data in checked) == payload
+    sequences = [(0xFFFFFF00 + number * size) % 2**32 for number in range(count)]
+    assert [sequence for sequence, *_ in checked] == sequences
+    assert [bool(flags & 0x09) for _, flags, _ in checked] == [False] * (count - 1) + [True]
+    assert [bool(flags & 0x80) for _, flags, _ in checked] == [True] + [False] * (count - 1)
+
+
+@given(st.binary(min_size=24, max_size=200))
+def test_no_frame_however_broken_upsets_the_relay(frame: bytes) -> None:
+    line = Line(lambda _: None, 1)
+    line.apply(
+        plain_conditions(
+            parse_profile("rate=1mbit,delay=1ms,ecn=yes,loss=50%,corrupt=50%,duplicate=50%"), "up"
+        ),
+        0.0,
+    )
+    line.enter(frame, 0.0)
+    line.advance(1e9)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_mark_sets_congestion_experienced_and_keeps_the_checksum(version: int) -> None:
+    frame = tcp_super_packet(b"x" * 50, 100, version)  # its sender understands ECN: ECT(0)
+    marked = packet.mark_congestion(frame)
+    assert marked is not None
+    check_segment(packet.cut(marked, 0, 1), version)
+    field = marked[25] & 3 if version == 4 else marked[25] >> 4 & 3
+    assert field == 3
+    without = bytearray(frame)
+    without[25] &= 0xFC if version == 4 else 0xCF
+    assert packet.mark_congestion(bytes(without)) is None
+
+
+def test_corruption_flips_one_bit_and_leaves_a_checksum_that_tells() -> None:
+    frame = packet.cut(tcp_super_packet(b"y" * 100, 200), 0, 1)
+    sound = packet.finish_checksum(frame)
+    for bit in (0, 160, 500, 999):
+        damaged = packet.corrupt(frame, bit)
+        different = [a ^ b for a, b in zip(sound, damaged, strict=True) if a != b]
+        assert len(different) == 1 and different[0].bit_count() == 1
+    with pytest.raises(AssertionError):
+        check_segment(packet.corrupt(frame, 999), 4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "5%",
+        "gilbert(5%,burst=4)",
+        "correlated(5%,40%)",
+        "gilbert(p=2%,r=20%,1-h=60%,1-k=1%)",
+        "states(p13=1%,p31=20%,p32=10%,p23=30%,p14=0.5%)",
+    ],
+)
+def test_losses_have_the_mean_and_the_bursts_of_their_model(text: str) -> None:
+    direction = parse_profile(f"loss={text}").up
+    losing = loss_of(plain_conditions(parse_profile(f"loss={text}"), "up"), random.Random(3))
+    assert losing is not None
+    fates = [losing.lost() for _ in range(300_000)]
+    bursts = sum(now and not before for now, before in zip(fates, [False, *fates[:-1]], strict=True))
+    assert sum(fates) / len(fates) == pytest.approx(direction.loss, rel=0.05)
+    burst = getattr(direction.loss_model, "burst", None) or (1 / 0.95 if text == "5%" else None)
+    if burst is not None:
+        assert sum(fates) / bursts == pytest.approx(burst, rel=0.05)
+
+
+@pytest.mark.parametrize("law", ["normal", "pareto", "paretonormal", "uniform"])
+def test_jitter_has_its_laws_quantiles(law: str) -> None:
+    entries = table(law)
+    jitter = Jitter(0.002, unpack(pack(entries)), random.Random(1))
+    drawn = sorted(jitter.deviation() for _ in range(20_000))
+    for rank in (0.1, 0.5, 0.9):
+        expected = 0.002 * entries[int(rank * len(entries))] / 8192
+        assert drawn[int(rank * len(drawn))] == pytest.approx(expected, abs=1.2e-4)
+
+
+def test_codel_drops_after_an_interval_of_standing_delay_and_then_ever_more_often() -> None:
+    codel = CoDel(0.005, 0.1, 1500)
+    drops = [n for n in range(1, 600) if codel.condemns(0.020, n * 0.001, 30_000)]
+    # RFC 8289: first when the delay has stood for an interval, then an interval / sqrt(count) apart.
+    expected, at = [], 0.101
+    for count in range(1, 20):
+        expected.append(at)
+        at += 0.1 / math.sqrt(count)
+    assert [n * 0.001 for n in drops] == pytest.approx([t for t in expected if t < 0.6], abs=0.0011)
+    assert not codel.condemns(0.001, 0.7, 30_000)
+    assert not codel.condemns(0.020, 0.701, 30_000)
+
+
+def test_codel_leaves_a_queue_of_one_packet_alone() -> None:
+    codel = CoDel(0.005, 0.1, 1500)
+    assert not any(codel.condemns(0.5, n * 0.01, 1500) for n in range(100))
+
+
+def run_line(text: str, arrivals: list[float], size: int = 1000) -> tuple[Line, list[int]]:
+    """A line through which numbered packets went; the numbers that came out, in order."""
+    left: list[int] = []
+    line = Line(lambda frame: left.append(int.from_bytes(frame[-4:], "big")), 11)
+    line.apply(plain_conditions(parse_profile(text), "up"), 0.0)
+    for number, arrival in enumerate(arrivals):
+        line.advance(arrival)
+        line.enter(bytes(24 + size - 4) + number.to_bytes(4, "big"), arrival)
+    line.advance(1e6)
+    return line, left
+
+
+def test_a_line_under_codel_keeps_its_standing_delay_near_the_target() -> None:
+    # 1 Mbit/s takes a packet of 1000 bytes in 8 ms; one comes every 6 ms, for 30 s
+    arrivals = [n * 0.006 for n in range(5000)]
+    tail, _ = run_line("rate=1mbit,delay=1ms,queue=200p", arrivals)
+    line, left = run_line("rate=1mbit,delay=1ms,queue=codel(200p,target=20ms)", arrivals)
+    assert tail.dropped_aqm == 0 and tail.dropped_queue > 900
+    assert line.dropped_queue == 0 and line.dropped_aqm + len(left) == 5000
+    # Without it 25 % too much comes; what has left by the end leaves a queue far from full.
+    assert 800 < line.dropped_aqm < 1300
+
+
+def test_duplicates_come_twice_and_are_counted() -> None:
+    line, left = run_line("delay=1ms,duplicate=10%", [n * 0.01 for n in range(2000)])
+    assert len(left) == 2000 + line.duplicated
+    assert sorted(set(left)) == list(range(2000))
+    assert 140 < line.duplicated < 260  # 200, four standard deviations of 13
+
+
+def test_a_reordered_packet_overtakes_those_under_way_and_nothing_is_lost() -> None:
+    line, left = run_line("rate=10mbit,delay=20ms,reorder=5%", [n * 0.002 for n in range(2000)])
+    assert sorted(left) == list(range(2000))
+    assert 60 < line.reordered < 140
+    ahead = sum(a > b for a, b in itertools.pairwise(left))
+    assert ahead == pytest.approx(line.reordered, rel=0.15)  # two in a row are one jump
+
+
+def test_jitter_may_reorder_where_the_profile_says_so() -> None:
+    arrivals = [n * 0.001 for n in range(2000)]
+    _, ordered = run_line("delay=20ms,jitter=5ms", arrivals)
+    _, mixed = run_line("delay=20ms,jitter=normal(5ms,reorder)", arrivals)
+    assert ordered == list(range(2000))
+    assert mixed != ordered and sorted(mixed) == ordered
+
+
+def test_each_packets_overhead_takes_its_time() -> None:
+    plain, dear = (Line(lambda _: None, 1) for _ in range(2))
+    plain.apply(plain_conditions(parse_profile("rate=1mbit"), "up"), 0.0)
+    dear.apply(plain_conditions(parse_profile("rate=1mbit,overhead=50b"), "up"), 0.0)
+    for line in (plain, dear):
+        line.enter(bytes(24 + 100), 0.0)
+    assert (plain.leaves, dear.leaves) == (pytest.approx(0.0008), pytest.approx(0.0012))
+
+
+def test_of_a_super_packet_what_the_queue_has_no_room_for_is_dropped() -> None:
+    left: list[bytes] = []
+    line = Line(left.append, 1)
+    line.apply(plain_conditions(parse_profile("rate=10mbit,queue=3p"), "up"), 0.0)
+    line.enter(bytes(24 + 1500), 0.0)
+    line.enter(tcp_super_packet(bytes(14600), 1460), 0.0)  # ten of 1500 bytes, three of which fit
+    line.advance(10.0)
+    assert (line.packets, line.delivered, line.dropped_queue) == (11, 4, 7)
+    assert packet.measure(left[1]) == (4500, 3)
+
+
+def test_a_line_follows_a_schedule_across_an_outage() -> None:
+    left: list[float] = []
+    line = Line(lambda _: left.append(line.free), 1)
+    schedule = Schedule([0.0, 1.0, 6.0], 10.0, rates=[125_000.0, 0.0, 250_000.0], loop=False)
+    line.apply(
+        plain_conditions(parse_profile("rate=1mbit,delay=10ms,queue=10mb"), "up") | {"schedule": schedule},
+        0.0,
+    )
+    for number in range(200):
+        line.enter(bytes(24 + 1000), number * 0.01)
+    line.advance(20.0)
+    assert len(left) == 200
+    # 8 ms each, arriving 10 ms apart: 99 have left after a second; then nothing for five, then 4 ms each.
+    assert sum(time < 1.0 for time in left) == 99
+    assert min(time for time in left if time > 1.0) >= 6.0
+    assert left[-1] == pytest.approx(6.0 + 101 * 0.004, abs=0.005)
+
+
+def test_super_packets_are_half_a_millisecond_long_and_none_where_chance_decides_over_packets() -> None:
+    def segments(text: str) -> int:
+        return super_packet_segments(parse_profile(text).up)
+
+    assert segments("rate=1gbit,delay=1ms") == 40  # 60 kB at most
+    assert segments("rate=300mbit,delay=1ms") == 12
+    assert segments("rate=10mbit,delay=1ms") == 1
+    for text in ("loss=1%", "jitter=1ms", "corrupt=1%", "duplicate=1%", "reorder=1%", "queue=codel(1bdp)"):
+        assert segments(f"rate=1gbit,delay=5ms,{text}") == 1
