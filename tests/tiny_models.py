@@ -14,9 +14,27 @@ import pytest
 START, END = "<|start|>", "<|end|>"
 WINDOW = 8  #: tokens; of the families that have sliding-window layers
 
+_LATENT: dict[str, Any] = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 2,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "pad_token_id": 0,
+}
+
 #: family -> (transformers' config class, settings beyond the common ones)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
+    "llama multi-query": ("LlamaConfig", {"num_key_value_heads": 1}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
     "mistral": ("MistralConfig", {"sliding_window": WINDOW}),
@@ -39,6 +57,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
         },
     ),
+    # Multi-head, attention and MLP in parallel, rotary position on half of each head.
+    "gpt neox": ("GPTNeoXConfig", {"rotary_pct": 0.5, "use_parallel_residual": True}),
+    # Latent attention: the cache holds a latent and a rotary key that all heads share.
+    "deepseek v2": ("DeepseekV2Config", {**_LATENT, "topk_method": "greedy", "norm_topk_prob": False}),
+    "deepseek v3": ("DeepseekV3Config", _LATENT),
 }
 
 _WORDS = """

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
-from testbed.codecs import container, progressive
+from testbed.codecs import container, progressive, ragged
 from testbed.codecs.container import Header
 from testbed.codecs.entropy import MOST_EXPANSION, Coder, pack, unpack, worth_coding
 from testbed.codecs.evidence import Evidence, Needs
@@ -71,6 +71,7 @@ class Codec:
         held = kept.apply(cache) if kept else cache
         dtype = dtype_name(held)
         groups, lists, position_bytes = describe(held)
+        held = ragged.flatten(held)
         extra = b""
         if self.transform:
             held, extra = self.transform.encode(held, self.quantizer)
@@ -203,6 +204,7 @@ def decode_beginning(
         cache = codec.transform.decode(cache, bytes(extra))
     elif len(extra):
         raise PayloadError("bytes of a transform in a payload without one")
+    cache = ragged.restore(cache, held)
     cache = cache.to(dtype=torch_dtype(header.dtype))
     return Beginning(cache, planes.complete, planes.of, planes.missing) if planes else Beginning(cache)
 
@@ -332,7 +334,7 @@ def _assemble(header: Header, held: Sequence[Tensor], parts: Sequence[Tensor]) -
     from testbed.models.kvcache import KVCache, KVLayer
 
     layers = [
-        KVLayer(keys, values, where, group.window)
+        KVLayer(keys, values, ragged.flat_positions(where), group.window)
         for keys, values, where, group in zip(parts[0::2], parts[1::2], held, header.layers, strict=True)
     ]
     return KVCache(layers, header.length)

@@ -43,7 +43,10 @@ _Size = Annotated[int, Meta(ge=0, lt=1 << 48)]
 
 
 class LayerGroup(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """`count` layers in a row that are alike. `lists`: which position list; one for the layer, or one for each head."""
+    """`count` layers in a row that are alike. `lists`: which position list; one for the layer, or one for each head.
+
+    `counts`: how many tokens each head holds, where the numbers differ (`tokens` is the largest); else empty.
+    """
 
     count: Annotated[int, Meta(ge=1, le=MOST_LAYERS)]
     kv_heads: Annotated[int, Meta(ge=1, le=MOST_HEADS)]
@@ -52,6 +55,12 @@ class LayerGroup(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fi
     value_dim: _Dimension
     window: Annotated[int, Meta(ge=1, lt=1 << 31)] | None
     lists: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(min_length=1, max_length=MOST_HEADS)]
+    counts: Annotated[list[_Tokens], Meta(max_length=MOST_HEADS)] = []
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Heads and tokens as quantizers see them (`ragged.flatten`)."""
+        return (1, sum(self.counts)) if self.counts else (self.kv_heads, self.tokens)
 
 
 class Header(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -74,8 +83,8 @@ class Header(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields
         """Keys and values of every layer, in the payload's order."""
         parts = []
         for i, group in enumerate(self.layers):
-            parts.append(Part(i, "keys", group.kv_heads, group.tokens, group.head_dim, self.dtype))
-            parts.append(Part(i, "values", group.kv_heads, group.tokens, group.value_dim, self.dtype))
+            parts.append(Part(i, "keys", *group.held, group.head_dim, self.dtype))
+            parts.append(Part(i, "values", *group.held, group.value_dim, self.dtype))
         return parts
 
 

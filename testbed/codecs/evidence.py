@@ -11,19 +11,28 @@ from testbed.codecs import CodecError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from testbed.models.kvcache import KVCache
+    from testbed.models.kvcache import KVCache, KVLayer
+    from testbed.models.rotary import Rotation
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Which queries the edge must keep for a selector. `context_queries`: of the last n context tokens; None: of all."""
+    """Which queries the edge must keep for a selector. `context_queries`: of the last n context tokens; None: of all.
+
+    `answer`: the gold answer's too, which no deployment knows.
+    """
 
     context_queries: int | None = 0
     question: bool = False
+    answer: bool = False
 
 
 def _no_softcap(layer: int) -> float | None:
     return None
+
+
+def _as_cached(layer: int, held: KVLayer) -> tuple[Tensor, Tensor]:
+    return held.keys.float(), held.values.float()
 
 
 @dataclass
@@ -41,7 +50,14 @@ class Evidence:
     context_query_positions: Tensor | None = None  #: int64 [n]
     question_queries: Sequence[Tensor] | None = None  #: per layer, of every question token
     question_query_positions: Tensor | None = None  #: int64 [m]
-    question_cache: KVCache | None = None
+    question_cache: KVCache | None = None  #: and of the answer behind it, where that is at hand
+    answer_queries: Sequence[Tensor] | None = (
+        None  #: per layer, of the tokens that the answer's are predicted at
+    )
+    answer_query_positions: Tensor | None = None  #: int64 [a]
+    #: A layer's keys and values as attention sees them, [heads, tokens, dim]: not what is cached, where that is a latent.
+    attended: Callable[[int, KVLayer], tuple[Tensor, Tensor]] = _as_cached
+    rotation: Callable[[int], Rotation] | None = None  #: a layer's rotary position embedding
     softcap: Callable[[int], float | None] = field(default=_no_softcap)
     seed: int | str = 0  #: of random choices; names the example
 
@@ -77,6 +93,13 @@ class Evidence:
             raise CodecError("the selector ranks by the question's queries, and there are none")
         return self._attention(layer, queries[layer], positions, self.question_cache)
 
+    def attention_of_answer(self, layer: int) -> Tensor:
+        """As `attention_of_question`: summed over the tokens at which the gold answer's tokens are predicted."""
+        queries, positions = self.answer_queries, self.answer_query_positions
+        if not queries or positions is None:
+            raise CodecError("the selector ranks by the gold answer's queries, and there are none")
+        return self._attention(layer, queries[layer], positions, self.question_cache)
+
     def attention_of_context(self, layer: int, last: int | None) -> Tensor:
         """Attention paid to each context token, summed over the last `last` context tokens (None: all).
 
@@ -98,11 +121,13 @@ class Evidence:
         before = self.prefix.layers[layer].tokens if self.prefix is not None else 0
         total = attention_sum(
             queries,
-            torch.cat([stretch.keys for stretch in stretches], dim=1),
+            torch.cat([self.attended(layer, stretch)[0] for stretch in stretches], dim=1),
             query_positions=positions,
             key_positions=torch.cat([stretch.positions for stretch in stretches]),
             scaling=self.scaling(layer),
             softcap=self.softcap(layer),
             window=self.cache.layers[layer].window,
         )
-        return total[:, before : before + self.cache.layers[layer].tokens]
+        own = self.cache.layers[layer]
+        # Where one cached head serves several of attention's (MLA), it is worth their mean.
+        return total[:, before : before + own.tokens].unflatten(0, (own.kv_heads, -1)).mean(1)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class Kept:
     """Per layer the indices kept, ascending: int64 [n], [kv_heads, n] where heads differ, or None: all of them.
 
-    Indices count the context's tokens (0 is its first), so layers that share one list may share the tensor.
+    Indices count the context's tokens (0 is its first), so layers that share one list may share the tensor. A head that
+    keeps fewer than another has -1 in its first places.
     """
 
     layers: tuple[Tensor | None, ...]
@@ -30,9 +31,12 @@ class Kept:
 
     @property
     def tokens(self) -> int:
-        """Context tokens that each head of a pruned layer keeps; all of them where no layer is pruned."""
-        return max(
-            (index.shape[-1] for index in self.layers if index is not None), default=self.context_tokens
+        """Context tokens that a head of a pruned layer keeps, on average; all of them where no layer is pruned."""
+        pruned = [index for index in self.layers if index is not None]
+        if not pruned:
+            return self.context_tokens
+        return round(
+            sum(int((index >= 0).sum()) / (index[..., 0].numel() or 1) for index in pruned) / len(pruned)
         )
 
     def apply(self, cache: KVCache) -> KVCache:

@@ -11,8 +11,14 @@ SELECTORS = {
     "q2c": "testbed.codecs.select.q2c:Q2C",
     "snapkv": "testbed.codecs.select.snapkv:SnapKV",
     "h2o": "testbed.codecs.select.h2o:H2O",
+    "tova": "testbed.codecs.select.tova:TOVA",
+    "expected": "testbed.codecs.select.expected:Expected",
+    "keynorm": "testbed.codecs.select.keynorm:KeyNorm",
+    "pyramid": "testbed.codecs.select.pyramid:Pyramid",
+    "adaptive": "testbed.codecs.select.adaptive:Adaptive",
     "window": "testbed.codecs.select.window:Window",
     "random": "testbed.codecs.select.random:Random",
+    "oracle": "testbed.codecs.select.oracle:Oracle",
 }
 TRANSFORMS = {
     "delta": "testbed.codecs.transform.delta:Delta",

@@ -16,6 +16,7 @@ from testbed.codecs.container import (
     Header,
     LayerGroup,
 )
+from testbed.codecs.entropy import MOST_EXPANSION
 from testbed.errors import PayloadError
 
 if TYPE_CHECKING:
@@ -36,9 +37,14 @@ def describe(cache: KVCache) -> tuple[list[LayerGroup], list[positions.PositionL
     groups: list[LayerGroup] = []
     for i, layer in enumerate(cache.layers):
         _check_shapes(i, layer, cache.length)
-        where = layer.positions.cpu().numpy().astype(np.int64)
+        where = np.atleast_2d(layer.positions.cpu().numpy().astype(np.int64))
+        counts = layer.counts or []
+        if counts and layer.kv_heads * layer.tokens > MOST_EXPANSION * sum(counts):
+            raise CodecError(f"layer {i}: its heads hold too different numbers of tokens")
         references = []
-        for row in np.atleast_2d(where):
+        for head, row in enumerate(where):
+            if counts:
+                row = row[layer.tokens - counts[head] :]
             name = row.tobytes()
             if name not in known:
                 _check_positions(i, row, cache.length)
@@ -49,10 +55,10 @@ def describe(cache: KVCache) -> tuple[list[LayerGroup], list[positions.PositionL
             references.append(known[name])
         dimensions = (layer.kv_heads, layer.tokens, layer.keys.shape[2], layer.values.shape[2], layer.window)
         alike = groups[-1].count if groups else 0
-        if groups and groups[-1] == LayerGroup(alike, *dimensions, references):
-            groups[-1] = LayerGroup(alike + 1, *dimensions, references)
+        if groups and groups[-1] == LayerGroup(alike, *dimensions, references, counts):
+            groups[-1] = LayerGroup(alike + 1, *dimensions, references, counts)
         else:
-            groups.append(LayerGroup(1, *dimensions, references))
+            groups.append(LayerGroup(1, *dimensions, references, counts))
     return groups, lists, b"".join(data)
 
 
@@ -82,27 +88,44 @@ def torch_dtype(name: str) -> torch.dtype:
 def layer_positions(header: Header, data: memoryview, device: str | torch.device) -> list[Tensor]:
     """Each layer's positions, [tokens] or [kv_heads, tokens]; layers that refer to the same lists share the tensor.
 
-    Raises PayloadError where the lists do not fit the layers.
+    A head that holds fewer tokens than another begins with places at position -1. Raises
+    PayloadError where the lists do not fit the layers.
     """
     import torch
 
     starts = np.cumsum([0, *(code.size for code in header.lists)]).tolist()
-    made: dict[tuple[int, int, tuple[int, ...]], Tensor] = {}
+    made: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], Tensor] = {}
     layers = []
     for group in header.layers:
-        key = (group.tokens, group.kv_heads if len(group.lists) > 1 else 1, tuple(group.lists))
+        heads = group.kv_heads if len(group.lists) > 1 else 1
+        key = (group.tokens, heads, tuple(group.lists), tuple(group.counts))
         if key not in made:
+            _check_counts(group)
             if len(group.lists) not in (1, group.kv_heads) or max(group.lists) >= len(header.lists):
                 raise PayloadError(f"{len(group.lists)} position lists for a layer of {group.kv_heads} heads")
+            counts = group.counts or [group.tokens] * len(group.lists)
             rows = [
-                positions.decode(header.lists[i], group.tokens, data[starts[i] : starts[i + 1]])
-                for i in group.lists
+                positions.decode(header.lists[i], count, data[starts[i] : starts[i + 1]])
+                for i, count in zip(group.lists, counts, strict=True)
             ]
-            if group.tokens and max(int(row[-1]) for row in rows) >= header.length:
+            if max((int(row[-1]) for row in rows if len(row)), default=0) >= max(header.length, 1):
                 raise PayloadError(f"a position lies behind the {header.length} tokens seen")
+            rows = [np.pad(row, (group.tokens - len(row), 0), constant_values=-1) for row in rows]
             made[key] = torch.from_numpy(rows[0] if len(rows) == 1 else np.stack(rows)).to(device)
         layers.append(made[key])
     return layers
+
+
+def _check_counts(group: LayerGroup) -> None:
+    """That numbers of tokens by head are those of a ragged layer, and ask for no more memory than the tokens justify."""
+    if not group.counts:
+        return
+    if len(group.counts) != group.kv_heads or len(group.lists) != group.kv_heads:
+        raise PayloadError(f"{len(group.counts)} numbers of tokens for a layer of {group.kv_heads} heads")
+    if max(group.counts) != group.tokens or min(group.counts) == group.tokens:
+        raise PayloadError("the heads' numbers of tokens do not fit their layer's")
+    if group.kv_heads * group.tokens > MOST_EXPANSION * sum(group.counts):
+        raise PayloadError("the heads are said to hold too different numbers of tokens")
 
 
 def _check_shapes(index: int, layer: KVLayer, length: int) -> None:

@@ -275,7 +275,8 @@ def replace_struct(struct: Any, **changes: Any) -> Any:
 def kept_tokens(cache: KVCache) -> int:
     """Context tokens kept, as the mean over the layers that a selector may prune (all, where none has full attention)."""
     layers = [layer for layer in cache.layers if layer.window is None] or cache.layers
-    return round(sum(layer.tokens for layer in layers) / len(layers)) if layers else 0
+    held = [layer.tokens if layer.counts is None else sum(layer.counts) / layer.kv_heads for layer in layers]
+    return round(sum(held) / len(held)) if held else 0
 
 
 def kept_digest(cache: KVCache) -> str:

@@ -301,28 +301,24 @@ class Edge(InferenceSide):
 
     def _encode(self, held: Held, codec_text: str) -> Encoded:
         from testbed.codecs.codec import Codec
-        from testbed.codecs.evidence import Evidence
+        from testbed.endpoints.gathering import gather
 
         codec = Codec(codec_text, self.model.name)
         cache = held.prefill.cache
         if codec.undoes_rope:  # known from the model, once for all requests
             cache = self.model.knowing_ropes(cache)
         started = self.pace.begin()
-        evidence = Evidence(
-            cache=held.prefill.cache,
-            prefix=held.prefix.cache,
-            context_queries=held.prefill.queries,
-            context_query_positions=held.prefill.query_positions,
-            scaling=self.model.scaling,
-            softcap=self.model.softcap,
-            seed=f"{held.key[0]}/{self._batches[held.key[0]].examples[held.key[1]].id}",
+        batch = self._batches[held.key[0]]
+        example = batch.examples[held.key[1]]
+        evidence = gather(
+            self.model,
+            codec.needs,
+            held.prefix.cache,
+            held.prefill,
+            held.question_ids,
+            self.model.tokenize(batch.task.answer_text(example)) if codec.needs.answer else (),
+            seed=f"{held.key[0]}/{example.id}",
         )
-        if codec.needs.question:
-            past = self.behind(held.prefix, held.prefill.cache)
-            asked = self.model.prefill(held.question_ids, past, queries=None)
-            evidence.question_queries = asked.queries
-            evidence.question_query_positions = asked.query_positions
-            evidence.question_cache = asked.cache
         kept = codec.select(evidence)
         selected = self.pace.hold()
         payload = codec.encode(cache, kept)

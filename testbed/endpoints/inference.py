@@ -57,7 +57,7 @@ class InferenceSide:
         import torch
 
         import testbed.codecs.codec
-        import testbed.codecs.evidence  # noqa: F401  (here, so that no trial pays for it)
+        import testbed.endpoints.gathering  # noqa: F401  (here, so that no trial pays for it)
         from testbed.models.language import load_model
 
         self.pace = Pace(slowdown)

@@ -30,7 +30,10 @@ class Pass(Protocol):
     """What one forward pass attends to; `live.LivePass` is one."""
 
     def positions(self, layer: int) -> Tensor:
-        """Absolute positions of the layer's keys, ascending, on the CPU: [tokens] or [kv_heads, tokens]."""
+        """Absolute positions of the layer's keys, ascending, on the CPU: [tokens] or [kv_heads, tokens].
+
+        A head that holds fewer tokens than another begins with places that no query sees, at position -1.
+        """
 
     def masks(self) -> dict[Any, Any]:
         """A memory for the masks of this pass, since most layers share theirs."""
@@ -127,7 +130,8 @@ def _block_mask(
         first = int(too_old.sum(-1).min())
         if int((queries[..., -1] - positions[..., first]).max()) < window:
             window = None
-    if window is None:
+    empty = positions.dim() == 2 and bool((positions[:, first] < 0).any())
+    if window is None and not empty:
         if stop - start == 1:
             return first, None
         if first == start:
@@ -139,6 +143,8 @@ def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) 
     """Which keys each query sees: [..., n] and [..., tokens] -> bool [..., n, tokens]."""
     queries, keys = query_positions[..., :, None], key_positions[..., None, :]
     seen = keys <= queries
+    if key_positions.dim() == 2:
+        seen = seen & (keys >= 0)
     return seen if window is None else seen & (keys > queries - window)
 
 

@@ -19,19 +19,23 @@ if TYPE_CHECKING:
 #: Bytes of an element in the formats that caches are held in (fp16, bf16).
 ELEMENT_BYTES = 2
 
+#: The position of a place that holds no token.
+EMPTY = -1
+
 
 @dataclass
 class KVLayer:
     """Keys and values of one layer, with the absolute position of each.
 
     A layer may hold fewer tokens than the model has seen (a selector dropped some, or a sliding window
-    passed). Layers may hold different tokens, and so may the heads of a layer, as long as each head holds
-    equally many.
+    passed). Layers may hold different tokens, and so may the heads of a layer. A head that holds fewer than
+    another begins with empty places: position `EMPTY`, zeros as key and value, seen by no query, sent to nobody.
     """
 
     keys: Tensor  #: [kv_heads, tokens, head_dim], rotary position already applied
     values: Tensor  #: [kv_heads, tokens, value_dim]; value_dim is head_dim in nearly all models
-    positions: Tensor  #: int64 [tokens], or [kv_heads, tokens] where heads differ: absolute, ascending
+    #: int64 [tokens], or [kv_heads, tokens] where heads differ: absolute, ascending behind a head's empty places
+    positions: Tensor
     #: Sliding-window length: a query at position q sees the keys at q - window < p <= q; None: all p <= q.
     window: int | None = None
     #: How the keys were turned to their positions, for codecs that turn them back; None where that is not known.
@@ -39,8 +43,16 @@ class KVLayer:
 
     @property
     def tokens(self) -> int:
-        """How many tokens each head of this layer holds."""
+        """How many tokens each head of this layer holds; the fullest, where heads hold different numbers."""
         return int(self.keys.shape[1])
+
+    @property
+    def counts(self) -> list[int] | None:
+        """How many tokens each head holds, where the numbers differ; else None."""
+        if self.positions.dim() == 1 or not self.tokens:
+            return None
+        empty = (self.positions == EMPTY).sum(1)
+        return None if not bool(empty.any()) else (self.tokens - empty).tolist()
 
     @property
     def kv_heads(self) -> int:
@@ -55,20 +67,23 @@ class KVLayer:
     @property
     def nbytes(self) -> int:
         """Size of keys and values in a two-byte format, whatever they are held in here."""
-        return (self.keys.numel() + self.values.numel()) * ELEMENT_BYTES
+        counts = self.counts
+        places = self.kv_heads * self.tokens if counts is None else sum(counts)
+        return places * (self.keys.shape[2] + self.values.shape[2]) * ELEMENT_BYTES
 
     def select(self, kept: Tensor) -> KVLayer:
         """The tokens at the indices `kept` ([n], or [kv_heads, n] where heads differ), which must ascend.
 
-        Indices count this layer's tokens, not positions. Raises ValueError where they do not ascend or lie
-        outside.
+        Indices count this layer's tokens, not positions. A head that keeps fewer than another begins with `EMPTY`.
+        Raises ValueError where they do not ascend or lie outside.
         """
         if kept.dim() not in (1, 2) or (kept.dim() == 2 and kept.shape[0] != self.kv_heads):
             raise ValueError(f"kept has shape {tuple(kept.shape)}; expected [n] or [{self.kv_heads}, n]")
         kept = kept.to(self.keys.device)
-        if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= self.tokens):
+        least = EMPTY if kept.dim() == 2 else 0
+        if kept.numel() and (int(kept.min()) < least or int(kept.max()) >= self.tokens):
             raise ValueError(f"kept has indices outside 0..{self.tokens - 1}")
-        if kept.shape[-1] > 1 and not bool((kept[..., 1:] > kept[..., :-1]).all()):
+        if not _ascends(kept):
             raise ValueError("kept does not ascend")
         if kept.dim() == 1:
             return replace(
@@ -77,13 +92,25 @@ class KVLayer:
                 values=self.values[:, kept],
                 positions=self.positions[..., kept],
             )
-        positions = self.positions.expand(self.kv_heads, self.tokens)
-        return replace(
-            self,
-            keys=self.keys.gather(1, kept[..., None].expand(-1, -1, self.keys.shape[2])),
-            values=self.values.gather(1, kept[..., None].expand(-1, -1, self.values.shape[2])),
-            positions=positions.gather(1, kept),
-        )
+        return self._gathered(kept)
+
+    def _gathered(self, places: Tensor) -> KVLayer:
+        """Each head's places in this order, [kv_heads, n]; `EMPTY` ones hold zeros."""
+        taken, empty = places.clamp_min(0), (places == EMPTY)[..., None]
+        keys = self.keys.gather(1, taken[..., None].expand(-1, -1, self.keys.shape[2]))
+        values = self.values.gather(1, taken[..., None].expand(-1, -1, self.values.shape[2]))
+        positions = self.positions.expand(self.kv_heads, self.tokens).gather(1, taken)
+        if bool(empty.any()):
+            keys, values = keys.masked_fill(empty, 0), values.masked_fill(empty, 0)
+            positions = positions.masked_fill(empty[..., 0], EMPTY)
+        return replace(self, keys=keys, values=values, positions=positions)
+
+    def empty_first(self) -> KVLayer:
+        """With each head's empty places before its tokens, whose order stays."""
+        if self.counts is None:
+            return self
+        held = self.positions != EMPTY
+        return self._gathered(held.to(self.positions.dtype).argsort(dim=1, stable=True))
 
     def slice(self, start: int, stop: int | None = None) -> KVLayer:
         """The tokens from index `start` up to `stop`, as views; negative numbers count from the end."""
@@ -141,7 +168,7 @@ class KVCache:
         return self.layers[0].keys.dtype
 
     def tokens(self, layer: int) -> int:
-        """How many tokens each head of `layer` holds."""
+        """How many tokens each head of `layer` holds (the fullest, where they differ)."""
         return self.layers[layer].tokens
 
     def select(self, kept: Sequence[Tensor]) -> KVCache:
@@ -157,6 +184,12 @@ class KVCache:
     def clone(self) -> KVCache:
         """A copy that shares no memory."""
         return KVCache([layer.clone() for layer in self.layers], self.length)
+
+
+def _ascends(numbers: Tensor) -> bool:
+    """Whether numbers ascend along the last dimension, behind those that are `EMPTY`."""
+    before, after = numbers[..., :-1], numbers[..., 1:]
+    return bool(((after > before) | ((after == EMPTY) & (before == EMPTY))).all())
 
 
 def join(*caches: KVCache) -> KVCache:
@@ -184,10 +217,11 @@ def join(*caches: KVCache) -> KVCache:
         positions = [
             part.positions.expand(part.kv_heads, -1) if per_head else part.positions for part in parts
         ]
-        joined = torch.cat(positions, -1)
-        if joined.shape[-1] > 1 and not bool((joined[..., 1:] > joined[..., :-1]).all()):
-            raise ValueError(f"layer {len(layers)}: the parts' positions overlap or are out of order")
         keys = torch.cat([part.keys for part in parts], 1)
         values = torch.cat([part.values for part in parts], 1)
-        layers.append(KVLayer(keys, values, joined, parts[0].window))
+        stretch = replace(parts[0], keys=keys, values=values, positions=torch.cat(positions, -1))
+        joined = stretch.empty_first()
+        if not _ascends(joined.positions):
+            raise ValueError(f"layer {len(layers)}: the parts' positions overlap or are out of order")
+        layers.append(joined)
     return KVCache(layers, caches[-1].length)

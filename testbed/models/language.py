@@ -20,10 +20,11 @@ from torch import Tensor
 from testbed.errors import UsageError
 from testbed.models import attention
 from testbed.models import kvcache as _kvcache
-from testbed.models.kvcache import KVCache
+from testbed.models.kvcache import KVCache, KVLayer
 from testbed.models.likelihood import log_probabilities, mean_nll
 from testbed.models.live import LayerShape, LiveCache, LivePass
 from testbed.models.rope import PROBES, Rope, find_rope
+from testbed.models.rotary import Rotation, find_rotations
 from testbed.models.sources import ModelSource, resolve
 
 
@@ -146,6 +147,11 @@ class LanguageModel:
         #: Size of a token's keys and values in a two-byte format, all layers.
         self.kv_bytes_per_token: int = sum(s.kv_heads * (s.head_dim + s.value_dim) * 2 for s in self.shapes)
         self._ropes: list[Rope | None] | None = None
+        #: Modules that make keys and values out of what their layer caches, where that is a latent (MLA).
+        self._latent: dict[int, Any] = {
+            module.layer_idx: module for module in network.modules() if hasattr(module, "expand_kv")
+        }
+        self._rotations: list[Rotation] | None = None
         self._start = self._start_tokens()
         self._ends = self._end_tokens(end)
 
@@ -210,6 +216,36 @@ class LanguageModel:
         live.start = live.length = position
         self._forward(live, self.tokenize("a")[:1])  # not a padding token, whose keys may be zero
         return [live.held(layer)[0][0].cpu().clone() for layer in range(self.num_layers)]
+
+    @torch.inference_mode()
+    def attended(self, layer: int, held: KVLayer) -> tuple[Tensor, Tensor]:
+        """The keys and values that attention makes of a cached layer: [heads, tokens, dim] each, float32.
+
+        What is cached, in nearly all models; where a latent and a rotary key are cached (MLA), those of every head.
+        """
+        if layer not in self._latent:
+            return held.keys.float(), held.values.float()
+        latent, rotary = (tensor[None].to(self.device, self.dtype) for tensor in (held.keys, held.values))
+        keys, values = self._latent[layer].expand_kv(latent, rotary)
+        return keys[0].float().clone(), values[0].float().clone()
+
+    def rotation(self, layer: int) -> Rotation:
+        """The layer's rotary position embedding. Raises UsageError where it is of a kind that cannot be undone."""
+        if self._rotations is None:
+            try:
+                self._rotations = find_rotations(self._network, self.num_layers, self._queries_at)
+            except (ValueError, KeyError, TypeError) as error:
+                raise UsageError(f"model {self.name!r}: {error}") from error
+        return self._rotations[layer]
+
+    def _queries_at(self, position: int) -> dict[int, Tensor]:
+        """Each layer's query of a lone token at a position."""
+        live = self._live(None, 1)
+        live.start = live.length = position
+        # Not the token of padding, whose embedding is zero and tells nothing.
+        token = 1 if self._network.config.get_text_config(decoder=True).pad_token_id == 0 else 0
+        _, run = self._forward(live, [token], queries=1)
+        return run.queries
 
     def tokenize(self, text: str, start: bool = False) -> list[int]:
         """Token ids of a text, without special tokens.

@@ -23,7 +23,7 @@ from testbed.codecs.codec import Codec, decode
 from testbed.codecs.container import Header, LayerGroup
 from testbed.codecs.positions import PositionList
 from testbed.errors import PayloadError
-from testbed.models.kvcache import KVCache
+from testbed.models.kvcache import EMPTY, KVCache
 from tests.codecs.caches import make_cache, ragged_cache, same_cache
 
 CODECS = (
@@ -157,8 +157,10 @@ def assert_sound(cache: KVCache) -> None:
         heads, tokens = layer.keys.shape[:2]
         assert layer.values.shape[:2] == (heads, tokens)
         assert layer.positions.shape in ((tokens,), (heads, tokens))
-        assert bool((layer.positions.diff(dim=-1) > 0).all())
-        assert not tokens or 0 <= int(layer.positions.min()) <= int(layer.positions.max()) < cache.length
+        for row in layer.positions.expand(heads, -1) if layer.counts else [layer.positions]:
+            held = row[row != EMPTY] if layer.counts else row
+            assert bool((held.diff(dim=-1) > 0).all())
+            assert not held.numel() or 0 <= int(held.min()) <= int(held.max()) < cache.length
 
 
 def huge(**changes: object) -> Header:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from testbed.codecs import CodecError
+from testbed.codecs import CodecError, registry
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.evidence import Evidence, Needs
 from testbed.codecs.kept import Kept
+from testbed.codecs.select.pyramid import Pyramid
+from testbed.codecs.spec import parse
 from testbed.models.kvcache import KVCache, KVLayer
+from testbed.models.rotary import unrotated
 from tests.codecs.caches import random_layer, same_cache
 
 HEADS, GROUP, DIM, LAYERS = 2, 3, 16, 3
@@ -109,7 +116,9 @@ def neighbours(scores: Tensor, kernel: int, how: str) -> Tensor:
 def test_q2c_is_the_mean_attention_of_the_question(prefix: int, layer: int) -> None:
     evidence = make_evidence(prefix=prefix)
     expected = question_weights(evidence, layer).mean(1)
-    torch.testing.assert_close(scores_of("q2c@0.5", evidence, layer).double(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        scores_of("q2c@0.5(pool=1)", evidence, layer).double(), expected, atol=1e-6, rtol=1e-5
+    )
     pooled = scores_of("q2c@0.5(pool=5)", evidence, layer).double()
     torch.testing.assert_close(pooled, neighbours(expected, 5, "max"), atol=1e-6, rtol=1e-5)
 
@@ -150,7 +159,7 @@ def highest(scores: Tensor, budget: int, always: set[int]) -> list[int]:
 @pytest.mark.parametrize(
     "text, always",
     [
-        ("q2c@0.25(sinks=4, scope={})", {0, 1, 2, 3}),
+        ("q2c@0.25(sinks=4, pool=1, scope={})", {0, 1, 2, 3}),
         ("q2c@0.25(sinks=0, pool=3, scope={})", set()),
         ("snapkv@0.25(window=8, scope={})", set(range(52, 60))),
         ("h2o@0.25(recent=0.5, scope={})", set(range(52, 60))),
@@ -212,7 +221,7 @@ def test_equal_scores_keep_the_earlier_token() -> None:
     evidence = make_evidence()
     for layer in (0, 2):
         evidence.cache.layers[layer].keys.zero_()
-    kept = Codec("q2c@0.25(sinks=0)").select(evidence).layers[0]
+    kept = Codec("q2c@0.25(sinks=0, scope=layer)").select(evidence).layers[0]
     assert kept is not None
     assert kept.tolist() == list(range(15))
 
@@ -231,7 +240,7 @@ def test_digests_tell_choices_apart() -> None:
         "q2c@0.5",
         "q2c@0.25",
         "q2c@0.5(scope=layer)",
-        "q2c@0.5(scope=head)",
+        "q2c@0.5(scope=global)",
         "h2o@0.5",
         "window@0.5",
     ]
@@ -280,3 +289,119 @@ def test_what_was_kept_crosses_with_its_positions(scope: str) -> None:
     index = kept.layers[0]
     assert index is not None
     assert torch.equal(decoded.layers[0].positions, index + PREFIX)
+
+
+#: KV heads, query heads of each, elements of a key and of a value
+SHAPES = {
+    "grouped": (2, 3, 16, 16),
+    "multi-head": (4, 1, 8, 8),
+    "multi-query": (1, 4, 16, 16),
+    "latent": (1, 4, 20, 8),
+}
+
+
+def shaped_evidence(shape: str, context: int) -> Evidence:
+    """Evidence of any shape with everything in it, two layers with full attention and one with a sliding window."""
+    heads, group, key_dim, value_dim = SHAPES[shape]
+    generator = torch.Generator().manual_seed(context)
+
+    def stretch(first: int, end: int) -> KVCache:
+        where = torch.arange(first, end)
+        made = [
+            random_layer(heads, key_dim, value_dim, where, torch.float16, generator, window)
+            for window in (None, 16, None)
+        ]
+        return KVCache(made, end)
+
+    def queries(count: int) -> list[Tensor]:
+        return [torch.randn(heads * group, count, key_dim, generator=generator) for _ in range(3)]
+
+    return Evidence(
+        cache=stretch(5, 5 + context),
+        prefix=stretch(0, 5),
+        question_cache=stretch(5 + context, 15 + context),
+        context_queries=queries(context),
+        context_query_positions=torch.arange(5, 5 + context),
+        question_queries=queries(7),
+        question_query_positions=torch.arange(5 + context, 12 + context),
+        answer_queries=queries(3),
+        answer_query_positions=torch.arange(12 + context, 15 + context),
+        scaling=lambda layer: 0.2,
+        rotation=lambda layer: unrotated(key_dim, torch.device("cpu")),
+        seed="one",
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", registry.SELECTORS)
+@given(ratio=st.floats(0.001, 1), context=st.integers(1, 70))
+@settings(max_examples=12)
+def test_every_selector_on_every_shape_keeps_its_budget_in_order_and_its_sinks_alike_each_time(
+    name: str, shape: str, ratio: float, context: int
+) -> None:
+    evidence, codec = shaped_evidence(shape, context), Codec(f"{name}@{ratio:.4f}")
+    kept = codec.select(evidence)
+    assert kept.digest() == codec.select(shaped_evidence(shape, context)).digest()
+    budget = max(1, round(codec.selector.ratio * context))  # type: ignore[union-attr]
+    assert kept.layers[1] is None  # the sliding-window layer
+    total = 0
+    for index in (kept.layers[0], kept.layers[2]):
+        rows = [torch.arange(context)] if index is None else list(index.reshape(-1, index.shape[-1]))
+        held = [row[row >= 0] for row in rows]
+        total += sum(map(len, held)) * (SHAPES[shape][0] // len(rows))
+        for row in held:
+            assert bool((row.diff() > 0).all()) and (not len(row) or int(row[-1]) < context)
+            sinks = min(getattr(codec.selector, "sinks", 0), context, budget)
+            assert row[:sinks].tolist() == list(range(sinks))
+    assert abs(total - 2 * SHAPES[shape][0] * budget) <= (SHAPES[shape][0] if name == "pyramid" else 0)
+    assert same_cache(decode(codec.encode(evidence.cache, kept)), kept.apply(evidence.cache))
+
+
+def test_pyramid_budgets_fall_from_layer_to_layer_and_sum_to_equal_ones() -> None:
+    selector = Pyramid(0.25)
+    for tokens, layers in ((1024, 30), (100, 4), (512, 2)):
+        budget = round(0.25 * tokens)
+        budgets = selector.budgets(tokens, budget, layers)
+        assert sum(budgets) == budget * layers
+        assert budgets == sorted(budgets, reverse=True) and budgets[0] > budgets[-1]
+        assert budgets[-1] == pytest.approx(budget / 20, abs=1)
+    assert selector.budgets(100, 80, 3)[0] == 100  # no layer keeps more than there is
+
+
+def test_adaptive_heads_share_the_budget_of_their_layer_by_their_scores() -> None:
+    evidence = shaped_evidence("multi-head", 60)
+    evidence.cache.layers[0].keys[1] /= 8  # by the norms of keys, all of this head's tokens are worth more
+    index = Codec("adaptive@0.5(by=keynorm, floor=0.2)").select(evidence).layers[0]
+    assert index is not None
+    counts = (index >= 0).sum(1).tolist()
+    assert counts[1] == 60 and sum(counts) == 4 * 30 and min(counts) >= 6
+    scores = -evidence.cache.layers[0].keys.float().norm(dim=-1)
+    dropped = torch.ones_like(scores, dtype=torch.bool)
+    for head, row in enumerate(index):
+        dropped[head, row[row >= 0]] = False
+    safe = scores.argsort(1, descending=True)[:, :6]
+    assert not bool(dropped.gather(1, safe).any())
+    free = ~dropped
+    free.scatter_(1, safe, False)
+    assert float(scores[free].min()) >= float(scores[dropped].max())
+
+
+def test_a_newcomers_selector_is_one_file_and_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "codecs.md").read_text()
+    shown = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    line = re.search(r'`"(\w+)": "testbed\.codecs\.select\.\w+:(\w+)"`', page)
+    assert shown is not None and line is not None
+    assert len(shown[1].splitlines()) <= 40
+    (tmp_path / "newcomer.py").write_text(shown[1])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(registry.SELECTORS, line[1], f"newcomer:{line[2]}")
+    codec = Codec(f"{line[1]}@0.25+int8")
+    assert str(parse(str(codec))) == str(codec)
+    assert any(found.name == line[1] and found.summary for found in registry.describe())
+    evidence = make_evidence()
+    kept = codec.select(evidence)
+    assert kept.tokens == 15
+    decoded = decode(codec.encode(evidence.cache.to(dtype=torch.float16), kept))
+    assert decoded.layers[0].tokens == 15

@@ -111,6 +111,7 @@ def _values(name: str, kind: str, choices: tuple[str, ...]) -> st.SearchStrategy
     by_name = {
         "ratio": st.floats(0, 1, exclude_min=True),
         "recent": st.floats(0, 1),
+        "floor": st.floats(0, 1),
         "window": st.integers(1, 65536),
         "sinks": st.integers(0, 4096),
         "level": st.integers(-7, 19),
@@ -180,7 +181,7 @@ def test_every_method_describes_itself() -> None:
         assert description.source
         assert description.takes_ratio == (description.stage == "selector")
     snapkv = {parameter.name: parameter.default for parameter in described["snapkv"].parameters}
-    assert snapkv == {"scope": "global", "window": 32, "kernel": 7, "pool": "max", "question": False}
+    assert snapkv == {"scope": "head", "window": 32, "kernel": 7, "pool": "max", "question": False}
 
 
 @dataclass(frozen=True)

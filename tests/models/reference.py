@@ -22,6 +22,13 @@ def _textbook(
     heads, tokens = query.shape[1], query.shape[2]
     window = given.get("sliding_window") or tokens
     softcap = given.get("softcap")
+    hidden, replaced = _current.hidden[module.layer_idx], _current.replaced
+    if replaced is not None:
+        key, value = key.clone(), value.clone()
+        for held, new in zip((key[0], value[0]), replaced[module.layer_idx][1:], strict=True):
+            for head, positions in enumerate(replaced[module.layer_idx][0].expand(len(new), -1)):
+                there = positions >= 0
+                held[head, positions[there]] = new[head, there]
     out = torch.empty(1, heads, tokens, value.shape[3])
     for head in range(heads):
         kv = head * key.shape[1] // heads
@@ -31,7 +38,7 @@ def _textbook(
         for q in range(tokens):
             for_all = torch.zeros(tokens, dtype=torch.bool)
             for_all[max(0, q - window + 1) : q + 1] = True
-            seen = for_all & ~_current.hidden[module.layer_idx][kv, q, :tokens]
+            seen = for_all & ~hidden[kv * len(hidden) // key.shape[1], q, :tokens]
             scores[q, ~seen] = -torch.inf
         out[0, head] = (scores.softmax(-1) @ value[0, kv].double()).float()
     return out.transpose(1, 2), None
@@ -47,12 +54,18 @@ def reference_network(path: Path, implementation: str = "textbook") -> Any:
     ).eval()
 
 
-def logits(network: Any, ids: list[int], hidden: list[Tensor]) -> Tensor:
+def logits(
+    network: Any,
+    ids: list[int],
+    hidden: list[Tensor],
+    replaced: list[tuple[Tensor, Tensor, Tensor]] | None = None,
+) -> Tensor:
     """Logits [tokens, vocabulary] of a prompt run whole.
 
     hidden[layer]: bool [kv_heads, tokens or more, tokens or more], true where a query must not see a key.
+    replaced[layer]: positions [n] or [heads, n] (below 0: none), and the keys and values that stand there, [heads, n, dim].
     """
-    _current.hidden = hidden
+    _current.hidden, _current.replaced = hidden, replaced
     with torch.no_grad():
         return network(torch.tensor([ids]), use_cache=False).logits[0]
 

@@ -68,6 +68,28 @@ def test_attention_over_any_cache_equals_the_textbook(
     )
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("new", [1, 5, 30])
+def test_heads_that_hold_different_numbers_of_tokens_see_only_what_they_hold(
+    new: int, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("testbed.models.attention.BLOCK", 8)
+    generator = torch.Generator().manual_seed(new)
+    before = torch.tensor([[-1, -1, -1, 30, 39], [1, 2, 35, 36, 38], [-1, 0, 36, 37, 38]])
+    tail = torch.arange(40, 40 + new)
+    positions = torch.cat([before, tail.expand(3, -1)], -1)
+    query = torch.randn(6, new, 16, generator=generator)
+    key, value = torch.randn(2, 3, positions.shape[-1], 16, generator=generator)
+    ours = attend(query[None], key[None], value[None], positions, 0.3, window, softcap)[0]
+    for head in range(3):
+        held = positions[head] >= 0
+        asked = slice(2 * head, 2 * head + 2)
+        alone = key[head : head + 1, held], value[head : head + 1, held], positions[head, held]
+        expected = textbook(query[asked], *alone, 0.3, window, softcap)
+        torch.testing.assert_close(ours[asked], expected, atol=2e-6, rtol=2e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_sums_equal_the_weights_that_transformers_returns(tiny_model: Tiny, family: str) -> None:
     model = load_model(str(tiny_model(family)), threads=1, cache_dtype=torch.float32)
@@ -82,7 +104,7 @@ def test_attention_sums_equal_the_weights_that_transformers_returns(tiny_model: 
             continue  # a sliding layer gave up keys that these queries saw
         total = attention_sum(
             queries,
-            held.keys,
+            model.attended(layer, held)[0],
             query_positions=result.query_positions,
             key_positions=held.positions,
             scaling=model.scaling(layer),
@@ -90,7 +112,7 @@ def test_attention_sums_equal_the_weights_that_transformers_returns(tiny_model: 
             window=model.window(layer),
             block=2,
         )
-        expected = weights[layer][0, :, -count:].sum(1).reshape(model.kv_heads, 2, -1).mean(1)
+        expected = weights[layer][0, :, -count:].sum(1).reshape(len(total), -1, len(ids)).mean(1)
         torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-5)
 
 

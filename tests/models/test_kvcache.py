@@ -36,7 +36,22 @@ def test_heads_may_keep_different_tokens() -> None:
     assert kept.select(torch.tensor([1])).positions.tolist() == [[11], [15]]
 
 
-@pytest.mark.parametrize("kept", [[1, 0], [0, 0], [0, 6], [-1, 2], [[0, 1]]])
+def test_heads_may_keep_different_numbers_of_tokens() -> None:
+    kept = layer(10, 6).select(torch.tensor([[-1, -1, 2], [1, 3, 5]]))
+    assert kept.positions.tolist() == [[-1, -1, 12], [11, 13, 15]]
+    assert kept.counts == [1, 3] and kept.tokens == 3
+    assert kept.nbytes == 4 * (kept.head_dim + kept.values.shape[2]) * 2
+    assert not kept.keys[0, :2].any() and torch.equal(kept.keys[0, 2], layer(10, 6).keys[0, 2])
+    assert layer(10, 6).counts is None
+    whole = join(KVCache([layer(0, 2)], 10), KVCache([kept], 16), KVCache([layer(16, 1)], 17)).layers[0]
+    assert whole.positions.tolist() == [[-1, -1, 0, 1, 12, 16], [0, 1, 11, 13, 15, 16]]
+    assert torch.equal(whole.keys[0, 2:4], layer(0, 2).keys[0])
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [[1, 0], [0, 0], [0, 6], [-1, 2], [[0, 1]], [[0, -1], [0, 1]], [[1, 0], [0, 1]], [[-2, 0], [0, 1]]],
+)
 def test_selecting_what_does_not_ascend_or_exist_is_refused(kept: list[int]) -> None:
     with pytest.raises(ValueError, match="kept"):
         layer(0, 6).select(torch.tensor(kept))

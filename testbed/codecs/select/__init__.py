@@ -22,14 +22,15 @@ Scope = Literal["global", "layer", "head"]
 class Selector(Method):
     """Keeps exactly ``max(1, round(ratio × context tokens))`` tokens, those of the highest scores, in their order.
 
-    `scope`: one list for all layers (``global``: scores averaged over layers and heads), one a layer (averaged over
-    heads), or one for each KV head. Equal scores: the earlier token is kept. Sliding-window layers are not pruned.
+    `scope`: one list for each KV head, as most papers have it; one a layer (scores averaged over its heads); or one for all
+    layers (``global``: averaged over layers and heads). A list costs a bit a context token, so the choice is one of
+    quality. Equal scores: the earlier token is kept. Sliding-window layers are not pruned.
     """
 
     stage: ClassVar[Literal["selector"]] = "selector"
 
     ratio: float
-    scope: Scope = field(default="global", kw_only=True)
+    scope: Scope = field(default="head", kw_only=True)
 
     def __post_init__(self) -> None:
         self.require("ratio", "above 0 and at most 1", 0 < self.ratio <= 1)
@@ -47,6 +48,14 @@ class Selector(Method):
         """What each context token is worth: float32 [kv_heads, tokens]. Not called when `always` fills the budget."""
         raise NotImplementedError
 
+    def budgets(self, tokens: int, budget: int, layers: int) -> list[int]:
+        """How many tokens each of the prunable layers keeps, first layer first; `budget` on average."""
+        return [budget] * layers
+
+    def choose(self, scores: Tensor, forced: Tensor, budget: int) -> Tensor:
+        """The indices that a layer keeps, [budget] or [kv_heads, n], by its `scores` [kv_heads, tokens]."""
+        return highest(scores if self.scope == "head" else scores.mean(0), forced, budget)
+
     def select(self, evidence: Evidence) -> Kept:
         """The indices kept, layer by layer. Raises CodecError where the evidence lacks what the method needs."""
         import torch
@@ -55,29 +64,38 @@ class Selector(Method):
         budget = max(1, round(self.ratio * tokens))
         if budget >= tokens or not prunable:
             return Kept.everything(evidence.cache)
-        forced = torch.tensor(list(dict.fromkeys(self.always(tokens, budget)))[:budget], dtype=torch.int64)
-        chosen: dict[int, Tensor]
-        if len(forced) == budget:
-            chosen = dict.fromkeys(prunable, forced.sort().values)
-        elif self.scope == "global":
+        always = torch.tensor(list(dict.fromkeys(self.always(tokens, budget)))[:budget], dtype=torch.int64)
+        budgets = dict(zip(prunable, self.budgets(tokens, budget, len(prunable)), strict=True))
+        chosen: dict[int, Tensor] = {}
+        if self.scope == "global" and any(len(always) < each for each in budgets.values()):
             total = torch.stack([self.scores(evidence, layer).mean(0) for layer in prunable]).mean(0)
-            chosen = dict.fromkeys(prunable, _highest(total, forced, budget))
-        else:
-            chosen = {}
-            for layer in prunable:
-                scores = self.scores(evidence, layer)
-                chosen[layer] = _highest(scores if self.scope == "head" else scores.mean(0), forced, budget)
+        made: dict[int, Tensor] = {}  # one tensor for the layers that share a list
+        for layer, own in budgets.items():
+            if self.scope != "global" and len(always) < own:
+                index = self.choose(self.scores(evidence, layer), always, own)
+                # A layer's only head needs no list of its own, and has no empty places.
+                chosen[layer] = index[0] if index.dim() == 2 and len(index) == 1 else index
+                continue
+            if own not in made:
+                made[own] = always[:own].sort().values if len(always) >= own else highest(total, always, own)
+            chosen[layer] = made[own]
         return Kept(tuple(chosen.get(layer) for layer in range(len(evidence.cache.layers))), tokens)
 
 
-def _highest(scores: Tensor, forced: Tensor, budget: int) -> Tensor:
+def highest(scores: Tensor, forced: Tensor, budget: int) -> Tensor:
     """Indices of the `budget` highest scores of the last dimension, `forced` first, ascending."""
-    import torch
-
-    ranked = torch.nan_to_num(scores.float().cpu(), nan=-torch.inf, posinf=torch.finfo(torch.float32).max)
-    ranked[..., forced] = torch.inf
+    ranked = rankable(scores)
+    ranked[..., forced] = float("inf")
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
     return order[..., :budget].sort(dim=-1).values
+
+
+def rankable(scores: Tensor) -> Tensor:
+    """A copy of scores in float32 on the CPU that any two can be compared in: NaN is least, infinity a number."""
+    import torch
+
+    most = torch.finfo(torch.float32).max
+    return torch.nan_to_num(scores.float().cpu(), nan=-most, posinf=most, neginf=-most)
 
 
 def pool(scores: Tensor, kernel: int, how: str) -> Tensor:

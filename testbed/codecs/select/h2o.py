@@ -21,13 +21,15 @@ class H2O(Selector):
     score[h, t] = sum over all context tokens q ≥ t, mean over the query heads of KV head h, of the causal softmax
     attention of q to t: [kv_heads, tokens]; computed in blocks of queries, never the full matrix.
 
-    recent: the share of the budget that goes to the last tokens.
+    recent: the share of the budget that goes to the last tokens. normalised: score[h, t] is divided by the number of
+    context tokens that could see t, so that early tokens do not win by having been seen more often.
     """
 
     name: ClassVar[str] = "h2o"
     source: ClassVar[str] = "H2O: Heavy-Hitter Oracle for Efficient Generative Inference (arXiv:2306.14048)"
 
     recent: float = 0.5
+    normalised: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,4 +42,9 @@ class H2O(Selector):
         return range(tokens - 1, tokens - 1 - round(self.recent * budget), -1)
 
     def scores(self, evidence: Evidence, layer: int) -> Tensor:
-        return evidence.attention_of_context(layer, last=None)
+        import torch
+
+        attention = evidence.attention_of_context(layer, last=None)
+        if self.normalised:
+            attention = attention / torch.arange(attention.shape[1], 0, -1, device=attention.device)
+        return attention

@@ -21,8 +21,9 @@ class Q2C(Selector):
     score[h, t] = mean over the m question tokens q, and over the query heads g of KV head h, of
     softmax(scaling · Q[g, q] · K[h])[t], the softmax running over prefix, context and question: [kv_heads, tokens].
 
-    sinks: the context's first tokens, always kept. pool: tokens of a max-pooling window (odd); neighbours of a token
-    that the question looks at are worth as much as it is, which keeps an answer's tokens together.
+    sinks: the context's first tokens, always kept. pool: tokens of a max-pooling window (odd; 1: none). A question looks at
+    its own words in the context more than at the answer, which stands beside them: without pooling, a needle's digits get
+    less attention than the median token. 15, and a list for each head, kept most (docs/codecs.md has the figures).
     """
 
     name: ClassVar[str] = "q2c"
@@ -31,7 +32,7 @@ class Q2C(Selector):
     )
 
     sinks: int = 4
-    pool: int = 1
+    pool: int = 15
 
     def __post_init__(self) -> None:
         super().__post_init__()

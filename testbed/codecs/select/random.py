@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from testbed.codecs.select import Selector
+from testbed.codecs.select import Scope, Selector
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +23,8 @@ class Random(Selector):
 
     name: ClassVar[str] = "random"
     source: ClassVar[str] = "baseline"
+
+    scope: Scope = field(default="global", kw_only=True)
 
     def scores(self, evidence: Evidence, layer: int) -> Tensor:
         import torch

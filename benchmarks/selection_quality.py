@@ -1,0 +1,150 @@
+"""What a model can still answer from the tokens that a selector kept: task score, NLL and KL, beside the full cache.
+
+    python -m benchmarks.selection_quality [--model NAME] [--task needle] [--context 512] [--examples 10] CODEC…
+
+Runs in one process, without a network. For each codec the context's cache is selected, encoded, decoded and asked, as the
+two sides of a `split` placement do. `found` is the share of the answer's tokens in the context (its last occurrence there)
+that were kept, over layers and heads; ΔNLL and KL are of the gold answer, against the full cache's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import dataclass, field
+
+import torch
+
+from testbed.codecs.codec import Codec, decode
+from testbed.codecs.kept import Kept
+from testbed.endpoints.gathering import gather
+from testbed.models.kvcache import KVCache
+from testbed.models.language import LanguageModel, load_model
+from testbed.models.likelihood import mean_kl, mean_nll
+from testbed.tasks.task import Example, Task, make_task
+
+CODECS = [
+    "fp16", "oracle@0.25", "q2c@0.25", "q2c@0.25(pool=1)", "snapkv@0.25(question=true)", "snapkv@0.25", "tova@0.25",
+    "expected@0.25", "h2o@0.25", "h2o@0.25(normalised=true)", "keynorm@0.25", "pyramid@0.25", "adaptive@0.25",
+    "adaptive@0.25(by=q2c)", "window@0.25", "random@0.25",
+]  # fmt: skip
+
+
+@dataclass
+class Figures:
+    """One codec's figures, an entry an example."""
+
+    score: list[float] = field(default_factory=list)
+    more_nll: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    found: list[float] = field(default_factory=list)
+    payload_bytes: list[float] = field(default_factory=list)
+    bits_per_element: list[float] = field(default_factory=list)
+
+    def means(self) -> dict[str, float]:
+        """Each figure's mean; NaN where there is none."""
+        return {
+            name: statistics.fmean(values) if values else float("nan") for name, values in vars(self).items()
+        }
+
+
+def answer_tokens(model: LanguageModel, context: str, answer: str) -> list[int]:
+    """Indices of the context's tokens that spell the answer where it stands last; none where it does not stand."""
+    at = context.rfind(answer)
+    before, through = (len(model.tokenize(context[:end])) for end in (at, at + len(answer)))
+    return list(range(before, through)) if at >= 0 else []
+
+
+def share_found(kept: Kept, wanted: list[int]) -> float:
+    """The share of `wanted` that the pruned layers' heads kept."""
+    index = torch.tensor(wanted)
+    rows = [
+        row
+        for layer in kept.layers
+        if layer is not None
+        for row in (layer if layer.dim() == 2 else layer[None])
+    ]
+    return statistics.fmean(float(torch.isin(index, row).float().mean()) for row in rows) if rows else 1.0
+
+
+def measure(
+    model: LanguageModel, task: Task, examples: list[Example], codecs: list[str], generate: bool = True
+) -> dict[str, Figures]:
+    """Each codec's figures over these examples."""
+    prefix_ids = model.tokenize(task.prefix, start=True)
+    prefix = model.prefill(prefix_ids, None).cache if prefix_ids else None
+    wanted = [Codec(text).needs.context_queries for text in codecs]
+    queries = None if None in wanted else max(n for n in wanted if n is not None)
+    figures = {text: Figures() for text in codecs}
+    for example in examples:
+        context, question = task.context_text(example), model.tokenize(task.question_text(example))
+        gold = model.tokenize(task.answer_text(example))
+        prefilled = model.prefill(model.tokenize(context), prefix, queries=queries)
+        reference = model.likelihood(question, gold, behind(prefix, prefilled.cache))
+        standing = answer_tokens(model, context, example.answers[0])
+        for text in codecs:
+            codec, mine = Codec(text), figures[text]
+            kept = codec.select(gather(model, codec.needs, prefix, prefilled, question, gold, example.id))
+            payload = codec.encode(prefilled.cache, kept)
+            past = behind(prefix, decode(payload))
+            found = model.likelihood(question, gold, past)
+            mine.more_nll.append(mean_nll(found, gold) - mean_nll(reference, gold))
+            mine.kl.append(mean_kl(reference, found))
+            mine.payload_bytes.append(len(payload))
+            mine.bits_per_element.append(len(payload) * 16 / prefilled.cache.nbytes)
+            if standing:
+                mine.found.append(share_found(kept, standing))
+            if generate:
+                ids = model.generate(question, past, task.max_new_tokens, task.stop)
+                mine.score.append(task.score(model.text(ids, task.stop), example)["score"])
+    return figures
+
+
+def behind(prefix: KVCache | None, cache: KVCache) -> KVCache:
+    """The cache as the cloud has it, behind the prefix's."""
+    from testbed.models.kvcache import join
+
+    return cache if prefix is None else join(prefix, cache)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("codecs", nargs="*", default=CODECS, metavar="CODEC")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--task", default="needle")
+    parser.add_argument("--path", help="of the task qa: a file of JSON lines")
+    parser.add_argument("--context", type=int, default=512, help="tokens; 0: as long as they are")
+    parser.add_argument("--examples", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-answers", action="store_true", help="NLL and KL alone, which are faster")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+
+    model = load_model(options.model)
+    task = make_task(options.task, **({"path": options.path} if options.path else {}))
+    examples = task.examples(
+        options.examples, options.context or None, lambda text: len(model.tokenize(text)), options.seed
+    )
+    figures = measure(model, task, examples, options.codecs, not options.no_answers)
+    means = {text: each.means() for text, each in figures.items()}
+    print(
+        f"{model.name}, {task.name}, contexts of {options.context} tokens, {len(examples)} examples",
+        file=sys.stderr,
+    )
+    if options.json:
+        print(
+            json.dumps({"model": model.name, "task": task.name, "examples": len(examples), "codecs": means})
+        )
+        return
+    print(f"{'codec':36} {'score':>6} {'ΔNLL':>7} {'KL':>7} {'found':>6} {'bytes':>10} {'bit/el':>7}")
+    for text, mean in means.items():
+        print(
+            f"{text:36} {mean['score']:6.3f} {mean['more_nll']:7.3f} {mean['kl']:7.3f} {mean['found']:6.2f} "
+            f"{mean['payload_bytes']:10.0f} {mean['bits_per_element']:7.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Selection on every architecture: scores beside those of eager full attention, and answers from what was kept and sent."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from testbed.codecs.codec import Codec, decode
+from testbed.codecs.evidence import Evidence, Needs
+from testbed.codecs.select.q2c import Q2C
+from testbed.endpoints.gathering import gather
+from testbed.endpoints.online import OnlineSelection
+from testbed.models.kvcache import KVCache, KVLayer, join
+from testbed.models.language import LanguageModel, load_model
+from tests.models import reference
+from tests.tiny_models import FAMILIES
+
+Tiny = Callable[[str], Path]
+
+PREFIX = "Context: The number of the blue boat is 17.\nQuestion: What is the number?\nAnswer: 17\n\n"
+CONTEXT = "Context: The harbour clock was mended in spring by Anna Lind, and the keeper wrote the code 4821."
+QUESTION = "\nQuestion: Who mended the clock?\nAnswer:"
+ANSWER = " Anna Lind"
+
+#: selector -> what it makes of the attention weights of all tokens to the context's, [kv_heads, group, queries, context],
+#: and of how many tokens prefix, context, question and answer have
+Weighing = Callable[[Tensor, int, int, int, int], Tensor]
+SCORES: dict[str, Weighing] = {
+    "q2c@0.5(pool=1)": lambda w, p, c, q, a: w[:, :, p + c : p + c + q].mean((1, 2)),
+    "snapkv@0.5(window=9, kernel=1)": lambda w, p, c, q, a: w[:, :, p + c - 9 : p + c].mean((1, 2)),
+    "snapkv@0.5(question=true, kernel=1)": lambda w, p, c, q, a: w[:, :, p + c : p + c + q].mean((1, 2)),
+    "pyramid@0.5(window=5, kernel=1)": lambda w, p, c, q, a: w[:, :, p + c - 5 : p + c].mean((1, 2)),
+    "h2o@0.5": lambda w, p, c, q, a: w[:, :, p : p + c].mean(1).sum(1),
+    "h2o@0.5(normalised=true)": lambda w, p, c, q, a: (
+        w[:, :, p : p + c].mean(1).sum(1) / torch.tensor([float(c - t) for t in range(c)])
+    ),
+    "tova@0.5": lambda w, p, c, q, a: w[:, :, p + c - 1].mean((0, 1)).expand(len(w), -1),
+    "oracle@0.5(pool=1)": lambda w, p, c, q, a: w[:, :, p + c + q - 1 : p + c + q + a - 1].mean(1).sum(1),
+}
+
+
+@functools.cache
+def prepared(path: Path) -> tuple[LanguageModel, list[list[int]], Evidence]:
+    """A model that rounds nothing, the prompt's four stretches, and all evidence there can be."""
+    model = load_model(str(path), threads=1, cache_dtype=torch.float32)
+    stretches = [model.tokenize(PREFIX, start=True), *map(model.tokenize, (CONTEXT, QUESTION, ANSWER))]
+    prefix = model.prefill(stretches[0], None).cache
+    context = model.prefill(stretches[1], prefix, queries=None)
+    return (
+        model,
+        stretches,
+        gather(model, Needs(None, True, True), prefix, context, *stretches[2:], seed="one"),
+    )
+
+
+@functools.cache
+def eager_attentions(path: Path) -> Any:
+    """transformers' own attention weights of the whole prompt, by layer [1, q_heads, tokens, tokens]."""
+    _, stretches, _ = prepared(path)
+    network = reference.reference_network(path, "eager")
+    with torch.no_grad():
+        return network(
+            torch.tensor([[token for ids in stretches for token in ids]]), output_attentions=True
+        ).attentions
+
+
+@pytest.mark.parametrize("text", SCORES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_those_of_eager_full_attention(tiny_model: Tiny, family: str, text: str) -> None:
+    _, stretches, evidence = prepared(tiny_model(family))
+    prefix, context, question, answer = map(len, stretches)
+    selector: Any = Codec(text).selector
+    for layer in evidence.prunable:
+        weights = eager_attentions(tiny_model(family))[layer][0, ..., prefix : prefix + context]
+        grouped = weights.unflatten(0, (evidence.cache.layers[layer].kv_heads, -1))
+        expected = SCORES[text](grouped, prefix, context, question, answer)
+        torch.testing.assert_close(selector.scores(evidence, layer), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "mistral"])
+def test_expected_attention_is_the_exponential_of_a_gaussian_query_at_each_position_ahead(
+    tiny_model: Tiny, family: str
+) -> None:
+    """mistral has sliding-window layers alone. Straight loops: heads, tokens; the rotation position by position."""
+    model, stretches, evidence = prepared(tiny_model(family))
+    layer = evidence.prunable[-1]
+    held = evidence.cache.layers[layer]
+    keys, values = model.attended(layer, held)
+    queries = evidence.context_queries[layer]  # type: ignore[index]
+    positions = evidence.context_query_positions
+    assert positions is not None
+    rotation = model.rotation(layer)
+    ahead = torch.arange(40) + evidence.cache.length
+    scores = torch.zeros(len(keys), len(stretches[1]), dtype=torch.float64)
+    group = len(queries) // len(keys)
+    for head, asked in enumerate(queries):
+        plain = rotation.undo(asked[None], positions)[0, 4:].double()
+        basis = torch.eye(plain.shape[1])[None]
+        turn = (
+            torch.stack([rotation.apply(basis, at.expand(plain.shape[1]))[0] for at in ahead])
+            .mean(0)
+            .double()
+        )
+        mean = plain.mean(0) @ turn
+        covariance = turn.T @ torch.cov(plain.T, correction=0) @ turn
+        logits = []
+        for key in keys[head // group, 4:].double():
+            scaled = key * model.scaling(layer)
+            logits.append(scaled @ mean + scaled @ covariance @ scaled / 2)
+        scores[head // group, 4:] += torch.stack(logits).softmax(0) / group
+    scores[:, 4:] *= values[:, 4:].double().norm(dim=-1)
+    found = Codec("expected@0.5(future=40)").selector.scores(evidence, layer)  # type: ignore[union-attr]
+    expected = scores.unflatten(0, (held.kv_heads, -1)).mean(1).float()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["q2c@0.5", "random@0.4(scope=layer)", "random@0.4(scope=head)", "adaptive@0.4(by=keynorm, floor=0)"],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_pruned_quantized_and_sent_answers_as_full_attention_under_a_mask(
+    tiny_model: Tiny, family: str, text: str
+) -> None:
+    model, stretches, evidence = prepared(tiny_model(family))
+    prefix, context, question, _ = stretches
+    cache = evidence.cache.to(dtype=torch.float16)
+    codec = Codec(f"{text}+int8")
+    sent = decode(codec.encode(cache, codec.select(evidence))).to(dtype=torch.float32)
+    assert evidence.prefix is not None
+    past = join(evidence.prefix, sent)
+    result = model.prefill(question, past)
+    answer = model.generate(question, past, 6, None)
+
+    total = len(prefix) + len(context) + len(question) + 6
+    hidden = reference.nothing_hidden(model.num_layers, model.kv_heads, total)
+    replaced = []
+    for layer, held in enumerate(past.layers):
+        for head, positions in enumerate(held.positions.expand(held.kv_heads, -1)):
+            dropped = torch.ones(past.length, dtype=torch.bool)
+            dropped[positions[positions >= 0]] = False
+            hidden[layer][head, past.length :, : past.length] = dropped
+        own: KVLayer = sent.layers[layer]
+        replaced.append((own.positions, *model.attended(layer, own)))
+    network = reference.reference_network(tiny_model(family))
+    ids = prefix + context + question
+    for step in range(len(answer) + 1):
+        expected = reference.logits(network, ids + answer[:step], hidden, replaced)[-1]
+        if step == 0:
+            assert result.logits is not None
+            torch.testing.assert_close(result.logits, expected, atol=2e-4, rtol=2e-4)
+        if step < len(answer):
+            assert int(expected.argmax()) == answer[step]
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek v3"])
+def test_a_context_that_arrives_in_chunks_is_scored_as_a_whole_one(
+    tiny_model: Tiny, family: str, size: int
+) -> None:
+    model, stretches, evidence = prepared(tiny_model(family))
+    _, context, question, _ = stretches
+    assert evidence.prefix is not None
+    online = OnlineSelection(model, Q2C(0.3), evidence.prefix, question)
+    chunks = [context[at : at + size] for at in range(0, len(context), size)]
+    if size == 1:
+        chunks = [context[:20], *([token] for token in context[20:24]), context[24:]]
+    past: KVCache = evidence.prefix
+    arrived = 0
+    for chunk in chunks:
+        prefilled = model.prefill(chunk, past)
+        past = join(past, prefilled.cache)
+        kept = online.arrive(prefilled.cache)
+        arrived += len(chunk)
+        assert kept.context_tokens == arrived and kept.tokens == max(1, round(0.3 * arrived))
+    whole = Q2C(0.3).select(evidence)
+    for layer in evidence.prunable:
+        torch.testing.assert_close(
+            online.scores(layer), Q2C(0.3).scores(evidence, layer), atol=1e-5, rtol=1e-4
+        )
+        assert torch.equal(kept.layers[layer], whole.layers[layer])  # type: ignore[arg-type]
