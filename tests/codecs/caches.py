@@ -50,7 +50,7 @@ def make_cache(name: str, seed: int = 0) -> KVCache:
 
 
 def ragged_cache(seed: int = 0) -> KVCache:
-    """Layers that hold different tokens, one whose heads do, and one whose heads hold different numbers of them."""
+    """Layers that hold different tokens, and one whose heads do."""
     generator = torch.Generator().manual_seed(seed)
     lists = [
         torch.arange(10, 200),
@@ -58,10 +58,15 @@ def ragged_cache(seed: int = 0) -> KVCache:
         torch.stack([torch.randperm(200, generator=generator)[:40].sort().values for _ in range(3)]),
         torch.tensor([10, 199]),
     ]
-    layers = [random_layer(3, 64, 64, where, torch.float16, generator) for where in lists]
+    return KVCache([random_layer(3, 64, 64, where, torch.float16, generator) for where in lists], 200)
+
+
+def uneven_cache(seed: int = 0) -> KVCache:
+    """Layers whose heads hold different numbers of tokens, none at all among them, and one whose heads hold equally many."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = random_layer(3, 64, 64, torch.arange(10, 200), torch.float16, generator)
     uneven = [[-1, -1, -1, 5], [-1, -1, -1, -1], [0, 1, 30, 189]]
-    layers.append(random_layer(3, 64, 64, lists[0], torch.float16, generator).select(torch.tensor(uneven)))
-    return KVCache(layers, 200)
+    return KVCache([layer.select(torch.tensor(uneven)), layer, layer.select(torch.tensor(uneven[::-1]))], 200)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 import zlib
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -24,7 +25,7 @@ from testbed.codecs.container import Header, LayerGroup
 from testbed.codecs.positions import PositionList
 from testbed.errors import PayloadError
 from testbed.models.kvcache import EMPTY, KVCache
-from tests.codecs.caches import make_cache, ragged_cache, same_cache
+from tests.codecs.caches import make_cache, ragged_cache, same_cache, uneven_cache
 
 CODECS = (
     "fp16",
@@ -45,8 +46,9 @@ CODECS = (
 
 @functools.cache
 def payload(text: str, ragged: bool = False) -> bytes:
-    """A small payload."""
-    return bytes(Codec(text).encode(ragged_cache() if ragged else make_cache("odd dimensions")))
+    """A small payload; ragged: of layers and heads that hold different tokens, and different numbers of them."""
+    layers = [*ragged_cache().layers, *uneven_cache().layers]
+    return bytes(Codec(text).encode(KVCache(layers, 200) if ragged else make_cache("odd dimensions")))
 
 
 def refused(data: bytes | bytearray | memoryview) -> str:
@@ -276,6 +278,29 @@ def test_any_bytes_like_object_is_decoded_and_left_alone(kind: type) -> None:
 def test_a_payload_at_an_odd_address_is_decoded() -> None:
     shifted = memoryview(b"x" + payload("int8"))[1:]
     assert same_cache(decode(shifted), decode(payload("int8")))
+
+
+@pytest.mark.parametrize("text", ["fp16", "int8", "int4(group=32)", "int4+zstd"])
+def test_heads_of_different_numbers_of_tokens_cross_as_each_of_them_alone(text: str) -> None:
+    cache, codec = uneven_cache(), Codec(text)
+    payload = codec.encode(cache)
+    # Only tokens that are there become bytes: five heads' worth in either uneven layer, at two bytes an element or less.
+    assert len(payload) <= len(codec.encode(KVCache([cache.layers[1]], 200))) + 2 * 5 * 128 * 2 + 512
+    decoded = decode(payload)
+    for before, after in zip(cache.layers, decoded.layers, strict=True):
+        assert torch.equal(before.positions, after.positions) and before.counts == after.counts
+        for head in range(3):
+            held = before.positions.expand(3, -1)[head] != EMPTY
+            alone = replace(
+                before,
+                keys=before.keys[head : head + 1, held],
+                values=before.values[head : head + 1, held],
+                positions=before.positions.expand(3, -1)[head, held],
+            )
+            expected = decode(codec.encode(KVCache([alone], 200))).layers[0]
+            assert torch.equal(after.keys[head, held], expected.keys[0])
+            assert torch.equal(after.values[head, held], expected.values[0])
+            assert not after.keys[head, ~held].any()
 
 
 def test_every_codec_decodes_every_payload() -> None:
