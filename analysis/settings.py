@@ -31,6 +31,7 @@ SCORE = Metric("mean score", lambda rows: rows["score"], True, (0.0, 1.0))
 DELTA_NLL = Metric(
     "ΔNLL of the gold answer (nats/token)", lambda rows: rows["nll"] - rows["reference_nll"], False
 )
+KL = Metric("KL from the full cache (nats/token)", lambda rows: rows["kl"].astype(float), False)
 
 
 @dataclass(frozen=True)

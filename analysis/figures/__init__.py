@@ -24,6 +24,7 @@ FIGURES = {
     "regimes": "analysis.figures.regimes:draw",
     "link_sweep": "analysis.figures.link_sweep:draw",
     "retention": "analysis.figures.retention:draw",
+    "rate_distortion": "analysis.figures.rate_distortion:draw",
     "latency_cdf": "analysis.figures.latency_cdf:draw",
     "timeline": "analysis.figures.timeline:draw",
 }

@@ -145,5 +145,6 @@ def _row(rng: np.random.Generator, profile: str, placement: str, codec: str, tas
         reference_answer="x",
         reference_score=1.0 if easy < 0.8 else 0.2 * (task == "passages"),
         nll=nll + rise * float(rng.gamma(2, 0.5)) if codec else nll,
+        kl=0.8 * rise * (0.5 + easy),
         reference_nll=nll,
     )

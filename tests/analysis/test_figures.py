@@ -191,7 +191,13 @@ def test_two_rows_are_drawn_without_intervals(tmp_path: Path) -> None:
         tasks=("needle",),
         examples=1,
     )
-    assert {p.stem for p in analysis.draw(path)} == {"latency_quality", "latency_nll", "stages", "timeline"}
+    assert {p.stem for p in analysis.draw(path)} == {
+        "latency_quality",
+        "latency_nll",
+        "stages",
+        "rate_distortion",
+        "timeline",
+    }
 
 
 def test_figures_that_the_run_has_no_data_for_are_left_out_or_refused(tmp_path: Path) -> None:
@@ -269,6 +275,31 @@ def test_retention_needs_a_selector(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", ("lte",), ("int8", "int4"), tasks=("needle",), examples=3)
     with pytest.raises(UsageError, match="no codec of it selects tokens"):
         analysis.draw(path, ["retention"])
+
+
+def test_rate_distortion_draws_mean_kl_against_mean_bits(run: Path) -> None:
+    made = drawn("rate_distortion", run)
+    rows = load(run).rows.query('placement == "split" and task == "needle"')
+    panel = next(ax for ax in made.axes if any(t.get_text() == "needle" for t in ax.texts))
+    points = [line.get_xydata()[0] for line in panel.lines if line.get_marker() not in (None, "None")]
+    expected = rows.groupby("codec", sort=False)[["bits_per_element", "kl"]].mean()
+    assert np.asarray(points) == pytest.approx(expected.to_numpy())
+    assert panel.get_ylabel() + made.axes[0].get_ylabel() == "KL from the full cache (nats/token)"
+
+
+def test_rate_distortion_without_kl_draws_the_lost_likelihood_or_says_what_it_needs(tmp_path: Path) -> None:
+    settings = {"profiles": ("lte",), "tasks": ("needle",), "examples": 3, "kl": None}
+    path = make_run(tmp_path / "run", codecs=("int8", "int4"), **settings)
+    assert "ΔNLL" in drawn("rate_distortion", path).axes[0].get_ylabel()
+    path = make_run(tmp_path / "none", codecs=("int8", "int4"), nll=None, **settings)
+    with pytest.raises(UsageError, match="no trial that sent KV has a kl, nor an nll"):
+        analysis.draw(path, ["rate_distortion"])
+    path = make_run(tmp_path / "one", codecs=("int8",), **settings)
+    with pytest.raises(UsageError, match="one codec only"):
+        analysis.draw(path, ["rate_distortion"])
+    path = make_run(tmp_path / "cloud", codecs=(), placements=("cloud",), **settings)
+    with pytest.raises(UsageError, match="no trial that sent KV"):
+        analysis.draw(path, ["rate_distortion"])
 
 
 def test_the_timeline_of_a_trial_adds_up_to_its_latency(run: Path) -> None:
