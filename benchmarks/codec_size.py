@@ -1,0 +1,315 @@
+"""What each codec sends and what it costs: bytes and entropies against score, NLL and KL, beside the full cache.
+
+    python -m benchmarks.codec_size [--model NAME] [--tasks needle passages] [--context 256] [--examples 8] [--json] [CODEC…]
+
+Runs in one process, without a network: each context's cache is selected, encoded, decoded and asked, as the two sides of
+a `split` placement do. Without codecs given, all registered methods are measured.
+
+bytes and bit/el are of the whole payload, header, positions and scales included; bit/el is over the elements of the
+full cache. The entropies are zeroth-order ones of each layer's keys and values, before an entropy coder: of a symbol,
+of a byte of packed symbols, and of the symbols that stand for an element that was kept. `coded` is what an entropy coder
+made of the symbols over what their entropy says. ΔNLL and KL are of the gold answer, against the full cache's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from testbed.codecs import registry
+from testbed.codecs.codec import Codec, decode
+from testbed.codecs.entropy.measure import entropy
+from testbed.codecs.evidence import Evidence
+from testbed.codecs.kept import Kept
+from testbed.codecs.layout import Part, packed_bytes
+from testbed.codecs.shapes import dtype_name
+from testbed.diagnosis.choose import interval
+from testbed.models.kvcache import KVCache, join
+from testbed.models.language import LanguageModel, Prefill, load_model
+from testbed.models.likelihood import mean_kl, mean_nll
+from testbed.tasks import Task, parse_task
+from testbed.tasks.task import Example
+
+
+def every_method() -> list[str]:
+    """Codecs that between them use each registered method: each stage's beside the plain choice of the others."""
+    selected = [f"{name}@{ratio}+int8" for name in registry.SELECTORS for ratio in (0.5, 0.25)]
+    transformed = [
+        f"{name}{options}+int4"
+        for name in registry.TRANSFORMS
+        for options in ("", "(rope=pre)", "(loop=open)")
+    ]
+    coded = [f"{quantizer}+{coder}" for quantizer in ("int8", "int4") for coder in registry.CODERS]
+    more = [
+        "kivi(residual=32)",
+        "turbo(bits=3)",
+        "fp16+ans",
+        "int4+ans(tables=part)",
+        "int2+ans",
+        "delta+int4+ans",
+    ]
+    # By default `mixed` asks a diagnosis that this machine may not have; these keys are the ones it finds on smollm2-135m.
+    quantized = [{"mixed": "mixed(protect=K23)"}.get(name, name) for name in registry.QUANTIZERS]
+    return [*quantized, *transformed, *coded, *more, *selected]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one payload takes. Entropies are None for 16-bit values, which have too many symbols to count."""
+
+    payload_bytes: float
+    bits_per_element: float
+    bits_per_symbol: float | None
+    bits_per_packed_byte: float | None
+    entropy_bits_per_element: float | None
+    coded_of_entropy: float | None = None  #: the coder's bytes over the entropy's, where there is a coder
+    payload_of_promise: float | None = (
+        None  #: the payload over what it were with symbols in their entropy's bytes
+    )
+
+
+def size_of(codec: Codec, cache: KVCache, kept: Kept | None, payload_bytes: int) -> Size:
+    """The figures of a payload that `codec` made of these tokens of the cache."""
+    bits = packed_bits = 0.0
+    symbols_sum = elements = symbol_bytes = 0
+    for part, symbols in _symbols(codec, cache, kept):
+        width = codec.quantizer.symbol_bits(part)
+        elements += part.elements
+        symbols_sum += symbols.numel()
+        symbol_bytes += packed_bytes(symbols.numel(), width)
+        if width == 16:
+            bits = float("nan")
+            continue
+        own = entropy(symbols, width, part.elements)
+        bits += own.bits_per_symbol * symbols.numel()
+        packed_bits += own.bits_per_packed_byte * packed_bytes(symbols.numel(), width)
+    whole = Size(payload_bytes, 16 * payload_bytes / cache.nbytes, None, None, None)
+    if bits != bits or not bits:
+        return whole
+    whole = replace(
+        whole,
+        bits_per_symbol=bits / symbols_sum,
+        bits_per_packed_byte=packed_bits / symbol_bytes,
+        entropy_bits_per_element=bits / elements,
+    )
+    if codec.coder is None or codec.quantizer.embedded:
+        return whole
+    beside = len(Codec(replace(codec.spec, coder=None)).encode(cache, kept)) - symbol_bytes
+    return replace(
+        whole,
+        coded_of_entropy=(payload_bytes - beside) / (bits / 8),
+        payload_of_promise=payload_bytes / (beside + bits / 8),
+    )
+
+
+def _symbols(codec: Codec, cache: KVCache, kept: Kept | None) -> list[tuple[Part, Any]]:
+    """Each part's symbols as the quantizer makes them, before a coder."""
+    held = kept.apply(cache) if kept else cache
+    dtype = dtype_name(held)
+    if codec.transform:
+        held, _ = codec.transform.encode(held, codec.quantizer)
+    found = []
+    for i, layer in enumerate(held.layers):
+        keys = Part(i, "keys", *layer.keys.shape, dtype)
+        values = Part(i, "values", *layer.values.shape, dtype)
+        found.append((keys, codec.quantizer.encode(keys, layer.keys)[0]))
+        found.append((values, codec.quantizer.encode(values, layer.values)[0]))
+    return found
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What is left of one example's answer. more_nll, kl: nats a token of the gold answer."""
+
+    score: float
+    more_nll: float
+    kl: float
+
+
+class Asked:
+    """An example whose context is prefilled once, and the answer to compare with."""
+
+    def __init__(self, model: LanguageModel, task: Task, example: Example, prefix: KVCache | None):
+        self.model, self.task, self.example, self.prefix = model, task, example, prefix
+        self.question = model.tokenize(task.question_text(example))
+        self.gold = model.tokenize(task.answer_text(example))
+        self.context: Prefill = model.prefill(
+            model.tokenize(task.context_text(example)), prefix, queries=None
+        )
+        self.cache = model.knowing_ropes(self.context.cache)
+        full = self._behind(self.context.cache)
+        self._reference = model.likelihood(self.question, self.gold, full)
+        # The full cache's answer through what ends it: a cache along which each of its tokens comes next answers alike.
+        self._answer = self._through_stop(model.generate(self.question, full, task.max_new_tokens, None))
+        self.full = Quality(self._score(self._answer), 0.0, 0.0)
+        self._evidence: Evidence | None = None
+        self._seen: dict[str, Quality] = {}
+
+    def evidence(self) -> Evidence:
+        """All that any selector asks for."""
+        if self._evidence is None:
+            asked = self.model.prefill(self.question, self._behind(self.context.cache), queries=None)
+            self._evidence = Evidence(
+                cache=self.context.cache,
+                prefix=self.prefix,
+                context_queries=self.context.queries,
+                context_query_positions=self.context.query_positions,
+                question_queries=asked.queries,
+                question_query_positions=asked.query_positions,
+                question_cache=asked.cache,
+                scaling=self.model.scaling,
+                softcap=self.model.softcap,
+                seed=self.example.id,
+            )
+        return self._evidence
+
+    def measured(self, codec: Codec) -> tuple[Size, Quality]:
+        """Sizes and quality of the context sent by this codec."""
+        kept = codec.select(self.evidence()) if codec.selector else None
+        payload = codec.encode(self.cache, kept)
+        size = size_of(codec, self.cache, kept, len(payload))
+        name = str(replace(codec.spec, coder=None))  # a coder gives back what it was given
+        if name not in self._seen:
+            self._seen[name] = self._quality(decode(payload))
+        return size, self._seen[name]
+
+    def _quality(self, cache: KVCache) -> Quality:
+        past = self._behind(cache)
+        found = self.model.likelihood(self.question, self.gold, past)
+        forced = self.model.likelihood(self.question, self._answer, past) if self._answer else None
+        if forced is not None and self._ends(self._answer) and forced.argmax(-1).tolist() == self._answer:
+            score = self.full.score
+        else:
+            score = self._score(
+                self.model.generate(self.question, past, self.task.max_new_tokens, self.task.stop)
+            )
+        more = mean_nll(found, self.gold) - mean_nll(self._reference, self.gold)
+        return Quality(score, more, mean_kl(self._reference, found))
+
+    def _behind(self, cache: KVCache) -> KVCache:
+        return cache if self.prefix is None else join(self.prefix, cache)
+
+    def _score(self, ids: list[int]) -> float:
+        return self.task.score(self.model.text(ids, self.task.stop), self.example)["score"]
+
+    def _through_stop(self, ids: list[int]) -> list[int]:
+        for end in range(1, len(ids)):
+            if self._ends(ids[:end]):
+                return ids[:end]
+        return ids
+
+    def _ends(self, ids: list[int]) -> bool:
+        return len(ids) >= self.task.max_new_tokens or self.task.stop in self.model.text(ids)
+
+
+def measure(
+    model: LanguageModel, tasks: list[Task], codecs: list[str], context: int, count: int, seed: int
+) -> list[dict[str, Any]]:
+    """A row a codec: mean sizes over all examples, and quality task by task with 95 % intervals."""
+    made = [Codec(text, model.name) for text in codecs]
+    sizes: dict[str, list[Size]] = {text: [] for text in codecs}
+    qualities: dict[str, dict[str, list[Quality]]] = {text: {t.label: [] for t in tasks} for text in codecs}
+    full: dict[str, list[float]] = {task.label: [] for task in tasks}
+    for task in tasks:
+        ids = model.tokenize(task.prefix, start=True)
+        prefix = model.prefill(ids, None).cache if ids else None
+        for example in task.examples(count, context, lambda text: len(model.tokenize(text)), seed):
+            asked = Asked(model, task, example, prefix)
+            full[task.label].append(asked.full.score)
+            for text, codec in zip(codecs, made, strict=True):
+                size, quality = asked.measured(codec)
+                sizes[text].append(size)
+                qualities[text][task.label].append(quality)
+    return [
+        {
+            "codec": str(codec),
+            **_means(sizes[text]),
+            "tasks": {
+                name: {
+                    "n": len(found),
+                    "full_score": statistics.fmean(full[name]),
+                    "score": asdict(interval([q.score for q in found])),
+                    "more_nll": asdict(interval([q.more_nll for q in found])),
+                    "kl": asdict(interval([q.kl for q in found])),
+                }
+                for name, found in qualities[text].items()
+            },
+        }
+        for text, codec in zip(codecs, made, strict=True)
+    ]
+
+
+def _means(sizes: list[Size]) -> dict[str, float | None]:
+    columns = {name: [getattr(size, name) for size in sizes] for name in Size.__dataclass_fields__}
+    return {
+        name: None if any(value is None for value in values) else statistics.fmean(values)
+        for name, values in columns.items()
+    }
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """The rows as a Markdown table, which people can read, too."""
+    tasks = list(rows[0]["tasks"])
+    heads = ["codec", "bytes", "bit/el", "bit/symbol", "bit/byte", "entropy bit/el", "coded"]
+    heads += [f"{task} {what}" for task in tasks for what in ("score", "ΔNLL", "KL")]
+    wide = max(len(row["codec"]) for row in rows) + 2
+    print("| " + " | ".join([heads[0].ljust(wide), *heads[1:]]) + " |")
+    print("|" + "---|" + "--:|" * (len(heads) - 1))
+    for row in rows:
+        shown = [
+            f"`{row['codec']}`".ljust(wide),
+            f"{row['payload_bytes']:.0f}",
+            f"{row['bits_per_element']:.2f}",
+        ]
+        for name in ("bits_per_symbol", "bits_per_packed_byte", "entropy_bits_per_element"):
+            shown.append("" if row[name] is None else f"{row[name]:.2f}")
+        shown.append("" if row["coded_of_entropy"] is None else f"{row['coded_of_entropy']:.3f}")
+        for own in row["tasks"].values():
+            shown += [
+                f"{own['score']['mean']:.2f}",
+                f"{own['more_nll']['mean']:+.3f}",
+                f"{own['kl']['mean']:.4f}",
+            ]
+        print("| " + " | ".join(shown) + " |")
+
+
+def main() -> None:
+    """Parse arguments, measure, print."""
+    parser = argparse.ArgumentParser(
+        description="Bytes and entropies of codecs against the answers' quality."
+    )
+    parser.add_argument("codecs", nargs="*", metavar="CODEC")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--tasks", nargs="+", default=["needle", "passages"])
+    parser.add_argument("--context", type=int, default=256, help="tokens")
+    parser.add_argument("--examples", type=int, default=8, help="of each task")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    options = parser.parse_args()
+    started = time.monotonic()
+    tasks = [parse_task(text) for text in options.tasks]
+    rows = measure(
+        load_model(options.model),
+        tasks,
+        options.codecs or every_method(),
+        options.context,
+        options.examples,
+        options.seed,
+    )
+    settings = {name: getattr(options, name) for name in ("model", "context", "examples", "seed")}
+    settings |= {"tasks": [task.label for task in tasks], "seconds": round(time.monotonic() - started, 1)}
+    if options.json:
+        print(json.dumps({**settings, "codecs": rows}))
+        return
+    print(", ".join(f"{name} {value}" for name, value in settings.items()))
+    for task, own in rows[0]["tasks"].items():
+        print(f"full cache, {task}: score {own['full_score']:.2f}, n = {own['n']}")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
