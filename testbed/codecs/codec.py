@@ -42,7 +42,7 @@ class Codec:
         self.selector = cast("Selector | None", self.spec.selector)
         self.quantizer = cast("Quantizer", self.spec.quantizer)
         self.transform = cast("Transform | None", self.spec.transform) or self.quantizer.own_transform
-        self.coder = cast(Coder | None, self.spec.coder)
+        self.coder = cast(Coder | None, self.spec.coder) or self.quantizer.own_coder
 
     def __str__(self) -> str:
         return str(self.spec)

@@ -34,6 +34,7 @@ QUANTIZERS = {
     "normsep": "testbed.codecs.quantize.normsep:NormSep",
     "turbo": "testbed.codecs.quantize.turbo:Turbo",
     "kvquant": "testbed.codecs.quantize.kvquant:KVQuant",
+    "cachegen": "testbed.codecs.quantize.cachegen:CacheGen",
     "mixed": "testbed.codecs.quantize.mixed:Mixed",
     "planes": "testbed.codecs.quantize.planes:Planes",
 }

@@ -41,6 +41,7 @@ CODECS = (
     "kvquant(outliers=0.1)",
     "mixed(protect=K0.V1)",
     "planes(bits=3)",
+    "cachegen(anchor=3)",
 )
 
 

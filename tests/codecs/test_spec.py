@@ -114,7 +114,7 @@ def _values(name: str, kind: str, choices: tuple[str, ...]) -> st.SearchStrategy
         "floor": st.floats(0, 1),
         "window": st.integers(1, 65536),
         "sinks": st.integers(0, 4096),
-        "level": st.integers(-7, 19),
+        "level": st.integers(1, 4),
         "group": st.integers(2, 4096),
         "bits": st.sampled_from([2, 3, 4, 8]),
         "outliers": st.floats(0, 0.5),

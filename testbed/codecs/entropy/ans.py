@@ -105,10 +105,17 @@ def _widths(piece: Piece) -> int:
 
 
 def _modes(piece: Piece) -> list[int]:
-    """How symbols may share tables: by channel only where a symbol is an element."""
+    """How symbols may share tables: by channel only where each of some tokens has a symbol for each channel."""
     if piece.bits == 16:
         return [_BYTES]
-    return [_PART, _CHANNEL] if piece.symbols == piece.part.elements else [_PART]
+    channels = piece.part.kv_heads * piece.part.head_dim
+    return [_PART, _CHANNEL] if piece.symbols % channels == 0 else [_PART]
+
+
+def _shape(piece: Piece) -> tuple[int, int, int]:
+    """KV heads, tokens that have symbols, and channels of a head."""
+    heads, _, channels = piece.part.shape
+    return heads, piece.symbols // (heads * channels), channels
 
 
 def _rows(piece: Piece, mode: int, symbols: Symbols) -> Symbols:
@@ -119,7 +126,7 @@ def _rows(piece: Piece, mode: int, symbols: Symbols) -> Symbols:
         return symbols.reshape(1, -1)
     if mode == _BYTES:
         return np.ascontiguousarray(symbols.reshape(-1, 2).T)
-    heads, tokens, channels = piece.part.shape
+    heads, tokens, channels = _shape(piece)
     by_channel = symbols.reshape(heads, tokens, channels).transpose(0, 2, 1)
     return np.ascontiguousarray(by_channel).reshape(heads * channels, tokens)
 
@@ -132,7 +139,7 @@ def _unrowed(piece: Piece, mode: int, rows: Symbols) -> Symbols:
         return rows
     if mode == _BYTES:
         return np.ascontiguousarray(rows.T)
-    heads, tokens, channels = piece.part.shape
+    heads, tokens, channels = _shape(piece)
     return np.ascontiguousarray(rows.reshape(heads, channels, tokens).transpose(0, 2, 1))
 
 

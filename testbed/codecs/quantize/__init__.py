@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from testbed.codecs.entropy import Coder
     from testbed.codecs.transform import Transform
 
 
@@ -33,6 +34,11 @@ class Quantizer(Method):
     @property
     def own_transform(self) -> Transform | None:
         """A transform that it brings with it where the codec names none."""
+        return None
+
+    @property
+    def own_coder(self) -> Coder | None:
+        """An entropy coder that it brings with it where the codec names none."""
         return None
 
     def symbol_bits(self, part: Part) -> int:

@@ -1,0 +1,174 @@
+"""CacheGen: levels by layer, scales by token, differences to anchors, and the coder that it brings with it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from testbed.codecs import CodecError
+from testbed.codecs.codec import Codec, decode
+from testbed.codecs.layout import Part
+from testbed.codecs.spec import parse
+from testbed.errors import PayloadError, SpecError
+from testbed.models.kvcache import KVCache, KVLayer
+from tests.codecs.caches import SHAPES, make_cache, ragged_cache, same_cache
+
+TEXTS = (
+    "cachegen",
+    "cachegen(level=1)",
+    "cachegen(level=4)",
+    "cachegen(anchor=10)",
+    "cachegen(level=3, anchor=3)",
+)
+EVERY = [*itertools.product(TEXTS, [*SHAPES, "ragged"])]
+#: Bins of keys and values as the release has them for 32 layers: (first layer, last layer, level) -> bins
+RELEASED = [
+    ("keys", 0, 9, {1: 16, 2: 32, 3: 32}),
+    ("keys", 10, 19, {1: 16, 2: 16, 3: 32}),
+    ("keys", 20, 31, {1: 12, 2: 16, 3: 32}),
+    ("values", 0, 1, {1: 16, 2: 32, 3: 32}),
+    ("values", 2, 31, {1: 12, 2: 16, 3: 32}),
+]
+
+
+def cache_of(name: str) -> KVCache:
+    return ragged_cache() if name == "ragged" else make_cache(name)
+
+
+def released_bins(kind: str, layer: int, level: int) -> int:
+    return next(
+        ({4: 64} | bins)[level]
+        for what, first, last, bins in RELEASED
+        if what == kind and first <= layer <= last
+    )
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_bins_are_those_of_the_release(level: int) -> None:
+    method = parse(f"cachegen(level={level})").quantizer
+    for layer in range(32):
+        for kind in ("keys", "values"):
+            part = Part(layer, kind, 2, 3, 4, "float16")  # type: ignore[arg-type]
+            assert method.bins(part) == released_bins(kind, layer, level)  # type: ignore[attr-defined]
+
+
+def step(x: Tensor, most: int, dtype: torch.dtype) -> Tensor:
+    """The scale of each token, at most: the largest element over the levels, rounded up in 16 bits."""
+    info = torch.finfo(dtype)
+    largest = x.abs().amax((0, 2), keepdim=True) / most
+    return largest * (1 + info.eps) + info.smallest_normal * info.eps
+
+
+@pytest.mark.parametrize("text, name", EVERY)
+def test_elements_are_within_half_a_step_and_all_else_comes_back(text: str, name: str) -> None:
+    cache = cache_of(name)
+    method = Codec(text).quantizer
+    level, anchor = method.level, method.anchor  # type: ignore[attr-defined]
+    decoded = decode(Codec(text).encode(cache))
+    assert decoded.length == cache.length
+    for i, (ours, theirs) in enumerate(zip(decoded.layers, cache.layers, strict=True)):
+        assert torch.equal(ours.positions, theirs.positions)
+        for kind in ("keys", "values"):
+            x, back = getattr(theirs, kind).double(), getattr(ours, kind).double()
+            assert x.shape == back.shape
+            assert getattr(ours, kind).dtype == getattr(theirs, kind).dtype
+            if not x.numel():
+                continue
+            most = released_bins(kind, i, level) // 2 - 1
+            bound = step(x, most, cache.dtype).expand_as(x) / 2
+            if anchor:
+                anchors = x[:, ::anchor]
+                fine = step(anchors, 127, cache.dtype) / 2
+                group = torch.arange(x.shape[1]) // anchor
+                # a difference is to the anchor as it arrives, which is off by up to half an anchor's step
+                bound = (x - anchors[:, group]).abs().amax((0, 2), keepdim=True) + fine[:, group]
+                bound = step(bound, most, cache.dtype).expand_as(x) / 2
+                bound = torch.where(
+                    (torch.arange(x.shape[1]) % anchor == 0)[None, :, None], fine[:, group], bound
+                )
+            slack = torch.finfo(cache.dtype).eps * (x.abs() + bound) + 1e-7
+            assert bool(((back - x).abs() <= bound + slack).all())
+
+
+@pytest.mark.parametrize("text, name", EVERY)
+def test_the_payload_is_never_above_its_packed_symbols(text: str, name: str) -> None:
+    cache = cache_of(name)
+    packed = Codec(text)
+    packed.coder = None
+    size = len(Codec(text).encode(cache))
+    assert size <= len(packed.encode(cache)) + 16 + 10 * len(cache.layers)
+    method = packed.quantizer
+    anchor, bits = method.anchor, 0.0  # type: ignore[attr-defined]
+    for i, layer in enumerate(cache.layers):
+        for kind, x in (("keys", layer.keys), ("values", layer.values)):
+            anchors = -(-x.shape[1] // anchor) if anchor else 0
+            most = 2 * (released_bins(kind, i, method.level) // 2 - 1)  # type: ignore[attr-defined]
+            others = x.shape[1] - anchors
+            bits += x.shape[0] * x.shape[2] * (others * most.bit_length() + 8 * anchors) + 16 * x.shape[1]
+    assert size <= 1.02 * bits / 8 + 1024
+
+
+def test_the_coder_is_its_own_unless_another_is_named() -> None:
+    cache = make_cache("grouped")
+    own = decode(Codec("cachegen").encode(cache))
+    for coder in ("zstd", "ans", "lz4"):
+        assert same_cache(decode(Codec(f"cachegen+{coder}").encode(cache)), own)
+    assert bytes(Codec("cachegen").encode(cache)) == bytes(Codec("cachegen").encode(make_cache("grouped")))
+
+
+def alike(tokens: int) -> KVCache:
+    """Channels of different spread, and tokens close to their neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    spread = 2.0 ** torch.randint(-4, 4, (2, 1, 64), generator=generator)
+    walk = torch.randn(2, tokens, 64, generator=generator).mul(0.1).cumsum(1)
+    x = (walk * spread).half()
+    return KVCache([KVLayer(x, x, torch.arange(tokens))], tokens)
+
+
+def test_tables_by_channel_pay_for_themselves_where_channels_differ() -> None:
+    cache = alike(2000)
+    assert len(Codec("cachegen").encode(cache)) < 0.9 * len(Codec("cachegen+ans(tables=part)").encode(cache))
+
+
+def test_differences_to_anchors_err_less_where_tokens_are_alike() -> None:
+    cache = alike(500)
+
+    def error(text: str) -> float:
+        back = decode(Codec(text).encode(cache)).layers[0].keys
+        return float((back.float() - cache.layers[0].keys.float()).square().mean())
+
+    assert error("cachegen(anchor=10)") < 0.5 * error("cachegen")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("exponent", [-126, -24, 0, 14, 126])
+def test_numbers_at_the_ends_of_the_format_stay_finite(text: str, dtype: torch.dtype, exponent: int) -> None:
+    values = torch.linspace(-1.9, 1.9, 5 * 64, dtype=torch.float64) * 2.0**exponent
+    limit = torch.finfo(dtype).max
+    x = values.clamp(-limit, limit).to(dtype).view(1, 5, 64)
+    layer = decode(Codec(text).encode(KVCache([KVLayer(x, x, torch.arange(5))], 5))).layers[0]
+    for back in (layer.keys, layer.values):
+        assert bool(torch.isfinite(back).all())
+        assert float((back.double() - x.double()).abs().max()) <= 2 * float(x.double().abs().max())
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_nan_and_broken_payloads_are_refused(text: str) -> None:
+    cache = make_cache("grouped")
+    cache.layers[2].values[1, 7, 33] = float("nan")
+    with pytest.raises(CodecError, match="values of layer 2"):
+        Codec(text).encode(cache)
+    payload = bytes(Codec(text).encode(make_cache("odd dimensions")))
+    for cut in range(len(payload)):
+        with pytest.raises(PayloadError):
+            decode(payload[:cut])
+
+
+@pytest.mark.parametrize("text", ["cachegen(level=0)", "cachegen(level=5)", "cachegen(anchor=1)"])
+def test_levels_and_anchors_that_do_not_exist_are_refused(text: str) -> None:
+    with pytest.raises(SpecError, match=r"cachegen: (level|anchor) is"):
+        parse(text)
