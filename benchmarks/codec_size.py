@@ -1,6 +1,6 @@
 """What each codec sends and what it costs: bytes and entropies against score, NLL and KL, beside the full cache.
 
-    python -m benchmarks.codec_size [--model NAME] [--tasks needle passages] [--context 256] [--examples 8] [--json] [CODEC…]
+    python -m benchmarks.codec_size [CODEC…] [--model NAME] [--tasks needle passages] [--context 256] [--examples 8] [--json]
 
 Runs in one process, without a network: each context's cache is selected, encoded, decoded and asked, as the two sides of
 a `split` placement do. Without codecs given, all registered methods are measured.
@@ -20,14 +20,19 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from testbed.codecs import registry
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.entropy.measure import entropy
 from testbed.codecs.evidence import Evidence
 from testbed.codecs.kept import Kept
 from testbed.codecs.layout import Part, packed_bytes
+from testbed.codecs.quantize.protection import Kind
+from testbed.codecs.ragged import flatten
 from testbed.codecs.shapes import dtype_name
 from testbed.diagnosis.choose import interval
+from testbed.endpoints.gathering import gather
 from testbed.models.kvcache import KVCache, join
 from testbed.models.language import LanguageModel, Prefill, load_model
 from testbed.models.likelihood import mean_kl, mean_nll
@@ -51,6 +56,9 @@ def every_method() -> list[str]:
         "int4+ans(tables=part)",
         "int2+ans",
         "delta+int4+ans",
+        "cachegen(level=1)",
+        "cachegen(level=3)",
+        "cachegen(anchor=10)",
     ]
     # By default `mixed` asks a diagnosis that this machine may not have; these keys are the ones it finds on smollm2-135m.
     quantized = [{"mixed": "mixed(protect=K23)"}.get(name, name) for name in registry.QUANTIZERS]
@@ -98,7 +106,9 @@ def size_of(codec: Codec, cache: KVCache, kept: Kept | None, payload_bytes: int)
     )
     if codec.coder is None or codec.quantizer.embedded:
         return whole
-    beside = len(Codec(replace(codec.spec, coder=None)).encode(cache, kept)) - symbol_bytes
+    packed = Codec(codec.spec)
+    packed.coder = None  # not even the one that the quantizer brings with it
+    beside = len(packed.encode(cache, kept)) - symbol_bytes
     return replace(
         whole,
         coded_of_entropy=(payload_bytes - beside) / (bits / 8),
@@ -106,18 +116,19 @@ def size_of(codec: Codec, cache: KVCache, kept: Kept | None, payload_bytes: int)
     )
 
 
-def _symbols(codec: Codec, cache: KVCache, kept: Kept | None) -> list[tuple[Part, Any]]:
+def _symbols(codec: Codec, cache: KVCache, kept: Kept | None) -> list[tuple[Part, Tensor]]:
     """Each part's symbols as the quantizer makes them, before a coder."""
-    held = kept.apply(cache) if kept else cache
+    held = flatten(kept.apply(cache) if kept else cache)
     dtype = dtype_name(held)
     if codec.transform:
         held, _ = codec.transform.encode(held, codec.quantizer)
     found = []
     for i, layer in enumerate(held.layers):
-        keys = Part(i, "keys", *layer.keys.shape, dtype)
-        values = Part(i, "values", *layer.values.shape, dtype)
-        found.append((keys, codec.quantizer.encode(keys, layer.keys)[0]))
-        found.append((values, codec.quantizer.encode(values, layer.values)[0]))
+        both: tuple[tuple[Kind, Tensor], ...] = (("keys", layer.keys), ("values", layer.values))
+        for kind, values in both:
+            heads, tokens, width = values.shape
+            part = Part(i, kind, heads, tokens, width, dtype)
+            found.append((part, codec.quantizer.encode(part, values)[0]))
     return found
 
 
@@ -146,36 +157,22 @@ class Asked:
         # The full cache's answer through what ends it: a cache along which each of its tokens comes next answers alike.
         self._answer = self._through_stop(model.generate(self.question, full, task.max_new_tokens, None))
         self.full = Quality(self._score(self._answer), 0.0, 0.0)
-        self._evidence: Evidence | None = None
         self._seen: dict[str, Quality] = {}
-
-    def evidence(self) -> Evidence:
-        """All that any selector asks for."""
-        if self._evidence is None:
-            asked = self.model.prefill(self.question, self._behind(self.context.cache), queries=None)
-            self._evidence = Evidence(
-                cache=self.context.cache,
-                prefix=self.prefix,
-                context_queries=self.context.queries,
-                context_query_positions=self.context.query_positions,
-                question_queries=asked.queries,
-                question_query_positions=asked.query_positions,
-                question_cache=asked.cache,
-                scaling=self.model.scaling,
-                softcap=self.model.softcap,
-                seed=self.example.id,
-            )
-        return self._evidence
 
     def measured(self, codec: Codec) -> tuple[Size, Quality]:
         """Sizes and quality of the context sent by this codec."""
-        kept = codec.select(self.evidence()) if codec.selector else None
+        kept = codec.select(self._evidence(codec)) if codec.selector else None
         payload = codec.encode(self.cache, kept)
         size = size_of(codec, self.cache, kept, len(payload))
         name = str(replace(codec.spec, coder=None))  # a coder gives back what it was given
         if name not in self._seen:
             self._seen[name] = self._quality(decode(payload))
         return size, self._seen[name]
+
+    def _evidence(self, codec: Codec) -> Evidence:
+        return gather(
+            self.model, codec.needs, self.prefix, self.context, self.question, self.gold, self.example.id
+        )
 
     def _quality(self, cache: KVCache) -> Quality:
         past = self._behind(cache)
