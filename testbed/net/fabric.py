@@ -80,7 +80,7 @@ class Fabric:
         with state.locked():
             self._state = state.new(topology, self.emulator.name, persistent=False, run_id=run_id)
             namespaces.prepare_directory(state.netns_marker())
-            wiring.build(self._state, checksums=getattr(self.emulator, "reads_packets", False))
+            wiring.build(self._state)
 
     def _wire(self, persistent: bool) -> None:
         from testbed.net import emulators, wiring

@@ -25,8 +25,6 @@ _FEATURE_STRINGS = 4
 _NAME_BYTES = 32
 _SEGMENTATION = re.compile(r"tx-.*segmentation|tx-gso-(partial|list)|rx-gro.*|rx-udp-gro-forwarding|rx-lro")
 
-_CHECKSUMS = re.compile(r"tx-checksum-.*")
-
 
 class Ethtool:
     """The ethtool requests for interfaces of the namespace in which this is made. Close it, or use it in a
@@ -49,19 +47,16 @@ class Ethtool:
     def disable_segmentation(self, interface: str) -> None:
         """Turns every segmentation and coalescing feature off and reads back that it is. Raises
         NetworkError."""
-        self._disable(interface, _SEGMENTATION, "packets would be larger than the MTU")
-
-    def disable_checksums(self, interface: str) -> None:
-        """Has the kernel fill in the checksums of what is sent, and reads back that it does. Raises NetworkError."""
-        self._disable(interface, _CHECKSUMS, "packets would leave without checksums")
-
-    def _disable(self, interface: str, features: re.Pattern[str], otherwise: str) -> None:
-        self._set(interface, features, False)
+        self._set(interface, _SEGMENTATION, False)
         left = [
-            name for name, active in self.features(interface).items() if active and features.fullmatch(name)
+            name
+            for name, active in self.features(interface).items()
+            if active and _SEGMENTATION.fullmatch(name)
         ]
         if left:
-            raise NetworkError(f"{interface}: the kernel keeps {', '.join(left)} on; {otherwise}")
+            raise NetworkError(
+                f"{interface}: the kernel keeps {', '.join(left)} on; packets would be larger than the MTU"
+            )
 
     def enable_tcp_segmentation(self, interface: str) -> None:
         """Lets TCP hand over several segments as one packet; for an emulator that knows what they are. Raises

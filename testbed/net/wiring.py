@@ -27,12 +27,11 @@ _LOOPBACK = 1
 _FIRST_INDEX = 10
 
 
-def build(state: State, *, checksums: bool = False) -> None:
+def build(state: State) -> None:
     """Makes and fills the state's namespaces, which are named and not there yet: links, addresses, routes, sysctls.
 
     What arrives at the wire's ends of a link goes nowhere yet: that is the emulator's part. Raises
-    NetworkError, or UsageError for a congestion control this kernel does not offer. `checksums`: nodes fill in those of
-    what they send, since the emulator would not.
+    NetworkError, or UsageError for a congestion control this kernel does not offer.
     """
     nodes = {state.namespace(node.name): node.name for node in state.topology.nodes}
     with contextlib.ExitStack() as closing:
@@ -47,7 +46,7 @@ def build(state: State, *, checksums: bool = False) -> None:
                 closing.callback(os.close, wire)
             else:
                 _set_sysctls(_node_sysctls(state.topology, nodes[name]))
-                _configure_node(state, nodes[name], wire, checksums)
+                _configure_node(state, nodes[name], wire)
 
         namespaces.create_all([state.wire, *nodes], furnish)
         with namespaces.inside(state.wire):
@@ -191,7 +190,7 @@ def _mac(number: int, last: int) -> bytes:
     return bytes((0x02, 0x74, 0x62, number >> 8, number & 255, last))
 
 
-def _configure_node(state: State, node: str, wire: int, checksums: bool) -> None:
+def _configure_node(state: State, node: str, wire: int) -> None:
     """Makes the node's links, with their ends in the wire, and its addresses, neighbours and routes. Call it inside the node."""
     topology = state.topology
     with Batch(f"network {state.id}: node {node}") as batch:
@@ -212,8 +211,6 @@ def _configure_node(state: State, node: str, wire: int, checksums: bool) -> None
     with Ethtool() as ethtool:
         for end in ends:
             ethtool.disable_segmentation(end.name)
-            if checksums:
-                ethtool.disable_checksums(end.name)
 
 
 def _add_end(batch: Batch, topology: Topology, end: Interface, index: int, wire: int) -> None:
