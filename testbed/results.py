@@ -3,6 +3,7 @@
 results/<scenario>-<UTC time>/
     manifest.json       the resolved scenario, versions, kernel, emulator, seeds; `format` says how to read the rest
     calibration.json    what was asked of each link and what was measured
+    counters.json       what the emulator counted while trials crossed the link
     trials.jsonl        one JSON object a line and trial, appended and flushed
     trials.parquet      the same, written at the end
     summary.csv  figures/  report.html

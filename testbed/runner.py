@@ -21,6 +21,7 @@ from testbed.environment import describe_host
 from testbed.errors import EndpointError, NetworkError, UsageError
 from testbed.estimate import Estimator
 from testbed.models.sources import resolve
+from testbed.net.accounting import Account
 from testbed.net.fabric import Fabric
 from testbed.net.profile import Profile
 from testbed.net.topology import Topology
@@ -92,18 +93,24 @@ class Run:
             self._link_settings = self._serve(batches, loaded)
             self._write_manifest(loaded)
             self._calibrate()
-            with running(self.fabric, self.plan.flows()) as traffic:
-                self._walk(batches)
-            self._write_traffic(traffic)
+            self._account = Account(self.fabric, self.plan.link)
+            try:
+                with running(self.fabric, self.plan.flows()) as traffic:
+                    self._walk(batches)
+            finally:
+                self._write_stretch(
+                    "counters.json", {"link": self.plan.link}, profiles=self._account.record()
+                )
+            self._write_stretch("traffic.json", {}, flows=traffic)
         self.directory.write_parquet()
 
-    def _write_traffic(self, flows: list[dict[str, Any]]) -> None:
-        # One entry for each time the run was started: a flow's figures are of one stretch of time.
-        if flows:
-            path = self.directory.path / "traffic.json"
+    def _write_stretch(self, name: str, about: dict[str, str], **found: Any) -> None:
+        # One entry for each time the run was started: its figures are of one stretch of time.
+        if any(found.values()):
+            path = self.directory.path / name
             before = json.loads(path.read_text())["starts"] if path.exists() else []
-            ended = {"ended_at": utc_now(), "flows": flows}
-            self.directory.write("traffic.json", {"format": FORMAT, "starts": [*before, ended]})
+            ended = {"ended_at": utc_now(), **found}
+            self.directory.write(name, {"format": FORMAT, **about, "starts": [*before, ended]})
 
     def _build(self, topology: Topology) -> Fabric:
         captures = self.directory.path / "captures"
@@ -289,6 +296,7 @@ class Run:
     ) -> Row:
         """One request, and its row; what fails is in the row's `error`."""
         row = self._row(batch, example, cell, repeat, reference)
+        told: list[str] = []
         common = {"batch": batch.index, "example": number, "repeat": repeat, "reuse": self.scenario.reuse}
         try:
             if cell.placement == "edge":
@@ -298,7 +306,8 @@ class Run:
                 row.trace_s = self._align(cell.profile)
                 link = {**self._link_settings, "name": cell.profile.text()}
                 extra = {"codec": cell.codec} if cell.placement == "split" else {}
-                result = self.edge.call(cell.placement, None, link=link, **extra, **common)
+                with self._account.trial(cell.profile.name) as told:
+                    result = self.edge.call(cell.placement, None, link=link, **extra, **common)
                 outcome = self.cloud.call("outcome", None, id=result["request"], gold=gold)
         except EndpointError as error:
             if not (self.edge.alive and self.cloud.alive):
@@ -306,6 +315,8 @@ class Run:
             row.error = str(error)
             self.failures += 1
             return row
+        finally:
+            row.warnings = "; ".join([*filter(None, [row.warnings]), *told])
         fill(row, result, outcome, task.score(result["answer"], example))
         return row
 

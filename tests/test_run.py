@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.kill_resume import leftovers, torture
+from testbed.net.accounting import LATE_S
 from testbed.results import COLUMNS, FORMAT, STAGES
 from tests.tiny_models import tiny_model_directory
 
@@ -118,6 +119,27 @@ class TestAWholeRun:
         assert manifest["emulator"] in ("netem", "userspace")
         measured = json.loads((finished / "calibration.json").read_text())["measurements"]
         assert len(measured) == 2
+
+    def test_keeps_what_the_emulator_counted_during_its_trials(self, finished: Path) -> None:
+        kept = json.loads((finished / "counters.json").read_text())
+        (start,) = kept["starts"]
+        assert kept["link"] == rows(finished)[0]["link"]
+        for profile in {row["profile"] for row in rows(finished)}:
+            crossing = [
+                row for row in rows(finished) if row["profile"] == profile and row["placement"] != "edge"
+            ]
+            counted = start["profiles"][profile]
+            assert counted["trials"] == len(crossing) == 2 * (4 + 1)
+            assert counted["up"]["bytes"] > sum(row["payload_bytes"] for row in crossing)
+            assert counted["down"]["packets"] > 0
+            # Its own frames' headers are in one and not in the other.
+            both = counted["up"]["bytes"] + counted["down"]["bytes"]
+            assert both == pytest.approx(sum(row["wire_bytes"] for row in crossing), rel=0.05)
+            warned = [row for row in crossing if "the emulator" in row["warnings"]]
+            assert counted["not_kept_up"] == len(warned)
+            late = max(counted[way]["worst_lateness_s"] for way in ("up", "down"))
+            lost = sum(counted[way]["overrun"] for way in ("up", "down"))
+            assert bool(warned) == (late > LATE_S or lost > 0)
 
     def test_gives_the_same_answers_tokens_and_bytes_when_run_again(
         self, finished: Path, scenario: Path, tmp_path: Path

@@ -95,7 +95,7 @@ class Calibration:
             "attempts": [
                 {"ok": attempt.ok, "causes": list(attempt.causes)}
                 | {"checks": [asdict(check) for check in attempt.checks]}
-                | {"counters": {way: asdict(values) for way, values in attempt.counters.items()}}
+                | {"counters": {way: values.record() for way, values in attempt.counters.items()}}
                 | ({"curves": [asdict(curve) for curve in attempt.curves]} if attempt.curves else {})
                 for attempt in self.attempts
             ],
@@ -136,8 +136,8 @@ def calibrate(
                 curves = follow(prober, profile, partial(fabric.apply, link, profile), stretch_s)
                 checks += [check for curve in curves for check in curve.checks(fabric.emulator.name)]
             after = fabric.counters(link)
-            counters = {way: _difference(before[way], after[way]) for way in WAYS}
-            causes += _emulator_causes(before, after)
+            counters = {way: after[way].since(before[way]) for way in WAYS}
+            causes += _emulator_causes(counters)
             attempts.append(Attempt(tuple(checks), counters, tuple(causes), tuple(curves)))
     return Calibration(link, profile.name, fabric.emulator.name, tuple(attempts))
 
@@ -230,24 +230,6 @@ def _offered_bps(flow: Arrived, size: int) -> float:
     return flow.sent * size * 8 / flow.took_s if flow.took_s else 0.0
 
 
-def _difference(before: Counters, after: Counters) -> Counters:
-    return Counters(
-        packets=after.packets - before.packets,
-        bytes=after.bytes - before.bytes,
-        dropped_loss=after.dropped_loss - before.dropped_loss,
-        dropped_queue=after.dropped_queue - before.dropped_queue,
-        worst_lateness_s=after.worst_lateness_s,
-        delivered=after.delivered - before.delivered,
-        overrun=after.overrun - before.overrun,
-    )
-
-
-def _emulator_causes(before: dict[str, Counters], after: dict[str, Counters]) -> list[str]:
-    causes = []
-    for way in WAYS:
-        if after[way].worst_lateness_s > max(_LATE_S, before[way].worst_lateness_s):
-            late = format_time(after[way].worst_lateness_s)
-            causes.append(f"{way}: the emulator was late by up to {late}: the processor is busy")
-        if lost := after[way].overrun - before[way].overrun:
-            causes.append(f"{way}: the emulator lost {lost} packets: it cannot keep up")
-    return causes
+def _emulator_causes(counters: dict[str, Counters]) -> list[str]:
+    said = [said for way in WAYS for said in counters[way].complaints(way, _LATE_S)]
+    return [f"{cause}: the processor is too slow or busy" for cause in said]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+from testbed.units import format_time
 
 if TYPE_CHECKING:
     from testbed.net.profile import Profile
@@ -29,6 +31,37 @@ class Counters:
     duplicated: int = 0
     corrupted: int = 0
     reordered: int = 0
+    # Of two readings the greater maximum says nothing about the time between them, hence this one:
+    recent_lateness_s: float = 0.0  # the worst since the counters were last read, by whomever
+
+    def since(self, before: Counters) -> Counters:
+        """What was counted after *before*, the reading just before this one; the worst lateness is that of between."""
+        return self._with(before, -1, self.recent_lateness_s)
+
+    def plus(self, other: Counters) -> Counters:
+        """Both stretches of time together."""
+        return self._with(other, 1, max(self.worst_lateness_s, other.worst_lateness_s))
+
+    def complaints(self, way: str, late_s: float) -> list[str]:
+        """Where the emulator could not keep up, in words: it was later than *late_s* (seconds), or lost packets itself."""
+        said = []
+        if self.worst_lateness_s > late_s:
+            said.append(f"{way}: the emulator was late by up to {format_time(self.worst_lateness_s)}")
+        if self.overrun > 0:
+            said.append(f"{way}: the emulator lost {self.overrun} packets")
+        return said
+
+    def record(self) -> dict[str, Any]:
+        """For JSON, of a stretch of time (see `since`): every counter, and one lateness."""
+        return {name: value for name, value in asdict(self).items() if name != "recent_lateness_s"}
+
+    def _with(self, other: Counters, sign: int, lateness_s: float) -> Counters:
+        counts = {
+            f.name: getattr(self, f.name) + sign * getattr(other, f.name)
+            for f in fields(self)
+            if not f.name.endswith("_s")
+        }
+        return Counters(**counts, worst_lateness_s=lateness_s, recent_lateness_s=lateness_s)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Line:
         self.waiting_bytes = self.held_bytes = 0
         for name in self.COUNTED:
             setattr(self, name, 0)
-        self.worst_lateness = 0.0
+        self.worst_lateness = self.recent_lateness = 0.0  # ever; since the counters were last read
         self.mean_delay = self.seconds_per_byte = 0.0
         self.limit: float = inf
         self.overhead = 0
@@ -292,8 +292,8 @@ class Line:
         _, frame, size, count = item
         self.held_bytes -= size
         lateness = monotonic() - logical
-        if lateness > self.worst_lateness:
-            self.worst_lateness = lateness
+        if lateness > self.recent_lateness:
+            self.recent_lateness = lateness
         try:
             self.deliver(frame)
         except OSError:  # the interface is down or gone
@@ -302,7 +302,9 @@ class Line:
             self.delivered += count
 
     def counters(self) -> dict[str, float]:
-        """See `testbed.net.emulators.Counters`."""
+        """See `testbed.net.emulators.Counters`. What is recent begins anew."""
         counted = {name: getattr(self, name) for name in self.COUNTED}
         counted["bytes"] = counted.pop("entered_bytes")
-        return counted | {"worst_lateness_s": self.worst_lateness}
+        recent, self.recent_lateness = self.recent_lateness, 0.0
+        self.worst_lateness = max(self.worst_lateness, recent)
+        return counted | {"worst_lateness_s": self.worst_lateness, "recent_lateness_s": recent}
