@@ -1,13 +1,15 @@
 """The kernel's emulator, tc-netem(8): two of them on each side of the wire.
 
-    l0a ──redirect──▶ l0b egress: netem 1: (loss, delay, jitter)  ▶  netem 2: (rate, queue)        and the other way after *down*
+    l0a ──redirect──▶ l0b egress: netem 1: (loss, corruption, delay, jitter)  ▶  netem 2: (rate, queue)
+
+and the other way after *down*.
 
 Why two: a single netem's ``limit`` counts what waits *and* what is on its way, in packets of any size, so its queue would
 depend on how full the pipe is, and small packets (acknowledgements) would overflow it where nothing waits. The inner one
 sees packets only when they have arrived at the bottleneck. Its queue is counted in packets, not bytes: full-sized ones.
 
 Order: with a rate, netem never lets a packet leave before the one in front of it; without one, jitter reorders. Where there
-is jitter, the outer netem is therefore given a rate so high that sending takes no time.
+is jitter, the outer netem is therefore given a rate so high that sending takes no time, unless it may reorder.
 """
 
 from __future__ import annotations
@@ -16,13 +18,12 @@ import contextlib
 import errno
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Literal
 
 from testbed.errors import NetworkError, UsageError
 from testbed.net.emulators.contract import Attachment, Counters
+from testbed.net.emulators.netem_options import ECN, PRNG_SEED, QOPT, Options, options
 from testbed.net.emulators.redirect import counted, end_redirect, quieten, redirect, redirected
 from testbed.net.emulators.refusal import refuse_unknown
 from testbed.net.emulators.rtnetlink import (
@@ -43,131 +44,16 @@ from testbed.net.emulators.rtnetlink import (
 if TYPE_CHECKING:
     from testbed.net.profile import Profile
 
-HONOURED = frozenset({"mtu"})
-"""What of `Direction.beyond_the_basics` this emulator knows."""
+HONOURED = frozenset(
+    {"jitter law", "jitter reorder", "loss model", "corrupt", "reorder", "ecn", "overhead", "mtu"}
+)
+"""What of `Direction.beyond_the_basics` this emulator knows; where the kernel knows of seeds, those as well.
+
+Not duplication: kernels since 6.16, and the stable ones since then, refuse it where a netem is inside another.
+"""
 
 _ROOT = 0xFFFFFFFF
 _OUTER, _INNER, _OUTER_CLASS = 0x10000, 0x20000, 0x10001  # handles 1: and 2:, and class 1:1
-_ETHERNET_HEADER = 14
-_GENEROUS = 1_000_000  # packets: no limit
-_NO_TIME_BPS = 8e12  # a full-sized packet takes 1.5 ns
-_NS_PER_TICK = 64  # of the legacy fields, PSCHED_SHIFT = 6
-_FULL = 0xFFFFFFFF  # a probability of 1
-
-# enum TCA_NETEM_* of linux/pkt_sched.h
-_CORR, _DELAY_DIST, _REORDER, _CORRUPT, _RATE, _RATE64, _LATENCY64, _JITTER64, _PRNG_SEED = (
-    1,
-    2,
-    3,
-    4,
-    6,
-    8,
-    10,
-    11,
-    14,
-)
-_QOPT = struct.Struct("=IIIIII")  # struct tc_netem_qopt: latency, limit, loss, gap, duplicate, jitter
-_RATE_STRUCT = struct.Struct("=IiIi")  # struct tc_netem_rate: rate, packet_overhead, cell_size, cell_overhead
-_DISTRIBUTION_SIZE, _DISTRIBUTION_SCALE = 4096, 8192
-
-
-@dataclass(frozen=True)
-class Options:
-    """What one netem is told. `encode` gives TCA_OPTIONS in full, so that nothing of an earlier setting survives a change."""
-
-    limit_packets: int = _GENEROUS
-    delay_ns: int = 0
-    jitter_ns: int = 0
-    loss: int = 0  # of 2³²-1
-    rate_bytes_per_s: int = 0  # 0: no limit
-    packet_overhead: int = 0
-    seed: int | None = None
-
-    def encode(self) -> bytes:
-        """TCA_OPTIONS: struct tc_netem_qopt, followed by attributes."""
-        ticks = [min(ns // _NS_PER_TICK, _FULL) for ns in (self.delay_ns, self.jitter_ns)]
-        parts = [
-            _QOPT.pack(ticks[0], self.limit_packets, self.loss, 0, 0, ticks[1]),
-            attribute(_CORR, bytes(12)),
-            attribute(_REORDER, bytes(8)),
-            attribute(_CORRUPT, bytes(8)),
-            attribute(
-                _RATE, _RATE_STRUCT.pack(min(self.rate_bytes_per_s, _FULL), self.packet_overhead, 0, 0)
-            ),
-            attribute(_RATE64, struct.pack("=Q", self.rate_bytes_per_s)),
-            attribute(_LATENCY64, struct.pack("=q", self.delay_ns)),
-            attribute(_JITTER64, struct.pack("=q", self.jitter_ns)),
-        ]
-        if self.jitter_ns:
-            parts.append(attribute(_DELAY_DIST, normal_distribution()))
-        if self.seed is not None:
-            parts.append(attribute(_PRNG_SEED, struct.pack("=Q", self.seed)))
-        return b"".join(parts)
-
-    def differences(self, kernel: bytes) -> list[str]:
-        """The fields in which the kernel's TCA_OPTIONS say something else, as ``"delay: asked …, has …"``."""
-        ticks, limit, loss, gap, duplicate, jitter_ticks = _QOPT.unpack_from(kernel)
-        found = attributes(kernel[_QOPT.size :])
-        rate, overhead = _RATE_STRUCT.unpack(found[_RATE])[:2] if _RATE in found else (0, 0)
-        has = {
-            "limit": limit,
-            "loss": loss,
-            "gap": gap,
-            "duplicate": duplicate,
-            "delay": _number("=q", found.get(_LATENCY64), ticks * _NS_PER_TICK),
-            "jitter": _number("=q", found.get(_JITTER64), jitter_ticks * _NS_PER_TICK),
-            "rate": _number("=Q", found.get(_RATE64), rate),
-            "packet overhead": overhead,
-            "loss model": 5 in found and attributes(found[5]) != {},
-            "corruption": any(found.get(_CORRUPT, b"")[:4]),
-            "reordering": any(found.get(_REORDER, b"")[:4]),
-        }
-        asked = {
-            "limit": self.limit_packets,
-            "loss": self.loss,
-            "gap": 0,
-            "duplicate": 0,
-            "delay": self.delay_ns,
-            "jitter": self.jitter_ns,
-            "rate": self.rate_bytes_per_s,
-            "packet overhead": self.packet_overhead,
-            "loss model": False,
-            "corruption": False,
-            "reordering": False,
-        }
-        if self.seed is not None and _PRNG_SEED in found:  # kernels before 6.6 know no seed
-            asked["seed"], has["seed"] = self.seed, _number("=Q", found[_PRNG_SEED], 0)
-        return [f"{name}: asked {asked[name]}, has {has[name]}" for name in asked if asked[name] != has[name]]
-
-
-def options(
-    profile: Profile, way: Literal["up", "down"], mtu: int, seed: int | None = None
-) -> tuple[Options, Options]:
-    """The outer and the inner netem of one direction. *mtu*: bytes of the network layer in a full-sized packet."""
-    direction = profile.up if way == "up" else profile.down
-    waiting = direction.queue_bytes(profile.round_trip_s)
-    outer = Options(
-        delay_ns=round(direction.delay_s * 1e9),
-        jitter_ns=round(direction.jitter_s * 1e9),
-        loss=round(direction.loss * _FULL),
-        rate_bytes_per_s=round(_NO_TIME_BPS / 8) if direction.jitter_s else 0,
-        seed=seed,
-    )
-    inner = Options(
-        # One more: the packet that is being sent is in the queue, too.
-        limit_packets=_GENEROUS if waiting is None else -(-waiting // mtu) + 1,
-        rate_bytes_per_s=max(1, round(direction.rate_bps / 8)) if direction.rate_bps else 0,
-        packet_overhead=-_ETHERNET_HEADER if direction.rate_bps else 0,
-    )
-    return outer, inner
-
-
-def normal_distribution() -> bytes:
-    """The table netem draws deviations from, in units of the jitter: the normal distribution's quantiles."""
-    normal = NormalDist()
-    quantiles = [normal.inv_cdf((i + 0.5) / _DISTRIBUTION_SIZE) for i in range(_DISTRIBUTION_SIZE)]
-    values = [max(-32768, min(32767, round(q * _DISTRIBUTION_SCALE))) for q in quantiles]
-    return struct.pack(f"={_DISTRIBUTION_SIZE}h", *values)
 
 
 def available() -> bool:
@@ -181,6 +67,29 @@ def available() -> bool:
                 return False
             raise
         return True
+
+
+def refuse(profile: Profile) -> None:
+    """Raises UsageError that names what netem, or this kernel's, cannot honour of *profile*."""
+    ways = {"up": profile.up, "down": profile.down}
+    seeded = any(direction.seed is not None for direction in ways.values())
+    honoured = HONOURED | {"seed"} if seeded and _knows_seeds() else HONOURED
+    refuse_unknown(Netem.name, profile, honoured, "use --emulator userspace")
+    for way, direction in ways.items():
+        if direction.reorder and direction.rate_bps is not None:
+            # A packet that skips the delay skips whatever is inside of that netem: the rate and its queue.
+            raise UsageError(
+                f"emulator netem cannot honour 'reorder={direction.reorder:g}' beside a rate ({way}, reorder); "
+                "use --emulator userspace"
+            )
+
+
+def _knows_seeds() -> bool:
+    """Whether this kernel's netem says back the seed it was given: those before 6.6 ignore it."""
+    with Netlink(None) as netlink:
+        loopback = netlink.interface("lo").index
+        _set(netlink, loopback, _OUTER, _ROOT, Options(seed=1), CREATE | EXCLUSIVE)
+        return PRNG_SEED in attributes(_get(netlink, loopback, _OUTER).options[QOPT.size :])
 
 
 def require() -> None:
@@ -203,7 +112,7 @@ class Netem:
         self, wire: str, link: str, a: str, b: str, profile: Profile, *, keep: Path | None = None
     ) -> Attachment:
         """See `Emulator.attach`. Raises NetworkError when the kernel refuses, or has set something else than was asked."""
-        refuse_unknown(self.name, profile, HONOURED)
+        refuse(profile)
         quieten(wire)
         attachment = NetemAttachment(wire, link, a, b, self._seed)
         try:
@@ -242,7 +151,7 @@ class NetemAttachment:
                 redirect(netlink, netlink.interface(source).index, netlink.interface(target).index)
 
     def apply(self, profile: Profile, origin_s: float | None = None) -> None:
-        refuse_unknown(Netem.name, profile, HONOURED)
+        refuse(profile)
         self._configure(profile, 0)
 
     def _configure(self, profile: Profile, flags: int) -> None:
@@ -264,12 +173,9 @@ class NetemAttachment:
         with Netlink(self._wire) as netlink:
             for way, (source, name) in self._ends.items():
                 target = netlink.interface(name).index
-                delivered, _ = counted(_get(netlink, target, _INNER).stats)
-                queue = _drops(_get(netlink, target, _INNER))
-                # The outer one counts as its own what the inner one dropped.
-                loss = max(0, _drops(_get(netlink, target, _OUTER)) - queue)
+                inner, outer = (_get(netlink, target, handle) for handle in (_INNER, _OUTER))
                 packets, total = redirected(netlink, netlink.interface(source).index)
-                counters[str(way)] = Counters(packets, total, loss, queue, 0.0, delivered=delivered)
+                counters[str(way)] = _counters(packets, total, outer, inner)
         return counters
 
     def super_packets(self, profile: Profile) -> dict[str, int]:
@@ -303,9 +209,23 @@ def _get(netlink: Netlink, ifindex: int, handle: int) -> TrafficObject:
     return found
 
 
-def _drops(qdisc: TrafficObject) -> int:
-    return struct.unpack_from("=IIIII", qdisc.stats.get(3, bytes(20)))[2]  # struct gnet_stats_queue
+def _counters(packets: int, total: int, outer: TrafficObject, inner: TrafficObject) -> Counters:
+    """*packets*, *total*: that entered, and their bytes."""
+    waiting, _, dropped, skipped = _queue(outer)
+    delivered, _ = counted(outer.stats)  # packets that skip the delay skip the inner one, too
+    queue = _queue(inner)[2]
+    lost = max(0, dropped - queue)  # the outer one counts as its own what the inner one dropped,
+    marked = 0
+    if any(
+        attributes(outer.options[QOPT.size :]).get(ECN, b"")
+    ):  # and what it marks: then, lost is what is missing
+        marked = lost
+        lost = min(lost, max(0, packets - delivered - waiting - queue))
+        marked -= lost
+    return Counters(packets, total, lost, queue, 0.0, delivered=delivered, marked=marked, reordered=skipped)
 
 
-def _number(layout: str, data: bytes | None, default: int) -> int:
-    return default if data is None else struct.unpack(layout, data)[0]
+def _queue(qdisc: TrafficObject) -> tuple[int, int, int, int]:
+    """struct gnet_stats_queue: packets and bytes that wait, drops, and requeues, which are netem's reordered packets."""
+    qlen, backlog, drops, requeues = struct.unpack_from("=IIII", qdisc.stats.get(3, bytes(20)))
+    return qlen, backlog, drops, requeues
