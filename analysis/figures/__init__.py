@@ -27,6 +27,8 @@ FIGURES = {
     "rate_distortion": "analysis.figures.rate_distortion:draw",
     "latency_cdf": "analysis.figures.latency_cdf:draw",
     "timeline": "analysis.figures.timeline:draw",
+    "fidelity": "analysis.figures.fidelity:draw",
+    "fidelity_traces": "analysis.figures.fidelity:draw_traces",
 }
 
 
@@ -72,8 +74,8 @@ def draw_all(run: Run, names: list[str] | None = None) -> list[Path]:
 
 
 def _least(name: str) -> int:
-    """So many finished trials a figure needs: most compare."""
-    return 1 if name == "timeline" else 2
+    """So many finished trials a figure needs: most compare; links are measured before the first one."""
+    return {"timeline": 1, "fidelity": 0, "fidelity_traces": 0}.get(name, 2)
 
 
 def _save(drawn: Figure, path: Path) -> None:

@@ -13,6 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from testbed.net.calibrate import Attempt, Calibration
+from testbed.net.following import Curve
+from testbed.net.measure import Check, delay_check, loss_check, rate_check
+from testbed.net.probing import Arrived
+from testbed.net.profile import Direction
 from testbed.results import FORMAT, STAGES, Row
 
 #: profile -> rate up and down (bit/s), one-way delay (s), loss
@@ -76,6 +81,53 @@ def make_run(
     (path / "calibration.json").write_text("{}")
     write_rows(path, rows)
     return path
+
+
+def write_calibration(
+    path: Path, profiles: tuple[str, ...], off: tuple[str, ...] = (), trace: str = ""
+) -> None:
+    """Write what calibration would: links a little off, those of `off` at 90 % of their rate, one that follows a sine."""
+    rng = np.random.default_rng(1)
+    measurements = []
+    for profile in profiles:
+        attempts = []
+        for _ in range(2 if profile in off else 1):
+            checks = [c for way in ("up", "down") for c in _checks(rng, way, profile, profile in off)]
+            curves = _curves(rng) if profile == trace else ()
+            checks += [check for curve in curves for check in curve.checks("userspace")]
+            attempts.append(Attempt(tuple(checks), {}, curves=curves))
+        made = Calibration("wan", profile, "userspace", tuple(attempts))
+        measurements.append({"profile": profile, "measured_at": "2025-01-01T12:00:00Z", **made.to_dict()})
+    (path / "calibration.json").write_text(json.dumps({"format": FORMAT, "measurements": measurements}))
+
+
+def _checks(rng: np.random.Generator, way: str, profile: str, off: bool) -> list[Check]:
+    """Judged by the project's own rules, on packets that were never sent."""
+    # A profile that is not one of these has no rate.
+    up, down, delay, loss = (PROFILES | SWEEP).get(profile, (None, None, 0.02, 0.01))
+    direction = Direction(rate_bps=up if way == "up" else down, delay_s=delay, loss=loss)
+    n, size = 1000, 1500
+    spacing = size * 8 / (direction.rate_bps or 1e6) / (0.9 if off else 1.0)
+    times = [delay + i * spacing * (1 + float(rng.normal(0, 1e-5))) for i in range(n)]
+    full = Arrived(n, 1.0, 0.0, list(range(n)), [0.0] * n, times)
+    sent = [0.01 * i for i in range(n)]
+    came = [i for i in range(n) if rng.random() >= loss]
+    late = [sent[i] + delay + 51 * 8 / 1e9 + abs(float(rng.normal(0, 1e-4))) for i in came]
+    sparse = Arrived(n, 10.0, 0.0, came, [sent[i] for i in came], late)
+    return [
+        rate_check(way, direction, full, size),
+        delay_check(way, direction, sparse, 64),
+        loss_check(way, direction, sparse),
+    ]
+
+
+def _curves(rng: np.random.Generator) -> tuple[Curve, ...]:
+    asked = 250e3 + 150e3 * np.sin(np.arange(80) / 6)
+    delivered = (asked + rng.normal(0, 1500, (2, 80))).astype(int).tolist()
+    return tuple(
+        Curve(way, 0.0, 0.1, tuple(asked.tolist()), tuple(d))
+        for way, d in zip(("up", "down"), delivered, strict=True)
+    )
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:

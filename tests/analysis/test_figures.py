@@ -18,19 +18,23 @@ from analysis.figures import FIGURES, figure
 from analysis.figures.style import WIDTH, marks, style
 from analysis.run import load
 from testbed.errors import UsageError
-from tests.analysis.make_run import CODECS, SWEEP, make_run
+from tests.analysis.make_run import CODECS, PROFILES, SWEEP, make_run, write_calibration
 from tests.analysis.test_run_directory import lines, rewrite
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("figures") / "run", examples=8)
+    path = make_run(tmp_path_factory.mktemp("figures") / "run", examples=8)
+    write_calibration(path, tuple(PROFILES), trace="lte")
+    return path
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("small") / "run"
-    return make_run(path, profiles=("5g-mid",), codecs=("fp16", "int8", "q2c@0.25+int4"), examples=5)
+    make_run(path, profiles=("5g-mid",), codecs=("fp16", "int8", "q2c@0.25+int4"), examples=5)
+    write_calibration(path, ("5g-mid",))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if r["profile"] == "lte"
     ]
     rewrite(path, [r | {"trial": str(i)} for i, r in enumerate(rows + longer + odd)])
+    write_calibration(path, (*PROFILES, *SWEEP, inline), off=("lte",), trace=inline)
     return path
 
 
@@ -70,7 +75,7 @@ def drawn(name: str, path: Path) -> Figure:
 def test_all_figures_are_written_as_picture_and_vector(small: Path) -> None:
     run = small
     paths = analysis.draw(run)
-    left_out = {"regimes", "link_sweep"}  # one link only
+    left_out = {"regimes", "link_sweep", "fidelity_traces"}  # one link only, and no trace
     assert [p.relative_to(run / "figures").name for p in paths] == [
         f"{n}.{s}" for n in FIGURES if n not in left_out for s in ("png", "pdf")
     ]
@@ -269,6 +274,79 @@ def test_link_sweep_says_what_it_needs(run: Path, small: Path) -> None:
         analysis.draw(small, ["link_sweep"])
     with pytest.raises(UsageError, match="one link only"):
         analysis.draw(small, ["regimes"])
+
+
+def test_fidelity_draws_each_profile_s_last_errors_and_says_how_many_links_were_off(wide: Path) -> None:
+    made = drawn("fidelity", wide)
+    said = "\n".join(t.get_text() for t in texts(made))
+    assert "1 of 11 links was out of tolerance" in said
+    assert "n = " in said
+    assert "lte  ✗" in said
+    measured = load(wide).calibration["measurements"]
+    places = [m["profile"] for m in measured]
+    assert len(measured[places.index("lte")]["attempts"]) == 2
+    for ax, what, scale in zip(made.axes, ("rate", "delay", "loss"), (None, 1e3, 100.0), strict=True):
+        points = {
+            (round(float(line.get_xydata()[0][1]), 2)): float(line.get_xydata()[0][0])
+            for line in ax.lines
+            if line.get_marker() in ("^", "v")
+        }
+        expected = {}
+        for row, one in enumerate(measured):
+            for check in one["attempts"][-1]["checks"]:
+                if check["what"] == what and check["asked"] is not None:
+                    asked, y = check["asked"], round(row + (-0.17 if check["way"] == "up" else 0.17), 2)
+                    off = check["measured"] - (0 if what == "loss" else asked)
+                    expected[y] = off * (scale or 100 / asked)
+        assert points == pytest.approx(expected)
+        assert len(points) == 2 * len(places) - 2 * (what == "rate")  # one has no rate
+    rate = made.axes[0]
+    assert (
+        sum(p.get_xydata()[0][0] == pytest.approx(-10, abs=0.1) for p in rate.lines if p.get_marker() in "^v")
+        == 2
+    )
+    edges = {round(float(x), 9) for band in rate.collections for x in band.get_paths()[0].vertices[:, 0]}
+    assert edges == {-3.0, 3.0}
+
+
+def test_fidelity_lays_what_a_trace_delivered_over_what_it_asked(run: Path) -> None:
+    made = drawn("fidelity_traces", run)
+    assert any("followed the traces, within tolerance" in t.get_text() for t in texts(made))
+    curves = next(m for m in load(run).calibration["measurements"] if m["profile"] == "lte")
+    for ax, raw in zip(made.axes, curves["attempts"][-1]["curves"], strict=True):
+        steps = [p.get_data() for p in ax.patches]
+        for step, key in zip(steps, ("asked_bytes", "delivered_bytes"), strict=True):
+            assert step.values == pytest.approx(np.array(raw[key]) / 1e3)
+            assert (step.edges[0], step.edges[-1]) == (0.0, pytest.approx(8.0))
+        shape = np.corrcoef(raw["asked_bytes"], raw["delivered_bytes"])[0, 1]
+        off = 100 * (sum(raw["delivered_bytes"]) / sum(raw["asked_bytes"]) - 1)
+        assert f"correlation {shape:.4f} · total {off:+.2f} %" in [t.get_text() for t in ax.texts]
+
+
+def test_fidelity_of_a_run_that_its_links_stopped_needs_no_trial(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", ("lte",), ("int8",))
+    write_calibration(path, ("lte",), off=("lte",))
+    (path / "trials.jsonl").unlink()
+    assert len(analysis.draw(path, ["fidelity"])) == 2
+    with pytest.raises(UsageError, match="none of its links was measured along a trace"):
+        analysis.draw(path, ["fidelity_traces"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "[1]",
+        '{"measurements": 3}',
+        '{"measurements": [7, {"profile": "a", "attempts": [{"checks": "x", "curves": [{"way": "up"}]}]}]}',
+        '{"measurements": [{"attempts": [{"checks": [{"way": "up", "what": "rate", "asked": 0, "measured": 1}]}]}]}',
+    ],
+)
+def test_a_calibration_without_measurements_is_said_in_words(tmp_path: Path, content: str) -> None:
+    path = make_run(tmp_path / "run", ("lte",), ("int8", "int4"), examples=1)
+    (path / "calibration.json").write_text(content)
+    with pytest.raises(UsageError, match="has no measured link"):
+        analysis.draw(path, ["fidelity"])
 
 
 def test_retention_needs_a_selector(tmp_path: Path) -> None:
