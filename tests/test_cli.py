@@ -79,6 +79,24 @@ def test_without_root_the_remedy_is_named(command: tuple[str, ...]) -> None:
     assert "sudo" in done.stderr
 
 
+@pytest.mark.netns
+@pytest.mark.parametrize("command", [("run", "quick", "--out"), ("up", "edge-cloud")])
+def test_without_a_tun_device_the_remedy_is_named_and_nothing_is_made(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    words = [*command, *([str(out)] if command[-1] == "--out" else []), "--emulator", "userspace"]
+    hidden = 'mount -t tmpfs none /dev/net && exec "$@"'  # in a mount namespace of its own
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", hidden, "sh", sys.executable, "-m", "testbed", *words],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "modprobe tun" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not out.exists()
+
+
 def test_plan_answers_in_json() -> None:
     done = testbed("plan", "quick", "--set", "model=HuggingFaceTB/SmolLM2-135M", "--json")
     value = json.loads(done.stdout)
