@@ -104,7 +104,9 @@ class Scenario(BaseModel):
     compute: Compute = Compute()  #: emulates slower machines: stretches their compute stages in real time
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     placements: Annotated[list[Placement], BeforeValidator(_listed), Field(min_length=1)] = ["split"]
-    codecs: Annotated[list[Annotated[str, BeforeValidator(_codec)]], BeforeValidator(_listed)] = ["fp16"]
+    codecs: Annotated[
+        list[Annotated[str, BeforeValidator(_codec)]], BeforeValidator(_listed), Field(min_length=1)
+    ] = ["fp16"]
     tasks: Annotated[
         list[Annotated[dict[str, Any], BeforeValidator(_task)]], BeforeValidator(_listed), Field(min_length=1)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from testbed.errors import SpecError, UsageError
@@ -154,6 +154,7 @@ def test_a_file_that_is_no_scenario_is_refused_with_its_name(tmp_path: Path, tex
         load_plan(str(path))
 
 
+@example({"codecs": []})
 @given(
     st.dictionaries(
         st.sampled_from([*BASE, "links", "device", "timeout"]),
