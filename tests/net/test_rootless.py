@@ -12,16 +12,12 @@ import pytest
 from testbed.net import namespaces, rootless
 
 REPOSITORY = Path(__file__).parents[2]
-# The interpreter may lie in a directory that is root's alone: a file system of the same layout with just it takes its place.
+# The project or the interpreter may lie in a directory that others may not enter: `opened` puts a file system of the same
+# layout with just these in its place.
 SCRIPT = """
 set -e
+{opened}
 cd {repository}
-if [ "$(stat -c %a /root)" != 755 ] && case {prefix} in /root/*) true;; *) false;; esac; then
-    mount --bind {prefix} /mnt
-    mount -t tmpfs -o mode=755 none /root
-    mkdir -p {prefix}
-    mount --bind /mnt {prefix}
-fi
 mount -t tmpfs none /dev/net
 {device}
 exec setpriv --reuid=65534 --regid=65534 --clear-groups env HOME=/tmp PYTHONDONTWRITEBYTECODE=1 SHELL=/bin/sh \\
@@ -35,11 +31,31 @@ pytestmark = [
 ]
 
 
+def opened(*needed: Path) -> str:
+    """Shell commands, for a mount namespace, after which every user may enter these directories."""
+    hidden = {path: closed for path in needed if (closed := _closed(path))}
+    if not hidden:
+        return "true"
+    lines = ["mount -t tmpfs none /mnt"]
+    for number, path in enumerate(hidden):
+        lines += [f"mkdir /mnt/{number}", f"mount --bind {path} /mnt/{number}"]
+    lines += [f"mount -t tmpfs -o mode=755 none {closed}" for closed in sorted(set(hidden.values()))]
+    for number, path in enumerate(hidden):
+        lines += [f"mkdir -p {path}", f"mount --bind /mnt/{number} {path}"]
+    return "\n".join(lines)
+
+
+def _closed(path: Path) -> Path | None:
+    """The first directory on the way to a path that others may not enter."""
+    way = [*reversed(path.parents), path]
+    return next((place for place in way if not place.stat().st_mode & 0o001), None)
+
+
 def as_plain_user(arguments: str, said: str = "", tun: bool = True) -> subprocess.CompletedProcess[str]:
     """A testbed command as a user without any right, on a machine where everybody may open /dev/net/tun, or nobody."""
     script = SCRIPT.format(
         repository=REPOSITORY,
-        prefix=sys.base_prefix,
+        opened=opened(REPOSITORY, Path(sys.base_prefix)),
         python=sys.executable,
         device="mknod -m 666 /dev/net/tun c 10 200" if tun else "true",
         arguments=arguments,
