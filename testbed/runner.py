@@ -467,7 +467,7 @@ def start(plan: Plan, out: Path, watch: Watcher, accept_uncalibrated: bool) -> R
 
 def resume(path: Path, watch: Watcher, accept_uncalibrated: bool) -> Run:
     """Take up the run in `path` where it ended. Raises UsageError where it is not one."""
-    from testbed.scenario import make_plan
+    from testbed.planning import make_plan
 
     user = invoking_user()
     directory = RunDirectory.open(path, (user.uid, user.gid))

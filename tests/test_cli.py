@@ -110,11 +110,11 @@ def test_lists_are_printed_and_given_as_json(command: str) -> None:
 
 def test_the_orchestrator_never_imports_torch() -> None:
     code = (
-        "import sys, testbed.cli, testbed.runner, testbed.scenario, testbed.estimate, testbed.environment\n"
+        "import sys, testbed.cli, testbed.runner, testbed.planning, testbed.estimate, testbed.environment\n"
         "import testbed.net.fabric, testbed.net.calibrate, testbed.results\n"
         "from testbed.codecs.registry import describe; describe()\n"
         "from testbed.tasks.task import describe, make_task; describe(); make_task('needle')\n"
-        "plan = testbed.scenario.load_plan('5g')\n"
+        "plan = testbed.planning.load_plan('5g')\n"
         "list(plan.batches())\n"
         "sys.exit(sum(name in sys.modules for name in ('torch', 'transformers', 'pandas', 'matplotlib')))"
     )

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from testbed.errors import SpecError, UsageError
-from testbed.scenario import load_plan, make_plan
+from testbed.planning import load_plan, make_plan
 
 BASE = {"name": "t", "profiles": ["5g-mid"], "tasks": ["needle"], "codecs": ["fp16", "int8"], "examples": 3}
 

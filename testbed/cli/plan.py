@@ -16,7 +16,7 @@ from testbed.cli.parts import as_json, sweep_options, table
 def plan(scenario: str, **changes: Any) -> Any:
     """Show what SCENARIO would run: cells, bytes, expected time. Needs no root and builds nothing."""
     from testbed.estimate import Estimator
-    from testbed.scenario import load_plan
+    from testbed.planning import load_plan
     from testbed.units import format_duration, format_size, format_time
 
     made = load_plan(scenario, **changes)

@@ -46,7 +46,7 @@ def run(
     """Run SCENARIO (a file, or the name of a shipped one): network, model, trials, plots."""
     from testbed import runner
     from testbed.net import state
-    from testbed.scenario import load_plan
+    from testbed.planning import load_plan
 
     if (scenario is None) == (resumed is None):
         raise UsageError("name a scenario to run, or a directory with --resume, and not both")
