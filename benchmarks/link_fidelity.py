@@ -1,10 +1,14 @@
-"""Asked beside measured, cell by cell: rate, one-way delay and loss of emulated links, both ways.
+"""Asked beside measured, cell by cell: rate, one-way delay and loss of emulated links, bursts, traces and TCP.
 
-    sudo python benchmarks/link_fidelity.py [--emulator userspace|netem] [--quick] [--busy] [--rates 1,10] [--json] [PROFILE ...]
+    sudo python -m benchmarks.link_fidelity [--emulator userspace|netem] [--quick] [--busy] [--only cells,bursts,traces,tcp]
+                                            [--rates 1,10] [--delays 1,10] [--trace FILE] [--json] [PROFILE ...]
+    python -m benchmarks.link_fidelity --merge FILE... [--json]
 
-Each cell is one profile on one link, calibrated once as a run does it, up and down. ``--busy`` keeps every core busy with a
-process of ordinary priority meanwhile. ``--tcp SECONDS`` adds one TCP flow's goodput (iperf3, after two seconds of start-up) on
-loss-free links. A Gilbert-Elliott row walks 20,000 probes through bursts.
+*cells*: each is one profile on one link, measured once as a run measures it, up and down, with 10,000 probes each way for
+delay and loss. *bursts*: 200,000 probes each way through Gilbert-Elliott chains. *traces*: what is delivered along a sine
+and along --trace. *tcp*: one flow's goodput on loss-free links, in the ten seconds after its start-up. ``--busy`` keeps every
+core busy with a process of ordinary priority meanwhile. The whole takes half an hour; it can be had in parts, whose JSON
+``--merge`` puts together again.
 """
 
 from __future__ import annotations
@@ -15,15 +19,18 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from testbed.errors import TestbedError
-from testbed.net import calibrate
+from benchmarks.bulk_tcp import bulk
+from benchmarks.fidelity_table import burst_errors, line, merge, report
+from testbed.errors import SpecError, TestbedError
+from testbed.net.calibrate import calibrate
 from testbed.net.fabric import Fabric
-from testbed.net.probing import Flow, Prober
+from testbed.net.losses import GilbertElliott
+from testbed.net.probing import WAYS, Flow, Prober
 from testbed.net.profile import Profile, parse_profile
 from testbed.net.topology import Link, Node, Topology
 
@@ -36,7 +43,12 @@ QUICK = (
     "rate=100mbit,delay=10ms",
     "rate=500mbit,delay=1ms",
 )
-BURSTS = "rate=100mbit,delay=10ms,loss=gilbert(2%,burst=5)"
+BURSTS = tuple(f"rate=100mbit,delay=10ms,loss=gilbert({chain})" for chain in ("2%,burst=5", "5%,burst=4"))
+SINE = "delay=20ms,sine:5mbit..30mbit*4s"
+PARTS = ("cells", "bursts", "traces", "tcp")
+PROBES, BURST_PROBES, PHASES = 10_000, 200_000, 4
+TCP_S, PATIENCE_S = 10.0, 40.0
+HEADERS = 1448 / 1500  # what TCP, with time stamps, and IP leave of a full packet
 
 
 @contextlib.contextmanager
@@ -53,146 +65,180 @@ def busy_cores(wanted: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def network(profile: Profile, emulator: str) -> Iterator[Fabric]:
+def network(profile: Profile, emulator: str, congestion: str | None = None) -> Iterator[Fabric]:
     """One link under the profile."""
-    topology = Topology("fidelity", (Node("a"), Node("b")), (Link("link", "a", "b", profile, None),))
+    topology = Topology("fidelity", (Node("a"), Node("b")), (Link("link", "a", "b", profile, congestion),))
     with Fabric.build(topology, emulator) as fabric:
         yield fabric
 
 
-def measure(profile: Profile, emulator: str, tcp_s: int) -> dict[str, Any]:
-    """One cell: the worst of both ways, from a single attempt (the gate's second one would hide errors)."""
-    calibrate.ATTEMPTS = 1
+def cell(text: str, emulator: str, probes: int) -> dict[str, Any]:
+    """One cell, from a single attempt: the gate's second one would hide errors."""
+    profile = parse_profile(text)
     with network(profile, emulator) as fabric:
-        result = calibrate.calibrate(fabric, "link", profile)
-        row: dict[str, Any] = {"profile": str(profile), "emulator": fabric.emulator.name, "ok": result.ok}
-        checks = {(check.way, check.what): check for check in result.checks}
-        for way in ("up", "down"):
-            rate, delay, loss = (checks[way, what] for what in ("rate", "delay", "loss"))
-            row[way] = {
-                "rate_error": None if None in (rate.asked, rate.measured) else rate.measured / rate.asked - 1,
-                "p50_over_s": None if delay.measured is None else delay.measured - delay.asked,
-                "p99_over_s": None if delay.p99 is None else delay.p99 - delay.asked,
-                "loss": loss.measured,
-                "loss_asked": loss.asked,
-                "loss_ok": loss.ok,
-                "n": [rate.n, delay.n, loss.n],
-            }
-        row["cause"] = result.cause
-        if tcp_s and not profile.up.loss and profile.up.rate_bps:
-            row["goodput"] = goodput(fabric, tcp_s) / (profile.up.rate_bps * 1448 / 1500)
+        result = calibrate(fabric, "link", profile, probes=probes, attempts=1)
+    row: dict[str, Any] = {"profile": str(profile), "rate_bps": profile.up.rate_bps, "cause": result.cause}
+    checks = {(check.way, check.what): check for check in result.checks}
+    for way in WAYS:
+        rate, delay, loss = (checks[way, what] for what in ("rate", "delay", "loss"))
+        row[way] = {
+            "rate_error": None if None in (rate.asked, rate.measured) else rate.measured / rate.asked - 1,
+            "p50_over_s": None if delay.measured is None else delay.measured - delay.asked,
+            "p99_over_s": None if delay.p99 is None else delay.p99 - delay.asked,
+            "loss": loss.measured,
+            "loss_asked": loss.asked,
+            "loss_ok": loss.ok,
+            "n": [rate.n, delay.n, loss.n],
+            "worst_lateness_s": result.attempts[-1].counters[way].worst_lateness_s,
+        }
     return row
 
 
-def goodput(fabric: Fabric, seconds: int) -> float:
-    """Bits per second of payload that one TCP flow carries up."""
-    inside = ["ip", "netns", "exec"]
-    server = subprocess.Popen(
-        [*inside, fabric.namespace("b"), "iperf3", "-s", "-1"], stdout=subprocess.DEVNULL
-    )
-    time.sleep(0.3)
-    command = [
-        *inside,
-        fabric.namespace("a"),
-        "iperf3",
-        "-c",
-        fabric.address("b"),
-        "-t",
-        str(seconds),
-        "-O",
-        "2",
-        "-J",
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 30, check=True)
-    finally:
-        server.terminate()
-        server.wait()
-    return float(json.loads(done.stdout)["end"]["sum_received"]["bits_per_second"])
-
-
-def bursts(emulator: str) -> dict[str, Any]:
-    """Mean loss and mean burst length of what 20,000 numbered probes up lost."""
-    profile = parse_profile(BURSTS)
-    flow = Flow(20_000, 64, 0.4e-3, 30.0, catch_up=True)
+def bursts(text: str, emulator: str, probes: int) -> dict[str, Any]:
+    """Mean loss and mean burst length of numbered probes, both ways, in stretches that each begin anew."""
+    profile = parse_profile(text)
+    flow = Flow(probes // PHASES, 44, 0.15e-3, 600.0, catch_up=True)
     with network(profile, emulator) as fabric, Prober(fabric, "link", "a", "b", urgent=True) as prober:
-        arrived = prober.run({"up": flow}, 0.3)["up"]
-    numbers = [-1, *sorted(arrived.numbers), arrived.sent]
-    gaps = [b - a - 1 for a, b in pairwise(numbers) if b - a > 1]
+        arrived = [prober.run(dict.fromkeys(WAYS, flow), 0.3) for _ in range(PHASES)]
     model = profile.up.loss_model
-    assert model is not None
+    assert isinstance(model, GilbertElliott)
+    row: dict[str, Any] = {"profile": text, "loss_asked": model.mean, "burst_asked": model.burst}
+    row["errors"] = burst_errors(model, probes)
+    for way in WAYS:
+        gaps: list[int] = []
+        for phase in arrived:
+            numbers = [-1, *sorted(phase[way].numbers), phase[way].sent]
+            gaps += [b - a - 1 for a, b in pairwise(numbers) if b - a > 1]
+        sent = sum(phase[way].sent for phase in arrived)
+        row[way] = {
+            "n": sent,
+            "loss": sum(gaps) / sent,
+            "bursts": len(gaps),
+            "burst": sum(gaps) / max(1, len(gaps)),
+        }
+    return row
+
+
+def trace(text: str, emulator: str, seconds: float) -> dict[str, Any]:
+    """Correlation and sum of what was delivered in each tenth of a second."""
+    profile = parse_profile(text)
+    try:
+        with network(profile, emulator) as fabric:
+            result = calibrate(fabric, "link", profile, attempts=1, stretch_s=seconds)
+    except SpecError as error:
+        return {"profile": text, "refused": str(error)}
+    row: dict[str, Any] = {"profile": text, "seconds": seconds}
+    for curve in result.attempts[-1].curves:
+        asked, delivered = curve.totals
+        row[curve.way] = {
+            "correlation": curve.correlation,
+            "total_error": delivered / asked - 1,
+            "n": len(curve.asked_bytes),
+        }
+    return row
+
+
+def tcp(text: str, emulator: str, congestion: str) -> dict[str, Any]:
+    """One flow up."""
+    profile = parse_profile(text)
+    rate = profile.up.rate_bps
+    assert rate is not None
+    possible = rate * HEADERS
+    with network(profile, emulator, congestion) as fabric:
+        done = bulk(fabric, "a", "b", possible, TCP_S, PATIENCE_S)
+        counted = fabric.counters("link")["up"]
+    ramp = done.start_up_s(possible)
     return {
-        "profile": BURSTS,
-        "n": arrived.sent,
-        "loss": sum(gaps) / arrived.sent,
-        "loss_asked": model.mean,
-        "burst": sum(gaps) / max(1, len(gaps)),
-        "burst_asked": getattr(model, "burst", None),
+        "profile": text,
+        "rate_bps": rate,
+        "start_up_s": ramp,
+        "share": done.goodput_bps(PATIENCE_S if ramp is None else ramp, TCP_S) / possible,
+        "congestion": done.congestion,
+        "dropped": counted.dropped_queue,
+        "lateness_s": counted.worst_lateness_s,
     }
 
 
-def line(row: dict[str, Any]) -> str:
-    """A row for people: the worse way of each figure."""
-    ways = [row["up"], row["down"]]
+def grid(options: argparse.Namespace, losses: tuple[int, ...]) -> list[str]:
+    """The profiles of the cells, or of the TCP flows."""
+    if options.profiles or options.quick:
+        texts = options.profiles or list(QUICK)
+        return [text for text in texts if losses != (0,) or not parse_profile(text).up.loss]
+    pairs = [(r, d) for r in options.rates for d in options.delays]
+    return [f"rate={r}mbit,delay={d}ms" + (f",loss={x}%" if x else "") for r, d in pairs for x in losses]
 
-    def worst(key: str, scale: float) -> str:
-        values = [way[key] for way in ways if way[key] is not None]
-        return f"{max(values, key=abs) * scale:+.3f}" if values else "-"
 
-    losses = " / ".join("-" if w["loss"] is None else f"{100 * w['loss']:.2f}%" for w in ways)
-    tcp = f"  tcp {row['goodput']:.4f}" if "goodput" in row else ""
-    return (
-        f"{row['profile']:42} rate {worst('rate_error', 100):>8}%  p50 {worst('p50_over_s', 1e3):>8} ms"
-        f"  p99 {worst('p99_over_s', 1e3):>8} ms  loss {losses}{tcp}  {'ok' if row['ok'] else row['cause']}"
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All that was chosen; a line each, as it comes."""
+    found: dict[str, Any] = {"emulator": options.emulator, "busy": options.busy}
+    jobs = {
+        "cells": [(cell, text, options.probes) for text in grid(options, LOSSES)],
+        "bursts": [(bursts, text, options.burst_probes) for text in BURSTS],
+        "traces": [(trace, text, options.seconds) for text in (SINE, *options.trace)],
+        "tcp": [(tcp, text, options.congestion) for text in grid(options, (0,))],
+    }
+    with busy_cores(options.busy):
+        for part in options.only:
+            found[part] = []
+            for function, text, *rest in jobs[part]:
+                row = function(text, options.emulator, *rest)  # type: ignore[operator]
+                found[part].append(row)
+                print(line(part, row), file=sys.stderr if options.json else sys.stdout, flush=True)
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    def numbers(text: str) -> list[int]:
+        return [int(number) for number in text.split(",")]
+
+    def parts(text: str) -> list[str]:
+        chosen = text.split(",")
+        if unknown := set(chosen) - set(PARTS):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: use some of {', '.join(PARTS)}")
+        return chosen
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("profiles", nargs="*", metavar="PROFILE", help="instead of the grid")
+    add("--emulator", default="userspace", choices=("netem", "userspace"))
+    add("--quick", action="store_true", help="four cells of the grid, and no more unless --only asks for it")
+    add("--busy", action="store_true", help="with every core kept busy")
+    add("--only", type=parts, metavar="PART,...", help=f"some of {', '.join(PARTS)}")
+    add("--rates", type=numbers, default=list(RATES), help="only these, in Mbit/s, separated by commas")
+    add("--delays", type=numbers, default=list(DELAYS), help="only these, in milliseconds")
+    add("--probes", type=int, default=PROBES, help="of a cell, each way")
+    add("--burst-probes", type=int, default=BURST_PROBES)
+    add(
+        "--trace",
+        action="append",
+        default=[],
+        metavar="PROFILE",
+        help="one more, such as delay=20ms,trace:FILE",
     )
+    add("--congestion", default="cubic", help="TCP's; BBR pauses by itself every ten seconds")
+    add("--seconds", type=float, default=20.0, help="of each trace")
+    add("--merge", nargs="+", type=Path, metavar="FILE", help="the table of what earlier runs' --json said")
+    add("--json", action="store_true")
+    options = parser.parse_args()
+    options.only = options.only or (["cells"] if options.quick or options.profiles else list(PARTS))
+    return options
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("profiles", nargs="*", metavar="PROFILE", help="instead of the grid")
-    parser.add_argument("--emulator", default="auto", choices=("auto", "netem", "userspace"))
-    parser.add_argument("--quick", action="store_true", help="four cells of the grid")
-    parser.add_argument("--busy", action="store_true", help="with every core kept busy")
-    parser.add_argument("--rates", help="only these, in Mbit/s, separated by commas")
-    parser.add_argument("--tcp", type=int, default=0, metavar="SECONDS", help="one TCP flow's goodput, too")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    rates = [int(rate) for rate in options.rates.split(",")] if options.rates else RATES
-    grid = [
-        f"rate={r}mbit,delay={d}ms" + (f",loss={x}%" if x else "")
-        for r in rates
-        for d in DELAYS
-        for x in LOSSES
-    ]
-    texts = options.profiles or (QUICK if options.quick else grid)
-    rows = []
+    options = arguments()
     try:
-        with busy_cores(options.busy):
-            for text in texts:
-                rows.append(measure(parse_profile(text), options.emulator, options.tcp))
-                print(line(rows[-1]), file=sys.stderr if options.json else sys.stdout, flush=True)
-            burst = bursts(options.emulator)
+        earlier = [json.loads(path.read_text()) for path in options.merge or ()]
+        found = merge(earlier) if earlier else [measure(options)]
     except TestbedError as error:
         print(error, file=sys.stderr)
         return error.exit_status
-    worst = {
-        key: max(
-            (abs(row[way][key]) for row in rows for way in ("up", "down") if row[way][key] is not None),
-            default=None,
-        )
-        for key in ("rate_error", "p50_over_s", "p99_over_s")
-    }
+    except (OSError, ValueError) as error:
+        print(f"--merge: {error}", file=sys.stderr)
+        return 2
     if options.json:
-        print(json.dumps({"busy": options.busy, "cells": rows, "worst": worst, "bursts": burst}, indent=1))
-        return 0
-    print(
-        "worst of each:",
-        {key: None if value is None else float(f"{value:.4g}") for key, value in worst.items()},
-    )
-    print(
-        f"{BURSTS}: loss {burst['loss']:.4f} of {burst['loss_asked']:.4f}, burst {burst['burst']:.2f} of "
-        f"{burst['burst_asked']:.2f} packets, n={burst['n']}"
-    )
+        print(json.dumps(found[0] if len(found) == 1 else found, indent=1))
+    else:
+        print(*map(report, found), sep="\n\n")
     return 0
 
 

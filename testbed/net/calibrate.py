@@ -14,18 +14,23 @@ from testbed.errors import SpecError
 from testbed.net.emulators.contract import Counters
 from testbed.net.following import STRETCH_S, Curve, follow
 from testbed.net.measure import Check, delay_check, loss_check, rate_check
+from testbed.net.probe import MESSAGE, UDP_OVERHEAD
 from testbed.net.probing import WAYS, Arrived, Flow, Network, Prober
 from testbed.net.profile import Direction, Profile
 from testbed.units import format_rate, format_time
 
 ATTEMPTS = 2
-_PROBE_BYTES = 64  # network layer
+_PROBE_BYTES = (
+    UDP_OVERHEAD + MESSAGE.size
+)  # network layer; the smallest there are: at 1 Mbit/s they take 0.35 ms each
+_CLOSEST_S = 0.3e-3  # where a given number of probes is asked for
 _OVERLOAD = 1.2  # a saturating flow's rate over the asked one
 _UNLIMITED_BPS = 300e6  # what is offered where there is no limit; the result is reported, not judged
 _PARALLEL_BPS = (
     60e6  # both ways' saturating flows at once only below this: the processor must not be the limit
 )
 _FULL_PACKET = 1500
+_LONGEST_S = 600.0  # of a flow whose number of packets is given
 _SLACK_S = 0.1  # for the last packet of a phase, over what the profile explains
 _LATE_S = 2e-3  # lateness of the emulator worth naming as a cause
 
@@ -109,28 +114,31 @@ def calibrate(
     *,
     quick: bool = False,
     stretch_s: float = STRETCH_S,
+    probes: int | None = None,
+    attempts: int = ATTEMPTS,
 ) -> Calibration:
     """Measures a link that is under *profile* (the caller has applied it) and idle.
 
     What changes over time is measured over *stretch_s* of its trace; rate, delay and loss then under the profile's means.
 
     Takes three to five seconds on ordinary links, longer where delay or queue are; *quick* halves that and widens the
-    intervals. A measurement out of tolerance is repeated once; both are in the result. Raises SpecError for an unknown link,
-    NetworkError when probing fails.
+    intervals; with *probes*, delay and loss are measured with that many packets each way, however long that takes. A
+    measurement out of tolerance is repeated, up to *attempts* in all; every one is in the result. Raises SpecError for an
+    unknown link, NetworkError when probing fails.
     """
     ends = next((item for item in fabric.topology.links if item.name == link), None)
     if ends is None:
         known = ", ".join(item.name for item in fabric.topology.links)
         raise SpecError(f"there is no link {link!r}; there is {known}")
-    attempts: list[Attempt] = []
+    made: list[Attempt] = []
     # The relay outranks the probers; netem lives in kernel threads, which they would outrank.
     urgent = fabric.emulator.name == "userspace"
     with Prober(fabric, link, ends.a, ends.b, urgent=urgent) as prober:
-        while not attempts or (not attempts[-1].ok and len(attempts) < ATTEMPTS):
+        while not made or (not made[-1].ok and len(made) < attempts):
             before = fabric.counters(link)
             if profile.changes:
                 fabric.apply(link, profile.steady())
-            checks, causes = _attempt(prober, profile.steady(), 0.5 if quick else 1.0)
+            checks, causes = _attempt(prober, profile.steady(), 0.5 if quick else 1.0, probes)
             curves: list[Curve] = []
             if profile.changes:
                 curves = follow(prober, profile, partial(fabric.apply, link, profile), stretch_s)
@@ -138,11 +146,13 @@ def calibrate(
             after = fabric.counters(link)
             counters = {way: after[way].since(before[way]) for way in WAYS}
             causes += _emulator_causes(counters)
-            attempts.append(Attempt(tuple(checks), counters, tuple(causes), tuple(curves)))
-    return Calibration(link, profile.name, fabric.emulator.name, tuple(attempts))
+            made.append(Attempt(tuple(checks), counters, tuple(causes), tuple(curves)))
+    return Calibration(link, profile.name, fabric.emulator.name, tuple(made))
 
 
-def _attempt(prober: Prober, profile: Profile, scale: float) -> tuple[list[Check], list[str]]:
+def _attempt(
+    prober: Prober, profile: Profile, scale: float, probes: int | None
+) -> tuple[list[Check], list[str]]:
     directions = {"up": profile.up, "down": profile.down}
     settle = {way: _settle_s(profile, way) for way in WAYS}
     rates = _rates(prober, directions, settle, scale)
@@ -150,7 +160,7 @@ def _attempt(prober: Prober, profile: Profile, scale: float) -> tuple[list[Check
     short = {
         way: direction.delay_s + 6 * direction.jitter_s + _SLACK_S for way, direction in directions.items()
     }
-    dense = prober.run({way: _loss_flow(profile, way, scale) for way in WAYS}, max(short.values()))
+    dense = prober.run({way: _loss_flow(profile, way, scale, probes) for way in WAYS}, max(short.values()))
     # Packets keep their order, so closely spaced ones push each other back under jitter: delay needs its own, far apart.
     sparse = dense
     if jittery:
@@ -209,16 +219,18 @@ def _rate_flow(direction: Direction, scale: float) -> Flow:
     return Flow(int(duration / interval) + 1, size, interval, duration, catch_up=True)
 
 
-def _loss_flow(profile: Profile, way: str, scale: float) -> Flow:
+def _loss_flow(profile: Profile, way: str, scale: float, probes: int | None) -> Flow:
     """Probes that never fill the queue: under half the rate, and what jitter may bunch together fits in half of the queue."""
     direction = profile.up if way == "up" else profile.down
-    packets = int((2000 if direction.loss else 800) * scale)
-    interval = (0.9e-3 if direction.loss else 1.5e-3) if direction.rate_bps is None else 0.0
+    packets, duration = int((2000 if direction.loss else 800) * scale), 2.0 * scale
+    interval = 0.9e-3 if direction.loss else 1.5e-3
+    if probes is not None:
+        packets, duration, interval = probes, _LONGEST_S, _CLOSEST_S
     if direction.rate_bps:
-        interval = max(0.9e-3 if direction.loss else 1.5e-3, 2 * _PROBE_BYTES * 8 / direction.rate_bps)
+        interval = max(interval, 2 * _PROBE_BYTES * 8 / direction.rate_bps)
         waiting = direction.queue_bytes(profile.round_trip_s) or _FULL_PACKET
         interval = max(interval, 8 * direction.jitter_s * _PROBE_BYTES / (waiting / 2))
-    return Flow(packets, _PROBE_BYTES, interval, 2.0 * scale)
+    return Flow(packets, _PROBE_BYTES, interval, duration)
 
 
 def _delay_flow(direction: Direction, scale: float) -> Flow:

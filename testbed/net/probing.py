@@ -21,7 +21,7 @@ from testbed.net.emulators.namespace import inside
 WAYS = ("up", "down")
 _SO_RCVBUFFORCE, _SO_SNDBUFFORCE = 33, 32
 _RECEIVE_BUFFER = 128 << 20  # a whole phase fits, so a receiver that does not get to run loses nothing
-_PATIENCE_S = 60.0  # for an answer; the longest flow takes six seconds
+_PATIENCE_S = 60.0  # for an answer, beyond what its flow takes
 
 
 class Network(Protocol):
@@ -88,7 +88,8 @@ class Prober:
         # Each way's flow is sent by one process and received by the other; both have to know of the phase.
         for way, process in sorted(self._processes.items(), key=lambda item: item[0] in flows):
             _order(process, _plan(flows.get(way, nothing), self._phase))
-        sent = {way: json.loads(_line(process)) for way, process in self._processes.items()}
+        longest = max(min(flow.duration_s, 4 * flow.packets * flow.interval_s) for flow in flows.values())
+        sent = {way: json.loads(_line(process, longest)) for way, process in self._processes.items()}
         time.sleep(settle_s)
         received = {}
         for way, process in self._processes.items():
@@ -144,19 +145,20 @@ def _order(process: subprocess.Popen[bytes], order: dict[str, Any]) -> None:
         process.stdin.write(json.dumps(order).encode() + b"\n")
 
 
-def _line(process: subprocess.Popen[bytes]) -> bytes:
+def _line(process: subprocess.Popen[bytes], longest_s: float = 0.0) -> bytes:
     line = b""
     while not line.endswith(b"\n"):
-        line += _read(process, 1)
+        line += _read(process, 1, longest_s)
     return line
 
 
-def _read(process: subprocess.Popen[bytes], size: int) -> bytes:
-    """Exactly *size* bytes of a process's answer. Raises NetworkError when it ends before, or takes very long."""
+def _read(process: subprocess.Popen[bytes], size: int, longest_s: float = 0.0) -> bytes:
+    """Exactly *size* bytes of a process's answer. Raises NetworkError when it ends before, or takes far longer than
+    *longest_s*."""
     assert process.stdout is not None
     data = b""
     while len(data) < size:
-        if not select.select([process.stdout], [], [], _PATIENCE_S)[0]:
+        if not select.select([process.stdout], [], [], _PATIENCE_S + longest_s)[0]:
             raise NetworkError("a probing process does not answer; is the processor overloaded?")
         piece = os.read(process.stdout.fileno(), size - len(data))
         if not piece:

@@ -1,0 +1,96 @@
+"""One TCP flow across an emulated link, as fast as it goes: what its receiver got, tenth of a second by tenth of a second."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from functools import partial
+
+from testbed.net.emulators.namespace import inside
+from testbed.net.fabric import Fabric
+
+BIN_S = 0.1
+_CHUNK, _BUFFER = 1 << 17, 1 << 18
+_RAMP = 0.95  # of what is possible, over a second: the start-up is over
+
+
+@dataclass(frozen=True)
+class Bulk:
+    """Bytes of payload in each `BIN_S` from the first byte on; the congestion control that the sender used."""
+
+    bins: tuple[int, ...]
+    congestion: str
+
+    def start_up_s(self, possible_bps: float) -> float | None:
+        """When the first second began that had nearly all of *possible_bps*; None: there was none."""
+        second = round(1 / BIN_S)
+        for begin in range(len(self.bins) - second + 1):
+            if sum(self.bins[begin : begin + second]) * 8 >= _RAMP * possible_bps:
+                return begin * BIN_S
+        return None
+
+    def goodput_bps(self, begin_s: float, seconds: float) -> float:
+        """Bits of payload per second, from *begin_s* on."""
+        begin, count = round(begin_s / BIN_S), round(seconds / BIN_S)
+        part = self.bins[begin : begin + count]
+        return 8 * sum(part) / (len(part) * BIN_S) if part else 0.0
+
+
+def bulk(
+    fabric: Fabric, source: str, target: str, possible_bps: float, seconds: float, patience_s: float
+) -> Bulk:
+    """Sends from *source* to *target* until *seconds* after the start-up, or after *patience_s* where that never ends."""
+    listener = inside(fabric.namespace(target), partial(_listen, fabric.address(target)))
+    sender = inside(fabric.namespace(source), lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+    with listener, sender:
+        sender.connect(listener.getsockname())
+        receiver, _ = listener.accept()
+        congestion = sender.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
+        stop = threading.Event()
+        sending = threading.Thread(target=_send, args=(sender, stop), daemon=True)
+        sending.start()
+        try:
+            with receiver:
+                return Bulk(_receive(receiver, possible_bps, seconds, patience_s), congestion)
+        finally:
+            stop.set()
+            sending.join()
+
+
+def _listen(address: str) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.bind((address, 0))
+    listener.listen(1)
+    return listener
+
+
+def _send(sock: socket.socket, stop: threading.Event) -> None:
+    data = bytes(_CHUNK)
+    with contextlib.suppress(OSError):  # the receiver has seen enough
+        while not stop.is_set():
+            sock.send(data)
+
+
+def _receive(sock: socket.socket, possible_bps: float, seconds: float, patience_s: float) -> tuple[int, ...]:
+    buffer, bins = bytearray(_BUFFER), [0]
+    begun, end = 0.0, None
+    while True:
+        size = sock.recv_into(buffer)
+        now = time.monotonic()
+        begun = begun or now
+        place = int((now - begun) / BIN_S)
+        if place >= len(bins):
+            bins += [0] * (place + 1 - len(bins))
+            done = Bulk(tuple(bins[:-1]), "")
+            if end is None:
+                ramp = done.start_up_s(possible_bps)
+                if ramp is not None or place * BIN_S >= patience_s:
+                    end = seconds + (patience_s if ramp is None else ramp)
+            elif place * BIN_S >= end:
+                return done.bins
+        if not size:
+            return tuple(bins[:-1])
+        bins[place] += size
