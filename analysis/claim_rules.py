@@ -4,9 +4,9 @@ Every rule answers *holds*, *fails* or *undecided* for one model and one task (o
 decided on likelihoods has the task's score beside it. The margins:
 
 * two settings are *alike* where the 95 % interval of their ΔNLL lies within ±0.02 nats per token;
-* a direction counts where the interval lies beyond 0 and Wilcoxon's p, after Holm's correction over the claim's
-  models and tasks, is below 0.05;
-* below 50 examples (the published n) nothing is decided.
+* a direction counts where the interval lies beyond 0 and Wilcoxon's p, after Holm's correction over all comparisons of
+  the claim (undecided ones too), is below 0.05;
+* below 50 examples (the published n) nothing is decided; below 20 a link where the verdict is on times.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from analysis.comparisons import FULL, Comparison
 
 ALIKE = 0.02  #: nats per token
 LEAST = 50  #: examples
+LEAST_TIMES = 20  #: examples of a verdict on times
+CONTROLS = "other layers"  #: how the mean of the controls is named
 LEVEL = 0.05
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
 
@@ -30,7 +32,8 @@ HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
 @dataclass(frozen=True)
 class Verdict:
     """One claim on one model and task (empty: all admitted tasks). `figures`: the numbers behind it, for
-    people; `p`: what Holm's correction is applied to (NaN: the rule is an interval's alone).
+    people; `p`: what Holm's correction is applied to (NaN: the rule is an interval's alone); `tested`: whether the
+    verdict falls where the corrected p is not below the level.
     """
 
     claim: str
@@ -41,6 +44,7 @@ class Verdict:
     figures: str
     n: int
     p: float = float("nan")
+    tested: bool = True
     values: dict[str, Any] = field(default_factory=dict)
 
 
@@ -49,14 +53,14 @@ def corrected(found: list[Verdict]) -> list[Verdict]:
     adjusted = stats.holm([v.p for v in found])
     return [
         replace(v, verdict=UNDECIDED, figures=f"{v.figures}; p {comparisons.p_text(float(p))} after Holm")
-        if v.verdict != UNDECIDED and p >= LEVEL
+        if v.verdict != UNDECIDED and v.tested and p >= LEVEL
         else v
         for v, p in zip(found, adjusted, strict=True)
     ]
 
 
-def _enough(verdict: str, n: int) -> str:
-    return verdict if n >= LEAST else UNDECIDED
+def _enough(verdict: str, n: int, least: int = LEAST) -> str:
+    return verdict if n >= least else UNDECIDED
 
 
 def describe(one: Comparison) -> str:
@@ -86,13 +90,12 @@ def better(claim: str, table: pd.DataFrame, model: str, task: str, setting: str,
     """Holds where the setting's NLL is lower; fails where it is higher, or the two are alike."""
     found, verdict = _pair(claim, table, model, task, setting, baseline)
     nll = found.nll
+    verdict = replace(verdict, p=nll.p)
     if nll.high < 0:
-        return replace(verdict, verdict=_enough(HOLDS, nll.n), p=nll.p)
+        return replace(verdict, verdict=_enough(HOLDS, nll.n))
     if nll.low > 0:
-        return replace(verdict, verdict=_enough(FAILS, nll.n), p=nll.p)
-    if nll.low >= -ALIKE and nll.high <= ALIKE:
         return replace(verdict, verdict=_enough(FAILS, nll.n))
-    return verdict
+    return _alike(verdict, nll)
 
 
 def worse(claim: str, table: pd.DataFrame, model: str, task: str, setting: str, baseline: str) -> Verdict:
@@ -105,38 +108,113 @@ def worse(claim: str, table: pd.DataFrame, model: str, task: str, setting: str, 
     return found
 
 
+def _alike(verdict: Verdict, nll: stats.Difference) -> Verdict:
+    """Alike fails, and that is the interval's verdict: no p speaks for equality, nor may Holm's take it away."""
+    if nll.low >= -ALIKE and nll.high <= ALIKE:
+        return replace(verdict, verdict=_enough(FAILS, nll.n), tested=False)
+    return verdict
+
+
 def lossless(claim: str, table: pd.DataFrame, model: str, task: str, setting: str) -> Verdict:
     """Holds where the NLL is not raised by more than the margin; fails where it surely is."""
     found, verdict = _pair(claim, table, model, task, setting, FULL)
     if found.nll.high <= ALIKE:
         return replace(verdict, verdict=_enough(HOLDS, found.nll.n))
     if found.nll.low > ALIKE:
-        return replace(verdict, verdict=_enough(FAILS, found.nll.n), p=found.nll.p)
+        return replace(verdict, verdict=_enough(FAILS, found.nll.n))
     return verdict
 
 
-def differs_between_models(
-    claim: str, tables: dict[str, pd.DataFrame], setting: str, task: str = ""
-) -> Verdict | None:
-    """Holds where two models' ΔNLL intervals under this setting are apart by more than the margin; fails where
-    all intervals lie within the margin of each other; None for fewer than two models.
+def restored(
+    claim: str, table: pd.DataFrame, model: str, task: str, plain: str, protected: str, controls: list[str]
+) -> Verdict:
+    """Whether protecting the diagnosed layer makes `plain` (int4) lossless, and better than protecting others.
+
+    Undecided where `plain` loses no more than the margin already: there is nothing to restore. Holds where `protected`
+    is lossless and its NLL lower than the controls', averaged example by example; fails where it surely is not lossless,
+    or its NLL is higher than the controls' or alike.
     """
-    found = {
-        model: comparisons.compare(comparisons.pairs(t, setting), model, task, setting, FULL)
-        for model, t in tables.items()
-        if setting in set(t["setting"])
-    }
-    if len(found) < 2:
-        return None
-    low = max(found.values(), key=lambda c: c.nll.low).nll.low
-    high = min(found.values(), key=lambda c: c.nll.high).nll.high
-    ends = [c.nll.low for c in found.values()] + [c.nll.high for c in found.values()]
-    n = min(c.nll.n for c in found.values())
-    verdict = HOLDS if low - high > ALIKE else FAILS if max(ends) - min(ends) <= ALIKE else UNDECIDED
-    figures = "; ".join(f"{m}: {describe(c)}" for m, c in found.items())
-    return Verdict(
-        claim, " / ".join(found), task, f"{setting} between models", _enough(verdict, n), figures, n
+    others = table[table["setting"].isin(controls)]
+    keys = ["model", "task", "example"]
+    averaged = others.groupby(keys, sort=False).mean(numeric_only=True).reset_index()
+    table = pd.concat([table, averaged.assign(setting=CONTROLS)], ignore_index=True)
+    against, verdict = _pair(claim, table, model, task, protected, CONTROLS)
+    before = comparisons.compare(comparisons.pairs(table, plain), model, task, plain, FULL)
+    after = comparisons.compare(comparisons.pairs(table, protected), model, task, protected, FULL)
+    own = table[table["setting"] == protected]
+    smaller = float((own["kv_bytes"] / own["payload_bytes"]).mean())
+    figures = (
+        f"{protected} against full cache: {describe(after)}, {smaller:.2f}× smaller with scales counted; "
+        f"against {CONTROLS} ({len(controls)}): {describe(against)}; {plain} against full cache: {describe(before)}"
     )
+    verdict = replace(verdict, figures=figures, p=against.nll.p)
+    if before.nll.high <= ALIKE:
+        return replace(verdict, figures=f"nothing to restore: {figures}")
+    if after.nll.low > ALIKE:
+        return replace(verdict, verdict=_enough(FAILS, verdict.n), tested=False)
+    if against.nll.low > 0:
+        return replace(verdict, verdict=_enough(FAILS, verdict.n))
+    if after.nll.high <= ALIKE and against.nll.high < 0 and before.nll.n:
+        return replace(verdict, verdict=_enough(HOLDS, verdict.n))
+    return _alike(verdict, against.nll)
+
+
+def differs_between_models(
+    claim: str, tables: dict[str, pd.DataFrame], setting: str, models: tuple[str, str]
+) -> Verdict | None:
+    """The first model's ΔNLL under this setting less the second's, on the tasks that both have; each model's examples are
+    resampled within their tasks, which count equally. Holds where the interval lies beyond the margin on either side;
+    fails where it lies within; None where the models share no task.
+    """
+    found = [comparisons.pairs(tables[model], setting) for model in models]
+    shared = set(found[0]["task"]) & set(found[1]["task"])
+    found = [pairs[pairs["task"].isin(shared)] for pairs in found]
+    if not shared:
+        return None
+    # The mean over all strata of twice a model's change, and of minus twice the other's, is the difference of the means.
+    change = [2 * (pairs["nll"] - pairs["nll_base"]) for pairs in found]
+    strata = [model + "\0" + pairs["task"] for model, pairs in zip(models, found, strict=True)]
+    examples = [part + "\0" + pairs["example"] for part, pairs in zip(strata, found, strict=True)]
+    estimate = stats.mean(
+        np.concatenate([change[0], -change[1]]), np.concatenate(examples), np.concatenate(strata)
+    )
+    own = [
+        comparisons.compare(pairs, model, "", setting, FULL)
+        for model, pairs in zip(models, found, strict=True)
+    ]
+    n = min(c.nll.n for c in own)
+    beyond = estimate.low > ALIKE or estimate.high < -ALIKE
+    within = estimate.low >= -ALIKE and estimate.high <= ALIKE
+    verdict = _enough(HOLDS if beyond else FAILS if within else UNDECIDED, n)
+    figures = f"difference of ΔNLL {comparisons.signed(estimate, 3)}; " + "; ".join(
+        f"{model}: {describe(c)}, n = {c.nll.n}" for model, c in zip(models, own, strict=True)
+    )
+    return Verdict(claim, " / ".join(models), "", f"{setting} between models", verdict, figures, n)
+
+
+def slope(claim: str, table: pd.DataFrame, model: str, setting: str, baseline: str) -> Verdict | None:
+    """How the setting's advantage grows with the context: an example's least-squares slope of (the baseline's NLL − the
+    setting's) on log2(context tokens), mean over the examples that have it at two lengths or more; None without any.
+
+    `table`'s tasks are named with their length behind an @ (``passages@512``); without it a task has one length.
+    """
+    found = comparisons.pairs(table, setting, baseline)
+    gain = (found["nll_base"] - found["nll"]).to_numpy()
+    length = np.log2(found["context_tokens"].to_numpy(dtype=np.float64))
+    question = (found["task"].str.rsplit("@", n=1).str[0] + "\0" + found["example"]).to_numpy()
+    slopes = []
+    for one in pd.unique(question):
+        own = (question == one) & np.isfinite(gain)
+        # A context is filled up to a sentence, so two that were asked of one length may differ by some tokens.
+        if own.sum() >= 2 and np.ptp(length[own]) > 0.5:
+            slopes.append(float(np.polyfit(length[own], gain[own], 1)[0]))
+    if not slopes:
+        return None
+    estimate = stats.mean(slopes)
+    lengths = sorted({round(float(x)) for x in 2**length})
+    span = f"{lengths[0]} to {lengths[-1]} tokens"
+    figure = f"advantage in NLL grows by {{:.3f}} {{}} nats a token with each doubling, {span}"
+    return threshold(claim, model, f"{setting} against {baseline}", estimate, 0.0, figure)
 
 
 def threshold(
@@ -148,9 +226,10 @@ def threshold(
     figure: str,
     *,
     below: bool = False,
+    examples: int = LEAST,
 ) -> Verdict:
-    """Holds where the interval lies at or above `least` (`below`: at or under), fails where it lies on the
-    other side.
+    """Holds where the interval lies at or above `least` (`below`: under it), fails where it lies on the other side;
+    undecided below this many `examples`.
     """
     over, under = estimate.low >= least, estimate.high < least
     verdict = UNDECIDED
@@ -161,7 +240,7 @@ def threshold(
             else (HOLDS if over else FAILS if under else UNDECIDED)
         )
     text = figure.format(estimate.value, f"[{estimate.low:.3g}, {estimate.high:.3g}]")
-    return Verdict(claim, model, "", what, _enough(verdict, estimate.n), text, estimate.n)
+    return Verdict(claim, model, "", what, _enough(verdict, estimate.n, examples), text, estimate.n)
 
 
 def saving(rows: pd.DataFrame, setting: str, baseline: str) -> stats.Estimate:

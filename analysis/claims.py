@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -9,68 +10,31 @@ from dataclasses import asdict, dataclass, replace
 import pandas as pd
 
 from analysis import claim_rules as rules
-from analysis import comparisons, settings, stats
+from analysis.claim_evidence import Evidence, collect
 from analysis.claim_rules import UNDECIDED, Verdict
 from analysis.figures.retention import split_selection
 from analysis.run import Run
 
-#: A model and task take part where the full cache's mean score has its 95 % interval above this.
-LEAST_REFERENCE = 0.2
-LEAST_REFERENCE_CHOICE = 0.35  #: four options: chance is 0.25
+#: The mean ΔNLL, in nats a token, up to which a codec may stand for the full cache against sending the text.
+WORTH_LOSS = 0.05
+_TIMES = rules.LEAST_TIMES
 
 _AWARE = re.compile(r"question=(true|True|1)")
+_DELTA = re.compile(r"delta(\([^)]*\))?\+(.+)")
 _CODERS = re.compile(r"\+(zstd|ans|range|huffman|ac|rans)[^+]*$")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim: its name, what was published, its rule in words, and what judges it."""
+    """One claim: its name, what was published, its rule in words, what judges it, and below how many examples it
+    decides nothing.
+    """
 
     name: str
     published: str
     rule: str
     judge: Callable[[Evidence], Iterator[Verdict]]
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """The rows of all runs, and by model the examples of the admitted tasks."""
-
-    rows: pd.DataFrame
-    tables: dict[str, pd.DataFrame]
-
-    def parts(self) -> Iterator[tuple[str, str, pd.DataFrame]]:
-        """(model, task, its examples): all tasks of a model together (an empty task), then each alone."""
-        for model, table in self.tables.items():
-            yield model, "", table
-            tasks = list(table["task"].unique())
-            for task in tasks if len(tasks) > 1 else ():
-                yield model, str(task), table[table["task"] == task]
-
-    def of(self, model: str) -> pd.DataFrame:
-        """A model's rows of admitted tasks."""
-        tasks = set(self.tables[model]["task"])
-        return self.rows[(self.rows["model"] == model) & self.rows["task"].isin(tasks)]
-
-
-def collect(runs: list[Run]) -> tuple[Evidence, list[str]]:
-    """The evidence of these runs, and a sentence for each model and task that is left out."""
-    rows = settings.labelled(pd.concat([run.require().rows for run in runs], ignore_index=True))
-    table = comparisons.by_example(rows)
-    kept, said = [], []
-    for (model, task), own in table.groupby(["model", "task"], sort=False):
-        found = stats.mean(own["reference_score"], own["example"], bounds=(0.0, 1.0))
-        least = LEAST_REFERENCE_CHOICE if str(task).startswith("choice") else LEAST_REFERENCE
-        if found.low > least:
-            kept.append(own)
-        else:
-            said.append(
-                f"{model} · {task} is left out: the full cache scores {found.value:.2f} [{found.low:.2f}, "
-                f"{found.high:.2f}] (n = {found.n}), not surely above {least}"
-            )
-    whole = pd.concat(kept) if kept else table.iloc[:0]
-    tables = {str(m): own for m, own in whole.groupby("model", sort=False)}
-    return Evidence(rows, tables), said
+    least: int = rules.LEAST
 
 
 def judge(runs: list[Run]) -> tuple[list[tuple[Claim, list[Verdict]]], list[str]]:
@@ -79,19 +43,27 @@ def judge(runs: list[Run]) -> tuple[list[tuple[Claim, list[Verdict]]], list[str]
     return [(claim, rules.corrected(list(claim.judge(evidence)))) for claim in CLAIMS], said
 
 
+def _forms(table: pd.DataFrame, name: str, aware: bool | None = None) -> Iterator[tuple[str, float, str]]:
+    """(setting, ratio, rest of the codec) of every form of a selector; `aware`: of those that saw the question, or not."""
+    for setting in table["setting"].unique():
+        found = split_selection(str(setting))
+        if found is None or found[0].split("(")[0] != name:
+            continue
+        if aware is None or bool(_AWARE.search(found[0])) == aware:
+            yield str(setting), found[1], found[2]
+
+
 def _selector(
     claim: str, other: str, aware: bool, ratio: float = 0.25
 ) -> Callable[[Evidence], Iterator[Verdict]]:
-    """Q2C against another selector at one ratio, with the same rest of the codec."""
+    """Each form of Q2C against another selector at one ratio, with the same rest of the codec."""
 
     def judged(evidence: Evidence) -> Iterator[Verdict]:
         for model, task, table in evidence.parts():
-            known = {s: found for s in table["setting"].unique() if (found := split_selection(str(s)))}
-            ours = {f[2]: s for s, f in known.items() if f[0] == "q2c" and f[1] == ratio}
-            for setting, (selector, kept, rest) in known.items():
-                mine = selector.split("(")[0] == other and bool(_AWARE.search(selector)) == aware
-                if mine and kept == ratio and rest in ours:
-                    yield rules.better(claim, table, model, task, ours[rest], setting)
+            for ours, kept, rest in _forms(table, "q2c"):
+                for theirs, *same in _forms(table, other, aware):
+                    if kept == ratio and same == [kept, rest]:
+                        yield rules.better(claim, table, model, task, ours, theirs)
 
     return judged
 
@@ -106,9 +78,11 @@ def _int8(evidence: Evidence) -> Iterator[Verdict]:
 def _fragile(evidence: Evidence) -> Iterator[Verdict]:
     known = {str(s) for t in evidence.tables.values() for s in t["setting"].unique()}
     for setting in sorted(s for s in known if re.fullmatch(r"int4(\([^)]*\))?", s)):
-        found = rules.differs_between_models("int4-fragility", evidence.tables, setting)
-        if found is not None:
-            yield found
+        having = [m for m, t in evidence.tables.items() if setting in set(t["setting"])]
+        for models in itertools.combinations(having, 2):
+            found = rules.differs_between_models("int4-fragility", evidence.tables, setting, models)
+            if found is not None:
+                yield found
 
 
 def _protected(evidence: Evidence) -> Iterator[Verdict]:
@@ -116,28 +90,21 @@ def _protected(evidence: Evidence) -> Iterator[Verdict]:
     for model, task, table in evidence.parts():
         known = [str(s) for s in table["setting"].unique() if str(s).startswith("mixed(")]
         known = [s for s in known if "protect=none" not in s]
-        for number, setting in enumerate(known):
-            if number:
-                yield rules.better("protected-layer", table, model, task, known[0], setting)
-                continue
-            own = table[table["setting"] == setting]
-            smaller = float((own["kv_bytes"] / own["payload_bytes"]).mean())
-            found = rules.lossless("protected-layer", table, model, task, setting)
-            yield replace(found, figures=f"{found.figures}, {smaller:.2f}× smaller with scales counted")
+        if len(known) > 1:
+            yield rules.restored("protected-layer", table, model, task, "int4", known[0], known[1:])
 
 
 def _delta(evidence: Evidence) -> Iterator[Verdict]:
     for model, task, table in evidence.parts():
         known = list(table["setting"].unique())
         for setting in known:
-            match = re.fullmatch(r"delta(\([^)]*\))?\+(.+)", str(setting))
+            match = _DELTA.fullmatch(str(setting))
             if match and match[2] in known:
                 yield rules.worse("delta-hurts", table, model, task, str(setting), match[2])
 
 
 def _coded(evidence: Evidence) -> Iterator[Verdict]:
-    for model in evidence.tables:
-        rows = evidence.of(model)
+    for model, rows in evidence.by_model():
         known = list(rows["setting"].unique())
         for setting in known:
             plain = _CODERS.sub("", str(setting))
@@ -149,11 +116,10 @@ def _coded(evidence: Evidence) -> Iterator[Verdict]:
 
 
 def _spread(evidence: Evidence) -> Iterator[Verdict]:
-    for model in evidence.tables:
-        rows = evidence.of(model)
+    for model, rows in evidence.by_model():
         known = list(rows["setting"].unique())
         for setting in known:
-            match = re.fullmatch(r"delta(\([^)]*\))?\+(.+)", str(setting))
+            match = _DELTA.fullmatch(str(setting))
             if match and match[2] in known and _CODERS.search(match[2]):
                 found = rules.saving(rows, str(setting), match[2])
                 what = f"bytes of {setting} against {match[2]}"
@@ -163,72 +129,58 @@ def _spread(evidence: Evidence) -> Iterator[Verdict]:
 
 
 def _dominates(evidence: Evidence) -> Iterator[Verdict]:
-    for model in evidence.tables:
-        rows = evidence.of(model)
+    for model, rows in evidence.by_model():
         for panel, own in rows[rows["setting"] == "fp16"].groupby("panel", sort=False):
             found = rules.transmission_share(own)
             figure = "transmission takes {:.2g} times the compute stages {}"
-            yield rules.threshold("transmission-dominates", model, f"fp16 on {panel}", found, 1.0, figure)
+            yield rules.threshold(
+                "transmission-dominates", model, f"fp16 on {panel}", found, 1.0, figure, examples=_TIMES
+            )
 
 
 def _free(evidence: Evidence) -> Iterator[Verdict]:
-    for model in evidence.tables:
-        rows = evidence.of(model)
-        for setting, own in rows[rows["codec"].str.startswith("q2c@")].groupby("setting", sort=False):
+    for model, rows in evidence.by_model():
+        chosen = rows[rows["codec"].str.startswith("q2c@")]
+        for (setting, task), own in chosen.groupby(["setting", "task"], sort=False):
             found = rules.geometric(own["select_s"] / own["prefill_s"], own)
             figure = "selection takes {:.2g} of the prefill {}"
-            yield rules.threshold("q2c-free", model, str(setting), found, 0.05, figure, below=True)
+            verdict = rules.threshold(
+                "q2c-free", model, str(setting), found, 0.05, figure, below=True, examples=_TIMES
+            )
+            yield replace(verdict, task=str(task))
 
 
 def _worth(evidence: Evidence) -> Iterator[Verdict]:
     for model in evidence.tables:
         for panel, own in evidence.of(model).groupby("panel", sort=False):
-            full = settings.full_cache_quality(own)
-            sending = [m for m in settings.measure(own) if m.placement == "split"]
-            best = settings.fastest_that_holds(sending, full)
+            best = _fastest_alike(own[own["placement"] == "split"])
             if best is None or "cloud" not in set(own["setting"]):
                 continue
-            keys = ["task", "example"]
-            times = own.groupby(["setting", *keys])["e2e_s"].median()
-            pair = pd.DataFrame({"kv": times[best.label], "text": times["cloud"]}).dropna().reset_index()
+            times = own.groupby(["setting", "task", "example"])["e2e_s"].median()
+            pair = pd.DataFrame({"kv": times[best], "text": times["cloud"]}).dropna().reset_index()
             found = rules.geometric(pair["kv"] / pair["text"], pair)
-            what = f"{best.label} against sending the text, on {panel}"
+            what = f"{best} against sending the text, on {panel}"
             figure = "takes {:.2g} times as long {}"
-            yield rules.threshold("kv-worth-sending", model, what, found, 1.0, figure, below=True)
+            yield rules.threshold(
+                "kv-worth-sending", model, what, found, 1.0, figure, below=True, examples=_TIMES
+            )
+
+
+def _fastest_alike(rows: pd.DataFrame) -> str | None:
+    """The setting with the lowest median latency of those whose mean ΔNLL is small; None where none is."""
+    rows = rows.assign(lost=rows["nll"] - rows["reference_nll"])
+    found = rows.groupby("setting")[["lost", "e2e_s"]].agg({"lost": "mean", "e2e_s": "median"})
+    found = found[found["lost"] <= WORTH_LOSS]
+    return str(found["e2e_s"].idxmin()) if len(found) else None
 
 
 def _grows(evidence: Evidence) -> Iterator[Verdict]:
     for model, table in evidence.tables.items():
-        known = {s: found for s in table["setting"].unique() if (found := split_selection(str(s)))}
-        for setting, (selector, kept, rest) in known.items():
-            other = next(
-                (s for s, f in known.items() if f[0].startswith("snapkv") and f[1:] == (kept, rest)), None
-            )
-            if selector != "q2c" or other is None:
-                continue
-            both = comparisons.pairs(table, str(setting), str(other))
-            length = both["context_tokens"]
-            if length.max() < 1.9 * length.min():
-                continue
-            gain = both["nll_base"] - both["nll"]
-            long, short = gain[length > 0.7 * length.max()], gain[length < 1.4 * length.min()]
-            yield _difference(model, f"{setting} against {other}", long, short)
-
-
-def _difference(model: str, what: str, long: pd.Series, short: pd.Series) -> Verdict:
-    """The advantage at the longest contexts less that at the shortest, two independent samples."""
-    ends = [stats.mean(part) for part in (long, short)]
-    half = sum(((e.high - e.low) / 2) ** 2 for e in ends) ** 0.5
-    middle = ends[0].value - ends[1].value
-    found = stats.Estimate(middle, middle - half, middle + half, min(e.n for e in ends))
-    return rules.threshold(
-        "q2c-grows",
-        model,
-        what,
-        found,
-        0.0,
-        "advantage in NLL at the longest contexts less that at the shortest {:.3f} {}",
-    )
+        for ours, *kept in _forms(table, "q2c"):
+            for theirs, *same in _forms(table, "snapkv"):
+                found = rules.slope("q2c-grows", table, model, ours, theirs) if same == kept else None
+                if found is not None:
+                    yield found
 
 
 CLAIMS = (
@@ -254,13 +206,13 @@ CLAIMS = (
     Claim(
         "int4-fragility",
         "Yi-6B keeps 100 %, Qwen-7B 77 %",
-        "two models' ΔNLL apart by more than 0.02",
+        "two models' ΔNLL surely apart by more than 0.02",
         _fragile,
     ),
     Claim(
         "protected-layer",
         "INT4 lossless at 3.6× smaller",
-        "ΔNLL at most 0.02; below other layers'",
+        "int4 loses; protected, ΔNLL at most 0.02 and below that of other layers'",
         _protected,
     ),
     Claim("delta-hurts", "−5.6 to −14.0 points", "NLL above the same quantizer's without delta", _delta),
@@ -275,12 +227,13 @@ CLAIMS = (
         "43 × the compute stages",
         "fp16: transmission longer than all compute",
         _dominates,
+        _TIMES,
     ),
-    Claim("q2c-free", "no extra compute", "selection at most 5 % of the prefill", _free),
+    Claim("q2c-free", "no extra compute", "selection at most 5 % of the prefill", _free, _TIMES),
     Claim(
         "q2c-grows",
         "(expected) advantage grows with context",
-        "Q2C's NLL advantage larger at the longest contexts",
+        "Q2C's NLL advantage grows with each doubling of the context",
         _grows,
     ),
     Claim(
@@ -289,8 +242,9 @@ CLAIMS = (
     Claim(
         "kv-worth-sending",
         "(the deciding baseline)",
-        "the fastest KV that keeps 95 % beats sending the text",
+        "the fastest KV whose ΔNLL is at most 0.05 beats sending the text",
         _worth,
+        _TIMES,
     ),
 )
 
@@ -304,7 +258,7 @@ def text(found: list[tuple[Claim, list[Verdict]]], said: list[str]) -> str:
             lines.append(f"  {UNDECIDED:<9}  these runs have no rows for it")
         for one in verdicts:
             where = one.model + (f" · {one.task}" if one.task else "")
-            few = f" (fewer than {rules.LEAST})" if one.n < rules.LEAST else ""
+            few = f" (fewer than {claim.least})" if one.n < claim.least else ""
             lines.append(f"  {one.verdict:<9}  {where} · {one.what}: {one.figures} · n = {one.n}{few}")
         lines.append("")
     return "\n".join([*lines, *said]).rstrip()

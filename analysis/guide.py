@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from analysis import claim_rules as rules
+from analysis.claim_evidence import collect
 from analysis.claim_rules import FAILS, HOLDS
-from analysis.claims import collect
 from analysis.run import Run
 
 
