@@ -57,6 +57,8 @@ def caveats(run: Run) -> list[str]:
         said.append(
             f"Times taken over from an identical earlier trial: {parts}; transmission is always real."
         )
+    if (rows["emulator"] == "none").any():
+        said.append("Measured over loopback, without a link: latencies are this machine's compute alone.")
     off = rows.loc[~rows["calibrated"], "profile"].unique()
     if len(off):
         said.append(f"Links measured out of tolerance: {', '.join(map(str, off))}.")

@@ -4,8 +4,11 @@ the diagnosed layers save it, and what does selecting tokens with Q2C give on to
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -14,47 +17,81 @@ from analysis.claim_evidence import collect
 from analysis.claim_rules import FAILS, HOLDS
 from analysis.run import Run
 
+INT8 = "Is INT8 enough?"
+INT4 = "Is INT4 enough?"
+DIAGNOSIS = "Are a few layers to blame?"
+MIXED = "Does protecting the diagnosed layers make INT4 lossless?"
+SELECTION = "Does selecting {} of the tokens with Q2C keep the answers?"
+
+YES, NO, UNDECIDED, SKIPPED, UNKNOWN = "yes", "no", "undecided", "skipped", "not measured"
+UNFIT = "the task does not tell"
+_ANSWERS = {HOLDS: YES, FAILS: NO}
+
 
 @dataclass(frozen=True)
 class Step:
-    """One question, the setting that answers it (empty: the run has none), the answer, and the figures."""
+    """One question, the setting that answers it (empty: none), the answer, and the figures. `smaller`: how many times fewer
+    bytes than the full cache in 16 bits; NaN: unknown.
+    """
 
     question: str
     setting: str
-    answer: str  #: yes, no, undecided, not measured
-    figures: str
-    advice: str
+    answer: str  #: yes, no, undecided, skipped, not measured
+    figures: str = ""
+    advice: str = ""
+    smaller: float = math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; what is unknown is None."""
+        return asdict(self) | {"smaller": self.smaller if math.isfinite(self.smaller) else None}
 
 
 _STEPS = (
-    ("Is INT8 enough?", r"int8(\([^)]*\))?", "run it: testbed run … --codec int8"),
-    ("Is INT4 enough?", r"int4(\([^)]*\))?", "run it: testbed run … --codec int4"),
+    (INT8, r"int8(\([^)]*\))?", "run it: testbed run … --codec int8"),
+    (INT4, r"int4(\([^)]*\))?", "run it: testbed run … --codec int4"),
     (
-        "Does protecting the diagnosed layers make INT4 lossless?",
+        MIXED,
         r"mixed\(.*\)",
         "find the layers with testbed diagnose MODEL, then run --codec 'mixed(low=4, high=8)'",
     ),
     (
-        "Does selecting tokens with Q2C keep the answers?",
+        SELECTION.format("a part"),
         r"q2c@[0-9.]+(\([^)]*\))?(\+.*)?",
         "run it: testbed run … --codec q2c@0.5+int8",
     ),
 )
-_ANSWERS = {HOLDS: "yes", FAILS: "no"}
 
 
 def walk(runs: list[Run]) -> tuple[dict[str, list[Step]], list[str]]:
     """The steps for each model of these runs, and what was left out. Raises UsageError for runs without rows."""
     evidence, said = collect(runs)
-    return {
+    found = {
         model: [_step(model, table, *step) for step in _STEPS] for model, table in evidence.tables.items()
-    }, said
+    }
+    for model, verdict in (pair for run in runs for pair in _diagnosis(run)):
+        if model in found and not any(step.question == DIAGNOSIS for step in found[model]):
+            answer = YES if verdict.startswith("bottleneck") else NO
+            found[model].insert(2, Step(DIAGNOSIS, "", answer, verdict))
+    return found, said
+
+
+def judge(run: Run, question: str, setting: str) -> Step:
+    """Whether this setting of a run of one model is enough. `UNFIT` where the full cache does not answer the task."""
+    evidence, said = collect([run])
+    if not evidence.tables:
+        return Step(
+            question, setting, UNFIT, "; ".join(said), "choose another task, or longer demonstrations"
+        )
+    ((model, table),) = evidence.tables.items()
+    return _judged(model, table, question, [setting])
 
 
 def _step(model: str, table: pd.DataFrame, question: str, pattern: str, remedy: str) -> Step:
     known = [str(s) for s in table["setting"].unique() if re.fullmatch(pattern, str(s))]
-    if not known:
-        return Step(question, "", "not measured", "", remedy)
+    return _judged(model, table, question, known) if known else Step(question, "", UNKNOWN, advice=remedy)
+
+
+def _judged(model: str, table: pd.DataFrame, question: str, known: list[str]) -> Step:
     judged = [(s, rules.lossless("guide", table, model, "", s)) for s in known]
     size = {s: float(table.loc[table["setting"] == s, "payload_bytes"].mean()) for s in known}
     full = float(table["kv_bytes"].mean())
@@ -65,11 +102,27 @@ def _step(model: str, table: pd.DataFrame, question: str, pattern: str, remedy: 
         if enough
         else min(judged, key=lambda one: one[1].values["nll_diff"])
     )
-    answer = _ANSWERS.get(verdict.verdict, "undecided")
+    answer = _ANSWERS.get(verdict.verdict, UNDECIDED)
     few = f", fewer than {rules.LEAST}" if verdict.n < rules.LEAST else ""
-    figures = f"{full / size[setting]:.2f}× smaller, {verdict.figures}, n = {verdict.n}{few}"
-    advice = "" if answer == "yes" else "more examples decide it" if answer == "undecided" else "go on"
-    return Step(question, setting, answer, figures, advice)
+    smaller = full / size[setting]
+    figures = f"{smaller:.2f}× smaller, {verdict.figures}, n = {verdict.n}{few}"
+    advice = "more examples decide it" if answer == UNDECIDED else ""
+    return Step(question, setting, answer, figures, advice, smaller)
+
+
+def _diagnosis(run: Run) -> list[tuple[str, str]]:
+    """The model and verdict of a diagnosis in the run's directory, if there is one."""
+    try:
+        found = json.loads((run.path / "diagnosis.json").read_text(encoding="utf-8"))
+        return [(str(found["model"]), str(found["verdict"]))]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def chosen(steps: list[Step]) -> Step | None:
+    """The smallest setting that was found to be enough, the last of equals; None where none was."""
+    enough = [s for s in steps if s.answer == YES and s.setting]
+    return max(reversed(enough), key=lambda s: s.smaller, default=None)
 
 
 def text(found: dict[str, list[Step]], said: list[str]) -> str:
@@ -78,14 +131,23 @@ def text(found: dict[str, list[Step]], said: list[str]) -> str:
     for model, steps in found.items():
         lines.append(model)
         for number, step in enumerate(steps, 1):
-            lines.append(
-                f"  {number}. {step.question}  {step.answer}" + (f": {step.setting}" if step.setting else "")
-            )
-            lines += [f"     {part}" for part in (step.figures, step.advice) if part]
-        enough = [s.setting for s in steps if s.answer == "yes"]
-        last = f"deploy {enough[-1]}" if enough else "nothing below 16 bits is shown to be enough"
+            lines += told(number, step)
+        best = chosen(steps)
+        last = (
+            f"deploy {best.setting}, {best.smaller:.2f}× smaller than 16 bits"
+            if best
+            else "nothing below 16 bits is shown to be enough"
+        )
         lines += [f"  → {last}", ""]
     lines.append(
-        f"enough: ΔNLL to the full cache at most {rules.ALIKE} nats per token, 95 % interval's upper end"
+        f"enough: ΔNLL to the full cache at most {rules.ALIKE} nats per token, 95 % interval's upper end, "
+        f"over at least {rules.LEAST} examples"
     )
     return "\n".join([*lines, *said])
+
+
+def told(number: int, step: Step) -> list[str]:
+    """A step's lines."""
+    answer = step.answer + (f": {step.setting}" if step.setting else "")
+    more = [part for part in (step.figures, step.advice) if part]
+    return [f"  {number}. {step.question}  {answer}", *(f"     {part}" for part in more)]

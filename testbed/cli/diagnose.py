@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from testbed.cli.parts import as_json, table
-from testbed.errors import EndpointError, UsageError
+from testbed.errors import UsageError
 
 
 @click.command()
@@ -55,6 +51,7 @@ from testbed.errors import EndpointError, UsageError
 def diagnose(model: str, out: Path | None, bits: str, high: str, **options: Any) -> Any:
     """Find the layers of MODEL whose keys or values cannot stand few bits, and write what `mixed` protects."""
     from testbed.codecs.quantize.protection import default_path
+    from testbed.diagnosis import launch
     from testbed.models.sources import resolve
     from testbed.tasks.task import make_task
 
@@ -63,44 +60,12 @@ def diagnose(model: str, out: Path | None, bits: str, high: str, **options: Any)
     name = resolve(model).name
     make_task(options["task"])
     path = out or default_path(name, int(bits))
-    found = _in_a_process({"model": model, "bits": int(bits), "high": int(high), **options})
-    _write(path, json.dumps(found, indent=1))
+    settings = {"model": model, "bits": int(bits), "high": int(high), **options}
+    found = launch.diagnosed(settings, lambda line: click.echo(line, err=True))
+    launch.write(path, found)
     figures = _draw(path)
     text = _text(found) + "".join(f"\n{what:<9} {where}" for what, where in [("file", path), *figures])
     return {**found, "file": str(path)}, text, 0
-
-
-def _in_a_process(settings: dict[str, Any]) -> dict[str, Any]:
-    """The diagnosis of a process of its own: torch stays out of this one."""
-    command = [sys.executable, "-m", "testbed.diagnosis"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as child:
-        assert child.stdin and child.stdout and child.stderr
-        child.stdin.write(json.dumps(settings))
-        child.stdin.close()
-        complaint = ""
-        for line in child.stderr:
-            if line.startswith("error "):
-                complaint = line.removeprefix("error ").strip()
-            elif line.startswith(("example ", "K", "V", "none", *"0123456789")):
-                click.echo(line.rstrip(), err=True)
-            else:
-                complaint = complaint or line.strip()
-        output = child.stdout.read()
-    if child.returncode == 2:
-        raise UsageError(complaint)
-    if child.returncode:
-        raise EndpointError(f"the diagnosis ended with status {child.returncode}: {complaint[:300]}")
-    found: dict[str, Any] = json.loads(output)
-    return found
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def _draw(path: Path) -> list[tuple[str, Path]]:

@@ -2,26 +2,89 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
 from testbed.cli.parts import as_json
+from testbed.cli.progress import Console
+from testbed.errors import UsageError
 
 
 @click.command()
-@click.argument("paths", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("subjects", metavar="MODEL|RUN...", nargs=-1, required=True)
+@click.option("--task", default="needle", show_default=True, help="A task, or '{task: qa, path: FILE}'.")
+@click.option("--context-tokens", type=click.IntRange(8), default=512, show_default=True)
+@click.option(
+    "--examples", type=click.IntRange(2), default=50, show_default=True, help="A step; fewer decide nothing."
+)
+@click.option(
+    "--diagnosed",
+    type=click.IntRange(2),
+    default=8,
+    show_default=True,
+    help="Examples that rank layers; as many more choose.",
+)
+@click.option(
+    "--smaller", type=click.FloatRange(1), metavar="TIMES", help="End where so much smaller is shown."
+)
+@click.option("--threads", type=click.IntRange(1), help="Of the processor.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The rows' directory [default: results/guide-…].",
+)
 @as_json
-def guide(paths: tuple[Path, ...]) -> Any:
-    """Walk the published deployment procedure by the rows of RUN...: INT8, INT4, mixed precision, Q2C."""
+def guide(subjects: tuple[str, ...], out: Path | None, **options: Any) -> Any:
+    """Walk the published deployment procedure: INT8, INT4, diagnosis, mixed precision, Q2C.
+
+    With MODEL each step is measured, without a network and without root, until one is not enough; a second call goes on from
+    the rows that are there. With RUN... the rows of these runs answer.
+    """
     from analysis import guide as guiding
     from analysis.run import load
 
-    found, said = guiding.walk([load(path) for path in paths])
+    runs = [Path(subject) for subject in subjects if _is_run(Path(subject))]
+    if len(runs) == len(subjects):
+        found, said = guiding.walk([load(path) for path in runs])
+        value = {"models": {m: [s.to_dict() for s in steps] for m, steps in found.items()}, "left_out": said}
+        return value, guiding.text(found, said), 0
+    if len(subjects) > 1:
+        raise UsageError("name one model to measure, or the directories of runs, and not both")
+    return _measured(subjects[0], out, **options)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "trials.jsonl").is_file() or (path / "manifest.json").is_file()
+
+
+def _measured(model: str, out: Path | None, task: str, **options: Any) -> tuple[dict[str, Any], str, int]:
+    from analysis import guide as guiding
+    from testbed.guiding.walk import Asked, measured
+    from testbed.net import strict_yaml
+
+    asked = Asked(model, task=strict_yaml.parse(task, "--task"), **options)
+    path = out or asked.directory()
+    show = Console()
+    count = 0
+
+    def told(step: guiding.Step) -> None:
+        nonlocal count
+        count += 1
+        show.line("\n".join(guiding.told(count, step)))
+
+    try:
+        steps = measured(asked, path, show, show.line, told)
+    except KeyboardInterrupt:
+        show.line(f"the same command goes on from the rows in {path}")
+        raise
+    finally:
+        show.close()
     value = {
-        "models": {model: [asdict(step) for step in steps] for model, steps in found.items()},
-        "left_out": said,
+        "models": {model: [step.to_dict() for step in steps]},
+        "left_out": [],
+        "directory": str(path),
     }
-    return value, guiding.text(found, said), 0
+    return value, f"{guiding.text({model: steps}, [])}\nrows in {path}", 0

@@ -35,6 +35,13 @@ class Console:
             click.echo(text, err=True)
             self._last, self._tenth = text, tenth if counting else self._tenth
 
+    def line(self, text: str) -> None:
+        """A line that stays, above the live one."""
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            click.echo(text, err=True)
+
     @staticmethod
     def _text(progress: Progress) -> str:
         from testbed.units import format_duration

@@ -16,7 +16,8 @@ from testbed.codecs.quantize.protection import Kind, Place
 from testbed.models.kvcache import KVCache, KVLayer, join
 from testbed.models.language import LanguageModel
 from testbed.models.likelihood import mean_kl, mean_nll
-from testbed.tasks.task import Example, Task
+from testbed.tasks.prompt import Prompted
+from testbed.tasks.task import Example
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Probe:
     def __init__(
         self,
         model: LanguageModel,
-        task: Task,
+        task: Prompted,
         example: Example,
         prefix: KVCache | None,
         bits: tuple[int, int],

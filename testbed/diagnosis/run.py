@@ -12,6 +12,7 @@ from testbed.diagnosis.choose import Loss, holds, interval, smallest_set, verdic
 from testbed.diagnosis.measure import Outcome, Probe, damage, rescue
 from testbed.diagnosis.settings import Settings
 from testbed.models.language import load_model
+from testbed.tasks.prompt import Prompted, choose_prompt
 from testbed.tasks.task import make_task
 
 
@@ -19,7 +20,9 @@ def diagnose(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     """The diagnosis, as it is written to its file. Raises TestbedError where model, task or examples cannot be had."""
     started = time.monotonic()
     model = load_model(settings.model, threads=settings.threads)
-    task = make_task(settings.task)
+    prompt = choose_prompt("auto", model.name)
+    template = model.chat_template() if prompt.layout == "chat" else None
+    task = Prompted(make_task(settings.task, **settings.parameters), prompt, template)
     examples = task.examples(
         2 * settings.examples, settings.context_tokens, lambda text: len(model.tokenize(text)), settings.seed
     )

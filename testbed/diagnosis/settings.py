@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,3 +22,4 @@ class Settings:
     measure: str = "nll"
     seed: int = 1
     threads: int | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)  #: of the task

@@ -77,6 +77,10 @@ class InferenceSide:
             "threads": torch.get_num_threads(),
         }
 
+    def share(self, other: InferenceSide) -> None:
+        """Take the model and the prefixes that another side of this process has loaded."""
+        self._model, self.prefixes, self.pace = other.model, other.prefixes, Pace(other.pace.slowdown)
+
     def learn_prefix(self, text: str) -> str:
         """Prefill a task's prefix once; returns the digest by which requests name it."""
         name = digest(text.encode())

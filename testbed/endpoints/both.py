@@ -1,0 +1,33 @@
+"""Edge and cloud in one process that share one model: for measurements that need no network between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from testbed.endpoints.cloud import Cloud
+from testbed.endpoints.edge import Edge
+from testbed.endpoints.inference import main
+
+
+class Both:
+    """Each side as it is, the cloud's in a thread; a request crosses from one to the other over loopback."""
+
+    def __init__(self) -> None:
+        self._edge, self._cloud = Edge(), Cloud()
+        self._loaded: dict[str, Any] | None = None
+
+    def handlers(self) -> dict[str, Callable[..., Any]]:
+        """The orchestrator's calls of both sides."""
+        return {**self._cloud.handlers(), **self._edge.handlers(), "load": self.load}
+
+    def load(self, **settings: Any) -> dict[str, Any]:
+        """Load the model once, for both; the second side's call finds it there."""
+        if self._loaded is None:
+            self._loaded = self._edge.load(**settings)
+            self._cloud.share(self._edge)
+        return self._loaded
+
+
+if __name__ == "__main__":
+    main(lambda: Both().handlers())

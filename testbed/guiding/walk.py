@@ -1,0 +1,139 @@
+"""The procedure on a model: measurements of a bench go into a run directory, and its rows answer each step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis import claim_rules
+from analysis.guide import Step, judge
+from analysis.run import load
+from testbed.diagnosis import launch
+from testbed.endpoints.launch import invoking_user
+from testbed.errors import SpecError, UsageError
+from testbed.guiding.bench import Bench, bench_plan
+from testbed.guiding.procedure import RATIOS, Diagnosed, walk
+from testbed.models.sources import resolve
+from testbed.results import FORMAT, RunDirectory
+from testbed.runner import Watcher, utc_now
+from testbed.tasks.task import parse_task
+
+_DIAGNOSIS = "diagnosis.json"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the procedure is to be walked with. `task`: as a scenario writes it; `diagnosed`: examples that rank the layers (as
+    many more choose); `smaller`: how many times smaller is small enough (None: as small as holds).
+    """
+
+    model: str
+    task: Any = "needle"
+    context_tokens: int = 512
+    examples: int = claim_rules.LEAST
+    diagnosed: int = 8
+    smaller: float | None = None
+    threads: int | None = None
+
+    def directory(self) -> Path:
+        """Where the same question finds its rows again."""
+        model = re.sub(r"[^\w.-]+", "-", resolve(self.model).name).strip("-.")
+        task = re.sub(r"[^\w.-]+", "-", parse_task(self.task).label).strip("-.")
+        return Path("results") / f"guide-{model}-{task}-{self.context_tokens}"
+
+    def settings(self) -> dict[str, Any]:
+        """As a scenario."""
+        model = resolve(self.model)
+        return {
+            "name": "guide",
+            "description": "the deployment procedure, measured without a link",
+            "model": self.model if Path(self.model).exists() else model.name,
+            "tasks": [self.task],
+            "context_tokens": self.context_tokens,
+            "examples": self.examples,
+            "codecs": ["int8", "int4", *(f"q2c@{ratio:g}" for ratio in RATIOS)],
+            "threads": self.threads,
+        }
+
+
+def measured(
+    asked: Asked, path: Path, watch: Watcher, say: Callable[[str], None], told: Callable[[Step], None]
+) -> list[Step]:
+    """The steps, measured into the run directory `path`; what it has already is not repeated.
+
+    `say`: gets the diagnosis' progress; `told`: each step as it is answered. Raises UsageError for a wrong request or a
+    directory that other settings were measured into, EndpointError where a process fails, KeyboardInterrupt; the rows so far
+    stay.
+    """
+    plan = bench_plan(asked.settings(), "guide")
+    directory = _open(path, plan.scenario.model_dump(mode="json"))
+    steps: list[Step] = []
+
+    def procedure(bench: Bench) -> None:
+        def measure(question: str, codec: str) -> Step:
+            bench.measure(codec)
+            return judge(load(path), question, str(codec))
+
+        for step in walk(measure, lambda: _diagnosis(asked, path, directory, say), asked.smaller):
+            steps.append(step)
+            told(step)
+
+    Bench(plan, directory, watch, procedure).execute()
+    return steps
+
+
+def _open(path: Path, settings: dict[str, Any]) -> RunDirectory:
+    """The directory, new or continued."""
+    user = invoking_user()
+    owner = (user.uid, user.gid)
+    if not (path / "manifest.json").is_file():
+        directory = RunDirectory.create(path, owner)
+        directory.write(
+            "manifest.json",
+            {"format": FORMAT, "name": settings["name"], "settings": settings, "created": utc_now()},
+        )
+        return directory
+    directory = RunDirectory.open(path, owner)
+    before = directory.manifest().get("settings", {})
+    for key in ("name", "model", "tasks", "context_tokens", "seed", "prompt"):
+        if before.get(key) != settings[key]:
+            raise UsageError(
+                f"{path} was measured with {key} {before.get(key)}, not {settings[key]}; choose another --out"
+            )
+    directory.repair()
+    return directory
+
+
+def _diagnosis(asked: Asked, path: Path, directory: RunDirectory, say: Callable[[str], None]) -> Diagnosed:
+    """The diagnosis that lies in the directory, where it was made for the same question; else a new one."""
+    task = asked.task if isinstance(asked.task, dict) else {"task": asked.task}
+    settings = {
+        "model": asked.model,
+        "task": task["task"],
+        "parameters": {key: value for key, value in task.items() if key != "task"},
+        "context_tokens": asked.context_tokens,
+        "examples": asked.diagnosed,
+        "epsilon": claim_rules.ALIKE,
+        "threads": asked.threads,
+    }
+    found = _known(path / _DIAGNOSIS, {**settings, "model": resolve(asked.model).name})
+    if found is None:
+        found = launch.diagnosed(settings, say)
+        launch.write(path / _DIAGNOSIS, found)
+        directory.claim(path / _DIAGNOSIS)
+    return Diagnosed(
+        found["protect"], found["verdict"].startswith("bottleneck"), found["verdict"], found["examples"]
+    )
+
+
+def _known(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    from testbed.codecs.quantize.protection import load_diagnosis
+
+    try:
+        found = load_diagnosis(path)
+    except SpecError:
+        return None
+    return found if all(found.get(key) == value for key, value in settings.items()) else None

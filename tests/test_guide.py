@@ -1,0 +1,154 @@
+"""The deployment procedure on a model: which steps are taken, and that each is measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from analysis.guide import DIAGNOSIS, INT4, MIXED, NO, SKIPPED, UNDECIDED, UNFIT, YES, Step, chosen
+from analysis.run import load
+from testbed.cli import cli
+from testbed.guiding.procedure import Diagnosed, walk
+
+SIZES = {"int8": 2.0, "int4": 3.2, "mixed(low=4, high=8, protect=K3)": 3.1}
+
+
+def walked(
+    answers: dict[str, str], bottleneck: bool = True, smaller: float | None = None
+) -> tuple[list[Step], list[str]]:
+    """The steps where the settings have these answers (others: yes), and what was measured."""
+    asked: list[str] = []
+
+    def measure(question: str, codec: str) -> Step:
+        asked.append(codec)
+        kept = float(codec[4:].split("+")[0]) if codec.startswith("q2c") else 1.0
+        size = SIZES.get(codec.split("+", 1)[-1], 1.0) / kept
+        return Step(question, codec, answers.get(codec, YES), smaller=size)
+
+    def diagnose() -> Diagnosed:
+        asked.append("diagnosis")
+        return Diagnosed("K3", bottleneck, "bottleneck: K3" if bottleneck else "no bottleneck", 8)
+
+    return list(walk(measure, diagnose, smaller)), asked
+
+
+def test_where_int4_is_enough_no_layers_are_diagnosed() -> None:
+    steps, asked = walked({"q2c@0.5+int4": NO})
+    assert asked == ["int8", "int4", "q2c@0.75+int4", "q2c@0.5+int4"]
+    assert [s.answer for s in steps if s.question in (DIAGNOSIS, MIXED)] == [SKIPPED, SKIPPED]
+    best = chosen(steps)
+    assert best is not None
+    assert best.setting == "q2c@0.75+int4"
+
+
+def test_a_bottleneck_is_protected_and_tokens_are_selected_on_top() -> None:
+    _, asked = walked({"int4": NO, "q2c@0.75+mixed(low=4, high=8, protect=K3)": NO})
+    protected = "mixed(low=4, high=8, protect=K3)"
+    assert asked == ["int8", "int4", "diagnosis", protected, f"q2c@0.75+{protected}"]
+
+
+def test_without_a_bottleneck_tokens_are_selected_on_top_of_int8() -> None:
+    steps, asked = walked({"int4": UNDECIDED, "q2c@0.25+int8": UNDECIDED}, bottleneck=False)
+    assert asked == ["int8", "int4", "diagnosis", "q2c@0.75+int8", "q2c@0.5+int8", "q2c@0.25+int8"]
+    assert next(s.answer for s in steps if s.question == MIXED) == SKIPPED
+
+
+def test_what_int8_loses_int4_is_not_asked_for() -> None:
+    steps, asked = walked({"int8": NO, "q2c@0.75": NO})
+    assert asked == ["int8", "q2c@0.75"]
+    assert next(s.answer for s in steps if s.question == INT4) == SKIPPED
+    assert chosen(steps) is None
+
+
+@pytest.mark.parametrize(
+    "smaller, last", [(1.5, "int8"), (3.0, "int4"), (4.0, "q2c@0.75+int4"), (50.0, "q2c@0.25+int4")]
+)
+def test_the_walk_ends_with_the_first_setting_that_is_small_enough(smaller: float, last: str) -> None:
+    _, asked = walked({}, smaller=smaller)
+    assert asked[-1] == last
+
+
+def test_a_task_that_the_model_cannot_do_ends_the_walk() -> None:
+    steps, asked = walked({"int8": UNFIT})
+    assert asked == ["int8"]
+    assert [s.answer for s in steps] == [UNFIT]
+
+
+def guided(model: Path, out: Path, *more: str) -> dict[str, Any]:
+    arguments = [
+        "guide",
+        str(model),
+        "--out",
+        str(out),
+        "--context-tokens",
+        "150",
+        "--threads",
+        "1",
+        "--json",
+    ]
+    result = CliRunner().invoke(cli, [*arguments, *more], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+@pytest.mark.slow
+def test_a_tiny_model_is_measured_step_by_step_and_what_is_there_is_not_repeated(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("analysis.claims.LEAST_REFERENCE", -1.0)  # random weights answer nothing
+    model, out = tiny_model("llama"), tmp_path / "guide"
+    found = guided(model, out, "--examples", "2", "--diagnosed", "2")
+    (steps,) = found["models"].values()
+    assert [s["setting"] for s in steps[:2]] == ["int8", "int4"]
+    assert {s["answer"] for s in steps} <= {UNDECIDED, SKIPPED, YES, NO}  # two examples decide nothing
+    assert steps[0]["smaller"] == pytest.approx(1.8, abs=0.2)
+    first = load(out).rows
+    assert set(first["emulator"]) == {"none"}
+    assert set(first["profile"]) == {"loopback"}
+    assert (first["transmit_s"] > 0).all()
+    assert (out / "diagnosis.json").is_file()
+    diagnosed = (out / "diagnosis.json").stat().st_mtime_ns
+    guided(model, out, "--examples", "3", "--diagnosed", "2")
+    again = load(out).rows
+    assert len(again) == len(first) // 2 * 3
+    assert list(again["started_at"])[: len(first)] == list(first["started_at"])
+    assert (out / "diagnosis.json").stat().st_mtime_ns == diagnosed
+    from_rows = CliRunner().invoke(cli, ["guide", str(out), "--json"], catch_exceptions=False)
+    assert [s["setting"] for s in json.loads(from_rows.stdout)["models"][str(model)]][:2] == ["int8", "int4"]
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_answer_the_task_is_said_so(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    found = guided(tiny_model("llama"), tmp_path / "guide", "--examples", "2")
+    (steps,) = found["models"].values()
+    assert [s["answer"] for s in steps] == [UNFIT]
+    assert "the full cache scores 0.00" in steps[0]["figures"]
+
+
+def test_a_wrong_request_is_one_line_and_loads_no_torch(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "manifest.json").write_text('{"format": 2, "name": "other", "settings": {"name": "5g"}}')
+    program = "import sys; from testbed.cli import main\ntry: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
+    for arguments, says in (
+        (["no-such-model"], "unknown model 'no-such-model'"),
+        (["smollm2-135m", str(run)], "name one model to measure, or the directories of runs"),
+        (["smollm2-135m", "--task", "nedle"], "unknown task 'nedle'"),
+        (["smollm2-135m", "--out", str(run)], "was measured with name 5g, not guide"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program, "guide", *arguments], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2, done.stderr
+        assert says in done.stderr
+        assert done.stderr.count("\n") == 1
