@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -27,6 +25,7 @@ from typing import Any
 from benchmarks.bulk_tcp import bulk
 from benchmarks.fidelity_table import burst_errors, line, merge, report
 from testbed.errors import SpecError, TestbedError
+from testbed.net.busy import busy_cores
 from testbed.net.calibrate import calibrate
 from testbed.net.fabric import Fabric
 from testbed.net.losses import GilbertElliott
@@ -49,19 +48,6 @@ PARTS = ("cells", "bursts", "traces", "tcp")
 PROBES, BURST_PROBES, PHASES = 10_000, 200_000, 4
 TCP_S, PATIENCE_S = 10.0, 40.0
 HEADERS = 1448 / 1500  # what TCP, with time stamps, and IP leave of a full packet
-
-
-@contextlib.contextmanager
-def busy_cores(wanted: bool) -> Iterator[None]:
-    """A busy process for each core, where wanted."""
-    spin = [sys.executable, "-c", "while True: pass"]
-    processes = [subprocess.Popen(spin) for _ in range(os.cpu_count() or 1)] if wanted else []
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 @contextlib.contextmanager

@@ -23,14 +23,16 @@ from testbed.errors import UsageError
     show_default=True,
     help="How much of a trace is measured.",
 )
+@click.option("--busy", is_flag=True, help="Keep every core busy meanwhile.")
 @click.option("--emulator", type=EMULATORS, default="auto", show_default=True)
 @rootless_option
 @as_json
 def calibrate(
-    profiles: tuple[str, ...], every: bool, traces: tuple[str, ...], seconds: float, emulator: str
+    profiles: tuple[str, ...], every: bool, traces: tuple[str, ...], seconds: float, busy: bool, emulator: str
 ) -> Any:
     """Build a link under each PROFILE, measure it, and print what was asked beside what was measured."""
     from testbed.net import calibrate as calibration
+    from testbed.net.busy import busy_cores
     from testbed.net.fabric import Fabric
     from testbed.net.profile import PRESETS, parse_profile
     from testbed.net.topology import load_topology
@@ -50,7 +52,8 @@ def calibrate(
         link = fabric.topology.links[0].name
         for profile in chosen:
             fabric.apply(link, profile)
-            measured.append(calibration.calibrate(fabric, link, profile, stretch_s=seconds))
+            with busy_cores(busy):
+                measured.append(calibration.calibrate(fabric, link, profile, stretch_s=seconds))
     rows = []
     for result in measured:
         for line in result.lines():
@@ -59,5 +62,9 @@ def calibrate(
             rows.append([result.profile, *map(str, cells)])
     text = table(rows, ["profile", "way", "what", "asked", "measured", "off by", ""])
     text += "".join(f"\n{result.profile}: {result.cause}" for result in measured if not result.ok)
-    value = {"emulator": measured[0].emulator, "calibrations": [result.to_dict() for result in measured]}
+    value = {
+        "emulator": measured[0].emulator,
+        "busy": busy,
+        "calibrations": [result.to_dict() for result in measured],
+    }
     return value, text, 0 if all(result.ok for result in measured) else 1

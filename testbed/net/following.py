@@ -76,7 +76,7 @@ def follow(
 ) -> list[Curve]:
     """A curve for each way whose rate changes between limits. *apply* puts the link under the profile, its traces beginning at
     the time given. Raises NetworkError when probing fails."""
-    ways = [way for way in WAYS if _begin(_schedule(profile, way, 0.0), seconds) is not None]
+    ways = [way for way in WAYS if beginning(_schedule(profile, way, 0.0), seconds) is not None]
     steady = profile.steady()
     if sum(getattr(steady, way).rate_bps for way in ways) <= _PARALLEL_BPS:
         groups = [ways] if ways else []
@@ -85,7 +85,7 @@ def follow(
     curves = []
     for group in groups:
         # One origin for both: they begin where the first of them has something to send.
-        begin = min(_begin(_schedule(profile, way, 0.0), seconds) or 0.0 for way in group)
+        begin = min(beginning(_schedule(profile, way, 0.0), seconds) or 0.0 for way in group)
         start = time.monotonic() + _LEAD_S
         apply(start - begin)
         made = {way: _schedule(profile, way, start - begin) for way in group}
@@ -103,7 +103,7 @@ def _schedule(profile: Profile, way: str, origin_s: float) -> Schedule | Deliver
     return getattr(profile, way).schedule(way, origin_s)
 
 
-def _begin(schedule: Schedule | Deliveries | None, seconds: float) -> float | None:
+def beginning(schedule: Schedule | Deliveries | None, seconds: float) -> float | None:
     """The first second of the trace in which something can be sent; None where no curve can be asked for."""
     if schedule is None or not isfinite(schedule.capacity(0.0, schedule.length_s)):
         return None

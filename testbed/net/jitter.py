@@ -75,6 +75,28 @@ def table(law: str | JitterTable) -> tuple[int, ...]:
     return law.entries if isinstance(law, JitterTable) else _table(law)
 
 
+@dataclass(frozen=True)
+class Spread:
+    """What delays look like under a law of jitter. Seconds."""
+
+    delays: tuple[float, ...]  # ascending, equally likely
+    median_s: float
+    deviation_s: float  # standard
+    kurtosis: (
+        float  # fourth central moment over the squared second; 3 for a normal law, 0 where nothing deviates
+    )
+
+
+def spread(law: str | JitterTable, jitter_s: float, delay_s: float) -> Spread:
+    """The delays of packets far enough apart to keep their order by themselves, none below zero."""
+    delays = sorted(max(0.0, delay_s + entry * jitter_s / TABLE_SCALE) for entry in table(law))
+    n = len(delays)
+    mean = sum(delays) / n
+    second, fourth = (sum((delay - mean) ** power for delay in delays) / n for power in (2, 4))
+    kurtosis = fourth / second**2 if second else 0.0
+    return Spread(tuple(delays), (delays[(n - 1) // 2] + delays[n // 2]) / 2, math.sqrt(second), kurtosis)
+
+
 @functools.cache
 def _table(law: str) -> tuple[int, ...]:
     from statistics import NormalDist  # takes a while to import

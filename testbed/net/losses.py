@@ -11,6 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from testbed.errors import SpecError
+from testbed.net.chain import Chain
 from testbed.units import format_fraction, parse_fraction
 
 _LEAST = 1e-9  # the kernel's probabilities come in steps of 2.3e-10
@@ -97,6 +98,10 @@ class GilbertElliott(msgspec.Struct, frozen=True, tag="gilbert"):
         again = (bad * self.bad_loss * after_bad + (1 - bad) * self.good_loss * after_good) / self.mean
         return 1 / (1 - again) if again < 1 else None
 
+    def chain(self) -> Chain:
+        """Its states as packets meet them: the loss is drawn before the step."""
+        return Chain(((1 - self.p, self.p), (self.r, 1 - self.r)), (self.good_loss, self.bad_loss)).reached()
+
     def __str__(self) -> str:
         for mean in (self.mean, float(f"{self.mean:.12g}")):
             for burst in (
@@ -152,6 +157,17 @@ class FourState(msgspec.Struct, frozen=True, tag="states"):
         third = self.p13 / self.p31
         second = third * self.p32 / self.p23 if self.p32 else 0.0
         return (third + self.p14) / (1 + second + third + self.p14)
+
+    def chain(self) -> Chain:
+        """Its states as packets meet them: the step is taken before."""
+        one = (1 - self.p13 - self.p14, 0.0, self.p13, self.p14)
+        two, three = (0.0, 1 - self.p23, self.p23, 0.0), (self.p31, self.p32, 1 - self.p31 - self.p32, 0.0)
+        return Chain((one, two, three, (1.0, 0.0, 0.0, 0.0)), (0.0, 0.0, 1.0, 1.0)).reached()
+
+    @property
+    def burst(self) -> float | None:
+        """Mean number of packets lost in a row, in the long run; None where it never ends or never begins."""
+        return self.chain().burst
 
     def __str__(self) -> str:
         parts = [f"p13={fraction_text(self.p13)}", f"p31={fraction_text(self.p31)}"]

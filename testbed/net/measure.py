@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
+from testbed.net.jitter import spread
 from testbed.net.probing import Arrived
 from testbed.net.profile import Direction
 from testbed.units import format_fraction, format_rate, format_size, format_time
@@ -22,9 +23,16 @@ _SHOWN: dict[str, Callable[[float], str]] = {
     "rate": format_rate,
     "delay": format_time,
     "loss": format_fraction,
+    "jitter": format_time,
+    "law": lambda distance: f"{distance:.3f}",
+    "burst": lambda packets: f"{packets:.3g}",
+    "delay trace": format_time,
+    "loss trace": format_fraction,
+    "loss shape": lambda square: f"{square:.2f}",
     "curve": lambda correlation: f"{correlation:.4f}",
     "total": format_size,
 }
+_RELATIVE = ("rate", "total", "jitter", "burst")  # whose error is a fraction of what is asked
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,9 @@ class Check:
     """One figure of one way. Rates in bits per second, delays in seconds, losses as fractions."""
 
     way: str
-    what: str  # "rate", "delay" or "loss"; of a trace, "curve" (correlation) and "total" (bytes)
+    what: str
+    """"rate", "delay", "loss"; "jitter" (standard deviation), "law" (distance from it), "burst" (packets). Of a trace: "curve"
+    (correlation), "total" (bytes), "delay trace" (seconds off), "loss trace", "loss shape" (chi-square a degree of freedom)."""
     asked: float | None  # None: no limit
     measured: float | None  # None: nothing arrived
     low: float | None  # 99 % interval of what was measured
@@ -53,7 +63,7 @@ class Check:
         if self.asked is not None and self.measured is not None:
             off = self.measured - self.asked
             sign = "-" if off < 0 else "+"
-            relative = self.what in ("rate", "total") and self.asked > 0
+            relative = self.what in _RELATIVE and self.asked > 0
             error = f"{100 * off / self.asked:+.2f}%" if relative else sign + show(abs(off))
         return {
             "way": self.way,
@@ -86,13 +96,17 @@ def rate_check(way: str, direction: Direction, flow: Arrived, packet_bytes: int)
 
 
 def delay_check(way: str, direction: Direction, flow: Arrived, packet_bytes: int) -> Check:
-    """The median one-way delay of probes that meet no queue, without the probe's own serialisation.
+    """The median one-way delay of probes that meet no queue, without the probe's own serialisation. What is asked is the median
+    under the profile's law of jitter, which not every law has in the middle.
 
     Judged by the median's interval (order statistics, no distribution assumed): with jitter, a few dozen probes tell it no
     better.
     """
     tolerance = f"+{format_time(DELAY_TOLERANCE_S)}"
     own = packet_bytes * 8 / direction.rate_bps if direction.rate_bps else 0.0
+    asked = direction.delay_s
+    if direction.jitter_s:
+        asked = spread(direction.jitter_law, direction.jitter_s, direction.delay_s).median_s
     delays = sorted(a - s - own for s, a in zip(flow.sent_s, flow.arrived_s, strict=True))
     n = len(delays)
     if n == 0:
@@ -100,7 +114,7 @@ def delay_check(way: str, direction: Direction, flow: Arrived, packet_bytes: int
         return Check(
             way,
             "delay",
-            direction.delay_s,
+            asked,
             None,
             None,
             None,
@@ -109,22 +123,26 @@ def delay_check(way: str, direction: Direction, flow: Arrived, packet_bytes: int
             tolerance,
         )
     low, high = _median_interval(delays)
-    ok = low <= direction.delay_s + DELAY_TOLERANCE_S and high >= direction.delay_s - _EARLY_S
+    ok = low <= asked + DELAY_TOLERANCE_S and high >= asked - _EARLY_S
     p99 = delays[min(n - 1, math.ceil(0.99 * n) - 1)]
-    return Check(way, "delay", direction.delay_s, median(delays), low, high, n, ok, tolerance, p99)
+    return Check(way, "delay", asked, median(delays), low, high, n, ok, tolerance, p99)
 
 
 def loss_check(way: str, direction: Direction, flow: Arrived) -> Check:
-    """The fraction of probes that did not arrive, with its exact binomial interval (Clopper and Pearson, 1934)."""
+    """The fraction of probes that did not arrive, with its exact binomial interval (Clopper and Pearson, 1934).
+
+    Where losses come in bursts, that of as many fewer probes as bursts make the count vary more.
+    """
     lost = flow.sent - len(set(flow.numbers))
     if flow.sent == 0:
         return Check(way, "loss", direction.loss, None, None, None, 0, False, "99% interval")
-    low, high = clopper_pearson(lost, flow.sent)
+    inflation = 1.0 if direction.loss_model is None else max(1.0, direction.loss_model.chain().spread)
+    low, high = clopper_pearson(lost / inflation, flow.sent / inflation)
     ok = lost == 0 if direction.loss == 0 else low <= direction.loss <= high
     return Check(way, "loss", direction.loss, lost / flow.sent, low, high, flow.sent, ok, "99% interval")
 
 
-def clopper_pearson(hits: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def clopper_pearson(hits: float, n: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """The interval that holds the probability behind *hits* of *n* with at least this confidence."""
     from scipy.special import betaincinv  # scipy.stats has the same by name, but takes seconds to import
 

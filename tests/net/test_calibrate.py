@@ -117,6 +117,30 @@ def test_a_link_that_is_not_what_was_asked_for_is_found_out_with_both_attempts_o
 
 
 @pytest.mark.netns
+@pytest.mark.slow
+def test_jitter_bursts_and_traces_of_delay_and_loss_are_measured_too(tmp_path: Path):
+    (tmp_path / "swing.csv").write_text(
+        "time_s,delay_ms,loss_percent\n" + "".join(f"{t / 10},{20 + t % 7},{t % 5}\n" for t in range(40))
+    )
+    asked = parse_profile(
+        f"up:rate=20mbit,delay=20ms,jitter=uniform(2ms),loss=gilbert(5%,burst=4);down:rate=20mbit,trace:{tmp_path}/swing.csv"
+    )
+    with wire() as net:
+        link = Conditioned(net, emulators.choose("userspace"), asked)
+        measured = calibrate(link, "l0", asked, quick=True, stretch_s=3.0)
+        link.attachment.detach()
+    assert measured.ok, measured.cause
+    found = {(check.way, check.what) for check in measured.checks}
+    assert {("up", "jitter"), ("up", "law"), ("up", "burst")} <= found
+    assert {("down", "delay trace"), ("down", "loss trace"), ("down", "loss shape")} <= found
+    tracks = measured.to_dict()["attempts"][-1]["tracks"]
+    assert [(track["way"], track["what"], len(track["asked"])) for track in tracks] == [
+        ("down", "delay", 30),
+        ("down", "loss", 30),
+    ]
+
+
+@pytest.mark.netns
 def test_an_unknown_link_is_refused_with_the_known_ones():
     with wire() as net:
         link = Conditioned(net, emulators.choose("userspace"), parse_profile("delay=1ms"))
