@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from testbed.codecs import container, progressive, ragged
 from testbed.codecs.container import Header
-from testbed.codecs.entropy import MOST_EXPANSION, Coder, pack, unpack, worth_coding
+from testbed.codecs.entropy import MOST_EXPANSION, Coder, unpack, worth_coding
 from testbed.codecs.evidence import Evidence, Needs
 from testbed.codecs.kept import Kept
-from testbed.codecs.layout import ALIGNMENT, Layout, Piece, lay_out
-from testbed.codecs.parallel import bytes_for, each
+from testbed.codecs.layout import Layout, Piece, lay_out
+from testbed.codecs.parallel import runs
+from testbed.codecs.parts import Reader, Writer, as_tensor
 from testbed.codecs.progressive import Planes
 from testbed.codecs.shapes import describe, dtype_name, layer_positions, torch_dtype
 from testbed.codecs.spec import CodecSpec, parse
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from testbed.codecs.select import Selector
     from testbed.codecs.transform import Transform
     from testbed.models.kvcache import KVCache
-
-Result = TypeVar("Result")
 
 
 class Codec:
@@ -86,27 +84,12 @@ class Codec:
         body = torch.from_numpy(payload[at : at + body_bytes])
         target = body if held.device.type == "cpu" else torch.empty_like(body, device=held.device)
         side, packed = target[: layout.side_bytes], target[layout.side_bytes :]
-
-        def quantize(piece: Piece) -> None:
-            end = piece.symbols_at + piece.symbol_bytes
-            pack(self._symbols(held, piece, side), piece.bits, out=packed[piece.symbols_at : end])
-            _zero_gap(packed, end)
-
-        for _ in _each(held.device, quantize, layout.pieces):
-            pass
+        writer = Writer(self.quantizer, held, layout, side, packed)
+        runs(writer.write, len(layout.pieces), held.device)
         if target is not body:
             body.copy_(target)
         payload[at + body_bytes :] = np.frombuffer(position_bytes + extra, dtype=np.uint8)
         return container.seal(payload)
-
-    def _symbols(self, cache: KVCache, piece: Piece, side: Tensor) -> Tensor:
-        """A part's symbols; its side information is written to the side section."""
-        layer = cache.layers[piece.part.layer]
-        symbols, numbers = self.quantizer.encode(
-            piece.part, layer.keys if piece.part.kind == "keys" else layer.values
-        )
-        _write(side, piece.side_at, piece.side_bytes, numbers)
-        return symbols
 
     def _encode_coded(
         self, coder: Coder, cache: KVCache, header: Header, layout: Layout, behind: bytes
@@ -114,22 +97,23 @@ class Codec:
         import msgspec
         import torch
 
-        side = torch.zeros(layout.side_bytes, dtype=torch.uint8, device=cache.device)
+        side = torch.empty(layout.side_bytes, dtype=torch.uint8, device=cache.device)
+        packed = torch.empty(layout.symbol_bytes, dtype=torch.uint8, device=cache.device)
+        writer = Writer(self.quantizer, cache, layout, side, packed)
 
-        def quantize(piece: Piece) -> tuple[Piece, Tensor, Tensor]:
-            symbols = self._symbols(cache, piece, side)
-            packed = pack(symbols, piece.bits).cpu()
-            return piece, packed, packed if coder.packed else symbols.flatten().view(torch.uint8).cpu()
+        def code(which: range) -> list[bytes | memoryview]:
+            chosen = []
+            for i in which:
+                if packed is host:
+                    writer.write(range(i, i + 1))
+                chosen.append(_coded(coder, layout.pieces[i], host))
+            return chosen
 
-        def code(quantized: tuple[Piece, Tensor, Tensor]) -> bytes | memoryview:
-            piece, packed, plain = quantized
-            coded = coder.compress(piece, plain.numpy().data)
-            return coded if worth_coding(piece, coded) else packed.numpy().data
-
-        if cache.device.type == "cpu":
-            chosen = list(each(lambda piece: code(quantize(piece)), layout.pieces))
-        else:
-            chosen = list(each(code, [quantize(piece) for piece in layout.pieces]))
+        host = packed
+        if cache.device.type != "cpu":
+            writer.write(range(len(layout.pieces)))
+            host = packed.cpu()
+        chosen = [part for run in runs(code, len(layout.pieces), host.device) for part in run]
         header = msgspec.structs.replace(header, coded=[len(part) for part in chosen])
         sections = [side.cpu().numpy().data, *chosen, behind]
         payload, at = container.allocate(header, sum(len(section) for section in sections))
@@ -145,11 +129,9 @@ class Codec:
         base, at = container.allocate(header, layout.side_bytes + len(behind))
         side = torch.zeros(layout.side_bytes, dtype=torch.uint8, device=cache.device)
 
-        def symbols() -> Iterator[tuple[Piece, Tensor]]:
-            for piece in layout.pieces:
-                yield piece, self._symbols(cache, piece, side).flatten()
-
-        chunks = progressive.write(symbols(), self.coder)
+        writer = Writer(self.quantizer, cache, layout, side, side.new_empty(0))
+        symbols = ((piece, writer.symbols(i).flatten()) for i, piece in enumerate(layout.pieces))
+        chunks = progressive.write(symbols, self.coder)
         base[at : at + layout.side_bytes] = side.cpu().numpy()
         base[at + layout.side_bytes :] = np.frombuffer(behind, dtype=np.uint8)
         return memoryview(b"".join([container.seal(base), *chunks]))
@@ -257,77 +239,56 @@ def _dequantize(
     import torch
 
     dtype = torch.float32 if codec.transform else torch_dtype(header.dtype)
-    numbers = _tensor(side).to(device)
-    read = _reader(codec.coder, header, layout, symbols, device)
-    targets = _targets(layout, dtype, device)
+    device = torch.device(device)
+    reader = Reader(codec.quantizer, layout, side, dtype, device)
+    found = _symbols(codec.coder, header, layout, symbols, device)
+    by_part = codec.coder is not None  # expanded and read while it is close to the core
 
-    def dequantize(piece: Piece) -> Tensor:
-        own = numbers[piece.side_at : piece.side_at + piece.side_bytes]
-        return codec.quantizer.decode_into(piece.part, read(piece), own, targets[piece])
+    def read(which: range) -> None:
+        for own in [range(i, i + 1) for i in which] if by_part else [which]:
+            reader.read(own, found)
 
-    return list(_each(torch.device(device), dequantize, layout.pieces))
-
-
-def _targets(layout: Layout, dtype: torch.dtype, device: str | torch.device) -> dict[Piece, Tensor]:
-    """Memory for each part's values, side by side in one block, each at a cache line's start."""
-    import torch
-
-    sizes = [-(-piece.part.elements * dtype.itemsize // 64) * 64 for piece in layout.pieces]
-    if torch.device(device).type == "cpu":
-        block = torch.from_numpy(bytes_for(sum(sizes)))
-    else:
-        block = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-    targets, at = {}, 0
-    for piece, size in zip(layout.pieces, sizes, strict=True):
-        used = block[at : at + piece.part.elements * dtype.itemsize]
-        typed = used.view(dtype) if len(used) else used.to(dtype)  # nothing has no stride to view it by
-        targets[piece] = typed.view(piece.part.shape)
-        at += size
-    return targets
+    runs(read, len(layout.pieces), device)
+    return reader.targets
 
 
-def _reader(
+def _symbols(
     coder: Coder | None,
     header: Header,
     layout: Layout,
     data: memoryview | Planes,
-    device: str | torch.device,
-) -> Callable[[Piece], Tensor]:
-    """What gives a part's flat symbols. Expands where they are entropy-coded."""
+    device: torch.device,
+) -> Callable[[int], tuple[Tensor, bool]]:
+    """What gives a part's symbols, and whether they are packed. Expands where they are entropy-coded."""
     import torch
 
     if isinstance(data, Planes):
-        known = dict(zip(layout.pieces, data.symbols, strict=True))
-        return lambda piece: known[piece].to(device)
+        known = data.symbols
+        return lambda i: (known[i].to(device), False)
+    pieces = layout.pieces
     if coder is None:
-        packed = _tensor(data).to(device)
+        packed = as_tensor(data).to(device)
+        return lambda i: (packed[pieces[i].symbols_at : pieces[i].symbols_at + pieces[i].symbol_bytes], True)
+    ends = list(itertools.accumulate(header.coded))
 
-        def unpacked(piece: Piece) -> Tensor:
-            own = packed[piece.symbols_at : piece.symbols_at + piece.symbol_bytes]
-            return unpack(own, piece.symbols, piece.bits)
-
-        return unpacked
-    ends = itertools.accumulate(header.coded)
-    coded = {
-        piece: data[end - length : end]
-        for piece, length, end in zip(layout.pieces, header.coded, ends, strict=True)
-    }
-
-    def expanded(piece: Piece) -> Tensor:
-        part = coded[piece]
-        if len(part) == piece.symbol_bytes:  # did not shrink, and was packed only
-            return unpack(_tensor(part).to(device), piece.symbols, piece.bits)
-        plain = _tensor(memoryview(coder.expand(piece, part))).to(device)
-        if coder.packed:
-            return unpack(plain, piece.symbols, piece.bits)
-        return plain.view(torch.int16) if piece.bits == 16 else plain
+    def expanded(i: int) -> tuple[Tensor, bool]:
+        part = data[ends[i] - header.coded[i] : ends[i]]
+        if len(part) == pieces[i].symbol_bytes:  # did not shrink, and was packed only
+            return as_tensor(part).to(device), True
+        plain = as_tensor(memoryview(coder.expand(pieces[i], part))).to(device)
+        return (plain.view(torch.int16) if pieces[i].bits == 16 and not coder.packed else plain), coder.packed
 
     return expanded
 
 
-def _each(device: torch.device, work: Callable[[Piece], Result], pieces: Iterable[Piece]) -> Iterator[Result]:
-    """Part by part; on several threads where the processor computes, and in order on a GPU, which has its own queue."""
-    return each(work, pieces) if device.type == "cpu" else map(work, pieces)
+def _coded(coder: Coder, piece: Piece, packed: Tensor) -> bytes | memoryview:
+    """A part's symbols as they travel: coded, or as they were packed where that is as short."""
+    import torch
+
+    own = packed[piece.symbols_at : piece.symbols_at + piece.symbol_bytes]
+    plain = own if coder.packed else unpack(own, piece.symbols, piece.bits).view(torch.uint8)
+    coded = coder.compress(piece, plain.numpy().data)
+    return coded if worth_coding(piece, coded) else own.numpy().data
 
 
 def _assemble(header: Header, held: Sequence[Tensor], parts: Sequence[Tensor]) -> KVCache:
@@ -338,29 +299,3 @@ def _assemble(header: Header, held: Sequence[Tensor], parts: Sequence[Tensor]) -
         for keys, values, where, group in zip(parts[0::2], parts[1::2], held, header.layers, strict=True)
     ]
     return KVCache(layers, header.length)
-
-
-def _write(section: Tensor, at: int, size: int, numbers: Tensor | None) -> None:
-    """A part's side information, as bytes."""
-    import torch
-
-    if numbers is not None and size:
-        section[at : at + size] = numbers.contiguous().flatten().view(torch.uint8)
-        _zero_gap(section, at + size)
-
-
-def _zero_gap(section: Tensor, end: int) -> None:
-    """Zeros behind a piece, up to the next multiple of the alignment."""
-    if end % ALIGNMENT:
-        section[end : end + ALIGNMENT - end % ALIGNMENT] = 0
-
-
-def _tensor(view: memoryview) -> Tensor:
-    """Bytes as a tensor that shares them; nothing here writes to it."""
-    import torch
-
-    if len(view) == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # read-only bytes; they stay unwritten
-        return torch.frombuffer(view, dtype=torch.uint8)

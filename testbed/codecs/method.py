@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import typing
@@ -66,8 +67,13 @@ class Method:
         return self.name + ratio + (f"({', '.join(given)})" if given else "")
 
 
-def parameters(method: type[Method]) -> list[Parameter]:
+def parameters(method: type[Method]) -> tuple[Parameter, ...]:
     """The hyper-parameters of a method, in order, `ratio` included."""
+    return _parameters(method)  # type: ignore[arg-type]  # mypy asks the class for its instances' hash
+
+
+@functools.cache
+def _parameters(method: Any) -> tuple[Parameter, ...]:
     hints = typing.get_type_hints(method)
     found = []
     for field in dataclasses.fields(method):
@@ -76,7 +82,7 @@ def parameters(method: type[Method]) -> list[Parameter]:
             hint = hints[field.name]
             choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
             found.append(Parameter(field.name, "word" if choices else hint.__name__, default, choices))
-    return found
+    return tuple(found)
 
 
 def print_value(value: Value) -> str:

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_RUNS = 4  #: stretches a thread: so many that the slowest thread leaves the others little to wait for
 _KEPT_BYTES, _LARGEST_MMAP_THRESHOLD = 256 << 20, 32 << 20
 
 
@@ -36,6 +41,18 @@ def each(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Resu
     if threads() == 1:
         return map(work, items)
     return _pool(threads()).map(work, items)
+
+
+def runs(work: Callable[[range], Result], count: int, device: torch.device) -> list[Result]:
+    """`work` on stretches of `count` things, several a thread; all at once where a GPU computes, which has its own queue.
+
+    Results in order; the first exception in order is raised.
+    """
+    if device.type != "cpu":
+        return [work(range(count))]
+    stretches = max(1, min(count, _RUNS * threads() if threads() > 1 else 1))
+    ends = [count * i // stretches for i in range(stretches + 1)]
+    return list(each(work, [range(start, stop) for start, stop in itertools.pairwise(ends)]))
 
 
 @functools.cache

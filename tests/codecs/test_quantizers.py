@@ -11,6 +11,7 @@ from torch import Tensor
 from testbed.codecs import CodecError
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.entropy import pack, unpack
+from testbed.codecs.layout import Part
 from testbed.codecs.quantize.integer import Integer
 from testbed.models.kvcache import KVCache, KVLayer
 from tests.codecs.caches import SHAPES, make_cache, ragged_cache, same_bits, same_cache
@@ -248,19 +249,49 @@ def test_positions_that_do_not_fit_are_refused() -> None:
         Codec("int8").encode(cache)
 
 
-def test_the_fused_pass_gives_the_bytes_and_values_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, text in itertools.product(("grouped", "multi-head bf16", "latent"), QUANTIZERS):
+@pytest.mark.parametrize("text", [*QUANTIZERS, "mixed(protect=K0.V1)", "int4+ans", "int3+zstd", "int8+ans"])
+def test_the_compiled_loops_give_the_bytes_and_values_of_torch(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    for name in ("grouped", "multi-head bf16", "latent", "odd dimensions"):
         cache = make_cache(name)
         cache.layers[0].keys[0, :2] *= 1e-4  # fp16's subnormal numbers
         cache.layers[0].values[0, 0] = -0.0
-        fused = Codec(text).encode(cache)
-        decoded = decode(fused)
+        compiled = Codec(text).encode(cache)
+        decoded = decode(compiled)
         with monkeypatch.context() as patch:
-            patch.setattr(Integer, "_fusible", lambda *_: False)
-            assert bytes(Codec(text).encode(cache)) == bytes(fused)
-            for ours, theirs in zip(decoded.layers, decode(fused).layers, strict=True):
+            patch.setattr(Integer, "uniform", lambda *_: None)
+            assert bytes(Codec(text).encode(cache)) == bytes(compiled)
+            for ours, theirs in zip(decoded.layers, decode(compiled).layers, strict=True):
                 assert torch.equal(ours.keys, theirs.keys)
                 assert torch.equal(ours.values, theirs.values)
+
+
+@pytest.mark.parametrize("text", ["int8", "int4", "int3(symmetric=true)"])
+def test_a_part_by_itself_gives_the_symbols_and_scales_of_torch(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    x, quantizer = make_cache("grouped").layers[0].keys, Codec(text).quantizer
+    part = Part(0, "keys", *x.shape, "float16")
+    symbols, side = quantizer.encode(part, x)
+    monkeypatch.setattr(Integer, "_fusible", lambda *_: False)
+    expected, numbers = quantizer.encode(part, x)
+    assert torch.equal(symbols, expected)
+    assert side is not None and numbers is not None
+    assert torch.equal(side.flatten().view(torch.int16), numbers.contiguous().flatten().view(torch.int16))
+
+
+@given(st.sampled_from([4, 3, 2]), st.integers(0, 70), st.randoms(use_true_random=False))
+def test_the_compiled_packing_is_that_of_torch(bits: int, count: int, random: object) -> None:
+    from testbed.codecs.quantize import packing
+
+    symbols = torch.tensor([random.randrange(2**bits) for _ in range(count)], dtype=torch.uint8)  # type: ignore[attr-defined]
+    expected = pack(symbols, bits)
+    packed, back = torch.empty_like(expected), torch.full_like(symbols, 0xFF)
+    packing.pack(symbols.numpy(), bits, packed.numpy())
+    packing.unpack(packed.numpy(), bits, back.numpy())
+    assert torch.equal(packed, expected)
+    assert torch.equal(back, symbols)
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_threads() -> None:

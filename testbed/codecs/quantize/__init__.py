@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from testbed.codecs.entropy import Coder
+    from testbed.codecs.quantize.integer import Integer
     from testbed.codecs.transform import Transform
 
 
@@ -39,6 +40,10 @@ class Quantizer(Method):
     @property
     def own_coder(self) -> Coder | None:
         """An entropy coder that it brings with it where the codec names none."""
+        return None
+
+    def uniform(self, part: Part) -> Integer | None:
+        """The integers as which a part is coded, where that is token by token in groups of equal size: `batch` is for these."""
         return None
 
     def symbol_bits(self, part: Part) -> int:

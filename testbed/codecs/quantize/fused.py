@@ -77,7 +77,7 @@ def _narrow(value: Any, half: Any) -> Any:
     return np.int16((bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16))
 
 
-_options: dict[str, Any] = {"nogil": True, "cache": True, "boundscheck": False}
+OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "boundscheck": False}
 _elements, _bytes = types.int16[:, :, ::1], types.int8[:, :, ::1]
 _settings = (types.boolean, types.float32, types.float32)  # symmetric, levels, offset
 
@@ -86,7 +86,7 @@ _settings = (types.boolean, types.float32, types.float32)  # symmetric, levels, 
 def _quantize(x: Any, half: Any, symmetric: Any, levels: Any, offset: Any, side: Any, out: Any) -> Any:
     groups, size = x.shape[1], x.shape[2]
     worst, tiny, zero = np.float32(0), np.float32(2.0**-126), np.float32(0)
-    reach = np.float32(1) + np.float32(0.49) / levels
+    reach, plus = np.float32(1) + np.float32(0.49) / levels, np.int32(offset)
     for row in range(x.shape[0]):
         for group in range(groups):
             low = zero
@@ -120,11 +120,12 @@ def _quantize(x: Any, half: Any, symmetric: Any, levels: Any, offset: Any, side:
             less = low * by
             for i in range(size):
                 scaled = _widen(x[row, group, i], half) * by - less
-                out[row, group, i] = np.int8(np.int32((scaled + _ROUND) - _ROUND + offset))
+                # The whole number is in the low bits of the sum, too, which saves converting it.
+                out[row, group, i] = np.int8(_bits_of_float(np.float32(scaled + _ROUND)) + plus)
     return worst
 
 
-@numba.njit(types.float32(_elements, *_settings, _elements, _bytes), **_options)
+@numba.njit(types.float32(_elements, *_settings, _elements, _bytes), **OPTIONS)
 def quantize_float16(x: Any, symmetric: Any, levels: Any, offset: Any, side: Any, out: Any) -> Any:
     """x [rows, groups, size] -> q in `out`, scales and zero points in `side` [rows, kinds, groups]; returns the largest step.
 
@@ -133,7 +134,7 @@ def quantize_float16(x: Any, symmetric: Any, levels: Any, offset: Any, side: Any
     return _quantize(x, True, symmetric, levels, offset, side, out)
 
 
-@numba.njit(types.float32(_elements, *_settings, _elements, _bytes), **_options)
+@numba.njit(types.float32(_elements, *_settings, _elements, _bytes), **OPTIONS)
 def quantize_bfloat16(x: Any, symmetric: Any, levels: Any, offset: Any, side: Any, out: Any) -> Any:
     """The same for bf16."""
     return _quantize(x, False, symmetric, levels, offset, side, out)
@@ -155,13 +156,13 @@ def _dequantize(q: Any, half: Any, symmetric: Any, levels: Any, offset: Any, sid
     return fits
 
 
-@numba.njit(types.boolean(_bytes, *_settings, _elements, _elements), **_options)
+@numba.njit(types.boolean(_bytes, *_settings, _elements, _elements), **OPTIONS)
 def dequantize_float16(q: Any, symmetric: Any, levels: Any, offset: Any, side: Any, out: Any) -> Any:
     """out = (q - offset) · s + z, [rows, groups, size]; returns whether every number on the way is finite in 16 bits."""
     return _dequantize(q, True, symmetric, levels, offset, side, out)
 
 
-@numba.njit(types.boolean(_bytes, *_settings, _elements, _elements), **_options)
+@numba.njit(types.boolean(_bytes, *_settings, _elements, _elements), **OPTIONS)
 def dequantize_bfloat16(q: Any, symmetric: Any, levels: Any, offset: Any, side: Any, out: Any) -> Any:
     """The same for bf16."""
     return _dequantize(q, False, symmetric, levels, offset, side, out)

@@ -57,6 +57,10 @@ class Integer(Quantizer):
             return 0 if self.symmetric else -128
         return 2 ** (self.width - 1) if self.symmetric else 0
 
+    def uniform(self, part: Part) -> Integer | None:
+        fits = self.axis == "token" and part.head_dim % (self.group or part.head_dim) == 0
+        return self if fits else None
+
     def symbol_bits(self, part: Part) -> int:
         return self.width
 
@@ -122,8 +126,7 @@ class Integer(Quantizer):
         return (
             values.device.type == "cpu"
             and values.dtype == getattr(torch, part.dtype)
-            and self.axis == "token"
-            and part.head_dim % (self.group or part.head_dim) == 0
+            and self.uniform(part) is not None
         )
 
     def _encode_fused(self, part: Part, values: Tensor, symbols: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from testbed.codecs.quantize import Part, Quantizer, protection
 from testbed.codecs.quantize.fp16 import FP16
-from testbed.codecs.quantize.integer import INTEGERS
+from testbed.codecs.quantize.integer import INTEGERS, Integer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +57,9 @@ class Mixed(Quantizer):
     def _method(self, part: Part) -> Quantizer:
         width = self.high if (part.kind, part.layer) in self._places else self.low
         return FP16() if width == 16 else INTEGERS[width]()  # type: ignore[call-arg]
+
+    def uniform(self, part: Part) -> Integer | None:
+        return self._method(part).uniform(part)
 
     def symbol_bits(self, part: Part) -> int:
         return self._method(part).symbol_bits(part)

@@ -1,0 +1,133 @@
+"""Parts of a cache in one compiled call: quantized and packed to where they lie in the payload, and back.
+
+A small model's cache is dozens of small parts. What Python does for each of them (views, allocations, calls) takes longer
+than the arithmetic, so the loops of `fused` are given a table of addresses, a row a part.
+
+What numba compiled is kept on disk until this file changes, and holds the loops of `fused` and `packing`: after a change there,
+change `_LOOPS_OF` here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+from numba import types
+from numba.extending import intrinsic
+
+from testbed.codecs.layout import Piece
+from testbed.codecs.quantize import fused, packing
+
+if TYPE_CHECKING:
+    from testbed.codecs.quantize.integer import Integer
+
+_LOOPS_OF = 1
+Table = npt.NDArray[np.int64]
+#: What a row says. Addresses first: of 16-bit values, of scales and zero points, of packed symbols.
+VALUES, SIDE, PACKED, _PACKED_BYTES, _ROWS, _GROUPS, _SIZE, BITS, _SYMMETRIC, _LEVELS, _OFFSET = range(11)
+
+
+def row_of(piece: Piece, integer: Integer) -> list[int]:
+    """The row of a part that is quantized token by token in groups of equal size; its addresses are yet to be set."""
+    part, groups = piece.part, integer.groups(piece.part)
+    shape = (part.kv_heads * part.tokens, groups, part.head_dim // groups)
+    settings = (piece.bits, int(integer.symmetric), integer.levels, integer.offset)
+    return [0, 0, 0, piece.symbol_bytes, *shape, *settings]
+
+
+@intrinsic
+def _pointer(context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        from llvmlite import ir
+
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.CPointer(types.int8)(types.int64), generate
+
+
+@numba.njit(inline="always")
+def _bytes_at(address: Any, size: Any) -> Any:
+    return numba.carray(_pointer(address), (size,))
+
+
+@numba.njit(inline="always")
+def _halves_at(address: Any, shape: Any) -> Any:
+    return _bytes_at(address, 2 * shape[0] * shape[1] * shape[2]).view(np.int16).reshape(shape)
+
+
+@numba.njit(inline="always")
+def _room(table: Any) -> Any:
+    """Memory for the symbols of the largest part whose symbols are packed."""
+    most = 0
+    for i in range(len(table)):
+        if table[i, BITS] != 8:
+            most = max(most, table[i, _ROWS] * table[i, _GROUPS] * table[i, _SIZE])
+    return np.empty(most, dtype=np.int8)
+
+
+_table, _found = types.int64[:, ::1], types.float32[::1]
+
+
+@numba.njit(inline="always")
+def _encode(table: Any, worst: Any, one_part: Any) -> Any:
+    room = _room(table)
+    for i in range(len(table)):
+        row = table[i]
+        shape = (row[_ROWS], row[_GROUPS], row[_SIZE])
+        symmetric, count = row[_SYMMETRIC] != 0, shape[0] * shape[1] * shape[2]
+        levels, offset = np.float32(row[_LEVELS]), np.float32(row[_OFFSET])
+        values = _halves_at(row[VALUES], shape)
+        side = _halves_at(row[SIDE], (shape[0], 1 if symmetric else 2, shape[1]))
+        packed = _bytes_at(row[PACKED], row[_PACKED_BYTES])
+        symbols = packed if row[BITS] == 8 else room[:count]
+        worst[i] = one_part(values, symmetric, levels, offset, side, symbols.reshape(shape))
+        if row[BITS] != 8:
+            packing.pack(symbols.view(np.uint8), row[BITS], packed.view(np.uint8))
+
+
+@numba.njit(inline="always")
+def _decode(table: Any, fits: Any, one_part: Any) -> Any:
+    room = _room(table)
+    for i in range(len(table)):
+        row = table[i]
+        shape = (row[_ROWS], row[_GROUPS], row[_SIZE])
+        symmetric, count = row[_SYMMETRIC] != 0, shape[0] * shape[1] * shape[2]
+        levels, offset = np.float32(row[_LEVELS]), np.float32(row[_OFFSET])
+        values = _halves_at(row[VALUES], shape)
+        side = _halves_at(row[SIDE], (shape[0], 1 if symmetric else 2, shape[1]))
+        packed = _bytes_at(row[PACKED], count if row[BITS] == 8 else row[_PACKED_BYTES])
+        symbols = packed if row[BITS] == 8 else room[:count]
+        if row[BITS] != 8:
+            packing.unpack(packed.view(np.uint8), row[BITS], symbols.view(np.uint8))
+        fits[i] = one_part(symbols.reshape(shape), symmetric, levels, offset, side, values)
+
+
+_loops = numba.njit(types.void(types.int64[:, ::1], types.float32[::1]), **fused.OPTIONS)
+
+
+@_loops
+def _encode_float16(table: Any, worst: Any) -> None:
+    _encode(table, worst, fused.quantize_float16)
+
+
+@_loops
+def _encode_bfloat16(table: Any, worst: Any) -> None:
+    _encode(table, worst, fused.quantize_bfloat16)
+
+
+@_loops
+def _decode_float16(table: Any, fits: Any) -> None:
+    _decode(table, fits, fused.dequantize_float16)
+
+
+@_loops
+def _decode_bfloat16(table: Any, fits: Any) -> None:
+    _decode(table, fits, fused.dequantize_bfloat16)
+
+
+#: table, float32 [rows] -> None: reads values, writes symbols and side information, and each part's largest step (see `fused`).
+ENCODE = {"float16": _encode_float16, "bfloat16": _encode_bfloat16}
+#: table, float32 [rows] -> None: reads symbols and side information, writes values; 0 for a part that `fused` cannot decode.
+DECODE = {"float16": _decode_float16, "bfloat16": _decode_bfloat16}
