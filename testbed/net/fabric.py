@@ -176,8 +176,12 @@ class Fabric:
 
         if wiring.tcp_buffer_bytes(fresh.topology) != wiring.tcp_buffer_bytes(self.topology):
             wiring.allow_tcp_buffers(fresh)
-        self._attachments[number].apply(profile, origin_s)
+        attachment = self._attachments[number]
+        before = attachment.process
+        attachment.apply(profile, origin_s)
         self._update(fresh)
+        if attachment.process is not None and attachment.process != before:
+            self.record_process(*attachment.process, f"emulator of link {link}")
         self._shape_packets(number, profile)
 
     def _shape_packets(self, number: int, profile: Profile) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import socket
 import struct
 import subprocess
@@ -11,16 +13,18 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import NetworkError, UsageError
-from testbed.net.emulators import Attachment, netem
+from testbed.net.emulators import Attachment, netem, netem_options
+from testbed.net.emulators.following import patched
 from testbed.net.emulators.namespace import inside
 from testbed.net.emulators.netem_options import distribution
-from testbed.net.emulators.rtnetlink import Netlink, attribute, attributes
+from testbed.net.emulators.rtnetlink import Interface, Netlink, TrafficObject, attribute, attributes
+from testbed.net.emulators.shaping import TokenBucket, size_offset
 from testbed.net.profile import parse_profile
 from tests.net.wire import Wire, wire
 
 
 def options(text: str) -> tuple[netem.Options, netem.Options]:
-    return netem.options(parse_profile(text), "up", 1500)
+    return netem_options.options(parse_profile(text), "up", 1500)
 
 
 def test_delay_and_jitter_are_sent_in_nanoseconds_and_in_ticks_of_64_ns():
@@ -153,11 +157,87 @@ def test_read_back_names_what_an_earlier_setting_left(other: str):
 
 @pytest.mark.parametrize(
     "text",
-    ["duplicate=1%,delay=1ms", "rate=1mbit,queue=codel(1bdp)", "rate=1mbit,delay=1ms,reorder=1%"],
+    [
+        "rate=1mbit,delay=1ms,reorder=1%",
+        "delay=1ms,reorder=1%,sine:1mbit..2mbit*1s",
+        "delay=1ms,queue=codel(1bdp),sine:1mbit..2mbit*1s",
+        "rate=1mbit,loss=gilbert(1%,burst=4),trace:FILE",
+    ],
 )
-def test_what_two_netems_cannot_honour_is_refused_by_name(text: str):
-    with pytest.raises(UsageError, match=r"emulator netem cannot honour .*use --emulator userspace"):
+def test_what_netem_cannot_honour_together_is_refused_by_name(text: str, tmp_path: Path):
+    (tmp_path / "delays.csv").write_text("time_s,delay_ms\n0,10\n1,20\n2,10\n")
+    text = text.replace("FILE", f"{tmp_path}/delays.csv")
+    with pytest.raises(
+        UsageError, match=r"emulator netem cannot honour '.*' beside .*use --emulator userspace"
+    ):
         netem.refuse(parse_profile(text))
+
+
+def test_a_token_bucket_is_laid_out_as_the_kernel_has_it():
+    encoded = TokenBucket(rate_bytes_per_s=10**10, burst_bytes=3000).encode()
+    found = attributes(encoded)
+    # struct tc_tbf_qopt: two struct tc_ratespec (cell_log, linklayer, overhead, cell_align, mpu, rate), limit, buffer, mtu
+    rate = struct.pack("=BBHhHI", 0, 1, 0, 0, 0, FULL)
+    assert found[1] == rate + bytes(12) + bytes(12)
+    assert struct.unpack("=Q", found[4]) == (10**10,)  # TCA_TBF_RATE64
+    assert struct.unpack("=I", found[6]) == (3000,)  # TCA_TBF_BURST
+
+
+def test_sizes_below_the_frames_are_a_table_without_entries():
+    # Nested TCA_STAB (8): TCA_STAB_BASE (1) with struct tc_sizespec, whose overhead has a sign.
+    spec = struct.pack("=BBhiIIII", 0, 0, 0, -14, 1, 0, 0, 0)
+    assert size_offset(-14) == struct.pack("=HHHH", 32, 8, 28, 1) + spec
+
+
+def test_a_traces_values_are_written_over_those_that_netem_was_told_first():
+    told, other = (options(text)[0] for text in ("delay=20ms,loss=1%,ecn=yes", "delay=70ms,loss=2%,ecn=yes"))
+    assert patched(bytearray(told.encode()), 0.07, 0.02) == other.encode()
+    assert patched(bytearray(told.encode()), None, None) == told.encode()
+
+
+def test_a_seed_that_a_newer_kernel_says_back_is_compared_and_honoured(monkeypatch: pytest.MonkeyPatch):
+    # TCA_OPTIONS of `tc qdisc add … netem delay 1ms seed 7` as Linux 6.6 dumps them: behind struct tc_netem_qopt,
+    # TCA_NETEM_LATENCY64 (10), JITTER64 (11), CORR (1), REORDER (3), CORRUPT (4), PRNG_SEED (14).
+    dump = bytes.fromhex(
+        "093d0000e8030000"
+        + "00" * 16  # latency in ticks, limit; loss, gap, duplicate, jitter
+        + "0c000a0040420f0000000000"
+        + "0c000b000000000000000000"
+        + "10000100"
+        + "00" * 12
+        + "0c000300"
+        + "00" * 8
+        + "0c000400"
+        + "00" * 8
+        + "0c000e000700000000000000"
+    )
+    asked = netem.Options(delay_ns=1_000_000, limit_packets=1000, seed=7)
+    assert asked.differences(dump) == []
+    assert netem.Options(delay_ns=1_000_000, limit_packets=1000, seed=8).differences(dump) == [
+        "seed: asked 8, has 7"
+    ]
+    monkeypatch.setattr(netem, "Netlink", lambda _: contextlib.nullcontext(_Kernel(dump)))
+    netem.refuse(parse_profile("delay=1ms,loss=1%,seed=7"))
+    before_6_6 = dump[: -len(bytes.fromhex("0c000e000700000000000000"))]
+    monkeypatch.setattr(netem, "Netlink", lambda _: contextlib.nullcontext(_Kernel(before_6_6)))
+    with pytest.raises(UsageError, match=r"cannot honour 'seed=7' \(up, seed\)"):
+        netem.refuse(parse_profile("delay=1ms,loss=1%,seed=7"))
+
+
+class _Kernel:
+    """A netlink connection to a kernel whose netem says this of itself."""
+
+    def __init__(self, dump: bytes) -> None:
+        self._dump = dump
+
+    def interface(self, name: str) -> Interface:
+        return Interface(1, 65536, 0)
+
+    def traffic(self, *_: object, what: str) -> None:
+        pass
+
+    def qdisc(self, ifindex: int, handle: int) -> TrafficObject:
+        return TrafficObject(ifindex, handle, 0xFFFFFFFF, "netem", self._dump, {})
 
 
 @pytest.mark.netem
@@ -196,6 +276,37 @@ def test_tc_prints_what_was_asked(text: str, outer: str, inner: str):
         assert [line for line in lines if line.startswith("qdisc netem 2: parent 1:1") and inner in line], (
             lines
         )
+        attachment.detach()
+
+
+@pytest.mark.netem
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "rate=10mbit,delay=5ms,queue=codel(100ms,target=7ms,interval=90ms),ecn=yes",
+            [
+                "qdisc netem 1: root .* delay 5ms ecn",
+                "qdisc tbf 3: parent 1:1 rate 10Mbit burst 276[34]b",
+                "qdisc codel 5: parent 3:1 limit 85p target 7ms interval 90ms ecn",
+            ],
+        ),
+        (
+            "rate=10mbit,delay=5ms,duplicate=25%,queue=30000b",
+            ["qdisc netem 1: root .* delay 5ms duplicate 25%", "qdisc tbf 3:", "qdisc bfifo 6: parent 3:1 limit 31500b"],
+        ),
+        ("delay=5ms,duplicate=25%", ["qdisc netem 1: root .* delay 5ms duplicate 25%", "qdisc pfifo 7: parent 1:1"]),
+        ("delay=5ms,step:10mbit*1h", ["qdisc netem 1: root .* delay 5ms", "qdisc tbf 3: parent 1:1", "qdisc plug 4: parent 3:1"]),
+    ],
+)  # fmt: skip
+def test_tc_prints_what_is_inside_where_it_is_no_netem(text: str, expected: list[str]):
+    with wire() as net:
+        attachment = netem.Netem().attach(net.wire, "l0", "l0a", "l0b", parse_profile(text))
+        lines = "\n".join(_tc(net.wire, "l0b"))
+        for line in expected:
+            assert re.search(line, lines), lines
+        attachment.apply(parse_profile("rate=1mbit,delay=1ms"))
+        assert re.search("qdisc netem 2: parent 1:1 limit 44 rate 1Mbit", "\n".join(_tc(net.wire, "l0b")))
         attachment.detach()
 
 

@@ -43,11 +43,10 @@ def test_a_link_follows_its_trace_and_calibration_keeps_both_curves(net: Wire):
     assert sum(down["asked_bytes"]) == pytest.approx(2e6 / 8 * 3)  # 4 s without two outages
 
 
-def test_a_transfer_survives_an_outage_of_five_seconds(net: Wire):
+@pytest.mark.parametrize("emulator", ["userspace", pytest.param("netem", marks=pytest.mark.netem)])
+def test_a_transfer_survives_an_outage_of_five_seconds(net: Wire, emulator: str):
     profile = parse_profile("rate=20mbit,delay=5ms,outage:5s@1s")
-    attachment = emulators.choose("userspace").attach(
-        net.wire, "l0", "l0a", "l0b", parse_profile("delay=5ms")
-    )
+    attachment = emulators.choose(emulator).attach(net.wire, "l0", "l0a", "l0b", parse_profile("delay=5ms"))
     listener = inside(net.namespace("b"), lambda: socket.create_server((net.address("b"), 5001)))
     arrivals: list[tuple[float, int]] = []
 

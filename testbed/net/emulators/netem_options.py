@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from testbed.net.emulators.rtnetlink import attribute, attributes, nested
@@ -41,6 +41,7 @@ class Options:
     jitter_law: str | JitterTable = "normal"
     loss: int = 0
     loss_model: bytes = b""  # the attribute inside of TCA_NETEM_LOSS; `loss` is then not looked at
+    duplicate: int = 0
     corrupt: int = 0
     reorder: int = 0
     ecn: bool = False
@@ -57,7 +58,7 @@ class Options:
         ticks = [min(ns // _NS_PER_TICK, _FULL) for ns in (self.delay_ns, self.jitter_ns)]
         rate = _RATE_STRUCT.pack(min(self.rate_bytes_per_s, _FULL), self.packet_overhead, 0, 0)
         parts = [
-            QOPT.pack(ticks[0], self.limit_packets, self.loss, self._gap, 0, ticks[1]),
+            QOPT.pack(ticks[0], self.limit_packets, self.loss, self._gap, self.duplicate, ticks[1]),
             attribute(_CORR, bytes(12)),
             attribute(_REORDER, _PAIR.pack(self.reorder, 0)),
             attribute(_CORRUPT, _PAIR.pack(self.corrupt, 0)),
@@ -101,7 +102,7 @@ class Options:
             "limit": self.limit_packets,
             "loss": self.loss,
             "gap": self._gap,
-            "duplicate": 0,
+            "duplicate": self.duplicate,
             "delay": self.delay_ns,
             "jitter": self.jitter_ns,
             "rate": self.rate_bytes_per_s,
@@ -121,7 +122,7 @@ def options(
 ) -> tuple[Options, Options]:
     """The outer and the inner netem of one direction. *mtu*: bytes of the network layer in a full-sized packet."""
     direction = profile.up if way == "up" else profile.down
-    waiting = direction.queue_bytes(profile.round_trip_s)
+    waiting = profile.queue_bytes(way)
     in_order = bool(direction.jitter_s) and not direction.jitter_reorders
     model = direction.loss_model
     outer = Options(
@@ -130,12 +131,13 @@ def options(
         jitter_law=direction.jitter_law,
         loss=_of_full(direction.loss) if model is None else 0,
         loss_model=b"" if model is None else loss_attribute(model),
+        duplicate=_of_full(direction.duplicate),
         corrupt=_of_full(direction.corrupt),
         reorder=_of_full(direction.reorder),
         ecn=direction.ecn,
-        rate_bytes_per_s=round(_NO_TIME_BPS / 8) if in_order else 0,
         seed=seed if direction.seed is None else direction.seed,
     )
+    outer = ordered(outer) if in_order else outer
     inner = Options(
         # One more: the packet that is being sent is in the queue, too.
         limit_packets=_GENEROUS if waiting is None else -(-waiting // mtu) + 1,
@@ -143,6 +145,18 @@ def options(
         packet_overhead=direction.overhead_bytes - _ETHERNET_HEADER if direction.rate_bps else 0,
     )
     return outer, inner
+
+
+def ordered(outer: Options) -> Options:
+    """The same where no packet leaves before the one in front of it: with a rate at which sending takes no time."""
+    return replace(outer, rate_bytes_per_s=round(_NO_TIME_BPS / 8))
+
+
+def at_present(outer: Options, delay_s: float | None, loss: float | None) -> Options:
+    """The same with another delay and independent loss; None: as it is."""
+    if delay_s is not None:
+        outer = replace(outer, delay_ns=round(delay_s * 1e9))
+    return outer if loss is None else replace(outer, loss=_of_full(loss), loss_model=b"")
 
 
 def loss_attribute(model: LossModel) -> bytes:

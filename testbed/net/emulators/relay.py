@@ -182,7 +182,7 @@ def _drop_privileges() -> None:
 
 
 def main() -> None:
-    """Serves links; the only argument is a file descriptor with JSON in it (see `userspace._start`)."""
+    """Serves links; the only argument is a file descriptor with JSON in it (see `userspace.start`)."""
     with os.fdopen(int(sys.argv[1]), "rb") as file:
         orders = json.loads(file.read())
     gc.disable()  # nothing here forms cycles, and a collection takes longer than a packet may wait

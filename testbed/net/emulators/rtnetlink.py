@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from testbed.errors import NetworkError
@@ -17,7 +18,7 @@ from testbed.net.emulators.namespace import inside, inside_scratch
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC = 36, 37, 38
 RTM_NEWTFILTER, RTM_GETTFILTER = 44, 46
-CREATE, EXCLUSIVE = 0x400, 0x200  # NLM_F_CREATE, NLM_F_EXCL
+CREATE, EXCLUSIVE, REPLACE = 0x400, 0x200, 0x100  # NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE
 
 TCA_KIND, TCA_OPTIONS, TCA_STATS2 = 1, 2, 7
 _REQUEST, _ACK, _ECHO, _DUMP = 0x1, 0x4, 0x8, 0x300
@@ -84,10 +85,20 @@ class Interface:
 class Netlink:
     """A connection to the routing part of the kernel, inside one namespace. A context manager."""
 
-    def __init__(self, namespace: str | None) -> None:
-        """*namespace*: a name under /run/netns, or None for a scratch namespace that ends with this connection."""
-        self._socket = inside(namespace, _open) if namespace is not None else inside_scratch(_open)
+    def __init__(self, namespace: str | None, connection: socket.socket | None = None) -> None:
+        """*namespace*: a name under /run/netns, or None for a scratch namespace that ends with this connection.
+
+        *connection*: one that is open already; the namespace is then its own.
+        """
+        if connection is None:
+            connection = inside(namespace, _open) if namespace is not None else inside_scratch(_open)
+        self._socket = connection
         self._sequence = 0
+
+    @classmethod
+    def here(cls) -> Netlink:
+        """A connection inside the namespace that this process is in."""
+        return cls(None, _open())
 
     def __enter__(self) -> Netlink:
         return self
@@ -130,6 +141,23 @@ class Netlink:
         body = _TC.pack(0, ifindex, handle, parent, info) + b"".join(attrs)
         self._exchange(message, flags | _ACK, body, what)
 
+    def change(self, ifindex: int, changes: list[tuple[int, int, bytes]]) -> None:
+        """Changes qdiscs in place, (handle, parent, attributes) each, all with one system call. Raises NetworkError."""
+        whole = b""
+        for handle, parent, attrs in changes:
+            self._sequence += 1
+            body = _TC.pack(0, ifindex, handle, parent, 0) + attrs
+            flags = _REQUEST | _ACK
+            whole += _HEADER.pack(_HEADER.size + len(body), RTM_NEWQDISC, flags, self._sequence, 0) + body
+        last = self._sequence
+        self._socket.send(whole)
+        while True:
+            for kind, flags, sequence, payload in self._received():
+                if kind == _ERROR:
+                    _raise_refusal(payload, flags, f"interface {ifindex}: tc qdisc change")
+                    if sequence == last:
+                        return
+
     def qdiscs(self, ifindex: int) -> list[TrafficObject]:
         """All queueing disciplines of an interface."""
         return self._dump(RTM_GETQDISC, ifindex, 0)
@@ -162,12 +190,7 @@ class Netlink:
         self._socket.send(header + body)
         replies: list[bytes] = []
         while True:
-            data = self._socket.recv(1 << 18)
-            at = 0
-            while at + _HEADER.size <= len(data):
-                length, kind, reply_flags, sequence, _ = _HEADER.unpack_from(data, at)
-                payload = data[at + _HEADER.size : at + length]
-                at += (length + 3) & ~3
+            for kind, reply_flags, sequence, payload in self._received():
                 if sequence != self._sequence:
                     continue
                 if kind == _ERROR:
@@ -178,6 +201,15 @@ class Netlink:
                 replies.append(payload)
                 if not flags & (_ACK | _DUMP):
                     return replies
+
+    def _received(self) -> Iterator[tuple[int, int, int, bytes]]:
+        """Type, flags, sequence number and body of the messages of one datagram."""
+        data = self._socket.recv(1 << 18)
+        at = 0
+        while at + _HEADER.size <= len(data):
+            length, kind, flags, sequence, _ = _HEADER.unpack_from(data, at)
+            yield kind, flags, sequence, data[at + _HEADER.size : at + length]
+            at += (length + 3) & ~3
 
 
 def _described(reply: bytes) -> TrafficObject:

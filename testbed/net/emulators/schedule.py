@@ -192,7 +192,7 @@ class Deliveries:
     be above 0. A packet may leave at an opportunity that comes when it does.
     """
 
-    delays = losses = None
+    rates = delays = losses = None
     loop = True
 
     def __init__(

@@ -127,7 +127,7 @@ class Userspace:
                     "files": files,
                 }
             first = wanted[0].link
-            process, control = _start(links, first, keep)
+            process, control = start(links, first, keep)
             # The links of one relay share the connection to it, which ends the relay when the last of them is detached.
             shared = Connection(first, process, control, keep, {one.link for one in wanted})
             attachments = [RelayAttachment(one.link, shared) for one in wanted]
@@ -146,11 +146,11 @@ class Userspace:
 
     def reattach(self, wire: str, link: str, a: str, b: str, *, keep: Path) -> Attachment:
         """See `Emulator.reattach`."""
-        first, process, links = _recorded(link, keep)
+        first, process, links = recorded(link, keep)
         return RelayAttachment(link, Connection(first, process, None, keep, set(links)))
 
 
-def _recorded(link: str, keep: Path) -> tuple[str, tuple[int, int], list[str]]:
+def recorded(link: str, keep: Path) -> tuple[str, tuple[int, int], list[str]]:
     """The relay that serves *link*: the name it goes by, its process, and its links. Raises NetworkError."""
     for record in [keep / f"{link}.json", *sorted(keep.glob("*.json"))]:
         try:
@@ -168,7 +168,7 @@ def _recorded(link: str, keep: Path) -> tuple[str, tuple[int, int], list[str]]:
 
 
 class Connection:
-    """A relay process, as the links that it serves see it. Its files in *keep* are named after its first link."""
+    """A relay process (or another, *what*), as the links that it serves see it. Its files in *keep* are named after the first."""
 
     def __init__(
         self,
@@ -177,8 +177,9 @@ class Connection:
         control: socket.socket | None,
         keep: Path | None,
         links: set[str],
+        what: str = "relay",
     ) -> None:
-        self.process = process
+        self.process, self._what = process, what
         self._first, self._control, self._keep, self._links = first, control, keep, links
 
     def ask(self, link: str, order: dict[str, Any], files: Sequence[int] = ()) -> dict[str, Any]:
@@ -194,9 +195,11 @@ class Connection:
                     connection.sendmsg(message)
                 answer = connection.recv(LARGEST)
         except OSError as error:
-            raise NetworkError(f"link {link}: its relay (process {pid}) does not answer: {error}") from None
+            raise NetworkError(
+                f"link {link}: its {self._what} (process {pid}) does not answer: {error}"
+            ) from None
         if not answer:
-            raise NetworkError(f"link {link}: its relay (process {pid}) has ended")
+            raise NetworkError(f"link {link}: its {self._what} (process {pid}) has ended")
         return json.loads(answer)
 
     def release(self, link: str) -> None:
@@ -274,10 +277,15 @@ def start_time(pid: int) -> int:
     return 0 if fields[0] in "ZX" else int(fields[19])
 
 
-def _start(
-    links: dict[str, dict[str, Any]], first: str, keep: Path | None
+def start(
+    links: dict[str, dict[str, Any]],
+    first: str,
+    keep: Path | None,
+    program: str = PROGRAM,
+    namespace: str | None = None,
 ) -> tuple[tuple[int, int], socket.socket | None]:
-    """Starts a relay for *links*; its identity, and this end of its control socket when it is ours alone."""
+    """Starts a relay for *links*, or another *program* that takes its orders the same way, in *namespace*; its identity, and this
+    end of its control socket when it is ours alone."""
     with contextlib.ExitStack() as closing:
         ours: socket.socket | None = None
         if keep is None:
@@ -292,21 +300,23 @@ def _start(
         told = {"control": theirs.fileno(), "listening": keep is not None, "links": links}
         orders.write(json.dumps(told).encode())
         orders.seek(0)
-        process = subprocess.Popen(
-            # Isolated and without site-packages: the standard library and its own parts are all it needs.
-            [sys.executable, "-I", "-S", "-c", PROGRAM, str(PACKAGE), str(orders.fileno())],
-            pass_fds=(
-                theirs.fileno(),
-                orders.fileno(),
-                *(link[port] for link in links.values() for port in ("port_a", "port_b")),
-                *(file for link in links.values() for file in link["files"]),
-            ),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-            cwd="/",
-            start_new_session=True,  # Ctrl-C is not for the relay: the link must live until its owner takes it down
-        )
+        files = (file for link in links.values() for file in link.get("files", ()))
+        ports = (link[port] for link in links.values() for port in ("port_a", "port_b") if port in link)
+        passed = (theirs.fileno(), orders.fileno(), *ports, *files)
+
+        def popen() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(
+                # Isolated and without site-packages: the standard library and its own parts are all it needs.
+                [sys.executable, "-I", "-S", "-c", program, str(PACKAGE), str(orders.fileno())],
+                pass_fds=passed,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                cwd="/",
+                start_new_session=True,  # Ctrl-C is not for the relay: the link must live until its owner takes it down
+            )
+
+        process = popen() if namespace is None else inside(namespace, popen)
         _CHILDREN[process.pid] = process
         identity = (process.pid, start_time(process.pid))
         if keep is not None:
