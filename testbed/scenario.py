@@ -9,14 +9,14 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from testbed.codecs.spec import parse as parse_codec
 from testbed.net.profile import Profile
-from testbed.net.topology import Topology
+from testbed.net.topology import Link, Topology
 from testbed.net.traffic import Flow, flow_from
 from testbed.tasks.prompt import DEFAULT, PromptFormat, choose_prompt, parse_prompt
 from testbed.tasks.task import Task
@@ -182,6 +182,16 @@ class Plan:
     def flows(self) -> list[Flow]:
         """The background traffic."""
         return [flow_from(value) for value in self.scenario.traffic]
+
+    @property
+    def swept(self) -> Link:
+        """The link whose profile is swept."""
+        return next(link for link in self.topology.links if link.name == self.link)
+
+    def under(self, profile: Profile) -> Topology:
+        """The topology with the swept link under `profile`."""
+        links = tuple(replace(k, profile=profile) if k.name == self.link else k for k in self.topology.links)
+        return replace(self.topology, links=links)
 
     @property
     def prompt(self) -> PromptFormat:

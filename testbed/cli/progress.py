@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from testbed.runner import Progress
+    from testbed.progress import Progress
 
 
 class Console:
