@@ -5,58 +5,20 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from testbed.endpoints import wire
-from testbed.endpoints.inference import InferenceSide, Prefix, main
-from testbed.endpoints.transport.tcp import Connection
-from testbed.errors import EndpointError, UsageError
+from testbed.endpoints.held import Batch, Encoded, Held
+from testbed.endpoints.inference import InferenceSide, main
+from testbed.endpoints.uplink import Uplink
+from testbed.errors import UsageError
 
 if TYPE_CHECKING:
-    from testbed.models.language import Prefill
     from testbed.tasks.prompt import Prompted
     from testbed.tasks.task import Example, Task
 
-#: A cloud's answer holds no payload.
-_NO_PAYLOAD = 0
-
-
-@dataclass
-class Encoded:
-    """A payload ready to be sent, and what it took to make."""
-
-    payload: bytes | bytearray | memoryview
-    select_s: float
-    encode_s: float
-
-
-@dataclass
-class Held:
-    """The example at hand: its prefill and everything made from it so far."""
-
-    key: tuple[int, int]
-    prefix: Prefix
-    context_text: str
-    question_text: str
-    choices: tuple[str, ...]
-    ids: list[int]
-    question_ids: list[int]
-    prefill: Prefill
-    prefill_s: float
-    used: bool = False  #: a row has carried the prefill's time as its own
-    encoded: dict[tuple[str, int], Encoded] = field(default_factory=dict)
-    local: dict[int, dict[str, Any]] = field(default_factory=dict)
-
-
-@dataclass
-class Batch:
-    """A task's examples at one context length."""
-
-    task: Prompted
-    examples: list[Example]
-    prefix: str
-    max_new_tokens: int
+#: Tokens left for a question.
+_QUESTION_ROOM = 256
 
 
 class Edge(InferenceSide):
@@ -66,7 +28,7 @@ class Edge(InferenceSide):
         super().__init__()
         self._batches: list[Batch] = []
         self._held: Held | None = None
-        self._connections: dict[str, Connection] = {}
+        self._uplink = Uplink()
         self._queries: int | None = 0
         self._request = 0
 
@@ -103,23 +65,7 @@ class Edge(InferenceSide):
         self._queries = None if None in wanted else max((n for n in wanted if n is not None), default=0)
         prefix = self.learn_prefix(made.prefix)
         self._batches.append(Batch(made, examples, prefix, max_new_tokens))
-        longest = 0
-        for example in examples:
-            length = len(self.model.tokenize(made.context_text(example)))
-            longest = max(longest, length)
-            if length == 0:
-                raise UsageError(f"task {task}: example {example.id!r} has an empty context")
-        room = (
-            self.model.max_positions
-            - len(self.model.tokenize(made.prefix, start=True))
-            - max_new_tokens
-            - 256
-        )
-        if longest > room:
-            raise UsageError(
-                f"task {task}: a context of {longest} tokens leaves no room in a model of {self.model.max_positions} positions; "
-                f"ask for context_tokens of at most {max(0, room)}"
-            )
+        longest = self._longest(made, examples, max_new_tokens)
         # The first prefill of a size pays for memory and thread pools, which is no example's own cost.
         warm = self.model.tokenize(made.context_text(examples[0]))
         self.model.prefill(warm, self.prefixes[prefix].cache, queries=self._queries)
@@ -138,6 +84,23 @@ class Edge(InferenceSide):
                 for example in examples
             ],
         }
+
+    def _longest(self, task: Prompted, examples: list[Example], max_new_tokens: int) -> int:
+        """Tokens of the longest context. Raises UsageError where one is empty, or leaves no room for question and answer."""
+        longest = 0
+        for example in examples:
+            length = len(self.model.tokenize(task.context_text(example)))
+            longest = max(longest, length)
+            if length == 0:
+                raise UsageError(f"task {task.name}: example {example.id!r} has an empty context")
+        prefix = len(self.model.tokenize(task.prefix, start=True))
+        room = self.model.max_positions - prefix - max_new_tokens - _QUESTION_ROOM
+        if longest > room:
+            raise UsageError(
+                f"task {task.name}: a context of {longest} tokens leaves no room in a model of {self.model.max_positions} "
+                f"positions; ask for context_tokens of at most {max(0, room)}"
+            )
+        return longest
 
     def _prompted(self, task: Task, prompt: str) -> Prompted:
         """The task with its prompts in the format that the scenario asks for."""
@@ -220,9 +183,8 @@ class Edge(InferenceSide):
             encoded = self._encode(held, codec)
             if reuse == "all":
                 held.encoded[key] = encoded
-        result = self._request_cloud(
-            batch, held, "split", codec, encoded.payload, repeat, reuse, link, started, carried
-        )
+        result = self._ask(held, "split", codec, encoded.payload, repeat, reuse, link)
+        result["e2e_s"] += carried - started
         result["stages"] = {
             "prefill_s": held.prefill_s,
             "select_s": encoded.select_s,
@@ -239,7 +201,9 @@ class Edge(InferenceSide):
         held = self._hold(batch, example)
         started = time.monotonic()
         payload = held.context_text.encode()
-        return self._request_cloud(batch, held, "cloud", "", payload, repeat, reuse, link, started, 0.0)
+        result = self._ask(held, "cloud", "", payload, repeat, reuse, link)
+        result["e2e_s"] -= started
+        return result
 
     def _hold(self, batch: int, example: int) -> Held:
         """The example's prefill: the one at hand, or made now (and timed)."""
@@ -324,9 +288,8 @@ class Edge(InferenceSide):
         payload = codec.encode(cache, kept)
         return Encoded(payload, selected - started, self.pace.hold() - selected)
 
-    def _request_cloud(
+    def _ask(
         self,
-        batch: int,
         held: Held,
         placement: str,
         codec: str,
@@ -334,120 +297,41 @@ class Edge(InferenceSide):
         repeat: int,
         reuse: str,
         link: dict[str, Any],
-        started: float,
-        carried: float,
     ) -> dict[str, Any]:
-        """Send a request and wait for its answer; returns the stages from `connect_s` on and what was counted.
-
-        `started`: when this request began; `carried`: seconds of stages taken over from an earlier trial.
+        """Ask the cloud; returns the stages from `connect_s` on and what was counted. `e2e_s` is the time at which the answer
+        was whole: the caller takes off when its request began.
         """
         self._request += 1
+        batch = self._batches[held.key[0]]
         request = wire.Request(
             id=self._request,
             placement=placement,
             codec=codec,
             prefix=held.prefix.digest,
             question=held.question_text,
-            stop=self._batches[batch].task.stop,
-            max_new_tokens=self._batches[batch].max_new_tokens,
+            stop=batch.task.stop,
+            max_new_tokens=batch.max_new_tokens,
             payload_crc=zlib.crc32(payload) if placement == "cloud" else 0,
             repeat=repeat,
             choices=held.choices,
             reuse=reuse == "all",
         )
-        before = interface_bytes()
-        connect_started = time.monotonic()
-        connection, fresh = self._connect(link)
-        connected = time.monotonic()
-        already = 0 if fresh else connection.retransmits()
-        keep = False
-        try:
-            sent_at = connection.send(request, payload)
-            first, first_at = self._expect(connection, wire.FirstToken, request.id, link["timeout"])
-            answer, answered_at = self._expect(connection, wire.Answer, request.id, link["timeout"])
-            retransmits = connection.retransmits() - already + answer.retransmits
-            congestion = connection.congestion()
-            keep = bool(link["reuse"])
-        finally:
-            if keep:
-                self._connections[link["name"]] = connection
-            else:
-                self._connections.pop(link["name"], None)
-                connection.finish()
-        stages, turnaround, computed = _timeline(first, first_at, answer, answered_at, sent_at)
+        answered = self._uplink.ask(request, payload, link)
         return {
             "request": request.id,
-            "stages": {"connect_s": connected - connect_started if fresh else 0.0, **stages},
-            "e2e_s": answered_at - started - turnaround + computed + carried,
-            "reused": _cloud_reuse(placement) if answer.reused else [],
-            "answer": answer.text,
-            "wire_bytes": interface_bytes() - before,
-            "retransmits": retransmits,
+            "stages": answered.stages,
+            "e2e_s": answered.ended,
+            "reused": _cloud_reuse(placement) if answered.reused else [],
+            "answer": answered.text,
+            "wire_bytes": answered.wire_bytes,
+            "retransmits": answered.retransmits,
             "payload_bytes": len(payload),
-            "congestion": congestion,
+            "congestion": answered.congestion,
         }
-
-    def _connect(self, link: dict[str, Any]) -> tuple[Connection, bool]:
-        """A connection for this request, and whether it was opened for it."""
-        if link["reuse"] and link["name"] in self._connections:
-            return self._connections[link["name"]], False
-        opened = Connection.open(link["address"], link["port"], link["congestion"], link["timeout"])
-        return opened, True
-
-    @staticmethod
-    def _expect(connection: Connection, kind: type[Any], id: int, timeout: float) -> tuple[Any, float]:
-        received = connection.receive(_NO_PAYLOAD, timeout)
-        if received is None:
-            raise EndpointError("the cloud closed the connection without an answer")
-        if isinstance(received.header, wire.Failure):
-            raise EndpointError(f"the cloud: {received.header.message}")
-        if not isinstance(received.header, kind) or received.header.id != id:
-            raise EndpointError(f"the cloud sent a {type(received.header).__name__} frame out of turn")
-        return received.header, received.at
-
-
-def _timeline(
-    first: wire.FirstToken, first_at: float, answer: wire.Answer, answered_at: float, sent_at: float
-) -> tuple[dict[str, float], float, float]:
-    """The stages of a request from its first byte on; and, where the answer came from memory, the time the cloud took to find it
-    (which is no part of the request) and the compute time that the finding replaced."""
-    travel_first = first_at - first.sent_at
-    travel_last = answered_at - answer.sent_at
-    if answer.reused:
-        generate_s = answer.generate_s + travel_last - travel_first
-        first_token_s = answer.first_token_s + travel_first
-        turnaround = first.sent_at - answer.received_at
-        computed = answer.prefill_s + answer.decode_s + answer.first_token_s + answer.generate_s
-    else:
-        rebuilt_at = answer.received_at + answer.prefill_s + answer.decode_s
-        first_token_s = first_at - rebuilt_at
-        generate_s = answered_at - first_at
-        turnaround = computed = 0.0
-    stages = {
-        "transmit_s": answer.received_at - sent_at,
-        "decode_s": answer.decode_s,
-        "first_token_s": first_token_s,
-        "generate_s": generate_s,
-    }
-    if answer.prefill_s:
-        stages["prefill_s"] = answer.prefill_s
-    return stages, turnaround, computed
 
 
 def _cloud_reuse(placement: str) -> list[str]:
     return (["prefill"] if placement == "cloud" else []) + ["decode", "first_token", "generate"]
-
-
-def interface_bytes() -> int:
-    """Bytes that this namespace's interfaces (without lo) have received and sent so far (/proc/net/dev, proc_net(5))."""
-    total = 0
-    with open("/proc/self/net/dev", encoding="ascii") as file:
-        for line in file.readlines()[2:]:
-            name, _, figures = line.partition(":")
-            if name.strip() != "lo":
-                fields = figures.split()
-                total += int(fields[0]) + int(fields[8])
-    return total
 
 
 if __name__ == "__main__":

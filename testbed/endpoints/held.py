@@ -1,0 +1,50 @@
+"""The example at hand on the edge: its prefill, and everything made from it so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from testbed.endpoints.inference import Prefix
+
+if TYPE_CHECKING:
+    from testbed.models.language import Prefill
+    from testbed.tasks.prompt import Prompted
+    from testbed.tasks.task import Example
+
+
+@dataclass
+class Batch:
+    """A task's examples at one context length."""
+
+    task: Prompted
+    examples: list[Example]
+    prefix: str
+    max_new_tokens: int
+
+
+@dataclass
+class Encoded:
+    """A payload ready to be sent, and what it took to make."""
+
+    payload: bytes | bytearray | memoryview
+    select_s: float
+    encode_s: float
+
+
+@dataclass
+class Held:
+    """The example at hand: its prefill and everything made from it so far."""
+
+    key: tuple[int, int]
+    prefix: Prefix
+    context_text: str
+    question_text: str
+    choices: tuple[str, ...]
+    ids: list[int]
+    question_ids: list[int]
+    prefill: Prefill
+    prefill_s: float
+    used: bool = False  #: a row has carried the prefill's time as its own
+    encoded: dict[tuple[str, int], Encoded] = field(default_factory=dict)
+    local: dict[int, dict[str, Any]] = field(default_factory=dict)

@@ -1,0 +1,129 @@
+"""A request across the link: sent, waited for, and its time divided into stages."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from testbed.endpoints import wire
+from testbed.endpoints.transport.tcp import Connection
+from testbed.errors import EndpointError
+
+#: A cloud's answer holds no payload.
+_NO_PAYLOAD = 0
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The answer. `stages`: from `connect_s` on; `ended`: when it was whole here (`time.monotonic`), moved where the cloud
+    had it already: back by what finding it took, on by the compute time that this replaced.
+    """
+
+    stages: dict[str, float]
+    ended: float
+    reused: bool
+    text: str
+    wire_bytes: int
+    retransmits: int
+    congestion: str
+
+
+class Uplink:
+    """The edge's connections to the cloud, one a link where the run keeps them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Connection] = {}
+
+    def ask(
+        self, request: wire.Request, payload: bytes | bytearray | memoryview, link: dict[str, Any]
+    ) -> Answered:
+        """Send a request and wait for its answer. `link`: address, port, congestion, timeout, whether to reuse its
+        connection, and its name. Raises EndpointError."""
+        before = interface_bytes()
+        started = time.monotonic()
+        connection, fresh = self._connect(link)
+        connected = time.monotonic()
+        already = 0 if fresh else connection.retransmits()
+        keep = False
+        try:
+            sent_at = connection.send(request, payload)
+            first, first_at = _expect(connection, wire.FirstToken, request.id, link["timeout"])
+            answer, answered_at = _expect(connection, wire.Answer, request.id, link["timeout"])
+            retransmits = connection.retransmits() - already + answer.retransmits
+            congestion = connection.congestion()
+            keep = bool(link["reuse"])
+        finally:
+            if keep:
+                self._kept[link["name"]] = connection
+            else:
+                self._kept.pop(link["name"], None)
+                connection.finish()
+        stages, turnaround, computed = _timeline(first, first_at, answer, answered_at, sent_at)
+        return Answered(
+            stages={"connect_s": connected - started if fresh else 0.0, **stages},
+            ended=answered_at - turnaround + computed,
+            reused=answer.reused,
+            text=answer.text,
+            wire_bytes=interface_bytes() - before,
+            retransmits=retransmits,
+            congestion=congestion,
+        )
+
+    def _connect(self, link: dict[str, Any]) -> tuple[Connection, bool]:
+        """A connection for this request, and whether it was opened for it."""
+        if link["reuse"] and link["name"] in self._kept:
+            return self._kept[link["name"]], False
+        opened = Connection.open(link["address"], link["port"], link["congestion"], link["timeout"])
+        return opened, True
+
+
+def _expect(connection: Connection, kind: type[Any], id: int, timeout: float) -> tuple[Any, float]:
+    received = connection.receive(_NO_PAYLOAD, timeout)
+    if received is None:
+        raise EndpointError("the cloud closed the connection without an answer")
+    if isinstance(received.header, wire.Failure):
+        raise EndpointError(f"the cloud: {received.header.message}")
+    if not isinstance(received.header, kind) or received.header.id != id:
+        raise EndpointError(f"the cloud sent a {type(received.header).__name__} frame out of turn")
+    return received.header, received.at
+
+
+def _timeline(
+    first: wire.FirstToken, first_at: float, answer: wire.Answer, answered_at: float, sent_at: float
+) -> tuple[dict[str, float], float, float]:
+    """The stages of a request from its first byte on; and, where the answer came from memory, the time the cloud took to find it
+    (which is no part of the request) and the compute time that the finding replaced."""
+    travel_first = first_at - first.sent_at
+    travel_last = answered_at - answer.sent_at
+    if answer.reused:
+        generate_s = answer.generate_s + travel_last - travel_first
+        first_token_s = answer.first_token_s + travel_first
+        turnaround = first.sent_at - answer.received_at
+        computed = answer.prefill_s + answer.decode_s + answer.first_token_s + answer.generate_s
+    else:
+        rebuilt_at = answer.received_at + answer.prefill_s + answer.decode_s
+        first_token_s = first_at - rebuilt_at
+        generate_s = answered_at - first_at
+        turnaround = computed = 0.0
+    stages = {
+        "transmit_s": answer.received_at - sent_at,
+        "decode_s": answer.decode_s,
+        "first_token_s": first_token_s,
+        "generate_s": generate_s,
+    }
+    if answer.prefill_s:
+        stages["prefill_s"] = answer.prefill_s
+    return stages, turnaround, computed
+
+
+def interface_bytes() -> int:
+    """Bytes that this namespace's interfaces (without lo) have received and sent so far (/proc/net/dev, proc_net(5))."""
+    total = 0
+    with open("/proc/self/net/dev", encoding="ascii") as file:
+        for line in file.readlines()[2:]:
+            name, _, figures = line.partition(":")
+            if name.strip() != "lo":
+                fields = figures.split()
+                total += int(fields[0]) + int(fields[8])
+    return total
