@@ -33,7 +33,7 @@ class Run:
     def __init__(
         self, plan: Plan, directory: RunDirectory, watch: Watcher, accept_uncalibrated: bool = False
     ) -> None:
-        self.plan, self.scenario, self.directory = plan, plan.scenario, directory
+        self.plan, self.scenario, self.directory, self.watch = plan, plan.scenario, directory, watch
         self.accept_uncalibrated = accept_uncalibrated
         self.failures = 0
         self._tally = Tally(plan, watch)
@@ -51,7 +51,7 @@ class Run:
             self._tally.say("building the network")
             self.fabric = stack.enter_context(self._build(self.plan.under(self.plan.profiles[0])))
             self._tally.say(f"loading {self.scenario.model} on both sides")
-            self.pair = Pair.start(self.plan, self.fabric, self.directory, stack)
+            self.pair = self._pair(stack)
             loaded = self.pair.load()
             batches = self.pair.prepare()
             self._expect(batches)
@@ -89,6 +89,9 @@ class Run:
             for path in (captures, *captures.iterdir()):
                 self.directory.claim(path)
         return fabric
+
+    def _pair(self, stack: contextlib.ExitStack) -> Pair:
+        return Pair.start(self.plan, self.fabric, self.directory, stack)
 
     def _write_manifest(self, loaded: dict[str, Any]) -> None:
         before = self.directory.manifest() if (self.directory.path / "manifest.json").exists() else {}

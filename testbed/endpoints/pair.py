@@ -28,6 +28,20 @@ class Batch:
     examples: list[dict[str, Any]]
 
 
+def launch(
+    role: str, namespace: str | None, directory: RunDirectory, stack: contextlib.ExitStack
+) -> Endpoint:
+    """Start an endpoint whose log is in the run's directory; `stack` ends it. Raises EndpointError."""
+    logs = directory.path / "logs"
+    logs.mkdir(exist_ok=True)
+    log = logs / f"{role}.log"
+    endpoint = Endpoint.start(role, namespace, log)
+    stack.callback(endpoint.stop)
+    directory.claim(logs)
+    directory.claim(log)
+    return endpoint
+
+
 class Pair:
     """The edge and the cloud of one run. Every method raises EndpointError where an endpoint fails or has ended."""
 
@@ -38,17 +52,10 @@ class Pair:
 
     @classmethod
     def start(cls, plan: Plan, fabric: Fabric, directory: RunDirectory, stack: contextlib.ExitStack) -> Pair:
-        """Start both processes, their logs in the run's directory; `stack` ends them."""
-        logs = directory.path / "logs"
-        logs.mkdir(exist_ok=True)
-        directory.claim(logs)
-        started = []
-        for role, node in (("edge", plan.scenario.edge), ("cloud", plan.scenario.cloud)):
-            log = logs / f"{role}.log"
-            started.append(Endpoint.start(role, fabric.namespace(node), log))
-            stack.callback(started[-1].stop)
-            directory.claim(log)
-        return cls(plan, *started)
+        """Start both processes on their nodes; `stack` ends them."""
+        edge = launch("edge", fabric.namespace(plan.scenario.edge), directory, stack)
+        cloud = launch("cloud", fabric.namespace(plan.scenario.cloud), directory, stack)
+        return cls(plan, edge, cloud)
 
     @property
     def alive(self) -> bool:

@@ -9,15 +9,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from testbed.endpoints.launch import Endpoint
+from testbed.endpoints.pair import Batch, Pair, launch
 from testbed.net.fabric import Fabric
 from testbed.net.profile import Direction, Profile
 from testbed.net.topology import Topology
 from testbed.planning import make_plan
+from testbed.progress import Tally, Watcher
 from testbed.results import Row, RunDirectory
-from testbed.runner import Batch, Run, Watcher
-from testbed.scenario import Cell, Plan
-from testbed.tasks.task import Example
+from testbed.runner import Run
+from testbed.scenario import Plan
+from testbed.tasks.task import Task
+from testbed.trial import Trial
 
 #: No conditions at all. Its name is what rows say of their link.
 LOOPBACK = Profile("loopback", Direction(), Direction(), "no link: two threads of one process")
@@ -58,21 +60,15 @@ class Bench(Run):
     ) -> None:
         super().__init__(plan, directory, watch)
         self._procedure = procedure
-        self._both: Endpoint | None = None
         self._made: list[Batch] = []
 
     def measure(self, codec: str) -> None:
         """Every example with this codec, into the directory's rows. Raises EndpointError where the process ends."""
         scenario = self.plan.scenario.model_copy(update={"codecs": [codec]})
         self.plan = replace(self.plan, scenario=scenario)
-        self._forecast()
+        self._tally = Tally(self.plan, self.watch)  # what is told of the time left begins anew
+        self._expect(self._made)
         super()._walk(self._made)
-
-    def _forecast(self) -> None:
-        """What is told of the time left begins anew with each codec."""
-        self._trials_done, self._work_done, self._seconds = 0, 0.0, 0.0
-        cells = [cell for made in self._made for cell in self.plan.cells(made.task, made.context_tokens)]
-        self._work_total = self.scenario.examples * sum(map(self._estimator.seconds, cells))
 
     def _walk(self, batches: list[Batch]) -> None:
         self._made = batches
@@ -81,10 +77,9 @@ class Bench(Run):
     def _build(self, topology: Topology) -> Fabric:
         return cast(Fabric, Loopback())
 
-    def _start(self, role: str, node: str, stack: contextlib.ExitStack) -> Endpoint:
-        if self._both is None:
-            self._both = super()._start("both", node, stack)
-        return self._both
+    def _pair(self, stack: contextlib.ExitStack) -> Pair:
+        both = launch("both", None, self.directory, stack)
+        return Pair(self.plan, both, both)
 
     def _calibrate(self) -> None:
         """There is no link to be measured."""
@@ -95,18 +90,8 @@ class Bench(Run):
     def _write_stretch(self, name: str, about: dict[str, str], **found: Any) -> None:
         """Nor one whose packets were counted."""
 
-    def _trial(
-        self,
-        batch: Batch,
-        number: int,
-        gold: str,
-        example: Example,
-        task: Any,
-        cell: Cell,
-        repeat: int,
-        reference: dict[str, Any],
-    ) -> Row:
-        row = super()._trial(batch, number, gold, example, task, cell, repeat, reference)
+    def _trial(self, trial: Trial, task: Task, reference: dict[str, Any]) -> Row:
+        row = super()._trial(trial, task, reference)
         # The endpoints count the interfaces' bytes, which here are other programs'.
         return replace(row, wire_bytes=0)
 
