@@ -17,9 +17,10 @@ from testbed.errors import SpecError, UsageError
 from testbed.guiding.bench import Bench, bench_plan
 from testbed.guiding.procedure import RATIOS, Diagnosed, walk
 from testbed.models.sources import resolve
+from testbed.progress import Watcher
 from testbed.results import FORMAT, RunDirectory
-from testbed.runner import Watcher, utc_now
 from testbed.tasks.task import parse_task
+from testbed.trial import utc_now
 
 _DIAGNOSIS = "diagnosis.json"
 

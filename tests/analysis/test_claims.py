@@ -13,7 +13,7 @@ from analysis import claims
 from analysis.run import load
 from testbed.cli import main
 from testbed.planning import load_plan
-from testbed.runner import task_label
+from testbed.trial import task_label
 from tests.analysis.make_run import make_run
 from tests.analysis.test_run_directory import lines, rewrite
 
