@@ -28,7 +28,7 @@ FIGURES = {
     "latency_cdf": "analysis.figures.latency_cdf:draw",
     "timeline": "analysis.figures.timeline:draw",
     "fidelity": "analysis.figures.fidelity:draw",
-    "fidelity_traces": "analysis.figures.fidelity:draw_traces",
+    "fidelity_traces": "analysis.figures.fidelity_traces:draw",
 }
 
 

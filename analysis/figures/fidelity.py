@@ -1,4 +1,4 @@
-"""Asked against measured: every link's rate, delay and loss as the run found them before its trials, and traces as followed."""
+"""Asked against measured: every link's rate, delay and loss as the run found them before its trials; jitter and bursts, too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -20,6 +19,7 @@ from analysis.figures.style import BLUE, INK, ORANGE, VERMILLION, Frame, Mark, b
 from analysis.run import Run
 from testbed.errors import TestbedError
 from testbed.net.following import Curve
+from testbed.net.following_values import Track
 from testbed.units import parse_fraction, parse_time
 
 #: way -> its mark, where it stands beside the profile's middle, and its name
@@ -28,7 +28,13 @@ WAYS = {
     "down": (Mark("v", ORANGE, "none", size=6), 0.17, "cloud to edge"),
 }
 _BAND = "#DDEFE6"
+_ALWAYS = ("rate", "delay", "loss")
+_EXTRA = (
+    "Jitter: standard deviation of delays; line: 99 % interval under the law asked for. Bursts: packets lost in a row; line: "
+    "99 % interval of their mean. Both are in tolerance where the line reaches the band.",
+)
 _ROW, _LEAST_PANEL = 0.36, 0.75  # inches
+_RELATIVE = ("rate", "jitter", "burst")
 _NAME = 27  # characters of a profile's name
 
 
@@ -41,26 +47,27 @@ class Measured:
     emulator: str
     checks: dict[tuple[str, str], dict[str, Any]]
     curves: tuple[Curve, ...]
+    tracks: tuple[Track, ...] = ()
 
     def error(self, way: str, what: str) -> tuple[float, float, float] | None:
-        """Measured and its interval, as drawn: the rate's error in %, delay minus asked in ms, loss in %. None: not known."""
+        """Measured and its interval, as drawn: delay minus asked in ms, loss in %, else the error in %. None: not known."""
         check = self.checks.get((way, what), {})
         values = [check.get(key) for key in ("measured", "low", "high")]
         asked = check.get("asked")
         measured = values[0]
-        if not _number(measured) or not _number(asked) or (what == "rate" and not asked):
+        if not _number(measured) or not _number(asked) or (what in _RELATIVE and not asked):
             return None
         points = [float(v) if _number(v) else float(measured) for v in values]
         if what == "loss":
             return points[0] * 100, points[1] * 100, points[2] * 100
-        scale = 100 / asked if what == "rate" else 1e3
+        scale = 100 / asked if what in _RELATIVE else 1e3
         return (points[0] - asked) * scale, (points[1] - asked) * scale, (points[2] - asked) * scale
 
     def band(self, way: str, what: str) -> tuple[float, float] | None:
-        """The tolerance of a rate or delay in the units of `error`, as it was when it was measured."""
+        """The tolerance of all but a loss in the units of `error`, as it was when it was measured."""
         text = str(self.checks.get((way, what), {}).get("tolerance", ""))
         try:
-            if what == "rate":
+            if what in _RELATIVE:
                 return -100 * parse_fraction(text.lstrip("±")), 100 * parse_fraction(text.lstrip("±"))
             return (0.0, 1e3 * parse_time(text.lstrip("+"))) if what == "delay" else None
         except TestbedError:
@@ -68,37 +75,45 @@ class Measured:
 
 
 def draw(run: Run) -> Figure:
-    """A line for each profile: rate, one-way delay and loss, both ways, with tolerances."""
-    found = [m for m in _measured(run) if any(m.error(w, q) for w in WAYS for q in ("rate", "delay", "loss"))]
+    """A line for each profile: rate, one-way delay and loss, both ways, with tolerances; jitter and bursts where there are."""
+    found = [
+        m for m in measured_links(run) if any(m.error(w, q) for w in WAYS for q in ("rate", "delay", "loss"))
+    ]
     if not found:
         raise NotInThisRun(f"{run.path}: its calibration.json has no measured link")
+    panels = [
+        ("rate", "rate", "relative error (%)"),
+        ("delay", "one-way delay", "measured minus asked (ms)"),
+        ("loss", "loss", "lost packets (%)"),
+        ("jitter", "jitter", "deviation's error (%)"),
+        ("burst", "bursts", "mean length's error (%)"),
+    ]
+    panels = [
+        one for one in panels if one[0] in _ALWAYS or any(m.error(w, one[0]) for m in found for w in WAYS)
+    ]
     frame = Frame(
         title=_verdict([m for m in found if not m.ok], len(found)),
-        subtitle=f"{_worst(found)}\n{_subject(found)}",
+        subtitle=f"{_worst(found)}\n{subject(found)}",
         footnotes=[
             "Rate: a saturating flow at the receiver; line: 99 % interval of the mean over ten parts. Delay: median of probes "
             "that meet no queue, without their own serialisation; line: 99 % interval from order statistics, in tolerance where "
             "it reaches the band. Loss: fraction of probes; line: exact binomial 99 % interval, which must hold what was asked "
             "(none may be lost where none was asked for). Of a trace: under its means. No rate: no limit was asked for.",
-            *_notes(run),
+            *_EXTRA[: 1 if len(panels) > len(_ALWAYS) else 0],
+            *notes(run),
         ],
         rows=1,
-        columns=3,
+        columns=len(panels),
         panel=max(_LEAST_PANEL, _ROW * len(found)),
         legend=0.3,
         left=2.0,
-        between=0.22,
+        between=0.22 if len(panels) == len(_ALWAYS) else 0.16,
         below=0.26,
     )
     figure, axes = frame.figure()
-    panels = (
-        ("rate", "rate", "relative error (%)"),
-        ("delay", "one-way delay", "measured minus asked (ms)"),
-        ("loss", "loss", "lost packets (%)"),
-    )
     for ax, (what, title, label) in zip(axes, panels, strict=True):
         panel_title(ax, title, label)
-        _panel(ax, found, what)
+        _panel(ax, found, what, 5 if len(panels) == len(_ALWAYS) else 3)
     axes[0].set_yticks(range(len(found)), [_short(m.profile) + ("" if m.ok else "  ✗") for m in found])
     for tick, one in zip(axes[0].get_yticklabels(), found, strict=True):
         tick.set_color(INK if one.ok else VERMILLION)
@@ -108,48 +123,7 @@ def draw(run: Run) -> Figure:
     return figure
 
 
-def draw_traces(run: Run) -> Figure:
-    """A panel for each trace and way: bytes per tenth of a second, asked and delivered."""
-    found = [m for m in _measured(run) if m.curves]
-    if not found:
-        raise NotInThisRun(f"{run.path}: none of its links was measured along a trace")
-    drawn = [(m, curve) for m in found for curve in m.curves]
-    shapes = [shape for _, curve in drawn if (shape := curve.correlation) is not None]
-    off = max((_total_error(curve) for _, curve in drawn), key=abs)
-    parts = sum(len(curve.asked_bytes) for _, curve in drawn)
-    least = f"least correlation {min(shapes):.4f}, " if shapes else ""
-    frame = Frame(
-        title=_followed(drawn),
-        subtitle=f"{least}largest error of the total {off:+.2f} % · n = {parts} parts of {len(drawn)} stretches\n"
-        f"{_subject(found)}",
-        footnotes=[
-            "Bytes of the network layer in equal parts of one stretch of the trace, while a flow saturates the link. "
-            "No correlation is given where the trace is as good as constant.",
-            *_notes(run),
-        ],
-        rows=math.ceil(len(drawn) / 2),
-        columns=2 if len(drawn) > 1 else 1,
-        panel=1.35,
-        legend=0.34,
-        left=0.72,
-        between=0.7,
-        below=0.42,
-    )
-    figure, axes = frame.figure()
-    for ax, (one, curve) in zip(axes, drawn, strict=False):
-        _curve(ax, one, curve)
-    for ax in axes[len(drawn) :]:
-        ax.remove()
-    handles = [
-        Patch(color="#CFCFCF", label="asked"),
-        Line2D([], [], color=BLUE, lw=1.3, label="delivered, edge to cloud"),
-        Line2D([], [], color=VERMILLION, lw=1.3, ls="--", label="delivered, cloud to edge"),
-    ]
-    bottom_legend(figure, frame, handles, 3)
-    return figure
-
-
-def _panel(ax: Axes, found: list[Measured], what: str) -> None:
+def _panel(ax: Axes, found: list[Measured], what: str, ticks: int) -> None:
     ends = [0.0]
     for row, one in enumerate(found):
         for way, (mark, shift, _) in WAYS.items():
@@ -171,33 +145,9 @@ def _panel(ax: Axes, found: list[Measured], what: str) -> None:
     ax.set_yticks(range(len(found)), [])
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="y", visible=False)
-    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_locator(MaxNLocator(ticks))
     for row in range(1, len(found)):
         ax.axhline(row - 0.5, color="#E6E6E6", lw=0.7, zorder=0)
-
-
-def _curve(ax: Axes, one: Measured, curve: Curve) -> None:
-    color, line = (BLUE, "-") if curve.way == "up" else (VERMILLION, "--")
-    shape = curve.correlation
-    said = f"correlation {shape:.4f}" if shape is not None else "constant: no correlation"
-    panel_title(
-        ax, f"{WAYS[curve.way][2]}: {_spaced(one.profile)}", f"{said} · total {_total_error(curve):+.2f} %"
-    )
-    edges = curve.begin_s + curve.bin_s * np.arange(len(curve.asked_bytes) + 1)
-    ax.stairs(np.array(curve.asked_bytes) / 1e3, edges, fill=True, color="#CFCFCF", zorder=1)
-    ax.stairs(
-        np.array(curve.delivered_bytes) / 1e3, edges, color=color, ls=line, lw=1.3, zorder=3, baseline=None
-    )
-    ax.set_ylim(0, 1.08 * max(*curve.asked_bytes, *curve.delivered_bytes, 1.0) / 1e3)
-    ax.set_xlim(edges[0], edges[-1])
-    ax.set_ylabel(f"kB per {curve.bin_s * 1e3:g} ms")
-    ax.set_xlabel("time in the trace (s)")
-
-
-def _total_error(curve: Curve) -> float:
-    """Percent."""
-    asked, delivered = curve.totals
-    return 100 * (delivered - asked) / asked if asked else 0.0
 
 
 def _verdict(out: list[Measured], n: int) -> str:
@@ -208,18 +158,6 @@ def _verdict(out: list[Measured], n: int) -> str:
             else "The link was within tolerance"
         )
     return f"{len(out)} of {n} links {'was' if len(out) == 1 else 'were'} out of tolerance"
-
-
-def _followed(drawn: list[tuple[Measured, Curve]]) -> str:
-    """Whether shape and sum of each were in tolerance."""
-    off = [
-        curve
-        for one, curve in drawn
-        if any(one.checks.get((curve.way, what), {}).get("ok") is False for what in ("curve", "total"))
-    ]
-    if not off:
-        return "What was delivered followed the traces, within tolerance"
-    return f"{len(off)} of {len(drawn)} stretches were out of tolerance of their trace"
 
 
 def _worst(found: list[Measured]) -> str:
@@ -239,7 +177,7 @@ def _worst(found: list[Measured]) -> str:
     return " · ".join(said)
 
 
-def _subject(found: list[Measured]) -> str:
+def subject(found: list[Measured]) -> str:
     emulators = ", ".join(dict.fromkeys(m.emulator for m in found if m.emulator))
     known = [c for m in found for (_, what), c in m.checks.items() if what in ("rate", "delay", "loss")]
     sizes = [check["n"] for check in known if _number(check.get("n"))]
@@ -250,14 +188,14 @@ def _subject(found: list[Measured]) -> str:
     )
 
 
-def _notes(run: Run) -> Iterator[str]:
+def notes(run: Run) -> Iterator[str]:
     if run.where:
         yield f"Only links of rows where {run.where}."
     if run.notes:
         yield f"Run directory: {'; '.join(run.notes)}."
 
 
-def _measured(run: Run) -> list[Measured]:
+def measured_links(run: Run) -> list[Measured]:
     """Each profile's last measurement, in the order in which they came; what is not one is passed over."""
     latest = {str(one.get("profile")): one for one in _dicts(run.calibration.get("measurements"))}
     wanted = set(map(str, run.rows["profile"])) if run.where else set(latest)
@@ -267,8 +205,9 @@ def _measured(run: Run) -> list[Measured]:
         if profile in wanted and attempts:
             checks = {(str(c.get("way")), str(c.get("what"))): c for c in _dicts(attempts[-1].get("checks"))}
             curves = tuple(c for raw in _dicts(attempts[-1].get("curves")) if (c := _read_curve(raw)))
+            tracks = tuple(t for raw in _dicts(attempts[-1].get("tracks")) if (t := _read_track(raw)))
             ok = one.get("ok") is not False
-            found.append(Measured(profile, ok, str(one.get("emulator") or ""), checks, curves))
+            found.append(Measured(profile, ok, str(one.get("emulator") or ""), checks, curves, tracks))
     return found
 
 
@@ -282,6 +221,18 @@ def _read_curve(raw: dict[str, Any]) -> Curve | None:
     return Curve(raw["way"], raw["begin_s"], raw["bin_s"], tuple(asked), tuple(delivered))
 
 
+def _read_track(raw: dict[str, Any]) -> Track | None:
+    asked, measured = raw.get("asked"), raw.get("measured")
+    if not (isinstance(asked, list) and isinstance(measured, list) and len(asked) == len(measured) > 0):
+        return None
+    numbers = [*(v for v in (*asked, *measured) if v is not None), raw.get("begin_s"), raw.get("bin_s")]
+    if raw.get("way") not in WAYS or raw.get("what") not in ("delay", "loss"):
+        return None
+    if not all(map(_number, numbers)) or raw["bin_s"] <= 0:
+        return None
+    return Track(raw["way"], raw["what"], raw["begin_s"], raw["bin_s"], tuple(asked), tuple(measured))
+
+
 def _dicts(value: object) -> Iterable[dict[str, Any]]:
     return (one for one in value if isinstance(one, dict)) if isinstance(value, list) else ()
 
@@ -290,10 +241,10 @@ def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _spaced(profile: str) -> str:
+def spaced(profile: str) -> str:
     return profile.replace(",", ", ").replace(";", "; ")
 
 
 def _short(profile: str) -> str:
     """On two lines at most."""
-    return "\n".join(textwrap.wrap(_spaced(profile), _NAME, max_lines=2, placeholder=" …")) or profile
+    return "\n".join(textwrap.wrap(spaced(profile), _NAME, max_lines=2, placeholder=" …")) or profile

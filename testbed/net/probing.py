@@ -21,6 +21,7 @@ from testbed.net.emulators.namespace import inside
 WAYS = ("up", "down")
 _SO_RCVBUFFORCE, _SO_SNDBUFFORCE = 33, 32
 _RECEIVE_BUFFER = 128 << 20  # a whole phase fits, so a receiver that does not get to run loses nothing
+_BATCH, _BATCH_S = 16, 0.2e-3
 _PATIENCE_S = 60.0  # for an answer, beyond what its flow takes
 
 
@@ -108,7 +109,15 @@ def _plan(flow: Flow, phase: int) -> dict[str, Any]:
         "duration_s": flow.duration_s,
         "catch_up": flow.catch_up,
         "pace": flow.pace,
+        "batch": _batch(flow),
     }
+
+
+def _batch(flow: Flow) -> int:
+    """Packets that are sent at a time: single ones, unless there are many in `_BATCH_S`."""
+    if flow.pace or flow.interval_s > _BATCH_S / 8:
+        return 1
+    return max(1, min(_BATCH, int(_BATCH_S / flow.interval_s), 60_000 // flow.bytes))
 
 
 def _open(address: str) -> socket.socket:

@@ -311,7 +311,7 @@ def test_fidelity_draws_each_profile_s_last_errors_and_says_how_many_links_were_
 
 def test_fidelity_lays_what_a_trace_delivered_over_what_it_asked(run: Path) -> None:
     made = drawn("fidelity_traces", run)
-    assert any("followed the traces, within tolerance" in t.get_text() for t in texts(made))
+    assert any("followed their traces, within tolerance" in t.get_text() for t in texts(made))
     curves = next(m for m in load(run).calibration["measurements"] if m["profile"] == "lte")
     for ax, raw in zip(made.axes, curves["attempts"][-1]["curves"], strict=True):
         steps = [p.get_data() for p in ax.patches]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import pytest
 from testbed.errors import NetworkError, SpecError
 from testbed.net import emulators, measure
 from testbed.net.calibrate import calibrate
-from testbed.net.probing import Arrived, Flow, Prober
+from testbed.net.probing import Arrived, Flow, Prober, _batch
 from testbed.net.profile import Direction, parse_profile
 from tests.net.wire import Conditioned, wire
 
@@ -183,3 +185,39 @@ def test_the_probing_and_relaying_programs_need_the_standard_library_and_their_o
         name in ("testbed.net", "testbed.errors") or name.startswith("testbed.net.emulators") for name in ours
     ), ours
     assert not any(name.endswith((".userspace", ".netem", ".contract")) for name in ours)
+
+
+def test_packets_sent_many_at_a_time_are_single_ones_that_all_arrive():
+    from testbed.net import probe
+
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as to,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
+    ):
+        to.bind(("127.0.0.1", 0))
+        to.settimeout(5)
+        sender.connect(to.getsockname())
+        plan = {
+            "phase": 1,
+            "packets": 103,
+            "bytes": 200,
+            "interval_s": 1e-5,
+            "duration_s": 5.0,
+            "catch_up": True,
+        }
+        told = probe.send(sender, plan | {"batch": 16})
+        got = [to.recv(4096) for _ in range(103)]
+        probe.send(sender, plan | {"packets": 1, "bytes": 300})  # and afterwards they are single ones again
+        assert len(to.recv(4096)) == 300
+    assert told["sent"] == 103
+    assert [len(packet) for packet in got] == [200] * 103
+    assert [probe.MESSAGE.unpack_from(packet)[1] for packet in got] == list(range(103))
+
+
+@pytest.mark.parametrize(
+    ("interval_s", "size", "batch"), [(1e-3, 1500, 1), (1e-5, 1500, 16), (2e-5, 1500, 10), (1e-9, 1500, 16)]
+)
+def test_only_very_frequent_packets_are_sent_many_at_a_time(interval_s: float, size: int, batch: int):
+    flow = Flow(1000, size, interval_s, 1.0)
+    assert _batch(flow) == batch
+    assert _batch(replace(flow, pace=((1.0, interval_s),))) == 1

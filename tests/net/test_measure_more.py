@@ -52,6 +52,14 @@ def test_jitter_of_the_law_that_was_asked_for_is_in_tolerance_and_of_another_siz
     assert [check.ok for check in jitter_checks("up", asked, steady, 44)] == [False, False]
 
 
+def test_a_few_packets_that_the_machine_held_up_are_no_jitter():
+    asked = Direction(delay_s=0.03, jitter_s=0.004)
+    flow = jittery(asked, 300)
+    late = [a + (0.1 if n % 100 == 50 else 0.0) for n, a in enumerate(flow.arrived_s)]
+    held_up = Arrived(300, 1.0, 0.0, flow.numbers, flow.sent_s, late)
+    assert [check.ok for check in jitter_checks("up", asked, held_up, 44)] == [True, True]
+
+
 def test_a_law_of_the_same_deviation_and_another_shape_is_found_out_by_its_distance():
     asked = Direction(delay_s=0.03, jitter_s=0.004, jitter_law="pareto")
     normal = Direction(delay_s=0.03, jitter_s=0.004)

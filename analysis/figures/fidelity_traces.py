@@ -1,0 +1,140 @@
+"""Links that change: what was delivered, and how long packets took, along a stretch of a trace beside what the trace says."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from analysis.figures import NotInThisRun
+from analysis.figures.fidelity import WAYS, Measured, measured_links, notes, spaced, subject
+from analysis.figures.style import BLUE, VERMILLION, Frame, bottom_legend, panel_title
+from analysis.run import Run
+from testbed.net.following import Curve
+from testbed.net.following_values import Track
+
+_ASKED = "#CFCFCF"
+_LOOK = {"up": (BLUE, "-"), "down": (VERMILLION, "--")}
+
+
+def draw(run: Run) -> Figure:
+    """A panel for each trace and way: bytes per tenth of a second, asked and delivered; delays and losses in the same way."""
+    found = [m for m in measured_links(run) if m.curves or m.tracks]
+    if not found:
+        raise NotInThisRun(f"{run.path}: none of its links was measured along a trace")
+    drawn: list[tuple[Measured, Curve | Track]] = []
+    for one in found:
+        drawn += [(one, curve) for curve in one.curves] + [(one, track) for track in one.tracks]
+    frame = Frame(
+        title=_followed(drawn),
+        subtitle=f"{_worst(drawn)}\n{subject(found)}",
+        footnotes=[
+            "Bytes: of the network layer in equal parts of one stretch of the trace, while a flow saturates the link; no "
+            "correlation is given where the trace is as good as constant. Delay and loss: means of the probes sent in each part; "
+            "those that had to queue are left out.",
+            *notes(run),
+        ],
+        rows=math.ceil(len(drawn) / 2),
+        columns=2 if len(drawn) > 1 else 1,
+        panel=1.35,
+        legend=0.34,
+        left=0.72,
+        between=0.7,
+        below=0.42,
+    )
+    figure, axes = frame.figure()
+    for ax, (one, line) in zip(axes, drawn, strict=False):
+        if isinstance(line, Curve):
+            _curve(ax, one, line)
+        else:
+            _track(ax, one, line)
+    for ax in axes[len(drawn) :]:
+        ax.remove()
+    handles = [
+        Patch(color=_ASKED, label="asked"),
+        Line2D([], [], color=BLUE, lw=1.3, label="measured, edge to cloud"),
+        Line2D([], [], color=VERMILLION, lw=1.3, ls="--", label="measured, cloud to edge"),
+    ]
+    bottom_legend(figure, frame, handles, 3)
+    return figure
+
+
+def _curve(ax: Axes, one: Measured, curve: Curve) -> None:
+    shape = curve.correlation
+    said = f"correlation {shape:.4f}" if shape is not None else "constant: no correlation"
+    name = f"{WAYS[curve.way][2]}: {spaced(one.profile)}"
+    panel_title(ax, name, f"{said} · total {_total_error(curve):+.2f} %")
+    _steps(ax, curve, np.array(curve.asked_bytes) / 1e3, np.array(curve.delivered_bytes) / 1e3)
+    ax.set_ylabel(f"kB per {curve.bin_s * 1e3:g} ms")
+
+
+def _track(ax: Axes, one: Measured, track: Track) -> None:
+    check = one.checks.get((track.way, f"{track.what} trace"), {})
+    scale, label = (1e3, "one-way delay (ms)") if track.what == "delay" else (100.0, "lost probes (%)")
+    measured, asked = check.get("measured"), check.get("asked")
+    said = f"n = {check.get('n')}"
+    if isinstance(measured, float) and isinstance(asked, float):
+        said = (
+            f"median error {1e3 * measured:.2f} ms · {said}"
+            if track.what == "delay"
+            else f"in all {100 * measured:.2f} %, asked {100 * asked:.2f} % · {said}"
+        )
+    panel_title(ax, f"{WAYS[track.way][2]}: {spaced(one.profile)}", said)
+    wanted, seen = (
+        scale * np.array([math.nan if v is None else v for v in values], dtype=float)
+        for values in (track.asked, track.measured)
+    )
+    _steps(ax, track, wanted, seen)
+    ax.set_ylabel(label)
+
+
+def _steps(ax: Axes, line: Curve | Track, asked: np.ndarray, measured: np.ndarray) -> None:
+    color, style = _LOOK[line.way]
+    edges = line.begin_s + line.bin_s * np.arange(len(asked) + 1)
+    ax.stairs(asked, edges, fill=True, color=_ASKED, zorder=1)
+    ax.stairs(measured, edges, color=color, ls=style, lw=1.3, zorder=3, baseline=None)
+    top = max([v for v in (*asked, *measured) if not math.isnan(v)], default=0.0)
+    ax.set_ylim(0, 1.08 * top or 1.0)
+    ax.set_xlim(edges[0], edges[-1])
+    ax.set_xlabel("time in the trace (s)")
+
+
+def _total_error(curve: Curve) -> float:
+    """Percent."""
+    asked, delivered = curve.totals
+    return 100 * (delivered - asked) / asked if asked else 0.0
+
+
+def _worst(drawn: list[tuple[Measured, Curve | Track]]) -> str:
+    curves = [line for _, line in drawn if isinstance(line, Curve)]
+    said = []
+    if shapes := [shape for curve in curves if (shape := curve.correlation) is not None]:
+        said.append(f"least correlation {min(shapes):.4f}")
+    if curves:
+        off = max((_total_error(curve) for curve in curves), key=abs)
+        said.append(f"largest error of the total {off:+.2f} %")
+    errors = [m.checks.get((line.way, "delay trace"), {}).get("measured") for m, line in drawn]
+    if known := [error for error in errors if isinstance(error, float)]:
+        said.append(f"largest median error of a delay {1e3 * max(known):.2f} ms")
+    parts = sum(len(line.asked_bytes if isinstance(line, Curve) else line.asked) for _, line in drawn)
+    return f"{', '.join(said)} · n = {parts} parts of {len(drawn)} stretches"
+
+
+def _followed(drawn: list[tuple[Measured, Curve | Track]]) -> str:
+    """Whether all of what each was judged by was in tolerance."""
+    kinds = {"bytes": ("curve", "total"), "delay": ("delay trace",), "loss": ("loss trace", "loss shape")}
+    off = [
+        line
+        for one, line in drawn
+        if any(
+            one.checks.get((line.way, what), {}).get("ok") is False
+            for what in kinds["bytes" if isinstance(line, Curve) else line.what]
+        )
+    ]
+    if not off:
+        return "The links followed their traces, within tolerance"
+    return f"{len(off)} of {len(drawn)} stretches were out of tolerance of their trace"
