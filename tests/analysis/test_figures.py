@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.image
@@ -18,6 +20,8 @@ from analysis.figures import FIGURES, figure
 from analysis.figures.style import WIDTH, marks, style
 from analysis.run import load
 from testbed.errors import UsageError
+from testbed.net.following_values import Track
+from testbed.net.measure import Check
 from tests.analysis.make_run import CODECS, PROFILES, SWEEP, make_run, write_calibration
 from tests.analysis.test_run_directory import lines, rewrite
 
@@ -321,6 +325,48 @@ def test_fidelity_lays_what_a_trace_delivered_over_what_it_asked(run: Path) -> N
         shape = np.corrcoef(raw["asked_bytes"], raw["delivered_bytes"])[0, 1]
         off = 100 * (sum(raw["delivered_bytes"]) / sum(raw["asked_bytes"]) - 1)
         assert f"correlation {shape:.4f} · total {off:+.2f} %" in [t.get_text() for t in ax.texts]
+
+
+@pytest.fixture
+def beyond(tmp_path: Path) -> Path:
+    """Two links, one with jitter and bursts, and one whose delay and loss follow a trace."""
+    path = make_run(tmp_path / "run", ("lte", "5g-mid"), ("int8",), examples=2)
+    write_calibration(path, ("lte", "5g-mid"))
+    calibration = json.loads((path / "calibration.json").read_text())
+    first, second = (one["attempts"][-1] for one in calibration["measurements"])
+    for what, asked, measured in (("jitter", 0.004, 0.0042), ("burst", 4.0, 3.8)):
+        check = Check("up", what, asked, measured, 0.9 * measured, 1.1 * measured, 200, True, "±10%")
+        first["checks"].append(asdict(check))
+    second["checks"].append(asdict(Check("up", "delay trace", 0.0, 6e-5, None, None, 8000, True, "≤ 1ms")))
+    second["tracks"] = [
+        asdict(Track("up", "delay", 2.0, 0.1, (0.02, 0.03, None), (0.0201, 0.0301, None))),
+        asdict(Track("up", "loss", 2.0, 0.1, (0.01, 0.02, 0.0), (0.011, 0.019, 0.0))),
+        {"way": "up", "what": "delay", "asked": [1], "measured": []},
+    ]
+    (path / "calibration.json").write_text(json.dumps(calibration))
+    return path
+
+
+def test_fidelity_shows_jitter_and_bursts_where_there_are_any(beyond: Path) -> None:
+    made = drawn("fidelity", beyond)
+    assert len(made.axes) == 5
+    for ax, off in zip(made.axes[3:], (5.0, -5.0), strict=True):
+        points = [float(line.get_xydata()[0][0]) for line in ax.lines if line.get_marker() == "^"]
+        assert points == [pytest.approx(off)]
+        edges = {round(float(x), 6) for band in ax.collections for x in band.get_paths()[0].vertices[:, 0]}
+        assert edges == {-10.0, 10.0}
+
+
+def test_fidelity_lays_delay_and_loss_over_what_the_trace_says(beyond: Path) -> None:
+    made = drawn("fidelity_traces", beyond)
+    delay, loss = made.axes
+    asked, measured = (patch.get_data() for patch in delay.patches)
+    assert asked.values[:2] == pytest.approx([20, 30])
+    assert measured.values[:2] == pytest.approx([20.1, 30.1])
+    assert (asked.edges[0], asked.edges[-1]) == (2.0, pytest.approx(2.3))
+    assert np.isnan(measured.values[2])
+    assert loss.patches[1].get_data().values == pytest.approx([1.1, 1.9, 0.0])
+    assert any("median error 0.06 ms" in t.get_text() for t in texts(made))
 
 
 def test_fidelity_of_a_run_that_its_links_stopped_needs_no_trial(tmp_path: Path) -> None:
