@@ -13,7 +13,11 @@ UNLIMITED_BPS = 300e6
 """What is offered where there is no limit; the result is reported, not judged."""
 SLACK_S = 0.1
 """For the last packet of a phase, over what the profile explains."""
-_OVERLOAD = 1.2  # a saturating flow's rate over the asked one
+_OVERLOAD, _OVERLOAD_FAST = (
+    1.2,
+    1.1,
+)  # a saturating flow's rate over the asked one; what is lost of it costs time, too
+_FAST_BPS = 200e6
 _CLOSEST_S = 0.3e-3  # two probes of many; a slow prober's are further apart
 _LONGEST_S = 600.0  # of a flow whose number of packets is given
 
@@ -36,7 +40,8 @@ def rate_flow(direction: Direction, scale: float) -> Flow:
     offered = UNLIMITED_BPS
     if direction.rate_bps:
         # Loss comes before the bottleneck; what is left must still saturate it.
-        offered = _OVERLOAD * direction.rate_bps / (1 - min(direction.loss, 0.9))
+        over = _OVERLOAD if direction.rate_bps <= _FAST_BPS else _OVERLOAD_FAST
+        offered = over * direction.rate_bps / (1 - min(direction.loss, 0.9))
     duration = (1.2 if direction.rate_bps else 0.5) * scale
     duration = max(duration, min(6.0, 40 * size * 8 / offered))  # forty packets at least
     interval = size * 8 / offered
