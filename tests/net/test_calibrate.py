@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 
 from testbed.errors import NetworkError, SpecError
 from testbed.net import emulators, measure
+from testbed.net.busy import busy_cores
 from testbed.net.calibrate import calibrate
 from testbed.net.probing import Arrived, Flow, Prober, _batch
 from testbed.net.profile import Direction, parse_profile
@@ -221,3 +224,17 @@ def test_only_very_frequent_packets_are_sent_many_at_a_time(interval_s: float, s
     flow = Flow(1000, size, interval_s, 1.0)
     assert _batch(flow) == batch
     assert _batch(replace(flow, pace=((1.0, interval_s),))) == 1
+
+
+def test_busy_cores_have_a_process_each_that_ends_with_the_block():
+    def children() -> set[int]:
+        listed = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text()
+        return {int(pid) for pid in listed.split()}
+
+    before = children()
+    with busy_cores():
+        started = children() - before
+        assert len(started) == os.cpu_count()
+    assert not children() & started
+    with busy_cores(False):
+        assert children() == before
