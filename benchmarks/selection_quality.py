@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 import torch
 
 from testbed.codecs.codec import Codec, decode
+from testbed.codecs.evidence import Needs
 from testbed.codecs.kept import Kept
-from testbed.endpoints.gathering import gather
+from testbed.endpoints.gathering import gather, prefill_for
 from testbed.models.kvcache import KVCache
 from testbed.models.language import LanguageModel, load_model
 from testbed.models.likelihood import mean_kl, mean_nll
@@ -75,13 +76,12 @@ def measure(
     """Each codec's figures over these examples."""
     prefix_ids = model.tokenize(task.prefix, start=True)
     prefix = model.prefill(prefix_ids, None).cache if prefix_ids else None
-    wanted = [Codec(text).needs.context_queries for text in codecs]
-    queries = None if None in wanted else max(n for n in wanted if n is not None)
+    needs = Needs.of_all(Codec(text).needs for text in codecs)
     figures = {text: Figures() for text in codecs}
     for example in examples:
         context, question = task.context_text(example), model.tokenize(task.question_text(example))
         gold = model.tokenize(task.answer_text(example))
-        prefilled = model.prefill(model.tokenize(context), prefix, queries=queries)
+        prefilled = prefill_for(model, needs, model.tokenize(context), prefix)
         reference = model.likelihood(question, gold, behind(prefix, prefilled.cache))
         standing = answer_tokens(model, context, example.answers[0])
         for text in codecs:

@@ -54,6 +54,8 @@ def codecs() -> Any:
             method.name + ("@RATIO" if method.takes_ratio else "") + (f"({settings})" if settings else "")
         )
         lines.append(f"{method.stage:<10} {written}\n           {method.summary}\n           {method.source}")
+        if method.unavailable:
+            lines.append(f"           not available here: {method.unavailable}")
     return {"methods": [asdict(m) for m in methods]}, "\n".join(lines), 0
 
 

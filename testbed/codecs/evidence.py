@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,20 +11,38 @@ from testbed.codecs import CodecError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from testbed.models.inputs import AttentionInputs
     from testbed.models.kvcache import KVCache, KVLayer
     from testbed.models.rotary import Rotation
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Which queries the edge must keep for a selector. `context_queries`: of the last n context tokens; None: of all.
+    """What the edge must keep for a selector. `context_queries`: those of the last n context tokens; None: of all.
 
-    `answer`: the gold answer's too, which no deployment knows.
+    `question`: the question's queries. `answer`: the gold answer's too, which no deployment knows. `context_attention`: what
+    all context tokens pay to each of them, summed up while they are prefilled. `context_inputs`: what the context's
+    attention modules are given, for foreign methods that compute from hidden states.
     """
 
     context_queries: int | None = 0
     question: bool = False
     answer: bool = False
+    context_attention: bool = False
+    context_inputs: bool = False
+
+    @classmethod
+    def of_all(cls, needs: Iterable[Needs]) -> Needs:
+        """What serves every one of these."""
+        each = list(needs)
+        counts = [one.context_queries for one in each]
+        return cls(
+            None if None in counts else max((n for n in counts if n is not None), default=0),
+            any(one.question for one in each),
+            any(one.answer for one in each),
+            any(one.context_attention for one in each),
+            any(one.context_inputs for one in each),
+        )
 
 
 def _no_softcap(layer: int) -> float | None:
@@ -48,6 +66,10 @@ class Evidence:
     prefix: KVCache | None = None
     context_queries: Sequence[Tensor] | None = None  #: per layer, of the last n context tokens
     context_query_positions: Tensor | None = None  #: int64 [n]
+    context_attention: Sequence[Tensor] | None = (
+        None  #: per layer [attention's KV heads, tokens], summed over all of them
+    )
+    context_inputs: AttentionInputs | None = None  #: of the context's prefill
     question_queries: Sequence[Tensor] | None = None  #: per layer, of every question token
     question_query_positions: Tensor | None = None  #: int64 [m]
     question_cache: KVCache | None = None  #: and of the answer behind it, where that is at hand
@@ -103,8 +125,11 @@ class Evidence:
     def attention_of_context(self, layer: int, last: int | None) -> Tensor:
         """Attention paid to each context token, summed over the last `last` context tokens (None: all).
 
-        As `attention_of_question`, over prefix and context. Raises CodecError where those queries were not kept.
+        As `attention_of_question`, over prefix and context: what the prefill summed up, or else from its queries. Raises
+        CodecError where those were not kept.
         """
+        if last is None and self.context_attention is not None:
+            return self._of_cached_heads(layer, self.context_attention[layer][:, -self.tokens :])
         wanted = self.tokens if last is None else min(last, self.tokens)
         queries, positions = self.context_queries, self.context_query_positions
         kept = queries[layer].shape[1] if queries else 0
@@ -115,7 +140,7 @@ class Evidence:
     def _attention(self, layer: int, queries: Tensor, positions: Tensor, behind: KVCache | None) -> Tensor:
         import torch
 
-        from testbed.models.attention import attention_sum
+        from testbed.models.scores import attention_sum
 
         stretches = [cache.layers[layer] for cache in (self.prefix, self.cache, behind) if cache is not None]
         before = self.prefix.layers[layer].tokens if self.prefix is not None else 0
@@ -128,6 +153,8 @@ class Evidence:
             softcap=self.softcap(layer),
             window=self.cache.layers[layer].window,
         )
-        own = self.cache.layers[layer]
-        # Where one cached head serves several of attention's (MLA), it is worth their mean.
-        return total[:, before : before + own.tokens].unflatten(0, (own.kv_heads, -1)).mean(1)
+        return self._of_cached_heads(layer, total[:, before : before + self.cache.layers[layer].tokens])
+
+    def _of_cached_heads(self, layer: int, attention: Tensor) -> Tensor:
+        """Where one cached head serves several of attention's (MLA), it is worth their mean."""
+        return attention.unflatten(0, (self.cache.layers[layer].kv_heads, -1)).mean(1)

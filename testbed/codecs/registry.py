@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from testbed.codecs.method import Method, Parameter, parameters
+from testbed.codecs.select.press import PREFIX, Press, find_press, presses, unavailable
 
 SELECTORS = {
     "q2c": "testbed.codecs.select.q2c:Q2C",
@@ -48,7 +49,10 @@ STAGES = {"selector": SELECTORS, "transform": TRANSFORMS, "quantizer": QUANTIZER
 
 @dataclass(frozen=True)
 class Description:
-    """What `testbed codecs` prints of one method. `takes_ratio`: it is written ``name@ratio``."""
+    """What `testbed codecs` prints of one method. `takes_ratio`: it is written ``name@ratio``.
+
+    `unavailable`: why it cannot be used here; empty where it can.
+    """
 
     stage: str
     name: str
@@ -56,15 +60,23 @@ class Description:
     takes_ratio: bool
     parameters: tuple[Parameter, ...]
     source: str
+    unavailable: str = ""
 
 
 def stage_of(name: str) -> str | None:
     """The stage a method belongs to; None for a name that is not registered."""
+    if name.startswith(PREFIX):
+        return "selector"
     return next((stage for stage, table in STAGES.items() if name in table), None)
 
 
 def find(name: str) -> type[Method]:
-    """The class of a registered method. Only modules of the tables above are ever imported. Raises KeyError."""
+    """The class of a registered method. Only modules of the tables above are ever imported, and kvpress for its presses.
+
+    Raises KeyError, and SpecError for a press that is not there.
+    """
+    if name.startswith(PREFIX):
+        return find_press(name)
     stage = stage_of(name)
     if stage is None:
         raise KeyError(name)
@@ -73,20 +85,24 @@ def find(name: str) -> type[Method]:
 
 
 def describe() -> list[Description]:
-    """Every method, stage by stage in the order of the tables."""
+    """Every method, stage by stage in the order of the tables; behind the selectors, kvpress's presses."""
     found = []
     for stage, table in STAGES.items():
-        for name in table:
-            method = find(name)
-            fields = parameters(method)
-            found.append(
-                Description(
-                    stage=stage,
-                    name=name,
-                    summary=(method.__doc__ or "").strip().partition("\n")[0],
-                    takes_ratio=any(field.name == "ratio" for field in fields),
-                    parameters=tuple(field for field in fields if field.name != "ratio"),
-                    source=method.source,
-                )
-            )
+        methods = [find(name) for name in table]
+        if stage == "selector":
+            methods += presses() or [Press]
+        found += [_described(stage, method) for method in methods]
     return found
+
+
+def _described(stage: str, method: type[Method]) -> Description:
+    fields = parameters(method)
+    return Description(
+        stage=stage,
+        name=method.name,
+        summary=(method.__doc__ or "").strip().partition("\n")[0],
+        takes_ratio=any(field.name == "ratio" for field in fields),
+        parameters=tuple(field for field in fields if field.name != "ratio"),
+        source=method.source,
+        unavailable=unavailable() if issubclass(method, Press) else "",
+    )

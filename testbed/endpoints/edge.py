@@ -7,7 +7,9 @@ import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from testbed.codecs.evidence import Needs
 from testbed.endpoints import wire
+from testbed.endpoints.gathering import gather, prefill_for
 from testbed.endpoints.held import Batch, Encoded, Held
 from testbed.endpoints.inference import InferenceSide, main
 from testbed.endpoints.uplink import Uplink
@@ -29,7 +31,7 @@ class Edge(InferenceSide):
         self._batches: list[Batch] = []
         self._held: Held | None = None
         self._uplink = Uplink()
-        self._queries: int | None = 0
+        self._needs = Needs()
         self._request = 0
 
     def handlers(self) -> dict[str, Callable[..., Any]]:
@@ -61,14 +63,13 @@ class Edge(InferenceSide):
         made = self._prompted(make_task(task, **parameters), prompt)
         max_new_tokens = max_new_tokens or made.max_new_tokens
         examples = made.examples(count, context_tokens, lambda text: len(self.model.tokenize(text)), seed)
-        wanted = [Codec(text, self.model.name).needs.context_queries for text in codecs]
-        self._queries = None if None in wanted else max((n for n in wanted if n is not None), default=0)
+        self._needs = Needs.of_all(Codec(text, self.model.name).needs for text in codecs)
         prefix = self.learn_prefix(made.prefix)
         self._batches.append(Batch(made, examples, prefix, max_new_tokens))
         longest = self._longest(made, examples, max_new_tokens)
         # The first prefill of a size pays for memory and thread pools, which is no example's own cost.
         warm = self.model.tokenize(made.context_text(examples[0]))
-        self.model.prefill(warm, self.prefixes[prefix].cache, queries=self._queries)
+        prefill_for(self.model, self._needs, warm, self.prefixes[prefix].cache)
         return {
             "batch": len(self._batches) - 1,
             "prefix_text": made.prefix,
@@ -216,7 +217,7 @@ class Edge(InferenceSide):
         choices = tuple(task.choice_texts(chosen))
         started = self.pace.begin()
         ids = self.model.tokenize(context)
-        prefill = self.model.prefill(ids, prefix.cache, queries=self._queries)
+        prefill = prefill_for(self.model, self._needs, ids, prefix.cache)
         took = self.pace.hold() - started
         self._held = Held(
             (batch, example),
@@ -265,7 +266,6 @@ class Edge(InferenceSide):
 
     def _encode(self, held: Held, codec_text: str) -> Encoded:
         from testbed.codecs.codec import Codec
-        from testbed.endpoints.gathering import gather
 
         codec = Codec(codec_text, self.model.name)
         cache = held.prefill.cache

@@ -12,6 +12,17 @@ if TYPE_CHECKING:
     from testbed.models.language import LanguageModel, Prefill
 
 
+def prefill_for(model: LanguageModel, needs: Needs, ids: Sequence[int], prefix: KVCache | None) -> Prefill:
+    """The context's prefill behind `prefix`, with what `needs` asks to be kept of it."""
+    return model.prefill(
+        ids,
+        prefix,
+        queries=needs.context_queries,
+        attention=needs.context_attention,
+        inputs=needs.context_inputs,
+    )
+
+
 def gather(
     model: LanguageModel,
     needs: Needs,
@@ -23,14 +34,16 @@ def gather(
 ) -> Evidence:
     """The evidence on a context that was prefilled behind `prefix`, with what `needs` asks for.
 
-    The context's queries are those that its prefill kept. A question is run behind the context, and behind it the gold
-    answer where `needs.answer`; their queries come of one pass.
+    The context's queries and attention are those that its prefill kept. A question is run behind the context, and behind it
+    the gold answer where `needs.answer`; their queries come of one pass.
     """
     evidence = Evidence(
         cache=context.cache,
         prefix=prefix,
         context_queries=context.queries,
         context_query_positions=context.query_positions,
+        context_attention=context.attention,
+        context_inputs=context.inputs,
         scaling=model.scaling,
         softcap=model.softcap,
         attended=model.attended,

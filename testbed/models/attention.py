@@ -1,4 +1,4 @@
-"""Attention over caches whose layers and heads may hold different tokens, and the scores selectors ask for.
+"""Attention over caches whose layers and heads may hold different tokens, and what selectors learn from it on the way.
 
 The backend is registered with transformers under `BACKEND`. It sees queries and keys as the model made them
 (rotary position, norms and scaling applied), whatever the architecture. transformers makes no mask for a
@@ -11,7 +11,6 @@ The module imports without torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -24,6 +23,8 @@ BACKEND = "testbed"
 #: prefill; 256 is where torch 2.13 on two cores was fastest (1,024 tokens, 9 heads: 15 ms, one block with a
 #: mask 22 ms).
 BLOCK = 256
+#: The same where weights are written out, since somebody wants their sums: a block of all heads then stays near the core.
+SUMMED_BLOCK = 64
 
 
 class Pass(Protocol):
@@ -43,6 +44,12 @@ class Pass(Protocol):
     ) -> None:
         """Takes the queries of a layer, [q_heads, n, head_dim], and what is done with their scores."""
 
+    def sums(self, layer: int, kv_heads: int) -> Tensor | None:
+        """Where the attention that these queries pay to each key is added up; None: nobody asks.
+
+        float32 [kv_heads, tokens], on the device: a sum over queries, a mean over the query heads of a KV head.
+        """
+
 
 def register() -> None:
     """Make the backend known to transformers; calling it again changes nothing."""
@@ -57,8 +64,8 @@ def backend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **others: Any,
@@ -79,7 +86,10 @@ def backend(
     layer: int = module.layer_idx  # type: ignore[assignment]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     run.observe(layer, query[0], scaling=scaling, softcap=softcap, window=sliding_window)
-    output = attend(query, key, value, run.positions(layer), scaling, sliding_window, softcap, run.masks())
+    sums = run.sums(layer, key.shape[1])
+    output = attend(
+        query, key, value, run.positions(layer), scaling, sliding_window, softcap, run.masks(), sums
+    )
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -92,35 +102,46 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     masks: dict[Any, Any] | None = None,
+    sums: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of the last n keys' queries: query [1, q_heads, n, d] -> [1, q_heads, n, value_dim].
 
-    `positions` ([tokens] or [kv_heads, tokens], on the CPU) may have gaps, but not among the last n.
+    `positions` ([tokens] or [kv_heads, tokens], on the CPU) may have gaps, but not among the last n. To `sums`, float32
+    [kv_heads, tokens], the attention that all queries pay to each key is added, averaged over the heads that share it.
     """
     import torch
 
     masks = {} if masks is None else masks
     new, tokens = query.shape[2], key.shape[2]
     past = tokens - new
-    compute = _dot_product if softcap is None else _softcapped
+    written_out = softcap is not None or sums is not None
+    block = BLOCK if sums is None else SUMMED_BLOCK
     blocks = []
-    for start in range(0, new, BLOCK):
-        stop = min(start + BLOCK, new)
-        name = (id(positions), start, stop, window)
+    for start in range(0, new, block):
+        stop = min(start + block, new)
+        name = (id(positions), start, stop, window, written_out)
         if name not in masks:
-            masks[name] = _block_mask(positions, past + start, past + stop, window, query.device)
+            masks[name] = _block_mask(
+                positions, past + start, past + stop, window, not written_out, query.device
+            )
         first, mask = masks[name]
-        keys, values = key[:, :, first : past + stop], value[:, :, first : past + stop]
-        blocks.append(compute(query[:, :, start:stop], keys, values, mask, scaling, softcap))
+        asking, seen = query[:, :, start:stop], slice(first, past + stop)
+        keys, values = key[:, :, seen], value[:, :, seen]
+        if written_out:
+            paid = None if sums is None else sums[:, seen]
+            blocks.append(_written_out(asking, keys, values, mask, scaling, softcap, paid))
+        else:
+            blocks.append(_dot_product(asking, keys, values, mask, scaling))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
 
 
 def _block_mask(
-    positions: Tensor, start: int, stop: int, window: int | None, device: torch.device
+    positions: Tensor, start: int, stop: int, window: int | None, square: bool, device: torch.device
 ) -> tuple[int, Tensor | str | None]:
     """The first key that any query of a block (keys start..stop) sees, and which keys from there each sees.
 
-    None: all. "causal": query i sees key i and those before it. Else bool, [n, keys] or [kv_heads, n, keys].
+    None: all. "causal": each query sees its own key, these being the last ones, and those before it; where that must be
+    `square`, there are no keys but those. Else bool, [n, keys] or [kv_heads, n, keys].
     """
     queries = positions[..., start:stop]
     first = 0
@@ -134,7 +155,7 @@ def _block_mask(
     if window is None and not empty:
         if stop - start == 1:
             return first, None
-        if first == start:
+        if first == start or not square:
             return first, "causal"
     return first, visible(queries, positions[..., first:stop], window).to(device)
 
@@ -161,7 +182,6 @@ def _dot_product(
     value: Tensor,
     mask: Tensor | str | None,
     scaling: float,
-    _softcap: float | None,
 ) -> Tensor:
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -178,104 +198,35 @@ def _dot_product(
     )
 
 
-def _softcapped(
+def _written_out(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | str | None,
     scaling: float,
     softcap: float | None,
+    sums: Tensor | None,
 ) -> Tensor:
-    """Attention whose scores go through softcap × tanh(score / softcap), as in Gemma 2 (arXiv:2408.00118)."""
+    """Attention whose weights are at hand: to be added to `sums` [kv_heads, keys], or because scores are capped.
+
+    A score goes through softcap × tanh(score / softcap), as in Gemma 2 (arXiv:2408.00118).
+    """
     import torch
 
-    group = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
+    kv_heads, keys = key.shape[1], key.shape[2]
+    q_heads, n, width = query.shape[1:]
+    # The query heads of a KV head one below the other, so that its keys are read once and never copied.
+    asking = (query[0] * scaling).reshape(kv_heads, -1, width)
+    scores = torch.bmm(asking, key[0].transpose(1, 2))
     if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    by_head = scores.view(kv_heads, -1, n, keys)
     if isinstance(mask, str):
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~_per_query_head(mask, query.shape[1]), float("-inf"))
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    return weights @ value.repeat_interleave(group, 1)
-
-
-def attention_blocks(
-    queries: Tensor,
-    keys: Tensor,
-    *,
-    query_positions: Tensor,
-    key_positions: Tensor,
-    scaling: float,
-    softcap: float | None = None,
-    window: int | None = None,
-    block: int = BLOCK,
-) -> Iterator[tuple[int, int, Tensor]]:
-    """Softmaxed attention probabilities, a block of queries at a time, so that the full matrix is never held.
-
-    queries: [q_heads, n, d] at `query_positions` [n]; keys: [kv_heads, tokens, d] at `key_positions`
-    [tokens] or [kv_heads, tokens]. Yields (start, stop, probabilities): queries start..stop, float32
-    [q_heads, stop - start, tokens], over the keys that each query sees. A query that sees no key has zeros.
-    Computed in float32.
-    """
-    import torch
-
-    q_heads, n, _ = queries.shape
-    group = q_heads // keys.shape[0]
-    device = keys.device
-    # [kv_heads, d, tokens], as a view where the keys are float32 already
-    transposed = keys.float().transpose(1, 2)
-    key_positions, query_positions = key_positions.to(device), query_positions.to(device)
-    for start in range(0, n, block):
-        stop = min(start + block, n)
-        grouped = (
-            queries[:, start:stop].to(device, torch.float32).reshape(keys.shape[0], -1, queries.shape[2])
-        )
-        scores = ((grouped * scaling) @ transposed).reshape(q_heads, stop - start, -1)
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        seen = _per_query_head(visible(query_positions[start:stop], key_positions, window), q_heads)[0]
-        probabilities = scores.masked_fill_(~seen, float("-inf")).softmax(-1)
-        if not bool(seen.any(-1).all()):
-            probabilities = probabilities.nan_to_num_(0.0)
-        yield start, stop, probabilities.reshape(keys.shape[0] * group, stop - start, -1)
-
-
-def attention_sum(
-    queries: Tensor,
-    keys: Tensor,
-    *,
-    query_positions: Tensor,
-    key_positions: Tensor,
-    scaling: float,
-    softcap: float | None = None,
-    window: int | None = None,
-    block: int = BLOCK,
-) -> Tensor:
-    """Attention that each key gets, summed over the queries and averaged over the query heads of its group.
-
-    Arguments as of `attention_blocks`. Returns float32 [kv_heads, tokens]; the softmax is over all keys
-    given.
-    """
-    import torch
-
-    keys = keys.float()
-    total = torch.zeros(queries.shape[0], keys.shape[1], device=keys.device)
-    for start in range(0, queries.shape[1], block):
-        asking, at = queries[:, start : start + block], query_positions[start : start + block]
-        # Keys behind the block's last query get nothing; leaving them out halves the work over a whole prompt.
-        end = int((key_positions <= at.max().to(key_positions.device)).sum(-1).max())
-        blocks = attention_blocks(
-            asking,
-            keys[:, :end],
-            query_positions=at,
-            key_positions=key_positions[..., :end],
-            scaling=scaling,
-            softcap=softcap,
-            window=window,
-            block=block,
-        )
-        for _, _, probabilities in blocks:
-            total[:, :end] += probabilities.sum(1)
-    return total.reshape(keys.shape[0], -1, keys.shape[1]).mean(1)
+        later = torch.ones(n, n, dtype=torch.bool, device=scores.device).triu_(1)
+        by_head[..., keys - n :].masked_fill_(later, float("-inf"))
+    elif mask is not None:
+        by_head.masked_fill_(~(mask if mask.dim() == 2 else mask[:, None]), float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.float32)
+    if sums is not None:
+        sums.add_(weights.sum(1), alpha=kv_heads / q_heads)
+    return torch.bmm(weights.to(value.dtype), value[0]).view(1, q_heads, n, -1)

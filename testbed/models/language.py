@@ -9,6 +9,7 @@ ids = model.generate(model.tokenize(question), join(prefix.cache, context.cache)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from torch import Tensor
 from testbed.errors import UsageError
 from testbed.models import attention
 from testbed.models import kvcache as _kvcache
+from testbed.models.inputs import AttentionInputs, recorded
 from testbed.models.kvcache import KVCache, KVLayer
 from testbed.models.likelihood import log_probabilities, mean_nll
 from testbed.models.live import LayerShape, LiveCache, LivePass
-from testbed.models.rope import PROBES, Rope, find_rope
+from testbed.models.rope import Rope
 from testbed.models.rotary import Rotation, find_rotations
 from testbed.models.sources import ModelSource, resolve
 
@@ -36,6 +38,10 @@ class Prefill:
     queries: list[Tensor]  #: per layer [q_heads, n, head_dim] of the last n tokens; n may be 0
     query_positions: Tensor  #: int64 [n]: their absolute positions
     logits: Tensor | None  #: float32 [vocabulary] behind the last token; None where there were no tokens
+    #: per layer float32 [kv_heads, tokens]: the attention that these tokens pay to each of themselves, summed over them
+    #: and averaged over the query heads of a KV head (of attention's own ones, where a latent is cached)
+    attention: list[Tensor] | None = None
+    inputs: AttentionInputs | None = None  #: what the attention modules were given, where that was asked for
 
 
 def load_model(
@@ -205,17 +211,15 @@ class LanguageModel:
     def knowing_ropes(self, cache: KVCache) -> KVCache:
         """The cache with each layer's rotary embedding told, where plain numbers describe it."""
         if self._ropes is None:
-            probed = [self._lone_keys(position) for position in PROBES]
-            self._ropes = [find_rope([keys[layer] for keys in probed]) for layer in range(self.num_layers)]
+            try:
+                turned = [layer not in self._latent for layer in range(self.num_layers)]
+                self._ropes = [
+                    self.rotation(layer).rope() if turned[layer] else None for layer in range(self.num_layers)
+                ]
+            except UsageError:
+                self._ropes = [None] * self.num_layers
         layers = [replace(layer, rope=rope) for layer, rope in zip(cache.layers, self._ropes, strict=True)]
         return KVCache(layers, cache.length)
-
-    def _lone_keys(self, position: int) -> list[Tensor]:
-        """Each layer's key of a token at a position that sees itself alone, [kv_heads, 1, head_dim]."""
-        live = self._live(None, 1)
-        live.start = live.length = position
-        self._forward(live, self.tokenize("a")[:1])  # not a padding token, whose keys may be zero
-        return [live.held(layer)[0][0].cpu().clone() for layer in range(self.num_layers)]
 
     @torch.inference_mode()
     def attended(self, layer: int, held: KVLayer) -> tuple[Tensor, Tensor]:
@@ -292,10 +296,16 @@ class LanguageModel:
 
     @torch.inference_mode()
     def _forward(
-        self, live: LiveCache, ids: Sequence[int], *, queries: int | None = 0, keep: int = 1
+        self,
+        live: LiveCache,
+        ids: Sequence[int],
+        *,
+        queries: int | None = 0,
+        attention: bool = False,
+        keep: int = 1,
     ) -> tuple[Tensor, LivePass]:
         """Run ids behind what `live` holds; returns the last `keep` tokens' logits, [keep, vocabulary]."""
-        run = LivePass(live, len(ids), queries)
+        run = LivePass(live, len(ids), queries, attention)
         positions = torch.arange(live.length, live.length + len(ids), device=self.device)
         output = self._network(
             input_ids=torch.tensor([list(ids)], device=self.device),
@@ -308,23 +318,34 @@ class LanguageModel:
         live.length += len(ids)
         return output.logits[0], run
 
-    def prefill(self, ids: Sequence[int], past: KVCache | None, queries: int | None = 0) -> Prefill:
+    def prefill(
+        self,
+        ids: Sequence[int],
+        past: KVCache | None,
+        queries: int | None = 0,
+        attention: bool = False,
+        inputs: bool = False,
+    ) -> Prefill:
         """Run ids behind `past` (None: from the start) and give the KV cache of these ids alone.
 
-        queries: how many of the last tokens' queries to keep; None: all. Raises UsageError past the model's
-        length.
+        queries: how many of the last tokens' queries to keep; None: all. attention: sum up what they pay to each other.
+        inputs: keep what attention modules are given.
+        Raises UsageError past the model's length.
         """
         length = self._check_length(past, len(ids))
         live = self._live(past, len(ids))
         if not ids:
             return Prefill(live.export(self.shapes), [], torch.arange(0), None)
-        logits, run = self._forward(live, ids, queries=queries)
+        with recorded(self._network) if inputs else nullcontext() as given:
+            logits, run = self._forward(live, ids, queries=queries, attention=attention)
         kept = len(ids) if queries is None else min(queries, len(ids))
         # Copies made here are ordinary tensors; those of inference mode could not be changed in place
         # elsewhere.
         observed = [run.queries.pop(layer).clone() for layer in range(self.num_layers)] if kept else []
         positions = torch.arange(length + len(ids) - kept, length + len(ids), device=self.device)
-        return Prefill(live.export(self.shapes), observed, positions, logits[-1].float().clone())
+        held = run.attention
+        paid = None if held is None else [held[i][:, -len(ids) :].clone() for i in range(self.num_layers)]
+        return Prefill(live.export(self.shapes), observed, positions, logits[-1].float().clone(), paid, given)
 
     def generate(
         self,

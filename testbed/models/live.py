@@ -154,14 +154,15 @@ class LiveCache:
 
 
 class LivePass:
-    """One forward pass over a `LiveCache`: the positions it attends to, and the queries it keeps."""
+    """One forward pass over a `LiveCache`: the positions it attends to, and the queries or sums of attention it keeps."""
 
-    def __init__(self, cache: LiveCache, new: int, queries: int | None = 0) -> None:
+    def __init__(self, cache: LiveCache, new: int, queries: int | None = 0, attention: bool = False) -> None:
         self._cache, self._new = cache, new
         self._keep = new if queries is None else min(queries, new)
         self._positions: dict[int | None, Tensor] = {}
         self._masks: dict[Any, Any] = {}
         self.queries: dict[int, Tensor] = {}
+        self.attention: dict[int, Tensor] | None = {} if attention else None
         self.told: dict[
             int, tuple[float, float | None, int | None]
         ] = {}  #: scaling, softcap, window by layer
@@ -187,4 +188,13 @@ class LivePass:
         """Note what attention used; keeps the last queries asked for, [q_heads, n, head_dim]."""
         self.told[layer] = (scaling, softcap, window)
         if self._keep:
-            self.queries[layer] = queries[:, queries.shape[1] - self._keep :].clone()
+            first = queries.shape[1] - self._keep
+            # All of them are kept as they are; of a part a copy, so that the rest is freed.
+            self.queries[layer] = queries[:, first:].clone() if first else queries
+
+    def sums(self, layer: int, kv_heads: int) -> Tensor | None:
+        """Zeros for the layer's keys, to be added to, where the pass is to keep `attention`."""
+        if self.attention is None:
+            return None
+        tokens = self.positions(layer).shape[-1]
+        return self.attention.setdefault(layer, torch.zeros(kv_heads, tokens, device=self._cache.device))

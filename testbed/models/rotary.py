@@ -1,4 +1,5 @@
-"""The rotary position embedding of a model's layers, to be undone or averaged (Su et al., RoFormer, arXiv:2104.09864).
+"""The rotary position embedding of a model's layers, to be undone, averaged or told in numbers (RoFormer,
+arXiv:2104.09864).
 
 How an architecture pairs a head's elements and which of them it turns is not read from configs but found out: a prompt of
 a single token attends to itself alone, so its queries at two positions differ by the rotation and by nothing else.
@@ -6,6 +7,7 @@ a single token attends to itself alone, so its queries at two positions differ b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,53 +15,89 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from testbed.models.rope import Rope
+
 #: How far a rotated query may be from the model's own, beside the query's largest element.
 _TOLERANCE = 1e-3
 #: Angles are a position times a frequency, so that far positions tell arrangements apart, but not in 16 bits.
 _PROBE = 37
 
 
+#: Where a pair's angle is looked at to find its frequency: each position refines it, near enough to count whole turns.
+_REFINING = (1, 16, 256, 2048)
+_CHECK = 3000  #: a position at which the frequencies must give the model's angle
+
+
 @dataclass(frozen=True)
 class Rotation:
-    """One layer's rotation: element i of a head turns with element `partner[i]`, with the sign `sign[i]`.
+    """One layer's rotation: each element of `first` turns with the one of `second` at the same place; others stay.
 
-    rotated = x · cos + x[partner] · sign · sin; elements that the model leaves alone have cos 1 and sin 0.
+    (a, b) -> (a cos - b sin, a sin + b cos). Models that stretch their context may scale cosine and sine alike.
     """
 
-    angles: Callable[[Tensor], tuple[Tensor, Tensor]]  #: positions [n] -> cos and sin, float32 [n, head_dim]
-    partner: Tensor  #: int64 [head_dim]
-    sign: Tensor  #: float32 [head_dim]
+    angles: Callable[[Tensor], tuple[Tensor, Tensor]]  #: positions [n] -> cos and sin, float32 [n, pairs]
+    first: slice
+    second: slice
+    head_dim: int
 
     def apply(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate x [heads, n, head_dim] to the positions [n]; float32."""
         cos, sin = self.angles(positions)
-        x = x.float()
-        return x * cos + x[..., self.partner] * (self.sign * sin)
+        return self._turned(x, cos, sin)
 
     def undo(self, x: Tensor, positions: Tensor) -> Tensor:
         """The inverse of `apply`, at the same positions; float32."""
         cos, sin = self.angles(positions)
-        x = x.float()
-        # Models that stretch their context may scale the rotation, so it need not have length 1.
-        return (x * cos - x[..., self.partner] * (self.sign * sin)) / (cos * cos + sin * sin)
+        length = cos * cos + sin * sin
+        return self._turned(x, cos / length, -sin / length)
+
+    def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        turned = x.to(torch.float32, copy=True)
+        a, b = x[..., self.first].float(), x[..., self.second].float()
+        torch.sub(a * cos, b * sin, out=turned[..., self.first])
+        torch.add(a * sin, b * cos, out=turned[..., self.second])
+        return turned
 
     def mean(self, positions: Tensor) -> Tensor:
         """The average of the rotation matrices at `positions`, [head_dim, head_dim]: mean rotated x = matrix @ x."""
         cos, sin = (angle.mean(0) for angle in self.angles(positions))
-        matrix = torch.diag(cos)
-        rows = torch.arange(len(self.partner), device=cos.device)
-        matrix[rows, self.partner] += self.sign * sin
+        matrix = torch.eye(self.head_dim, device=cos.device)
+        elements = torch.arange(self.head_dim, device=cos.device)
+        first, second = elements[self.first], elements[self.second]
+        matrix[first, first] = matrix[second, second] = cos
+        matrix[second, first], matrix[first, second] = sin, -sin
         return matrix
+
+    def rope(self) -> Rope | None:
+        """The same in plain numbers, but for its scale; None where nothing turns, or by no steady frequencies."""
+        pairs = tuple(range(self.head_dim)[self.first])
+        if not pairs:
+            return None
+        *refining, check = (self._angle(position) for position in (*_REFINING, _CHECK))
+        frequency = torch.zeros(len(pairs), dtype=torch.float64)
+        for position, measured in zip(_REFINING, refining, strict=True):
+            whole = torch.round((frequency * position - measured) / (2 * torch.pi)) if position > 1 else 0
+            frequency = (measured + 2 * torch.pi * whole) / position
+        off = torch.remainder(frequency * _CHECK - check + torch.pi, 2 * torch.pi) - torch.pi
+        if float(off.abs().max()) > _TOLERANCE:
+            return None
+        apart = range(self.head_dim)[self.second][0] - pairs[0]
+        return Rope(tuple(frequency.float().tolist()), pairs, apart)
+
+    def _angle(self, position: int) -> Tensor:
+        """Each pair's angle at a position, within half a turn either way: float64 [pairs], on the CPU."""
+        cos, sin = self.angles(torch.tensor([position]))
+        return torch.atan2(sin[0].double(), cos[0].double()).cpu()
 
 
 def unrotated(head_dim: int, device: torch.device) -> Rotation:
     """The rotation of a model without one."""
 
     def angles(positions: Tensor) -> tuple[Tensor, Tensor]:
-        still = torch.zeros(len(positions), head_dim, device=device)
-        return still + 1, still
+        nothing = torch.empty(len(positions), 0, device=device)
+        return nothing, nothing
 
-    return Rotation(angles, torch.arange(head_dim, device=device), torch.zeros(head_dim, device=device))
+    return Rotation(angles, slice(0, 0), slice(0, 0), head_dim)
 
 
 def find_rotations(
@@ -120,37 +158,12 @@ def _candidates(
     if source is None:
         yield unrotated(head_dim, device)
         return
-    module, arguments = source
-    half = _half_angles(module, arguments, torch.zeros(1, dtype=torch.int64, device=device))[0].shape[-1]
+    angles = functools.partial(_half_angles, *source)
+    half = angles(torch.zeros(1, dtype=torch.int64, device=device))[0].shape[-1]
     for at in dict.fromkeys((0, head_dim - 2 * half)):
-        for first in (torch.arange(half), 2 * torch.arange(half)):
-            second = first + (half if first[-1] == half - 1 else 1)
-            yield _arranged(module, arguments, head_dim, at + first, at + second, device)
-
-
-def _arranged(
-    module: Any,
-    arguments: dict[str, Any],
-    head_dim: int,
-    first: Tensor,
-    second: Tensor,
-    device: torch.device,
-) -> Rotation:
-    partner, sign = torch.arange(head_dim), torch.zeros(head_dim)
-    partner[first], partner[second] = second, first
-    sign[first], sign[second] = -1.0, 1.0
-
-    def angles(positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = _half_angles(module, arguments, positions)
-        wide = (
-            torch.ones(len(positions), head_dim, device=device),
-            torch.zeros(len(positions), head_dim, device=device),
-        )
-        for whole, half in zip(wide, (cos, sin), strict=True):
-            whole[:, first], whole[:, second] = half, half
-        return wide
-
-    return Rotation(angles, partner.to(device), sign.to(device))
+        end = at + 2 * half
+        yield Rotation(angles, slice(at, at + half), slice(at + half, end), head_dim)
+        yield Rotation(angles, slice(at, end, 2), slice(at + 1, end, 2), head_dim)
 
 
 @torch.no_grad()

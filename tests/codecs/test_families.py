@@ -51,7 +51,7 @@ def prepared(path: Path) -> tuple[LanguageModel, list[list[int]], Evidence]:
     model = load_model(str(path), threads=1, cache_dtype=torch.float32)
     stretches = [model.tokenize(PREFIX, start=True), *map(model.tokenize, (CONTEXT, QUESTION, ANSWER))]
     prefix = model.prefill(stretches[0], None).cache
-    context = model.prefill(stretches[1], prefix, queries=None)
+    context = model.prefill(stretches[1], prefix, queries=None, attention=True)
     return (
         model,
         stretches,

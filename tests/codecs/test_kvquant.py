@@ -14,7 +14,7 @@ from testbed.codecs.quantize.kvquant import fitted_levels, normal_levels
 from testbed.codecs.transform.unrotated import Unrotated
 from testbed.errors import PayloadError
 from testbed.models.kvcache import KVCache, KVLayer
-from testbed.models.rope import PROBES, Rope, default_rope, find_rope
+from testbed.models.rope import Rope, default_rope
 from tests.codecs.caches import SHAPES, make_cache, ragged_cache
 
 
@@ -47,20 +47,6 @@ def test_turning_is_the_complex_product_and_turning_back_undoes_it(name: str, pe
     assert torch.allclose(turned.double(), turned_one_by_one(x, positions, rope), atol=2e-3)
     assert torch.allclose(rope.turn(turned, positions, back=True), x, atol=1e-5)
     assert float((turned - x).abs().max()) > 0.5
-
-
-@pytest.mark.parametrize("name", ROPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_rope_is_found_from_a_lone_tokens_keys(name: str, dtype: torch.dtype) -> None:
-    rope = ROPES[name]
-    key = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(0))
-    keys = [rope.turn(key, torch.tensor([position])).to(dtype) for position in PROBES]
-    found = find_rope(keys)
-    assert found is not None
-    assert (found.first, found.apart) == (rope.first, rope.apart)
-    assert found.frequencies == pytest.approx(rope.frequencies, abs=2e-6 if dtype == torch.float16 else 1e-7)
-    assert find_rope([key] * len(PROBES)) is None
-    assert find_rope([key * (1 + i) for i in range(len(PROBES))]) is None
 
 
 def rotated_cache(tokens: int = 300) -> tuple[KVCache, KVCache]:

@@ -257,7 +257,7 @@ def test_digests_tell_choices_apart() -> None:
         ("q2c@0.5", Needs(0, True)),
         ("snapkv@0.5(window=16)", Needs(16, False)),
         ("snapkv@0.5(question=true)", Needs(0, True)),
-        ("h2o@0.5", Needs(None, False)),
+        ("h2o@0.5", Needs(context_attention=True)),
         ("window@0.5+int8", Needs(0, False)),
         ("random@0.5", Needs(0, False)),
     ],

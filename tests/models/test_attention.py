@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from testbed.models.attention import attend, attention_blocks, attention_sum
+from testbed.models.attention import attend
 from testbed.models.language import load_model
+from testbed.models.scores import attention_blocks, attention_sum
 from tests.models import reference
 from tests.tiny_models import FAMILIES
 

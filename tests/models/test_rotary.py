@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from testbed.models.language import load_model
-from testbed.models.rotary import unrotated
+from testbed.models.rotary import Rotation, unrotated
 from tests.models.reference import reference_network
 from tests.tiny_models import FAMILIES
 
@@ -55,7 +56,7 @@ def test_queries_before_the_rotation_are_what_the_projection_gives(tiny_model: T
 @pytest.mark.parametrize("family", ["llama", "gpt neox", "deepseek v3"])
 def test_the_mean_of_rotations_is_the_mean_of_what_they_do(tiny_model: Tiny, family: str) -> None:
     rotation = load_model(str(tiny_model(family)), threads=1).rotation(1)
-    x = torch.randn(3, 1, len(rotation.partner), generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 1, rotation.head_dim, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(40, 60)
     one_by_one = torch.stack([rotation.apply(x, position[None]) for position in positions]).mean(0)
     torch.testing.assert_close(x @ rotation.mean(positions).T, one_by_one, atol=1e-5, rtol=1e-4)
@@ -66,3 +67,24 @@ def test_a_model_without_a_rotation_has_nothing_undone() -> None:
     rotation = unrotated(8, torch.device("cpu"))
     assert torch.equal(rotation.undo(x, torch.arange(5)), x)
     assert torch.equal(rotation.mean(torch.arange(3, 9)), torch.eye(8))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rotation_in_plain_numbers_is_the_models_own(tiny_model: Tiny, family: str) -> None:
+    model = load_model(str(tiny_model(family)), threads=1)
+    at = torch.tensor([0, 7, 300, 4000])
+    for layer in range(model.num_layers):
+        rotation = model.rotation(layer)
+        x = torch.randn(2, 4, rotation.head_dim, generator=torch.Generator().manual_seed(0))
+        rope = rotation.rope()
+        assert rope is not None and rope.fits(rotation.head_dim)
+        torch.testing.assert_close(rope.turn(x, at), rotation.apply(x, at), atol=2e-3, rtol=0)
+
+
+def test_what_turns_by_no_steady_frequency_has_no_plain_numbers() -> None:
+    def slowing(positions: Tensor) -> tuple[Tensor, Tensor]:
+        angle = positions[:, None].float().sqrt() * torch.tensor([1.0, 0.1])
+        return angle.cos(), angle.sin()
+
+    assert Rotation(slowing, slice(0, 2), slice(2, 4), 4).rope() is None
+    assert unrotated(8, torch.device("cpu")).rope() is None

@@ -52,16 +52,21 @@ class Expected(Selector):
     def scores(self, evidence: Evidence, layer: int) -> Tensor:
         import torch
 
-        keys, values = evidence.attended(layer, evidence.cache.layers[layer])
+        keys, values = (
+            held[:, self.sinks :] for held in evidence.attended(layer, evidence.cache.layers[layer])
+        )
         mean, spread = self._queries(evidence, layer)
-        grouped = keys.repeat_interleave(mean.shape[0] // keys.shape[0], 0)[:, self.sinks :]
+        kv_heads, _, d = keys.shape
         scaling = evidence.scaling(layer)
-        z = scaling * (grouped @ mean[:, :, None])[..., 0]
+        # s·Rμ + ½·s²·k(R Σ Rᵀ), for the query heads of a KV head side by side; times k, that is z.
+        inner = (scaling * mean).reshape(kv_heads, 1, -1)
         if self.covariance:
-            z += scaling**2 / 2 * ((grouped @ spread) * grouped).sum(-1)
-        attention = z.softmax(-1).unflatten(0, (keys.shape[0], -1)).mean(1)
+            beside = spread.unflatten(0, (kv_heads, -1)).transpose(1, 2).reshape(kv_heads, d, -1)
+            inner = torch.baddbmm(inner, keys, beside, alpha=scaling**2 / 2)
+        z = (inner.unflatten(2, (-1, d)) * keys[:, :, None]).sum(-1)
+        attention = z.softmax(1).mean(2)
         if self.values:
-            attention = attention * values[:, self.sinks :].norm(dim=-1)
+            attention = attention * values.norm(dim=-1)
         heads = evidence.cache.layers[layer].kv_heads
         return torch.nn.functional.pad(attention.unflatten(0, (heads, -1)).mean(1), (self.sinks, 0))
 
@@ -79,5 +84,6 @@ class Expected(Selector):
         next_positions = torch.arange(self.future, device=plain.device) + evidence.cache.length
         matrix = rotation.mean(next_positions)
         mean = plain.mean(1, keepdim=True)
-        centred = (plain - mean) @ matrix.T
-        return mean[:, 0] @ matrix.T, centred.transpose(1, 2) @ centred / plain.shape[1]
+        centred = plain.sub_(mean)
+        spread = centred.transpose(1, 2) @ centred / plain.shape[1]
+        return mean[:, 0] @ matrix.T, matrix @ spread @ matrix.T

@@ -19,7 +19,8 @@ class H2O(Selector):
     """Heavy-hitter oracle: keeps the tokens that all context tokens together attend to most, and the most recent ones.
 
     score[h, t] = sum over all context tokens q ≥ t, mean over the query heads of KV head h, of the causal softmax
-    attention of q to t: [kv_heads, tokens]; computed in blocks of queries, never the full matrix.
+    attention of q to t: [kv_heads, tokens]; summed up while the context is prefilled, or else computed from its queries:
+    in blocks of queries, never the full matrix.
 
     recent: the share of the budget that goes to the last tokens. normalised: score[h, t] is divided by the number of
     context tokens that could see t, so that early tokens do not win by having been seen more often.
@@ -36,7 +37,7 @@ class H2O(Selector):
         self.require("recent", "from 0 to 1", 0 <= self.recent <= 1)
 
     def needs(self) -> Needs:
-        return Needs(context_queries=None)
+        return Needs(context_attention=True)
 
     def always(self, tokens: int, budget: int) -> range:
         return range(tokens - 1, tokens - 1 - round(self.recent * budget), -1)
