@@ -80,7 +80,7 @@ def kept_by_codec(model: LanguageModel, text: str, ids: list[int]) -> list[Tenso
     codec = Codec(text)
     prefilled = prefill_for(model, codec.needs, ids, None)
     evidence = gather(model, codec.needs, None, prefilled, ())
-    arrived = decode(codec.encode(prefilled.cache, codec.select(evidence)))
+    arrived = decode(codec.encode(prefilled.cache.to(dtype=torch.float16), codec.select(evidence)))
     kept: list[Tensor | None] = [None] * len(arrived.layers)
     for layer in evidence.prunable:
         held = arrived.layers[layer]
@@ -133,7 +133,8 @@ def main() -> None:
         model, task = load_model(options.model, device="cpu"), make_task("passages")
         count = lambda text: len(model.tokenize(text))  # noqa: E731
         contexts = map(task.context_text, task.examples(options.examples, options.tokens, count, 0))
-        prompts = [model.tokenize(context)[: options.tokens] for context in contexts]
+        # Whole budgets, for kvpress rounds them down and we round to the nearest.
+        prompts = [ids[: len(ids) // 20 * 20] for ids in map(model.tokenize, contexts)]
         found[f"{options.model}, {len(prompts)} prompts of {len(prompts[0])} tokens"] = compare(
             options.model, prompts, options.ratio
         )
