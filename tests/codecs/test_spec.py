@@ -171,7 +171,7 @@ def test_specs_and_the_catalogue_need_no_torch() -> None:
 
 
 def test_every_method_describes_itself() -> None:
-    described = {description.name: description for description in registry.describe()}
+    described = {found.name: found for found in registry.describe() if not found.name.startswith("kvpress:")}
     assert list(described) == NAMES
     for name, description in described.items():
         method = registry.find(name)
