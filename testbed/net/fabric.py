@@ -77,10 +77,14 @@ class Fabric:
             topology = replace(topology, ipv6=False)
         # Not marked persistent before it is whole: what a killed `testbed up` leaves is a dead run like any
         # other.
+        allowed = getattr(self.emulator, "super_packets", None)
+        if allowed is not None:
+            found = {number: allowed(link.profile) for number, link in enumerate(topology.links)}
+            self._super_packets = {number: each for number, each in found.items() if max(each.values()) > 1}
         with state.locked():
             self._state = state.new(topology, self.emulator.name, persistent=False, run_id=run_id)
             namespaces.prepare_directory(state.netns_marker())
-            wiring.build(self._state)
+            wiring.build(self._state, self._super_packets)
 
     def _wire(self, persistent: bool) -> None:
         from testbed.net import emulators, wiring
@@ -99,9 +103,13 @@ class Fabric:
         for attachment, link in zip(self._attachments, self.topology.links, strict=True):
             if process := getattr(attachment, "process", None):
                 serving.setdefault(process, []).append(link.name)
+        helpers = []
         for (pid, started), names in serving.items():
             others = f" and {len(names) - 1} others" if len(names) > 1 else ""
-            self.record_process(pid, started, f"emulator of link {names[0]}{others}")
+            helpers.append((pid, started, f"emulator of link {names[0]}{others}"))
+        if helpers:
+            with state.locked():
+                self._state = state.add_processes(self.state, helpers)
 
     def _capture(self, directory: Path | None, persistent: bool) -> None:
         from testbed.net import capture, wiring
@@ -208,7 +216,7 @@ class Fabric:
         started = processes.start_time(pid) if started is None else started
         if started is not None:
             with state.locked():
-                self._state = state.add_process(self.state, pid, started, what)
+                self._state = state.add_processes(self.state, [(pid, started, what)])
 
     def _update(self, fresh: State) -> None:
         with state.locked():

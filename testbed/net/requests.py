@@ -31,18 +31,24 @@ _NODAD = 0x02
 _PERMANENT = 0x80
 _MAIN, _STATIC, _UNIVERSE, _LINK_SCOPE, _UNICAST = 254, 4, 0, 253, 1
 _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
+_GSO_MAX_SEGMENTS = 40
+_ONE_QUEUE = attribute(31, struct.pack("=I", 1)) + attribute(
+    32, struct.pack("=I", 1)
+)  # IFLA_NUM_[TR]X_QUEUES: none waits there
 _CHUNK_BYTES = 64_000
 _ANSWER_S = 60.0
 
 
 @dataclass(frozen=True)
 class Peer:
-    """The other end of a veth pair. `namespace`: an open descriptor of the namespace that it is in."""
+    """The other end of a veth pair. `namespace`: an open descriptor of the namespace that it is in. `segments`: how many a packet
+    that the end in this namespace takes may consist of."""
 
     name: str
     index: int
     mac: bytes
     namespace: int
+    segments: int = 1
 
 
 class Batch:
@@ -115,12 +121,14 @@ class Batch:
         """A veth pair: one end here, up and without ARP and multicast (nobody may talk on a link but those who use it), the other
         in another namespace, down."""
         flags, change = _UP | _NOARP, _UP | _NOARP | _MULTICAST
-        there = _LINK.pack(0, 0, peer.index, 0, 0) + _named(peer.name, peer.mac, mtu)
+        there = _LINK.pack(0, 0, peer.index, 0, 0) + _named(peer.name, peer.mac, mtu) + _ONE_QUEUE
         there += attribute(28, struct.pack("=i", peer.namespace))  # IFLA_NET_NS_FD
         kind = nested(
             18, text(1, "veth"), nested(2, attribute(1, there))
         )  # IFLA_LINKINFO: kind, data: VETH_INFO_PEER
-        body = _LINK.pack(0, 0, index, flags, change) + _named(name, mac, mtu) + kind
+        body = _LINK.pack(0, 0, index, flags, change) + _named(name, mac, mtu) + _ONE_QUEUE + kind
+        if peer.segments > 1:
+            body += attribute(_GSO_MAX_SEGMENTS, struct.pack("=I", peer.segments))
         self.add(_NEWLINK, _CREATE | _EXCLUSIVE, body, what)
 
     def up(self, index: int, what: str) -> None:
@@ -129,7 +137,7 @@ class Batch:
 
     def super_packets(self, index: int, segments: int, what: str) -> None:
         """How many segments a packet that an interface takes may consist of (IFLA_GSO_MAX_SEGS)."""
-        body = _LINK.pack(0, 0, index, 0, 0) + attribute(40, struct.pack("=I", segments))
+        body = _LINK.pack(0, 0, index, 0, 0) + attribute(_GSO_MAX_SEGMENTS, struct.pack("=I", segments))
         self.add(_NEWLINK, 0, body, what)
 
     def mtu(self, index: int, size: int, what: str) -> None:

@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -188,9 +188,9 @@ def write(state: State) -> None:
         os.close(folder)
 
 
-def add_process(state: State, pid: int, started: int, what: str) -> State:
-    """The state with one more helper process, written down. Call it `locked`."""
-    grown = replace(state, processes=(*state.processes, Process(pid, started, what)))
+def add_processes(state: State, helpers: Iterable[tuple[int, int, str]]) -> State:
+    """The state with more helper processes (pid, start time, what it is), written down. Call it `locked`."""
+    grown = replace(state, processes=(*state.processes, *(Process(*helper) for helper in helpers)))
     write(grown)
     return grown
 

@@ -27,13 +27,16 @@ _LOOPBACK = 1
 _FIRST_INDEX = 10
 
 
-def build(state: State) -> None:
+def build(state: State, segments: Mapping[int, Mapping[str, int]] | None = None) -> None:
     """Makes and fills the state's namespaces, which are named and not there yet: links, addresses, routes, sysctls.
 
-    What arrives at the wire's ends of a link goes nowhere yet: that is the emulator's part. Raises
-    NetworkError, or UsageError for a congestion control this kernel does not offer.
+    `segments`: link number -> how many TCP segments may enter it as one packet, ``up`` and ``down``; 1 where it is not named.
+    What arrives at the wire's ends of a link goes nowhere yet: that is the emulator's part. Raises NetworkError, or UsageError
+    for a congestion control this kernel does not offer.
     """
     nodes = {state.namespace(node.name): node.name for node in state.topology.nodes}
+    segments = segments or {}
+    buffers = _buffer_sysctls(state.topology)
     with contextlib.ExitStack() as closing:
         wire = -1
 
@@ -45,12 +48,12 @@ def build(state: State) -> None:
                 wire = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
                 closing.callback(os.close, wire)
             else:
-                _set_sysctls(_node_sysctls(state.topology, nodes[name]))
-                _configure_node(state, nodes[name], wire)
+                _set_sysctls(_node_sysctls(state.topology, nodes[name]) | buffers)
+                _configure_node(state, nodes[name], wire, segments)
 
         namespaces.create_all([state.wire, *nodes], furnish)
         with namespaces.inside(state.wire):
-            _raise_wire(state)
+            _raise_wire(state, segments)
 
 
 def wire_ends(number: int) -> tuple[str, str]:
@@ -140,7 +143,7 @@ def _node_sysctls(topology: Topology, node: str) -> dict[str, str]:
         "net/ipv4/conf/default/send_redirects": "0",
         # What one connection learnt about the path must not help the next one.
         "net/ipv4/tcp_no_metrics_save": "1",
-    } | _buffer_sysctls(topology)
+    }
     # For the interfaces to come: no packet of the kernel's own between those that are measured (router and neighbour discovery,
     # duplicate address detection, and the link-local address that takes part in them). ::1 stays.
     if topology.ipv6:
@@ -158,15 +161,21 @@ def _node_sysctls(topology: Topology, node: str) -> dict[str, str]:
     return values
 
 
-def _sysctl(name: str) -> Path:
+def _sysctl(name: str) -> str:
     # /proc/sys/net shows the namespace of the thread that opens the file
-    return Path("/proc/sys") / name
+    return f"/proc/sys/{name}"
 
 
 def _set_sysctls(values: dict[str, str]) -> None:
     for name, value in values.items():
         try:
-            _sysctl(name).write_text(value)
+            file = os.open(
+                _sysctl(name), os.O_WRONLY | os.O_CLOEXEC
+            )  # there are a dozen a node: no more than it takes
+            try:
+                os.write(file, value.encode())
+            finally:
+                os.close(file)
         except FileNotFoundError as error:
             if name.startswith("net/ipv6/"):
                 continue  # a kernel without IPv6 is as quiet as asked
@@ -181,7 +190,7 @@ def _set_sysctls(values: dict[str, str]) -> None:
 
 def _refuse(name: str, value: str, error: OSError) -> None:
     if name.endswith("tcp_congestion_control"):
-        offered = _sysctl("net/ipv4/tcp_available_congestion_control").read_text().split()
+        offered = Path(_sysctl("net/ipv4/tcp_available_congestion_control")).read_text().split()
         raise UsageError(f"congestion control {value!r}: this kernel offers {', '.join(offered)}") from None
     raise NetworkError(f"sysctl {name.replace('/', '.')} = {value}: {error.strerror}") from None
 
@@ -190,7 +199,7 @@ def _mac(number: int, last: int) -> bytes:
     return bytes((0x02, 0x74, 0x62, number >> 8, number & 255, last))
 
 
-def _configure_node(state: State, node: str, wire: int) -> None:
+def _configure_node(state: State, node: str, wire: int, segments: Mapping[int, Mapping[str, int]]) -> None:
     """Makes the node's links, with their ends in the wire, and its addresses, neighbours and routes. Call it inside the node."""
     topology = state.topology
     with Batch(f"network {state.id}: node {node}") as batch:
@@ -198,7 +207,7 @@ def _configure_node(state: State, node: str, wire: int) -> None:
         ends = topology.interfaces(node)
         indices = {end.name: _FIRST_INDEX + place for place, end in enumerate(ends)}
         for end in ends:
-            _add_end(batch, topology, end, indices[end.name], wire)
+            _add_end(batch, topology, end, indices[end.name], wire, _allowed(segments, end))
         for route in topology.routes(node):
             congestion = topology.links[route.link].congestion
             batch.route(
@@ -210,13 +219,20 @@ def _configure_node(state: State, node: str, wire: int) -> None:
         _set_sysctls({"net/ipv6/conf/all/forwarding": "1"})
     with Ethtool() as ethtool:
         for end in ends:
-            ethtool.disable_segmentation(end.name)
+            if _allowed(segments, end) > 1:
+                ethtool.allow_tcp_segmentation_alone(end.name)
+            else:
+                ethtool.disable_segmentation(end.name)
 
 
-def _add_end(batch: Batch, topology: Topology, end: Interface, index: int, wire: int) -> None:
+def _allowed(segments: Mapping[int, Mapping[str, int]], end: Interface) -> int:
+    return segments[end.link]["up" if end.end == "a" else "down"] if end.link in segments else 1
+
+
+def _add_end(batch: Batch, topology: Topology, end: Interface, index: int, wire: int, segments: int) -> None:
     second = end.end == "b"
     name = wire_ends(end.link)[second]
-    peer = Peer(name, _FIRST_INDEX + 2 * end.link + second, _mac(end.link, 0x1A + second), wire)
+    peer = Peer(name, _FIRST_INDEX + 2 * end.link + second, _mac(end.link, 0x1A + second), wire, segments)
     batch.veth(end.name, index, _mac(end.link, 0x0A + second), MTU, peer, end.name)
     congestion = topology.links[end.link].congestion
     for address, other, network, bits in (
@@ -234,10 +250,13 @@ def _add_end(batch: Batch, topology: Topology, end: Interface, index: int, wire:
             batch.route(index, network, end.name, source=address, congestion=congestion)
 
 
-def _raise_wire(state: State) -> None:
+def _raise_wire(state: State, segments: Mapping[int, Mapping[str, int]]) -> None:
     with Batch(f"network {state.id}: links") as batch, Ethtool() as ethtool:
         for number in range(len(state.topology.links)):
             for second, name in enumerate(wire_ends(number)):
-                ethtool.disable_segmentation(name)
+                if max(segments.get(number, {"up": 1}).values()) > 1:
+                    ethtool.allow_tcp_segmentation_alone(name)
+                else:
+                    ethtool.disable_segmentation(name)
                 batch.up(_FIRST_INDEX + 2 * number + second, name)
         batch.send()

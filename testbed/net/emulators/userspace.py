@@ -139,10 +139,17 @@ class Userspace:
                 raise
         return attachments
 
+    def super_packets(self, profile: Profile) -> dict[str, int]:
+        """See `Attachment.super_packets`."""
+        return {"up": super_packet_segments(profile.up), "down": super_packet_segments(profile.down)}
+
     def release_all(self, attachments: Sequence[Attachment]) -> None:
         """Ends the relays behind *attachments*, whose wire is about to be removed."""
-        for served in {id(a.relay): a.relay for a in attachments if isinstance(a, RelayAttachment)}.values():
-            served.end()
+        relays = {id(a.relay): a.relay for a in attachments if isinstance(a, RelayAttachment)}.values()
+        for relay in relays:  # all are told before the first is waited for
+            relay.stop()
+        for relay in relays:
+            relay.end()
 
     def reattach(self, wire: str, link: str, a: str, b: str, *, keep: Path) -> Attachment:
         """See `Emulator.reattach`."""
@@ -181,6 +188,7 @@ class Connection:
     ) -> None:
         self.process, self._what = process, what
         self._first, self._control, self._keep, self._links = first, control, keep, links
+        self._stopped = False
 
     def ask(self, link: str, order: dict[str, Any], files: Sequence[int] = ()) -> dict[str, Any]:
         """The relay's answer to an order for *link*, sent with open *files*. Raises NetworkError when there is none."""
@@ -213,11 +221,17 @@ class Connection:
         with contextlib.suppress(NetworkError):
             self.ask(link, {"do": "remove"})
 
+    def stop(self) -> None:
+        """Tells the relay to end, whatever it still serves."""
+        self._links.clear()
+        if not self._stopped:
+            self._stopped = True
+            with contextlib.suppress(NetworkError):
+                self.ask(self._first, {"do": "stop"})
+
     def end(self) -> None:
         """Ends the relay, whatever it still serves."""
-        self._links.clear()
-        with contextlib.suppress(NetworkError):
-            self.ask(self._first, {"do": "stop"})
+        self.stop()
         if self._control is not None:
             self._control.close()
         _await_end(self.process)
@@ -259,7 +273,7 @@ class RelayAttachment:
 
     def super_packets(self, profile: Profile) -> dict[str, int]:
         """See `Attachment.super_packets`."""
-        return {"up": super_packet_segments(profile.up), "down": super_packet_segments(profile.down)}
+        return Userspace().super_packets(profile)
 
     def detach(self) -> None:
         if self.process is None:
