@@ -219,6 +219,33 @@ def _trust(found: Recommendation) -> list[str]:
     ]
 
 
+def held_out_table(found: list[HeldOut]) -> str:
+    """Each held-out cell's relative error (predicted / measured − 1): a line a setting, a column a profile; below them what was
+    chosen there and how much slower it is than the measured best.
+    """
+    settings_ = list(dict.fromkeys(s for one in found for s in one.errors))
+    wide = max([len(s) for s in settings_] + [len("slower than the best")])
+    keys = [chr(ord("A") + i) if i < 26 else str(i) for i in range(len(found))]
+    lines = ["each profile predicted from the others: predicted / measured latency − 1"]
+    lines += [f"  {key}  {one.profile}" for key, one in zip(keys, found, strict=True)]
+    lines.append("  " + " " * wide + "".join(f"{key:>8}" for key in keys))
+    for setting in settings_:
+        errors = [one.errors.get(setting, math.nan) for one in found]
+        lines.append(f"  {setting:<{wide}}" + "".join(f"{_percent(e, sign=True):>8}" for e in errors))
+    for name, values in (
+        ("slower than the best", [one.chosen_within for one in found]),
+        ("… among those sent", [one.sending_within for one in found]),
+    ):
+        lines.append(f"  {name:<{wide}}" + "".join(f"{_percent(v):>8}" for v in values))
+    return "\n".join(lines)
+
+
+def _percent(value: float, sign: bool = False) -> str:
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:+.1%}" if sign else f"{value:.1%}"
+
+
 def _ratio(one: stats.Estimate) -> str:
     interval = f" [{one.low:.2f}, {one.high:.2f}]" if math.isfinite(one.low) else ""
     return f"{one.value:.2f}{interval}" if math.isfinite(one.value) else "-"

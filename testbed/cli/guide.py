@@ -76,7 +76,7 @@ def _measured(model: str, out: Path | None, task: str, **options: Any) -> tuple[
         show.line("\n".join(guiding.told(count, step)))
 
     try:
-        steps = measured(asked, path, show, show.line, told)
+        steps, failures = measured(asked, path, show, show.line, told)
     except KeyboardInterrupt:
         show.line(f"the same command goes on from the rows in {path}")
         raise
@@ -86,5 +86,11 @@ def _measured(model: str, out: Path | None, task: str, **options: Any) -> tuple[
         "models": {model: [step.to_dict() for step in steps]},
         "left_out": [],
         "directory": str(path),
+        "failed": failures,
     }
-    return value, f"{guiding.text({model: steps}, [])}\nrows in {path}", 0
+    if failures:
+        click.echo(
+            f"testbed: {failures} trials failed; their rows say why, and the same command repeats them",
+            err=True,
+        )
+    return value, f"{guiding.text({model: steps}, [])}\nrows in {path}", 1 if failures else 0

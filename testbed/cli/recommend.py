@@ -20,9 +20,21 @@ from testbed.cli.parts import as_json
 )
 @click.option("--deadline", help="The longest median latency to accept, such as 500ms.")
 @click.option("--where", help="Only rows for which this holds.")
+@click.option(
+    "--held-out",
+    is_flag=True,
+    help="Print the latency model's error in every cell that it was not fitted to.",
+)
 @as_json
 def recommend(
-    path: Path, rate: str, delay: str, loss: str, quality: str, deadline: str | None, where: str | None
+    path: Path,
+    rate: str,
+    delay: str,
+    loss: str,
+    quality: str,
+    deadline: str | None,
+    where: str | None,
+    held_out: bool,
 ) -> Any:
     """Name the setting of RUN to deploy on a link: the fastest whose quality is shown to hold.
 
@@ -40,4 +52,7 @@ def recommend(
     link = Link(bits, one_way, one_way, parse_fraction(loss))
     limit = None if deadline is None else parse_time(deadline)
     found = recommending.recommend(load(path, where), link, parse_fraction(quality), limit)
-    return found.to_dict(), recommending.text(found), 0 if found.choice else 1
+    text = recommending.text(found)
+    if held_out and found.held_out:
+        text += f"\n\n{recommending.held_out_table(found.held_out)}"
+    return found.to_dict(), text, 0 if found.choice else 1

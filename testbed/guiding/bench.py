@@ -59,6 +59,8 @@ class Bench(Run):
         self, plan: Plan, directory: RunDirectory, watch: Watcher, procedure: Callable[[Bench], None]
     ) -> None:
         super().__init__(plan, directory, watch)
+        # What failed is tried again: a step is judged by all of its examples.
+        self._done = {trial: row for trial, row in self._done.items() if not row.get("error")}
         self._procedure = procedure
         self._made: list[Batch] = []
 

@@ -57,13 +57,14 @@ class Asked:
             "examples": self.examples,
             "codecs": ["int8", "int4", *(f"q2c@{ratio:g}" for ratio in RATIOS)],
             "threads": self.threads,
+            "timeout": 3600,
         }
 
 
 def measured(
     asked: Asked, path: Path, watch: Watcher, say: Callable[[str], None], told: Callable[[Step], None]
-) -> list[Step]:
-    """The steps, measured into the run directory `path`; what it has already is not repeated.
+) -> tuple[list[Step], int]:
+    """The steps, measured into the run directory `path`, and how many trials failed; what is there already is not repeated.
 
     `say`: gets the diagnosis' progress; `told`: each step as it is answered. Raises UsageError for a wrong request or a
     directory that other settings were measured into, EndpointError where a process fails, KeyboardInterrupt; the rows so far
@@ -82,8 +83,9 @@ def measured(
             steps.append(step)
             told(step)
 
-    Bench(plan, directory, watch, procedure).execute()
-    return steps
+    bench = Bench(plan, directory, watch, procedure)
+    bench.execute()
+    return steps, bench.failures
 
 
 def _open(path: Path, settings: dict[str, Any]) -> RunDirectory:

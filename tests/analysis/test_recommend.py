@@ -104,6 +104,16 @@ def test_the_fastest_setting_that_holds_is_chosen(run: Path) -> None:
     assert loose.choice.setting == "q2c@0.25+int8"
 
 
+def test_the_error_of_every_held_out_cell_is_printed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["recommend", str(run), "--rate", "40mbit", "--delay", "20ms", "--held-out"])
+    said = capsys.readouterr().out.split("each profile predicted from the others")[1]
+    found = leave_one_out(load(run).rows)
+    row = next(line for line in said.splitlines() if line.startswith("  int8 "))
+    assert row.split()[1:] == [f"{one.errors['int8']:+.1%}" for one in found]
+    assert all(f"  {one.profile}" in said for one in found)
+
+
 def test_a_measured_link_is_answered_from_its_measurements(run: Path) -> None:
     found = recommend.recommend(load(run), Link(20e6, 0.01, 0.01), 0.95)
     assert found.measured_as == "rate=20mbit,delay=10ms"
