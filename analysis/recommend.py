@@ -13,8 +13,6 @@ from analysis import settings, stats
 from analysis.latency_model import HeldOut, LatencyModel, Link, leave_one_out, link_of, median_error
 from analysis.run import Run
 
-_BOUNDS = (0.0, 1.0)
-
 
 @dataclass(frozen=True)
 class Option:
@@ -90,7 +88,7 @@ def recommend(
     """The recommendation from this run's rows. Raises UsageError where there are none."""
     run.require()
     rows = settings.labelled(run.rows)
-    qualities = {str(s): _quality(own) for s, own in rows.groupby("setting", sort=False)}
+    qualities = {str(s): settings.kept_quality(own) for s, own in rows.groupby("setting", sort=False)}
     panel = _same_link(rows, link)
     if panel is None:
         latency = LatencyModel.fit(rows).predict(link)
@@ -115,15 +113,6 @@ def recommend(
         without_proof=seeming if seeming is not choice else None,
         held_out=leave_one_out(run.rows, likely),
     )
-
-
-def _quality(rows: pd.DataFrame) -> tuple[stats.Estimate, bool]:
-    clusters = settings.clusters(rows)
-    found = stats.ratio(rows["score"], rows["reference_score"], clusters, rows["task"], bounds=_BOUNDS)
-    codec = str(rows["codec"].iloc[0])
-    exact = str(rows["placement"].iloc[0]) != "split" or codec == "fp16"
-    same = rows["nll"].notna() & (rows["nll"] == rows["reference_nll"])
-    return found, bool(exact and same.all())
 
 
 def _same_link(rows: pd.DataFrame, link: Link) -> str | None:

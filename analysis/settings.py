@@ -104,6 +104,24 @@ def full_cache_quality(rows: pd.DataFrame) -> float:
     return stats.mean(plain["score"], clusters(plain), plain["task"], resamples=1).value
 
 
+def kept_quality(rows: pd.DataFrame) -> tuple[stats.Estimate, bool]:
+    """One setting's score over the full cache's on the same examples, and whether the cache arrived bit for bit, so that nothing
+    can be lost whatever the interval says.
+    """
+    found = stats.ratio(
+        rows["score"], rows["reference_score"], clusters(rows), rows["task"], bounds=SCORE.bounds
+    )
+    exact = str(rows["placement"].iloc[0]) != "split" or str(rows["codec"].iloc[0]) == "fp16"
+    same = rows["nll"].notna() & (rows["nll"] == rows["reference_nll"])
+    return found, bool(exact and same.all())
+
+
+def shown_to_hold(rows: pd.DataFrame, floor: float = QUALITY_FLOOR) -> bool:
+    """Whether one setting's quality holds by its interval's lower end, not by its estimate alone."""
+    found, exact = kept_quality(rows)
+    return exact or bool(found.low >= floor - 1e-12)
+
+
 def fastest_that_holds(
     measured: list[Measured], full: float, floor: float = QUALITY_FLOOR
 ) -> Measured | None:

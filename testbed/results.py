@@ -115,7 +115,11 @@ def check_format(found: object, path: Path) -> None:
     """Raises UsageError where a run directory's format is none that this version reads."""
     if found not in READABLE:
         formats = " and ".join(map(str, READABLE))
-        raise UsageError(f"{path}: written in format {found!r}; this version reads the formats {formats}")
+        newer = isinstance(found, int) and found > FORMAT
+        remedy = "; a newer testbed wrote it: read it with that one" if newer else ""
+        raise UsageError(
+            f"{path}: written in format {found!r}; this version reads the formats {formats}{remedy}"
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

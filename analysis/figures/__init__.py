@@ -27,6 +27,7 @@ FIGURES = {
     "rate_distortion": "analysis.figures.rate_distortion:draw",
     "latency_cdf": "analysis.figures.latency_cdf:draw",
     "timeline": "analysis.figures.timeline:draw",
+    "layer_sensitivity": "analysis.figures.layer_sensitivity:draw_run",
     "fidelity": "analysis.figures.fidelity:draw",
     "fidelity_traces": "analysis.figures.fidelity_traces:draw",
 }
@@ -75,7 +76,7 @@ def draw_all(run: Run, names: list[str] | None = None) -> list[Path]:
 
 def _least(name: str) -> int:
     """So many finished trials a figure needs: most compare; links are measured before the first one."""
-    return {"timeline": 1, "fidelity": 0, "fidelity_traces": 0}.get(name, 2)
+    return {"timeline": 1, "layer_sensitivity": 0, "fidelity": 0, "fidelity_traces": 0}.get(name, 2)
 
 
 def _save(drawn: Figure, path: Path) -> None:

@@ -16,6 +16,7 @@ from analysis import settings, stats
 from analysis.describe import caveats, conditions, subject
 from analysis.figures import NotInThisRun
 from analysis.figures.axes import limit_seconds
+from analysis.figures.names import short
 from analysis.figures.style import INK, Frame, Mark, bottom_legend, legend_columns, marks, panel_title
 from analysis.run import Run
 from analysis.settings import Measured
@@ -34,7 +35,8 @@ def draw(run: Run) -> Figure:
     shown = _few(run.rows, measured, every)
     looks = marks({m.label: (m.label, m.placement, m.codec) for m in measured}.values())
     looks = {label: looks[label] for label in shown}
-    columns, across = (1 if len(panels) == 1 else 2), legend_columns(shown)
+    drawn = short(looks)
+    columns, across = (1 if len(panels) == 1 else 2), legend_columns(drawn.values())
     left_out = (
         "" if len(shown) == len(every) else f"{len(shown)} of {len(every)} settings; --where shows others"
     )
@@ -65,7 +67,7 @@ def draw(run: Run) -> Figure:
         if index + columns >= len(panels):
             ax.set_xlabel("end-to-end latency (s)")
     handles = [
-        Line2D([], [], **{**mark.options(), "linestyle": _STYLES[i % 5], "markersize": 6}, label=label)
+        Line2D([], [], **{**mark.options(), "linestyle": _STYLES[i % 5], "markersize": 6}, label=drawn[label])
         for i, (label, mark) in enumerate(looks.items())
     ]
     bottom_legend(figure, frame, handles, across)

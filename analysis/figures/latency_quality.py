@@ -19,6 +19,7 @@ from analysis import settings, stats
 from analysis.describe import caveats, conditions, subject
 from analysis.figures import NotInThisRun, labels
 from analysis.figures.axes import limit_losses, limit_scores, limit_seconds
+from analysis.figures.names import short
 from analysis.figures.style import GREY, INK, Frame, Mark, legend_columns, marks, panel_title
 from analysis.run import Run
 from analysis.settings import DELTA_NLL, QUALITY_FLOOR, SCORE, Measured, Metric
@@ -117,7 +118,7 @@ def _figure(run: Run, panels: list[Panel], columns: int, metric: Metric, title: 
         rows=math.ceil(len(panels) / columns),
         columns=columns,
         panel={1: 3.4, 2: 2.25, 3: 1.95}[columns],
-        legend=0.2 * math.ceil(len(looks) / legend_columns(looks)) + 0.4,
+        legend=0.2 * math.ceil(len(looks) / legend_columns(short(looks).values())) + 0.4,
     )
     figure, axes = frame.figure()
     for index, ax in enumerate(axes):
@@ -135,7 +136,7 @@ def _figure(run: Run, panels: list[Panel], columns: int, metric: Metric, title: 
 
 
 def _reading(panels: list[Panel]) -> str:
-    note = "Shape: selector or placement. Fill: precision (full 16 bit, left half 8 bit, open 4 bit)."
+    note = "Shape: selector or placement. Fill: precision (full 16 bit, left half 8 bit, open 4 bit, lower half other)."
     note += " Size: tokens kept."
     if any(len(p.chosen) > 1 and p.chosen[0] is not p.chosen[1] for p in panels):
         note += " Thick ring: fastest of all; thin ring: fastest that sends KV."
@@ -160,8 +161,9 @@ def _legends(figure: Figure, looks: dict[str, Mark], panels: list[Panel], bottom
         "borderpad": 0.2,
         "labelspacing": 0.45,
     }
-    names = [mark.handle(label) for label, mark in looks.items()]
-    for handles, columns, above in ((lines, len(lines), 0.0), (names, legend_columns(looks), 0.24)):
+    drawn = short(looks)
+    names = [mark.handle(drawn[label]) for label, mark in looks.items()]
+    for handles, columns, above in ((lines, len(lines), 0.0), (names, legend_columns(drawn.values()), 0.24)):
         at = (0.5, (bottom + above - 0.04) / height)
         figure.legend(handles=handles, ncols=columns, bbox_to_anchor=at, columnspacing=1.5, **compact)
 
@@ -216,7 +218,8 @@ def _label(ax: Axes, panel: Panel, metric: Metric) -> None:
         return
     named = _front(_split(panel.measured), metric) + _front(panel.measured, metric)
     named += [m for m in panel.measured if m.placement != "split"]
-    points = {m.label: (m.latency.value, m.quality.value, m.label) for m in named}
+    drawn = short(m.label for m in panel.measured)
+    points = {m.label: (m.latency.value, m.quality.value, drawn[m.label]) for m in named}
     everywhere = [(m.latency.value, m.quality.value) for m in panel.measured]
     lines = [((xs[0], ys[0]), (xs[1], ys[1])) for m in panel.measured for xs, ys in _bars(m)]
     for front in (_front(panel.measured, metric), _front(_split(panel.measured), metric)):

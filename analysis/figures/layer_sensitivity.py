@@ -9,19 +9,44 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.figures import NotInThisRun
 from analysis.figures.style import BLUE, INK, ORANGE, Frame, panel_title, style
+from analysis.run import Run
+from testbed.errors import SpecError
 
 KINDS = {"keys": (BLUE, "", "keys"), "values": (ORANGE, "////", "values")}
+
+
+def is_diagnosis(path: Path) -> bool:
+    """Whether this is a JSON file, or a directory of such files that is no run's."""
+    if path.is_dir():
+        run = ("manifest.json", "trials.jsonl", "trials.parquet")
+        return any(path.glob("*.json")) and not any((path / name).is_file() for name in run)
+    return path.suffix == ".json" and path.is_file()
+
+
+def draw_run(run: Run) -> Figure:
+    """The diagnosis in a run's directory (`testbed guide` leaves one). Raises NotInThisRun where there is none."""
+    from testbed.codecs.quantize.protection import load_diagnosis
+
+    try:
+        return draw(load_diagnosis(run.path / "diagnosis.json"))
+    except SpecError as error:
+        raise NotInThisRun(
+            f"{error}; layer_sensitivity draws a diagnosis: testbed plot FILE, where `testbed diagnose` left it"
+        ) from None
 
 
 def draw_file(path: Path) -> list[Path]:
     """Draws ``layer_sensitivity`` beside a diagnosis file (or the ones in a directory); returns the PNG's and PDF's paths.
 
-    Raises SpecError for a file that is no diagnosis.
+    Raises SpecError for a file that is no diagnosis; in a directory, such files are passed over.
     """
     from testbed.codecs.quantize.protection import load_diagnosis
 
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    files = [path] if path.is_file() else [p for p in sorted(path.glob("*.json")) if _reads(p)]
+    if not files:
+        raise SpecError(f"{path} has no file that `testbed diagnose` wrote")
     written = []
     for file in files:
         with style():
@@ -34,13 +59,23 @@ def draw_file(path: Path) -> list[Path]:
     return written
 
 
+def _reads(path: Path) -> bool:
+    from testbed.codecs.quantize.protection import load_diagnosis
+
+    try:
+        load_diagnosis(path)
+    except SpecError:
+        return False
+    return True
+
+
 def draw(diagnosis: dict[str, Any]) -> Figure:
     """Two panels: the KL from the full cache that quantizing one place alone brings, and what sparing it alone wins back."""
     frame = Frame(
-        title="Which layers cannot stand few bits",
+        title=f"What INT{diagnosis['bits']} does to each layer's keys and values",
         subtitle=(
             f"{diagnosis['model']} · int{diagnosis['bits']} · {diagnosis['task']} at {diagnosis['context_tokens']} tokens, "
-            f"{diagnosis['examples']} examples\n{diagnosis['verdict']}"
+            f"n = {diagnosis['examples']} examples\n{diagnosis['verdict']}"
         ),
         footnotes=[
             "KL of the next-token distributions along the gold answer, teacher-forced, from those of the full cache; bars: mean, "

@@ -13,6 +13,7 @@ from analysis import settings
 from analysis.describe import caveats, subject
 from analysis.figures import NotInThisRun
 from analysis.figures.axes import at_values, limit_scores, limit_seconds
+from analysis.figures.names import short
 from analysis.figures.style import INK, Frame, Mark, bottom_legend, legend_columns, marks, panel_title
 from analysis.run import Run
 from analysis.settings import Measured
@@ -59,7 +60,8 @@ def draw(run: Run) -> Figure:
         )
     named = {m.label: (m.label, m.placement, m.codec) for s in sweeps for p in s.points.values() for m in p}
     looks = marks(named.values())
-    columns = legend_columns(looks)
+    drawn = short(looks)
+    columns = legend_columns(drawn.values())
     frame = Frame(
         title="Latency and quality against the link's "
         + " and ".join(s.condition.label.split(" (")[0].split(",")[0] for s in sweeps),
@@ -82,7 +84,7 @@ def draw(run: Run) -> Figure:
         if index == 0:
             upper.set_ylabel("end-to-end latency (s)")
             lower.set_ylabel("mean score")
-    bottom_legend(figure, frame, [mark.handle(label) for label, mark in looks.items()], columns)
+    bottom_legend(figure, frame, [mark.handle(drawn[label]) for label, mark in looks.items()], columns)
     return figure
 
 

@@ -17,6 +17,7 @@ from analysis import settings, stats
 from analysis.describe import caveats, subject
 from analysis.figures import NotInThisRun, labels
 from analysis.figures.axes import limit_losses
+from analysis.figures.names import short
 from analysis.figures.style import GREY, Frame, Mark, bottom_legend, legend_columns, marks, panel_title
 from analysis.run import Run
 from analysis.settings import DELTA_NLL, KL, Metric
@@ -48,7 +49,8 @@ def draw(run: Run) -> Figure:
     ]
     looks = marks({p.codec: (p.codec, "split", p.codec) for _, _, own in panels for p in own}.values())
     columns = min(len(panels), 2)
-    named = legend_columns(looks, 4)
+    drawn = short(looks)
+    named = legend_columns(drawn.values(), 4)
     frame = Frame(
         title="What is lost for the bits that are sent",
         subtitle=(
@@ -81,7 +83,9 @@ def draw(run: Run) -> Figure:
         if i + columns >= len(panels):
             ax.set_xlabel("payload bits an element of the full cache")
     front = Line2D([], [], **_FRONT, label="Pareto front")  # type: ignore[arg-type]
-    bottom_legend(figure, frame, [front, *(mark.handle(codec) for codec, mark in looks.items())], named)
+    bottom_legend(
+        figure, frame, [front, *(mark.handle(drawn[codec]) for codec, mark in looks.items())], named
+    )
     return figure
 
 
@@ -120,7 +124,10 @@ def _draw(ax: Axes, points: list[Point], looks: dict[str, Mark], metric: Metric)
     across = [((x, y), (end, y)) for x, end, y in zip(xs, ends_x, ys, strict=True)]
     down = [((x, above), (x, y)) for x, above, y in zip(xs[1:], ys, ys[1:], strict=False)]
     everywhere = [(p.bits, p.loss.value) for p in points]
-    labels.place(ax, [(p.bits, p.loss.value, p.codec) for p in front], everywhere, [*bars, *across, *down])
+    drawn = short(p.codec for p in points)
+    labels.place(
+        ax, [(p.bits, p.loss.value, drawn[p.codec]) for p in front], everywhere, [*bars, *across, *down]
+    )
 
 
 def _limit_bits(ax: Axes, bits: list[float]) -> None:

@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from analysis import settings
 from analysis.describe import caveats, subject
 from analysis.figures import NotInThisRun
+from analysis.figures.names import short
 from analysis.figures.style import GREY, INK, Frame, Mark, marks, panel_title
 from analysis.run import Run
 from analysis.settings import QUALITY_FLOOR, Measured
@@ -21,12 +22,15 @@ from testbed.units import format_fraction, format_time
 
 @dataclass(frozen=True)
 class Square:
-    """One link's winner and the runner-up among the settings that hold the quality; None where none does."""
+    """One link's winner and the runner-up among the settings that hold the quality by their estimates; None where none does.
+    `shown`: the winner's interval holds it too.
+    """
 
     profile: str
     loss: float
     best: Measured | None
     second: Measured | None
+    shown: bool
 
 
 Place = tuple[float, float]  #: rate up (bit/s; 0: unlimited), delay up (s)
@@ -58,7 +62,8 @@ def draw(run: Run) -> Figure:
         ),
         footnotes=[
             "Kept: mean score over tasks (each counts equally) at least that share of the full cache's on the "
-            "same examples. Empty: not measured.",
+            "same examples, by the estimate. A name in brackets: its 95 % interval does not show it, which is what "
+            "`testbed recommend` asks for. Empty: not measured.",
             *caveats(run),
         ],
         rows=len(maps),
@@ -93,7 +98,8 @@ def _squares(found: list[tuple[str, pd.DataFrame]], everything: bool) -> dict[Pl
         place = (0.0 if rate != rate else rate, round(float(rows["delay_up_s"].median()), 6))
         loss = float(rows["loss_up"].median())
         if measured:
-            squares.setdefault(place, []).append(Square(name, loss, best, second))
+            shown = best is not None and settings.shown_to_hold(rows[rows["setting"] == best.label])
+            squares.setdefault(place, []).append(Square(name, loss, best, second, shown))
     return squares
 
 
@@ -145,14 +151,14 @@ def _draw_square(ax: Axes, square: Square, x: float, y: float, height: float, lo
     if square.best is None or mark is None:
         ax.text(x + 0.5, y + 0.4 * height, "none keeps it", ha="center", va="center", fontsize=8, color=INK)
         return
-    best = square.best.latency
+    name, best = _short(square.best), square.best.latency
     interval = f" [{best.low:.2f}, {best.high:.2f}]" if best.low == best.low else ""
     middle = y + 0.5 * height
     ax.plot(x + 0.08, middle, **{**mark.options(), "markersize": 8})
     ax.text(
         x + 0.5,
         middle + 0.1 * height,
-        _fitted(ax, square.best.label, 8.6, 0.8),
+        _fitted(ax, name if square.shown else f"({name})", 8.6, 0.8),
         ha="center",
         va="center",
         fontsize=8.6,
@@ -168,7 +174,7 @@ def _draw_square(ax: Axes, square: Square, x: float, y: float, height: float, lo
     )
     if square.second is not None:
         slower = square.second.latency.value / best.value - 1
-        text = f"{square.second.label} +{slower:.0%}"
+        text = f"{_short(square.second)} +{slower:.0%}"
         ax.text(
             x + 0.5,
             y + 0.14 * height,
@@ -178,6 +184,10 @@ def _draw_square(ax: Axes, square: Square, x: float, y: float, height: float, lo
             fontsize=6.8,
             color="#444444",
         )
+
+
+def _short(one: Measured) -> str:
+    return short([one.label])[one.label]
 
 
 def _fitted(ax: Axes, text: str, size: float, share: float = 0.94) -> str:

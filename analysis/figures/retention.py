@@ -14,6 +14,7 @@ from analysis import settings, stats
 from analysis.describe import caveats, subject
 from analysis.figures import NotInThisRun
 from analysis.figures.axes import at_values, limit_losses, limit_scores
+from analysis.figures.names import short
 from analysis.figures.style import Frame, Mark, bottom_legend, legend_columns, marks, panel_title
 from analysis.run import Run
 from analysis.settings import DELTA_NLL, SCORE, Metric
@@ -62,7 +63,8 @@ def draw(run: Run) -> Figure:
     drawn = {(row, i): _curves(own, m) for row, m in enumerate(metrics) for i, (_, own) in enumerate(panels)}
     named = {c.label: (c.label, "split", c.codec) for curves in drawn.values() for c in curves}
     looks = marks(named.values())
-    columns = legend_columns(looks, 4)
+    drawn_names = short(looks)
+    columns = legend_columns(drawn_names.values(), 4)
     frame = Frame(
         title="What is left of the answers when tokens are dropped",
         subtitle=(
@@ -92,7 +94,7 @@ def draw(run: Run) -> Figure:
             ax.set_ylabel("mean score" if metrics[row] is SCORE else "ΔNLL (nats/token)")
         if row == len(metrics) - 1:
             ax.set_xlabel("fraction of context tokens kept")
-    bottom_legend(figure, frame, [m.handle(label) for label, m in looks.items()], columns)
+    bottom_legend(figure, frame, [m.handle(drawn_names[label]) for label, m in looks.items()], columns)
     return figure
 
 

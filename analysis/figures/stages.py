@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from analysis import settings, stats
 from analysis.describe import caveats, conditions, subject
+from analysis.figures.names import short
 from analysis.figures.style import (
     BLUE,
     GREEN,
@@ -62,7 +63,7 @@ def draw(run: Run) -> Figure:
         columns=columns,
         panel=0.1 + 0.205 * bars,
         legend=0.2 * math.ceil(len(stages) / 4) + 0.14,
-        left=0.2 + 0.072 * max(map(len, order)),
+        left=0.2 + 0.072 * max(map(len, short(order).values())),
         between=0.22,
     )
     figure, axes = frame.figure()
@@ -136,7 +137,7 @@ def _draw_panel(ax: Axes, name: str, rows: pd.DataFrame, stages: list[str], name
             fontsize=7.6,
             color=INK,
         )
-    ax.set_yticks(places, names)
+    ax.set_yticks(places, list(short(names).values()))
     ax.set_ylim(len(names) - 0.4, -0.6)
     width = ax.get_window_extent().width / ax.figure.dpi
     ax.set_xlim(

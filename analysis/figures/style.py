@@ -126,7 +126,9 @@ def _codec_mark(codec: str, shapes: dict[str, tuple[str, str]], spare: Any) -> M
     marker, color = shapes[name]
     kept = float(selector[2]) if selector and selector[2].count(".") <= 1 else 1.0
     size = 5.2 + 3.2 * min(1.0, max(0.0, kept)) ** 0.75 if selector else 7.5
-    return Mark(marker, color, _FILLS.get(int(bits[1]) if bits else 16, "bottom"), size)
+    # Without a quantizer 16 bits stay; one whose bits the name does not say, such as mixed precision, is "other".
+    plain = 16 if selector and "+" not in codec else 0
+    return Mark(marker, color, _FILLS.get(int(bits[1]) if bits else plain, "bottom"), size)
 
 
 @dataclass(frozen=True)

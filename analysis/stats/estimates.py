@@ -59,6 +59,26 @@ def _codes(labels: npt.NDArray[Any]) -> npt.NDArray[np.intp]:
     return np.unique(labels.astype(str), return_inverse=True)[1].reshape(-1)
 
 
+def by_example(sides: list[Floats], examples: npt.NDArray[Any], strata: npt.NDArray[Any]) -> list[Floats]:
+    """For each stratum its examples' means of each side: [sides, examples]."""
+    tasks = _codes(strata)
+    found = []
+    for task in range(int(tasks.max()) + 1):
+        own = tasks == task
+        codes = _codes(examples[own])
+        weights = np.bincount(codes)
+        found.append(np.stack([np.bincount(codes, weights=side[own]) / weights for side in sides]))
+    return found
+
+
+def expanded(
+    point: float, draws: Floats, least: int, confidence: float, method: Any = "linear"
+) -> tuple[float, float]:
+    """The ends of a bootstrap interval, expanded for the smallest stratum's `least` examples; it holds the point."""
+    low, high = np.quantile(draws, _tails(least, confidence), method=method)
+    return min(float(low), point), max(float(high), point)
+
+
 def _resampled_means(
     values: Floats, resamples: int, bounds: tuple[float, float] | None, seed: np.random.Generator
 ) -> Floats:
@@ -97,21 +117,15 @@ def mean(
     data, (examples, tasks) = _clean(values, labels, strata)
     if not len(data):
         return NOTHING
-    task_codes = _codes(tasks)
-    point, draws, sizes = 0.0, np.zeros(resamples), []
+    groups = by_example([data], examples, tasks)
+    point, draws, sizes = 0.0, np.zeros(resamples), [own.shape[1] for own in groups]
     generator = np.random.default_rng(seed)
-    count = int(task_codes.max()) + 1
-    for task in range(count):
-        own = task_codes == task
-        codes = _codes(examples[own])
-        averaged = np.bincount(codes, weights=data[own]) / np.bincount(codes)
-        sizes.append(len(averaged))
-        point += float(averaged.mean()) / count
-        draws += _resampled_means(averaged, resamples, bounds, generator) / count
+    for (averaged,) in groups:
+        point += float(averaged.mean()) / len(groups)
+        draws += _resampled_means(averaged, resamples, bounds, generator) / len(groups)
     if min(sizes) < 2:
         return Estimate(point, float("nan"), float("nan"), sum(sizes))
-    low, high = np.quantile(draws, _tails(min(sizes), confidence))
-    return Estimate(point, min(float(low), point), max(float(high), point), sum(sizes))
+    return Estimate(point, *expanded(point, draws, min(sizes), confidence), sum(sizes))
 
 
 def median(

@@ -22,8 +22,8 @@ from analysis.stats.estimates import (
     Estimate,
     Floats,
     _clean,
-    _codes,
-    _tails,
+    by_example,
+    expanded,
     mean,
 )
 
@@ -74,11 +74,11 @@ def difference(
     change = np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
     estimate = mean(change, clusters, strata, confidence=confidence, resamples=resamples, seed=seed)
     labels = np.arange(np.size(change)) if clusters is None else clusters
-    data, (examples, _) = _clean(change, labels, strata)
+    data, (examples, tasks) = _clean(change, labels, strata)
     if not len(data):
         return Difference(NAN, NAN, NAN, 0, NAN, NAN)
-    codes = _codes(examples)
-    averaged = np.bincount(codes, weights=data) / np.bincount(codes)
+    groups = [own for (own,) in by_example([data], examples, tasks)]
+    averaged = np.concatenate(groups)
     n = estimate.n
     if n < 2:
         return Difference(estimate.value, NAN, NAN, n, NAN, NAN)
@@ -87,7 +87,7 @@ def difference(
         unseen, most = _unseen(bounds, confidence, n), bounds[1] - bounds[0]
         ends = max(-most, estimate.value - unseen), min(most, estimate.value + unseen)
         return Difference(estimate.value, *ends, n, p, unseen)
-    detectable = smallest_detectable(_spread(averaged, codes, strata, np.asarray(change)), n)
+    detectable = smallest_detectable(_spread(groups), n)
     return Difference(estimate.value, estimate.low, estimate.high, n, p, detectable)
 
 
@@ -98,19 +98,10 @@ def _unseen(bounds: tuple[float, float], confidence: float, n: int) -> float:
     return float((bounds[1] - bounds[0]) * (1 - ((1 - confidence) / 2) ** (1 / n)))
 
 
-def _spread(
-    averaged: Floats, codes: npt.NDArray[np.intp], strata: npt.ArrayLike | None, change: Floats
-) -> float:
+def _spread(groups: list[Floats]) -> float:
     """Standard deviation of the examples' differences, within their strata."""
-    if strata is None:
-        return float(averaged.std(ddof=1))
-    tasks = _codes(np.asarray(strata)[np.isfinite(change.ravel())])
-    of = np.zeros(len(averaged), dtype=np.intp)
-    of[codes] = tasks
-    means = np.bincount(of, weights=averaged) / np.maximum(1, np.bincount(of))
-    rest = averaged - means[of]
-    freedom = max(1, len(averaged) - len(np.unique(of)))
-    return float(np.sqrt((rest**2).sum() / freedom))
+    squares = sum(float(((own - own.mean()) ** 2).sum()) for own in groups)
+    return float(np.sqrt(squares / max(1, sum(map(len, groups)) - len(groups))))
 
 
 def signed_rank(differences: npt.ArrayLike) -> float:
@@ -170,18 +161,13 @@ def ratio(
     both = np.isfinite(above) & np.isfinite(below)
     if not both.any():
         return NOTHING
-    above, below, labels, tasks = above[both], below[both], labels[both], _codes(groups[both])
+    above, below = above[both], below[both]
+    pairs = by_example([above, below], labels[both], groups[both])
     generator = np.random.default_rng(seed)
-    count = int(tasks.max()) + 1
-    points, draws, sizes = np.zeros(2), np.zeros((2, resamples)), []
-    for task in range(count):
-        own = tasks == task
-        codes = _codes(labels[own])
-        weights = np.bincount(codes)
-        pair = np.stack([np.bincount(codes, weights=side[own]) / weights for side in (above, below)])
-        sizes.append(pair.shape[1])
-        points += pair.mean(axis=1) / count
-        draws += pair[:, generator.integers(0, sizes[-1], (resamples, sizes[-1]))].mean(axis=2) / count
+    points, draws, sizes = np.zeros(2), np.zeros((2, resamples)), [pair.shape[1] for pair in pairs]
+    for pair, size in zip(pairs, sizes, strict=True):
+        points += pair.mean(axis=1) / len(pairs)
+        draws += pair[:, generator.integers(0, size, (resamples, size))].mean(axis=2) / len(pairs)
     if not points[1] > 0:
         return Estimate(NAN, NAN, NAN, sum(sizes))
     point = float(points[0] / points[1])
@@ -192,5 +178,4 @@ def ratio(
         return Estimate(point, 1 - unseen, 1 + unseen, sum(sizes))
     with np.errstate(divide="ignore", invalid="ignore"):
         drawn = np.where(draws[1] > 0, draws[0] / draws[1], np.inf)
-    low, high = np.quantile(drawn, _tails(min(sizes), confidence), method="nearest")
-    return Estimate(point, min(float(low), point), max(float(high), point), sum(sizes))
+    return Estimate(point, *expanded(point, drawn, min(sizes), confidence, "nearest"), sum(sizes))
