@@ -25,6 +25,7 @@ from analysis.run import Run
 from analysis.settings import DELTA_NLL, QUALITY_FLOOR, SCORE, Measured, Metric
 
 _FULL: dict[str, Any] = {"color": INK, "lw": 0.9, "ls": (0, (5, 3))}
+MOST_NAMED = 8  #: settings named in a panel; more would cover each other
 _FRONT: dict[str, Any] = {"color": GREY, "lw": 2.2, "alpha": 0.55}
 _SPLIT_FRONT: dict[str, Any] = {"color": INK, "lw": 1.0, "ls": (0, (1, 1.6))}
 _RING: dict[str, Any] = {
@@ -213,19 +214,32 @@ def _draw_front(ax: Axes, front: list[Measured], look: dict[str, Any]) -> None:
 
 
 def _label(ax: Axes, panel: Panel, metric: Metric) -> None:
-    """Name the members of both fronts and the placements in the panel itself; the legend names all."""
+    """Name the members of both fronts and the placements in the panel itself, some where they are many; the legend names all."""
     if not panel.measured:
         return
     named = _front(_split(panel.measured), metric) + _front(panel.measured, metric)
     named += [m for m in panel.measured if m.placement != "split"]
     drawn = short(m.label for m in panel.measured)
-    points = {m.label: (m.latency.value, m.quality.value, drawn[m.label]) for m in named}
+    points = {
+        m.label: (m.latency.value, m.quality.value, drawn[m.label]) for m in _thinned(named, panel.chosen)
+    }
     everywhere = [(m.latency.value, m.quality.value) for m in panel.measured]
     lines = [((xs[0], ys[0]), (xs[1], ys[1])) for m in panel.measured for xs, ys in _bars(m)]
     for front in (_front(panel.measured, metric), _front(_split(panel.measured), metric)):
         lines += _steps(ax, front)
     lines.append(((ax.get_xlim()[0], panel.full), (ax.get_xlim()[1], panel.full)))
     labels.place(ax, list(points.values()), everywhere, [line for line in lines if np.isfinite(line).all()])
+
+
+def _thinned(named: list[Measured], chosen: list[Measured]) -> list[Measured]:
+    """At most `MOST_NAMED`: what is chosen, the placements, and of the rest every so many, from the fastest on."""
+    distinct = list({m.label: m for m in named}.values())
+    if len(distinct) <= MOST_NAMED:
+        return distinct
+    first = [m for m in distinct if m.placement != "split" or any(m is c for c in chosen)]
+    rest = sorted((m for m in distinct if m not in first), key=lambda m: m.latency.value)
+    room = max(1, MOST_NAMED - len(first))
+    return first + [rest[i * (len(rest) - 1) // max(1, room - 1)] for i in range(min(room, len(rest)))]
 
 
 def _steps(ax: Axes, front: list[Measured]) -> list[labels.Segment]:
