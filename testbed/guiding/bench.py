@@ -60,7 +60,7 @@ class Bench(Run):
     ) -> None:
         super().__init__(plan, directory, watch)
         # What failed is tried again: a step is judged by all of its examples.
-        self._done = {trial: row for trial, row in self._done.items() if not row.get("error")}
+        self._done = {row["trial"] for row in directory.rows() if "trial" in row and not row.get("error")}
         self._procedure = procedure
         self._made: list[Batch] = []
 
