@@ -21,7 +21,9 @@ from testbed.net.calibrate import calibrate
 from testbed.net.emulators import Attachment
 from testbed.net.emulators.namespace import inside
 from testbed.net.emulators.userspace import start_time
+from testbed.net.fabric import Fabric
 from testbed.net.profile import parse_profile
+from testbed.net.topology import Link, Node, Topology
 from tests.net.wire import Conditioned, Wire, wire
 
 pytestmark = [pytest.mark.netns, pytest.mark.netem]
@@ -255,3 +257,21 @@ def test_a_kept_link_goes_on_following_and_can_be_put_under_another_trace(net: W
     net.exec("a", "ping", "-c", "1", net.address("b"))
     found.detach()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_records_what_follows_its_traces_and_takes_it_down(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("TESTBED_STATE", str(tmp_path))
+    before = parse_profile("rate=5mbit,delay=1ms")
+    topology = Topology("t", (Node("a"), Node("b")), (Link("wan", "a", "b", before, None),))
+    with Fabric.build(topology, "netem") as fabric:
+        assert fabric.state.processes == ()
+        fabric.apply("wan", parse_profile("delay=1ms,sine:1mbit..2mbit*1s"))
+        (process,) = fabric.state.processes
+        assert start_time(process.pid) == process.started
+        assert (
+            Path(f"/proc/{process.pid}/ns/net").stat().st_ino
+            == Path(f"/run/netns/{fabric.state.wire}").stat().st_ino
+        )
+    assert start_time(process.pid) != process.started

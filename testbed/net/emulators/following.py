@@ -29,6 +29,7 @@ from testbed.net.emulators.shaping import HOLD, RELEASE, Plug, TokenBucket
 
 STEP_S = 8e-3
 """From one step to the next. They must not be further apart than 10 ms, and no step is on time to the microsecond."""
+_CLOSEST_S = 1e-3  # in less time, a rate means nothing
 _LOOK_S = 1.0  # how often an idle process looks whether its parent still lives
 _LATENCY64, _NS_PER_TICK, _FULL = 10, 64, 0xFFFFFFFF
 _QOPT_BYTES = 24  # struct tc_netem_qopt, in front of netem's attributes
@@ -49,6 +50,19 @@ class Way:
         self._pacer: Pacer | None = None
         if schedule.opportunity_bytes or schedule.rates is not None:
             self._pacer = Pacer(schedule, orders["mtu"], monotonic(), self._counted()[0])
+
+    def until(self, now: float, latest: float) -> float:
+        """When the next step is to be, no later than *latest*: in time for what a step cannot do ahead of time."""
+        schedule = self.schedule
+        if (
+            schedule.rates is not None
+            and schedule.rate_at(now) != 0
+            and schedule.delays is schedule.losses is None
+        ):
+            return latest  # a rate's change within a step is part of the step's bytes; an outage must not end early
+        if isinstance(schedule, Deliveries):
+            return latest
+        return max(now + _CLOSEST_S, min(latest, schedule.next_change(now)))
 
     def step(self, now: float, until: float) -> None:
         """Sets what holds from *now* to *until*. Raises NetworkError where the qdiscs are gone."""
@@ -143,13 +157,14 @@ class Follower:
         return max(0.0, self.due - now) if self._ways else _LOOK_S
 
     def step(self, now: float) -> None:
-        """Every way's step. The next one is due a step after this one was, or comes after what was missed."""
+        """Every way's step. The next one is due a step after this one was, after what was missed, or sooner for a change."""
         if not self._ways:
             return
         late = now - self.due
         self.due += STEP_S * (1 + max(0.0, late) // STEP_S)
-        if self.due - now < STEP_S / 8:  # no time in which a rate could mean something
+        if self.due - now < _CLOSEST_S:
             self.due += STEP_S
+        self.due = min(followed.until(now, self.due) for followed in self._ways.values())
         for way, followed in self._ways.items():
             followed.step(now, self.due)
             self._lateness[way][1] = max(self._lateness[way][1], late)
