@@ -20,17 +20,12 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
 from testbed.codecs import registry
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.entropy.measure import entropy
 from testbed.codecs.evidence import Evidence
 from testbed.codecs.kept import Kept
-from testbed.codecs.layout import Part, packed_bytes
-from testbed.codecs.quantize.protection import Kind
-from testbed.codecs.ragged import flatten
-from testbed.codecs.shapes import dtype_name
+from testbed.codecs.layout import packed_bytes
 from testbed.diagnosis.choose import interval
 from testbed.endpoints.gathering import gather
 from testbed.models.kvcache import KVCache, join
@@ -84,8 +79,8 @@ def size_of(codec: Codec, cache: KVCache, kept: Kept | None, payload_bytes: int)
     """The figures of a payload that `codec` made of these tokens of the cache."""
     bits = packed_bits = 0.0
     symbols_sum = elements = symbol_bytes = 0
-    for part, symbols in _symbols(codec, cache, kept):
-        width = codec.quantizer.symbol_bits(part)
+    for piece, symbols in codec.symbols(cache, kept):
+        part, width = piece.part, piece.bits
         elements += part.elements
         symbols_sum += symbols.numel()
         symbol_bytes += packed_bytes(symbols.numel(), width)
@@ -114,22 +109,6 @@ def size_of(codec: Codec, cache: KVCache, kept: Kept | None, payload_bytes: int)
         coded_of_entropy=(payload_bytes - beside) / (bits / 8),
         payload_of_promise=payload_bytes / (beside + bits / 8),
     )
-
-
-def _symbols(codec: Codec, cache: KVCache, kept: Kept | None) -> list[tuple[Part, Tensor]]:
-    """Each part's symbols as the quantizer makes them, before a coder."""
-    held = flatten(kept.apply(cache) if kept else cache)
-    dtype = dtype_name(held)
-    if codec.transform:
-        held, _ = codec.transform.encode(held, codec.quantizer)
-    found = []
-    for i, layer in enumerate(held.layers):
-        both: tuple[tuple[Kind, Tensor], ...] = (("keys", layer.keys), ("values", layer.values))
-        for kind, values in both:
-            heads, tokens, width = values.shape
-            part = Part(i, kind, heads, tokens, width, dtype)
-            found.append((part, codec.quantizer.encode(part, values)[0]))
-    return found
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -66,6 +66,35 @@ class Codec:
         """
         import torch
 
+        held, header, layout, behind = self._prepared(cache, kept)
+        if self.quantizer.embedded:
+            return self._encode_planes(held, header, layout, behind)
+        if self.coder:
+            return self._encode_coded(self.coder, held, header, layout, behind)
+        body_bytes = layout.side_bytes + layout.symbol_bytes
+        payload, at = container.allocate(header, body_bytes + len(behind))
+        body = torch.from_numpy(payload[at : at + body_bytes])
+        target = body if held.device.type == "cpu" else torch.empty_like(body, device=held.device)
+        side, packed = target[: layout.side_bytes], target[layout.side_bytes :]
+        writer = Writer(self.quantizer, held, layout, side, packed)
+        runs(writer.write, len(layout.pieces), held.device)
+        if target is not body:
+            body.copy_(target)
+        payload[at + body_bytes :] = np.frombuffer(behind, dtype=np.uint8)
+        return container.seal(payload)
+
+    def symbols(self, cache: KVCache, kept: Kept | None = None) -> Iterator[tuple[Piece, Tensor]]:
+        """Each part's uint8 symbols as the quantizer makes them, before they are packed or coded. Raises as `encode` does."""
+        import torch
+
+        held, _, layout, _ = self._prepared(cache, kept)
+        side = torch.empty(layout.side_bytes, dtype=torch.uint8, device=cache.device)
+        writer = Writer(self.quantizer, held, layout, side, side.new_empty(0))
+        for i, piece in enumerate(layout.pieces):
+            yield piece, writer.symbols(i).flatten()
+
+    def _prepared(self, cache: KVCache, kept: Kept | None) -> tuple[KVCache, Header, Layout, bytes]:
+        """What is to be quantized, what the payload says of it, and the bytes behind the symbols."""
         held = kept.apply(cache) if kept else cache
         dtype = dtype_name(held)
         groups, lists, position_bytes = describe(held)
@@ -74,22 +103,7 @@ class Codec:
         if self.transform:
             held, extra = self.transform.encode(held, self.quantizer)
         header = Header(str(self.spec), cache.length, dtype, groups, lists, [], len(extra))
-        layout = lay_out(header.parts(), self.quantizer)
-        if self.quantizer.embedded:
-            return self._encode_planes(held, header, layout, position_bytes + extra)
-        if self.coder:
-            return self._encode_coded(self.coder, held, header, layout, position_bytes + extra)
-        body_bytes = layout.side_bytes + layout.symbol_bytes
-        payload, at = container.allocate(header, body_bytes + len(position_bytes) + len(extra))
-        body = torch.from_numpy(payload[at : at + body_bytes])
-        target = body if held.device.type == "cpu" else torch.empty_like(body, device=held.device)
-        side, packed = target[: layout.side_bytes], target[layout.side_bytes :]
-        writer = Writer(self.quantizer, held, layout, side, packed)
-        runs(writer.write, len(layout.pieces), held.device)
-        if target is not body:
-            body.copy_(target)
-        payload[at + body_bytes :] = np.frombuffer(position_bytes + extra, dtype=np.uint8)
-        return container.seal(payload)
+        return held, header, lay_out(header.parts(), self.quantizer), position_bytes + extra
 
     def _encode_coded(
         self, coder: Coder, cache: KVCache, header: Header, layout: Layout, behind: bytes
@@ -240,7 +254,7 @@ def _dequantize(
 
     dtype = torch.float32 if codec.transform else torch_dtype(header.dtype)
     device = torch.device(device)
-    reader = Reader(codec.quantizer, layout, side, dtype, device)
+    reader = Reader(codec.quantizer, layout, as_tensor(side).to(device), dtype, device)
     found = _symbols(codec.coder, header, layout, symbols, device)
     by_part = codec.coder is not None  # expanded and read while it is close to the core
 

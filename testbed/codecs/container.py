@@ -29,7 +29,7 @@ from testbed.codecs.positions import PositionList
 from testbed.codecs.spec import LONGEST
 from testbed.errors import PayloadError
 
-MAGIC, VERSION = b"TBKV", 2
+MAGIC, VERSION = b"TBKV", 3
 MOST_LAYERS, MOST_HEADS, MOST_DIMENSIONS, MOST_TOKENS = 512, 1024, 1 << 14, 1 << 22
 _MOST_HEADER = 1 << 24  # a position list for each of 512 × 1024 heads
 _PREFIX, _CHECKSUM = struct.Struct("<4sHHIQ"), struct.Struct("<I")
@@ -81,10 +81,10 @@ class Header(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields
 
     def parts(self) -> list[Part]:
         """Keys and values of every layer, in the payload's order."""
-        parts = []
-        for i, group in enumerate(self.layers):
-            parts.append(Part(i, "keys", *group.held, group.head_dim, self.dtype))
-            parts.append(Part(i, "values", *group.held, group.value_dim, self.dtype))
+        parts, layers = [], self.layers
+        for i, group in enumerate(layers):
+            parts.append(Part(i, "keys", *group.held, group.head_dim, self.dtype, len(layers)))
+            parts.append(Part(i, "values", *group.held, group.value_dim, self.dtype, len(layers)))
         return parts
 
 

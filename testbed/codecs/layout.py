@@ -23,6 +23,7 @@ class Part:
     tokens: int
     head_dim: int
     dtype: str  #: "float16" or "bfloat16"
+    layers: int | None = None  #: how many the cache has; None where that is not known
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -95,9 +96,10 @@ def expected_bytes(spec: CodecSpec, layers: Iterable[tuple[int, int, int, int | 
     ratio = getattr(spec.selector, "ratio", 1.0)
     kept = max(1, round(ratio * tokens)) if tokens else 0
     parts = []
-    for i, (heads, head_dim, value_dim, window) in enumerate(layers):
+    every = list(layers)
+    for i, (heads, head_dim, value_dim, window) in enumerate(every):
         held = kept if window is None else tokens
-        parts.append(Part(i, "keys", heads, held, head_dim, "float16"))
-        parts.append(Part(i, "values", heads, held, value_dim, "float16"))
+        parts.append(Part(i, "keys", heads, held, head_dim, "float16", len(every)))
+        parts.append(Part(i, "values", heads, held, value_dim, "float16", len(every)))
     layout = lay_out(parts, cast(Quantizer, spec.quantizer))
     return 128 + (tokens // 8 if kept < tokens else 0) + layout.side_bytes + layout.symbol_bytes

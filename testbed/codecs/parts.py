@@ -77,17 +77,16 @@ class Writer:
 
 
 class Reader:
-    """Reads parts from a layout's `side` section, of a payload, into one block of memory on `device`.
+    """Reads parts, whose layout's `side` section (uint8) is on `device`, into one block of memory there.
 
     targets: each part's values to be, [kv_heads, tokens, head_dim] of `dtype`, in the layout's order.
     """
 
     def __init__(
-        self, quantizer: Quantizer, layout: Layout, side: memoryview, dtype: torch.dtype, device: torch.device
+        self, quantizer: Quantizer, layout: Layout, side: Tensor, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.quantizer, self.pieces = quantizer, layout.pieces
-        numbers = as_tensor(side).to(device)
-        self._numbers = numbers.clone() if numbers.data_ptr() % ALIGNMENT else numbers
+        self._numbers = side.clone() if side.data_ptr() % ALIGNMENT else side
         self.targets = _targets(layout, dtype, device)
         self._table = _Table(quantizer, layout, self.targets)
         self._table.set_addresses(self.targets, self._numbers)

@@ -100,7 +100,7 @@ class Probe:
 
 def quantized(cache: KVCache, bits: int) -> KVCache:
     """The cache as `Integer` of that width (16: none) gives it back."""
-    method: Quantizer = FP16() if bits == 16 else INTEGERS[bits]()  # type: ignore[call-arg]
+    method: Quantizer = FP16() if bits == 16 else INTEGERS[bits]()
     dtype = str(cache.dtype).removeprefix("torch.")
     layers = []
     for i, layer in enumerate(cache.layers):

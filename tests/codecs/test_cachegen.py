@@ -38,12 +38,14 @@ def cache_of(name: str) -> KVCache:
     return ragged_cache() if name == "ragged" else make_cache(name)
 
 
-def released_bins(kind: str, layer: int, level: int) -> int:
-    return next(
-        ({4: 64} | bins)[level]
-        for what, first, last, bins in RELEASED
-        if what == kind and first <= layer <= last
-    )
+def released_bins(kind: str, layer: int, level: int, layers: int = 32) -> int:
+    """Of a layer of a model of so many: those of the stretch of the release that begins at the same depth or before."""
+    stretches = [(first, bins) for what, first, _, bins in RELEASED if what == kind]
+    starts = [0, *(max(1, int(first * layers / 32 + 0.5)) for first, _ in stretches[1:])]
+    found = [
+        ({4: 64} | bins)[level] for start, (_, bins) in zip(starts, stretches, strict=True) if start <= layer
+    ]
+    return found[-1]
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
@@ -51,8 +53,26 @@ def test_bins_are_those_of_the_release(level: int) -> None:
     method = parse(f"cachegen(level={level})").quantizer
     for layer in range(32):
         for kind in ("keys", "values"):
-            part = Part(layer, kind, 2, 3, 4, "float16")  # type: ignore[arg-type]
-            assert method.bins(part) == released_bins(kind, layer, level)  # type: ignore[attr-defined]
+            part = Part(layer, kind, 2, 3, 4, "float16", 32)  # type: ignore[arg-type]
+            bins = next(b for what, first, last, b in RELEASED if what == kind and first <= layer <= last)
+            assert method.bins(part) == bins[level]  # type: ignore[attr-defined]
+
+
+def test_bins_change_at_the_same_depth_in_models_of_other_depth() -> None:
+    method = parse("cachegen(level=1)").quantizer
+
+    def changes(kind: str, layers: int) -> list[int]:
+        bins = [
+            method.bins(Part(i, kind, 2, 3, 4, "float16", layers))  # type: ignore[attr-defined, arg-type]
+            for i in range(layers)
+        ]
+        return [i for i in range(1, layers) if bins[i] != bins[i - 1]]
+
+    # level 1 has 16, 16, 12 bins for keys, 16, 12 for values: tenths of 32 layers are 10 / 32 of any number
+    assert changes("keys", 32) == [20] and changes("values", 32) == [2]
+    assert changes("keys", 80) == [50] and changes("values", 80) == [5]
+    assert changes("keys", 30) == [19] and changes("values", 30) == [2]
+    assert changes("values", 4) == [1]
 
 
 def step(x: Tensor, most: int, dtype: torch.dtype) -> Tensor:
@@ -77,7 +97,7 @@ def test_elements_are_within_half_a_step_and_all_else_comes_back(text: str, name
             assert getattr(ours, kind).dtype == getattr(theirs, kind).dtype
             if not x.numel():
                 continue
-            most = released_bins(kind, i, level) // 2 - 1
+            most = released_bins(kind, i, level, len(cache.layers)) // 2 - 1
             bound = step(x, most, cache.dtype).expand_as(x) / 2
             if anchor:
                 anchors = x[:, ::anchor]
@@ -105,7 +125,7 @@ def test_the_payload_is_never_above_its_packed_symbols(text: str, name: str) -> 
     for i, layer in enumerate(cache.layers):
         for kind, x in (("keys", layer.keys), ("values", layer.values)):
             anchors = -(-x.shape[1] // anchor) if anchor else 0
-            most = 2 * (released_bins(kind, i, method.level) // 2 - 1)  # type: ignore[attr-defined]
+            most = 2 * (released_bins(kind, i, method.level, len(cache.layers)) // 2 - 1)  # type: ignore[attr-defined]
             others = x.shape[1] - anchors
             bits += x.shape[0] * x.shape[2] * (others * most.bit_length() + 8 * anchors) + 16 * x.shape[1]
     assert size <= 1.02 * bits / 8 + 1024

@@ -120,6 +120,7 @@ def _values(name: str, kind: str, choices: tuple[str, ...]) -> st.SearchStrategy
         "outliers": st.floats(0, 0.5),
         "low": st.sampled_from([2, 3]),
         "high": st.sampled_from([4, 8, 16]),
+        "table": st.sampled_from(["none", "0f" * 16, "some/where.tables"]),
         "protect": st.sampled_from(["auto", "none", "K0", "K3.V7.12", "K0-5.11", "some/where.json"]),
         "residual": st.integers(0, 65536),
         "seed": st.integers(0, 2**31 - 1),

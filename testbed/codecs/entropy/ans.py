@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from testbed.codecs.entropy import Coder
+from testbed.codecs.entropy import Coder, tables
 from testbed.codecs.layout import Piece
-from testbed.errors import PayloadError
+from testbed.errors import PayloadError, SpecError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
     Symbols = npt.NDArray[np.uint8]
     Counts = npt.NDArray[np.int64]
 
-_PART, _CHANNEL, _BYTES = 0, 1, 2  # what shares a table
+_PART, _CHANNEL, _BYTES, _KNOWN = (
+    0,
+    1,
+    2,
+    3,
+)  # what shares a table; by channel, of tables that both sides have
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,9 @@ class ANS(Coder):
     tables: a frequency table for each channel of a head, for the whole part, or whichever makes fewer bytes (auto). A
     table takes 2^bits bytes of the payload: frequencies relative to the most frequent symbol, which has 255. Values of
     16 bits are coded as two bytes with a table each.
+    table: a file of tables by channel that were counted beforehand (``python -m testbed.diagnosis.tables``), or the hash that
+    names them: they take no bytes, and are used for each part that they suit better than its own. The payload names the hash,
+    and a machine that has no such tables refuses it.
     """
 
     name: ClassVar[str] = "ans"
@@ -33,6 +42,22 @@ class ANS(Coder):
     packed: ClassVar[bool] = False
 
     tables: Literal["auto", "part", "channel"] = "auto"
+    table: str = "none"
+
+    @property
+    def refers(self) -> bool:
+        return self.table != "none" and not tables.is_name(self.table)
+
+    def bound(self, model: str | None) -> ANS:
+        if not self.refers:
+            return self
+        return replace(self, table=tables.save(tables.load(Path(self.table).expanduser())[1])[0])
+
+    def _known(self, piece: Piece) -> Symbols | None:
+        """Frequencies that both sides have for a part's channels, where they do."""
+        if self.table == "none" or _CHANNEL not in _modes(piece):
+            return None
+        return tables.known(self.table).rows(piece)
 
     def compress(self, piece: Piece, data: memoryview) -> bytes:
         import numpy as np
@@ -48,14 +73,19 @@ class ANS(Coder):
             rows = _rows(piece, mode, symbols)
             counts = np.stack([np.bincount(row, minlength=width) for row in rows])
             costs[mode] = (_bits(counts) + 8 * counts.size, rows, counts)
+        known = self._known(piece)
+        if known is not None:
+            rows = _rows(piece, _CHANNEL, symbols)
+            counts = np.stack([np.bincount(row, minlength=width) for row in rows])
+            costs[_KNOWN] = (_cross_bits(counts, known), rows, counts)
         mode = min(costs, key=lambda mode: costs[mode][0])
         _, rows, counts = costs[mode]
-        table = _rounded(counts)
+        table = known if known is not None and mode == _KNOWN else _rounded(counts)
         coder = _ans().AnsCoder()
         for row, frequencies in zip(rows[::-1], table[::-1], strict=True):
             coder.encode_reverse(row.astype(np.int32), _model(frequencies))
         words = coder.get_compressed().astype("<u4")
-        return bytes([mode]) + table.tobytes() + words.tobytes()
+        return bytes([mode]) + (b"" if mode == _KNOWN else table.tobytes()) + words.tobytes()
 
     def expand(self, piece: Piece, data: memoryview) -> bytes:
         import numpy as np
@@ -64,13 +94,17 @@ class ANS(Coder):
         if not size:
             raise PayloadError("ans: bytes for a part without symbols")
         mode = data[0] if len(data) else -1
-        if mode not in _modes(piece):
+        known = self._known_here(piece) if mode == _KNOWN else None
+        if mode not in _modes(piece) and known is None:
             raise PayloadError(f"ans: a part whose tables are of kind {mode}")
-        rows = _rows(piece, mode, np.empty(size, dtype=np.uint8))
-        table_bytes = rows.shape[0] * _widths(piece)
+        shared = _CHANNEL if mode == _KNOWN else mode
+        rows = _rows(piece, shared, np.empty(size, dtype=np.uint8))
+        table_bytes = 0 if known is not None else rows.shape[0] * _widths(piece)
         if (len(data) - 1 - table_bytes) % 4 or len(data) <= table_bytes:
             raise PayloadError(f"ans: {len(data)} bytes do not hold {rows.shape[0]} tables and words")
-        table = np.frombuffer(data[1 : 1 + table_bytes], dtype=np.uint8).reshape(rows.shape[0], -1)
+        table = known
+        if table is None:
+            table = np.frombuffer(data[1 : 1 + table_bytes], dtype=np.uint8).reshape(rows.shape[0], -1)
         if not (table.max(1) == 255).all():
             raise PayloadError("ans: a table that no encoder writes")
         words = np.frombuffer(data[1 + table_bytes :], dtype="<u4").astype(np.uint32)
@@ -82,7 +116,14 @@ class ANS(Coder):
             raise PayloadError(f"ans: {str(error)[:80]}") from None
         if not coder.is_empty():
             raise PayloadError("ans: bytes behind the last symbol")
-        return _unrowed(piece, mode, rows).tobytes()
+        return _unrowed(piece, shared, rows).tobytes()
+
+    def _known_here(self, piece: Piece) -> Symbols | None:
+        """`_known` of a payload's part; PayloadError where this machine lacks the tables that it names."""
+        try:
+            return self._known(piece)
+        except SpecError as error:
+            raise PayloadError(f"ans: {error}") from None
 
 
 def _ans() -> Any:
@@ -151,9 +192,22 @@ def _bits(counts: Counts) -> float:
     return float(-(counts * np.log2(np.maximum(counts, 1) / totals)).sum())
 
 
+def _cross_bits(counts: Counts, known: Symbols) -> float:
+    """What symbols of these counts take by tables that were not counted of them."""
+    import numpy as np
+
+    share = known / known.sum(1, keepdims=True, dtype=np.float64)
+    return float(-(counts * np.log2(share)).sum())
+
+
 def _rounded(counts: Counts) -> Symbols:
     """Frequencies in a byte: 255 for the most frequent symbol, at least 1 for one that occurs."""
     import numpy as np
 
     scaled = np.rint(counts * (255 / counts.max(1, keepdims=True)))
     return np.where(counts > 0, np.maximum(scaled, 1), 0).astype(np.uint8)
+
+
+def rows_by_channel(piece: Piece, symbols: Symbols) -> Symbols | None:
+    """A part's flat symbols, [kv_heads · channels, tokens]; None where they are not an element each."""
+    return _rows(piece, _CHANNEL, symbols) if _CHANNEL in _modes(piece) and len(symbols) else None

@@ -21,8 +21,8 @@ LEVELS = {
     3: ((32, 32, 32), (32, 32)),
     4: ((64, 64, 64), (64, 64)),
 }
-#: The layers at which those stretches begin, as the released system has them for models of 32 layers.
-KEYS_FROM, VALUES_FROM = (0, 10, 20), (0, 2)
+#: The layers at which the later stretches begin, as the released system has them for models of so many layers.
+KEYS_FROM, VALUES_FROM, RELEASED_LAYERS = (10, 20), (2,), 32
 ANCHOR_LEVELS = 127
 
 
@@ -32,8 +32,8 @@ class CacheGen(Quantizer):
 
         q = round(x / s),  s = max|x| / L over all KV heads and channels, rounded up in 16 bits,  L = bins/2 - 1;  x̂ = q · s
 
-    So |x̂ - x| ≤ s / 2 and x̂'s own rounding. level: 1 (fewest bytes) to 4; bins get fewer from layer 10 and 20 on (keys) and
-    from layer 2 on (values).
+    So |x̂ - x| ≤ s / 2 and x̂'s own rounding. level: 1 (fewest bytes) to 4; keys have fewer bins from the second and third
+    third of the layers on, values from the third layer of 32 on; models of other depth in proportion.
     anchor=n: the first token of each n is sent with 8 bits, and of the others the difference to it as it arrives, quantized
     as above (the paper's section 5.2; the released system has no differences). 0: none.
     """
@@ -61,9 +61,8 @@ class CacheGen(Quantizer):
     def bins(self, part: Part) -> int:
         """Of a layer's keys or values."""
         keys, values = LEVELS[self.level]
-        if part.kind == "keys":
-            return keys[sum(part.layer >= first for first in KEYS_FROM) - 1]
-        return values[sum(part.layer >= first for first in VALUES_FROM) - 1]
+        bins, later = (keys, KEYS_FROM) if part.kind == "keys" else (values, VALUES_FROM)
+        return bins[sum(part.layer >= _scaled(first, part.layers) for first in later)]
 
     def _most(self, part: Part) -> int:
         """The largest multiple of the scale."""
@@ -129,6 +128,11 @@ class CacheGen(Quantizer):
 
         tokens = torch.arange(part.tokens, device=like.device)
         return tokens[tokens % self.anchor != 0]
+
+
+def _scaled(first: int, layers: int | None) -> int:
+    """The layer of a model of so many that is as deep as `first` is in the released system's; the nearest, not the first."""
+    return max(1, (2 * first * (layers or RELEASED_LAYERS) + RELEASED_LAYERS) // (2 * RELEASED_LAYERS))
 
 
 def _quantized(x: Tensor, most: int, dtype: str) -> tuple[Tensor, Tensor]:

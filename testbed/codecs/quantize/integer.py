@@ -32,9 +32,9 @@ class Integer(Quantizer):
 
     width: ClassVar[int]
 
-    group: int
-    symmetric: bool
-    axis: Literal["token", "channel"]
+    group: int = 32
+    symmetric: bool = False
+    axis: Literal["token", "channel"] = "token"
 
     def __post_init__(self) -> None:
         self.require(
@@ -269,7 +269,6 @@ class Int8(Integer):
 
     group: int = 0
     symmetric: bool = True
-    axis: Literal["token", "channel"] = "token"
 
 
 @dataclass(frozen=True)
@@ -284,10 +283,6 @@ class Int4(Integer):
     source: ClassVar[str] = "uniform quantization; FlexGen (arXiv:2303.06865) for group-wise 4-bit caches"
     width: ClassVar[int] = 4
 
-    group: int = 32
-    symmetric: bool = False
-    axis: Literal["token", "channel"] = "token"
-
 
 @dataclass(frozen=True)
 class Int3(Integer):
@@ -299,10 +294,6 @@ class Int3(Integer):
     name: ClassVar[str] = "int3"
     source: ClassVar[str] = "uniform quantization, as int4 with one bit less"
     width: ClassVar[int] = 3
-
-    group: int = 32
-    symmetric: bool = False
-    axis: Literal["token", "channel"] = "token"
 
 
 @dataclass(frozen=True)
@@ -316,10 +307,6 @@ class Int2(Integer):
     name: ClassVar[str] = "int2"
     source: ClassVar[str] = "uniform quantization; KIVI (arXiv:2402.02750) for what two bits need"
     width: ClassVar[int] = 2
-
-    group: int = 32
-    symmetric: bool = False
-    axis: Literal["token", "channel"] = "token"
 
 
 INTEGERS: dict[int, type[Integer]] = {8: Int8, 4: Int4, 3: Int3, 2: Int2}  #: by bits of a symbol

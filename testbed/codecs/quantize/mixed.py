@@ -56,7 +56,7 @@ class Mixed(Quantizer):
 
     def _method(self, part: Part) -> Quantizer:
         width = self.high if (part.kind, part.layer) in self._places else self.low
-        return FP16() if width == 16 else INTEGERS[width]()  # type: ignore[call-arg]
+        return FP16() if width == 16 else INTEGERS[width]()
 
     def uniform(self, part: Part) -> Integer | None:
         return self._method(part).uniform(part)

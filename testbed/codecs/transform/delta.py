@@ -49,8 +49,9 @@ class Delta(Transform):
             cache, side = Unrotated().encode(cache, quantizer)
         layers = []
         for i, layer in enumerate(cache.layers):
-            keys = self._differences(layer.keys.float(), self._loop(quantizer, i, "keys", dtype))
-            values = self._differences(layer.values.float(), self._loop(quantizer, i, "values", dtype))
+            place = (i, len(cache.layers), dtype)
+            keys = self._differences(layer.keys.float(), self._loop(quantizer, "keys", *place))
+            values = self._differences(layer.values.float(), self._loop(quantizer, "values", *place))
             layers.append(replace(layer, keys=keys, values=values))
         return replace(cache, layers=layers), side
 
@@ -66,7 +67,9 @@ class Delta(Transform):
             raise PayloadError("delta: bytes beside the differences")
         return cache
 
-    def _loop(self, quantizer: Quantizer, layer: int, kind: Literal["keys", "values"], dtype: str) -> Decoded:
+    def _loop(
+        self, quantizer: Quantizer, kind: Literal["keys", "values"], layer: int, layers: int, dtype: str
+    ) -> Decoded:
         """What the decoder makes of some tokens [kv_heads, tokens, head_dim]; themselves where the loop is open."""
         if self.loop == "open":
             return lambda x: x
@@ -79,7 +82,7 @@ class Delta(Transform):
         def decoded(x: Tensor) -> Tensor:
             import torch
 
-            part = Part(layer, kind, x.shape[0], x.shape[1], x.shape[2], dtype)
+            part = Part(layer, kind, x.shape[0], x.shape[1], x.shape[2], dtype, layers)
             symbols, numbers = quantizer.encode(part, x.contiguous())
             side = symbols.new_empty(0) if numbers is None else numbers.contiguous().flatten()
             return quantizer.decode(part, symbols.flatten(), side.view(torch.uint8)).float()

@@ -1,0 +1,85 @@
+"""Counts frequency tables for `ans(table=…)`: how often each channel of each layer has each symbol, over a task's contexts.
+
+    python -m testbed.diagnosis.tables MODEL CODEC [--task needle] [--examples 8] [--context-tokens 512] [--seed 1] [--out FILE]
+
+CODEC is the one that they are for, such as int4. Prints their name, which both sides must know them by, and their file. Runs
+take seed 0: other examples than those that are counted here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from testbed.codecs.codec import Codec
+from testbed.codecs.entropy import tables
+from testbed.codecs.entropy.ans import rows_by_channel
+from testbed.codecs.layout import Part
+from testbed.errors import SpecError, TestbedError
+from testbed.models.language import load_model
+from testbed.tasks import parse_task
+
+Counts = dict[int, tuple[int, Part, npt.NDArray[np.int64]]]
+
+
+def add_counts(counts: Counts, codec: Codec, cache: object) -> None:
+    """Adds a cache's symbols, channel by channel. Raises SpecError where a codec's symbols are not those of channels."""
+    for at, (piece, symbols) in enumerate(codec.symbols(cache)):  # type: ignore[arg-type]
+        rows = rows_by_channel(piece, symbols.cpu().numpy())
+        if rows is None:
+            raise SpecError(
+                f"{codec}: its symbols do not belong to channels, so there are no tables for them"
+            )
+        width = 1 << piece.bits
+        own = np.stack([np.bincount(row, minlength=width) for row in rows]).astype(np.int64)
+        before = counts.get(at)
+        counts[at] = (piece.bits, piece.part, own if before is None else before[2] + own)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    parser = argparse.ArgumentParser(description="Count frequency tables for ans(table=FILE).")
+    parser.add_argument("model")
+    parser.add_argument("codec")
+    parser.add_argument("--task", default="needle")
+    parser.add_argument("--examples", type=int, default=8)
+    parser.add_argument("--context-tokens", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="another copy, for another machine")
+    options = parser.parse_args(arguments)
+    try:
+        name, path = counted(options)
+    except TestbedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"tables {name}\nfile   {path}\ncodec  {options.codec}+ans(table={name})")
+    return 0
+
+
+def counted(options: argparse.Namespace) -> tuple[str, Path]:
+    """Prefills each context behind the task's prefix, counts, and keeps the tables: their name and file."""
+    task = parse_task(options.task)
+    codec = Codec(options.codec, options.model)
+    model = load_model(options.model)
+    ids = model.tokenize(task.prefix, start=True)
+    prefix = model.prefill(ids, None).cache if ids else None
+    counts: Counts = {}
+    lengths = (options.examples, options.context_tokens, lambda text: len(model.tokenize(text)))
+    for example in task.examples(*lengths, options.seed):
+        context = model.prefill(model.tokenize(task.context_text(example)), prefix).cache
+        add_counts(counts, codec, model.knowing_ropes(context))
+    of = f"{codec} on {options.model}, {options.task}, {options.examples} contexts of {options.context_tokens} tokens"
+    made = tables.count(of, [counts[at] for at in sorted(counts)])
+    name, path = tables.save(made)
+    if options.out:
+        options.out.write_bytes(path.read_bytes())
+    return name, options.out or path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
