@@ -59,7 +59,7 @@ def bounds(x: Tensor, levels: int, group: int, loop: str, order: str, dtype: tor
     return out + eps * (x.abs() + out) + tiny
 
 
-@pytest.mark.parametrize("loop, order", itertools.product(["open", "closed"], ["anchor", "consecutive"]))
+@pytest.mark.parametrize("loop, order", [*itertools.product(["open", "closed"], ["anchor", "consecutive"])])
 @pytest.mark.parametrize("text", ["int4", "int8(symmetric=false, group=32)", "int3(group=16)"])
 @pytest.mark.parametrize("name", [*SHAPES, "ragged"])
 def test_decoded_differences_are_within_the_derived_bound(

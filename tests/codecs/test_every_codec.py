@@ -69,7 +69,7 @@ def test_kept_tokens_are_those_that_were_asked_for(text: str) -> None:
         assert ours.keys.shape == (3, len(index), 64)
 
 
-@pytest.mark.parametrize("text, name", itertools.product(CODECS, ["odd dimensions", "uneven"]))
+@pytest.mark.parametrize("text, name", [*itertools.product(CODECS, ["odd dimensions", "uneven"])])
 def test_truncated_and_flipped_payloads_raise_what_callers_expect(text: str, name: str) -> None:
     payload, chance = payload_of(text, name), random.Random(0)
     for length in {*chance.sample(range(len(payload)), 40), 0, len(payload) - 1}:
