@@ -14,7 +14,7 @@ from testbed.net.fabric import Fabric
 
 BIN_S = 0.1
 _CHUNK, _BUFFER = 1 << 17, 1 << 18
-_RAMP = 0.95  # of what is possible, over a second: the start-up is over
+_RAMP = 0.95  # of what is possible, over a second
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Bulk:
     bins: tuple[int, ...]
     congestion: str
 
-    def start_up_s(self, possible_bps: float) -> float | None:
+    def ramp_s(self, possible_bps: float) -> float | None:
         """When the first second began that had nearly all of *possible_bps*; None: there was none."""
         second = round(1 / BIN_S)
         for begin in range(len(self.bins) - second + 1):
@@ -39,10 +39,8 @@ class Bulk:
         return 8 * sum(part) / (len(part) * BIN_S) if part else 0.0
 
 
-def bulk(
-    fabric: Fabric, source: str, target: str, possible_bps: float, seconds: float, patience_s: float
-) -> Bulk:
-    """Sends from *source* to *target* until *seconds* after the start-up, or after *patience_s* where that never ends."""
+def bulk(fabric: Fabric, source: str, target: str, seconds: float) -> Bulk:
+    """Sends from *source* to *target* until *seconds* after the first byte arrived."""
     listener = inside(fabric.namespace(target), partial(_listen, fabric.address(target)))
     sender = inside(fabric.namespace(source), lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
     with listener, sender:
@@ -54,7 +52,7 @@ def bulk(
         sending.start()
         try:
             with receiver:
-                return Bulk(_receive(receiver, possible_bps, seconds, patience_s), congestion)
+                return Bulk(_receive(receiver, seconds), congestion)
         finally:
             stop.set()
             sending.join()
@@ -74,23 +72,21 @@ def _send(sock: socket.socket, stop: threading.Event) -> None:
             sock.send(data)
 
 
-def _receive(sock: socket.socket, possible_bps: float, seconds: float, patience_s: float) -> tuple[int, ...]:
-    buffer, bins = bytearray(_BUFFER), [0]
-    begun, end = 0.0, None
+def _receive(sock: socket.socket, seconds: float) -> tuple[int, ...]:
+    """Whole bins alone."""
+    buffer, bins, begun = bytearray(_BUFFER), [0], 0.0
     while True:
         size = sock.recv_into(buffer)
         now = time.monotonic()
         begun = begun or now
         place = int((now - begun) / BIN_S)
-        if place >= len(bins):
-            bins += [0] * (place + 1 - len(bins))
-            done = Bulk(tuple(bins[:-1]), "")
-            if end is None:
-                ramp = done.start_up_s(possible_bps)
-                if ramp is not None or place * BIN_S >= patience_s:
-                    end = seconds + (patience_s if ramp is None else ramp)
-            elif place * BIN_S >= end:
-                return done.bins
-        if not size:
+        bins += [0] * (place + 1 - len(bins))
+        if place * BIN_S >= seconds or not size:
             return tuple(bins[:-1])
         bins[place] += size
+
+
+def start_up_s(round_trip_s: float) -> float:
+    """How long a flow's start-up is given: a second, and twenty round trips, in which slow start overshoots and what the queue
+    then drops is repaired."""
+    return 1.0 + 20 * round_trip_s

@@ -67,8 +67,8 @@ def test_the_standard_errors_of_bursts_are_those_of_simulated_chains():
     assert stdev(lengths) == pytest.approx(expected["burst"], rel=0.15)
 
 
-def test_the_start_up_ends_with_the_first_second_at_nearly_full_rate():
+def test_the_first_full_second_is_the_first_at_nearly_full_rate():
     bins = (*[10_000] * 7, *[125_000] * 20)  # 10 Mbit/s from 0.7 s on
-    assert Bulk(bins, "cubic").start_up_s(10e6) == pytest.approx(0.7)  # one slow bin in ten would be 8 % less
-    assert Bulk(bins, "cubic").start_up_s(20e6) is None
+    assert Bulk(bins, "cubic").ramp_s(10e6) == pytest.approx(0.7)  # one slow bin in ten would be 8 % less
+    assert Bulk(bins, "cubic").ramp_s(20e6) is None
     assert Bulk(bins, "cubic").goodput_bps(0.7, 1.0) == pytest.approx(10e6)
