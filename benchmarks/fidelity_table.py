@@ -144,6 +144,6 @@ def _trace(row: dict[str, Any]) -> str:
 def _tcp(row: dict[str, Any]) -> str:
     ramp = "never" if row["ramp_s"] is None else f"{row['ramp_s']:.1f} s"
     return (
-        f"{row['profile']:30} {row['share']:.4f} of rate x 1448/1500 after {row['start_up_s']:.1f} s, first full after {ramp}; {row['congestion']}, "
-        f"{row['dropped']} dropped by the queue, lateness {1e3 * row['lateness_s']:.2f} ms"
+        f"{row['profile']:30} {row['share']:.4f} of rate x 1448/1500 after {row['start_up_s']:.1f} s, first full after {ramp}; "
+        f"{row['congestion']}, {row['dropped']} dropped by the queue, lateness {1e3 * row['lateness_s']:.2f} ms"
     )

@@ -6,10 +6,9 @@
 
 *cells*: each is one profile on one link, measured once as a run measures it, up and down, with 10,000 probes each way for
 delay and loss. *bursts*: 200,000 probes each way through Gilbert-Elliott chains. *traces*: what is delivered along a sine
-and along --trace. *tcp*: one flow's goodput on loss-free links, in the ten seconds after its start-up (a second and
-twenty round trips). ``--busy`` keeps every
-core busy with a process of ordinary priority meanwhile. The whole takes half an hour; it can be had in parts, whose JSON
-``--merge`` puts together again.
+and along --trace. *tcp*: one flow's goodput on loss-free links, in the ten seconds after its start-up (a second and twenty
+round trips). ``--busy`` keeps every core busy with a process of ordinary priority meanwhile. The whole takes half an hour; it
+can be had in parts, whose JSON ``--merge`` puts together again.
 """
 
 from __future__ import annotations
