@@ -14,6 +14,7 @@ from testbed.net.fabric import Fabric
 
 BIN_S = 0.1
 _CHUNK, _BUFFER = 1 << 17, 1 << 18
+_NORMAL = 0.25
 _RAMP = 0.95  # of what is possible, over a second
 
 
@@ -32,11 +33,21 @@ class Bulk:
                 return begin * BIN_S
         return None
 
-    def goodput_bps(self, begin_s: float, seconds: float) -> float:
-        """Bits of payload per second, from *begin_s* on."""
-        begin, count = round(begin_s / BIN_S), round(seconds / BIN_S)
-        part = self.bins[begin : begin + count]
+    def goodput_bps(self, begin_s: float, seconds: float, possible_bps: float) -> float:
+        """Bits of payload per second, from *begin_s* on, for *seconds* or a little more.
+
+        What has arrived behind a lost packet is not delivered before that is: nothing for a round trip or two, then all at once.
+        So the count begins and ends where nothing waits like that, with a bin that has what is possible in its time.
+        """
+        begin = self._flowing(round(begin_s / BIN_S), possible_bps)
+        end = self._flowing(begin + round(seconds / BIN_S), possible_bps)
+        part = self.bins[begin:end]
         return 8 * sum(part) / (len(part) * BIN_S) if part else 0.0
+
+    def _flowing(self, first: int, possible_bps: float) -> int:
+        most = possible_bps * BIN_S / 8
+        found = (i for i in range(first, len(self.bins)) if abs(self.bins[i] - most) < _NORMAL * most)
+        return next(found, len(self.bins))
 
 
 def bulk(fabric: Fabric, source: str, target: str, seconds: float) -> Bulk:

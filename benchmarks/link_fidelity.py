@@ -131,14 +131,14 @@ def tcp(text: str, emulator: str, congestion: str) -> dict[str, Any]:
     assert rate is not None
     possible, start = rate * HEADERS, start_up_s(profile.round_trip_s)
     with network(profile, emulator, congestion) as fabric:
-        done = bulk(fabric, "a", "b", start + TCP_S)
+        done = bulk(fabric, "a", "b", start + TCP_S + 1.0 + 5 * profile.round_trip_s)
         counted = fabric.counters("link")["up"]
     return {
         "profile": text,
         "rate_bps": rate,
         "start_up_s": start,
         "ramp_s": done.ramp_s(possible),
-        "share": done.goodput_bps(start, TCP_S) / possible,
+        "share": done.goodput_bps(start, TCP_S, possible) / possible,
         "congestion": done.congestion,
         "dropped": counted.dropped_queue,
         "lateness_s": counted.worst_lateness_s,

@@ -71,4 +71,17 @@ def test_the_first_full_second_is_the_first_at_nearly_full_rate():
     bins = (*[10_000] * 7, *[125_000] * 20)  # 10 Mbit/s from 0.7 s on
     assert Bulk(bins, "cubic").ramp_s(10e6) == pytest.approx(0.7)  # one slow bin in ten would be 8 % less
     assert Bulk(bins, "cubic").ramp_s(20e6) is None
-    assert Bulk(bins, "cubic").goodput_bps(0.7, 1.0) == pytest.approx(10e6)
+    assert Bulk(bins, "cubic").goodput_bps(0.7, 1.0, 10e6) == pytest.approx(10e6)
+
+
+def test_goodput_is_counted_between_moments_when_nothing_waits_behind_a_lost_packet():
+    hole = [0, 0, 375_000]  # three bins' worth, all at once
+    bins = (*[125_000] * 8, *hole, *[125_000] * 7, *hole, *[125_000] * 5)
+    assert Bulk(bins, "cubic").goodput_bps(0.0, 1.0, 10e6) == pytest.approx(
+        10e6
+    )  # would end in the first hole
+    assert Bulk(bins, "cubic").goodput_bps(0.9, 1.0, 10e6) == pytest.approx(
+        10e6
+    )  # would begin and end in one
+    slow = tuple(round(0.9 * size) for size in bins)
+    assert Bulk(slow, "cubic").goodput_bps(0.9, 1.0, 10e6) == pytest.approx(9e6, rel=0.01)
