@@ -19,7 +19,6 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator
 from math import inf
 from typing import Any
 
@@ -109,31 +108,23 @@ def send(sock: socket.socket, plan: dict[str, Any]) -> dict[str, Any]:
     return {"sent": number, "took_s": time.monotonic() - start, "held_up_s": held_up}
 
 
-@contextlib.contextmanager
-def _real_time(wanted: bool) -> Iterator[None]:
-    """Real-time scheduling, for sending: a gap in a saturating flow that outlasts the link's queue is a gap in what is measured.
+def _ask_for_precision() -> None:
+    """Real-time scheduling: a gap in a saturating flow that outlasts the link's queue is a gap in what is measured.
 
-    Not with one processor, where it would keep the kernel's own threads from moving packets; and not for reading, which
-    can wait and would compete with the link.
+    Not with one processor, where it would keep the kernel's own threads from moving packets.
     """
-    if not wanted or (os.cpu_count() or 1) == 1:
-        yield
-        return
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-    try:
-        yield
-    finally:
+    if (os.cpu_count() or 1) > 1:
         with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    with contextlib.suppress(OSError), open("/proc/self/timerslack_ns", "w") as slack:
+        slack.write("1")
 
 
 def main() -> None:
     """Follows orders until their end; the arguments are the socket's file descriptor and whether to be ``urgent``."""
     gc.disable()
-    urgent = sys.argv[2:] == ["urgent"]
-    with contextlib.suppress(OSError), open("/proc/self/timerslack_ns", "w") as slack:
-        slack.write("1")
+    if sys.argv[2:] == ["urgent"]:
+        _ask_for_precision()
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.setblocking(False)
     receiver, orders, answers = Receiver(sock), sys.stdin.buffer, sys.stdout.buffer
@@ -146,9 +137,7 @@ def main() -> None:
             return
         if plan := json.loads(line):
             receiver.begin(plan["phase"])
-            with _real_time(urgent and plan["packets"] > 0):
-                told = send(sock, plan)
-            answers.write(json.dumps(told).encode() + b"\n")
+            answers.write(json.dumps(send(sock, plan)).encode() + b"\n")
         else:
             while receiver.drain(_READ_PER_TURN):
                 pass
