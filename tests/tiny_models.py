@@ -64,6 +64,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek v3": ("DeepseekV3Config", _LATENT),
 }
 
+#: Further shapes of the same families, for what depends on how heads and layers are arranged.
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama multi-head": ("LlamaConfig", {"num_key_value_heads": 4}),
+    # Qwen2.5 is Qwen2's architecture; its long-context releases let the later layers slide.
+    "qwen2 half sliding": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+    ),
+    "mistral full": ("MistralConfig", {"sliding_window": None}),
+    "gpt neox whole rotary": ("GPTNeoXConfig", {"rotary_pct": 1.0, "use_parallel_residual": False}),
+}
+
 _WORDS = """
 Context: The harbour clock was mended in spring by Anna Lind, and the keeper wrote the code 4821 on a blue card.
 Question: Who mended the clock? Answer: Anna Lind
@@ -108,7 +120,7 @@ def tiny_model_directory(family: str = "llama", path: Path | None = None, seed: 
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{START} $A", special_tokens=[(START, tokenizer.token_to_id(START))]
         )
-    kind, settings = FAMILIES[family]
+    kind, settings = (FAMILIES | SHAPES)[family]
     common = {
         "vocab_size": tokenizer.get_vocab_size(),
         "hidden_size": 64,

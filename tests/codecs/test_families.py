@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from testbed.endpoints.online import OnlineSelection
 from testbed.models.kvcache import KVCache, KVLayer, join
 from testbed.models.language import LanguageModel, load_model
 from tests.models import reference
-from tests.tiny_models import FAMILIES
+from tests.tiny_models import FAMILIES, SHAPES
 
 Tiny = Callable[[str], Path]
 
@@ -28,21 +29,70 @@ CONTEXT = "Context: The harbour clock was mended in spring by Anna Lind, and the
 QUESTION = "\nQuestion: Who mended the clock?\nAnswer:"
 ANSWER = " Anna Lind"
 
-#: selector -> what it makes of the attention weights of all tokens to the context's, [kv_heads, group, queries, context],
-#: and of how many tokens prefix, context, question and answer have
+#: What a reference looks at: attention weights of all tokens to the context's, [kv_heads, group, queries, context], and of
+#: how many tokens prefix, context, question and answer have.
 Weighing = Callable[[Tensor, int, int, int, int], Tensor]
+
+
+def of_question(w: Tensor, p: int, c: int, q: int, a: int) -> Tensor:
+    """What the question's tokens pay on average: [kv_heads, context]."""
+    return w[:, :, p + c : p + c + q].mean((1, 2))
+
+
+def of_last(window: int) -> Weighing:
+    """What the last context tokens pay on average."""
+    return lambda w, p, c, q, a: w[:, :, p + c - window : p + c].mean((1, 2))
+
+
+def of_context(w: Tensor, p: int, c: int, q: int, a: int) -> Tensor:
+    """What all context tokens pay together."""
+    return w[:, :, p : p + c].mean(1).sum(1)
+
+
+def of_answer(w: Tensor, p: int, c: int, q: int, a: int) -> Tensor:
+    """What is paid together where the answer's tokens are predicted."""
+    return w[:, :, p + c + q - 1 : p + c + q + a - 1].mean(1).sum(1)
+
+
+def pooled(weighing: Weighing, kernel: int, how: str = "max", apart: int = 0) -> Weighing:
+    """Each token's neighbourhood, but for the last `apart` tokens, which are left as they are."""
+
+    def weigh(w: Tensor, p: int, c: int, q: int, a: int) -> Tensor:
+        scores = weighing(w, p, c, q, a)
+        result = scores.clone()
+        for t in range(c - apart):
+            around = scores[:, max(0, t - kernel // 2) : min(c - apart, t + kernel // 2 + 1)]
+            result[:, t] = around.amax(1) if how == "max" else around.sum(1) / kernel
+        return result
+
+    return weigh
+
+
 SCORES: dict[str, Weighing] = {
-    "q2c@0.5(pool=1)": lambda w, p, c, q, a: w[:, :, p + c : p + c + q].mean((1, 2)),
-    "snapkv@0.5(window=9, kernel=1)": lambda w, p, c, q, a: w[:, :, p + c - 9 : p + c].mean((1, 2)),
-    "snapkv@0.5(question=true, kernel=1)": lambda w, p, c, q, a: w[:, :, p + c : p + c + q].mean((1, 2)),
-    "pyramid@0.5(window=5, kernel=1)": lambda w, p, c, q, a: w[:, :, p + c - 5 : p + c].mean((1, 2)),
-    "h2o@0.5": lambda w, p, c, q, a: w[:, :, p : p + c].mean(1).sum(1),
+    "q2c@0.5(pool=1)": of_question,
+    "q2c@0.5(pool=5)": pooled(of_question, 5),
+    "q2c@0.5": pooled(of_question, 15),
+    "snapkv@0.5(window=9, kernel=1)": of_last(9),
+    "snapkv@0.5(window=9)": pooled(of_last(9), 7, apart=9),
+    "snapkv@0.5(window=9, kernel=5, pool=mean)": pooled(of_last(9), 5, "mean", apart=9),
+    "snapkv@0.5(question=true, kernel=1)": of_question,
+    "snapkv@0.5(question=true)": pooled(of_question, 7),
+    "pyramid@0.5(window=5, kernel=1)": of_last(5),
+    "pyramid@0.5(window=5)": pooled(of_last(5), 7, apart=5),
+    "h2o@0.5": of_context,
     "h2o@0.5(normalised=true)": lambda w, p, c, q, a: (
-        w[:, :, p : p + c].mean(1).sum(1) / torch.tensor([float(c - t) for t in range(c)])
+        of_context(w, p, c, q, a) / torch.tensor([float(c - t) for t in range(c)])
     ),
     "tova@0.5": lambda w, p, c, q, a: w[:, :, p + c - 1].mean((0, 1)).expand(len(w), -1),
-    "oracle@0.5(pool=1)": lambda w, p, c, q, a: w[:, :, p + c + q - 1 : p + c + q + a - 1].mean(1).sum(1),
+    "adaptive@0.5(by=q2c)": pooled(of_question, 15),
+    "adaptive@0.5(by=h2o)": of_context,
+    "adaptive@0.5(by=oracle)": of_answer,
+    "adaptive@0.5": pooled(of_last(32), 7, apart=32),
+    "oracle@0.5": of_answer,
+    "oracle@0.5(pool=3)": pooled(of_answer, 3),
 }
+#: Mistral's layers all slide, so that none is pruned.
+PRUNED = [name for name in (*FAMILIES, *SHAPES) if name != "mistral"]
 
 
 @functools.cache
@@ -70,24 +120,76 @@ def eager_attentions(path: Path) -> Any:
         ).attentions
 
 
-@pytest.mark.parametrize("text", SCORES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_scores_equal_those_of_eager_full_attention(tiny_model: Tiny, family: str, text: str) -> None:
-    _, stretches, evidence = prepared(tiny_model(family))
+def expected_scores(path: Path, text: str, layer: int) -> Tensor:
+    """What a selector's scores of a layer must be by transformers' own attention weights: [kv_heads, context]."""
+    _, stretches, evidence = prepared(path)
     prefix, context, question, answer = map(len, stretches)
+    weights = eager_attentions(path)[layer][0, ..., prefix : prefix + context]
+    grouped = weights.unflatten(0, (evidence.cache.layers[layer].kv_heads, -1))
+    return SCORES[text](grouped, prefix, context, question, answer)
+
+
+@pytest.mark.parametrize("text", SCORES)
+@pytest.mark.parametrize("family", PRUNED)
+def test_scores_equal_those_of_eager_full_attention(tiny_model: Tiny, family: str, text: str) -> None:
+    path = tiny_model(family)
+    _, _, evidence = prepared(path)
     selector: Any = Codec(text).selector
+    assert evidence.prunable
     for layer in evidence.prunable:
-        weights = eager_attentions(tiny_model(family))[layer][0, ..., prefix : prefix + context]
-        grouped = weights.unflatten(0, (evidence.cache.layers[layer].kv_heads, -1))
-        expected = SCORES[text](grouped, prefix, context, question, answer)
+        expected = expected_scores(path, text, layer)
         torch.testing.assert_close(selector.scores(evidence, layer), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "mistral"])
+@pytest.mark.parametrize("family", PRUNED)
+def test_what_the_prefill_summed_up_is_what_all_queries_give(tiny_model: Tiny, family: str) -> None:
+    path = tiny_model(family)
+    _, _, evidence = prepared(path)
+    assert evidence.context_attention is not None
+    queries_alone = replace(evidence, context_attention=None)
+    for layer in evidence.prunable:
+        for text in ("h2o@0.5", "h2o@0.5(normalised=true)"):
+            found = Codec(text).selector.scores(queries_alone, layer)  # type: ignore[union-attr]
+            torch.testing.assert_close(found, expected_scores(path, text, layer), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "head"])
+@pytest.mark.parametrize("pool", [1, 5])
+@pytest.mark.parametrize("family", PRUNED)
+def test_no_token_is_dropped_that_eager_attention_ranks_above_one_kept(
+    tiny_model: Tiny, family: str, pool: int, scope: str
+) -> None:
+    path = tiny_model(family)
+    _, stretches, evidence = prepared(path)
+    kept = Codec(f"q2c@0.4(pool={pool}, scope={scope}, sinks=2)").select(evidence)
+    scores = {layer: expected_scores(path, f"q2c@0.5(pool={pool})", layer) for layer in evidence.prunable}
+    everywhere = torch.stack([each.mean(0) for each in scores.values()]).mean(0)
+    for layer, each in scores.items():
+        index = kept.layers[layer]
+        assert index is not None and index.shape[-1] == round(0.4 * len(stretches[1]))
+        ranking = {"global": everywhere[None], "layer": each.mean(0, keepdim=True), "head": each}[scope]
+        for row, chosen in zip(ranking, index if index.dim() == 2 else index[None], strict=True):
+            held = torch.zeros(len(row), dtype=torch.bool)
+            held[chosen] = True
+            assert bool(held[:2].all())
+            held_by_score = held.clone()
+            held_by_score[:2] = False
+            assert float(row[held_by_score].min()) > float(row[~held].max()) - 2e-5
+
+
+def test_where_all_layers_slide_everything_travels(tiny_model: Tiny) -> None:
+    *_, evidence = prepared(tiny_model("mistral"))
+    assert evidence.prunable == []
+    for text in SCORES:
+        kept = Codec(text).select(evidence)
+        assert all(index is None for index in kept.layers)
+
+
+@pytest.mark.parametrize("family", PRUNED)
 def test_expected_attention_is_the_exponential_of_a_gaussian_query_at_each_position_ahead(
     tiny_model: Tiny, family: str
 ) -> None:
-    """mistral has sliding-window layers alone. Straight loops: heads, tokens; the rotation position by position."""
+    """Straight loops: heads, tokens; the rotation position by position."""
     model, stretches, evidence = prepared(tiny_model(family))
     layer = evidence.prunable[-1]
     held = evidence.cache.layers[layer]
@@ -159,8 +261,13 @@ def test_what_was_pruned_quantized_and_sent_answers_as_full_attention_under_a_ma
             assert int(expected.argmax()) == answer[step]
 
 
-@pytest.mark.parametrize("size", [1, 7, 1000])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek v3"])
+@pytest.mark.parametrize(
+    "family, size",
+    [
+        *((family, 7) for family in PRUNED),
+        *((family, size) for family in ("llama", "gemma3") for size in (1, 1000)),
+    ],
+)
 def test_a_context_that_arrives_in_chunks_is_scored_as_a_whole_one(
     tiny_model: Tiny, family: str, size: int
 ) -> None:

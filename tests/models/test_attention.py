@@ -91,6 +91,27 @@ def test_heads_that_hold_different_numbers_of_tokens_see_only_what_they_hold(
         torch.testing.assert_close(ours[asked], expected, atol=2e-6, rtol=2e-5)
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_what_each_key_gets_is_summed_on_the_way_and_changes_no_output(
+    ragged: bool, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A value that is 1 for one key and 0 for all others makes the output the weight of that key."""
+    monkeypatch.setattr("testbed.models.attention.SUMMED_BLOCK", 8)
+    generator = torch.Generator().manual_seed(3)
+    before = torch.tensor([[-1, -1, 9, 30, 33], [1, 2, 35, 36, 39]]) if ragged else torch.arange(35, 40)
+    positions = torch.cat([before, torch.arange(40, 60).expand(*before.shape[:-1], -1)], -1)
+    query = torch.randn(4, 20, 16, generator=generator)
+    key = torch.randn(2, 25, 16, generator=generator)
+    value = torch.eye(25).expand(2, -1, -1)
+    sums = torch.zeros(2, 25)
+    ours = attend(query[None], key[None], value[None], positions, 0.3, window, softcap, None, sums)[0]
+    plain = attend(query[None], key[None], value[None], positions, 0.3, window, softcap)[0]
+    torch.testing.assert_close(ours, plain, atol=2e-6, rtol=2e-5)
+    torch.testing.assert_close(sums, plain.unflatten(0, (2, 2)).mean(1).sum(1), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_sums_equal_the_weights_that_transformers_returns(tiny_model: Tiny, family: str) -> None:
     model = load_model(str(tiny_model(family)), threads=1, cache_dtype=torch.float32)
