@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from testbed.codecs.codec import Codec, decode
+from testbed.codecs.evidence import Needs
 from testbed.endpoints.gathering import gather, prefill_for
-from testbed.models.language import LanguageModel, load_model
+from testbed.models.language import LanguageModel, Prefill, load_model
 from testbed.models.sources import resolve
 from testbed.tasks.task import make_task
 
@@ -54,17 +55,24 @@ class Agreement:
         self.common += int((ours & theirs).sum())
 
 
-def kept_by_kvpress(network: Any, name: str, ratio: float, ids: list[int]) -> list[Tensor]:
-    """Which tokens a press leaves, by layer bool [kv_heads, tokens]: those whose keys are still in the cache."""
+def whole_cache(network: Any, ids: list[int]) -> Any:
+    """What transformers' own model caches of a prompt."""
+    from transformers import DynamicCache
+
+    whole = DynamicCache()
+    with torch.no_grad():
+        network(torch.tensor([ids], device=network.device), past_key_values=whole, logits_to_keep=1)
+    return whole
+
+
+def kept_by_kvpress(network: Any, name: str, ratio: float, ids: list[int], whole: Any) -> list[Tensor]:
+    """Which tokens a press leaves, by layer bool [kv_heads, tokens]: those of `whole` whose keys are still in the cache."""
     import kvpress
     from transformers import DynamicCache
 
-    batch = torch.tensor([ids], device=network.device)
-    whole, pruned = DynamicCache(), DynamicCache()
-    with torch.no_grad():
-        network(batch, past_key_values=whole, logits_to_keep=1)
-        with getattr(kvpress, f"{name}Press")(compression_ratio=1 - ratio)(network):
-            network(batch, past_key_values=pruned, logits_to_keep=1)
+    batch, pruned = torch.tensor([ids], device=network.device), DynamicCache()
+    with torch.no_grad(), getattr(kvpress, f"{name}Press")(compression_ratio=1 - ratio)(network):
+        network(batch, past_key_values=pruned, logits_to_keep=1)
     kept = []
     for full, left in zip(whole.layers, pruned.layers, strict=True):
         rows = []
@@ -75,10 +83,9 @@ def kept_by_kvpress(network: Any, name: str, ratio: float, ids: list[int]) -> li
     return kept
 
 
-def kept_by_codec(model: LanguageModel, text: str, ids: list[int]) -> list[Tensor | None]:
+def kept_by_codec(model: LanguageModel, text: str, ids: list[int], prefilled: Prefill) -> list[Tensor | None]:
     """Which tokens arrive, by layer bool [kv_heads, tokens]; None for layers that are not pruned."""
     codec = Codec(text)
-    prefilled = prefill_for(model, codec.needs, ids, None)
     evidence = gather(model, codec.needs, None, prefilled, ())
     arrived = decode(codec.encode(prefilled.cache.to(dtype=torch.float16), codec.select(evidence)))
     kept: list[Tensor | None] = [None] * len(arrived.layers)
@@ -95,16 +102,19 @@ def compare(location: str, prompts: list[list[int]], ratio: float) -> list[dict[
 
     model = load_model(location, device="cpu", dtype="float32", cache_dtype=torch.float32)
     network = AutoModelForCausalLM.from_pretrained(resolve(location).location, dtype=torch.float32).eval()
+    pairs = [(text.format(ratio), press, f"kvpress:{press}@{ratio}") for text, press in PAIRS.items()]
+    needs = Needs.of_all(Codec(text).needs for pair in pairs for text in (pair[0], pair[2]))
+    prefilled = [prefill_for(model, needs, ids, None) for ids in prompts]
+    whole = [whole_cache(network, ids) for ids in prompts]
     rows = []
-    for text, press in PAIRS.items():
-        ours, through = text.format(ratio), f"kvpress:{press}@{ratio}"
+    for ours, press, through in pairs:
         by_selector, by_press = Agreement(), Agreement()
         row: dict[str, Any] = {"ours": ours, "press": press}
         try:
-            for ids in prompts:
-                theirs = kept_by_kvpress(network, press, ratio, ids)
+            for ids, prefill, cache in zip(prompts, prefilled, whole, strict=True):
+                theirs = kept_by_kvpress(network, press, ratio, ids, cache)
                 for codec, count in ((ours, by_selector), (through, by_press)):
-                    for mine, other in zip(kept_by_codec(model, codec, ids), theirs, strict=True):
+                    for mine, other in zip(kept_by_codec(model, codec, ids, prefill), theirs, strict=True):
                         if mine is not None:
                             count.add(mine, other)
         except Exception as error:  # what a press does not take, it says in its own way

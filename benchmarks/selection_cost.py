@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -50,9 +50,7 @@ class Clock:
         return result
 
 
-def measure(
-    model: LanguageModel, ids: list[int], codecs: list[str], rounds: int
-) -> list[dict[str, float | str]]:
+def measure(model: LanguageModel, ids: list[int], codecs: list[str], rounds: int) -> list[dict[str, Any]]:
     """A row a codec: median seconds of its three parts, and their sum's share of the plain prefill's median."""
     question, clock = model.tokenize(QUESTION), Clock()
     made = {text: Codec(text) for text in codecs}
@@ -70,7 +68,7 @@ def measure(
             clock.time(text, lambda codec=codec, evidence=evidence: codec.select(evidence))
     median = {stage: statistics.median(seconds[1:]) for stage, seconds in clock.seconds.items()}
     plain = clock.seconds[str(Needs())][1:]
-    rows: list[dict[str, float | str]] = []
+    rows: list[dict[str, Any]] = []
     for text, codec in made.items():
         keeping = clock.seconds[str(kept_of[text])][1:]
         # Each round's two prefills stand beside each other; the difference of medians would have both's noise.

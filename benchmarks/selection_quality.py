@@ -1,10 +1,13 @@
 """What a model can still answer from the tokens that a selector kept: task score, NLL and KL, beside the full cache.
 
     python -m benchmarks.selection_quality [--model NAME] [--task needle] [--context 512] [--examples 10] CODEC…
+    python -m benchmarks.selection_quality --grid --no-answers --examples 30        every selector at three ratios
 
 Runs in one process, without a network. For each codec the context's cache is selected, encoded, decoded and asked, as the
 two sides of a `split` placement do. `found` is the share of the answer's tokens in the context (its last occurrence there)
-that were kept, over layers and heads; ΔNLL and KL are of the gold answer, against the full cache's.
+that were kept, over layers and heads; ΔNLL and KL are of the gold answer, against the full cache's; `exact` is the share of
+examples in which greedy decoding writes the gold answer's tokens (each is the likeliest behind the true ones), which needs no
+decoding. Brackets are 95 % bootstrap intervals of the mean over examples.
 """
 
 from __future__ import annotations
@@ -13,13 +16,14 @@ import argparse
 import json
 import statistics
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.evidence import Needs
 from testbed.codecs.kept import Kept
+from testbed.diagnosis.choose import interval
 from testbed.endpoints.gathering import gather, prefill_for
 from testbed.models.kvcache import KVCache
 from testbed.models.language import LanguageModel, load_model
@@ -31,12 +35,22 @@ CODECS = [
     "expected@0.25", "h2o@0.25", "h2o@0.25(normalised=true)", "keynorm@0.25", "pyramid@0.25", "adaptive@0.25",
     "adaptive@0.25(by=q2c)", "window@0.25", "random@0.25",
 ]  # fmt: skip
+GRID = [
+    f"{name}@{ratio}{settings}"
+    for name, settings in [
+        ("oracle", ""), ("q2c", ""), ("q2c", "(pool=1, scope=global)"), ("snapkv", "(question=true)"),
+        ("adaptive", "(by=q2c)"), ("snapkv", ""), ("tova", ""), ("expected", ""), ("h2o", ""), ("h2o", "(normalised=true)"),
+        ("pyramid", ""), ("adaptive", ""), ("keynorm", ""), ("window", ""), ("random", ""),
+    ]
+    for ratio in (0.1, 0.25, 0.5)
+]  # fmt: skip
 
 
 @dataclass
 class Figures:
     """One codec's figures, an entry an example."""
 
+    exact: list[float] = field(default_factory=list)
     score: list[float] = field(default_factory=list)
     more_nll: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
@@ -84,14 +98,18 @@ def measure(
         prefilled = prefill_for(model, needs, model.tokenize(context), prefix)
         reference = model.likelihood(question, gold, behind(prefix, prefilled.cache))
         standing = answer_tokens(model, context, example.answers[0])
+        evidence = gather(
+            model, needs, prefix, prefilled, question, gold, example.id
+        )  # of which each takes its own
         for text in codecs:
             codec, mine = Codec(text), figures[text]
-            kept = codec.select(gather(model, codec.needs, prefix, prefilled, question, gold, example.id))
+            kept = codec.select(evidence)
             payload = codec.encode(prefilled.cache, kept)
             past = behind(prefix, decode(payload))
             found = model.likelihood(question, gold, past)
             mine.more_nll.append(mean_nll(found, gold) - mean_nll(reference, gold))
             mine.kl.append(mean_kl(reference, found))
+            mine.exact.append(float(found.argmax(-1).tolist() == gold))
             mine.payload_bytes.append(len(payload))
             mine.bits_per_element.append(len(payload) * 16 / prefilled.cache.nbytes)
             if standing:
@@ -112,6 +130,7 @@ def behind(prefix: KVCache | None, cache: KVCache) -> KVCache:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("codecs", nargs="*", default=CODECS, metavar="CODEC")
+    parser.add_argument("--grid", action="store_true", help="every selector at 0.1, 0.25 and 0.5 instead")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--task", default="needle")
     parser.add_argument("--path", help="of the task qa: a file of JSON lines")
@@ -127,23 +146,36 @@ def main() -> None:
     examples = task.examples(
         options.examples, options.context or None, lambda text: len(model.tokenize(text)), options.seed
     )
-    figures = measure(model, task, examples, options.codecs, not options.no_answers)
+    codecs = GRID if options.grid else options.codecs
+    figures = measure(model, task, examples, codecs, not options.no_answers)
     means = {text: each.means() for text, each in figures.items()}
     print(
         f"{model.name}, {task.name}, contexts of {options.context} tokens, {len(examples)} examples",
         file=sys.stderr,
     )
     if options.json:
-        print(
-            json.dumps({"model": model.name, "task": task.name, "examples": len(examples), "codecs": means})
-        )
+        intervals = {
+            text: {name: asdict(interval(values)) for name, values in vars(each).items() if values}
+            for text, each in figures.items()
+        }
+        said = {"model": model.name, "task": task.name, "examples": len(examples), "context": options.context}
+        print(json.dumps({**said, "codecs": means, "intervals": intervals}))
         return
-    print(f"{'codec':36} {'score':>6} {'ΔNLL':>7} {'KL':>7} {'found':>6} {'bytes':>10} {'bit/el':>7}")
+    print(
+        f"{'codec':36} {'score':>6} {'exact':>18} {'ΔNLL':>7} {'KL':>22} {'found':>6} {'bytes':>10} {'bit/el':>7}"
+    )
     for text, mean in means.items():
+        exact, kl = (spread(values) for values in (figures[text].exact, figures[text].kl))
         print(
-            f"{text:36} {mean['score']:6.3f} {mean['more_nll']:7.3f} {mean['kl']:7.3f} {mean['found']:6.2f} "
+            f"{text:36} {mean['score']:6.3f} {exact:>18} {mean['more_nll']:7.3f} {kl:>22} {mean['found']:6.2f} "
             f"{mean['payload_bytes']:10.0f} {mean['bits_per_element']:7.3f}"
         )
+
+
+def spread(values: list[float]) -> str:
+    """A mean and its 95 % interval."""
+    found = interval(values)
+    return f"{found.mean:.3f} [{found.low:.2f} {found.high:.2f}]"
 
 
 if __name__ == "__main__":

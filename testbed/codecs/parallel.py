@@ -37,7 +37,7 @@ def threads() -> int:
 
 def each(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """`map`, on several threads: results in order; the first exception in order is raised."""
-    _keep_freed_memory()
+    keep_freed_memory()
     if threads() == 1:
         return map(work, items)
     return _pool(threads()).map(work, items)
@@ -79,7 +79,7 @@ def bytes_for(size: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
 
 
 @functools.cache
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Lets glibc keep what is freed, up to a bound, for the next part.
 
     It gives blocks of megabytes back to the kernel at once, and the next part's temporaries are then cleared and mapped
