@@ -10,8 +10,8 @@ import pandas as pd
 from analysis import comparisons, settings, stats
 from analysis.run import Run
 
-#: A model and task take part where the full cache's mean score has its 95 % interval above this. Another example's context
-#: scores less on every task that was measured (docs/tasks.md).
+#: A model and task take part where the full cache's mean score has its 95 % interval above this: fixed, since a run
+#: knows no score without the right context. docs/tasks.md has what was measured.
 LEAST_REFERENCE = 0.1
 LEAST_REFERENCE_CHOICE = 0.3  #: four options: chance is 0.25
 

@@ -264,6 +264,17 @@ def text(found: list[tuple[Claim, list[Verdict]]], said: list[str]) -> str:
     return "\n".join([*lines, *said]).rstrip()
 
 
+def table(found: list[tuple[Claim, list[Verdict]]], said: list[str]) -> str:
+    """The verdicts as a Markdown table, for a page that records them; claims without rows are left away."""
+    lines = ["| claim | model, task | compared | verdict | n | figures |", "|---|---|---|---|--:|---|"]
+    for claim, verdicts in found:
+        for one in verdicts:
+            where = one.model + (f", `{one.task}`" if one.task else "")
+            cells = (f"`{claim.name}`", where, one.what, one.verdict, str(one.n), one.figures)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join([*lines, *(f"\n{sentence}." for sentence in said)])
+
+
 def to_dict(found: list[tuple[Claim, list[Verdict]]], said: list[str]) -> dict[str, object]:
     """Plain values for JSON."""
     claims = [

@@ -12,11 +12,13 @@ from testbed.cli.parts import as_json
 
 @click.command()
 @click.argument("paths", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--markdown", is_flag=True, help="Print the verdicts as a Markdown table.")
 @as_json
-def claims(paths: tuple[Path, ...]) -> Any:
+def claims(paths: tuple[Path, ...], markdown: bool) -> Any:
     """Judge the published claims by the rows of RUN...: holds, fails or undecided, with the figures."""
     from analysis import claims as judging
     from analysis.run import load
 
     found, said = judging.judge([load(path) for path in paths])
-    return judging.to_dict(found, said), judging.text(found, said), 0
+    printed = judging.table(found, said) if markdown else judging.text(found, said)
+    return judging.to_dict(found, said), printed, 0

@@ -315,3 +315,9 @@ def test_claims_are_printed_and_given_as_json(tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit):
         main(["claims", str(path)])
     assert "holds      smollm2-135m · int8 against full cache: ΔNLL +0.0" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["claims", str(path), "--markdown"])
+    row = capsys.readouterr().out.splitlines()[2]
+    assert row.startswith(
+        "| `int8-lossless` | smollm2-135m | int8 against full cache | holds | 80 | ΔNLL +0.0"
+    )
