@@ -3,8 +3,9 @@
 Link number *k* is 10.*k* div 256.*k* mod 256.0/30 and, where the topology has IPv6, fd00:7462:0:*k*::/64 (k in hexadecimal); its
 ``a`` end is .1 and ::1, its ``b`` end .2 and ::2. Routes are shortest paths by hops, ties going to the link that comes first.
 
-A router does not need a route for each link: `aggregate` covers the numbers that leave by the same interface with as few
+A router does not need a route for each link: `prefixes.aggregate` covers the numbers that leave by the same interface with as few
 prefixes as do (a middle node of a line of a thousand needs some twenty), which is why numbers, and not names, are planned.
+A network without circles is planned whole (`trees`), any other node by node.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from testbed.net import prefixes
+
 if TYPE_CHECKING:
     from testbed.net.topology import Link, Topology
 
 PREFIX_BITS = {4: 30, 6: 64}
 """The length of a link's prefix, by IP version."""
-_NUMBER_BITS = 16  # of a link's number in its addresses
 _BEFORE_BITS = {4: 8, 6: 48}  # of an address, before the link's number
 
 
@@ -116,6 +118,15 @@ def routes(node: str, topology: Topology) -> tuple[Route, ...]:
         if len(topology.links) == 1:
             return ()
         return tuple(_route(own[0], 0, 0, version) for version in versions)
+    runs = topology.tree.runs(node) if topology.tree is not None else _runs(node, topology)
+    covered = prefixes.aggregate(runs)
+    return tuple(
+        _route(own[place], number, bits, version) for version in versions for number, bits, place in covered
+    )
+
+
+def _runs(node: str, topology: Topology) -> list[prefixes.Run]:
+    own = topology.interfaces(node)
     hops = first_hops(node, topology.ends)
     order = {name: place for place, name in enumerate(hops)}  # nearest first
     attached = {interface.link for interface in own}
@@ -125,48 +136,13 @@ def routes(node: str, topology: Topology) -> tuple[Route, ...]:
         if number not in attached:
             nearest = link.a if order[link.a] < order[link.b] else link.b
             leaving[number] = places[hops[nearest][0].name]
-    covered = aggregate(leaving)
-    return tuple(
-        _route(own[place], number, bits, version) for version in versions for number, bits, place in covered
-    )
+    return prefixes.runs(leaving)
 
 
 def _route(out: Interface, number: int, bits: int, version: int) -> Route:
-    length = _BEFORE_BITS[version] + bits if bits < _NUMBER_BITS else PREFIX_BITS[version]
+    length = _BEFORE_BITS[version] + bits if bits < prefixes.BITS else PREFIX_BITS[version]
     destination = f"{_base(number, version)}/{length}"
     return Route(destination, out.peer if version == 4 else out.peer6, out.name, out.link, version)
-
-
-def aggregate(leaving: Mapping[int, int]) -> list[tuple[int, int, int]]:
-    """The fewest (number, bits, way) such that every number's longest matching prefix leads its way.
-
-    `leaving`: number (below 2¹⁶) -> way; numbers that are not in it may go anywhere. This is Draves et al.,
-    "Constructing Optimal IP Routing Tables" (INFOCOM 1999), with the smallest way where several do.
-    """
-    if not leaving:
-        return []
-    levels: list[dict[int, frozenset[int]]] = [
-        {number: frozenset((way,)) for number, way in leaving.items()}
-    ]  # from single numbers to everything: the ways that suit a prefix best
-    for _ in range(_NUMBER_BITS):
-        above: dict[int, frozenset[int]] = {}
-        for number, ways in levels[-1].items():
-            half = above.get(number >> 1)
-            above[number >> 1] = ways if half is None else (half & ways) or half | ways
-        levels.append(above)
-    found: list[tuple[int, int, int]] = []
-    waiting: list[tuple[int, int, int | None]] = [(0, 0, None)]
-    while waiting:
-        prefix, bits, inherited = waiting.pop()
-        if prefix not in levels[_NUMBER_BITS - bits]:
-            continue
-        ways = levels[_NUMBER_BITS - bits][prefix]
-        if inherited not in ways:
-            inherited = min(ways)
-            found.append((prefix << _NUMBER_BITS - bits, bits, inherited))
-        if bits < _NUMBER_BITS:
-            waiting += [(2 * prefix + 1, bits + 1, inherited), (2 * prefix, bits + 1, inherited)]
-    return sorted(found)
 
 
 def hosts(node: str, topology: Topology) -> str:

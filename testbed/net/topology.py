@@ -28,6 +28,7 @@ from testbed.net import routing, shapes, strict_yaml
 from testbed.net.profile import Profile, profile_from
 from testbed.net.routing import Interface, Route
 from testbed.net.strict_yaml import did_you_mean
+from testbed.net.trees import Tree
 
 MAX_NODES = 1000
 MAX_LINKS = 4000
@@ -106,6 +107,11 @@ class Topology:
     def ends(self) -> dict[str, tuple[Interface, ...]]:
         """Every node's ends of its links, in the order of the links: eth0, eth1, …"""
         return routing.interfaces((node.name for node in self.nodes), self.links, self.ipv6)
+
+    @cached_property
+    def tree(self) -> Tree | None:
+        """How its links hang together, where they make no circle."""
+        return Tree(self.ends) if len(self.links) == len(self.nodes) - 1 else None
 
     def interfaces(self, node: str) -> tuple[Interface, ...]:
         """The node's ends of its links, in the order of the links: eth0, eth1, …"""

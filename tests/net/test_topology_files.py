@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from testbed.errors import SpecError
 from testbed.net import shapes, strict_yaml, topology
+from testbed.net.prefixes import aggregate, runs
 from testbed.net.profile import PRESETS
-from testbed.net.routing import aggregate
 from testbed.net.topology import to_mapping, topology_from
 
 names = st.sampled_from(["a", "b", "hub", "n1", "n-2", "wire", "A", "", "x" * 40, "é", "1"])
@@ -90,7 +90,7 @@ def test_any_text_is_read_or_refused_in_one_line(text: bytes | str) -> None:
 
 @given(st.dictionaries(st.integers(0, 300), st.integers(0, 3), max_size=60))
 def test_routes_in_few_prefixes_lead_where_a_route_for_each_would(leaving: dict[int, int]) -> None:
-    covered = aggregate(leaving)
+    covered = aggregate(runs(leaving))
     for number, way in leaving.items():
         fitting = [entry for entry in covered if number >> 16 - entry[1] == entry[0] >> 16 - entry[1]]
         assert max(fitting, key=lambda entry: entry[1])[2] == way
