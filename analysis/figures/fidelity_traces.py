@@ -119,7 +119,7 @@ def _worst(drawn: list[tuple[Measured, Curve | Track]]) -> str:
         said.append(f"largest error of the total {off:+.2f} %")
     errors = [m.checks.get((line.way, "delay trace"), {}).get("measured") for m, line in drawn]
     if known := [error for error in errors if isinstance(error, float)]:
-        said.append(f"largest median error of a delay {1e3 * max(known):.2f} ms")
+        said.append(f"of a delay (median) {1e3 * max(known):.2f} ms")
     parts = sum(len(line.asked_bytes if isinstance(line, Curve) else line.asked) for _, line in drawn)
     return f"{', '.join(said)} · n = {parts} parts of {len(drawn)} stretches"
 
