@@ -6,6 +6,7 @@ others through their quantizer, one by one.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from testbed.codecs.quantize import Quantizer
     from testbed.codecs.quantize.batch import Table
     from testbed.models.kvcache import KVCache
+
+
+#: Bytes of a block of decoded values. The C library gives larger ones back to the kernel when they are freed (`parallel`), and
+#: the next ones are cleared page by page, which takes as long as decoding.
+_BLOCK = 16 << 20
 
 
 class Writer:
@@ -126,11 +132,11 @@ class _Table:
         self._kept: list[Tensor] = []  # alive while their addresses are in use
         rows: list[list[int]] = []
         if values and values[0].device.type == "cpu":
-            from testbed.codecs.quantize import batch
-
             for i, piece in enumerate(layout.pieces):
                 integer = quantizer.uniform(piece.part) if piece.part.elements else None
                 if integer is not None and str(values[i].dtype) == f"torch.{piece.part.dtype}":
+                    from testbed.codecs.quantize import batch
+
                     self._row[i] = len(rows)
                     rows.append(batch.row_of(piece, integer))
         self._rows = np.array(rows, dtype=np.int64)
@@ -158,19 +164,33 @@ class _Table:
 
 
 def _targets(layout: Layout, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Memory for each part's values, side by side in one block, each at a cache line's start."""
+    """Memory for each part's values, many parts side by side in a block, each at a cache line's start."""
     import torch
 
     sizes = [-(-piece.part.elements * dtype.itemsize // 64) * 64 for piece in layout.pieces]
-    if device.type == "cpu":
-        block = torch.from_numpy(bytes_for(sum(sizes) or 64)).view(dtype)  # of nothing, numpy has no strides
-    else:
-        block = torch.empty(sum(sizes) // dtype.itemsize, dtype=dtype, device=device)
-    targets, at = [], 0
-    for piece, size in zip(layout.pieces, sizes, strict=True):
-        targets.append(block[at : at + piece.part.elements].view(piece.part.shape))
-        at += size // dtype.itemsize
+    targets: list[Tensor] = []
+    left, at = torch.empty(0, dtype=dtype, device=device), 0
+    for i, (piece, size) in enumerate(zip(layout.pieces, sizes, strict=True)):
+        if at + size > left.nbytes:
+            left, at = _block(_together(sizes[i:]), dtype, device), 0
+        start = at // dtype.itemsize
+        targets.append(left[start : start + piece.part.elements].view(piece.part.shape))
+        at += size
     return targets
+
+
+def _together(sizes: Sequence[int]) -> int:
+    """Bytes of the parts, from the first on, that share a block. At least one, and a block is never of nothing."""
+    ends = itertools.takewhile(lambda end: end <= _BLOCK, itertools.accumulate(sizes))
+    return max([sizes[0], 64, *ends])
+
+
+def _block(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    import torch
+
+    if device.type == "cpu":
+        return torch.from_numpy(bytes_for(size)).view(dtype)
+    return torch.empty(size // dtype.itemsize, dtype=dtype, device=device)
 
 
 def _zero_gap(section: Tensor, end: int) -> None:
