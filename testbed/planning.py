@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from testbed.codecs.spec import parse as parse_codec
 from testbed.errors import SpecError, UsageError
 from testbed.models.sources import find as find_model
-from testbed.net import strict_yaml
+from testbed.net import lookup, strict_yaml
 from testbed.net.profile import Profile, parse_profile, profile_from
 from testbed.net.topology import Topology, load_topology
 from testbed.scenario import Plan, Scenario
@@ -73,7 +73,8 @@ def load_plan(
     for key, value in (("codecs", codecs or None), ("examples", examples), ("emulator", emulator)):
         if value is not None:
             settings[key] = list(value) if isinstance(value, tuple) else value
-    return make_plan(settings, str(path), _link_options(links or []))
+    with lookup.beside(path):
+        return make_plan(settings, str(path), _link_options(links or []))
 
 
 def _link_options(options: Sequence[str]) -> dict[str, str]:

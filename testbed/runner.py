@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from testbed import kept_traces
 from testbed.endpoints.launch import invoking_user
 from testbed.endpoints.pair import Batch, Pair
 from testbed.environment import describe_host
 from testbed.errors import EndpointError, NetworkError
 from testbed.guards import interruptible, locked
 from testbed.models.sources import resolve
+from testbed.net import lookup
 from testbed.net.accounting import Account
 from testbed.net.fabric import Fabric
 from testbed.net.profile import Profile
@@ -228,6 +230,7 @@ def start(plan: Plan, out: Path, watch: Watcher, accept_uncalibrated: bool) -> R
             "name": plan.scenario.name,
             "settings": plan.scenario.model_dump(mode="json"),
             "created": utc_now(),
+            "traces": kept_traces.keep(plan, directory),
         },
     )
     return Run(plan, directory, watch, accept_uncalibrated)
@@ -240,7 +243,8 @@ def resume(path: Path, watch: Watcher, accept_uncalibrated: bool) -> Run:
     user = invoking_user()
     directory = RunDirectory.open(path, (user.uid, user.gid))
     manifest = directory.manifest()
-    plan = make_plan(manifest["settings"], str(path / "manifest.json"))
+    with lookup.among(kept_traces.copies(manifest.get("traces"), path.absolute())):
+        plan = make_plan(manifest["settings"], str(path / "manifest.json"))
     check_ready(plan)
     directory.repair()
     return Run(plan, directory, watch, accept_uncalibrated)

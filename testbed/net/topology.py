@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.errors import SpecError
-from testbed.net import routing, shapes, strict_yaml
+from testbed.net import lookup, routing, shapes, strict_yaml
 from testbed.net.profile import Profile, profile_from
 from testbed.net.routing import Interface, Route
 from testbed.net.strict_yaml import did_you_mean
@@ -215,7 +215,8 @@ def load_topology(name_or_path: str | Path) -> Topology:
     """The topology of a file, or of the shipped file of that name (``edge-cloud``). Raises SpecError naming
     file and place."""
     path = _find(name_or_path)
-    return topology_from(strict_yaml.read(path), str(path), path.stem)
+    with lookup.beside(path):
+        return topology_from(strict_yaml.read(path), str(path), path.stem)
 
 
 def shipped_topologies() -> list[Path]:

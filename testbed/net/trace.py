@@ -24,6 +24,7 @@ from typing import ClassVar, Literal
 import msgspec
 
 from testbed.errors import SpecError, UnitError
+from testbed.net import lookup
 from testbed.net.emulators.schedule import Deliveries, Schedule
 from testbed.net.generators import Flap, Outage, Sine, Step, exact_time
 from testbed.net.strict_yaml import did_you_mean
@@ -46,9 +47,11 @@ _MAX_SCALE = 1e6
 
 
 class File(msgspec.Struct, frozen=True, tag="file"):
-    """A recording, by the path of its file: as written, from the working directory or else among the shipped scenarios."""
+    """A recording, by the path of its file: as written. *at*: where it is, as was found beside the file that names it
+    (`testbed.net.lookup`); else it is looked for from the working directory, and among the shipped scenarios."""
 
     path: str
+    at: str = ""
     kind: ClassVar[str] = "trace"
 
     @classmethod
@@ -58,13 +61,15 @@ class File(msgspec.Struct, frozen=True, tag="file"):
             raise SpecError(
                 f"{text[:40]!r} cannot be a trace's file: give one without brackets, commas and semicolons"
             )
-        return cls(text)
+        return cls(text, lookup.find(text))
 
     def __str__(self) -> str:
         return f"trace:{self.path}"
 
     def found(self) -> Path:
         """Where the file is. Raises SpecError where it is not."""
+        if self.at:
+            return Path(self.at)  # `read_recording` says if it has gone
         for path in (Path(self.path), _SHIPPED / self.path):
             if path.exists():
                 return path
