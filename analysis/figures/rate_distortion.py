@@ -54,7 +54,7 @@ def draw(run: Run) -> Figure:
     frame = Frame(
         title="What is lost for the bits that are sent",
         subtitle=(
-            f"{len(looks)} codecs · {subject(run.rows)}\n"
+            f"{len(looks)} codec{'' if len(looks) == 1 else 's'} · {subject(run.rows)}\n"
             f"{metric.label} against payload bits over the full cache's elements; bars: 95 % bootstrap intervals"
         ),
         footnotes=[

@@ -33,6 +33,9 @@ class Square:
     shown: bool
 
 
+_ROOM_FOR_A_MARK = 110.0  #: points
+_SMALLEST = 5.6  #: points of a font
+
 Place = tuple[float, float]  #: rate up (bit/s; 0: unlimited), delay up (s)
 
 
@@ -128,70 +131,46 @@ def _draw_panel(
 
 def _draw_square(ax: Axes, square: Square, x: float, y: float, height: float, looks: dict[str, Mark]) -> None:
     mark = looks[square.best.label] if square.best else None
-    box = Rectangle(
-        (x + 0.02, y + 0.02 * height),
-        0.96,
-        0.96 * height,
-        facecolor=mark.color if mark else "white",
-        alpha=0.22 if mark else 1.0,
-        edgecolor="none",
-    )
-    ax.add_patch(box)
-    edge: dict[str, Any] = {"facecolor": "none", "edgecolor": GREY, "linewidth": 0.8}
-    ax.add_patch(Rectangle((x + 0.02, y + 0.02 * height), 0.96, 0.96 * height, **edge))
-    ax.text(
-        x + 0.5,
-        y + 0.84 * height,
-        _fitted(ax, f"{square.profile} · {format_fraction(square.loss)} loss", 6.8),
-        ha="center",
-        va="center",
-        fontsize=6.8,
-        color="#444444",
-    )
+    at, size = (x + 0.02, y + 0.02 * height), (0.96, 0.96 * height)
+    look: dict[str, Any] = {"facecolor": mark.color if mark else "white", "alpha": 0.22 if mark else 1.0}
+    ax.add_patch(Rectangle(at, *size, edgecolor="none", **look))
+    ax.add_patch(Rectangle(at, *size, facecolor="none", edgecolor=GREY, linewidth=0.8))
+
+    def write(where: float, text: str, size: float, share: float = 0.94, **more: Any) -> None:
+        _write(ax, x + 0.5, y + where * height, text, size, share, **more)
+
+    # A link written out says in its name what its place says already.
+    name = "" if "=" in square.profile else f"{square.profile} · "
+    write(0.84, f"{name}{format_fraction(square.loss)} loss", 6.8, color="#444444")
     if square.best is None or mark is None:
-        ax.text(x + 0.5, y + 0.4 * height, "none keeps it", ha="center", va="center", fontsize=8, color=INK)
+        write(0.4, "none keeps it", 8.0, color=INK)
         return
-    name, best = _short(square.best), square.best.latency
+    best, label = square.best.latency, _short(square.best)
     interval = f" [{best.low:.2f}, {best.high:.2f}]" if best.low == best.low else ""
-    middle = y + 0.5 * height
-    ax.plot(x + 0.08, middle, **{**mark.options(), "markersize": 8})
-    ax.text(
-        x + 0.5,
-        middle + 0.1 * height,
-        _fitted(ax, name if square.shown else f"({name})", 8.6, 0.8),
-        ha="center",
-        va="center",
-        fontsize=8.6,
-        weight="bold",
-    )
-    ax.text(
-        x + 0.5,
-        middle - 0.12 * height,
-        f"{best.value:.2f} s{interval}",
-        ha="center",
-        va="center",
-        fontsize=7.8,
-    )
+    wide = _points(ax) > _ROOM_FOR_A_MARK
+    if wide:
+        ax.plot(x + 0.08, y + 0.5 * height, **{**mark.options(), "markersize": 8})
+    share = 0.8 if wide else 0.94
+    write(0.6, label if square.shown else f"({label})", 8.6, share, weight="bold")
+    write(0.38, f"{best.value:.2f} s{interval}", 7.8, share)
     if square.second is not None:
         slower = square.second.latency.value / best.value - 1
-        text = f"{_short(square.second)} +{slower:.0%}"
-        ax.text(
-            x + 0.5,
-            y + 0.14 * height,
-            _fitted(ax, text, 6.8),
-            ha="center",
-            va="center",
-            fontsize=6.8,
-            color="#444444",
-        )
+        write(0.14, f"{_short(square.second)} +{slower:.0%}", 6.8, color="#444444")
+
+
+def _points(ax: Axes) -> float:
+    """A square's width in points."""
+    return float(ax.get_window_extent().width / ax.figure.dpi * 72 / ax.get_xlim()[1])
+
+
+def _write(ax: Axes, x: float, y: float, text: str, size: float, share: float, **more: Any) -> None:
+    """The text, smaller where a square is too narrow for it, and cut in the middle where that is not enough."""
+    width = _points(ax) * share
+    size = max(min(size, width / (0.58 * max(1, len(text)))), min(size, _SMALLEST))
+    most = max(6, int(width / (0.58 * size)))
+    text = text if len(text) <= most else f"{text[: most - 4]}…{text[-3:]}"
+    ax.text(x, y, text, ha="center", va="center", fontsize=size, **more)
 
 
 def _short(one: Measured) -> str:
     return short([one.label])[one.label]
-
-
-def _fitted(ax: Axes, text: str, size: float, share: float = 0.94) -> str:
-    """The text, or its beginning and end where a square is too narrow for it at this font size (points)."""
-    width = ax.get_window_extent().width / ax.figure.dpi * 72 / ax.get_xlim()[1] * share
-    most = max(6, int(width / (0.58 * size)))
-    return text if len(text) <= most else f"{text[: most - 4]}…{text[-3:]}"

@@ -68,7 +68,7 @@ def draw(run: Run) -> Figure:
     frame = Frame(
         title="What is left of the answers when tokens are dropped",
         subtitle=(
-            f"{len(looks)} selectors · {subject(run.rows)}\n"
+            f"{len(looks)} selector{'' if len(looks) == 1 else 's'} · {subject(run.rows)}\n"
             "mean over examples against the fraction of context tokens kept; bars: 95 % bootstrap intervals"
         ),
         footnotes=[

@@ -205,7 +205,8 @@ def panel_title(axes: Axes, title: str, below: str) -> None:
     """A panel's name, and under it the conditions that it shows; both kept within the panel's width."""
     width = axes.get_window_extent().width / axes.figure.dpi * 72  # points
     if len(title) * 6.3 > width:
-        title = textwrap.shorten(title.replace(",", ", "), int(width / 6.3), placeholder=" …")
+        most = int(width / 6.3)  # what differs between links may stand at the end of their names
+        title = f"{title[: most // 2]} … {title[3 - (most - most // 2) :]}"
     size = min(8.0, width / (0.55 * max(1, len(below))))
     looks: list[tuple[str, int, dict[str, Any]]] = [
         (title, 17, {"fontsize": 9.5, "fontweight": "bold"}),

@@ -34,7 +34,7 @@ def draw(run: Run) -> Figure:
         title="One request" if len(chosen) == 1 else f"One request under {len(chosen)} settings",
         subtitle=(
             f"{first['model']} · {first['task']}, example {first['example']}, {first['context_tokens']} tokens "
-            f"of context · {first['profile']} ({first['emulator']} emulator): {conditions(chosen)}\n"
+            f"of context · {str(first['profile']).replace(',', ', ')} ({first['emulator']} emulator): {conditions(chosen)}\n"
             "single trials, so without intervals; triangle: the first token reaches the user"
         ),
         footnotes=[
@@ -53,7 +53,7 @@ def draw(run: Run) -> Figure:
     figure, axes = frame.figure()
     longest = float(chosen["e2e_s"].max())
     for ax, (_, trial) in zip(axes, chosen.iterrows(), strict=True):
-        _draw_trial(ax, trial)
+        _draw_trial(ax, trial, longest)
         ax.set_xlim(0, longest * 1.02)
         ax.tick_params(labelbottom=ax is axes[-1])
     axes[-1].set_xlabel("time since the request (s)")
@@ -111,7 +111,7 @@ def _order(placement: str) -> list[str]:
     return [*rest[: rest.index("transmit_s") + 1], "prefill_s", *rest[rest.index("transmit_s") + 1 :]]
 
 
-def _draw_trial(ax: Axes, trial: pd.Series) -> None:
+def _draw_trial(ax: Axes, trial: pd.Series, longest: float) -> None:
     payload = trial["payload_bytes"]
     sent = f"{megabytes(float(payload))} sent" if payload else "nothing sent"
     score = f"score {trial['score']:.2f}" if trial["score"] == trial["score"] else "no score"
@@ -128,7 +128,7 @@ def _draw_trial(ax: Axes, trial: pd.Series) -> None:
         text = f"{length:.2f} s" if length >= 0.1 else f"{length * 1e3:.0f} ms"
         text = f"({text})" if stage in reused else text
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
-        if length > 0.055 * float(trial["e2e_s"]) and length > 0.05:
+        if length > 0.05 * longest:
             ax.text(at + length / 2, lane, text, ha="center", va="center", fontsize=6.6, bbox=box)
         at += length
         if stage == "first_token_s":
