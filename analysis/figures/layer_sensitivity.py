@@ -29,12 +29,15 @@ def draw_run(run: Run) -> Figure:
     """The diagnosis in a run's directory (`testbed guide` leaves one). Raises NotInThisRun where there is none."""
     from testbed.codecs.quantize.protection import load_diagnosis
 
-    try:
-        return draw(load_diagnosis(run.path / "diagnosis.json"))
-    except SpecError as error:
+    path = run.path / "diagnosis.json"
+    if not path.is_file():
         raise NotInThisRun(
-            f"{error}; layer_sensitivity draws a diagnosis: testbed plot FILE, where `testbed diagnose` left it"
-        ) from None
+            f"{run.path} has no diagnosis; layer_sensitivity draws one: testbed plot FILE, where `testbed diagnose` left it"
+        )
+    try:
+        return draw(load_diagnosis(path))
+    except SpecError as error:
+        raise NotInThisRun(str(error)) from None
 
 
 def draw_file(path: Path) -> list[Path]:

@@ -86,14 +86,15 @@ def draw(run: Run) -> Figure:
     for (row, column), curves in drawn.items():
         ax = axes[row * len(panels) + column]
         key, own = panels[column]
-        what = "score" if metrics[row] is SCORE else "likelihood lost against the full cache"
+        lost = "likelihood lost against the full cache" if len(panels) <= 2 else "ΔNLL"
+        what = "score" if metrics[row] is SCORE else lost
         panel_title(ax, " · ".join(map(str, key)), f"{what} · n = {own['example'].nunique()} examples")
         level = settings.full_cache_quality(own) if metrics[row] is SCORE else 0.0
         _draw(ax, curves, looks, metrics[row], level)
         if column == 0:
             ax.set_ylabel("mean score" if metrics[row] is SCORE else "ΔNLL (nats/token)")
         if row == len(metrics) - 1:
-            ax.set_xlabel("fraction of context tokens kept")
+            ax.set_xlabel("fraction of context tokens kept" if len(panels) <= 2 else "fraction kept")
     bottom_legend(figure, frame, [m.handle(drawn_names[label]) for label, m in looks.items()], columns)
     return figure
 

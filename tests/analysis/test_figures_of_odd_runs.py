@@ -100,7 +100,7 @@ def test_a_diagnosis_is_plotted_from_its_file_its_directory_and_a_run(
             main(["plot", str(subject)])
         assert ended.value.code == 0
         assert str(tmp_path / "tiny-int4-layer_sensitivity.png") in capsys.readouterr().out
-    with pytest.raises(UsageError, match="layer_sensitivity draws a diagnosis"):
+    with pytest.raises(UsageError, match="has no diagnosis; layer_sensitivity draws one"):
         figure("layer_sensitivity", load(run))
     _diagnosis(run / "diagnosis.json")
     assert "bottleneck: K1" in " ".join(t.get_text() for t in texts(drawn("layer_sensitivity", run)))
