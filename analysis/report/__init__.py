@@ -92,7 +92,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     host = run.manifest.get("host")
     for key, value in host.items() if isinstance(host, dict) else ():
         said = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-        facts.append((str(key).replace("_", " "), said))
+        if key == "memory_bytes" and isinstance(value, int):
+            said = f"{value / 1e9:.1f} GB"
+        facts.append((str(key).removesuffix("_bytes").replace("_", " "), said))
     return [(name, value) for name, value in facts if value]
 
 
@@ -104,6 +106,9 @@ def _caveats(run: Run) -> list[str]:
             f"Compute is emulated in {len(slowed)} trials: stages stretched by up to "
             f"{slowed['edge_slowdown'].max():g} at the edge and {slowed['cloud_slowdown'].max():g} in the cloud."
         )
+    warned = run.rows.loc[(run.rows["warnings"] != "") & run.rows["calibrated"], "warnings"]
+    if len(warned):
+        said.append(f"The first warning: {str(warned.iloc[0])[:200]}")
     if len(run.failed):
         first = str(run.failed["error"].iloc[0]).splitlines()[0][:200]
         said.append(f"The first failure: {first}")

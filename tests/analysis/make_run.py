@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from testbed.codecs.quantize.protection import FORMAT as DIAGNOSIS_FORMAT
 from testbed.net.calibrate import Attempt, Calibration
 from testbed.net.following import Curve
 from testbed.net.measure import Check, delay_check, loss_check, rate_check
@@ -128,6 +129,27 @@ def _curves(rng: np.random.Generator) -> tuple[Curve, ...]:
         Curve(way, 0.0, 0.1, tuple(asked.tolist()), tuple(d))
         for way, d in zip(("up", "down"), delivered, strict=True)
     )
+
+
+def write_diagnosis(path: Path) -> Path:
+    """Write what `testbed diagnose` would of a model of three layers."""
+    one = {"mean": 0.1, "low": 0.05, "high": 0.2}
+    places = [
+        {"layer": layer, "kind": kind, "damage": {"kl": one}, "won": one}
+        for layer in range(3)
+        for kind in ("keys", "values")
+    ]
+    found = {
+        "format": DIAGNOSIS_FORMAT,
+        "protect": "K1",
+        "verdict": "bottleneck: K1",
+        "model": "tiny",
+        "bits": 4,
+        "task": "needle",
+    }
+    found |= {"context_tokens": 128, "examples": 2, "places": places, "all_quantized": {"kl": one}}
+    path.write_text(json.dumps(found))
+    return path
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:

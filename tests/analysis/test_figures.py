@@ -22,7 +22,7 @@ from analysis.run import load
 from testbed.errors import UsageError
 from testbed.net.following_values import Track
 from testbed.net.measure import Check
-from tests.analysis.make_run import CODECS, PROFILES, SWEEP, make_run, write_calibration
+from tests.analysis.make_run import CODECS, PROFILES, SWEEP, make_run, write_calibration, write_diagnosis
 from tests.analysis.test_run_directory import lines, rewrite
 
 
@@ -79,7 +79,12 @@ def drawn(name: str, path: Path) -> Figure:
 def test_all_figures_are_written_as_picture_and_vector(small: Path) -> None:
     run = small
     paths = analysis.draw(run)
-    left_out = {"regimes", "link_sweep", "fidelity_traces"}  # one link only, and no trace
+    left_out = {
+        "regimes",
+        "link_sweep",
+        "fidelity_traces",
+        "layer_sensitivity",
+    }  # one link, no trace, no diagnosis
     assert [p.relative_to(run / "figures").name for p in paths] == [
         f"{n}.{s}" for n in FIGURES if n not in left_out for s in ("png", "pdf")
     ]
@@ -110,6 +115,8 @@ def test_no_text_leaves_the_picture(name: str, which: str, request: pytest.Fixtu
         pytest.skip("this run has one task")
     if name == "link_sweep":
         path = request.getfixturevalue("sweep")
+    if name == "layer_sensitivity":
+        write_diagnosis(path / "diagnosis.json")
     made = drawn(name, path)
     box = made.get_tightbbox(FigureCanvasAgg(made).get_renderer())  # inches, around all that is drawn
     width, height = made.get_size_inches()

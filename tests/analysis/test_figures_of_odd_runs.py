@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,8 @@ from analysis.figures import figure
 from analysis.figures.names import LONGEST, short
 from analysis.run import load
 from testbed.cli import main
-from testbed.codecs.quantize.protection import FORMAT
 from testbed.errors import UsageError
-from tests.analysis.make_run import make_run
+from tests.analysis.make_run import make_run, write_diagnosis
 from tests.analysis.test_figures import drawn, texts
 from tests.analysis.test_run_directory import lines, rewrite
 
@@ -70,30 +68,10 @@ def test_regimes_puts_in_brackets_what_its_interval_does_not_show(tmp_path: Path
     assert "(int8)" in [t.get_text() for t in texts(drawn("regimes", path))]
 
 
-def _diagnosis(path: Path) -> Path:
-    one = {"mean": 0.1, "low": 0.05, "high": 0.2}
-    places = [
-        {"layer": layer, "kind": kind, "damage": {"kl": one}, "won": one}
-        for layer in range(3)
-        for kind in ("keys", "values")
-    ]
-    found = {
-        "format": FORMAT,
-        "protect": "K1",
-        "verdict": "bottleneck: K1",
-        "model": "tiny",
-        "bits": 4,
-        "task": "needle",
-    }
-    found |= {"context_tokens": 128, "examples": 2, "places": places, "all_quantized": {"kl": one}}
-    path.write_text(json.dumps(found))
-    return path
-
-
 def test_a_diagnosis_is_plotted_from_its_file_its_directory_and_a_run(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = _diagnosis(tmp_path / "tiny-int4.json")
+    file = write_diagnosis(tmp_path / "tiny-int4.json")
     (tmp_path / "other.json").write_text("[]")
     for subject in (file, tmp_path):
         with pytest.raises(SystemExit) as ended:
@@ -102,5 +80,5 @@ def test_a_diagnosis_is_plotted_from_its_file_its_directory_and_a_run(
         assert str(tmp_path / "tiny-int4-layer_sensitivity.png") in capsys.readouterr().out
     with pytest.raises(UsageError, match="has no diagnosis; layer_sensitivity draws one"):
         figure("layer_sensitivity", load(run))
-    _diagnosis(run / "diagnosis.json")
+    write_diagnosis(run / "diagnosis.json")
     assert "bottleneck: K1" in " ".join(t.get_text() for t in texts(drawn("layer_sensitivity", run)))
