@@ -21,7 +21,7 @@ from testbed.net.accounting import Account
 from testbed.net.fabric import Fabric
 from testbed.net.profile import Profile
 from testbed.net.topology import Topology
-from testbed.net.traffic import running
+from testbed.net.traffic import require_tools, running
 from testbed.progress import Tally, Watcher
 from testbed.results import FORMAT, Row, RunDirectory
 from testbed.scenario import Cell, Plan
@@ -61,6 +61,7 @@ class Run:
             self._write_manifest(loaded)
             self._calibrate()
             self._account = Account(self.fabric, self.plan.link)
+            traffic: list[dict[str, Any]] = []
             try:
                 with running(self.fabric, self.plan.flows()) as traffic:
                     self._walk(batches)
@@ -68,7 +69,7 @@ class Run:
                 self._write_stretch(
                     "counters.json", {"link": self.plan.link}, profiles=self._account.record()
                 )
-            self._write_stretch("traffic.json", {}, flows=traffic)
+                self._write_stretch("traffic.json", {}, flows=traffic)
         self.directory.write_parquet()
 
     def _expect(self, batches: list[Batch]) -> None:
@@ -213,6 +214,7 @@ class Run:
 def check_ready(plan: Plan) -> None:
     """What can be known to fail before anything is written or built. Raises UsageError."""
     resolve(plan.scenario.model)
+    require_tools(plan.flows())
     from testbed.net.emulators import choose
 
     choose(plan.scenario.emulator)

@@ -3,8 +3,8 @@
     python flow.py receive KIND                                   prints its port, then counts what comes in
     python flow.py send KIND ADDRESS PORT RATE START STOP         sends (bits per second; seconds from now; 0: no limit)
 
-KIND is tcp or udp. Each ends when its standard input does, which its owner holds open, and prints ``{"bytes": …, "seconds": …}``:
-what crossed, and the time from the first byte to the last.
+KIND is tcp, udp or iperf3, which runs that program and reads its report. Each ends when its standard input does, which its owner
+holds open, and prints ``{"bytes": …, "seconds": …}``: what crossed, and the time from the first byte to the last.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ import contextlib
 import json
 import os
 import select
+import signal
 import socket
+import subprocess
 import sys
 from math import inf
-from time import monotonic
+from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 DATAGRAM_BYTES = 1200
 CHUNK_BYTES = 16_384
 _NOBODY, _CONNECT_S = 65534, 10.0
+_LISTENING, _START_S, _REPORT_S = "0A", 5.0, 3.0
+_LONGEST_S = 86_400  # that iperf3 understands
 
 
 class Count:
@@ -94,6 +99,67 @@ def send(kind: str, address: str, port: int, rate_bps: float, start_s: float, st
         return count
 
 
+def serve_iperf3() -> Count:
+    """What iperf3's server took in until it was called once, or standard input ended."""
+    with socket.socket() as sock:
+        sock.bind(("", 0))
+        port = sock.getsockname()[1]
+    server = _iperf3("-s", "-4", "-1", "-p", str(port))
+    given_up = monotonic() + _START_S
+    while not _listens(port):
+        if server.poll() is not None or monotonic() > given_up:
+            raise SystemExit("iperf3 does not listen")
+        sleep(0.01)
+    print(port, flush=True)
+    return _report(server, "sum_received", inf)
+
+
+def call_iperf3(address: str, port: int, rate_bps: float, start_s: float, stop_s: float) -> Count:
+    """What iperf3's client sent until its time was over, or standard input ended."""
+    if select.select([sys.stdin], [], [], start_s)[0]:
+        return Count()
+    lasts = round(min(stop_s - start_s, _LONGEST_S)) if stop_s else _LONGEST_S
+    rate = ["-b", str(round(rate_bps))] if rate_bps else []
+    client = _iperf3("-c", address, "-p", str(port), "-t", str(max(1, lasts)), *rate)
+    return _report(client, "sum_sent", stop_s - start_s if stop_s else inf)
+
+
+def _iperf3(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        ["iperf3", "-J", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+    )
+
+
+def _listens(port: int) -> bool:
+    lines = [line.split() for line in Path("/proc/thread-self/net/tcp").read_text().splitlines()[1:]]
+    return any(int(line[1].rpartition(":")[2], 16) == port and line[3] == _LISTENING for line in lines)
+
+
+def _report(process: subprocess.Popen[str], sums: str, lasts_s: float) -> Count:
+    """Of an iperf3, when it has ended: by itself, or told to once standard input ends or its time is over."""
+    end, said, count = monotonic() + lasts_s, "", Count()
+    assert process.stdout is not None
+    while True:  # its report is read as it comes, for a pipe does not hold that of an hour
+        wait = None if end == inf else max(0.0, end - monotonic())
+        ready = select.select([sys.stdin, process.stdout], [], [], wait)[0]
+        if process.stdout in ready:
+            piece = os.read(process.stdout.fileno(), 1 << 16).decode()
+            said += piece
+            if not piece:
+                break
+            continue
+        process.send_signal(signal.SIGINT)  # it reports what it has done so far
+        try:
+            said += process.communicate(timeout=_REPORT_S)[0]
+        except subprocess.TimeoutExpired:
+            process.kill()
+        break
+    with contextlib.suppress(ValueError, LookupError, TypeError):  # none where nobody called
+        total = json.loads(said)["end"][sums]
+        count.bytes, count.last = int(total["bytes"]), float(total["seconds"])
+    return count
+
+
 def main() -> None:
     if os.geteuid() == 0 and "TESTBED_ROOTLESS" not in os.environ:
         os.setgroups([])
@@ -101,10 +167,16 @@ def main() -> None:
         os.setresuid(_NOBODY, _NOBODY, _NOBODY)
     role, kind, *rest = sys.argv[1:]
     if role == "receive":
-        count = receive(kind)
+        count = serve_iperf3() if kind == "iperf3" else receive(kind)
+        if kind == "iperf3":  # which ends when its client does
+            select.select([sys.stdin], [], [])
     else:
         address, port, *numbers = rest
-        count = send(kind, address, int(port), *(float(number) for number in numbers))
+        rate, start, stop = map(float, numbers)
+        if kind == "iperf3":
+            count = call_iperf3(address, int(port), rate, start, stop)
+        else:
+            count = send(kind, address, int(port), rate, start, stop)
         select.select([sys.stdin], [], [])
     print(count.text(), flush=True)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from testbed.errors import NetworkError, SpecError, UsageError
 from testbed.net import flow, strict_yaml
@@ -18,7 +19,7 @@ from testbed.units import parse_rate, parse_time
 if TYPE_CHECKING:
     from testbed.net.fabric import Fabric
 
-_KINDS = ("tcp", "udp")
+_KINDS = ("tcp", "udp", "iperf3")
 _KEYS = {"from", "to", "kind", "rate", "start", "stop"}
 _END_S = 5.0
 
@@ -29,7 +30,7 @@ class Flow:
 
     source: str
     target: str
-    kind: Literal["tcp", "udp"] = "tcp"
+    kind: Literal["tcp", "udp", "iperf3"] = "tcp"  # iperf3: a TCP flow by that program
     rate_bps: float | None = None
     start_s: float = 0.0
     stop_s: float | None = None
@@ -57,13 +58,23 @@ def flow_from(value: Any) -> Flow:
     source, target = strict_yaml.text(value["from"], "from"), strict_yaml.text(value["to"], "to")
     if source == target:
         raise SpecError(f"a flow from {source!r} to itself")
-    return Flow(source, target, "udp" if kind == "udp" else "tcp", rate, start, stop)
+    return Flow(source, target, cast(Literal["tcp", "udp", "iperf3"], kind), rate, start, stop)
+
+
+def require_tools(flows: Sequence[Flow]) -> None:
+    """Raises UsageError where a flow needs a program that is not there."""
+    if any(one.kind == "iperf3" for one in flows) and shutil.which("iperf3") is None:
+        raise UsageError(
+            "traffic of kind iperf3: there is no iperf3 on this machine; install it, or use kind: tcp"
+        )
 
 
 @contextlib.contextmanager
 def running(fabric: Fabric, flows: Sequence[Flow]) -> Iterator[list[dict[str, Any]]]:
     """The flows, while the block runs. Afterwards the list holds one entry each: the flow, ``sent_bytes``, ``received_bytes`` and
-    ``goodput_bps`` at the receiver. Raises NetworkError where one cannot be started."""
+    ``goodput_bps`` at the receiver; also where the block is left by an exception, of what was done until then. Raises UsageError
+    where iperf3 is asked for and missing, NetworkError where a flow cannot be started."""
+    require_tools(flows)
     results: list[dict[str, Any]] = []
     pairs: list[tuple[Flow, subprocess.Popen[str], subprocess.Popen[str]]] = []
     with contextlib.ExitStack() as ending:
@@ -79,8 +90,20 @@ def running(fabric: Fabric, flows: Sequence[Flow]) -> Iterator[list[dict[str, An
             sender = _start(fabric, one.source, "send", one.kind, address, port, *map(str, numbers))
             ending.callback(_kill, sender)
             pairs.append((one, sender, receiver))
-        yield results
-        results += [_result(one, _finish(sender), _finish(receiver)) for one, sender, receiver in pairs]
+        try:
+            yield results
+        except BaseException:
+            with contextlib.suppress(NetworkError):  # what broke off the block is what is to be told
+                _collect(pairs, results)
+            raise
+        _collect(pairs, results)
+
+
+def _collect(
+    pairs: Sequence[tuple[Flow, subprocess.Popen[str], subprocess.Popen[str]]], results: list[dict[str, Any]]
+) -> None:
+    for one, sender, receiver in pairs:
+        results.append(_result(one, _finish(sender), _finish(receiver)))
 
 
 def _result(one: Flow, sent: dict[str, float], received: dict[str, float]) -> dict[str, Any]:
