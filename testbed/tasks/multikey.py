@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from testbed.errors import UsageError
+from testbed.tasks.generated import GeneratedTask
 from testbed.tasks.padding import (
     CountTokens,
     Depth,
     check_count,
     check_depth,
-    check_length,
     depth_of,
     hide,
     insert_at_depth,
     most_that_fit,
 )
-from testbed.tasks.task import Example, ExtractiveTask
+from testbed.tasks.task import Example
 
 _FIRST = (
     "amber", "brisk", "calm", "dusty", "eager", "faint", "gentle", "hollow", "icy", "jolly", "keen", "lonely", "mellow", "narrow",
@@ -39,7 +39,7 @@ _MOST_KEYS = len(_FIRST) * len(_SECOND)
 
 
 @dataclass(frozen=True)
-class MultiKey(ExtractiveTask):
+class MultiKey(GeneratedTask):
     """Keys with a number each among filler text, or nothing but keys; the question asks for the number of one.
 
     `keys`: how many stand in filler text, or ``fill``: the whole context is keys. `depth` is where the asked one stands: 0
@@ -72,26 +72,20 @@ class MultiKey(ExtractiveTask):
             check_count(self.name, "keys", self.keys, 1, _MOST_KEYS)
         object.__setattr__(self, "depth", check_depth(self.name, self.depth))
 
-    def examples(
-        self, count: int, context_tokens: int | None, count_tokens: CountTokens, seed: int
-    ) -> list[Example]:
-        """`count` examples within a few per cent below `context_tokens`; see `Task.examples`."""
-        length = check_length(self.name, context_tokens)
-        return [self._example(index, length, count_tokens, seed) for index in range(count)]
-
-    def _example(self, index: int, context_tokens: int, count_tokens: CountTokens, seed: int) -> Example:
-        rng = random.Random(f"multikey/{seed}/{index}")
+    def generate(
+        self, index: int, context_tokens: int, count: CountTokens, rng: random.Random
+    ) -> tuple[str, str, str]:
+        """(context, question, answer); see `GeneratedTask`."""
         depth = depth_of(self.depth, index, rng)
         pairs = self._pairs(rng)
         key, value = next(pairs)
         evidence = (depth, _sentence(key, value))
-        count = self.counting(count_tokens)
         if self.keys == "fill":
             context = self._filled(evidence, pairs, context_tokens, count)
         else:
             others = [(rng.random(), _sentence(*pair)) for pair in itertools.islice(pairs, self.keys - 1)]
             context = hide(self.label, [evidence, *others], context_tokens, count, rng)
-        return Example(f"multikey-{seed}-{index}", context, f"What is the number for {key}?", (str(value),))
+        return context, f"What is the number for {key}?", str(value)
 
     @staticmethod
     def _pairs(rng: random.Random) -> Iterator[tuple[str, int]]:

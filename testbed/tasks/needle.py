@@ -11,16 +11,16 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
+from testbed.tasks.generated import GeneratedTask
 from testbed.tasks.padding import (
     CountTokens,
     Depth,
     check_count,
     check_depth,
-    check_length,
     depth_of,
     hide,
 )
-from testbed.tasks.task import Example, ExtractiveTask
+from testbed.tasks.task import Example
 
 _NAMES = (
     "Larsen", "Okafor", "Benedek", "Marchetti", "Sorensen", "Vandermeer", "Castillo", "Novak", "Ferreira", "Lindqvist", "Haddock",
@@ -32,7 +32,7 @@ _MOST_NEEDLES = 64
 
 
 @dataclass(frozen=True)
-class Needle(ExtractiveTask):
+class Needle(GeneratedTask):
     """One sentence with a five-digit code, hidden in filler text; the question asks for the code.
 
     `needles` sentences with codes of different owners are hidden, and one of them is asked for; `distractors` more carry its
@@ -67,15 +67,10 @@ class Needle(ExtractiveTask):
         check_count(self.name, "distractors", self.distractors, 0, len(_PLACES) - 1)
         object.__setattr__(self, "depth", check_depth(self.name, self.depth))
 
-    def examples(
-        self, count: int, context_tokens: int | None, count_tokens: CountTokens, seed: int
-    ) -> list[Example]:
-        """`count` examples within about 3 % below `context_tokens`; see `Task.examples`."""
-        length = check_length(self.name, context_tokens)
-        return [self._example(index, length, count_tokens, seed) for index in range(count)]
-
-    def _example(self, index: int, context_tokens: int, count_tokens: CountTokens, seed: int) -> Example:
-        rng = random.Random(f"needle/{seed}/{index}")
+    def generate(
+        self, index: int, context_tokens: int, count: CountTokens, rng: random.Random
+    ) -> tuple[str, str, str]:
+        """(context, question, answer); see `GeneratedTask`."""
         depth = depth_of(self.depth, index, rng)
         keys = self._keys(rng)
         codes = rng.sample(range(10_000, 100_000), len(keys))
@@ -85,8 +80,8 @@ class Needle(ExtractiveTask):
             for place, key, code in zip(depths, keys, codes, strict=True)
         ]
         question = f"What is the access code for the {keys[0]}?"
-        context = hide(self.label, hidden, context_tokens, self.counting(count_tokens), rng)
-        return Example(f"needle-{seed}-{index}", context, question, (str(codes[0]),))
+        context = hide(self.label, hidden, context_tokens, count, rng)
+        return context, question, str(codes[0])
 
     def _keys(self, rng: random.Random) -> list[str]:
         """The asked key, then its distractors, then those of the other needles; no two alike."""

@@ -11,22 +11,22 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
+from testbed.tasks.generated import GeneratedTask
 from testbed.tasks.padding import (
     CountTokens,
     Depth,
     check_count,
     check_depth,
-    check_length,
     depth_of,
     hide,
 )
-from testbed.tasks.task import Example, ExtractiveTask
+from testbed.tasks.task import Example
 
 _NAME = re.compile(r"\b[A-Z]{3}\b")
 
 
 @dataclass(frozen=True)
-class Variables(ExtractiveTask):
+class Variables(GeneratedTask):
     """Chains of assignments in filler text; the question asks for every variable that holds a value.
 
     `hops` assignments follow the first of each of `chains` chains. `depth`: 0 (first) to 1 (last), ``random``, or a list that
@@ -60,15 +60,10 @@ class Variables(ExtractiveTask):
         check_count(self.name, "chains", self.chains, 1, 16)
         object.__setattr__(self, "depth", check_depth(self.name, self.depth))
 
-    def examples(
-        self, count: int, context_tokens: int | None, count_tokens: CountTokens, seed: int
-    ) -> list[Example]:
-        """`count` examples within about 3 % below `context_tokens`; see `Task.examples`."""
-        length = check_length(self.name, context_tokens)
-        return [self._example(index, length, count_tokens, seed) for index in range(count)]
-
-    def _example(self, index: int, context_tokens: int, count_tokens: CountTokens, seed: int) -> Example:
-        rng = random.Random(f"variables/{seed}/{index}")
+    def generate(
+        self, index: int, context_tokens: int, count: CountTokens, rng: random.Random
+    ) -> tuple[str, str, str]:
+        """(context, question, answer); see `GeneratedTask`."""
         depth = depth_of(self.depth, index, rng)
         names = self._names(rng)
         values = rng.sample(range(10_000, 100_000), self.chains)
@@ -82,11 +77,9 @@ class Variables(ExtractiveTask):
                 (place, f"VAR {left} = {given}.")
                 for place, left, given in zip(places, own, right, strict=True)
             ]
-        context = hide(self.label, hidden, context_tokens, self.counting(count_tokens), rng)
+        context = hide(self.label, hidden, context_tokens, count, rng)
         asked = " ".join(names[: self.hops + 1])
-        return Example(
-            f"variables-{seed}-{index}", context, f"Which variables hold the value {values[0]}?", (asked,)
-        )
+        return context, f"Which variables hold the value {values[0]}?", asked
 
     def _names(self, rng: random.Random) -> list[str]:
         """Three capitals each, no two alike and none of the demonstrations'."""
