@@ -64,9 +64,20 @@ def _network_text(described: dict[str, Any]) -> str:
     for link in described["links"]:
         lines.append(f"  link {link['name']:<12} {link['a']} - {link['b']}: {link['profile']}")
         for way, counted in (link["counters"] or {}).items():
-            figures = ", ".join(f"{key} {value}" for key, value in counted.items())
-            lines.append(f"       {way:<5} {figures}")
+            lines.append(f"       {way:<5} {_counted(counted)}")
     return "\n".join(lines)
+
+
+def _counted(counters: dict[str, float]) -> str:
+    """What passed, and whatever else is not nothing."""
+    told = [f"{counters.get('packets', 0)} packets", f"{counters.get('bytes', 0)} bytes"]
+    told += [
+        f"{key.removesuffix('_s').replace('_', ' ')} "
+        + (f"{value * 1e3:.2f} ms" if key.endswith("_s") else f"{value}")
+        for key, value in counters.items()
+        if value and key not in ("packets", "bytes", "recent_lateness_s")
+    ]
+    return ", ".join(told)
 
 
 @click.command(

@@ -15,7 +15,7 @@ from ipaddress import ip_address, ip_network
 from testbed.errors import NetworkError
 from testbed.net.emulators.rtnetlink import attribute, attributes, nested, text
 
-_NEWLINK, _NEWADDR, _NEWROUTE, _NEWNEIGH = 16, 20, 24, 28
+_NEWLINK, _NEWADDR, _NEWROUTE, _NEWNEIGH, _NEWQDISC = 16, 20, 24, 28, 36
 _REQUEST, _ACK, _EXCLUSIVE, _REPLACE, _CREATE = 0x1, 0x4, 0x200, 0x100, 0x400
 _ERROR = 2
 _SOL_NETLINK, _CAP_ACK, _EXT_ACK, _ACK_TLVS = 270, 10, 11, 0x200
@@ -26,6 +26,8 @@ _NEIGHBOUR = struct.Struct("=BxxxiHBB")  # struct ndmsg: family, index, state, f
 _ROUTE = struct.Struct(
     "=BBBBBBBBI"
 )  # struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
+_QDISC = struct.Struct("=BxxxiIII")  # struct tcmsg: family, index, handle, parent, info
+_ROOT = 0xFFFFFFFF  # TC_H_ROOT
 _UP, _NOARP, _MULTICAST = 0x1, 0x80, 0x1000
 _NODAD = 0x02
 _PERMANENT = 0x80
@@ -134,6 +136,15 @@ class Batch:
     def up(self, index: int, what: str) -> None:
         """An interface, up."""
         self.add(_NEWLINK, 0, _LINK.pack(0, 0, index, _UP, _UP), what)
+
+    def ready(self, index: int, what: str) -> None:
+        """An interface that is up, and whose other end is: it may send from now on.
+
+        When only its other end comes up, the kernel lets it send when it gets round to it (linkwatch: a hundred interfaces a
+        second), and drops what is sent before. A queueing discipline, here the one it will have anyway, makes it look at once.
+        """
+        body = _QDISC.pack(0, index, 0, _ROOT, 0) + text(1, "noqueue")
+        self.add(_NEWQDISC, _CREATE | _REPLACE, body, what)
 
     def super_packets(self, index: int, segments: int, what: str) -> None:
         """How many segments a packet that an interface takes may consist of (IFLA_GSO_MAX_SEGS)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from testbed.errors import NetworkError, UsageError
@@ -38,22 +38,49 @@ def build(state: State, segments: Mapping[int, Mapping[str, int]] | None = None)
     segments = segments or {}
     buffers = _buffer_sysctls(state.topology)
     with contextlib.ExitStack() as closing:
-        wire = -1
+        wire: _Wire | None = None
 
         def furnish(name: str) -> None:
             nonlocal wire
             if name == state.wire:
                 _set_sysctls(_quiet())
-                # sockets stay in the namespace in which they were opened
-                wire = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-                closing.callback(os.close, wire)
+                wire = closing.enter_context(_Wire(state.id, segments))
             else:
+                assert wire is not None  # it is furnished first
                 _set_sysctls(_node_sysctls(state.topology, nodes[name]) | buffers)
                 _configure_node(state, nodes[name], wire, segments)
 
         namespaces.create_all([state.wire, *nodes], furnish)
-        with namespaces.inside(state.wire):
-            _raise_wire(state, segments)
+
+
+class _Wire:
+    """The wire's namespace, from inside any other: sockets stay in the one in which they were opened. Open it inside the wire."""
+
+    def __init__(self, network: str, segments: Mapping[int, Mapping[str, int]]) -> None:
+        self._segments = segments
+        self._closing = contextlib.ExitStack()
+        self.namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self._closing.callback(os.close, self.namespace)
+        self._batch = self._closing.enter_context(Batch(f"network {network}: links"))
+        self._ethtool = self._closing.enter_context(Ethtool())
+
+    def __enter__(self) -> _Wire:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    def raise_ends(self, ends: Iterable[Interface]) -> None:
+        """Brings the wire's ends of these interfaces up."""
+        for end in ends:
+            second = end.end == "b"
+            name = wire_ends(end.link)[second]
+            if max(self._segments.get(end.link, {"up": 1}).values()) > 1:
+                self._ethtool.allow_tcp_segmentation_alone(name)
+            else:
+                self._ethtool.disable_segmentation(name)
+            self._batch.up(_FIRST_INDEX + 2 * end.link + second, name)
+        self._batch.send()
 
 
 def wire_ends(number: int) -> tuple[str, str]:
@@ -199,7 +226,7 @@ def _mac(number: int, last: int) -> bytes:
     return bytes((0x02, 0x74, 0x62, number >> 8, number & 255, last))
 
 
-def _configure_node(state: State, node: str, wire: int, segments: Mapping[int, Mapping[str, int]]) -> None:
+def _configure_node(state: State, node: str, wire: _Wire, segments: Mapping[int, Mapping[str, int]]) -> None:
     """Makes the node's links, with their ends in the wire, and its addresses, neighbours and routes. Call it inside the node."""
     topology = state.topology
     with Batch(f"network {state.id}: node {node}") as batch:
@@ -207,7 +234,12 @@ def _configure_node(state: State, node: str, wire: int, segments: Mapping[int, M
         ends = topology.interfaces(node)
         indices = {end.name: _FIRST_INDEX + place for place, end in enumerate(ends)}
         for end in ends:
-            _add_end(batch, topology, end, indices[end.name], wire, _allowed(segments, end))
+            _add_end(batch, end, indices[end.name], wire.namespace, _allowed(segments, end))
+        batch.send()
+        wire.raise_ends(ends)
+        for end in ends:
+            batch.ready(indices[end.name], end.name)
+            _address_end(batch, topology, end, indices[end.name])
         for route in topology.routes(node):
             congestion = topology.links[route.link].congestion
             batch.route(
@@ -229,11 +261,15 @@ def _allowed(segments: Mapping[int, Mapping[str, int]], end: Interface) -> int:
     return segments[end.link]["up" if end.end == "a" else "down"] if end.link in segments else 1
 
 
-def _add_end(batch: Batch, topology: Topology, end: Interface, index: int, wire: int, segments: int) -> None:
+def _add_end(batch: Batch, end: Interface, index: int, wire: int, segments: int) -> None:
     second = end.end == "b"
     name = wire_ends(end.link)[second]
     peer = Peer(name, _FIRST_INDEX + 2 * end.link + second, _mac(end.link, 0x1A + second), wire, segments)
     batch.veth(end.name, index, _mac(end.link, 0x0A + second), MTU, peer, end.name)
+
+
+def _address_end(batch: Batch, topology: Topology, end: Interface, index: int) -> None:
+    second = end.end == "b"
     congestion = topology.links[end.link].congestion
     for address, other, network, bits in (
         (end.address, end.peer, end.network, PREFIX_BITS[4]),
@@ -248,15 +284,3 @@ def _add_end(batch: Batch, topology: Topology, end: Interface, index: int, wire:
             # By route (ip-route(8), congctl) and not only by sysctl: a namespace may only set those algorithms as its
             # default that the host allows everybody, and each link can have its own this way.
             batch.route(index, network, end.name, source=address, congestion=congestion)
-
-
-def _raise_wire(state: State, segments: Mapping[int, Mapping[str, int]]) -> None:
-    with Batch(f"network {state.id}: links") as batch, Ethtool() as ethtool:
-        for number in range(len(state.topology.links)):
-            for second, name in enumerate(wire_ends(number)):
-                if max(segments.get(number, {"up": 1}).values()) > 1:
-                    ethtool.allow_tcp_segmentation_alone(name)
-                else:
-                    ethtool.disable_segmentation(name)
-                batch.up(_FIRST_INDEX + 2 * number + second, name)
-        batch.send()

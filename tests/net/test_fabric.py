@@ -172,6 +172,16 @@ def test_every_node_reaches_every_other_by_name_over_both_families(capfd: pytest
         assert "fd00:7462:0:2::2" in capfd.readouterr().out
 
 
+def test_many_links_carry_packets_as_soon_as_they_stand(tmp_path: Path) -> None:
+    """Left to itself, the kernel makes a hundred interfaces a second ready to send, and drops what others send."""
+    path = tmp_path / "many.yaml"
+    path.write_text("kind: star\nnodes: 120\nprofile: delay=1ms\n")
+    with Fabric.build(load_topology(str(path)), "userspace") as fabric:
+        for start in ("n119", "n60", "hub"):
+            ping = run_in(fabric.namespace(start), "ping", "-c1", "-W2", fabric.address("n3"))
+            assert ping.returncode == 0, f"{start}: {ping.stdout}"
+
+
 def test_a_topology_without_ipv6_has_none() -> None:
     with Fabric.build(replace(EDGE_CLOUD, ipv6=False), Direct()) as fabric:
         assert "inet6" not in run_in(fabric.namespace("edge"), "ip", "addr", "show", "eth0").stdout

@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import select
+import signal
 import socket
 import sys
 import threading
@@ -191,6 +192,16 @@ def _drop_privileges() -> None:
         os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
+class _Stopped(Exception):
+    """SIGTERM came."""
+
+
+def _stop(number: int, frame: object) -> None:
+    """Ends serving, not the process: ports close together (see `Relay.close`), and a killed process's one by one."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _Stopped
+
+
 def main() -> None:
     """Serves links; the only argument is a file descriptor with JSON in it (see `userspace.start`)."""
     with os.fdopen(int(sys.argv[1]), "rb") as file:
@@ -204,7 +215,9 @@ def main() -> None:
         relay.add(name, pair)
     _ask_for_precision()
     _drop_privileges()
-    relay.serve(control)
+    signal.signal(signal.SIGTERM, _stop)
+    with contextlib.suppress(_Stopped):
+        relay.serve(control)
     relay.close()
 
 

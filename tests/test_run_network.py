@@ -1,0 +1,85 @@
+"""Whole runs with what a scenario may ask of its network: captures, background traffic, a trace of its own."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kill_resume import leftovers
+from tests.test_run import SCENARIO, rows, run
+from tests.tiny_models import tiny_model_directory
+
+TOPOLOGY = """\
+nodes: [edge, other, router, cloud]
+links:
+  - {name: access, a: edge, b: router, profile: "rate=50mbit,delay=2ms"}
+  - {name: side, a: other, b: router, profile: "rate=50mbit,delay=2ms"}
+  - {name: backhaul, a: router, b: cloud, profile: "rate=50mbit,delay=2ms", pcap: true}
+"""
+
+
+def frames(path: Path) -> list[tuple[int, bytes]]:
+    """The frames of a capture file, after the format's description alone: (time in nanoseconds, first bytes)."""
+    data = path.read_bytes()
+    assert data[:4] == struct.pack("=I", 0xA1B23C4D)
+    assert struct.unpack_from("=HH", data, 4) == (2, 4)
+    assert struct.unpack_from("=I", data, 20) == (1,)  # Ethernet
+    found, at = [], 24
+    while at < len(data):
+        seconds, nanoseconds, kept, length = struct.unpack_from("=IIII", data, at)
+        assert kept <= min(length, 128) and nanoseconds < 10**9
+        found.append((seconds * 10**9 + nanoseconds, data[at + 16 : at + 16 + kept]))
+        at += 16 + kept
+    assert at == len(data)
+    return found
+
+
+@pytest.mark.netns
+@pytest.mark.slow
+def test_a_run_leaves_captures_traffic_and_traces_in_its_directory_and_nothing_else(tmp_path: Path) -> None:
+    before = set(leftovers())
+    (tmp_path / "net.yaml").write_text(TOPOLOGY)
+    (tmp_path / "walk.csv").write_text("time_s,rate_mbps\n0,20\n1,30\n")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        SCENARIO.replace("examples: 2", "examples: 1")
+        + f"model: {tiny_model_directory('llama', tmp_path / 'model')}\n"
+        + f"topology: {tmp_path / 'net.yaml'}\nlink: access\nemulator: userspace\n"
+        + "traffic: [{from: other, to: cloud, kind: udp, rate: 1mbit}]\n"
+    )
+    out = tmp_path / "out"
+    changes = [
+        "--set",
+        "profiles=['delay=2ms,trace:walk.csv']",
+        "--set",
+        "placements=[split]",
+        "--codec",
+        "fp16",
+    ]
+    done = run(str(path), "--out", str(out), *changes)
+    assert done.returncode == 0, done.stderr
+    assert set(leftovers()) == before
+    assert [row["error"] for row in rows(out)] == [""]
+
+    payload = rows(out)[0]["payload_bytes"]
+    assert {p.name for p in (out / "captures").iterdir()} == {"backhaul-router.pcap", "backhaul-cloud.pcap"}
+    for name in ("backhaul-router", "backhaul-cloud"):
+        found = frames(out / "captures" / f"{name}.pcap")
+        assert [at for at, _ in found] == sorted(at for at, _ in found)
+        version4 = [frame for _, frame in found if frame[12:14] == b"\x08\x00"]
+        assert {frame[23] for frame in version4} >= {6, 17}  # TCP and UDP
+        # TCP's payload that crossed towards the cloud, by the lengths in the headers
+        carried = sum(
+            struct.unpack_from("!H", frame, 16)[0] - 4 * (frame[14] & 15) - 4 * (frame[46] >> 4)
+            for frame in version4
+            if frame[23] == 6 and frame[30:34] == bytes((10, 0, 2, 2))
+        )
+        assert carried >= payload
+
+    (start,) = json.loads((out / "traffic.json").read_text())["starts"]
+    assert start["flows"][0]["received_bytes"] > 0
+    kept = json.loads((out / "manifest.json").read_text())["traces"]["walk.csv"]
+    assert (out / kept["file"]).read_bytes() == (tmp_path / "walk.csv").read_bytes()
