@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from decimal import Decimal
 
 from testbed.errors import UnitError
 
@@ -25,13 +27,14 @@ _TIMES = {
     "h": 3600.0,
 }
 _SIZES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_LONGEST = 64  # characters of a quantity
 _NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-zµ%]*)\s*$")
 
 
 def _split(text: str | float, what: str, example: str) -> tuple[float, str]:
     if isinstance(text, bool):
         raise UnitError(f"{what} {text!r}: expected a number with a unit, such as {example}")
-    match = _NUMBER.match(str(text)) if len(str(text)) <= 64 else None
+    match = _NUMBER.match(str(text)) if len(str(text)) <= _LONGEST else None
     if match is None or not math.isfinite(float(match[1])):
         raise UnitError(f"{what} {str(text)[:40]!r}: expected a number with a unit, such as {example}")
     return float(match[1]), match[2].lower()
@@ -82,9 +85,24 @@ def parse_fraction(text: str | float) -> float:
 def _print(value: float, units: list[tuple[float, str]]) -> str:
     for scale, unit in units:
         if value >= scale:
-            return f"{value / scale:.4g}{unit}"
+            return positional(f"{value / scale:.4g}") + unit
     scale, unit = units[-1]
-    return f"{value / scale:.4g}{unit}"
+    return positional(f"{value / scale:.4g}") + unit
+
+
+def positional(number: str) -> str:
+    """The same digits without an exponent, whose ``+`` separates the steps of a trace; of a number so small that
+    it would be too long to be read, the text as it is (its exponent has a ``-``)."""
+    if "e" not in number:
+        return number
+    text = f"{Decimal(number):f}"
+    return text if len(text) < _LONGEST - 4 else number
+
+
+def exact(value: float, pretty: Callable[[float], str], read: Callable[[str], float], unit: str) -> str:
+    """*pretty*'s text where it reads back as the same number, every digit and *unit* otherwise."""
+    text = pretty(value)
+    return text if read(text) == value else positional(repr(value)) + unit
 
 
 def format_rate(rate_bps: float) -> str:

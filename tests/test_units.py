@@ -59,6 +59,28 @@ def test_times_read_back_as_printed(seconds: float) -> None:
     assert units.parse_time(units.format_time(seconds)) == pytest.approx(seconds, rel=1e-3)
 
 
+@given(st.floats(0, 1e15))
+def test_a_time_printed_exactly_is_the_same_number_and_has_no_plus(seconds: float) -> None:
+    text = units.exact(seconds, units.format_time, units.parse_time, "s")
+    assert units.parse_time(text) == seconds
+    assert "+" not in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (12_500.0, "12500s"),
+        (604_800.0, "604800s"),
+        (12_345.678, "12345.678s"),
+        (1e17, "100000000000000000s"),
+        (1e-12, "0.000000000001s"),
+        (1.2345678e-12, "0.0000000000012345678s"),
+    ],
+)
+def test_large_and_tiny_times_are_printed_without_an_exponent(seconds: float, text: str) -> None:
+    assert units.exact(seconds, units.format_time, units.parse_time, "s") == text
+
+
 @given(st.text(max_size=80))
 def test_any_text_is_a_quantity_or_a_typed_error(text: str) -> None:
     for parse in (units.parse_rate, units.parse_time, units.parse_size, units.parse_fraction):

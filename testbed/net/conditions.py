@@ -11,9 +11,10 @@ from typing import Literal
 from testbed.errors import SpecError
 from testbed.net.emulators.schedule import Deliveries, Schedule
 from testbed.net.jitter import LAWS, JitterTable
-from testbed.net.losses import LossModel, exact, fraction_text
+from testbed.net.losses import LossModel, fraction_text
 from testbed.net.trace import Trace
 from testbed.units import (
+    exact,
     format_fraction,
     format_rate,
     format_size,

@@ -14,7 +14,7 @@ import msgspec
 
 from testbed.errors import SpecError, UnitError
 from testbed.net.trace_files import MAX_SECONDS, Samples
-from testbed.units import format_rate, format_time, parse_rate, parse_time
+from testbed.units import exact, format_rate, format_time, parse_rate, parse_time
 
 _FINEST_S = 0.01  # of the steps a sine is made of
 _MOST_STEPS = 4000
@@ -24,14 +24,12 @@ _SHORTEST_S = 1e-3
 
 def exact_rate(rate_bps: float) -> str:
     """As `format_rate`, but every digit where four are not enough."""
-    text = format_rate(rate_bps)
-    return text if parse_rate(text) == rate_bps else f"{rate_bps!r}bit"
+    return exact(rate_bps, format_rate, parse_rate, "bit")
 
 
 def exact_time(seconds: float) -> str:
     """As `format_time`, but every digit where four are not enough."""
-    text = format_time(seconds)
-    return text if parse_time(text) == seconds else f"{seconds!r}s"
+    return exact(seconds, format_time, parse_time, "s")
 
 
 def _rate(text: str) -> float:

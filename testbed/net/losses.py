@@ -6,21 +6,13 @@ probabilities or by what one measures: the mean loss and the mean length of a bu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import msgspec
 
 from testbed.errors import SpecError
 from testbed.net.chain import Chain
-from testbed.units import format_fraction, parse_fraction
+from testbed.units import exact, format_fraction, parse_fraction
 
 _LEAST = 1e-9  # the kernel's probabilities come in steps of 2.3e-10
-
-
-def exact(value: float, pretty: Callable[[float], str], read: Callable[[str], float], unit: str) -> str:
-    """`pretty`'s text where it reads back as the same number, every digit otherwise."""
-    text = pretty(value)
-    return text if read(text) == value else f"{value!r}{unit}"
 
 
 def fraction_text(value: float) -> str:

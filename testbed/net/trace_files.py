@@ -23,15 +23,16 @@ import re
 import stat
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import BinaryIO
 
 from testbed.errors import SpecError
+from testbed.net.emulators.schedule import Milliseconds
 from testbed.net.strict_yaml import did_you_mean
 
 MAX_FILE_BYTES = 1 << 30
@@ -42,6 +43,7 @@ _PLURAL = {"rate": "rates", "delay": "delays", "loss": "losses"}
 _LIMITS = {"rate": 100e9 / 8, "delay": 60.0, "loss": 1.0}
 _ALONE_S = 1.0  # how long the only row of a table lasts
 _PEAK_MS = 100
+_NANOSECOND = 1e-9
 _CHUNK = 1 << 20
 
 _TIME_UNITS: dict[str | None, float] = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
@@ -62,7 +64,7 @@ _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?", re.ASCII)
 class Samples:
     """Values that hold from one time to the next: seconds, bytes per second, seconds, fractions; None: not in the file."""
 
-    times: array[float]
+    times: Sequence[float]
     length_s: float
     rates: array[float] | None = None
     delays: array[float] | None = None
@@ -70,7 +72,7 @@ class Samples:
 
     def mean(self, column: str) -> float:
         """The time-weighted mean of ``rates``, ``delays`` or ``losses``."""
-        values, ends = getattr(self, column), chain(self.times[1:], (self.length_s,))
+        values, ends = getattr(self, column), chain(islice(self.times, 1, None), (self.length_s,))
         return (
             sum(v * (end - at) for v, at, end in zip(values, self.times, ends, strict=True)) / self.length_s
         )
@@ -126,11 +128,39 @@ def read_recording(path: Path, way: str) -> Recording:
         raise SpecError(f"trace {path}: not a regular file")
     if status.st_size > MAX_FILE_BYTES:
         raise SpecError(f"trace {path}: larger than {MAX_FILE_BYTES >> 20} MiB")
-    return _read(path.absolute(), way, status.st_mtime_ns, status.st_size)
+    ways = _ways(path.absolute(), status.st_mtime_ns, status.st_size)
+    if way not in ways:
+        one = next(iter(ways.values()), None)
+        if isinstance(one, DeliveryTimes):
+            ways[way] = one  # such a file says nothing of ways
+        else:
+            ways[way] = _sharing(_read(path, way), one)
+    return ways[way]
 
 
 @lru_cache(maxsize=8)
-def _read(path: Path, way: str, changed_ns: int, size: int) -> Recording:
+def _ways(path: Path, changed_ns: int, size: int) -> dict[str, Recording]:
+    """What has been read of a file, by the way."""
+    return {}
+
+
+def _sharing(new: Recording, other: Samples | None) -> Recording:
+    """*new*, but what is the same for the other way is held once."""
+    if other is None or not isinstance(new, Samples):
+        return new
+    same = {}
+    for name in ("times", "rates", "delays", "losses"):
+        mine, its = getattr(new, name), getattr(other, name)
+        if mine is not None and its is not None and len(mine) == len(its) and _equal(mine, its):
+            same[name] = its
+    return replace(new, **same)
+
+
+def _equal(one: Iterable[float], other: Iterable[float]) -> bool:
+    return all(a == b for a, b in zip(one, other, strict=True))
+
+
+def _read(path: Path, way: str) -> Recording:
     try:
         with open(path, "rb") as file:
             first = file.readline(MAX_LINE + 1)
@@ -249,7 +279,18 @@ def _table(lines: Iterator[tuple[int, list[str]]], path: Path, way: str) -> Samp
         raise SpecError(f"trace {path}: there is no row below the column names")
     length = times[group] + (times[group] - times[group - 1] if group else _ALONE_S)
     _spread(times, group, length)
-    return Samples(times, length, **{_PLURAL[c.kind]: v for c, v in zip(columns, values, strict=True)})
+    return Samples(
+        _compact(times, length), length, **{_PLURAL[c.kind]: v for c, v in zip(columns, values, strict=True)}
+    )
+
+
+def _compact(times: array[float], length_s: float) -> Sequence[float]:
+    """The same times as whole milliseconds, where they are to the nanosecond."""
+    if round(times[-1] * 1000) / 1000 >= length_s:  # rows less than a nanosecond apart
+        return times
+    if any(abs(time - round(time * 1000) / 1000) > _NANOSECOND for time in times):
+        return times
+    return Milliseconds(array("I", (round(time * 1000) for time in times)))
 
 
 def _spread(times: array[float], group: int, until: float) -> None:

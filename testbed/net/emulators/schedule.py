@@ -25,6 +25,23 @@ _NOTHING = 1e-9  # bytes: what rounding leaves of a packet that has been sent
 _COLUMNS = ("rates", "delays", "losses")
 
 
+class Milliseconds(Sequence[float]):
+    """Times in seconds that are held as whole milliseconds, in half the space: *ms* are unsigned numbers of four bytes."""
+
+    __slots__ = ("ms",)
+
+    def __init__(self, ms: Sequence[int]) -> None:
+        self.ms = ms
+
+    def __len__(self) -> int:
+        return len(self.ms)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Seconds; of a slice, a list of them."""
+        found = self.ms[index]
+        return found / 1000 if isinstance(found, int) else [ms / 1000 for ms in found]
+
+
 class Schedule:
     """Values that hold from `times` to the next of them.
 
@@ -128,13 +145,17 @@ class Schedule:
     def pack(self, file: BinaryIO) -> dict[str, Any]:
         """Writes the numbers to *file*; what is returned (plain values for JSON) and the file are what `unpack` takes."""
         columns = [name for name in _COLUMNS if getattr(self, name) is not None]
-        _write(file, "d", self.times)
+        whole = isinstance(self.times, Milliseconds)
+        _write(
+            file, "I" if whole else "d", self.times.ms if isinstance(self.times, Milliseconds) else self.times
+        )
         for name in columns:
             _write(file, "f", getattr(self, name))
         return {
             "kind": "schedule",
             "count": len(self.times),
             "columns": columns,
+            "milliseconds": whole,
             "length_s": self.length_s,
             "scale": self.scale,
             "loop": self.loop,
@@ -298,12 +319,14 @@ def unpack(description: dict[str, Any], file: int) -> Schedule | Deliveries:
             offset_s=description["offset_s"],
             origin_s=description["origin_s"],
         )
+    size = 4 if description["milliseconds"] else 8
+    times = mapped[: size * count]
     columns: dict[str, Any] = {
-        name: mapped[(8 + 4 * i) * count : (12 + 4 * i) * count].cast("f")
+        name: mapped[(size + 4 * i) * count : (size + 4 + 4 * i) * count].cast("f")
         for i, name in enumerate(description["columns"])
     }
     rest = {key: description[key] for key in ("length_s", "scale", "loop", "offset_s", "origin_s")}
-    return Schedule(mapped[: 8 * count].cast("d"), **columns, **rest)
+    return Schedule(Milliseconds(times.cast("I")) if size == 4 else times.cast("d"), **columns, **rest)
 
 
 def _write(file: BinaryIO, code: str, numbers: Sequence[float]) -> None:
