@@ -17,7 +17,9 @@ from testbed.units import format_fraction
 BIN_S = 0.1
 STRETCH_S = 8.0
 _TOLERANCES = {"userspace": (0.99, 0.02), "netem": (0.98, 0.03)}  # correlation, total
-_LEAD_S = 0.4  # the flow is there before the stretch begins: the queue stands when it does
+_LEAD_S = 1.0  # the flow is there before the stretch begins: the queue stands when it does
+_READY_S = 0.7  # so much of that has to be left when the link is under the trace, to tell the senders
+_TRIES = 3
 _STEP_S = 0.02  # how often the flow's rate changes
 _MARGIN_S = 0.08  # it is as fast as the trace is anywhere within this time before or after
 _OVERLOAD = 1.15
@@ -86,8 +88,7 @@ def follow(
     for group in groups:
         # One origin for both: they begin where the first of them has something to send.
         begin = min(beginning(_schedule(profile, way, 0.0), seconds) or 0.0 for way in group)
-        start = time.monotonic() + _LEAD_S
-        apply(start - begin)
+        start = _applied(apply, begin)
         made = {way: _schedule(profile, way, start - begin) for way in group}
         sizes = {way: _packet_bytes(made[way], getattr(steady, way).rate_bps) for way in group}
         flows = {
@@ -97,6 +98,22 @@ def follow(
         arrived = prober.run(flows, max(getattr(steady, way).delay_s for way in group) + 0.2)
         curves += [_curve(way, made[way], arrived[way], sizes[way], start, begin, seconds) for way in group]
     return curves
+
+
+def _applied(apply: Callable[[float], object], begin: float) -> float:
+    """Puts the link under its traces, and says when they will have come to *begin*: soon, but not before the flow is there.
+
+    The first time may take long, where it starts a process on a slow machine: then again, from a later origin.
+    """
+    lead = _LEAD_S
+    for _ in range(_TRIES):
+        told = time.monotonic()
+        apply(told + lead - begin)
+        took = time.monotonic() - told
+        if lead - took >= _READY_S:
+            break
+        lead = _LEAD_S + took
+    return told + lead
 
 
 def _schedule(profile: Profile, way: str, origin_s: float) -> Schedule | Deliveries | None:
@@ -141,7 +158,9 @@ def _flow(
         )
         packets += offered * _STEP_S / 8 / size
         pace.append(((step + 1) * _STEP_S, size * 8 / offered))
-    return Flow(int(packets) + 100, size, pace[0][1], end - begin, catch_up=True, pace=tuple(pace))
+    return Flow(
+        int(packets) + 100, size, pace[0][1], end - begin, catch_up=True, pace=tuple(pace), begin_s=begin
+    )
 
 
 def _curve(

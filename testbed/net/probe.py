@@ -75,9 +75,11 @@ def send(sock: socket.socket, plan: dict[str, Any]) -> dict[str, Any]:
     slower than fast links, or have used up the time that the kernel gives to real-time processes, and pause.
 
     With ``catch_up`` a late sender makes up for lost time at once, so that the mean rate is right; without, the schedule
-    shifts, so that no two packets are closer than the interval. ``pace`` changes the interval over time (see `probing.Flow`).
+    shifts, so that no two packets are closer than the interval. ``pace`` changes the interval over time, which counts from
+    ``begin_s`` where that is given (see `probing.Flow`): a sender that is told too late leaves out what has passed.
     """
-    start, pace = time.monotonic(), iter(plan.get("pace", ()))
+    told, pace = time.monotonic(), iter(plan.get("pace", ()))
+    start = told if plan.get("begin_s") is None else plan["begin_s"]
     until, interval = next(pace, (inf, plan["interval_s"]))
     end = start + plan["duration_s"]
     filling = bytes(plan["bytes"] - MESSAGE.size)
@@ -87,7 +89,7 @@ def send(sock: socket.socket, plan: dict[str, Any]) -> dict[str, Any]:
             sock.setsockopt(socket.IPPROTO_UDP, _UDP_SEGMENT, plan["bytes"])
         except OSError:  # before Linux 4.18
             batch = 1
-    due, number, phase, held_up = start, 0, plan["phase"], 0.0
+    due, number, phase, held_up = max(start, told), 0, plan["phase"], 0.0
     while number < plan["packets"] and due < end and (now := time.monotonic()) < end:
         if now < due:
             # No need to be punctual, since packets say when they were sent; and nothing to read meanwhile, since arrivals have

@@ -43,6 +43,8 @@ class Flow:
     catch_up: bool = False
     pace: tuple[tuple[float, float], ...] = ()
     """Other intervals over time: (until when after the flow's beginning, seconds from one packet to the next)."""
+    begin_s: float | None = None
+    """When the flow begins (CLOCK_MONOTONIC), where it has to be in step with something; None: when its sender is told."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def _plan(flow: Flow, phase: int) -> dict[str, Any]:
         "duration_s": flow.duration_s,
         "catch_up": flow.catch_up,
         "pace": flow.pace,
+        "begin_s": flow.begin_s,
         "batch": _batch(flow),
     }
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+import time
+from dataclasses import replace
+
 import pytest
 
+from testbed.net import probe
 from testbed.net.emulators.schedule import Schedule
-from testbed.net.following import Curve, _flow
+from testbed.net.following import Curve, _applied, _flow
+from testbed.net.probing import Flow, _plan
 from testbed.net.profile import parse_profile
 
 
@@ -43,3 +49,34 @@ def test_the_flow_is_faster_than_the_trace_before_and_behind_every_step():
     offered = {round(until - 0.02, 2): 1500 * 8 / interval for until, interval in flow.pace}
     assert all(rate >= 10e6 for at, rate in offered.items() if at + 0.02 >= 0.95)
     assert all(1.1e6 <= rate <= 2e6 for at, rate in offered.items() if 0.1 <= at <= 0.85)
+
+
+def test_a_flow_is_in_step_with_the_trace_however_late_its_sender_is_told():
+    fast_then_slow = Flow(10_000, 200, 1e-3, 5.5, catch_up=True, pace=((5.0, 1e-3), (6.0, 0.1)))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(("127.0.0.1", 9))
+        late = replace(fast_then_slow, begin_s=time.monotonic() - 5.0)
+        assert 1 <= probe.send(sock, _plan(late, 1))["sent"] <= 7  # what has passed is not made up for
+        begin = time.monotonic() + 0.1
+        assert probe.send(sock, _plan(replace(late, begin_s=begin, duration_s=0.1), 2))["sent"] <= 101
+        assert time.monotonic() >= begin + 0.09
+
+
+def test_a_trace_whose_start_took_too_long_is_started_again():
+    origins: list[float] = []
+
+    def apply(origin_s: float) -> None:
+        origins.append(origin_s)
+        if len(origins) == 1:
+            time.sleep(0.4)
+
+    start = _applied(apply, 2.0)
+    assert len(origins) == 2
+    assert start == origins[-1] + 2.0
+    assert start - origins[0] - 2.0 >= 0.4
+
+
+def test_a_trace_that_was_ready_in_time_is_started_once():
+    origins: list[float] = []
+    assert _applied(origins.append, 0.0) == origins[0]
+    assert len(origins) == 1
