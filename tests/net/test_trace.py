@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.errors import SpecError
+from testbed.net import trace_files
 from testbed.net.emulators.schedule import Milliseconds, Schedule, unpack
 from testbed.net.generators import Flap, Outage, Sine, Step
 from testbed.net.trace import File, Trace, parse_trace
@@ -193,7 +195,7 @@ def test_any_file_is_a_recording_or_a_refusal_that_names_the_place(
     path.write_bytes(content)
     try:
         # The time stamp alone may not tell two files written within one tick apart.
-        read_recording.__globals__["_ways"].cache_clear()
+        trace_files._ways.cache_clear()
         read = read_recording(path, "up")
     except SpecError as error:
         assert str(path) in str(error)
@@ -205,6 +207,33 @@ def test_any_file_is_a_recording_or_a_refusal_that_names_the_place(
         assert len({len(c) for c in (read.times, read.rates, read.delays, read.losses) if c is not None}) == 1
     made = Trace(File(str(path))).schedule("up", None)
     assert made.capacity(0.0, 3 * read.length_s) >= 0
+
+
+@given(
+    st.lists(st.integers(0, 400), min_size=1, max_size=30),
+    st.sampled_from([3, 7, 64]),
+    st.none()
+    | st.tuples(st.integers(0, 29), st.sampled_from([b"", b"x", b"-1", b"5 5", b"9" * 25, b"\xff"])),
+)
+def test_deliveries_are_the_lines_or_the_first_wrong_line_whatever_the_pieces_they_are_read_in(
+    tmp_path_factory: pytest.TempPathFactory, gaps: list[int], piece: int, wrong: tuple[int, bytes] | None
+):
+    numbers = list(accumulate(gaps, initial=1))
+    lines = [b"%d" % number for number in numbers]
+    if wrong is not None:
+        place = 1 + wrong[0] % len(gaps)
+        lines.insert(place, wrong[1])
+    path = tmp_path_factory.getbasetemp() / "pieces"
+    path.write_bytes(b"\r\n".join(lines) + b"\r\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace_files, "_CHUNK", piece)
+        trace_files._ways.cache_clear()
+        if wrong is None:
+            read = read_recording(path, "up")
+            assert isinstance(read, DeliveryTimes) and list(read.times_ms) == numbers
+        else:
+            with pytest.raises(SpecError, match=f"line {place + 1}: "):
+                read_recording(path, "up")
 
 
 def test_a_file_that_changed_is_read_again(tmp_path: Path):
@@ -293,8 +322,8 @@ def test_a_mahimahi_file_gives_its_opportunities(data: Path, name: str):
 )
 def test_an_hour_costs_no_more_memory_than_its_file_with_both_ways(tmp_path: Path, names: str, values: str):
     rows = (
-        f"{s / 10:.1f}," + values.format(rate=10_000 + s % 977, delay=20 + s % 31) + "\n"
-        for s in range(36_000)
+        f"{s * 4 / 10:.1f}," + values.format(rate=10_000 + s % 977, delay=20 + s % 31) + "\n"
+        for s in range(9000)
     )
     table = written(tmp_path, f"time_s,{names}\n" + "".join(rows))
     tracemalloc.start()
