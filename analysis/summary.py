@@ -74,7 +74,8 @@ def table(run: Run) -> str:
     legend = (
         f"latency: median; quality: mean score{over}; brackets: 95 % intervals\n"
         f"*  fastest setting with at least {settings.QUALITY_FLOOR:.0%} of the full cache's quality; "
-        "+  fastest of those that send KV; both by the estimates (testbed recommend asks what the intervals show)"
+        "+  fastest of those that send KV\n"
+        "   (both by the estimates; testbed recommend asks what the intervals show)"
     )
     return "\n\n".join([*blocks, "\n".join([legend, *notes])])
 

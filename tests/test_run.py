@@ -155,6 +155,8 @@ class TestAWholeRun:
         process = subprocess.Popen(
             [sys.executable, "-m", "testbed", "run", str(scenario), "--out", str(out), "--accept-uncalibrated"],
             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            # A shell that puts the tests in the background has the signal ignored, which programs inherit.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         for _ in range(2000):
             if process.poll() is not None or ((out / "trials.jsonl").exists() and len(rows(out)) >= 3):
