@@ -50,14 +50,15 @@ class InferenceSide:
     def load(
         self, model: str, device: str, dtype: str, threads: int | None, slowdown: float = 1.0
     ) -> dict[str, Any]:
-        """Load the model and run it once, so that the first trial does not pay for thread pools and lazy kernels.
+        """Load the model and run it once, so that the first trial does not pay for thread pools and lazy kernels; integers'
+        compiled loops, too, which take more than half a second to be loaded.
 
         slowdown: stretches this side's compute stages from now on.
         """
         import torch
 
-        import testbed.codecs.codec
         import testbed.endpoints.gathering  # noqa: F401  (here, so that no trial pays for it)
+        from testbed.codecs.codec import Codec, decode
         from testbed.models.language import load_model
 
         self.pace = Pace(slowdown)
@@ -65,6 +66,8 @@ class InferenceSide:
         warm = self._model.tokenize("The quick brown fox jumps over the lazy dog. " * 12)
         prefilled = self._model.prefill(warm, None)
         self._model.generate(warm[:8], prefilled.cache, 4, "")
+        for text in ("int8", "int4"):
+            decode(Codec(text).encode(prefilled.cache))
         return {
             "device": str(self._model.device),
             "dtype": str(self._model.dtype).removeprefix("torch."),
