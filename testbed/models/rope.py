@@ -49,14 +49,3 @@ class Rope:
             and len(set(turned)) == len(turned)
             and all(0 <= index < head_dim for index in turned)
         )
-
-
-def default_rope(
-    head_dim: int, theta: float = 10000.0, turned: int | None = None, interleaved: bool = False
-) -> Rope:
-    """The usual frequencies theta^(-2i/d) over the first `turned` elements (None: all) of a head."""
-    turned = head_dim if turned is None else turned
-    pairs = turned // 2
-    frequencies = tuple(theta ** (-2 * i / turned) for i in range(pairs))
-    first = tuple(2 * i if interleaved else i for i in range(pairs))
-    return Rope(frequencies, first, 1 if interleaved else pairs)

@@ -171,10 +171,6 @@ class Fabric:
         """The text of /etc/hosts as the node should see it, all nodes by name."""
         return self.topology.hosts(node)
 
-    def hosts_file(self, node: str) -> Path:
-        """A file with that text, which lasts as long as the network."""
-        return self.state.write_hosts(node)
-
     def apply(self, link: str, profile: Profile, origin_s: float | None = None) -> None:
         """Puts the link under another profile; connections survive. `origin_s`: when its traces begin
         (CLOCK_MONOTONIC); None: now. Raises SpecError: no such link, a trace's file is wrong; NetworkError."""

@@ -14,7 +14,7 @@ from testbed.codecs.quantize.kvquant import fitted_levels, normal_levels
 from testbed.codecs.transform.unrotated import Unrotated
 from testbed.errors import PayloadError
 from testbed.models.kvcache import KVCache, KVLayer
-from testbed.models.rope import Rope, default_rope
+from testbed.models.rope import Rope
 from tests.codecs.caches import SHAPES, make_cache, ragged_cache
 
 
@@ -26,6 +26,17 @@ def turned_one_by_one(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
         number = number * torch.polar(torch.ones(()).double(), positions.double() * frequency)
         result[..., pair], result[..., pair + rope.apart] = number.real, number.imag
     return result
+
+
+def default_rope(
+    head_dim: int, theta: float = 10000.0, turned: int | None = None, interleaved: bool = False
+) -> Rope:
+    """The usual frequencies theta^(-2i/d) over the first `turned` elements (None: all) of a head."""
+    turned = head_dim if turned is None else turned
+    pairs = turned // 2
+    frequencies = tuple(theta ** (-2 * i / turned) for i in range(pairs))
+    first = tuple(2 * i if interleaved else i for i in range(pairs))
+    return Rope(frequencies, first, 1 if interleaved else pairs)
 
 
 ROPES = {

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from testbed.errors import NetworkError
 from testbed.net.emulators.namespace import inside, inside_scratch
 
-RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
+RTM_GETLINK = 18
 RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC = 36, 37, 38
 RTM_NEWTFILTER, RTM_GETTFILTER = 44, 46
 CREATE, EXCLUSIVE, REPLACE = 0x400, 0x200, 0x100  # NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE
@@ -115,16 +115,6 @@ class Netlink:
             struct.unpack_from("=Q", found[23], 7 * 8)[0] if 23 in found else 0
         )  # IFLA_STATS64: rtnl_link_stats64
         return Interface(_LINK.unpack_from(reply)[2], struct.unpack("=I", found[4])[0], dropped)
-
-    def set_up(self, index: int, *, mtu: int, queue_packets: int) -> None:
-        """Brings an interface up with this MTU and transmit queue."""
-        body = _LINK.pack(0, 0, index, 1, 1)  # IFF_UP, and only that flag changes
-        body += attribute(4, struct.pack("=I", mtu)) + attribute(13, struct.pack("=I", queue_packets))
-        self._exchange(RTM_NEWLINK, _ACK, body, f"interface {index}: up")
-
-    def delete(self, index: int) -> None:
-        """Removes an interface."""
-        self._exchange(RTM_DELLINK, _ACK, _LINK.pack(0, 0, index, 0, 0), f"interface {index}: delete")
 
     def traffic(
         self,
