@@ -17,10 +17,13 @@ from analysis.run import Run
 
 #: The mean ΔNLL, in nats a token, up to which a codec may stand for the full cache against sending the text.
 WORTH_LOSS = 0.05
+#: What `mixed(scale=token)` is without protection.
+INT4_BY_TOKEN = "int4(group=0, symmetric=true)"
 _TIMES = rules.LEAST_TIMES
 
 _AWARE = re.compile(r"question=(true|True|1)")
 _DELTA = re.compile(r"delta(\([^)]*\))?\+(.+)")
+_PROTECT = re.compile(r"protect=[^,)]*(, )?")
 _CODERS = re.compile(r"\+(zstd|ans|range|huffman|ac|rans)[^+]*$")
 
 
@@ -86,12 +89,18 @@ def _fragile(evidence: Evidence) -> Iterator[Verdict]:
 
 
 def _protected(evidence: Evidence) -> Iterator[Verdict]:
-    """The scenario names the diagnosed protection first; other protections after it are its controls."""
+    """Among settings that differ in `protect` alone, the scenario names the diagnosed protection first; the others are its
+    controls. All are judged against INT4 with scales of the same kind.
+    """
     for model, task, table in evidence.parts():
-        known = [str(s) for s in table["setting"].unique() if str(s).startswith("mixed(")]
-        known = [s for s in known if "protect=none" not in s]
-        if len(known) > 1:
-            yield rules.restored("protected-layer", table, model, task, "int4", known[0], known[1:])
+        alike: dict[str, list[str]] = {}
+        for setting in map(str, table["setting"].unique()):
+            if setting.startswith("mixed(") and "protect=none" not in setting:
+                alike.setdefault(_PROTECT.sub("", setting), []).append(setting)
+        for rest, (first, *others) in alike.items():
+            plain = INT4_BY_TOKEN if "scale=token" in rest else "int4"
+            if others:
+                yield rules.restored("protected-layer", table, model, task, plain, first, others)
 
 
 def _delta(evidence: Evidence) -> Iterator[Verdict]:

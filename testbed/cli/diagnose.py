@@ -23,6 +23,13 @@ from testbed.errors import UsageError
     help="Of all but the protected.",
 )
 @click.option(
+    "--scale",
+    type=click.Choice(["group", "token"]),
+    default="group",
+    show_default=True,
+    help="Theirs: one for each group of 32 elements, or one for each token and KV head.",
+)
+@click.option(
     "--high", type=click.Choice(["4", "8", "16"]), default="8", show_default=True, help="Of the protected."
 )
 @click.option(
@@ -48,7 +55,7 @@ from testbed.errors import UsageError
     "--out", type=click.Path(path_type=Path), metavar="FILE", help="Default: where protect=auto looks."
 )
 @as_json
-def diagnose(model: str, out: Path | None, bits: str, high: str, **options: Any) -> Any:
+def diagnose(model: str, out: Path | None, bits: str, high: str, scale: str, **options: Any) -> Any:
     """Find the layers of MODEL whose keys or values cannot stand few bits, and write what `mixed` protects."""
     from testbed.codecs.quantize.protection import default_path
     from testbed.diagnosis import launch
@@ -59,8 +66,8 @@ def diagnose(model: str, out: Path | None, bits: str, high: str, **options: Any)
         raise UsageError(f"--high {high} must be more than --bits {bits}")
     name = resolve(model).name
     make_task(options["task"])
-    path = out or default_path(name, int(bits))
-    settings = {"model": model, "bits": int(bits), "high": int(high), **options}
+    path = out or default_path(name, int(bits), scale)
+    settings = {"model": model, "bits": int(bits), "high": int(high), "scale": scale, **options}
     found = launch.diagnosed(settings, lambda line: click.echo(line, err=True))
     launch.write(path, found)
     figures = _draw(path)

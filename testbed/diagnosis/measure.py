@@ -12,6 +12,7 @@ from testbed.codecs.layout import Part
 from testbed.codecs.quantize import Quantizer, side_of
 from testbed.codecs.quantize.fp16 import FP16
 from testbed.codecs.quantize.integer import INTEGERS
+from testbed.codecs.quantize.mixed import coarse
 from testbed.codecs.quantize.protection import Kind, Place
 from testbed.models.kvcache import KVCache, KVLayer, join
 from testbed.models.language import LanguageModel
@@ -39,7 +40,9 @@ class Probe:
         example: Example,
         prefix: KVCache | None,
         bits: tuple[int, int],
+        scale: str = "group",
     ):
+        """bits: the coarse width and the fine one. scale: the coarse one's, as `mixed` has it."""
         self._model, self._task, self._example = model, task, example
         self._question = model.tokenize(task.question_text(example))
         self._gold = model.tokenize(task.answer_text(example))
@@ -49,19 +52,23 @@ class Probe:
         self._variants = {
             width: join(prefix, made) if prefix is not None else made
             for width in set(bits)
-            for made in [quantized(context, width)]
+            for made in [quantized(context, _method(width, scale if width == bits[0] else None))]
         }
-        self._reference = model.likelihood(self._question, self._gold, self._full)
-        self._answer = self._generated(self._full)
+        self._reference = model.likelihoods(self._question, [self._gold], self._full)[0]
+        # The full cache's answer through what ends it: a cache along which each of its tokens comes next answers alike.
+        self._answer = self._through_end(
+            model.generate(self._question, self._full, task.max_new_tokens, None)
+        )
         self.full = Outcome(0.0, mean_nll(self._reference, self._gold), self._score(self._answer))
 
     def outcome(self, widths: dict[Place, int]) -> Outcome:
         """With these keys and values quantized to these bits, and all others full."""
         past = self._mixture(widths)
-        found = self._model.likelihood(self._question, self._gold, past)
-        return Outcome(
-            mean_kl(self._reference, found), mean_nll(found, self._gold), self._scored(past, found)
-        )
+        wanted = [self._gold, self._answer] if self._answer else [self._gold]
+        found, *forced = self._model.likelihoods(self._question, wanted, past)
+        same = forced and self._ended(self._answer) and forced[0].argmax(-1).tolist() == self._answer
+        score = self.full.score if same else self._score(self._generated(past))
+        return Outcome(mean_kl(self._reference, found), mean_nll(found, self._gold), score)
 
     def _mixture(self, widths: dict[Place, int]) -> KVCache:
         layers = []
@@ -73,23 +80,11 @@ class Probe:
             layers.append(KVLayer(keys.keys, values.values, full.positions, full.window))
         return KVCache(layers, self._full.length)
 
-    def _scored(self, past: KVCache, gold: Tensor) -> float:
-        """The task's score. Greedy decoding is spared where every next token along the full cache's answer stays the same."""
-        forced = gold if self._answer == self._gold else None
-        if self._answer:
-            if forced is None:
-                forced = self._model.likelihood(self._question, self._answer, past)
-            if forced.argmax(-1).tolist() == self._answer and self._ends(past):
-                return self.full.score
-        return self._score(self._generated(past))
+    def _through_end(self, ids: list[int]) -> list[int]:
+        return next((ids[:end] for end in range(1, len(ids)) if self._ended(ids[:end])), ids)
 
-    def _ends(self, past: KVCache) -> bool:
-        """Whether the answer ends there: by its length, or because the next token brings what the task stops at."""
-        if len(self._answer) >= self._task.max_new_tokens:
-            return True
-        following = self._model.generate([*self._question, *self._answer], past, 1, None)
-        text = self._model.text([*self._answer, *following])
-        return not following or self._task.stop in text
+    def _ended(self, ids: list[int]) -> bool:
+        return len(ids) >= self._task.max_new_tokens or self._task.stop in self._model.text(ids)
 
     def _generated(self, past: KVCache) -> list[int]:
         return self._model.generate(self._question, past, self._task.max_new_tokens, self._task.stop)
@@ -98,9 +93,15 @@ class Probe:
         return self._task.score(self._model.text(ids, self._task.stop), self._example)["score"]
 
 
-def quantized(cache: KVCache, bits: int) -> KVCache:
-    """The cache as `Integer` of that width (16: none) gives it back."""
-    method: Quantizer = FP16() if bits == 16 else INTEGERS[bits]()
+def _method(bits: int, scale: str | None) -> Quantizer:
+    """The coarse integers of these scales, or (None) the fine ones; 16 bits: the values as they are."""
+    if scale is not None:
+        return coarse(bits, scale)
+    return FP16() if bits == 16 else INTEGERS[bits]()
+
+
+def quantized(cache: KVCache, method: Quantizer) -> KVCache:
+    """The cache as a quantizer gives it back."""
     dtype = str(cache.dtype).removeprefix("torch.")
     layers = []
     for i, layer in enumerate(cache.layers):

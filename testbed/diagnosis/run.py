@@ -34,7 +34,7 @@ def diagnose(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     ranking: list[dict[str, list[Outcome]]] = [{"damage": [], "rescue": []} for _ in places]
     everything, probed = [], []
     for number, example in enumerate(examples[: settings.examples]):
-        probe = Probe(model, task, example, prefix, widths)
+        probe = Probe(model, task, example, prefix, widths, settings.scale)
         probed.append(probe.full)
         everything.append(probe.outcome(dict.fromkeys(places, settings.bits)))
         for place, found in zip(places, ranking, strict=True):
@@ -44,7 +44,10 @@ def diagnose(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     by_damage = sorted(range(len(places)), key=lambda i: -_mean([o.kl for o in ranking[i]["damage"]]))
     ranked = [places[i] for i in by_damage]
 
-    probes = [Probe(model, task, example, prefix, widths) for example in examples[settings.examples :]]
+    probes = [
+        Probe(model, task, example, prefix, widths, settings.scale)
+        for example in examples[settings.examples :]
+    ]
     tried: dict[frozenset[Place], Loss] = {}
 
     def loss_of(protected: frozenset[Place]) -> Loss:

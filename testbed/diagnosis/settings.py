@@ -8,14 +8,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Settings:
-    """bits: of the coarse quantization. high: of what is protected. measure: "nll" or "score", whose loss must stay within
-    `epsilon` (nats a token, or points of the score). `examples` rank the layers, and as many others choose the set.
+    """bits: of the coarse quantization. scale: its scales, as `mixed` has them. high: bits of what is protected. measure: "nll"
+    or "score", whose loss must stay within `epsilon` (nats a token, or points of the score). `examples` rank the layers, and as
+    many others choose the set.
     """
 
     model: str
     task: str = "needle"
     context_tokens: int = 512
     bits: int = 4
+    scale: str = "group"
     high: int = 8
     examples: int = 8
     epsilon: float = 0.05

@@ -405,6 +405,29 @@ class LanguageModel:
         """Mean negative log-likelihood in nats of the answer's tokens, each behind the true ones."""
         return mean_nll(self.likelihood(ids_question, ids_answer, past), ids_answer)
 
+    def likelihoods(
+        self, ids_question: Sequence[int], answers: Sequence[Sequence[int]], past: KVCache | None
+    ) -> list[Tensor]:
+        """`likelihood` of several answers behind one question, which is read once.
+
+        Raises ValueError where the question or an answer has no tokens, or where there is no answer.
+        """
+        if not ids_question or not answers or not all(answers):
+            raise ValueError("likelihoods need tokens of a question and of every answer")
+        longest = max(map(len, answers))
+        self._check_length(past, len(ids_question) + longest)
+        live = self._live(past, len(ids_question) + longest)
+        first, _ = self._forward(live, ids_question)
+        found = []
+        for answer in answers:
+            logits, taught = first, list(answer[:-1])
+            if taught:
+                behind, _ = self._forward(live, taught, keep=len(taught))
+                live.rewind(len(taught))
+                logits = torch.cat([first, behind])
+            found.append(log_probabilities(logits))
+        return found
+
     def option_nlls(
         self, ids_question: Sequence[int], options: Sequence[Sequence[int]], past: KVCache | None
     ) -> list[float]:
@@ -412,18 +435,5 @@ class LanguageModel:
 
         Raises ValueError where the question or an option has no tokens.
         """
-        if not ids_question or not options or not all(options):
-            raise ValueError("option_nlls() needs tokens of a question and of every option")
-        longest = max(map(len, options))
-        self._check_length(past, len(ids_question) + longest)
-        live = self._live(past, len(ids_question) + longest)
-        first, _ = self._forward(live, ids_question)
-        found = []
-        for option in options:
-            logits, taught = first, list(option[:-1])
-            if taught:
-                behind, _ = self._forward(live, taught, keep=len(taught))
-                live.rewind(len(taught))
-                logits = torch.cat([first, behind])
-            found.append(mean_nll(log_probabilities(logits), option))
-        return found
+        found = self.likelihoods(ids_question, options, past)
+        return [mean_nll(one, option) for one, option in zip(found, options, strict=True)]

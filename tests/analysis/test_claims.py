@@ -101,6 +101,19 @@ def test_a_protected_layer_has_to_restore_what_int4_loses_and_other_layers_do_no
     assert ("nothing to restore" in one.figures) == (verdict == "undecided")
 
 
+def test_protections_are_judged_against_int4_with_scales_of_their_kind(tmp_path: Path) -> None:
+    plain = ("int4", "int4(group=0, symmetric=true)")
+    of_groups = ("mixed(protect=3)", "mixed(protect=7)")
+    of_tokens = ("mixed(protect=3, scale=token)", "mixed(protect=7, scale=token)")
+    rise = dict(zip([*plain, *of_groups, *of_tokens], (0.001, 0.5, 0.001, 0.001, 0.004, 0.5), strict=True))
+    found, _ = claims.judge([load(_made(tmp_path / "run", tuple(rise), rise))])
+    verdicts = [v for claim, vs in found for v in vs if claim.name == "protected-layer"]
+    assert [(one.what.split(" against")[0], one.verdict) for one in verdicts] == [
+        (of_groups[0], "undecided"),
+        (of_tokens[0], "holds"),
+    ]
+
+
 def _lengths(path: Path, per_doubling: float) -> Path:
     """60 questions at 256, 512 and 1024 tokens; SnapKV loses 0.2 nats at 256, and so much more with each doubling."""
     codecs = ("q2c@0.25", "snapkv@0.25")

@@ -55,6 +55,18 @@ def test_protected_parts_are_decoded_as_the_finer_quantizer_does() -> None:
         assert same_bits(mixed.layers[i].values, (fine if i == 3 else coarse).layers[i].values)
 
 
+def test_coarse_parts_may_have_a_scale_for_each_token() -> None:
+    cache = make_cache("grouped")
+    mixed = decode(Codec("mixed(scale=token, protect=K1)").encode(cache))
+    coarse, fine = (
+        decode(Codec("int4(group=0, symmetric=true)").encode(cache)),
+        decode(Codec("int8").encode(cache)),
+    )
+    for i in range(4):
+        assert same_bits(mixed.layers[i].keys, (fine if i == 1 else coarse).layers[i].keys)
+        assert same_bits(mixed.layers[i].values, coarse.layers[i].values)
+
+
 def diagnosis(path: Path, **changes: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"format": FORMAT, "model": "some-model", "protect": "K0.V2", **changes}))
@@ -80,6 +92,10 @@ def test_auto_is_the_models_own_diagnosis(tmp_path: Path, monkeypatch: pytest.Mo
     assert str(Codec("mixed", "some-model")) == "mixed(protect=K0.V2)"
     with pytest.raises(SpecError, match="run `testbed diagnose some-model --bits 2`"):
         Codec("mixed(low=2)", "some-model")
+    with pytest.raises(SpecError, match="run `testbed diagnose some-model --bits 4 --scale token`"):
+        Codec("mixed(scale=token)", "some-model")
+    diagnosis(default_path("some-model", 4, "token"), protect="V1")
+    assert str(Codec("mixed(scale=token)", "some-model")) == "mixed(protect=V1, scale=token)"
     with pytest.raises(SpecError, match="needs to know the model"):
         Codec("mixed")
 

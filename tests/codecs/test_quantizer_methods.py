@@ -35,6 +35,7 @@ QUANTIZERS = (
     "mixed(protect=none)",
     "mixed(low=2, high=16, protect=K0.V1)",
     "mixed(protect=0-29)",
+    "mixed(protect=K0.V1, scale=token)",
     "planes",
     "planes(bits=4, group=0)",
 )
@@ -109,16 +110,9 @@ def budget_bits(cache: KVCache, text: str) -> float:
             elif method.name == "mixed":
                 low, high, word = method.low, method.high, method.protect  # type: ignore[attr-defined]
                 fine = {"none": False, "0-29": True}.get(word, (i == 0) if kind == "keys" else i == 1)
-                total += (
-                    heads
-                    * tokens
-                    * {
-                        2: 2 * width + 32 * -(-width // 32),
-                        4: 4 * width + 32 * -(-width // 32),
-                        8: 8 * width + 16,
-                        16: 16 * width,
-                    }[high if fine else low]
-                )
+                grouped = 32 * -(-width // 32) if method.scale == "group" else 16  # type: ignore[attr-defined]
+                coarse = low * width + grouped
+                total += heads * tokens * ({8: 8 * width + 16, 16: 16 * width}[high] if fine else coarse)
             elif method.name == "planes":
                 groups = -(-width // (method.group or width))  # type: ignore[attr-defined]
                 total += x.numel() * method.bits + 32 * heads * tokens * groups  # type: ignore[attr-defined]

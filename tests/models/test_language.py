@@ -256,5 +256,7 @@ def test_options_read_behind_one_question_are_as_likely_as_each_read_alone(tiny_
         options = [model.tokenize(text) for text in (" Anna Lind", " a", " the keeper of the clock", " 4821")]
         alone = [model.nll(question, option, past) for option in options]
         assert model.option_nlls(question, options, past) == pytest.approx(alone, abs=1e-4)
-        with pytest.raises(ValueError, match="every option"):
+        for option, found in zip(options, model.likelihoods(question, options, past), strict=True):
+            assert torch.allclose(found, model.likelihood(question, option, past), atol=1e-4)
+        with pytest.raises(ValueError, match="every answer"):
             model.option_nlls(question, [[]], past)

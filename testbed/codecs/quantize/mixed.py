@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from testbed.codecs.quantize import Part, Quantizer, protection
 from testbed.codecs.quantize.fp16 import FP16
 from testbed.codecs.quantize.integer import INTEGERS, Integer
 
+#: Whose scales the coarse integers have: each group of 32 elements (a zero point, too), or each token and KV head.
+Scale = Literal["group", "token"]
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def coarse(bits: int, scale: str) -> Integer:
+    """The integers of what is not protected."""
+    return INTEGERS[bits](group=0, symmetric=True) if scale == "token" else INTEGERS[bits]()
 
 
 @dataclass(frozen=True)
@@ -20,7 +28,9 @@ class Mixed(Quantizer):
 
     protect: which layers' keys and values: ``K3.V7.12`` (keys of 3, values of 7, both of 12), ``K0-5``, ``none``; a file that
     `testbed diagnose` wrote; or ``auto``, the model's own diagnosis. A payload names the layers, whatever was asked for.
-    Both sides of the mixture are `Integer` with its defaults for that width; the error bound is its.
+    scale: the coarse integers have scales and zero points for groups of 32 elements (``group``), or one scale, without a zero
+    point, for each token and KV head (``token``), as int8 has: smaller, and what outlier channels ruin. The finer ones are
+    `Integer` with its defaults for that width; the error bounds are its.
     """
 
     name: ClassVar[str] = "mixed"
@@ -32,6 +42,7 @@ class Mixed(Quantizer):
     low: int = 4
     high: int = 8
     protect: str = "auto"
+    scale: Scale = "group"
 
     def __post_init__(self) -> None:
         self.require("low", "2, 3, 4 or 8", self.low in INTEGERS)
@@ -48,15 +59,16 @@ class Mixed(Quantizer):
     def bound(self, model: str | None) -> Mixed:
         if not self.refers:
             return self
-        return replace(self, protect=protection.look_up(self.protect, model, self.low))
+        return replace(self, protect=protection.look_up(self.protect, model, self.low, self.scale))
 
     @cached_property
     def _places(self) -> frozenset[protection.Place]:
         return protection.read_places(self.protect)
 
     def _method(self, part: Part) -> Quantizer:
-        width = self.high if (part.kind, part.layer) in self._places else self.low
-        return FP16() if width == 16 else INTEGERS[width]()
+        if (part.kind, part.layer) not in self._places:
+            return coarse(self.low, self.scale)
+        return FP16() if self.high == 16 else INTEGERS[self.high]()
 
     def uniform(self, part: Part) -> Integer | None:
         return self._method(part).uniform(part)

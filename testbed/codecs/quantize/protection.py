@@ -67,12 +67,16 @@ def _ranges(letter: str, layers: set[int]) -> list[str]:
     return items
 
 
-def default_path(model: str, bits: int) -> Path:
+def default_path(model: str, bits: int, scale: str = "group") -> Path:
     """Where `testbed diagnose` leaves a model's diagnosis, and ``protect=auto`` looks for it."""
     from testbed.models.sources import cache_directory
 
     name = re.sub(r"[^\w.-]+", "-", model).strip("-.") or "model"
-    return cache_directory() / "diagnoses" / f"{name}-int{bits}.json"
+    return cache_directory() / "diagnoses" / f"{name}-int{bits}{_suffix(scale)}.json"
+
+
+def _suffix(scale: str) -> str:
+    return "" if scale == "group" else f"-{scale}"
 
 
 def load_diagnosis(path: Path) -> dict[str, Any]:
@@ -93,8 +97,8 @@ def load_diagnosis(path: Path) -> dict[str, Any]:
     return found
 
 
-def look_up(word: str, model: str | None, bits: int) -> str:
-    """The places behind a reference: those that a file names, or, for ``auto``, the model's diagnosis at these bits.
+def look_up(word: str, model: str | None, bits: int, scale: str = "group") -> str:
+    """The places behind a reference: those that a file names, or, for ``auto``, the model's diagnosis at these bits and scales.
 
     Raises SpecError where there is none, or where the file is another model's.
     """
@@ -103,10 +107,11 @@ def look_up(word: str, model: str | None, bits: int) -> str:
             raise SpecError(
                 "protect=auto needs to know the model; name a diagnosis file or the layers instead"
             )
-        path = default_path(model, bits)
+        path = default_path(model, bits, scale)
         if not path.is_file():
             raise SpecError(
-                f"protect=auto: model {model!r} has no diagnosis yet; run `testbed diagnose {model} --bits {bits}`"
+                f"protect=auto: model {model!r} has no diagnosis yet; run `testbed diagnose {model} --bits {bits}"
+                + ("`" if scale == "group" else f" --scale {scale}`")
             )
     else:
         path = Path(word).expanduser()
