@@ -66,7 +66,7 @@ def _told_apart(runs: list[Run]) -> list[pd.DataFrame]:
     """The runs' rows, examples named with their seed where runs have several: one question among other distractors is
     another example.
     """
-    seeds = [str(run.manifest.get("settings", {}).get("seed", 0)) for run in runs]
+    seeds = [str(run.settings.get("seed", 0)) for run in runs]
     several = len(set(seeds)) > 1
     rows = [run.require().rows for run in runs]
     return [

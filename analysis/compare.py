@@ -89,9 +89,10 @@ def _pair(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(first: Run, second: Run) -> list[str]:
-    """What the two runs were told differently, a line each."""
-    old, new = (run.manifest.get("settings") or {} for run in (first, second))
-    said = [
+    """What the two runs were told differently, a line each; whose settings are unknown is said instead."""
+    old, new = first.settings, second.settings
+    unknown = [f"{name}: settings unknown" for name, told in (("A", old), ("B", new)) if not told]
+    said = unknown or [
         f"{key}: {old.get(key)} → {new.get(key)}"
         for key in dict.fromkeys([*old, *new])
         if old.get(key) != new.get(key) and key not in ("name", "description")

@@ -35,6 +35,18 @@ class Run:
     where: str = ""  #: the expression that selected the rows; empty: all of them
     notes: tuple[str, ...] = field(default=())  #: what was missing or unreadable in the directory
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The scenario's settings; empty where the manifest is missing or has none."""
+        settings = self.manifest.get("settings")
+        return settings if isinstance(settings, dict) else {}
+
+    def gaps(self) -> list[str]:
+        """What is not in `rows` and should be: failed trials, missing files, unreadable lines."""
+        failed = len(self.failed)
+        said = [f"{failed:,} failed trial{'' if failed == 1 else 's'} left out"] if failed else []
+        return said + list(self.notes)
+
     def require(self, rows: int = 1) -> Run:
         """This run. Raises UsageError where it has fewer finished trials than `rows`."""
         have = len(self.rows)

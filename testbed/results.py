@@ -109,6 +109,8 @@ class Row:
 
 
 COLUMNS = tuple(f.name for f in dataclasses.fields(Row))
+#: What makes a line a row: the trial that it tells of.
+_IDENTITY = ("trial", "task", "example", "placement")
 
 
 def check_format(found: object, path: Path) -> None:
@@ -180,6 +182,23 @@ class RunDirectory:
         """The manifest as a dictionary. Raises UsageError where it is not JSON."""
         return self._read("manifest.json")
 
+    def settings(self) -> dict[str, Any]:
+        """The scenario's settings, as the manifest has them. Raises UsageError where it has none."""
+        settings = self.manifest().get("settings")
+        if not isinstance(settings, dict):
+            raise UsageError(
+                f"{self.path / 'manifest.json'}: has no `settings`, so what this run was to do is unknown"
+            )
+        return settings
+
+    def entries(self, name: str, key: str) -> list[Any]:
+        """What the file ``name`` has in its list ``key``; empty where there is no such file or list.
+
+        Raises UsageError where the file is not JSON.
+        """
+        found = self._read(name).get(key) if (self.path / name).exists() else None
+        return found if isinstance(found, list) else []
+
     def calibration(self) -> dict[str, Any]:
         """The calibration as a dictionary; empty where none was written."""
         return self._read("calibration.json") if (self.path / "calibration.json").exists() else {}
@@ -219,7 +238,7 @@ class RunDirectory:
         return len(data) - whole
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows so far; a cut-off last line is passed over."""
+        """The rows so far; a cut-off last line, and any other that is no trial's row, is passed over."""
         path = self.path / "trials.jsonl"
         if not path.exists():
             return
@@ -229,16 +248,28 @@ class RunDirectory:
                     row = json.loads(line)
                 except ValueError:
                     continue
-                if isinstance(row, dict):
+                if isinstance(row, dict) and all(isinstance(row.get(key), str) for key in _IDENTITY):
                     yield row
 
+    def finished(self) -> set[str]:
+        """The trials that have a row without an error: what is not to be run again."""
+        return {row["trial"] for row in self.rows() if not row.get("error")}
+
     def write_parquet(self) -> None:
-        """Write ``trials.parquet`` from the rows, typed by `Row`'s columns."""
+        """Write ``trials.parquet`` from the rows, typed by `Row`'s columns.
+
+        Raises UsageError where a column holds values of several kinds, which no run writes.
+        """
         import pandas as pd
 
         frame = pd.DataFrame(list(self.rows()), columns=list(COLUMNS))
         path = self.path / "trials.parquet"
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        frame.to_parquet(temporary, index=False)
+        try:
+            frame.to_parquet(temporary, index=False)
+        except (ValueError, TypeError) as error:
+            temporary.unlink(missing_ok=True)
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"{self.path / 'trials.jsonl'}: rows that no run writes: {reason}") from error
         temporary.replace(path)
         self.claim(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from pathlib import Path
@@ -28,6 +27,9 @@ from testbed.scenario import Cell, Plan
 from testbed.tasks.task import Example, Task
 from testbed.trial import Trial, fill, new_row, utc_now
 
+#: Files to which every start of a run adds.
+_CONTINUED = ("calibration.json", "counters.json", "traffic.json")
+
 
 class Run:
     """One execution of a plan into a run directory."""
@@ -40,13 +42,13 @@ class Run:
         self.failures = 0
         self._tally = Tally(plan, watch)
         self._identities: dict[Cell, str] = {}
-        self._done = {row["trial"] for row in directory.rows() if "trial" in row}
+        self._done = directory.finished()  # what failed is tried again, and leaves another row
         self._uncalibrated: set[str] = set()
         self._current: Profile | None = None
         self._origin = time.monotonic()  #: when traces begin
 
     def execute(self) -> None:
-        """Run every cell that has no row yet. Raises KeyboardInterrupt, NetworkError, EndpointError: the rows so far stay."""
+        """Run every trial that has not finished. Raises KeyboardInterrupt, NetworkError, EndpointError: the rows so far stay."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(interruptible())
             stack.enter_context(locked(self.directory.path))
@@ -80,8 +82,7 @@ class Run:
     def _write_stretch(self, name: str, about: dict[str, str], **found: Any) -> None:
         # One entry for each time the run was started: its figures are of one stretch of time.
         if any(found.values()):
-            path = self.directory.path / name
-            before = json.loads(path.read_text())["starts"] if path.exists() else []
+            before = self.directory.entries(name, "starts")
             ended = {"ended_at": utc_now(), **found}
             self.directory.write(name, {"format": FORMAT, **about, "starts": [*before, ended]})
 
@@ -97,7 +98,7 @@ class Run:
         return Pair.start(self.plan, self.fabric, self.directory, stack)
 
     def _write_manifest(self, loaded: dict[str, Any]) -> None:
-        before = self.directory.manifest() if (self.directory.path / "manifest.json").exists() else {}
+        before = self.directory.manifest()
         self.directory.write(
             "manifest.json",
             {
@@ -112,7 +113,7 @@ class Run:
                 "emulator": self.fabric.emulator.name,
                 "endpoints": loaded,
                 "trials": self.plan.trials,
-                "starts": [*before.get("starts", []), utc_now()],
+                "starts": [*self.directory.entries("manifest.json", "starts"), utc_now()],
                 "host": describe_host(),
                 "command": sys.argv,
             },
@@ -122,7 +123,7 @@ class Run:
         """Measure every profile before the first trial; out of tolerance stops the run unless told to go on."""
         from testbed.net.calibrate import calibrate
 
-        history = self.directory.calibration().get("measurements", [])
+        history = self.directory.entries("calibration.json", "measurements")
         for number, profile in enumerate(self.plan.profiles):
             self._tally.say(f"measuring the link: {profile.name} ({number + 1} of {len(self.plan.profiles)})")
             self._apply(profile)
@@ -166,7 +167,7 @@ class Run:
                     self._tally.done(trial.cell)
 
     def _todo(self, batch: Batch, number: int) -> list[Trial]:
-        """An example's trials that have no row yet."""
+        """An example's trials that have not finished yet."""
         made = batch.examples[number]
         example = Example(made["id"], made["context"], made["question"], tuple(made["answers"]))
         todo = []
@@ -239,14 +240,15 @@ def start(plan: Plan, out: Path, watch: Watcher, accept_uncalibrated: bool) -> R
 
 
 def resume(path: Path, watch: Watcher, accept_uncalibrated: bool) -> Run:
-    """Take up the run in `path` where it ended. Raises UsageError where it is not one."""
+    """Take up the run in `path` where it ended: what has no row and what failed. Raises UsageError where it is none."""
     from testbed.planning import make_plan
 
     user = invoking_user()
     directory = RunDirectory.open(path, (user.uid, user.gid))
-    manifest = directory.manifest()
-    with lookup.among(kept_traces.copies(manifest.get("traces"), path.absolute())):
-        plan = make_plan(manifest["settings"], str(path / "manifest.json"))
+    for name in _CONTINUED:
+        directory.entries(name, "")  # unreadable is better said now than after the trials
+    with lookup.among(kept_traces.copies(directory.manifest().get("traces"), path.absolute())):
+        plan = make_plan(directory.settings(), str(path / "manifest.json"))
     check_ready(plan)
     directory.repair()
     return Run(plan, directory, watch, accept_uncalibrated)

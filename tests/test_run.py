@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +174,22 @@ class TestAWholeRun:
         done = run("--resume", str(out))
         assert done.returncode == 0, done.stderr
         assert len(rows(out)) == len({row["trial"] for row in rows(out)}) == 24
+
+    def test_runs_its_failed_trials_again_when_resumed_and_no_others(
+        self, finished: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "failed"
+        shutil.copytree(finished, out)
+        before = rows(out)
+        before[5] |= {"error": "the cloud did not answer", "answer": "", "score": None, "e2e_s": 0.0}
+        (out / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before))
+        done = run("--resume", str(out))
+        assert done.returncode == 0, done.stderr
+        assert rows(out)[:-1] == before
+        again, first = rows(out)[-1], rows(finished)[5]
+        same = ("trial", "cell", "answer", "score", "nll", "payload_digest", "error")
+        assert [again[key] for key in same] == [first[key] for key in same]
+        assert again["e2e_s"] > 0
 
     def test_survives_being_killed(self, tmp_path: Path) -> None:
         result = torture(2, 3, tmp_path, tiny_model_directory("llama", tmp_path / "model"))

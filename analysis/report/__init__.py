@@ -78,10 +78,8 @@ def render(run: Run, figures: list[Path]) -> str:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    settings = run.manifest.get("settings")
-    told = settings if isinstance(settings, dict) else {}
     facts = [
-        ("what", str(told.get("description") or "")),
+        ("what", str(run.settings.get("description") or "")),
         ("started", str(run.manifest.get("created") or "")),
         ("model", ", ".join(map(str, run.rows["model"].unique()))),
         ("links", ", ".join(map(str, run.rows["profile"].unique()))),

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from testbed.cli.parts import as_json
+from testbed.cli.parts import as_json, open_run
 
 
 @click.command()
@@ -17,8 +17,7 @@ from testbed.cli.parts import as_json
 def claims(paths: tuple[Path, ...], markdown: bool) -> Any:
     """Judge the published claims by the rows of RUN...: holds, fails or undecided, with the figures."""
     from analysis import claims as judging
-    from analysis.run import load
 
-    found, said = judging.judge([load(path) for path in paths])
+    found, said = judging.judge([open_run(path) for path in paths])
     printed = judging.table(found, said) if markdown else judging.text(found, said)
     return judging.to_dict(found, said), printed, 0

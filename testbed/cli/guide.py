@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from testbed.cli.parts import as_json
+from testbed.cli.parts import as_json, open_run
 from testbed.cli.progress import Console
 from testbed.errors import UsageError
 
@@ -44,11 +44,10 @@ def guide(subjects: tuple[str, ...], out: Path | None, **options: Any) -> Any:
     the rows that are there. With RUN... the rows of these runs answer.
     """
     from analysis import guide as guiding
-    from analysis.run import load
 
     runs = [Path(subject) for subject in subjects if _is_run(Path(subject))]
     if len(runs) == len(subjects):
-        found, said = guiding.walk([load(path) for path in runs])
+        found, said = guiding.walk([open_run(path) for path in runs])
         value = {"models": {m: [s.to_dict() for s in steps] for m, steps in found.items()}, "left_out": said}
         return value, guiding.text(found, said), 0
     if len(subjects) > 1:

@@ -7,11 +7,15 @@ import os
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from testbed.errors import UsageError
+
+if TYPE_CHECKING:
+    from analysis.run import Run
 
 EMULATORS = click.Choice(["auto", "netem", "userspace"])
 
@@ -27,6 +31,16 @@ def as_json(command: Callable[..., Any]) -> Callable[..., Any]:
         return status
 
     return wrapped
+
+
+def open_run(path: Path, where: str | None = None) -> Run:
+    """The run in `path`, as `analysis.run.load` reads it; what is missing of it is told on standard error."""
+    from analysis.run import load
+
+    run = load(path, where)
+    for gap in run.gaps() if len(run.rows) else ():  # without rows, whoever asks for some says it
+        click.echo(f"testbed: {path}: {gap}", err=True)
+    return run
 
 
 def table(rows: list[list[str]], header: list[str]) -> str:

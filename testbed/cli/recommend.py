@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from testbed.cli.parts import as_json
+from testbed.cli.parts import as_json, open_run
 
 
 @click.command()
@@ -42,7 +42,6 @@ def recommend(
     """
     from analysis import recommend as recommending
     from analysis.latency_model import Link
-    from analysis.run import load
     from testbed.errors import UsageError
     from testbed.units import parse_fraction, parse_rate, parse_time
 
@@ -51,7 +50,7 @@ def recommend(
         raise UsageError(f"--rate {rate}: a link needs a rate above 0")
     link = Link(bits, one_way, one_way, parse_fraction(loss))
     limit = None if deadline is None else parse_time(deadline)
-    found = recommending.recommend(load(path, where), link, parse_fraction(quality), limit)
+    found = recommending.recommend(open_run(path, where), link, parse_fraction(quality), limit)
     text = recommending.text(found)
     if held_out and found.held_out:
         text += f"\n\n{recommending.held_out_table(found.held_out)}"

@@ -7,16 +7,16 @@ from typing import Any
 
 import click
 
-from testbed.cli.parts import as_json
+from testbed.cli.parts import as_json, open_run
 
 
 @click.command()
 @click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
 def report(path: Path) -> None:
     """Write RUN's report: one page with figures, table, claims and caveats, to be read without a network."""
-    import analysis
+    from analysis import report
 
-    click.echo(f"report    {analysis.write_report(path)}")
+    click.echo(f"report    {report.write(open_run(path))}")
 
 
 @click.command()
@@ -26,8 +26,7 @@ def report(path: Path) -> None:
 def compare(first: Path, second: Path) -> Any:
     """Put two runs side by side, paired where their examples match."""
     from analysis import compare as comparing
-    from analysis.run import load
 
-    a, b = load(first), load(second)
+    a, b = open_run(first), open_run(second)
     lines = comparing.compare(a, b)
     return comparing.to_dict(a, b, lines), comparing.text(a, b, lines), 0

@@ -25,7 +25,7 @@ INTERRUPTED = 130
     "resumed",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Continue a run where it ended.",
+    help="Continue a run where it ended, and repeat its failed trials.",
 )
 @click.option(
     "--out",
@@ -85,7 +85,11 @@ def _execute(started: Run, show: Console) -> int:
     show.close()
     show_results(path)
     if started.failures:
-        click.echo(f"testbed: {started.failures} trials failed; their rows say why", err=True)
+        click.echo(
+            f"testbed: {started.failures} trials failed; their rows say why; repeat them with  "
+            f"testbed run --resume {path}",
+            err=True,
+        )
         return 1
     return 0
 

@@ -59,8 +59,6 @@ class Bench(Run):
         self, plan: Plan, directory: RunDirectory, watch: Watcher, procedure: Callable[[Bench], None]
     ) -> None:
         super().__init__(plan, directory, watch)
-        # What failed is tried again: a step is judged by all of its examples.
-        self._done = {row["trial"] for row in directory.rows() if "trial" in row and not row.get("error")}
         self._procedure = procedure
         self._made: list[Batch] = []
 

@@ -100,7 +100,7 @@ def _open(path: Path, settings: dict[str, Any]) -> RunDirectory:
         )
         return directory
     directory = RunDirectory.open(path, owner)
-    before = directory.manifest().get("settings", {})
+    before = directory.settings()
     for key in ("name", "model", "tasks", "context_tokens", "seed", "prompt"):
         if before.get(key) != settings[key]:
             raise UsageError(
