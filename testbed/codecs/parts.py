@@ -1,7 +1,7 @@
 """All parts of a cache through a quantizer: to side information and packed symbols where they lie in the payload, and back.
 
-Parts that are quantized token by token in equal groups, on the processor, go through compiled loops (`quantize.batch`);
-others through their quantizer, one by one.
+Parts that are quantized token by token in equal groups go through compiled loops, many at once (`quantize.loops`); others
+through their quantizer, one by one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from testbed.codecs.entropy import pack, unpack
 from testbed.codecs.layout import ALIGNMENT, Layout
 from testbed.codecs.parallel import bytes_for
+from testbed.codecs.quantize.loops import loops_for
 
 if TYPE_CHECKING:
     import torch
@@ -72,11 +73,8 @@ class Writer:
         rows = self._table.of(which)
         if not len(rows):
             return
-        from testbed.codecs.quantize import batch
-
         dtype = self.pieces[which[0]].part.dtype
-        worst = np.empty(len(rows), dtype=np.float32)
-        batch.ENCODE[dtype](rows, worst)
+        worst = self._table.loops.encode(dtype, rows)
         if not worst.max() <= torch.finfo(getattr(torch, dtype)).max:  # NaN is not, either
             for i in which:  # which says what is wrong where
                 self.quantizer.encode(self.pieces[i].part, self._values[i])
@@ -118,27 +116,30 @@ class Reader:
         fitting = [i for i in which if self._table.fits(i)]
         rows[:, batch.PACKED] = [found[i - which.start][0].data_ptr() for i in fitting]
         rows[[not found[i - which.start][1] for i in fitting], batch.BITS] = 8  # a byte a symbol
-        whole = np.empty(len(fitting), dtype=np.float32)
-        batch.DECODE[self.pieces[which[0]].part.dtype](rows, whole)
+        whole = self._table.loops.decode(self.pieces[which[0]].part.dtype, rows)
         return {i for i, one in zip(fitting, whole, strict=True) if one}
 
 
 class _Table:
-    """Addresses and settings for `batch` of those parts of a layout that its loops can take."""
+    """Addresses and settings of those parts of a layout that the device's loops take."""
 
     def __init__(self, quantizer: Quantizer, layout: Layout, values: Sequence[Tensor]) -> None:
         self._pieces = layout.pieces
         self._row = [-1] * len(layout.pieces)
         self._kept: list[Tensor] = []  # alive while their addresses are in use
         rows: list[list[int]] = []
-        if values and values[0].device.type == "cpu":
+        loops = loops_for(values[0].device) if values else None
+        if loops is not None:
+            self.loops = loops
             for i, piece in enumerate(layout.pieces):
                 integer = quantizer.uniform(piece.part) if piece.part.elements else None
                 if integer is not None and str(values[i].dtype) == f"torch.{piece.part.dtype}":
                     from testbed.codecs.quantize import batch
 
-                    self._row[i] = len(rows)
-                    rows.append(batch.row_of(piece, integer))
+                    row = batch.row_of(piece, integer)
+                    if loops.takes(piece.part.dtype, row):
+                        self._row[i] = len(rows)
+                        rows.append(row)
         self._rows = np.array(rows, dtype=np.int64)
 
     def set_addresses(self, values: Sequence[Tensor], side: Tensor, packed: Tensor | None = None) -> None:
