@@ -1,14 +1,13 @@
 """Parts of a cache in one compiled call: quantized and packed to where they lie in the payload, and back.
 
 A small model's cache is dozens of small parts. What Python does for each of them (views, allocations, calls) takes longer
-than the arithmetic, so the loops of `fused` are given a table of addresses, a row a part.
-
-What numba compiled is kept on disk until this file changes, and holds the loops of `fused` and `packing`: after a change there,
-change `_LOOPS_OF` here.
+than the arithmetic, so the loops of `fused` and `streaming` are given a table of addresses, a row a part.
 """
 
 from __future__ import annotations
 
+import inspect
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -18,12 +17,11 @@ from numba import types
 from numba.extending import intrinsic
 
 from testbed.codecs.layout import Piece
-from testbed.codecs.quantize import fused, packing
+from testbed.codecs.quantize import fused, packing, streaming
 
 if TYPE_CHECKING:
     from testbed.codecs.quantize.integer import Integer
 
-_LOOPS_OF = 1
 Table = npt.NDArray[np.int64]
 #: What a row says. Addresses first: of 16-bit values, of scales and zero points, of packed symbols.
 VALUES, SIDE, PACKED, _PACKED_BYTES, _ROWS, _GROUPS, _SIZE, BITS, _SYMMETRIC, _LEVELS, _OFFSET = range(11)
@@ -67,9 +65,6 @@ def _room(table: Any) -> Any:
     return np.empty(most, dtype=np.int8)
 
 
-_table, _found = types.int64[:, ::1], types.float32[::1]
-
-
 @numba.njit(inline="always")
 def _encode(table: Any, worst: Any, one_part: Any) -> Any:
     room = _room(table)
@@ -88,46 +83,67 @@ def _encode(table: Any, worst: Any, one_part: Any) -> Any:
 
 
 @numba.njit(inline="always")
-def _decode(table: Any, fits: Any, one_part: Any) -> Any:
+def _decode(table: Any, fits: Any, streamed: Any, one_part: Any) -> Any:
     room = _room(table)
     for i in range(len(table)):
         row = table[i]
-        shape = (row[_ROWS], row[_GROUPS], row[_SIZE])
+        shape, bits = (row[_ROWS], row[_GROUPS], row[_SIZE]), row[BITS]
         symmetric, count = row[_SYMMETRIC] != 0, shape[0] * shape[1] * shape[2]
         levels, offset = np.float32(row[_LEVELS]), np.float32(row[_OFFSET])
-        values = _halves_at(row[VALUES], shape)
         side = _halves_at(row[SIDE], (shape[0], 1 if symmetric else 2, shape[1]))
-        packed = _bytes_at(row[PACKED], count if row[BITS] == 8 else row[_PACKED_BYTES])
-        symbols = packed if row[BITS] == 8 else room[:count]
-        if row[BITS] != 8:
-            packing.unpack(packed.view(np.uint8), row[BITS], symbols.view(np.uint8))
+        if streaming.takes(bits, shape, row[VALUES]):
+            fits[i] = streamed(row[PACKED], bits, shape, symmetric, levels, offset, side, row[VALUES])
+            continue
+        values = _halves_at(row[VALUES], shape)
+        packed = _bytes_at(row[PACKED], count if bits == 8 else row[_PACKED_BYTES])
+        symbols = packed if bits == 8 else room[:count]
+        if bits != 8:
+            packing.unpack(packed.view(np.uint8), bits, symbols.view(np.uint8))
         fits[i] = one_part(symbols.reshape(shape), symmetric, levels, offset, side, values)
 
 
-_loops = numba.njit(types.void(types.int64[:, ::1], types.float32[::1]), **fused.OPTIONS)
+_table, _found = types.int64[:, ::1], types.float32[::1]
+_loop = numba.njit(types.void(_table, _found), **fused.OPTIONS)
 
 
-@_loops
-def _encode_float16(table: Any, worst: Any) -> None:
-    _encode(table, worst, fused.quantize_float16)
+def _loops(made_of: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The loops that encode and those that decode. made_of: a number that changes with the files that they are made of.
+
+    What numba compiled is kept on disk until the loop's own file changes, or what the loop closes over does: `made_of`.
+    """
+
+    @_loop
+    def encode_float16(table: Any, worst: Any) -> None:
+        assert made_of
+        _encode(table, worst, fused.quantize_float16)
+
+    @_loop
+    def encode_bfloat16(table: Any, worst: Any) -> None:
+        assert made_of
+        _encode(table, worst, fused.quantize_bfloat16)
+
+    @_loop
+    def decode_float16(table: Any, fits: Any) -> None:
+        assert made_of
+        _decode(table, fits, streaming.dequantize_float16, fused.dequantize_float16)
+
+    @_loop
+    def decode_bfloat16(table: Any, fits: Any) -> None:
+        assert made_of
+        _decode(table, fits, streaming.dequantize_bfloat16, fused.dequantize_bfloat16)
+
+    return (
+        {"float16": encode_float16, "bfloat16": encode_bfloat16},
+        {"float16": decode_float16, "bfloat16": decode_bfloat16},
+    )
 
 
-@_loops
-def _encode_bfloat16(table: Any, worst: Any) -> None:
-    _encode(table, worst, fused.quantize_bfloat16)
+def _files() -> int:
+    """A number that changes with the text of the files that the loops take functions from."""
+    text = "".join(inspect.getsource(module) for module in (fused, packing, streaming))
+    return 1 + zlib.crc32(text.encode())
 
 
-@_loops
-def _decode_float16(table: Any, fits: Any) -> None:
-    _decode(table, fits, fused.dequantize_float16)
-
-
-@_loops
-def _decode_bfloat16(table: Any, fits: Any) -> None:
-    _decode(table, fits, fused.dequantize_bfloat16)
-
-
-#: table, float32 [rows] -> None: reads values, writes symbols and side information, and each part's largest step (see `fused`).
-ENCODE = {"float16": _encode_float16, "bfloat16": _encode_bfloat16}
-#: table, float32 [rows] -> None: reads symbols and side information, writes values; 0 for a part that `fused` cannot decode.
-DECODE = {"float16": _decode_float16, "bfloat16": _decode_bfloat16}
+#: ENCODE: table, float32 [rows] -> None: reads values, writes symbols and side information, and each part's largest step (see
+#: `fused`). DECODE: the same -> None: reads symbols and side information, writes values; 0 for a part that `fused` cannot decode.
+ENCODE, DECODE = _loops(_files())

@@ -61,7 +61,7 @@ def _half_of_float(context: Any, value: Any) -> Any:
 
 
 @numba.njit(inline="always")
-def _widen(bits: Any, half: Any) -> Any:
+def widen(bits: Any, half: Any) -> Any:
     """A 16-bit float, fp16 (`half`) or bf16, as float32."""
     if half:
         return _float_of_half(bits)
@@ -95,15 +95,15 @@ def _quantize(x: Any, half: Any, symmetric: Any, levels: Any, offset: Any, side:
                 most = np.int16(0)
                 for i in range(size):
                     most = max(most, np.int16(x[row, group, i] & np.int16(0x7FFF)))
-                step = _widen(most, half) / levels
+                step = widen(most, half) / levels
             else:
                 least, most = np.int16(32767), np.int16(-32768)
                 for i in range(size):
                     bits = x[row, group, i]
                     key = np.int16(bits ^ np.int16((bits >> np.int16(15)) & np.int16(0x7FFF)))
                     least, most = min(least, key), max(most, key)
-                low = _widen(np.int16(least ^ ((least >> np.int16(15)) & np.int16(0x7FFF))), half) + zero
-                high = _widen(np.int16(most ^ ((most >> np.int16(15)) & np.int16(0x7FFF))), half)
+                low = widen(np.int16(least ^ ((least >> np.int16(15)) & np.int16(0x7FFF))), half) + zero
+                high = widen(np.int16(most ^ ((most >> np.int16(15)) & np.int16(0x7FFF))), half)
                 step = high / levels - low / levels
                 side[row, 1, group] = _narrow(low, half)
             if not step <= worst:
@@ -112,14 +112,14 @@ def _quantize(x: Any, half: Any, symmetric: Any, levels: Any, offset: Any, side:
                     return worst
             step = max(step, zero)
             scale = _narrow(max(step, tiny), half)
-            if _widen(scale, half) * reach < step:
+            if widen(scale, half) * reach < step:
                 scale += np.int16(1)  # the next positive number
             side[row, 0, group] = scale
-            wide = _widen(scale, half)
+            wide = widen(scale, half)
             by = np.float32(1) / wide if wide > zero else zero
             less = low * by
             for i in range(size):
-                scaled = _widen(x[row, group, i], half) * by - less
+                scaled = widen(x[row, group, i], half) * by - less
                 # The whole number is in the low bits of the sum, too, which saves converting it.
                 out[row, group, i] = np.int8(_bits_of_float(np.float32(scaled + _ROUND)) + plus)
     return worst
@@ -141,17 +141,21 @@ def quantize_bfloat16(x: Any, symmetric: Any, levels: Any, offset: Any, side: An
 
 
 @numba.njit(inline="always")
-def _dequantize(q: Any, half: Any, symmetric: Any, levels: Any, offset: Any, side: Any, out: Any) -> Any:
-    groups, size = q.shape[1], q.shape[2]
+def is_finite(by: Any, plus: Any, levels: Any, half: Any) -> Any:
+    """Whether every number from a group's symbols to its values is finite in 16 bits."""
     largest = np.float32(65504.0) if half else np.float32(3.3895313892515355e38)
-    fits = True
+    return by * levels <= largest and plus + by * levels <= largest
+
+
+@numba.njit(inline="always")
+def _dequantize(q: Any, half: Any, symmetric: Any, levels: Any, offset: Any, side: Any, out: Any) -> Any:
+    fits, zero = True, np.float32(0)
     for row in range(q.shape[0]):
-        for group in range(groups):
-            by, plus = _widen(side[row, 0, group], half), np.float32(0)
-            if not symmetric:
-                plus = _widen(side[row, 1, group], half)
-            fits &= by * levels <= largest and plus + by * levels <= largest
-            for i in range(size):
+        for group in range(q.shape[1]):
+            by = widen(side[row, 0, group], half)
+            plus = zero if symmetric else widen(side[row, 1, group], half)
+            fits &= is_finite(by, plus, levels, half)
+            for i in range(q.shape[2]):
                 out[row, group, i] = _narrow((np.float32(q[row, group, i]) - offset) * by + plus, half)
     return fits
 
