@@ -196,11 +196,10 @@ def decode_beginning(
     decoded = dequantize(codec, header, layout, side, planes or symbols, device)
     cache = assemble(header, held, decoded)
     if codec.transform:
-        cache = codec.transform.decode(cache, bytes(extra))
+        cache = codec.transform.decode(cache, bytes(extra)).to(dtype=torch_dtype(header.dtype))
     elif len(extra):
         raise PayloadError("bytes of a transform in a payload without one")
     cache = ragged.restore(cache, held)
-    cache = cache.to(dtype=torch_dtype(header.dtype))
     return Beginning(cache, planes.complete, planes.of, planes.missing) if planes else Beginning(cache)
 
 

@@ -110,7 +110,8 @@ def layer_positions(header: Header, data: memoryview, device: str | torch.device
             ]
             if max((int(row[-1]) for row in rows if len(row)), default=0) >= max(header.length, 1):
                 raise PayloadError(f"a position lies behind the {header.length} tokens seen")
-            rows = [np.pad(row, (group.tokens - len(row), 0), constant_values=-1) for row in rows]
+            if group.counts:
+                rows = [np.pad(row, (group.tokens - len(row), 0), constant_values=-1) for row in rows]
             made[key] = torch.from_numpy(rows[0] if len(rows) == 1 else np.stack(rows)).to(device)
         layers.append(made[key])
     return layers
