@@ -63,10 +63,10 @@ def caveats(run: Run) -> list[str]:
     if len(off):
         said.append(f"Links measured out of tolerance: {', '.join(map(str, off))}.")
     if len(run.failed):
-        said.append(f"{_count(len(run.failed), 'failed trial')} left out.")
+        said.append(f"{counted(len(run.failed), 'failed trial')} left out.")
     warned = int(((rows["warnings"] != "") & rows["calibrated"]).sum())
     if warned:
-        said.append(f"{_count(warned, 'trial')} with warnings.")
+        said.append(f"{counted(warned, 'trial')} with warnings.")
     lengths = rows.loc[rows["context_tokens"] > 0].groupby("task")["context_tokens"].agg(["min", "max"])
     if (lengths["max"] > 1.5 * lengths["min"]).any():
         said.append(f"Contexts of {lengths['min'].min()} to {lengths['max'].max()} tokens are put together.")
@@ -81,5 +81,6 @@ def caveats(run: Run) -> list[str]:
     return said
 
 
-def _count(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """So many of something: ``1 trial``, ``2,000 trials``."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"

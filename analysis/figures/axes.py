@@ -56,6 +56,14 @@ def at_values(ax: Axes, values: Iterable[float], logarithmic: bool, text: str = 
         ax.set_xlim(places[0] - pad, places[-1] + pad)
 
 
+def aside(value: float, number: int, count: int, low: float, high: float, logarithmic: bool) -> float:
+    """Where the `number`th of `count` marks at one value stands beside the others, on an axis from `low` to `high`."""
+    step = 0.013 * (number - (count - 1) / 2)
+    if logarithmic:
+        return float(value * max(high / low, 2.0) ** step)
+    return value + step * (high - low or 1.0)
+
+
 def limit_scores(ax: Axes, ends: Iterable[float]) -> None:
     """Limits of a y axis of scores in 0..1: from 0 where anything is low, with air around."""
     known = [e for e in ends if math.isfinite(e)] or [0.0, 1.0]

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from analysis import settings, stats
-from analysis.describe import caveats, conditions, subject
+from analysis.describe import caveats, conditions, counted, subject
 from analysis.figures import NotInThisRun
 from analysis.figures.axes import limit_seconds
 from analysis.figures.names import short
@@ -43,7 +43,7 @@ def draw(run: Run) -> Figure:
     frame = Frame(
         title="How long requests take: the share that is done by then",
         subtitle=(
-            f"{left_out or f'{len(shown)} settings'} · {subject(run.rows)}\n"
+            f"{left_out or counted(len(shown), 'setting')} · {subject(run.rows)}\n"
             "marks: median and 95th percentile of the end-to-end latency, with 95 % intervals"
         ),
         footnotes=[

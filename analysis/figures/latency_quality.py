@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import settings, stats
-from analysis.describe import caveats, conditions, subject
+from analysis.describe import caveats, conditions, counted, subject
 from analysis.figures import NotInThisRun, labels
 from analysis.figures.axes import limit_losses, limit_scores, limit_seconds
 from analysis.figures.names import short
@@ -108,10 +108,8 @@ def _split(measured: list[Measured]) -> list[Measured]:
 
 def _figure(run: Run, panels: list[Panel], columns: int, metric: Metric, title: str, what: str) -> Figure:
     looks = marks({m.label: (m.label, m.placement, m.codec) for p in panels for m in p.measured}.values())
-    links = run.rows["profile"].nunique()
-    compared = (
-        f"{len(looks)} settings on {links} emulated link{'' if links == 1 else 's'} · {subject(run.rows)}"
-    )
+    links = counted(run.rows["profile"].nunique(), "emulated link")
+    compared = f"{counted(len(looks), 'setting')} on {links} · {subject(run.rows)}"
     frame = Frame(
         title=title,
         subtitle=f"{compared}\n{what}; median latency; bars: 95 % bootstrap intervals over examples",

@@ -99,7 +99,7 @@ def draw(diagnosis: dict[str, Any]) -> Figure:
     _bars(axes[1], diagnosis, "won")
     axes[1].axhline(0, color=INK, linewidth=0.7)
     axes[0].set_ylabel("KL (nats a token)")
-    axes[1].set_ylabel("KL won back")
+    axes[1].set_ylabel("won back (nats a token)")
     axes[1].set_xlabel("layer")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import settings
-from analysis.describe import caveats, subject
+from analysis.describe import caveats, counted, subject
 from analysis.figures import NotInThisRun
-from analysis.figures.axes import at_values, limit_scores, limit_seconds
+from analysis.figures.axes import aside, at_values, limit_scores, limit_seconds
 from analysis.figures.names import short
 from analysis.figures.style import INK, Frame, Mark, bottom_legend, legend_columns, marks, panel_title
 from analysis.run import Run
@@ -66,10 +66,14 @@ def draw(run: Run) -> Figure:
         title="Latency and quality against the link's "
         + " and ".join(s.condition.label.split(" (")[0].split(",")[0] for s in sweeps),
         subtitle=(
-            f"{len(looks)} settings · {subject(run.rows)}\n"
+            f"{counted(len(looks), 'setting')} · {subject(run.rows)}\n"
             "median end-to-end latency and mean score; bars: 95 % bootstrap intervals over examples"
         ),
-        footnotes=["Points of one setting are joined by lines for the eye.", *caveats(run)],
+        footnotes=[
+            "Points of one setting are joined by lines for the eye. Qualities at one value stand beside each other for "
+            "legibility; what a setting's differ by between links is chance, since transport loses nothing.",
+            *caveats(run),
+        ],
         rows=2,
         columns=len(sweeps),
         panel=2.1,
@@ -126,6 +130,9 @@ def _draw(ax: Axes, sweep: Sweep, looks: dict[str, Mark], quality: bool) -> None
         if not points:
             continue
         found = [(x, m.quality if quality else m.latency) for x, m in points]
+        if quality:  # whose intervals would else cover each other
+            places = (min(sweep.points), max(sweep.points), sweep.condition.logarithmic)
+            found = [(aside(x, number, len(looks), *places), e) for x, e in found]
         xs, ys = [x for x, _ in found], [e.value for _, e in found]
         ax.plot(xs, ys, color=mark.color, lw=1.0, ls=styles[number % 4], zorder=2)
         ax.plot(xs, ys, zorder=4, **{**mark.options(), "markersize": 0.75 * mark.size})

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from analysis import settings, stats
 from analysis.describe import caveats, subject
 from analysis.figures import NotInThisRun
-from analysis.figures.axes import at_values, limit_losses, limit_scores
+from analysis.figures.axes import aside, at_values, limit_losses, limit_scores
 from analysis.figures.names import short
 from analysis.figures.style import Frame, Mark, bottom_legend, legend_columns, marks, panel_title
 from analysis.run import Run
@@ -64,6 +64,7 @@ def draw(run: Run) -> Figure:
     named = {c.label: (c.label, "split", c.codec) for curves in drawn.values() for c in curves}
     looks = marks(named.values())
     drawn_names = short(looks)
+    whole = any(x == 1 for curves in drawn.values() for curve in curves for x, _ in curve.points)
     columns = legend_columns(drawn_names.values(), 4)
     frame = Frame(
         title="What is left of the answers when tokens are dropped",
@@ -72,8 +73,9 @@ def draw(run: Run) -> Figure:
             "mean over examples against the fraction of context tokens kept; bars: 95 % bootstrap intervals"
         ),
         footnotes=[
-            "1: the same precision with every token kept. Dashed: the full cache. Points at one fraction stand "
-            "beside each other for legibility; every link gives the same quality, since transport loses nothing.",
+            ("1: the same precision with every token kept. " if whole else "")
+            + "Dashed: the full cache. Points at one fraction stand beside each other for legibility; every link gives "
+            "the same quality, since transport loses nothing.",
             *caveats(run),
         ],
         rows=len(metrics),
@@ -128,8 +130,7 @@ def _draw(ax: Axes, curves: list[Curve], looks: dict[str, Mark], metric: Metric,
     at_values(ax, values, logarithmic=True)
     for number, curve in enumerate(curves):
         mark = looks[curve.label]
-        aside = 1.018 ** (number - (len(curves) - 1) / 2)  # side by side on a logarithmic axis
-        xs = [x * (aside if x < 1 else 1) for x, _ in curve.points]
+        xs = [aside(x, number, len(curves), values[0], 1, True) if x < 1 else x for x, _ in curve.points]
         ys = [e.value for _, e in curve.points]
         ax.plot(xs, ys, color=mark.color, lw=1.0, ls=_STYLES[number % len(_STYLES)], zorder=2)
         ax.plot(xs, ys, zorder=4, **{**mark.options(), "markersize": 6})

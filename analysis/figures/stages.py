@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from analysis import settings, stats
-from analysis.describe import caveats, conditions, subject
+from analysis.describe import caveats, conditions, counted, subject
 from analysis.figures.names import short
 from analysis.figures.style import (
     BLUE,
@@ -47,11 +47,11 @@ def draw(run: Run) -> Figure:
     stages = stage_names(run.rows)
     order = list(settings.labelled(run.rows)["setting"].unique())
     bars = len(order)
-    links = f"{len(panels)} emulated link{'' if len(panels) == 1 else 's'}"
+    links = counted(len(panels), "emulated link")
     frame = Frame(
         title="Where the time of a request goes",
         subtitle=(
-            f"{bars} settings on {links} · {subject(run.rows)}\n"
+            f"{counted(bars, 'setting')} on {links} · {subject(run.rows)}\n"
             "mean time of each stage; whisker: 95 % bootstrap interval of the whole; each panel has its own time scale"
         ),
         footnotes=[

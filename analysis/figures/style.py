@@ -145,7 +145,7 @@ class Frame:
     columns: int
     panel: float  #: height of one panel's axes
     legend: float  #: height left free for the legend, above the footnotes
-    left: float = 0.62  #: room for the labels of the leftmost axes
+    left: float = 0.7  #: room for the labels of the leftmost axes
     between: float = 0.55  #: and of the others
     above: float = 0.44  #: room for a panel's title
     below: float = 0.24  #: and for its ticks

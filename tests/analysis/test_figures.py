@@ -126,6 +126,14 @@ def test_no_text_leaves_the_picture(name: str, which: str, request: pytest.Fixtu
     assert box.y1 <= height
 
 
+def test_one_setting_that_loses_nothing_is_drawn_whole_and_counted_as_one(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", ("5g-mid", "lte"), ("fp16",), ("split",), ("needle",), examples=3)
+    rewrite(path, [row | {"nll": row["reference_nll"]} for row in lines(path)])
+    made = drawn("latency_nll", path)  # whose ticks are as wide as they get
+    assert made.get_tightbbox(FigureCanvasAgg(made).get_renderer()).x0 >= 0
+    assert any(t.get_text().startswith("1 setting on 2 emulated links") for t in texts(made))
+
+
 @pytest.mark.parametrize("name", ["latency_quality", "latency_nll", "latency_quality_by_task"])
 def test_labels_in_a_panel_cover_neither_each_other_nor_a_mark(name: str, run: Path) -> None:
     made = drawn(name, run)
@@ -278,6 +286,18 @@ def test_link_sweep_draws_the_medians_of_links_that_differ_in_one_condition(swee
     expected = edge.median()
     curves = [np.asarray(line.get_xydata()) for line in made.axes[0].lines if len(line.get_xdata()) == 3]
     assert any(np.allclose(c[:, 0], expected.index / 1e6) and np.allclose(c[:, 1], expected) for c in curves)
+
+
+def test_link_sweep_s_qualities_stand_beside_each_other(sweep: Path) -> None:
+    made = drawn("link_sweep", sweep)
+    lower = made.axes[2]
+    marks_at = [
+        line.get_xdata()[0]
+        for line in lower.lines
+        if len(line.get_xdata()) == 3 and line.get_marker() != "None"
+    ]
+    assert len(marks_at) == len(set(marks_at)) == 5
+    assert all(4.5 < x < 5.5 for x in marks_at)
 
 
 def test_link_sweep_says_what_it_needs(run: Path, small: Path) -> None:
