@@ -7,13 +7,14 @@ likelihoods are computed where the answer is: in the cloud, from the cache that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from testbed.errors import UsageError
 from testbed.tasks.jsonl import Row
 from testbed.tasks.padding import Depth, check_depth
 from testbed.tasks.rows import RowTask, check_path, choice_rows, load_rows
+from testbed.tasks.shown import BAKING, MILL
 from testbed.tasks.task import Example
 
 
@@ -32,20 +33,8 @@ class Choice(RowTask):
     name: ClassVar[str] = "choice"
     metric: ClassVar[str] = "em"
     demonstrations: ClassVar[tuple[Example, ...]] = (
-        Example(
-            "shown-1",
-            "The mill at Hartley was built by Anna Brook in 1720. It ground oats for the whole valley.",
-            "Who built the mill at Hartley?",
-            ("Anna Brook",),
-            ("Simon Pike", "Anna Brook", "Clara Tull", "Peter Dunn"),
-        ),
-        Example(
-            "shown-2",
-            "Tim wanted to go swimming, but it was raining. He stayed in the kitchen and baked a cake.",
-            "What did Tim bake?",
-            ("a cake",),
-            ("bread", "biscuits", "a pie", "a cake"),
-        ),
+        replace(MILL, choices=("Simon Pike", "Anna Brook", "Clara Tull", "Peter Dunn")),
+        replace(BAKING, choices=("bread", "biscuits", "a pie", "a cake")),
     )
 
     def __post_init__(self) -> None:

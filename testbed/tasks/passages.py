@@ -13,6 +13,7 @@ import yaml
 
 from testbed.errors import UsageError
 from testbed.tasks.padding import CountTokens, Depth, among_distractors, check_depth, depth_of
+from testbed.tasks.shown import MILL
 from testbed.tasks.task import Example, ExtractiveTask
 
 
@@ -46,12 +47,7 @@ class Passages(ExtractiveTask):
 
     name: ClassVar[str] = "passages"
     demonstrations: ClassVar[tuple[Example, ...]] = (
-        Example(
-            "shown-1",
-            "The mill at Hartley was built by Anna Brook in 1720. It ground oats for the whole valley.",
-            "Who built the mill at Hartley?",
-            ("Anna Brook",),
-        ),
+        MILL,
         Example(
             "shown-2",
             "Quint is a small harbour town. Its people live from fishing, and their boats are painted white.",

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from testbed.tasks.padding import Depth, check_depth
 from testbed.tasks.rows import RowTask, check_path
+from testbed.tasks.shown import BAKING, MILL
 from testbed.tasks.task import Example
 
 
@@ -25,20 +26,7 @@ class QA(RowTask):
     depth: Depth = "random"
 
     name: ClassVar[str] = "qa"
-    demonstrations: ClassVar[tuple[Example, ...]] = (
-        Example(
-            "shown-1",
-            "The mill at Hartley was built by Anna Brook in 1720. It ground oats for the whole valley.",
-            "Who built the mill at Hartley?",
-            ("Anna Brook",),
-        ),
-        Example(
-            "shown-2",
-            "Tim wanted to go swimming, but it was raining. He stayed in the kitchen and baked a cake.",
-            "What did Tim bake?",
-            ("a cake",),
-        ),
-    )
+    demonstrations: ClassVar[tuple[Example, ...]] = (MILL, BAKING)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", check_path(self.name, self.path))
