@@ -29,8 +29,9 @@ from testbed.codecs.layout import packed_bytes
 from testbed.diagnosis.choose import interval
 from testbed.endpoints.gathering import gather
 from testbed.models.kvcache import KVCache, join
-from testbed.models.language import LanguageModel, Prefill, load_model
+from testbed.models.language import LanguageModel, Prefill
 from testbed.models.likelihood import mean_kl, mean_nll
+from testbed.models.loading import load_model
 from testbed.tasks import Task, parse_task
 from testbed.tasks.task import Example
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.evidence import Needs
 from testbed.endpoints.gathering import gather, prefill_for
-from testbed.models.language import LanguageModel, Prefill, load_model
+from testbed.models.language import LanguageModel, Prefill
+from testbed.models.loading import load_model
 from testbed.models.sources import resolve
 from testbed.tasks.task import make_task
 

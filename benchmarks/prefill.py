@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 import torch
 
-from testbed.models.language import LanguageModel, load_model
+from testbed.models.language import LanguageModel
+from testbed.models.loading import load_model
 from testbed.models.sources import resolve
 
 Timed = dict[str, Callable[[], object]]

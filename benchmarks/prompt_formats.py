@@ -17,7 +17,8 @@ import yaml
 
 from benchmarks.task_baselines import interval
 from testbed.errors import UsageError
-from testbed.models.language import LanguageModel, load_model
+from testbed.models.language import LanguageModel
+from testbed.models.loading import load_model
 from testbed.tasks import parse_task
 from testbed.tasks.prompt import Prompted, choose_prompt
 

@@ -26,8 +26,9 @@ from testbed.codecs.kept import Kept
 from testbed.diagnosis.choose import interval
 from testbed.endpoints.gathering import gather, prefill_for
 from testbed.models.kvcache import KVCache
-from testbed.models.language import LanguageModel, load_model
+from testbed.models.language import LanguageModel
 from testbed.models.likelihood import mean_kl, mean_nll
+from testbed.models.loading import load_model
 from testbed.tasks.task import Example, Task, make_task
 
 CODECS = [

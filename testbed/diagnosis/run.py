@@ -11,55 +11,25 @@ from testbed.codecs.quantize.protection import FORMAT, Place, write_places
 from testbed.diagnosis.choose import Loss, holds, interval, smallest_set, verdict
 from testbed.diagnosis.measure import Outcome, Probe, damage, rescue
 from testbed.diagnosis.settings import Settings
-from testbed.models.language import load_model
+from testbed.models.language import LanguageModel
+from testbed.models.loading import load_model
 from testbed.tasks.prompt import Prompted, choose_prompt
-from testbed.tasks.task import make_task
+from testbed.tasks.task import Example, make_task
 
 
 def diagnose(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     """The diagnosis, as it is written to its file. Raises TestbedError where model, task or examples cannot be had."""
     started = time.monotonic()
     model = load_model(settings.model, threads=settings.threads)
-    prompt = choose_prompt("auto", model.name)
-    template = model.chat_template() if prompt.layout == "chat" else None
-    task = Prompted(make_task(settings.task, **settings.parameters), prompt, template)
-    examples = task.examples(
-        2 * settings.examples, settings.context_tokens, lambda text: len(model.tokenize(text)), settings.seed
-    )
-    ids = model.tokenize(task.prefix, start=True)
-    prefix = model.prefill(ids, None).cache if ids else None
+    probe_of, examples = _probes(model, settings)
     places: list[Place] = [(kind, i) for i in range(model.num_layers) for kind in ("keys", "values")]
-    widths = (settings.bits, settings.high)
-
-    ranking: list[dict[str, list[Outcome]]] = [{"damage": [], "rescue": []} for _ in places]
-    everything, probed = [], []
+    ranking = Ranking(places, settings.bits)
     for number, example in enumerate(examples[: settings.examples]):
-        probe = Probe(model, task, example, prefix, widths, settings.scale)
-        probed.append(probe.full)
-        everything.append(probe.outcome(dict.fromkeys(places, settings.bits)))
-        for place, found in zip(places, ranking, strict=True):
-            found["damage"].append(probe.outcome(damage(places, place, settings.bits)))
-            found["rescue"].append(probe.outcome(rescue(places, place, settings.bits)))
+        ranking.add(probe_of(example))
         say(f"example {number + 1} of {settings.examples} ranked, {time.monotonic() - started:.0f} s")
-    by_damage = sorted(range(len(places)), key=lambda i: -_mean([o.kl for o in ranking[i]["damage"]]))
-    ranked = [places[i] for i in by_damage]
-
-    probes = [
-        Probe(model, task, example, prefix, widths, settings.scale)
-        for example in examples[settings.examples :]
-    ]
+    others = [probe_of(example) for example in examples[settings.examples :]]
     tried: dict[frozenset[Place], Loss] = {}
-
-    def loss_of(protected: frozenset[Place]) -> Loss:
-        if protected not in tried:
-            mixture = {place: settings.high if place in protected else settings.bits for place in places}
-            tried[protected] = _loss(
-                [probe.full for probe in probes], [probe.outcome(mixture) for probe in probes]
-            )
-            say(f"{write_places(protected)}: loses {_told(tried[protected])}")
-        return tried[protected]
-
-    chosen, held = smallest_set(ranked, loss_of, lambda loss: holds(loss, settings.measure, settings.epsilon))
+    chosen, held = _smallest(ranking, others, settings, tried, say)
     word = write_places(chosen)
     return {
         "format": FORMAT,
@@ -67,20 +37,7 @@ def diagnose(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
         "model": model.name,
         "protect": word,
         "verdict": verdict(chosen, held, len(places), settings.bits, settings.high, word),
-        "full": {"score": _mean([o.score for o in probed]), "nll": _mean([o.nll for o in probed])},
-        "all_quantized": _summary(probed, everything),
-        "places": [
-            {
-                "layer": layer,
-                "kind": kind,
-                "window": model.window(layer),
-                **{name: _summary(probed, found[name]) for name in ("damage", "rescue")},
-                "won": asdict(
-                    interval([a.kl - b.kl for a, b in zip(everything, found["rescue"], strict=True)])
-                ),
-            }
-            for (kind, layer), found in zip(places, ranking, strict=True)
-        ],
+        **ranking.to_dict([model.window(layer) for layer in range(model.num_layers)]),
         "sets": [
             {
                 "protect": write_places(protected),
@@ -92,6 +49,92 @@ def diagnose(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
         ],
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _probes(model: LanguageModel, settings: Settings) -> tuple[Callable[[Example], Probe], list[Example]]:
+    """What probes an example, and the examples: those that rank layers, and as many that choose."""
+    prompt = choose_prompt("auto", model.name)
+    template = model.chat_template() if prompt.layout == "chat" else None
+    task = Prompted(make_task(settings.task, **settings.parameters), prompt, template)
+    examples = task.examples(
+        2 * settings.examples, settings.context_tokens, lambda text: len(model.tokenize(text)), settings.seed
+    )
+    ids = model.tokenize(task.prefix, start=True)
+    prefix = model.prefill(ids, None).cache if ids else None
+    widths = (settings.bits, settings.high)
+    return lambda example: Probe(model, task, example, prefix, widths, settings.scale), examples
+
+
+class Ranking:
+    """What quantizing each place alone does to examples, and what sparing it alone wins back."""
+
+    def __init__(self, places: list[Place], bits: int) -> None:
+        self.places, self._bits = places, bits
+        self._full: list[Outcome] = []
+        self._everything: list[Outcome] = []
+        self._found: list[dict[str, list[Outcome]]] = [{"damage": [], "rescue": []} for _ in places]
+
+    def add(self, probe: Probe) -> None:
+        """One more example: two outcomes a place."""
+        self._full.append(probe.full)
+        self._everything.append(probe.outcome(dict.fromkeys(self.places, self._bits)))
+        for place, found in zip(self.places, self._found, strict=True):
+            found["damage"].append(probe.outcome(damage(self.places, place, self._bits)))
+            found["rescue"].append(probe.outcome(rescue(self.places, place, self._bits)))
+
+    def ranked(self) -> list[Place]:
+        """The places, from the most damaging on."""
+        harm = [_mean([outcome.kl for outcome in found["damage"]]) for found in self._found]
+        return [self.places[i] for i in sorted(range(len(self.places)), key=lambda i: -harm[i])]
+
+    def to_dict(self, windows: list[int | None]) -> dict[str, Any]:
+        """Its part of the file; `windows`: each layer's."""
+        return {
+            "full": {
+                "score": _mean([o.score for o in self._full]),
+                "nll": _mean([o.nll for o in self._full]),
+            },
+            "all_quantized": _summary(self._full, self._everything),
+            "places": [
+                {
+                    "layer": layer,
+                    "kind": kind,
+                    "window": windows[layer],
+                    **{name: _summary(self._full, found[name]) for name in ("damage", "rescue")},
+                    "won": asdict(
+                        interval(
+                            [a.kl - b.kl for a, b in zip(self._everything, found["rescue"], strict=True)]
+                        )
+                    ),
+                }
+                for (kind, layer), found in zip(self.places, self._found, strict=True)
+            ],
+        }
+
+
+def _smallest(
+    ranking: Ranking,
+    probes: list[Probe],
+    settings: Settings,
+    tried: dict[frozenset[Place], Loss],
+    say: Callable[[str], None],
+) -> tuple[frozenset[Place], bool]:
+    """The smallest set of places whose protection holds on `probes`, and whether it does; `tried` gets each set's loss."""
+
+    def loss_of(protected: frozenset[Place]) -> Loss:
+        if protected not in tried:
+            mixture = {
+                place: settings.high if place in protected else settings.bits for place in ranking.places
+            }
+            tried[protected] = _loss(
+                [probe.full for probe in probes], [probe.outcome(mixture) for probe in probes]
+            )
+            say(f"{write_places(protected)}: loses {_told(tried[protected])}")
+        return tried[protected]
+
+    return smallest_set(
+        ranking.ranked(), loss_of, lambda loss: holds(loss, settings.measure, settings.epsilon)
+    )
 
 
 def _mean(values: list[float]) -> float:

@@ -21,7 +21,7 @@ from testbed.codecs.entropy import tables
 from testbed.codecs.entropy.ans import rows_by_channel
 from testbed.codecs.layout import Part
 from testbed.errors import SpecError, TestbedError
-from testbed.models.language import load_model
+from testbed.models.loading import load_model
 from testbed.tasks import parse_task
 
 Counts = dict[int, tuple[int, Part, npt.NDArray[np.int64]]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from testbed.codecs.evidence import Needs
 from testbed.endpoints import wire
@@ -13,14 +13,6 @@ from testbed.endpoints.gathering import gather, prefill_for
 from testbed.endpoints.held import Batch, Encoded, Held
 from testbed.endpoints.inference import InferenceSide, main
 from testbed.endpoints.uplink import Uplink
-from testbed.errors import UsageError
-
-if TYPE_CHECKING:
-    from testbed.tasks.prompt import Prompted
-    from testbed.tasks.task import Example, Task
-
-#: Tokens left for a question.
-_QUESTION_ROOM = 256
 
 
 class Edge(InferenceSide):
@@ -58,15 +50,14 @@ class Edge(InferenceSide):
     ) -> dict[str, Any]:
         """Make a task's examples with this model's tokenizer and prefill its prefix; returns what the orchestrator needs."""
         from testbed.codecs.codec import Codec
-        from testbed.tasks.task import make_task
+        from testbed.endpoints.preparing import longest_context, make_examples, told
 
-        made = self._prompted(make_task(task, **parameters), prompt)
+        made, examples = make_examples(self.model, task, parameters, count, context_tokens, seed, prompt)
         max_new_tokens = max_new_tokens or made.max_new_tokens
-        examples = made.examples(count, context_tokens, lambda text: len(self.model.tokenize(text)), seed)
         self._needs = Needs.of_all(Codec(text, self.model.name).needs for text in codecs)
         prefix = self.learn_prefix(made.prefix)
         self._batches.append(Batch(made, examples, prefix, max_new_tokens))
-        longest = self._longest(made, examples, max_new_tokens)
+        longest = longest_context(self.model, made, examples, max_new_tokens)
         # The first prefill of a size pays for memory and thread pools, which is no example's own cost.
         warm = self.model.tokenize(made.context_text(examples[0]))
         prefill_for(self.model, self._needs, warm, self.prefixes[prefix].cache)
@@ -74,42 +65,8 @@ class Edge(InferenceSide):
             "batch": len(self._batches) - 1,
             "prefix_text": made.prefix,
             "longest": longest,
-            "examples": [
-                {
-                    "id": example.id,
-                    "answers": list(example.answers),
-                    "gold": made.answer_text(example),
-                    "question": example.question,
-                    "context": "",
-                }
-                for example in examples
-            ],
+            "examples": [told(made, example) for example in examples],
         }
-
-    def _longest(self, task: Prompted, examples: list[Example], max_new_tokens: int) -> int:
-        """Tokens of the longest context. Raises UsageError where one is empty, or leaves no room for question and answer."""
-        longest = 0
-        for example in examples:
-            length = len(self.model.tokenize(task.context_text(example)))
-            longest = max(longest, length)
-            if length == 0:
-                raise UsageError(f"task {task.name}: example {example.id!r} has an empty context")
-        prefix = len(self.model.tokenize(task.prefix, start=True))
-        room = self.model.max_positions - prefix - max_new_tokens - _QUESTION_ROOM
-        if longest > room:
-            raise UsageError(
-                f"task {task.name}: a context of {longest} tokens leaves no room in a model of {self.model.max_positions} "
-                f"positions; ask for context_tokens of at most {max(0, room)}"
-            )
-        return longest
-
-    def _prompted(self, task: Task, prompt: str) -> Prompted:
-        """The task with its prompts in the format that the scenario asks for."""
-        from testbed.tasks.prompt import Prompted, choose_prompt
-
-        format = choose_prompt(prompt, self.model.name)
-        template = self.model.chat_template() if format.layout == "chat" else None
-        return Prompted(task, format, template)
 
     def reference(self, batch: int, example: int) -> dict[str, Any]:
         """The example's answer, NLL and next-token distributions with the full cache on this machine alone.

@@ -59,7 +59,7 @@ class InferenceSide:
 
         import testbed.endpoints.gathering  # noqa: F401  (here, so that no trial pays for it)
         from testbed.codecs.codec import Codec, decode
-        from testbed.models.language import load_model
+        from testbed.models.loading import load_model
 
         self.pace = Pace(slowdown)
         self._model = load_model(model, device=device, dtype=dtype, threads=threads)

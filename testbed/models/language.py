@@ -1,6 +1,6 @@
 """A language model that takes and gives KV caches: prefill, greedy decoding, likelihood.
 
-model = load_model("smollm2-135m")
+model = load_model("smollm2-135m")  # from models/loading.py
 prefix = model.prefill(model.tokenize(task.prefix, start=True), None)
 context = model.prefill(model.tokenize(text), prefix.cache)
 ids = model.generate(model.tokenize(question), join(prefix.cache, context.cache), 32, stop="\\n")
@@ -19,15 +19,13 @@ import torch
 from torch import Tensor
 
 from testbed.errors import UsageError
-from testbed.models import attention
 from testbed.models import kvcache as _kvcache
 from testbed.models.inputs import AttentionInputs, recorded
 from testbed.models.kvcache import KVCache, KVLayer
 from testbed.models.likelihood import log_probabilities, mean_nll
 from testbed.models.live import LayerShape, LiveCache, LivePass
-from testbed.models.rope import Rope
-from testbed.models.rotary import Rotation, find_rotations
-from testbed.models.sources import ModelSource, resolve
+from testbed.models.rotary import Rotation, Rotations
+from testbed.models.tokens import Tokens
 
 
 @dataclass
@@ -44,89 +42,6 @@ class Prefill:
     inputs: AttentionInputs | None = None  #: what the attention modules were given, where that was asked for
 
 
-def load_model(
-    name: str,
-    device: str = "auto",
-    dtype: str = "auto",
-    threads: int | None = None,
-    cache_dtype: torch.dtype | None = None,
-) -> LanguageModel:
-    """Load a preset, a directory with safetensors, a converted GGUF file or a hub id.
-
-    device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1". dtype: "auto" (float32 on a CPU, the
-    weights' own on a GPU), "float32", "float16", "bfloat16". threads: of torch, for the whole process.
-    cache_dtype: the format that keys and values are rounded to; None: 16 bits. Raises UsageError where the
-    model cannot be had.
-    """
-    source = resolve(name)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    where = _device(device)
-    try:
-        network = _network(source, where, _dtype(dtype, where))
-        tokenizer, end = _tokenizer(source)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"model {name!r} cannot be loaded from {source.location}: {first}") from error
-    return LanguageModel(source.name, network, tokenizer, end, cache_dtype)
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"device {device!r}: use auto, cpu or cuda") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {device!r}: this machine has no CUDA device that torch can use; use cpu")
-    return found
-
-
-def _dtype(dtype: str, device: torch.device) -> torch.dtype | str:
-    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if dtype == "auto":
-        # transformers' own "auto": as the weights are stored. CPUs compute in 16 bits slowly, if at all.
-        return torch.float32 if device.type == "cpu" else "auto"
-    if dtype not in known:
-        raise UsageError(f"dtype {dtype!r}: use auto, {', '.join(known)}")
-    return known[dtype]
-
-
-def _network(source: ModelSource, device: torch.device, dtype: torch.dtype | str) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    attention.register()
-    network = AutoModelForCausalLM.from_pretrained(
-        source.location,
-        dtype=dtype,
-        attn_implementation=attention.BACKEND,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=source.path is not None,
-    )
-    return network.to(device).eval()
-
-
-def _tokenizer(source: ModelSource) -> tuple[tokenizers.Tokenizer, int | None]:
-    """The tokenizer, and the token that ends a text where the tokenizer names one."""
-    if source.kind in ("preset", "gguf") and source.path is not None:
-        # Written by transformers, so nothing is left for it to mend; it would parse the vocabulary three times
-        # (Gemma: 4.4 s instead of 1.4 s).
-        return tokenizers.Tokenizer.from_file(str(source.path / "tokenizer.json")), None
-    from transformers import AutoTokenizer
-
-    found = AutoTokenizer.from_pretrained(
-        source.location, trust_remote_code=False, local_files_only=source.path is not None
-    )
-    if not hasattr(found, "backend_tokenizer"):
-        raise ValueError(f"its tokenizer ({type(found).__name__}) is not of the tokenizers library")
-    return found.backend_tokenizer, found.eos_token_id
-
-
 class LanguageModel:
     """A model with its tokenizer. Instances are independent; one is for one thread at a time."""
 
@@ -139,7 +54,8 @@ class LanguageModel:
         cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.name = name
-        self._network, self._tokenizer = network, tokenizer
+        self._network = network
+        self._tokens = Tokens(tokenizer, _listed(network.generation_config.eos_token_id, end))
         self.device: torch.device = network.device
         self.dtype: torch.dtype = network.dtype
         half = torch.float16 if self.dtype == torch.float32 else self.dtype
@@ -152,14 +68,11 @@ class LanguageModel:
         self.head_dim: int = self.shapes[0].head_dim
         #: Size of a token's keys and values in a two-byte format, all layers.
         self.kv_bytes_per_token: int = sum(s.kv_heads * (s.head_dim + s.value_dim) * 2 for s in self.shapes)
-        self._ropes: list[Rope | None] | None = None
         #: Modules that make keys and values out of what their layer caches, where that is a latent (MLA).
         self._latent: dict[int, Any] = {
             module.layer_idx: module for module in network.modules() if hasattr(module, "expand_kv")
         }
-        self._rotations: list[Rotation] | None = None
-        self._start = self._start_tokens()
-        self._ends = self._end_tokens(end)
+        self._rotations = Rotations(name, network, self.num_layers, self._queries_at)
 
     def _probe(self, config: Any) -> list[LayerShape]:
         """Run one token and see what each layer's attention does, instead of trusting names in configs."""
@@ -183,19 +96,6 @@ class LanguageModel:
             )
         return shapes
 
-    def _start_tokens(self) -> list[int]:
-        """What the tokenizer puts before a text."""
-        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
-        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
-        at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
-        return whole[:at]
-
-    def _end_tokens(self, end: int | None) -> frozenset[int]:
-        """The tokens that end a text: what the model says, and what the tokenizer says."""
-        listed = self._network.generation_config.eos_token_id
-        ends = listed if isinstance(listed, list) else [listed]
-        return frozenset(int(e) for e in (*ends, end) if e is not None)
-
     def scaling(self, layer: int) -> float:
         """What the layer's attention multiplies its scores with."""
         return self.shapes[layer].scaling
@@ -210,15 +110,8 @@ class LanguageModel:
 
     def knowing_ropes(self, cache: KVCache) -> KVCache:
         """The cache with each layer's rotary embedding told, where plain numbers describe it."""
-        if self._ropes is None:
-            try:
-                turned = [layer not in self._latent for layer in range(self.num_layers)]
-                self._ropes = [
-                    self.rotation(layer).rope() if turned[layer] else None for layer in range(self.num_layers)
-                ]
-            except UsageError:
-                self._ropes = [None] * self.num_layers
-        layers = [replace(layer, rope=rope) for layer, rope in zip(cache.layers, self._ropes, strict=True)]
+        ropes = self._rotations.ropes(self._latent)
+        layers = [replace(layer, rope=rope) for layer, rope in zip(cache.layers, ropes, strict=True)]
         return KVCache(layers, cache.length)
 
     @torch.inference_mode()
@@ -235,12 +128,7 @@ class LanguageModel:
 
     def rotation(self, layer: int) -> Rotation:
         """The layer's rotary position embedding. Raises UsageError where it is of a kind that cannot be undone."""
-        if self._rotations is None:
-            try:
-                self._rotations = find_rotations(self._network, self.num_layers, self._queries_at)
-            except (ValueError, KeyError, TypeError) as error:
-                raise UsageError(f"model {self.name!r}: {error}") from error
-        return self._rotations[layer]
+        return self._rotations.of(layer)
 
     def _queries_at(self, position: int) -> dict[int, Tensor]:
         """Each layer's query of a lone token at a position."""
@@ -256,13 +144,11 @@ class LanguageModel:
 
         start: with the token that opens a prompt, where the model has one (Gemma does); for the prefix.
         """
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return [*self._start, *ids] if start else ids
+        return self._tokens.encode(text, start)
 
     def text(self, ids: Sequence[int], stop: str | None = None) -> str:
         """The text of token ids, without special tokens; with `stop`, only what is before it."""
-        decoded: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
-        return decoded if not stop else decoded.partition(stop)[0]
+        return self._tokens.decode(ids, stop)
 
     def chat_template(self) -> Callable[[list[dict[str, str]]], str] | None:
         """How the model's chat turns are written as a prompt (see `chat`); None: it has no template."""
@@ -373,7 +259,7 @@ class LanguageModel:
         while len(answer) < limit:
             logits, _ = self._forward(live, feed)
             token = int(logits[-1].argmax())
-            if token in self._ends:
+            if token in self._tokens.ends:
                 break
             decoded = self.text([*answer, token]) if stop else ""
             at = decoded.find(stop) if stop else -1
@@ -437,3 +323,8 @@ class LanguageModel:
         """
         found = self.likelihoods(ids_question, options, past)
         return [mean_nll(one, option) for one, option in zip(found, options, strict=True)]
+
+
+def _listed(ends: int | list[int] | None, end: int | None) -> list[int]:
+    """The tokens that end a text: what the model says, and what the tokenizer says."""
+    return [int(e) for e in (*(ends if isinstance(ends, list) else [ends]), end) if e is not None]

@@ -8,13 +8,14 @@ a single token attends to itself alone, so its queries at two positions differ b
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from testbed.errors import UsageError
 from testbed.models.rope import Rope
 
 #: How far a rotated query may be from the model's own, beside the query's largest element.
@@ -88,6 +89,36 @@ class Rotation:
         """Each pair's angle at a position, within half a turn either way: float64 [pairs], on the CPU."""
         cos, sin = self.angles(torch.tensor([position]))
         return torch.atan2(sin[0].double(), cos[0].double()).cpu()
+
+
+class Rotations:
+    """The rotations of a model's layers, found when they are first asked for."""
+
+    def __init__(
+        self, name: str, network: Any, layers: int, queries_at: Callable[[int], dict[int, Tensor]]
+    ) -> None:
+        self._name, self._network, self._layers, self._queries_at = name, network, layers, queries_at
+        self._found: list[Rotation] | None = None
+        self._ropes: list[Rope | None] | None = None
+
+    def of(self, layer: int) -> Rotation:
+        """The layer's. Raises UsageError where the model's are of a kind that cannot be undone."""
+        if self._found is None:
+            try:
+                self._found = find_rotations(self._network, self._layers, self._queries_at)
+            except (ValueError, KeyError, TypeError) as error:
+                raise UsageError(f"model {self._name!r}: {error}") from error
+        return self._found[layer]
+
+    def ropes(self, latent: Container[int]) -> list[Rope | None]:
+        """Each layer's in plain numbers; None where none describe it, and for the layers `latent`, whose cache is unrotated."""
+        if self._ropes is None:
+            layers = range(self._layers)
+            try:
+                self._ropes = [None if layer in latent else self.of(layer).rope() for layer in layers]
+            except UsageError:
+                self._ropes = [None] * self._layers
+        return self._ropes
 
 
 def unrotated(head_dim: int, device: torch.device) -> Rotation:

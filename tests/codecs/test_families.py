@@ -18,7 +18,8 @@ from testbed.codecs.select.q2c import Q2C
 from testbed.endpoints.gathering import gather
 from testbed.endpoints.online import OnlineSelection
 from testbed.models.kvcache import KVCache, KVLayer, join
-from testbed.models.language import LanguageModel, load_model
+from testbed.models.language import LanguageModel
+from testbed.models.loading import load_model
 from tests.models import reference
 from tests.tiny_models import FAMILIES, SHAPES
 

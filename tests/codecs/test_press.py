@@ -16,7 +16,7 @@ from testbed.codecs.select import press
 from testbed.codecs.spec import parse
 from testbed.endpoints.gathering import gather, prefill_for
 from testbed.errors import SpecError
-from testbed.models.language import load_model
+from testbed.models.loading import load_model
 
 installed = pytest.mark.skipif(bool(press.unavailable()), reason=press.unavailable())
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from testbed.models.attention import attend
-from testbed.models.language import load_model
+from testbed.models.loading import load_model
 from testbed.models.scores import attention_blocks, attention_sum
 from tests.models import reference
 from tests.tiny_models import FAMILIES

@@ -9,7 +9,8 @@ import torch
 
 from testbed.errors import UsageError
 from testbed.models.kvcache import KVCache, join
-from testbed.models.language import LanguageModel, load_model
+from testbed.models.language import LanguageModel
+from testbed.models.loading import load_model
 from tests.models import reference
 from tests.tiny_models import FAMILIES, WINDOW
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from testbed.models.kvcache import join
-from testbed.models.language import LanguageModel, load_model
+from testbed.models.language import LanguageModel
+from testbed.models.loading import load_model
 from testbed.models.sources import find
 
 PREFIX = (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from testbed.codecs.codec import Codec, decode
-from testbed.models.language import load_model
+from testbed.models.loading import load_model
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from testbed.models.language import load_model
+from testbed.models.loading import load_model
 from testbed.models.rotary import Rotation, unrotated
 from tests.models.reference import reference_network
 from tests.tiny_models import FAMILIES

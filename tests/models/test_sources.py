@@ -195,7 +195,7 @@ def write_gguf(model: Path, path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_gguf_file_is_converted_once_and_answers_as_its_original(tiny_model: Tiny, tmp_path: Path) -> None:
-    from testbed.models.language import load_model
+    from testbed.models.loading import load_model
 
     path = tmp_path / "tiny.gguf"
     write_gguf(tiny_model("llama"), path)

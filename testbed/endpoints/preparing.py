@@ -1,0 +1,64 @@
+"""A task's examples as the edge makes them: in the model's prompt format, to length, and none too long for the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from testbed.errors import UsageError
+from testbed.tasks.prompt import Prompted, choose_prompt
+from testbed.tasks.task import Example, make_task
+
+if TYPE_CHECKING:
+    from testbed.models.language import LanguageModel
+
+#: Tokens left for a question.
+_QUESTION_ROOM = 256
+
+
+def make_examples(
+    model: LanguageModel,
+    task: str,
+    parameters: dict[str, Any],
+    count: int,
+    context_tokens: int | None,
+    seed: int,
+    prompt: str,
+) -> tuple[Prompted, list[Example]]:
+    """The task with its prompts in the format that `prompt` names (see `tasks.prompt`), and `count` examples of it, their
+    contexts of `context_tokens` of the model's tokens (None: as they are). Raises UsageError where they cannot be had.
+    """
+    format = choose_prompt(prompt, model.name)
+    template = model.chat_template() if format.layout == "chat" else None
+    made = Prompted(make_task(task, **parameters), format, template)
+    return made, made.examples(count, context_tokens, lambda text: len(model.tokenize(text)), seed)
+
+
+def longest_context(
+    model: LanguageModel, task: Prompted, examples: list[Example], max_new_tokens: int
+) -> int:
+    """Tokens of the longest context. Raises UsageError where one is empty, or leaves no room for question and answer."""
+    longest = 0
+    for example in examples:
+        length = len(model.tokenize(task.context_text(example)))
+        longest = max(longest, length)
+        if length == 0:
+            raise UsageError(f"task {task.name}: example {example.id!r} has an empty context")
+    prefix = len(model.tokenize(task.prefix, start=True))
+    room = model.max_positions - prefix - max_new_tokens - _QUESTION_ROOM
+    if longest > room:
+        raise UsageError(
+            f"task {task.name}: a context of {longest} tokens leaves no room in a model of {model.max_positions} "
+            f"positions; ask for context_tokens of at most {max(0, room)}"
+        )
+    return longest
+
+
+def told(task: Prompted, example: Example) -> dict[str, Any]:
+    """What the orchestrator gets of an example: all but its context, which stays at the edge."""
+    return {
+        "id": example.id,
+        "answers": list(example.answers),
+        "gold": task.answer_text(example),
+        "question": example.question,
+        "context": "",
+    }

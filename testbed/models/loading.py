@@ -1,0 +1,96 @@
+"""From a model's name to the model: device, number format, weights and tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tokenizers
+import torch
+
+from testbed.errors import UsageError
+from testbed.models import attention
+from testbed.models.language import LanguageModel
+from testbed.models.sources import ModelSource, resolve
+
+
+def load_model(
+    name: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    cache_dtype: torch.dtype | None = None,
+) -> LanguageModel:
+    """Load a preset, a directory with safetensors, a converted GGUF file or a hub id.
+
+    device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1". dtype: "auto" (float32 on a CPU, the
+    weights' own on a GPU), "float32", "float16", "bfloat16". threads: of torch, for the whole process.
+    cache_dtype: the format that keys and values are rounded to; None: 16 bits. Raises UsageError where the
+    model cannot be had.
+    """
+    source = resolve(name)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    where = _device(device)
+    try:
+        network = _network(source, where, _dtype(dtype, where))
+        tokenizer, end = _tokenizer(source)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"model {name!r} cannot be loaded from {source.location}: {first}") from error
+    return LanguageModel(source.name, network, tokenizer, end, cache_dtype)
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r}: use auto, cpu or cuda") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {device!r}: this machine has no CUDA device that torch can use; use cpu")
+    return found
+
+
+def _dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype == "auto":
+        # transformers' own "auto": as the weights are stored. CPUs compute in 16 bits slowly, if at all.
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in known:
+        raise UsageError(f"dtype {dtype!r}: use auto, {', '.join(known)}")
+    return known[dtype]
+
+
+def _network(source: ModelSource, device: torch.device, dtype: torch.dtype | str) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    attention.register()
+    network = AutoModelForCausalLM.from_pretrained(
+        source.location,
+        dtype=dtype,
+        attn_implementation=attention.BACKEND,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=source.path is not None,
+    )
+    return network.to(device).eval()
+
+
+def _tokenizer(source: ModelSource) -> tuple[tokenizers.Tokenizer, int | None]:
+    """The tokenizer, and the token that ends a text where the tokenizer names one."""
+    if source.kind in ("preset", "gguf") and source.path is not None:
+        # Written by transformers, so nothing is left for it to mend; it would parse the vocabulary three times
+        # (Gemma: 4.4 s instead of 1.4 s).
+        return tokenizers.Tokenizer.from_file(str(source.path / "tokenizer.json")), None
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(
+        source.location, trust_remote_code=False, local_files_only=source.path is not None
+    )
+    if not hasattr(found, "backend_tokenizer"):
+        raise ValueError(f"its tokenizer ({type(found).__name__}) is not of the tokenizers library")
+    return found.backend_tokenizer, found.eos_token_id
