@@ -59,9 +59,9 @@ def caveats(run: Run) -> list[str]:
         )
     if (rows["emulator"] == "none").any():
         said.append("Measured over loopback, without a link: latencies are this machine's compute alone.")
-    off = rows.loc[~rows["calibrated"], "profile"].unique()
-    if len(off):
-        said.append(f"Links measured out of tolerance: {', '.join(map(str, off))}.")
+    off = uncalibrated(rows)
+    if off:
+        said.append(f"Links measured out of tolerance: {', '.join(off)}.")
     if len(run.failed):
         said.append(f"{counted(len(run.failed), 'failed trial')} left out.")
     warned = int(((rows["warnings"] != "") & rows["calibrated"]).sum())
@@ -79,6 +79,16 @@ def caveats(run: Run) -> list[str]:
     if run.notes:
         said.append(f"Run directory: {'; '.join(run.notes)}.")
     return said
+
+
+def uncalibrated(rows: pd.DataFrame) -> list[str]:
+    """The profiles whose link was out of tolerance before trials of these rows, and in how many where not in all."""
+    found = []
+    for profile, own in rows.groupby("profile", sort=False):
+        off = int((~own["calibrated"]).sum())
+        if off:
+            found.append(f"{profile}" + ("" if off == len(own) else f" (in {off:,} of {len(own):,} trials)"))
+    return found
 
 
 def counted(number: int, what: str) -> str:

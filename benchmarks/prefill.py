@@ -73,7 +73,7 @@ def main() -> None:
     past = model.prefill(ids[:-8], None).cache
     ends = plain.generation_config
     ends.eos_token_id = None
-    model._ends = frozenset()  # both shall decode the full number
+    model._tokens.ends = frozenset()  # both shall decode the full number
 
     def generated(new: int) -> Callable[[], object]:
         return lambda: plain.generate(

@@ -24,13 +24,14 @@ SCENARIO = """\
 name: tiny
 profiles: ["rate=20mbit,delay=5ms", "rate=50mbit,delay=1ms"]
 placements: [split, cloud, edge]
-codecs: [fp16, int8, q2c@0.25+int4, random@0.5+int8+zstd]
+codecs: [fp16, int8, q2c@0.25+int4, h2o@0.5+int8, random@0.5+int8+zstd]
 tasks: [needle]
 context_tokens: 300
 examples: 2
 threads: 1
 max_new_tokens: 6
 """
+TRIALS = 2 * 2 * (5 + 1 + 1)  # profiles, examples; codecs where the cache crosses, and the other placements
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -69,7 +70,7 @@ def finished(scenario: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestAWholeRun:
     def test_has_a_row_for_every_trial_with_every_column(self, finished: Path) -> None:
         found = rows(finished)
-        assert len(found) == 2 * 2 * (4 + 1 + 1)
+        assert len(found) == TRIALS
         assert len({row["trial"] for row in found}) == len(found)
         assert all(set(row) == set(COLUMNS) for row in found)
         assert [row["error"] for row in found] == [""] * len(found)
@@ -77,6 +78,11 @@ class TestAWholeRun:
     def test_has_stages_that_sum_to_the_end_to_end_latency(self, finished: Path) -> None:
         for row in rows(finished):
             assert sum(row[stage] for stage in STAGES) == pytest.approx(row["e2e_s"], rel=0.02, abs=0.005)
+
+    def test_keeps_the_tokens_that_a_selector_asks_for(self, finished: Path) -> None:
+        for row in rows(finished):
+            kept = {"q2c": 0.25, "h2o": 0.5, "random": 0.5}.get(row["codec"].split("@")[0], 1.0)
+            assert row["tokens_kept"] == pytest.approx(kept * row["context_tokens"], abs=1)
 
     def test_sends_the_full_cache_exactly(self, finished: Path) -> None:
         full = [row for row in rows(finished) if row["codec"] == "fp16"]
@@ -130,7 +136,7 @@ class TestAWholeRun:
                 row for row in rows(finished) if row["profile"] == profile and row["placement"] != "edge"
             ]
             counted = start["profiles"][profile]
-            assert counted["trials"] == len(crossing) == 2 * (4 + 1)
+            assert counted["trials"] == len(crossing) == 2 * (5 + 1)
             assert counted["up"]["bytes"] > sum(row["payload_bytes"] for row in crossing)
             assert counted["down"]["packets"] > 0
             # Its own frames' headers are in one and not in the other.
@@ -168,12 +174,12 @@ class TestAWholeRun:
         assert process.returncode == 130, errors
         assert f"--resume {out}" in errors
         assert set(leftovers()) == before
-        assert 0 < len(rows(out)) < 24
+        assert 0 < len(rows(out)) < TRIALS
         with (out / "trials.jsonl").open("a") as file:
             file.write('{"trial": "cut off in the mid')
         done = run("--resume", str(out))
         assert done.returncode == 0, done.stderr
-        assert len(rows(out)) == len({row["trial"] for row in rows(out)}) == 24
+        assert len(rows(out)) == len({row["trial"] for row in rows(out)}) == TRIALS
 
     def test_runs_its_failed_trials_again_when_resumed_and_no_others(
         self, finished: Path, tmp_path: Path
@@ -208,7 +214,7 @@ def test_a_whole_run_on_the_kernels_own_emulator(tmp_path: Path) -> None:
     done = run(str(path), "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     found = rows(tmp_path / "out")
-    assert len(found) == 12
+    assert len(found) == TRIALS // 2
     assert {(row["emulator"], row["error"]) for row in found} == {("netem", "")}
     assert all(row["answer"] == row["reference_answer"].strip() for row in found if row["codec"] == "fp16")
     assert os.geteuid() == 0

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from analysis.describe import uncalibrated
 from analysis.figures import NotInThisRun
 from analysis.figures.style import BLUE, INK, ORANGE, VERMILLION, Frame, Mark, bottom_legend, panel_title
 from analysis.run import Run
@@ -92,7 +93,7 @@ def draw(run: Run) -> Figure:
         one for one in panels if one[0] in _ALWAYS or any(m.error(w, one[0]) for m in found for w in WAYS)
     ]
     frame = Frame(
-        title=_verdict([m for m in found if not m.ok], len(found)),
+        title=_verdict([m for m in found if not m.ok], len(found), bool(uncalibrated(run.rows))),
         subtitle=f"{_worst(found)}\n{subject(found)}",
         footnotes=[
             "Rate: a saturating flow at the receiver; line: 99 % interval of the mean over ten parts. Delay: median of probes "
@@ -150,7 +151,10 @@ def _panel(ax: Axes, found: list[Measured], what: str, ticks: int) -> None:
         ax.axhline(row - 0.5, color="#E6E6E6", lw=0.7, zorder=0)
 
 
-def _verdict(out: list[Measured], n: int) -> str:
+def _verdict(out: list[Measured], n: int, off: bool) -> str:
+    """`off`: some trials ran on a link that was then out of tolerance, whatever was measured later."""
+    if not out and off:
+        return f"Within tolerance when last measured; trials ran while {'a link' if n > 1 else 'it'} was not"
     if not out:
         return (
             f"All {n} links were within tolerance of what was asked"
@@ -168,7 +172,8 @@ def _worst(found: list[Measured]) -> str:
     }
     said = []
     if errors["rate"]:
-        said.append(f"largest error of a rate {max(errors['rate'], key=abs):+.2f} %")
+        worst = round(float(max(errors["rate"], key=abs)), 2) + 0.0  # which makes -0.0 a plain one
+        said.append(f"largest error of a rate {worst:+.2f} %")
     if errors["delay"]:
         said.append(f"of a delay {max(errors['delay'], key=abs):+.2f} ms")
     losses = [check["ok"] for m in found for (_, what), check in m.checks.items() if what == "loss"]
@@ -191,6 +196,9 @@ def subject(found: list[Measured]) -> str:
 def notes(run: Run) -> Iterator[str]:
     if run.where:
         yield f"Only links of rows where {run.where}."
+    off = uncalibrated(run.rows)
+    if off:  # a run that was resumed measured its links again
+        yield f"Trials ran while a measurement before them was out of tolerance: {', '.join(off)}."
     if run.notes:
         yield f"Run directory: {'; '.join(run.notes)}."
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from analysis.figures import NotInThisRun
 from analysis.figures.style import BLUE, INK, ORANGE, Frame, panel_title, style
@@ -77,7 +78,7 @@ def draw(diagnosis: dict[str, Any]) -> Figure:
     frame = Frame(
         title=f"What INT{diagnosis['bits']} does to each layer's keys and values",
         subtitle=(
-            f"{diagnosis['model']} · int{diagnosis['bits']} · {diagnosis['task']} at {diagnosis['context_tokens']} tokens, "
+            f"{diagnosis['model']} · {_codec(diagnosis)} · {diagnosis['task']} at {diagnosis['context_tokens']} tokens, "
             f"n = {diagnosis['examples']} examples\n{diagnosis['verdict']}"
         ),
         footnotes=[
@@ -112,6 +113,12 @@ def draw(diagnosis: dict[str, Any]) -> Figure:
     return figure
 
 
+def _codec(diagnosis: dict[str, Any]) -> str:
+    """The quantizer that was diagnosed, and what shares a scale where that is a token's whole key or value."""
+    one = " with one scale a token" if diagnosis.get("scale") == "token" else ""
+    return f"int{diagnosis['bits']}{one}"
+
+
 def _bars(ax: Axes, diagnosis: dict[str, Any], which: str) -> None:
     """Keys and values beside each other. `which`: "damage", or "won" by sparing this one (paired with all quantized)."""
     for shift, (kind, (color, hatch, label)) in zip((-0.2, 0.2), KINDS.items(), strict=True):
@@ -124,4 +131,6 @@ def _bars(ax: Axes, diagnosis: dict[str, Any], which: str) -> None:
         )
         ax.vlines(layers + shift, low, high, color=INK, linewidth=0.8)
     ax.set_xlim(-0.7, max(place["layer"] for place in diagnosis["places"]) + 0.7)
+    ax.xaxis.set_major_locator(MaxNLocator(16, integer=True))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.grid(axis="x", visible=False)

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis import settings, stats
-from analysis.describe import caveats, subject
+from analysis.describe import caveats, counted, subject
 from analysis.figures import NotInThisRun, labels
 from analysis.figures.axes import limit_losses
 from analysis.figures.names import short
@@ -42,10 +42,9 @@ def draw(run: Run) -> Figure:
         raise NotInThisRun(f"{run.path}: no trial that sent KV has a kl, nor an nll beside a reference_nll")
     if rows["codec"].nunique() < 2:
         raise NotInThisRun(f"{run.path}: one codec only; a rate-distortion plot compares at least 2")
-    models = rows["model"].nunique()
+    by = ["model", "task"] if rows["model"].nunique() > 1 else ["task"]
     panels = [
-        (" · ".join(map(str, key)), own, _points(own, metric))
-        for key, own in rows.groupby(["model", "task"] if models > 1 else ["task"], sort=False)
+        (" · ".join(map(str, key)), own, _points(own, metric)) for key, own in rows.groupby(by, sort=False)
     ]
     looks = marks({p.codec: (p.codec, "split", p.codec) for _, _, own in panels for p in own}.values())
     columns = min(len(panels), 2)
@@ -54,7 +53,7 @@ def draw(run: Run) -> Figure:
     frame = Frame(
         title="What is lost for the bits that are sent",
         subtitle=(
-            f"{len(looks)} codec{'' if len(looks) == 1 else 's'} · {subject(run.rows)}\n"
+            f"{counted(len(looks), 'codec')} · {subject(run.rows)}\n"
             f"{metric.label} against payload bits over the full cache's elements; bars: 95 % bootstrap intervals"
         ),
         footnotes=[
@@ -83,9 +82,8 @@ def draw(run: Run) -> Figure:
         if i + columns >= len(panels):
             ax.set_xlabel("payload bits an element of the full cache")
     front = Line2D([], [], **_FRONT, label="Pareto front")  # type: ignore[arg-type]
-    bottom_legend(
-        figure, frame, [front, *(mark.handle(drawn[codec]) for codec, mark in looks.items())], named
-    )
+    handles = [front, *(mark.handle(drawn[codec]) for codec, mark in looks.items())]
+    bottom_legend(figure, frame, handles, named)
     return figure
 
 

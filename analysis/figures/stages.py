@@ -99,6 +99,19 @@ def _draw_panel(ax: Axes, name: str, rows: pd.DataFrame, stages: list[str], name
     panels.
     """
     panel_title(ax, name, conditions(rows))
+    ends = _draw_bars(ax, rows, stages, names)
+    ax.set_yticks(range(len(names)), list(short(names).values()))
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    width = ax.get_window_extent().width / ax.figure.dpi
+    ax.set_xlim(0, (max(ends) or 1.0) * width / max(0.3 * width, width - 1.3))  # room for a bar's text
+    ax.xaxis.set_major_locator(MaxNLocator(6))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
+
+
+def _draw_bars(ax: Axes, rows: pd.DataFrame, stages: list[str], names: list[str]) -> list[float]:
+    """A bar for each setting with its interval and its text; returns where bars and intervals end."""
     means = rows.groupby("setting")[[*stages, "e2e_s", "payload_bytes"]].mean().reindex(names)
     places = list(range(len(means)))
     start = pd.Series(0.0, index=means.index)
@@ -116,7 +129,7 @@ def _draw_panel(ax: Axes, name: str, rows: pd.DataFrame, stages: list[str], name
         )
         start = start + means[stage]
     intervals = {k: stats.mean(g["e2e_s"], settings.clusters(g)) for k, g in rows.groupby("setting")}
-    ends = []
+    ends = [float(start.max())]
     for place, label, end, total, payload in zip(
         places, names, start, means["e2e_s"], means["payload_bytes"], strict=True
     ):
@@ -137,16 +150,7 @@ def _draw_panel(ax: Axes, name: str, rows: pd.DataFrame, stages: list[str], name
             fontsize=7.6,
             color=INK,
         )
-    ax.set_yticks(places, list(short(names).values()))
-    ax.set_ylim(len(names) - 0.4, -0.6)
-    width = ax.get_window_extent().width / ax.figure.dpi
-    ax.set_xlim(
-        0, (max([float(start.max()), *ends]) or 1.0) * width / max(0.3 * width, width - 1.3)
-    )  # room for a bar's text
-    ax.xaxis.set_major_locator(MaxNLocator(6))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.grid(axis="y", visible=False)
-    ax.tick_params(axis="y", length=0)
+    return ends
 
 
 def _seconds(value: float) -> str:

@@ -22,6 +22,7 @@ BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 GREY, INK = "#8A8A8A", "#222222"
 
+_RIGHT = 0.18  #: inches, room for half of a tick's label
 WIDTH = 9.0  #: inches; at 100 pixels an inch this is a README's width
 
 
@@ -184,10 +185,10 @@ class Frame:
             color="#555555",
             linespacing=1.3,
         )
-        wide = (WIDTH - self.left - 0.12 - (self.columns - 1) * self.between) / self.columns
+        wide = (WIDTH - self.left - _RIGHT - (self.columns - 1) * self.between) / self.columns
         grid = {
             "left": self.left / WIDTH,
-            "right": 1 - 0.12 / WIDTH,
+            "right": 1 - _RIGHT / WIDTH,
             "top": 1 - (head + self.above) / height,
             "bottom": foot / height,
             "wspace": self.between / wide,

@@ -405,6 +405,16 @@ def test_fidelity_of_a_run_that_its_links_stopped_needs_no_trial(tmp_path: Path)
         analysis.draw(path, ["fidelity_traces"])
 
 
+def test_fidelity_says_that_trials_ran_before_the_link_was_measured_well(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", ("lte",), ("int8", "int4"), ("split",), ("needle",), examples=4)
+    write_calibration(path, ("lte",))
+    rows = lines(path)
+    rewrite(path, [row | {"calibrated": index > 1} for index, row in enumerate(rows)])
+    said = " ".join(t.get_text() for t in texts(drawn("fidelity", path))).replace("\n", " ")
+    assert "Within tolerance when last measured; trials ran while it was not" in said
+    assert "a measurement before them was out of tolerance: lte (in 2 of 8 trials)" in said
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -81,4 +81,7 @@ def test_a_diagnosis_is_plotted_from_its_file_its_directory_and_a_run(
     with pytest.raises(UsageError, match="has no diagnosis; layer_sensitivity draws one"):
         figure("layer_sensitivity", load(run))
     write_diagnosis(run / "diagnosis.json")
-    assert "bottleneck: K1" in " ".join(t.get_text() for t in texts(drawn("layer_sensitivity", run)))
+    made = drawn("layer_sensitivity", run)
+    assert "bottleneck: K1" in " ".join(t.get_text() for t in texts(made))
+    ticks = [t.get_text() for t in made.axes[1].get_xticklabels()]
+    assert {"0", "1", "2"} <= set(ticks) and not any("." in t for t in ticks)  # layers are counted

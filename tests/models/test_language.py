@@ -50,7 +50,7 @@ def test_greedy_decoding_in_stretches_equals_transformers_generate(tiny_model: T
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, do_sample=False, pad_token_id=0
     )[0, prompt.shape[1] :].tolist()
     answer = model.generate(question, past_of(model, prefix, context), NEW, None)
-    assert answer == [token for token in expected if token not in model._ends]
+    assert answer == [token for token in expected if token not in model._tokens.ends]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -130,7 +130,7 @@ def test_a_pruned_cache_equals_full_attention_with_the_dropped_tokens_hidden(
     ours = model.prefill(question, past).logits
     assert ours is not None
     torch.testing.assert_close(ours, expected[-1], atol=1e-4, rtol=1e-4)
-    end = next(iter(model._ends))
+    end = next(iter(model._tokens.ends))
     answer = model.generate(question, past, NEW, None)
     assert answer == reference.greedy(network, prefix + context + question, NEW, hidden, end)
 
