@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class Run:
             self._expect(batches)
             self.pair.serve(self.fabric.address(self.scenario.cloud), loaded["edge"]["kv_bytes_per_token"])
             self._write_manifest(loaded)
-            self._calibrate()
+            self._calibrate(self._profiles_ahead(batches))
             self._account = Account(self.fabric, self.plan.link)
             traffic: list[dict[str, Any]] = []
             try:
@@ -119,13 +120,24 @@ class Run:
             },
         )
 
-    def _calibrate(self) -> None:
-        """Measure every profile before the first trial; out of tolerance stops the run unless told to go on."""
+    def _profiles_ahead(self, batches: list[Batch]) -> list[Profile]:
+        """The profiles under which trials are still to be made, in the plan's order."""
+        ahead = {
+            trial.cell.profile
+            for batch in batches
+            for number in range(len(batch.examples))
+            for trial in self._trials(batch, number)
+            if trial.id not in self._done
+        }
+        return [profile for profile in self.plan.profiles if profile in ahead]
+
+    def _calibrate(self, profiles: list[Profile]) -> None:
+        """Measure these profiles before the first trial; out of tolerance stops the run unless told to go on."""
         from testbed.net.calibrate import calibrate
 
         history = self.directory.entries("calibration.json", "measurements")
-        for number, profile in enumerate(self.plan.profiles):
-            self._tally.say(f"measuring the link: {profile.name} ({number + 1} of {len(self.plan.profiles)})")
+        for number, profile in enumerate(profiles):
+            self._tally.say(f"measuring the link: {profile.name} ({number + 1} of {len(profiles)})")
             self._apply(profile)
             measured = calibrate(self.fabric, self.plan.link, profile)
             record = measured.to_dict()
@@ -166,18 +178,22 @@ class Run:
                     self.directory.append(self._trial(trial, task, reference))
                     self._tally.done(trial.cell)
 
-    def _todo(self, batch: Batch, number: int) -> list[Trial]:
-        """An example's trials that have not finished yet."""
+    def _trials(self, batch: Batch, number: int) -> Iterator[Trial]:
+        """All trials of an example, in the order in which they are made."""
         made = batch.examples[number]
         example = Example(made["id"], made["context"], made["question"], tuple(made["answers"]))
-        todo = []
         for repeat in range(self.scenario.repeats):
             for cell in self.plan.cells(batch.task, batch.context_tokens):
-                trial = Trial(cell, self._cell_id(cell), repeat, batch.index, number, example, made["gold"])
-                if trial.id in self._done:
-                    self._tally.skip(cell)
-                else:
-                    todo.append(trial)
+                yield Trial(cell, self._cell_id(cell), repeat, batch.index, number, example, made["gold"])
+
+    def _todo(self, batch: Batch, number: int) -> list[Trial]:
+        """An example's trials that have not finished yet."""
+        todo = []
+        for trial in self._trials(batch, number):
+            if trial.id in self._done:
+                self._tally.skip(trial.cell)
+            else:
+                todo.append(trial)
         return todo
 
     def _cell_id(self, cell: Cell) -> str:

@@ -196,6 +196,8 @@ class TestAWholeRun:
         same = ("trial", "cell", "answer", "score", "nll", "payload_digest", "error")
         assert [again[key] for key in same] == [first[key] for key in same]
         assert again["e2e_s"] > 0
+        measured = json.loads((out / "calibration.json").read_text())["measurements"]
+        assert [one["profile"] for one in measured][2:] == [again["profile"]]  # no other has trials ahead
 
     def test_survives_being_killed(self, tmp_path: Path) -> None:
         result = torture(2, 3, tmp_path, tiny_model_directory("llama", tmp_path / "model"))

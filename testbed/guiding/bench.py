@@ -81,7 +81,7 @@ class Bench(Run):
         both = launch("both", None, self.directory, stack)
         return Pair(self.plan, both, both)
 
-    def _calibrate(self) -> None:
+    def _calibrate(self, profiles: list[Profile]) -> None:
         """There is no link to be measured."""
 
     def _apply(self, profile: Profile) -> None:
