@@ -166,7 +166,7 @@ def test_a_prober_that_dies_is_an_error_that_says_so():
 def test_the_probing_and_relaying_programs_need_the_standard_library_and_their_own_parts_alone():
     # They are started isolated and without site-packages, for speed.
     from testbed.net import probe
-    from testbed.net.emulators.userspace import PACKAGE
+    from testbed.net.emulators.serving import PACKAGE
 
     assert probe.__file__ is not None
     assert "testbed" not in {

@@ -19,7 +19,7 @@ from testbed.net import emulators
 from testbed.net.calibrate import Calibration, calibrate
 from testbed.net.emulators import Attachment
 from testbed.net.emulators.namespace import inside
-from testbed.net.emulators.userspace import start_time
+from testbed.net.emulators.serving import start_time
 from testbed.net.profile import parse_profile
 from tests.net.wire import Conditioned, Wire, wire
 

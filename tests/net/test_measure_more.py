@@ -11,10 +11,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from testbed.errors import SpecError
+from testbed.net.emulators.relay_orders import plain_conditions
 from testbed.net.emulators.relaying.jitter import Jitter
 from testbed.net.emulators.relaying.loss import loss_of
 from testbed.net.emulators.schedule import Schedule
-from testbed.net.emulators.userspace import plain_conditions
 from testbed.net.following_values import Probe, delay_track_check, expected, loss_track_checks
 from testbed.net.jitter import LAWS, spread, table
 from testbed.net.losses import FourState, GilbertElliott

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from testbed.net.emulators.relaying.jitter import pack
 from testbed.net.emulators.relaying.line import Line
 from testbed.net.emulators.schedule import Deliveries, Schedule
-from testbed.net.emulators.userspace import PACKAGE, PROGRAM
+from testbed.net.emulators.serving import PACKAGE
+from testbed.net.emulators.userspace import PROGRAM
 from testbed.net.jitter import table
 
 FRAME = bytes(24 + 1250)  # 10,000 bits behind the headers: 1 ms at 10 Mbit/s

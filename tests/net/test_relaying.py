@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from testbed.net.emulators.relay_orders import plain_conditions
 from testbed.net.emulators.relaying import packet
 from testbed.net.emulators.relaying.codel import CoDel
 from testbed.net.emulators.relaying.jitter import Jitter, pack, unpack
 from testbed.net.emulators.relaying.line import Line
 from testbed.net.emulators.relaying.loss import loss_of
 from testbed.net.emulators.schedule import Schedule
-from testbed.net.emulators.userspace import plain_conditions, super_packet_segments
+from testbed.net.emulators.userspace import super_packet_segments
 from testbed.net.jitter import table
 from testbed.net.profile import parse_profile
 

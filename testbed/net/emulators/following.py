@@ -183,7 +183,7 @@ class Follower:
 
 
 def main() -> None:
-    """Follows a link's traces; the only argument is a file descriptor with JSON in it (see `userspace.start`)."""
+    """Follows a link's traces; the only argument is a file descriptor with JSON in it (see `serving.start`)."""
     with os.fdopen(int(sys.argv[1]), "rb") as file:
         orders = json.loads(file.read())
     gc.disable()

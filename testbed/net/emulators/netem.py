@@ -60,8 +60,8 @@ from testbed.net.emulators.rtnetlink import (
     attributes,
     text,
 )
+from testbed.net.emulators.serving import Connection, recorded, start
 from testbed.net.emulators.shaping import RELEASE, CoDelQueue, Plug, TokenBucket
-from testbed.net.emulators.userspace import Connection, recorded, start
 
 if TYPE_CHECKING:
     from testbed.net.conditions import Direction, Profile

@@ -203,7 +203,7 @@ def _stop(number: int, frame: object) -> None:
 
 
 def main() -> None:
-    """Serves links; the only argument is a file descriptor with JSON in it (see `userspace.start`)."""
+    """Serves links; the only argument is a file descriptor with JSON in it (see `serving.start`)."""
     with os.fdopen(int(sys.argv[1]), "rb") as file:
         orders = json.loads(file.read())
     gc.disable()  # nothing here forms cycles, and a collection takes longer than a packet may wait
