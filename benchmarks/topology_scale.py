@@ -28,7 +28,7 @@ from pathlib import Path
 
 from testbed.net import state
 from testbed.net.emulators import choose
-from testbed.net.emulators.netem import available
+from testbed.net.emulators.netem_support import available
 from testbed.net.fabric import Fabric
 from testbed.net.profile import parse_profile
 from testbed.net.topology import Link, Node, Topology

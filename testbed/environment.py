@@ -103,11 +103,11 @@ def _packet_sockets() -> Finding:
 
 
 def _netem() -> Finding:
-    import testbed.net.emulators.netem as netem
+    from testbed.net.emulators import netem_support
 
     if os.geteuid() != 0:
         return Finding("netem", False, "unknown without root", False)
-    ok = netem.available()
+    ok = netem_support.available()
     return Finding(
         "netem",
         ok,

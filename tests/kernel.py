@@ -31,11 +31,11 @@ def lacks_namespaces() -> str:
 @functools.cache
 def lacks_netem() -> str:
     """Why real netem cannot be tried directly."""
-    from testbed.net.emulators import netem
+    from testbed.net.emulators import netem_support
 
     if reason := lacks_root():
         return reason
-    return "" if netem.available() else "this kernel has no sch_netem"
+    return "" if netem_support.available() else "this kernel has no sch_netem"
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.emulators_agree import PROFILES, merge, sizes, summary
-from testbed.net.emulators import netem
+from testbed.net.emulators.netem_support import HONOURED
 from testbed.net.profile import parse_profile
 
 
@@ -28,7 +28,7 @@ def test_fifty_transfers_of_one_to_twenty_megabytes_are_the_same_for_whoever_ask
 def test_both_emulators_can_honour_every_profile_and_none_loses_by_chance(text: str) -> None:
     profile = parse_profile(text)
     assert profile.up.loss == profile.down.loss == 0
-    assert set(profile.up.beyond_the_basics()) <= netem.HONOURED
+    assert set(profile.up.beyond_the_basics()) <= HONOURED
 
 
 def test_they_agree_where_every_profiles_median_and_that_of_all_are_within_three_percent() -> None:

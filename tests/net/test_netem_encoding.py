@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import NetworkError, UsageError
-from testbed.net.emulators import Attachment, netem, netem_options
+from testbed.net.emulators import Attachment, netem, netem_options, netem_support
 from testbed.net.emulators.following import patched
 from testbed.net.emulators.namespace import inside
-from testbed.net.emulators.netem_options import distribution
+from testbed.net.emulators.netem_options import Options, distribution
 from testbed.net.emulators.rtnetlink import Interface, Netlink, TrafficObject, attribute, attributes
 from testbed.net.emulators.shaping import TokenBucket, size_offset
 from testbed.net.profile import parse_profile
 from tests.net.wire import Wire, wire
 
 
-def options(text: str) -> tuple[netem.Options, netem.Options]:
+def options(text: str) -> tuple[Options, Options]:
     return netem_options.options(parse_profile(text), "up", 1500)
 
 
@@ -38,7 +38,7 @@ def test_delay_and_jitter_are_sent_in_nanoseconds_and_in_ticks_of_64_ns():
 
 
 def test_a_rate_beyond_32_bits_goes_into_the_64_bit_field():
-    found = attributes(netem.Options(rate_bytes_per_s=10**10).encode()[24:])
+    found = attributes(Options(rate_bytes_per_s=10**10).encode()[24:])
     assert struct.unpack_from("=I", found[6]) == (0xFFFFFFFF,)
     assert struct.unpack("=Q", found[8]) == (10**10,)
 
@@ -64,7 +64,7 @@ def test_the_queue_is_counted_in_full_packets_and_one_more_for_the_one_being_sen
 
 
 def test_everything_is_named_in_every_message_so_that_nothing_survives_a_change():
-    assert {1, 3, 4, 6, 8, 10, 11} <= set(attributes(netem.Options().encode()[24:]))
+    assert {1, 3, 4, 6, 8, 10, 11} <= set(attributes(Options().encode()[24:]))
 
 
 def test_the_distribution_table_is_a_standard_normal_in_units_of_8192():
@@ -77,12 +77,12 @@ def test_the_distribution_table_is_a_standard_normal_in_units_of_8192():
 
 
 def test_read_back_names_the_field_that_differs():
-    asked = netem.Options(delay_ns=20_000_000, rate_bytes_per_s=1000)
+    asked = Options(delay_ns=20_000_000, rate_bytes_per_s=1000)
     assert asked.differences(asked.encode()) == []
-    other = netem.Options(delay_ns=20_000_000, rate_bytes_per_s=999)
+    other = Options(delay_ns=20_000_000, rate_bytes_per_s=999)
     assert asked.differences(other.encode()) == ["rate: asked 1000, has 999"]
-    old_kernel = netem.Options(delay_ns=64).encode()[:24] + attribute(6, struct.pack("=IiIi", 0, 0, 0, 0))
-    assert netem.Options(delay_ns=128).differences(old_kernel) == ["delay: asked 128, has 64"]
+    old_kernel = Options(delay_ns=64).encode()[:24] + attribute(6, struct.pack("=IiIi", 0, 0, 0, 0))
+    assert Options(delay_ns=128).differences(old_kernel) == ["delay: asked 128, has 64"]
 
 
 FULL = 2**32 - 1
@@ -170,7 +170,7 @@ def test_what_netem_cannot_honour_together_is_refused_by_name(text: str, tmp_pat
     with pytest.raises(
         UsageError, match=r"emulator netem cannot honour '.*' beside .*use --emulator userspace"
     ):
-        netem.refuse(parse_profile(text))
+        netem_support.refuse(parse_profile(text))
 
 
 def test_a_token_bucket_is_laid_out_as_the_kernel_has_it():
@@ -211,17 +211,17 @@ def test_a_seed_that_a_newer_kernel_says_back_is_compared_and_honoured(monkeypat
         + "00" * 8
         + "0c000e000700000000000000"
     )
-    asked = netem.Options(delay_ns=1_000_000, limit_packets=1000, seed=7)
+    asked = Options(delay_ns=1_000_000, limit_packets=1000, seed=7)
     assert asked.differences(dump) == []
-    assert netem.Options(delay_ns=1_000_000, limit_packets=1000, seed=8).differences(dump) == [
+    assert Options(delay_ns=1_000_000, limit_packets=1000, seed=8).differences(dump) == [
         "seed: asked 8, has 7"
     ]
-    monkeypatch.setattr(netem, "Netlink", lambda _: contextlib.nullcontext(_Kernel(dump)))
-    netem.refuse(parse_profile("delay=1ms,loss=1%,seed=7"))
+    monkeypatch.setattr(netem_support, "Netlink", lambda _: contextlib.nullcontext(_Kernel(dump)))
+    netem_support.refuse(parse_profile("delay=1ms,loss=1%,seed=7"))
     before_6_6 = dump[: -len(bytes.fromhex("0c000e000700000000000000"))]
-    monkeypatch.setattr(netem, "Netlink", lambda _: contextlib.nullcontext(_Kernel(before_6_6)))
+    monkeypatch.setattr(netem_support, "Netlink", lambda _: contextlib.nullcontext(_Kernel(before_6_6)))
     with pytest.raises(UsageError, match=r"cannot honour 'seed=7' \(up, seed\)"):
-        netem.refuse(parse_profile("delay=1ms,loss=1%,seed=7"))
+        netem_support.refuse(parse_profile("delay=1ms,loss=1%,seed=7"))
 
 
 class _Kernel:
@@ -330,9 +330,9 @@ def test_a_change_leaves_nothing_of_the_earlier_conditions():
 @pytest.mark.netem
 def test_a_netem_that_says_something_else_is_an_error_that_names_the_field(monkeypatch):
     with wire() as net:
-        encode = netem.Options.encode
-        lying = netem.Options(delay_ns=1_000_000)
-        monkeypatch.setattr(netem.Options, "encode", lambda self: encode(lying))
+        encode = Options.encode
+        lying = Options(delay_ns=1_000_000)
+        monkeypatch.setattr(Options, "encode", lambda self: encode(lying))
         with pytest.raises(NetworkError, match="delay: asked 20000000, has 1000000"):
             netem.Netem().attach(net.wire, "l0", "l0a", "l0b", parse_profile("delay=20ms"))
         with Netlink(net.wire) as netlink:
@@ -343,7 +343,7 @@ def test_a_netem_that_says_something_else_is_an_error_that_names_the_field(monke
 def test_a_seed_is_refused_where_the_kernel_does_not_say_it_back():
     with wire() as net:
         profile = parse_profile("delay=1ms,loss=1%,seed=7")
-        if netem._knows_seeds():
+        if netem_support.knows_seeds():
             netem.Netem().attach(net.wire, "l0", "l0a", "l0b", profile)
             assert any("seed 7" in line for line in _tc(net.wire, "l0b"))
         else:

@@ -47,7 +47,8 @@ def choose(name: str = "auto", *, seed: int | None = None) -> Emulator:
 
     *seed* fixes the random losses and delays (netem: since Linux 6.6). Raises UsageError when this machine cannot run it.
     """
-    from testbed.net.emulators.netem import Netem, available, require
+    from testbed.net.emulators.netem import Netem
+    from testbed.net.emulators.netem_support import available, require
     from testbed.net.emulators.userspace import Userspace, require_packet_sockets
 
     if name not in NAMES:
