@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from testbed.codecs import CodecError
-from testbed.codecs.quantize import Part, Quantizer
+from testbed.codecs.quantize import Part, Quantizer, grid
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -90,34 +89,22 @@ class Integer(Quantizer):
             return symbols, None
         if self._fusible(part, values):
             return symbols, self._encode_fused(part, values, symbols)
+        dtype = getattr(torch, part.dtype)
         numbers = []  # [kv_heads, rows, kinds, groups] of each stretch
         for elements, groups in self._stretches(part):
             shape = (groups.stop - groups.start, -1)
             target = self._turned(symbols.view(torch.int8))[..., elements].unflatten(-1, shape)
-            q, side = self._quantize(part, self._turned(values)[..., elements].unflatten(-1, shape))
+            x = self._turned(values)[..., elements].unflatten(-1, shape)
+            try:
+                q, side = grid.quantize(x, self.levels, self.symmetric, dtype)
+            except grid.NotFinite:
+                raise self._not_finite(part) from None
             if values.dtype == torch.float32 and not self.symmetric:
                 # Numbers of 16 bits cannot leave the levels: x · (1/s) is below 2^15, so float32 holds it to 2^-8.
                 q.clamp_(0, self.levels)
             target.copy_(q.add_(self.offset) if self.offset else q)
             numbers.append(side)
         return symbols, numbers[0] if len(numbers) == 1 else torch.cat(numbers, -1)
-
-    def _quantize(self, part: Part, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [kv_heads, rows, groups, size] -> q in float32, and the side information [kv_heads, rows, kinds, groups]."""
-        import torch
-
-        dtype = getattr(torch, part.dtype)
-        if self.symmetric:
-            scale, inverse = self._scale(part, _largest(x).div_(self.levels), dtype)
-            return torch.mul(x, inverse[..., None]).round_(), scale[..., None, :]
-        working = x.to(torch.float32, copy=True)
-        # The zero point as it is sent (which 16-bit values reach exactly); divided first: a difference may overflow.
-        zero = working.amin(-1).add_(0.0).to(dtype)  # + 0: no -0
-        low = zero.float()
-        step = (working.amax(-1).div_(self.levels) - low / self.levels).clamp_min_(0)
-        scale, inverse = self._scale(part, step, dtype)
-        working.mul_(inverse[..., None]).sub_((low * inverse)[..., None]).round_()
-        return working, torch.stack((scale, zero), -2)
 
     def _fusible(self, part: Part, values: Tensor) -> bool:
         """Whether `fused` takes values like these: 16 bits, on the processor, in groups of equal size that lie together."""
@@ -156,27 +143,6 @@ class Integer(Quantizer):
             f"{self.name}: {part.kind} of layer {part.layer} hold NaN, infinity or too large values"
         )
 
-    def _scale(self, part: Part, step: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The scales in 16 bits and their reciprocals in float32 (0 for a scale of 0); raises CodecError.
-
-        Where neighbouring numbers are far apart (bf16 beside 127 levels; fp16's subnormal numbers), a scale rounded
-        down may leave round(max / scale) above the levels; then it is the next number up. None is below float32's
-        smallest normal number, whose reciprocal is finite.
-        """
-        import torch
-
-        format = torch.finfo(dtype)
-        least, most = (float(extreme) for extreme in step.aminmax())
-        if not most <= format.max:
-            raise self._not_finite(part)
-        if least >= format.smallest_normal and self.levels * format.eps / 2 < 0.45:
-            scale = step.to(dtype)
-            return scale, scale.float().reciprocal_()
-        scale = step.clamp_min(torch.finfo(torch.float32).tiny).to(dtype)
-        short = scale.float() * (1 + 0.49 / self.levels) < step
-        scale = (scale.view(torch.int16) + short.to(torch.int16)).view(dtype)  # the next positive number
-        return scale, scale.float().reciprocal_().masked_fill_(scale == 0, 0.0)
-
     def decode(self, part: Part, symbols: Tensor, side: Tensor) -> Tensor:
         import torch
 
@@ -186,7 +152,7 @@ class Integer(Quantizer):
         x = signed.view(part.shape).to(torch.float32)
         if self.offset:
             x.sub_(self.offset)
-        fits = self._fits(numbers, torch.finfo(dtype).max)
+        fits = grid.fits(numbers, self.levels, dtype)
         if not fits:
             numbers.mul_(0.5)  # L · s may be beyond float32 where L · s + z is not
         rows = self._turned(x)
@@ -223,17 +189,6 @@ class Integer(Quantizer):
         shape = (part.kv_heads, self._axes(part)[0], 1 if self.symmetric else 2, self.groups(part))
         return side.view(getattr(torch, part.dtype)).view(shape).float()
 
-    def _fits(self, numbers: Tensor, largest: float) -> bool:
-        """Whether every number on the way from q to x̂ is finite in 16 bits.
-
-        A scale that was rounded up may lead past `largest`, which is then as near as x̂ can be.
-        """
-        if not numbers.numel():
-            return True
-        span = numbers[:, :, 0] * self.levels
-        highest = span if self.symmetric else numbers[:, :, 1] + span
-        return float(highest.amax()) <= largest and (self.symmetric or float(span.amax()) <= largest)
-
     def _stretches(self, part: Part) -> Iterator[tuple[slice, slice]]:
         """Stretches of a row in groups of equal size, and which groups those are: the full ones, the short last."""
         elements = self._axes(part)[1]
@@ -243,16 +198,6 @@ class Integer(Quantizer):
             yield slice(0, full * size), slice(0, full)
         if rest:
             yield slice(full * size, elements), slice(full, full + 1)
-
-
-def _largest(x: Tensor) -> Tensor:
-    """The largest magnitude along the last dimension, in float32; NaN where there is one."""
-    import torch
-
-    if x.dtype == torch.float32 or x.shape[-1] < 64:
-        return x.to(torch.float32).abs().amax(-1)
-    # Without the sign, 16-bit floats are in the order of their bits, which the processor compares ten times as fast.
-    return (x.view(torch.int16) & 0x7FFF).amax(-1).view(x.dtype).float()
 
 
 @dataclass(frozen=True)
