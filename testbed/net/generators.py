@@ -13,7 +13,7 @@ from typing import ClassVar
 import msgspec
 
 from testbed.errors import SpecError, UnitError
-from testbed.net.trace_files import MAX_SECONDS, Samples
+from testbed.net.recordings.recording import MAX_SECONDS, Samples
 from testbed.units import exact, format_rate, format_time, parse_rate, parse_time
 
 _FINEST_S = 0.01  # of the steps a sine is made of

@@ -2,7 +2,7 @@
 
 The text forms, wherever a direction of a profile is written (see `testbed.net.profile`)::
 
-    trace:FILE                              a recording (`testbed.net.trace_files`), for each way its own columns
+    trace:FILE                              a recording (`testbed.net.recordings`), for each way its own columns
     step:50mbit*10s+5mbit*5s                rates one after the other
     sine:10mbit..50mbit*20s                 a rate that swings
     outage:5s@10s    outage:5s@10s/60s      nothing for 5 s, 10 s from the beginning; and so every 60 s
@@ -27,15 +27,15 @@ from testbed.errors import SpecError, UnitError
 from testbed.net import lookup
 from testbed.net.emulators.schedule import Deliveries, Schedule
 from testbed.net.generators import Flap, Outage, Sine, Step, exact_time
-from testbed.net.strict_yaml import did_you_mean
-from testbed.net.trace_files import (
+from testbed.net.recordings.files import read_recording
+from testbed.net.recordings.recording import (
     MAX_SECONDS,
     OPPORTUNITY_BYTES,
     DeliveryTimes,
     Recording,
     Samples,
-    read_recording,
 )
+from testbed.net.strict_yaml import did_you_mean
 from testbed.units import parse_time
 
 Way = Literal["up", "down"]

@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.errors import SpecError
-from testbed.net import trace_files
 from testbed.net.emulators.schedule import Milliseconds, Schedule, unpack
 from testbed.net.generators import Flap, Outage, Sine, Step
+from testbed.net.recordings import deliveries
+from testbed.net.recordings import files as recording_files
+from testbed.net.recordings.files import read_recording
+from testbed.net.recordings.recording import DeliveryTimes, Samples
 from testbed.net.trace import File, Trace, parse_trace
-from testbed.net.trace_files import DeliveryTimes, Samples, read_recording
 
 rates = st.floats(0, 100e9) | st.integers(0, 1000).map(lambda mbit: mbit * 1e6)
 times = st.floats(0.04, 2e5) | st.integers(1, 1000).map(float)
@@ -195,7 +197,7 @@ def test_any_file_is_a_recording_or_a_refusal_that_names_the_place(
     path.write_bytes(content)
     try:
         # The time stamp alone may not tell two files written within one tick apart.
-        trace_files._ways.cache_clear()
+        recording_files._ways.cache_clear()
         read = read_recording(path, "up")
     except SpecError as error:
         assert str(path) in str(error)
@@ -226,8 +228,8 @@ def test_deliveries_are_the_lines_or_the_first_wrong_line_whatever_the_pieces_th
     path = tmp_path_factory.getbasetemp() / "pieces"
     path.write_bytes(b"\r\n".join(lines) + b"\r\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trace_files, "_CHUNK", piece)
-        trace_files._ways.cache_clear()
+        patch.setattr(deliveries, "_CHUNK", piece)
+        recording_files._ways.cache_clear()
         if wrong is None:
             read = read_recording(path, "up")
             assert isinstance(read, DeliveryTimes) and list(read.times_ms) == numbers
