@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from testbed.net import state
+from testbed.net import removal
 from testbed.net.emulators import choose
 from testbed.net.emulators.netem_support import available
 from testbed.net.fabric import Fabric
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="everything measured, as JSON")
     options = parser.parse_args()
-    state.clean()
+    removal.clean()
     netem = available()
     emulator = choose(options.emulator).name
     rows = []

@@ -32,6 +32,7 @@ def up(topology: str, links: tuple[str, ...], emulator: str, captures: Path | No
     script, write the commands to its standard input.
     """
     from testbed.net import fabric, rootless
+    from testbed.net.description import describe
     from testbed.net.profile import parse_profile
     from testbed.net.topology import load_topology
 
@@ -43,7 +44,7 @@ def up(topology: str, links: tuple[str, ...], emulator: str, captures: Path | No
             raise UsageError(f"--link {text!r}: write NAME=PROFILE, such as access=5g-mid")
         given[name] = parse_profile(profile)
     require_root()
-    described = fabric.describe(fabric.up(made, given, emulator, captures))
+    described = describe(fabric.up(made, given, emulator, captures))
     if rootless.inside():
         click.echo(_network_text(described), err=True)
         click.echo("testbed exec NODE -- COMMAND runs a program in it; it ends with this shell", err=True)
@@ -101,9 +102,10 @@ def exec_(identifier: str | None, node: str, command: tuple[str, ...]) -> int:
 @as_json
 def show(identifier: str | None) -> Any:
     """Show the network that stands: nodes, addresses, profiles, live counters."""
-    from testbed.net import fabric, state
+    from testbed.net import state
+    from testbed.net.description import describe
 
-    described = fabric.describe(state.find(identifier))
+    described = describe(state.find(identifier))
     return described, _network_text(described), 0
 
 
@@ -111,17 +113,17 @@ def show(identifier: str | None) -> Any:
 @click.option("--id", "identifier", help="Which network, where several stand.")
 def down(identifier: str | None) -> None:
     """Remove the network that `testbed up` built."""
-    from testbed.net import state
+    from testbed.net import removal
 
-    click.echo("\n".join(f"removed {what}" for what in state.down(identifier)))
+    click.echo("\n".join(f"removed {what}" for what in removal.down(identifier)))
 
 
 @click.command()
 @as_json
 def clean() -> Any:
     """Remove whatever dead runs left: namespaces, processes, state files. Touches nothing that was not ours."""
-    from testbed.net import state
+    from testbed.net import removal
 
     require_root()
-    removed = state.clean()
+    removed = removal.clean()
     return {"removed": removed}, "\n".join(f"removed {what}" for what in removed) or "nothing to remove", 0

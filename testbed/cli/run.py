@@ -45,7 +45,7 @@ def run(
 ) -> int:
     """Run SCENARIO (a file, or the name of a shipped one): network, model, trials, plots."""
     from testbed import runner
-    from testbed.net import state
+    from testbed.net import removal
     from testbed.planning import load_plan
 
     if (scenario is None) == (resumed is None):
@@ -55,13 +55,13 @@ def run(
         if any(value for value in (*changes.values(), out)):
             raise UsageError("--resume continues a run as it was; leave the other options away")
         require_root()
-        state.clean()
+        removal.clean()
         started = runner.resume(resumed, show, accept_uncalibrated)
     else:
         assert scenario is not None
         plan = load_plan(scenario, **changes)
         require_root()
-        state.clean()
+        removal.clean()
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         started = runner.start(
             plan, out or Path("results") / f"{plan.scenario.name}-{stamp}", show, accept_uncalibrated

@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from testbed.errors import NetworkError, TestbedError
-from testbed.net import namespaces, processes, state
+from testbed.errors import NetworkError
+from testbed.net import namespaces, processes, removal, state
 from testbed.net.profile import MTU, Profile
 from testbed.net.state import State
 from testbed.net.topology import Topology
@@ -49,7 +49,7 @@ class Fabric:
         is left.
 
         `captures`: the directory for the packets of links with ``pcap: true``; None: that of the network's state, which goes
-        with it. `persistent`: the network outlives this process, until `state.down`. Raises UsageError without root or
+        with it. `persistent`: the network outlives this process, until `removal.down`. Raises UsageError without root or
         for what this machine does not offer, before anything is touched where that can be known; NetworkError
         where the kernel refuses.
         """
@@ -232,7 +232,7 @@ class Fabric:
             emulators.release_all(self.emulator, attachments)
         if self._state is not None:
             with state.locked():
-                state.remove(self._state)
+                removal.remove(self._state)
             self._state = None
 
     def __enter__(self) -> Fabric:
@@ -251,66 +251,10 @@ def up(
     captures: Path | None = None,
 ) -> State:
     """A network that outlives this process: the topology, some links (by name) under other profiles. See
-    `state.down`.
+    `removal.down`.
 
     Raises SpecError for an unknown link, and what `Fabric.build` raises.
     """
     return Fabric.build(
         topology.with_profiles(links or {}), emulator, persistent=True, captures=captures
     ).state
-
-
-def describe(network: State) -> dict[str, Any]:
-    """The network in plain values, for people and JSON: nodes with addresses, links with profiles and live
-    counters.
-
-    ``counters`` is None where the emulator cannot be asked: it belongs to another process, or asking takes
-    root.
-    """
-    topology = network.topology
-    nodes = [
-        {
-            "name": node.name,
-            "namespace": network.namespace(node.name),
-            "addresses": [
-                {"link": topology.links[end.link].name, "interface": end.name, "address": end.address}
-                | ({"address6": end.address6} if end.address6 else {})
-                for end in topology.interfaces(node.name)
-            ],
-        }
-        for node in topology.nodes
-    ]
-    links = [
-        {
-            "name": link.name,
-            "a": link.a,
-            "b": link.b,
-            "profile": str(link.profile),
-            "conditions": link.profile.text(),
-            "congestion": link.congestion,
-            "counters": _live_counters(network, number),
-        }
-        for number, link in enumerate(topology.links)
-    ]
-    return {
-        "id": network.id,
-        "topology": topology.name,
-        "emulator": network.emulator,
-        "persistent": network.persistent,
-        "alive": state.is_alive(network),
-        "created_at": network.created_at,
-        "process": network.pid,
-        "nodes": nodes,
-        "links": links,
-    }
-
-
-def _live_counters(network: State, number: int) -> dict[str, dict[str, Any]] | None:
-    try:
-        namespaces.require_root()
-        if not network.keep.is_dir():
-            return None
-        counters = state.reattach(network, number).counters()
-    except (TestbedError, OSError):
-        return None
-    return {way: asdict(values) for way, values in counters.items()}

@@ -3,7 +3,7 @@ remove it.
 
 One JSON file a network, ``/run/testbed/<id>.json`` (TESTBED_STATE names another directory). It says which
 process made the network; when that one is gone, or the machine was booted again, the network is dead, and
-`clean` removes everything the file names. What was made by ``testbed up`` is marked persistent and stays
+`removal.clean` removes everything the file names. What was made by ``testbed up`` is marked persistent and stays
 until ``testbed down``. Nothing is ever touched that no state file names, and a state file can only name
 things that carry its id.
 """
@@ -15,21 +15,16 @@ import fcntl
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from testbed.errors import NetworkError, UsageError
 from testbed.net import namespaces, processes
 from testbed.net.topology import Topology
-
-if TYPE_CHECKING:
-    from testbed.net.emulators import Attachment
 
 VERSION = 1
 _DEFAULT_DIRECTORY = "/run/testbed"
@@ -136,7 +131,8 @@ def locked() -> Iterator[None]:
         os.close(lock)
 
 
-def _path(run_id: str) -> Path:
+def file_of(run_id: str) -> Path:
+    """The state file of the network with that id."""
     return directory() / f"{run_id}.json"
 
 
@@ -169,12 +165,12 @@ def new(topology: Topology, emulator: str, *, persistent: bool, run_id: str | No
 
 def _is_taken(run_id: str) -> bool:
     prefix = namespace_name(run_id, "")
-    return _path(run_id).exists() or any(name.startswith(prefix) for name in namespaces.names())
+    return file_of(run_id).exists() or any(name.startswith(prefix) for name in namespaces.names())
 
 
 def write(state: State) -> None:
     """Puts the state on disk, whole or not at all, whatever happens meanwhile. Call it `locked`."""
-    target = _path(state.id)
+    target = file_of(state.id)
     fresh = target.with_name(f".{state.id}.tmp")
     with fresh.open("wb") as file:
         file.write(msgspec.json.format(msgspec.json.encode(state)))
@@ -246,71 +242,3 @@ def find(run_id: str | None = None) -> State:
     if len(standing) > 1:
         raise UsageError(f"several networks are up ({', '.join(state.id for state in standing)}); say which")
     return standing[0]
-
-
-def remove(state: State) -> list[str]:
-    """Removes everything the state names, however much of it was made, and then the state. Call it `locked`.
-
-    Returns what it removed, a line each. What still runs inside the namespaces, and would keep them alive, is ended;
-    so is what writes to the network's files: an emulator that its maker had no time to put on record.
-    """
-    removed = []
-    if state.boot == namespaces.boot_id():
-        found = {*processes.running_inside(state.namespaces), *processes.writing_below(state.directory)}
-        helpers = [*state.processes, *(Process(*process, "working for the network") for process in found)]
-        removed += [f"process {p.pid} ({p.what})" for p in helpers if processes.end(p.pid, p.started)]
-    removed += [f"namespace {name}" for name in state.namespaces if namespaces.delete(name)]
-    if state.directory.is_dir():
-        shutil.rmtree(state.directory, ignore_errors=True)
-        removed.append(f"directory {state.directory}")
-    if _path(state.id).exists():
-        _path(state.id).unlink()
-        removed.append(f"state {_path(state.id)}")
-    namespaces.release_directory(netns_marker())
-    return removed
-
-
-def reattach(state: State, number: int) -> Attachment:
-    """The running emulator of link `number` of a network that is up. Raises NetworkError where it cannot be
-    found."""
-    from testbed.net import emulators
-
-    link, keep = f"l{number}", state.keep
-    return emulators.reattach(state.emulator, state.wire, link, f"{link}a", f"{link}b", keep)
-
-
-def clean() -> list[str]:
-    """Removes what dead runs left and returns what that was, a line each. Networks that are alive or up stay.
-
-    Raises UsageError without root, where there is something to remove.
-    """
-    if not directory().is_dir():
-        return []
-    if any(not is_alive(state) for state in list_states()):
-        namespaces.require_root("removing what dead runs left")
-    elif not os.access(directory(), os.W_OK):
-        return []
-    removed = []
-    with locked():
-        for state in list_states():
-            if not is_alive(state):
-                removed += remove(state)
-        for rest in directory().glob(".*.tmp"):  # a write that was cut short; whoever writes holds the lock
-            rest.unlink()
-            removed.append(f"file {rest}")
-        namespaces.release_directory(netns_marker())
-    return removed
-
-
-def down(run_id: str | None = None) -> list[str]:
-    """Removes a network that is up (the only one, unless its id is given); returns what it removed, a line
-    each.
-
-    Raises UsageError where there is no such network, several, or no root; also for a run still at work.
-    """
-    state = find(run_id)
-    if not state.persistent and is_alive(state):
-        raise UsageError(f"network {state.id} belongs to a run at work (process {state.pid}); stop that one")
-    namespaces.require_root("removing a network")
-    with locked():
-        return remove(state)

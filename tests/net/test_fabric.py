@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import NetworkError, SpecError, UsageError
-from testbed.net import namespaces, processes, state
+from testbed.net import namespaces, processes, removal, state
+from testbed.net.description import describe
 from testbed.net.execute import execute
-from testbed.net.fabric import Fabric, describe, up
+from testbed.net.fabric import Fabric, up
 from testbed.net.offloads import Ethtool
 from testbed.net.profile import PRESETS, parse_profile
 from testbed.net.topology import Link, Node, Topology, load_topology
@@ -41,7 +42,7 @@ def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     yield
     for left in state.list_states():
         with state.locked():
-            state.remove(left)
+            removal.remove(left)
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +375,7 @@ def test_without_root_nothing_is_touched() -> None:
 def test_a_network_that_is_up_stays_until_it_is_taken_down() -> None:
     network = up(EDGE_CLOUD, {"access": PRESETS["lte"]}, Direct())
     assert state.find() == network
-    assert state.clean() == []
+    assert removal.clean() == []
     shown = describe(network)
     assert [node["namespace"] for node in shown["nodes"]] == [
         f"tb-{network.id}-edge",
@@ -382,10 +383,10 @@ def test_a_network_that_is_up_stays_until_it_is_taken_down() -> None:
     ]
     assert shown["links"][0]["profile"] == "lte"
     assert shown["links"][0]["counters"] is None  # this emulator cannot be found again
-    assert f"namespace tb-{network.id}-wire" in state.down()
+    assert f"namespace tb-{network.id}-wire" in removal.down()
     assert not ours(network.id)
     with pytest.raises(UsageError, match="no network is up"):
-        state.down()
+        removal.down()
 
 
 def test_a_network_that_is_up_answers_with_live_counters_and_goes_without_a_trace() -> None:
@@ -408,7 +409,7 @@ def test_a_network_that_is_up_answers_with_live_counters_and_goes_without_a_trac
     counters = describe(network)["links"][0]["counters"]
     assert counters["up"]["packets"] == counters["down"]["packets"] == 4
     assert counters["up"]["bytes"] == 4 * 84  # ping's 56 bytes, 8 of ICMP, 20 of IP
-    state.down()
+    removal.down()
     assert not ours(network.id)
     assert all(not processes.is_running(helper.pid, helper.started) for helper in network.processes)
 
@@ -456,4 +457,4 @@ def test_a_capture_ends_with_the_process_that_built_the_network(tmp_path: Path) 
     while processes.is_running(pid, started):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert state.clean() != []
+    assert removal.clean() != []

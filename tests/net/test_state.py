@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import UsageError
-from testbed.net import namespaces, processes, state
+from testbed.net import namespaces, processes, removal, state
 from testbed.net.topology import load_topology
 
 REPOSITORY = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     if os.geteuid() == 0:
         for left in state.list_states():
             with state.locked():
-                state.remove(left)
+                removal.remove(left)
 
 
 def recorded(persistent: bool = False) -> state.State:
@@ -134,7 +134,7 @@ def test_a_file_that_is_no_state_is_reported_and_left_alone(directory: Path, con
     (line,) = state.unreadable()
     assert str(bad) in line
     assert "\n" not in line
-    assert state.clean() == []
+    assert removal.clean() == []
     assert bad.read_bytes() == content
 
 
@@ -157,7 +157,7 @@ def test_a_state_that_names_what_is_not_its_own_is_not_believed(
     path.write_text(json.dumps({**json.loads(path.read_text()), "boot": "another", **changes}))
     assert state.list_states() == []
     assert len(state.unreadable()) == 1
-    assert state.clean() == []
+    assert removal.clean() == []
     assert path.exists()
     path.unlink()
 
@@ -179,7 +179,7 @@ def test_finding_a_network_says_what_there_is() -> None:
 def test_down_does_not_take_a_run_at_work_away() -> None:
     network = recorded()
     with pytest.raises(UsageError, match="belongs to a run at work"):
-        state.down(network.id)
+        removal.down(network.id)
     assert state.list_states() == [network]
 
 
@@ -204,7 +204,7 @@ def test_clean_removes_dead_runs_however_much_of_them_was_made_and_nothing_else(
     with state.locked():
         namespaces.create(foreign)
     try:
-        removed = state.clean()
+        removed = removal.clean()
         assert f"namespace tb-{dead.id}-edge" in removed
         assert f"namespace tb-{dead.id}-cloud" in removed
         assert f"process {helper.pid} (helper)" in removed
@@ -214,7 +214,7 @@ def test_clean_removes_dead_runs_however_much_of_them_was_made_and_nothing_else(
         assert not [path for path in directory.iterdir() if dead.id in path.name]
         assert foreign in namespaces.names()
         assert f"tb-{alive.id}-edge" in namespaces.names()
-        assert state.clean() == []
+        assert removal.clean() == []
     finally:
         bystander.kill()
         bystander.wait()
@@ -233,7 +233,7 @@ def test_clean_ends_an_emulator_that_was_never_put_on_record_but_no_reader_of_it
         reader = subprocess.Popen(["sleep", "100"], stdin=reading)
     pid, started = gone_process()
     rewrite(dead, pid=pid, started=started)
-    assert f"process {emulator.pid} (working for the network)" in state.clean()
+    assert f"process {emulator.pid} (working for the network)" in removal.clean()
     assert emulator.wait(10) == -signal.SIGTERM
     assert reader.poll() is None
     reader.kill()
@@ -271,7 +271,7 @@ def test_where_there_was_no_run_netns_there_is_none_afterwards() -> None:
 
 BUILDER = """
 import os, sys
-from testbed.net import state
+from testbed.net import removal
 from testbed.net.fabric import Fabric
 from testbed.net.topology import load_topology
 from tests.net.direct import Direct
@@ -283,7 +283,7 @@ for line in sys.stdin:
     if child == 0:
         while True:
             network = Fabric.build(topology, Direct(), run_id="beef", persistent=persistent)
-            state.down("beef") if persistent else network.close()
+            removal.down("beef") if persistent else network.close()
     print(child, flush=True)
     os.waitpid(child, 0)
     print("reaped", flush=True)
@@ -314,10 +314,10 @@ def test_a_kill_at_any_moment_leaves_nothing_that_clean_does_not_remove(how: str
             os.kill(child, signal.SIGKILL)
             assert builder.stdout.readline() == "reaped\n"
             dead_runs += len(state.list_states())
-            state.clean()
+            removal.clean()
             for left in state.list_states():
                 assert left.persistent  # it was killed after `up` had finished its work
-                state.down(left.id)
+                removal.down(left.id)
             assert state.list_states() == []
             assert not [name for name in namespaces.names() if name.startswith("tb-beef-")]
             assert "tb-beef-" not in Path("/proc/self/mountinfo").read_text()

@@ -1,0 +1,78 @@
+"""A network in plain values: what stands, under which profiles, and what its emulators have counted so far."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from testbed.errors import TestbedError
+from testbed.net import namespaces, state
+from testbed.net.state import State
+
+if TYPE_CHECKING:
+    from testbed.net.emulators import Attachment
+
+
+def describe(network: State) -> dict[str, Any]:
+    """The network in plain values, for people and JSON: nodes with addresses, links with profiles and live
+    counters.
+
+    ``counters`` is None where the emulator cannot be asked: it belongs to another process, or asking takes
+    root.
+    """
+    topology = network.topology
+    nodes = [
+        {
+            "name": node.name,
+            "namespace": network.namespace(node.name),
+            "addresses": [
+                {"link": topology.links[end.link].name, "interface": end.name, "address": end.address}
+                | ({"address6": end.address6} if end.address6 else {})
+                for end in topology.interfaces(node.name)
+            ],
+        }
+        for node in topology.nodes
+    ]
+    links = [
+        {
+            "name": link.name,
+            "a": link.a,
+            "b": link.b,
+            "profile": str(link.profile),
+            "conditions": link.profile.text(),
+            "congestion": link.congestion,
+            "counters": _live_counters(network, number),
+        }
+        for number, link in enumerate(topology.links)
+    ]
+    return {
+        "id": network.id,
+        "topology": topology.name,
+        "emulator": network.emulator,
+        "persistent": network.persistent,
+        "alive": state.is_alive(network),
+        "created_at": network.created_at,
+        "process": network.pid,
+        "nodes": nodes,
+        "links": links,
+    }
+
+
+def _live_counters(network: State, number: int) -> dict[str, dict[str, Any]] | None:
+    try:
+        namespaces.require_root()
+        if not network.keep.is_dir():
+            return None
+        counters = reattach(network, number).counters()
+    except (TestbedError, OSError):
+        return None
+    return {way: asdict(values) for way, values in counters.items()}
+
+
+def reattach(network: State, number: int) -> Attachment:
+    """The running emulator of link `number` of a network that is up. Raises NetworkError where it cannot be
+    found."""
+    from testbed.net import emulators
+
+    link, keep = f"l{number}", network.keep
+    return emulators.reattach(network.emulator, network.wire, link, f"{link}a", f"{link}b", keep)

@@ -1,0 +1,79 @@
+"""Taking networks away: everything that their states name (`testbed.net.state`), and nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from testbed.errors import UsageError
+from testbed.net import namespaces, processes
+from testbed.net.state import (
+    Process,
+    State,
+    directory,
+    file_of,
+    find,
+    is_alive,
+    list_states,
+    locked,
+    netns_marker,
+)
+
+
+def remove(state: State) -> list[str]:
+    """Removes everything the state names, however much of it was made, and then the state. Call it `locked`.
+
+    Returns what it removed, a line each. What still runs inside the namespaces, and would keep them alive, is ended;
+    so is what writes to the network's files: an emulator that its maker had no time to put on record.
+    """
+    removed = []
+    if state.boot == namespaces.boot_id():
+        found = {*processes.running_inside(state.namespaces), *processes.writing_below(state.directory)}
+        helpers = [*state.processes, *(Process(*process, "working for the network") for process in found)]
+        removed += [f"process {p.pid} ({p.what})" for p in helpers if processes.end(p.pid, p.started)]
+    removed += [f"namespace {name}" for name in state.namespaces if namespaces.delete(name)]
+    if state.directory.is_dir():
+        shutil.rmtree(state.directory, ignore_errors=True)
+        removed.append(f"directory {state.directory}")
+    if file_of(state.id).exists():
+        file_of(state.id).unlink()
+        removed.append(f"state {file_of(state.id)}")
+    namespaces.release_directory(netns_marker())
+    return removed
+
+
+def clean() -> list[str]:
+    """Removes what dead runs left and returns what that was, a line each. Networks that are alive or up stay.
+
+    Raises UsageError without root, where there is something to remove.
+    """
+    if not directory().is_dir():
+        return []
+    if any(not is_alive(state) for state in list_states()):
+        namespaces.require_root("removing what dead runs left")
+    elif not os.access(directory(), os.W_OK):
+        return []
+    removed = []
+    with locked():
+        for state in list_states():
+            if not is_alive(state):
+                removed += remove(state)
+        for rest in directory().glob(".*.tmp"):  # a write that was cut short; whoever writes holds the lock
+            rest.unlink()
+            removed.append(f"file {rest}")
+        namespaces.release_directory(netns_marker())
+    return removed
+
+
+def down(run_id: str | None = None) -> list[str]:
+    """Removes a network that is up (the only one, unless its id is given); returns what it removed, a line
+    each.
+
+    Raises UsageError where there is no such network, several, or no root; also for a run still at work.
+    """
+    state = find(run_id)
+    if not state.persistent and is_alive(state):
+        raise UsageError(f"network {state.id} belongs to a run at work (process {state.pid}); stop that one")
+    namespaces.require_root("removing a network")
+    with locked():
+        return remove(state)
