@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from testbed.errors import SpecError
-from testbed.net.emulators.schedule import Deliveries, Schedule
+from testbed.net.emulators.deliveries import Deliveries
+from testbed.net.emulators.schedule import Schedule
 from testbed.net.jitter import LAWS, JitterTable
 from testbed.net.losses import LossModel, fraction_text
 from testbed.net.trace import Trace

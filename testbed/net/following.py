@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite, sqrt
 
-from testbed.net.emulators.schedule import Deliveries, Schedule
+from testbed.net.emulators.deliveries import Deliveries
+from testbed.net.emulators.schedule import Schedule
 from testbed.net.measure import Check
 from testbed.net.probing import WAYS, Arrived, Flow, Prober
 from testbed.net.profile import Profile

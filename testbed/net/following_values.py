@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-from testbed.net.emulators.schedule import Deliveries, Schedule
+from testbed.net.emulators.deliveries import Deliveries
+from testbed.net.emulators.schedule import Schedule
 from testbed.net.following import BIN_S, STRETCH_S, beginning
 from testbed.net.measure import CONFIDENCE, DELAY_TOLERANCE_S, Check, clopper_pearson
 from testbed.net.probe_flows import PROBE_BYTES, SLACK_S

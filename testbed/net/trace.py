@@ -25,7 +25,8 @@ import msgspec
 
 from testbed.errors import SpecError, UnitError
 from testbed.net import lookup
-from testbed.net.emulators.schedule import Deliveries, Schedule
+from testbed.net.emulators.deliveries import Deliveries
+from testbed.net.emulators.schedule import Schedule
 from testbed.net.generators import Flap, Outage, Sine, Step, exact_time
 from testbed.net.recordings.files import read_recording
 from testbed.net.recordings.recording import (

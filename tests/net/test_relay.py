@@ -17,9 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from testbed.net.emulators.deliveries import Deliveries
 from testbed.net.emulators.relaying.jitter import pack
 from testbed.net.emulators.relaying.line import Line
-from testbed.net.emulators.schedule import Deliveries, Schedule
+from testbed.net.emulators.schedule import Schedule
 from testbed.net.emulators.serving import PACKAGE
 from testbed.net.emulators.userspace import PROGRAM
 from testbed.net.jitter import table

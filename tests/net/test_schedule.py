@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.net.emulators.schedule import Deliveries, Schedule, unpack
+from testbed.net.emulators.deliveries import Deliveries
+from testbed.net.emulators.packed import unpack
+from testbed.net.emulators.schedule import Schedule
 
 # Segments of whole milliseconds with whole bytes per millisecond: what the walk adds up, it adds up exactly.
 segments = st.lists(

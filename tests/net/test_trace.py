@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.errors import SpecError
-from testbed.net.emulators.schedule import Milliseconds, Schedule, unpack
+from testbed.net.emulators.columns import Milliseconds
+from testbed.net.emulators.packed import unpack
+from testbed.net.emulators.schedule import Schedule
 from testbed.net.generators import Flap, Outage, Sine, Step
 from testbed.net.recordings import deliveries
 from testbed.net.recordings import files as recording_files

@@ -20,11 +20,13 @@ import sys
 from time import monotonic
 from typing import Any
 
+from testbed.net.emulators.deliveries import Deliveries
 from testbed.net.emulators.pacing import Pace, Pacer
+from testbed.net.emulators.packed import unpack
 from testbed.net.emulators.relay import _ask_for_precision
 from testbed.net.emulators.relaying.control import Control
 from testbed.net.emulators.rtnetlink import TCA_KIND, TCA_OPTIONS, Netlink, attribute, text
-from testbed.net.emulators.schedule import Deliveries, Schedule, unpack
+from testbed.net.emulators.schedule import Schedule
 from testbed.net.emulators.shaping import HOLD, RELEASE, Plug, TokenBucket
 
 STEP_S = 8e-3

@@ -16,7 +16,8 @@ from testbed.net.emulators import netem_options, shaping
 from testbed.net.emulators.netem_options import Options
 
 if TYPE_CHECKING:
-    from testbed.net.emulators.schedule import Deliveries, Schedule
+    from testbed.net.emulators.deliveries import Deliveries
+    from testbed.net.emulators.schedule import Schedule
     from testbed.net.profile import Profile
 
 ROOT = 0xFFFFFFFF

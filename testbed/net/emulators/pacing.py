@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from testbed.net.emulators.shaping import ETHERNET_HEADER, SLACK_S
 
 if TYPE_CHECKING:
-    from testbed.net.emulators.schedule import Deliveries, Schedule
+    from testbed.net.emulators.deliveries import Deliveries
+    from testbed.net.emulators.schedule import Schedule
 
 MOST_BYTES_PER_S = 10**11  # "no limit"
 _LEAST_BYTES_PER_S = 125  # a kilobit per second: what the bucket gives beyond its one filling does not count

@@ -19,10 +19,10 @@ from math import inf
 from time import monotonic, sleep
 from typing import Any
 
+from testbed.net.emulators.packed import unpack
 from testbed.net.emulators.relaying.control import Control
 from testbed.net.emulators.relaying.line import Line
 from testbed.net.emulators.relaying.port import BATCH, Port, Receiver
-from testbed.net.emulators.schedule import unpack
 
 PRIORITY = 2  # real-time, just above the probers' (probe.py), which must not hold up the link they measure
 NOBODY = 65534

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from testbed.errors import SpecError
-from testbed.net.emulators.schedule import Milliseconds
+from testbed.net.emulators.columns import Milliseconds
 from testbed.net.recordings.lines import comma_separated, wrong
 from testbed.net.recordings.recording import MAX_SECONDS, Samples
 from testbed.net.strict_yaml import did_you_mean

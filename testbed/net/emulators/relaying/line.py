@@ -22,7 +22,8 @@ from testbed.net.emulators.relaying.jitter import Jitter, unpack
 from testbed.net.emulators.relaying.loss import Independent, Loss, loss_of
 
 if TYPE_CHECKING:
-    from testbed.net.emulators.schedule import Deliveries, Schedule
+    from testbed.net.emulators.deliveries import Deliveries
+    from testbed.net.emulators.schedule import Schedule
 
 HEADERS = packet.HEADERS  # rates and queues count what is behind them
 # Under way in one direction: a sender faster than the host's memory is no reason to end.
