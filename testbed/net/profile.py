@@ -20,11 +20,9 @@ from typing import Any
 from testbed.errors import SpecError, UnitError
 from testbed.net.conditions import (
     INLINE_SOURCE,
-    MIN_QUEUE_BYTES,
     MTU,
     Direction,
     Profile,
-    Queue,
     split_conditions,
 )
 from testbed.net.presets import PRESETS
@@ -36,6 +34,7 @@ from testbed.net.profile_values import (
     parse_queue,
     parse_switch,
 )
+from testbed.net.queues import MIN_QUEUE_BYTES, Queue
 from testbed.net.strict_yaml import did_you_mean
 from testbed.net.trace import is_trace, parse_trace
 from testbed.units import parse_fraction, parse_rate, parse_size, parse_time

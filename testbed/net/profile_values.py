@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from testbed.errors import SpecError, UnitError
-from testbed.net.conditions import CoDel, Queue
 from testbed.net.jitter import LAWS, read_table
 from testbed.net.losses import FourState, GilbertElliott
+from testbed.net.queues import CoDel, Queue
 from testbed.net.strict_yaml import did_you_mean
 from testbed.units import parse_fraction, parse_size, parse_time
 

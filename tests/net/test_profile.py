@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from testbed.errors import SpecError, UsageError
 from testbed.net import jitter
-from testbed.net.conditions import CoDel
 from testbed.net.emulators.refusal import refuse_unknown
 from testbed.net.jitter import LAWS
 from testbed.net.losses import FourState, GilbertElliott, LossModel
 from testbed.net.profile import PRESETS, Direction, Profile, Queue, parse_profile, profile_from
+from testbed.net.queues import CoDel
 
 
 def test_inline_conditions_hold_both_ways() -> None:
