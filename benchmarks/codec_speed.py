@@ -132,8 +132,7 @@ class Bench:
         def decode(made: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
             side, packed = made
             reader = Reader(codec.quantizer, layout, side, self.cache.dtype, device)
-            ends = [piece.symbols_at + piece.symbol_bytes for piece in layout.pieces]
-            reader.read(every, lambda i: (packed[layout.pieces[i].symbols_at : ends[i]], True))
+            reader.read_packed(every, packed)
             return reader.targets
 
         return self.measured(f"{codec.quantizer} on device", None, encode, decode)

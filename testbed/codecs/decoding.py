@@ -63,34 +63,32 @@ def dequantize(
     dtype = torch.float32 if codec.transform else torch_dtype(header.dtype)
     device = torch.device(device)
     reader = Reader(codec.quantizer, layout, as_tensor(side).to(device), dtype, device)
-    found = _symbols(codec.coder, header, layout, symbols, device)
-    by_part = codec.coder is not None  # expanded and read while it is close to the core
 
     def read(which: range) -> None:
-        for own in [range(i, i + 1) for i in which] if by_part else [which]:
-            reader.read(own, found)
+        if isinstance(symbols, Planes):
+            known = symbols.symbols
+            reader.read(which, lambda i: (known[i].to(device), False))
+        elif codec.coder is None:
+            reader.read_packed(which, packed)
+        else:
+            found = _expanded(codec.coder, header, layout, symbols, device)
+            # Expanded and read while it is close to the core; a GPU is given all parts at once.
+            for own in [range(i, i + 1) for i in which] if device.type == "cpu" else [which]:
+                reader.read(own, found)
 
+    if codec.coder is None and not isinstance(symbols, Planes):
+        packed = as_tensor(symbols).to(device)
     runs(read, len(layout.pieces), device)
     return reader.targets
 
 
-def _symbols(
-    coder: Coder | None,
-    header: Header,
-    layout: Layout,
-    data: memoryview | Planes,
-    device: torch.device,
+def _expanded(
+    coder: Coder, header: Header, layout: Layout, data: memoryview, device: torch.device
 ) -> Callable[[int], tuple[Tensor, bool]]:
-    """What gives a part's symbols, and whether they are packed. Expands where they are entropy-coded."""
+    """What expands a part's symbols, and says whether they are packed."""
     import torch
 
-    if isinstance(data, Planes):
-        known = data.symbols
-        return lambda i: (known[i].to(device), False)
     pieces = layout.pieces
-    if coder is None:
-        packed = as_tensor(data).to(device)
-        return lambda i: (packed[pieces[i].symbols_at : pieces[i].symbols_at + pieces[i].symbol_bytes], True)
     ends = list(itertools.accumulate(header.coded))
 
     def expanded(i: int) -> tuple[Tensor, bool]:

@@ -7,6 +7,7 @@ through their quantizer, one by one.
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from testbed.codecs.entropy import pack, unpack
-from testbed.codecs.layout import ALIGNMENT, Layout
+from testbed.codecs.layout import ALIGNMENT, Layout, Piece, aligned
 from testbed.codecs.parallel import bytes_for
 from testbed.codecs.quantize.loops import loops_for
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from testbed.codecs.quantize import Quantizer
     from testbed.codecs.quantize.batch import Table
+    from testbed.codecs.quantize.integer import Integer
     from testbed.models.kvcache import KVCache
 
 
@@ -48,13 +50,12 @@ class Writer:
     def write(self, which: range) -> None:
         """Side information and packed symbols of these pieces. Raises CodecError where one cannot be quantized."""
         self._write_fitting(which)
-        for i in which:
-            piece = self.pieces[i]
-            end = piece.symbols_at + piece.symbol_bytes
+        pieces = self.pieces[which.start : which.stop]
+        for i, piece in zip(which, pieces, strict=True):
             if not self._table.fits(i):
-                pack(self.symbols(i), piece.bits, out=self.packed[piece.symbols_at : end])
-            _zero_gap(self.side, piece.side_at + piece.side_bytes)
-            _zero_gap(self.packed, end)
+                pack(self.symbols(i), piece.bits, out=_cut(self.packed, piece))
+        _zero_gaps(self.side, [piece.side_at + piece.side_bytes for piece in pieces])
+        _zero_gaps(self.packed, [piece.symbols_at + piece.symbol_bytes for piece in pieces])
 
     def symbols(self, i: int) -> Tensor:
         """A part's symbols before they are packed; its side information is written."""
@@ -98,26 +99,38 @@ class Reader:
     def read(self, which: range, symbols_of: Callable[[int], tuple[Tensor, bool]]) -> None:
         """Fills these pieces' targets. symbols_of: a part's uint8 bytes, and whether they are packed to the symbols' width."""
         found = [symbols_of(i) for i in which]
-        done = self._read_fitting(which, found)
-        for i, (data, packed) in zip(which, found, strict=True):
-            piece = self.pieces[i]
+        rows = self._table.of(which)
+        if len(rows):
+            from testbed.codecs.quantize import batch
+
+            own = [found[i - which.start] for i in self._table.fitting(which)]
+            rows[:, batch.PACKED] = [data.data_ptr() for data, _ in own]
+            rows[[not packed for _, packed in own], batch.BITS] = 8  # a byte a symbol
+        self._read(which, rows, lambda i: found[i - which.start])
+
+    def read_packed(self, which: range, packed: Tensor) -> None:
+        """The same from the whole section of packed symbols, uint8, on the targets' device."""
+        rows = self._table.of(which)
+        if len(rows):
+            from testbed.codecs.quantize import batch
+
+            begins = [self.pieces[i].symbols_at for i in self._table.fitting(which)]
+            rows[:, batch.PACKED] = np.array(begins) + packed.data_ptr()
+        self._read(which, rows, lambda i: (_cut(packed, self.pieces[i]), True))
+
+    def _read(self, which: range, rows: Table, symbols_of: Callable[[int], tuple[Tensor, bool]]) -> None:
+        """Those of the pieces that fit by the loops; those that do not, or could not be decoded so, one by one."""
+        done: set[int] = set()
+        if len(rows):
+            whole = self._table.loops.decode(self.pieces[which[0]].part.dtype, rows)
+            fitting = self._table.fitting(which)
+            done = set(fitting if whole.all() else itertools.compress(fitting, whole))
+        for i in which:
             if i not in done:
+                piece, (data, packed) = self.pieces[i], symbols_of(i)
                 symbols = unpack(data, piece.symbols, piece.bits) if packed else data
                 own = self._numbers[piece.side_at : piece.side_at + piece.side_bytes]
                 self.quantizer.decode_into(piece.part, symbols, own, self.targets[i])
-
-    def _read_fitting(self, which: range, found: Sequence[tuple[Tensor, bool]]) -> set[int]:
-        """Those of the pieces that the loops could decode."""
-        rows = self._table.of(which)
-        if not len(rows):
-            return set()
-        from testbed.codecs.quantize import batch
-
-        fitting = [i for i in which if self._table.fits(i)]
-        rows[:, batch.PACKED] = [found[i - which.start][0].data_ptr() for i in fitting]
-        rows[[not found[i - which.start][1] for i in fitting], batch.BITS] = 8  # a byte a symbol
-        whole = self._table.loops.decode(self.pieces[which[0]].part.dtype, rows)
-        return {i for i, one in zip(fitting, whole, strict=True) if one}
 
 
 class _Table:
@@ -130,17 +143,22 @@ class _Table:
         rows: list[list[int]] = []
         loops = loops_for(values[0].device) if values else None
         if loops is not None:
+            from testbed.codecs.quantize import batch
+
             self.loops = loops
+            dtype = str(values[0].dtype).removeprefix("torch.")  # a cache has one
+            before: tuple[tuple[int, int, int], Integer] | None = None
             for i, piece in enumerate(layout.pieces):
                 integer = quantizer.uniform(piece.part) if piece.part.elements else None
-                if integer is not None and str(values[i].dtype) == f"torch.{piece.part.dtype}":
-                    from testbed.codecs.quantize import batch
-
-                    row = batch.row_of(piece, integer)
-                    if loops.takes(piece.part.dtype, row):
+                if integer is not None and piece.part.dtype == dtype:
+                    if before is None or before[0] != piece.part.shape or before[1] is not integer:
+                        row, before = batch.row_of(piece, integer), (piece.part.shape, integer)
+                        taken = loops.takes(dtype, row)
+                    if taken:
                         self._row[i] = len(rows)
                         rows.append(row)
         self._rows = np.array(rows, dtype=np.int64)
+        self._fitting = [i for i, at in enumerate(self._row) if at >= 0]
 
     def set_addresses(self, values: Sequence[Tensor], side: Tensor, packed: Tensor | None = None) -> None:
         """Where the parts' values lie, and the sections."""
@@ -148,12 +166,12 @@ class _Table:
             return
         from testbed.codecs.quantize import batch
 
-        fitting = [i for i in range(len(values)) if self.fits(i)]
-        self._kept = [values[i].contiguous() for i in fitting]
+        pieces = [self._pieces[i] for i in self._fitting]
+        self._kept = [values[i].contiguous() for i in self._fitting]
         self._rows[:, batch.VALUES] = [own.data_ptr() for own in self._kept]
-        self._rows[:, batch.SIDE] = [side.data_ptr() + self._pieces[i].side_at for i in fitting]
+        self._rows[:, batch.SIDE] = np.array([piece.side_at for piece in pieces]) + side.data_ptr()
         if packed is not None:
-            self._rows[:, batch.PACKED] = [packed.data_ptr() + self._pieces[i].symbols_at for i in fitting]
+            self._rows[:, batch.PACKED] = np.array([piece.symbols_at for piece in pieces]) + packed.data_ptr()
 
     def fits(self, i: int) -> bool:
         """Whether the loops take part `i`."""
@@ -161,43 +179,59 @@ class _Table:
 
     def of(self, which: range) -> Table:
         """The rows of those of these parts that fit, to be changed at will."""
-        return self._rows[[self._row[i] for i in which if self._row[i] >= 0]]
+        return self._rows[[at for at in self._row[which.start : which.stop] if at >= 0]]
+
+    def fitting(self, which: range) -> list[int]:
+        """Those of these parts that fit."""
+        return self._fitting if len(which) == len(self._row) else [i for i in which if self.fits(i)]
 
 
 def _targets(layout: Layout, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Memory for each part's values, many parts side by side in a block, each at a cache line's start."""
-    import torch
-
-    sizes = [-(-piece.part.elements * dtype.itemsize // 64) * 64 for piece in layout.pieces]
+    line = 64 // dtype.itemsize
+    shapes = [piece.part.shape for piece in layout.pieces]
+    sizes = [-(-piece.part.elements // line) * line for piece in layout.pieces]
     targets: list[Tensor] = []
-    left, at = torch.empty(0, dtype=dtype, device=device), 0
-    for i, (piece, size) in enumerate(zip(layout.pieces, sizes, strict=True)):
-        if at + size > left.nbytes:
-            left, at = _block(_together(sizes[i:]), dtype, device), 0
-        start = at // dtype.itemsize
-        targets.append(left[start : start + piece.part.elements].view(piece.part.shape))
-        at += size
+    while len(targets) < len(sizes):
+        most = _BLOCK // dtype.itemsize if device.type == "cpu" else sum(sizes)
+        together = _together(sizes[len(targets) :], most)
+        own = shapes[len(targets) : len(targets) + len(together)]
+        block = _block(sum(together) or line, dtype, device)[: sum(together)]
+        if len(set(own)) == 1 and math.prod(own[0]) == together[0] > 0:
+            targets += block.view(
+                len(own), *own[0]
+            ).unbind()  # a call for all, where each costs as much as quantizing
+        else:
+            rooms = block.split(together)
+            targets += [room[: math.prod(shape)].view(shape) for room, shape in zip(rooms, own, strict=True)]
     return targets
 
 
-def _together(sizes: Sequence[int]) -> int:
-    """Bytes of the parts, from the first on, that share a block. At least one, and a block is never of nothing."""
-    ends = itertools.takewhile(lambda end: end <= _BLOCK, itertools.accumulate(sizes))
-    return max([sizes[0], 64, *ends])
+def _together(sizes: Sequence[int], most: int) -> list[int]:
+    """The parts, from the first on, that share a block: at least one."""
+    ends = itertools.takewhile(lambda end: end <= most, itertools.accumulate(sizes))
+    return list(sizes[: max(1, sum(1 for _ in ends))])
 
 
 def _block(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for `size` numbers."""
     import torch
 
     if device.type == "cpu":
-        return torch.from_numpy(bytes_for(size)).view(dtype)
-    return torch.empty(size // dtype.itemsize, dtype=dtype, device=device)
+        return torch.from_numpy(bytes_for(size * dtype.itemsize)).view(dtype)
+    return torch.empty(size, dtype=dtype, device=device)
 
 
-def _zero_gap(section: Tensor, end: int) -> None:
-    """Zeros behind a piece, up to the next multiple of the alignment."""
-    if end % ALIGNMENT:
-        section[end : end + ALIGNMENT - end % ALIGNMENT] = 0
+def _zero_gaps(section: Tensor, ends: list[int]) -> None:
+    """Zeros behind pieces, up to the next multiple of the alignment."""
+    gaps = [at for end in ends if end % ALIGNMENT for at in range(end, aligned(end))]
+    if gaps:
+        section[gaps] = 0
+
+
+def _cut(section: Tensor, piece: Piece) -> Tensor:
+    """A piece's packed symbols."""
+    return section[piece.symbols_at : piece.symbols_at + piece.symbol_bytes]
 
 
 def as_tensor(view: memoryview) -> Tensor:
