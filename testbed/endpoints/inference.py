@@ -61,8 +61,8 @@ class InferenceSide:
         from testbed.codecs.codec import Codec, decode
         from testbed.models.loading import load_model
 
-        self.pace = Pace(slowdown)
         self._model = load_model(model, device=device, dtype=dtype, threads=threads)
+        self.pace = Pace(slowdown, self._model.device)
         warm = self._model.tokenize("The quick brown fox jumps over the lazy dog. " * 12)
         prefilled = self._model.prefill(warm, None)
         self._model.generate(warm[:8], prefilled.cache, 4, "")
@@ -82,7 +82,8 @@ class InferenceSide:
 
     def share(self, other: InferenceSide) -> None:
         """Take the model and the prefixes that another side of this process has loaded."""
-        self._model, self.prefixes, self.pace = other.model, other.prefixes, Pace(other.pace.slowdown)
+        self._model, self.prefixes = other.model, other.prefixes
+        self.pace = Pace(other.pace.slowdown, other.pace.device)
 
     def learn_prefix(self, text: str) -> str:
         """Prefill a task's prefix once; returns the digest by which requests name it."""

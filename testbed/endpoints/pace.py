@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Pace:
@@ -10,10 +14,12 @@ class Pace:
 
     The wait is part of the measured path: it stands where the slower machine would still compute, so that what follows
     (a transmission, the next token) begins as late as it would there. Only compute is stretched, never the link.
+
+    device: where it computes. A GPU is waited for, as what it was given is not done when the call that gave it returns.
     """
 
-    def __init__(self, slowdown: float = 1.0) -> None:
-        self.slowdown = slowdown
+    def __init__(self, slowdown: float = 1.0, device: torch.device | None = None) -> None:
+        self.slowdown, self.device = slowdown, device
         self._since = time.monotonic()
 
     def begin(self) -> float:
@@ -23,6 +29,10 @@ class Pace:
 
     def hold(self) -> float:
         """Wait for what the computing since `begin` (or the last `hold`) would have taken longer; returns the time."""
+        if self.device is not None and self.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self.device)
         if self.slowdown > 1.0:
             computed = time.monotonic() - self._since
             until = self._since + computed * self.slowdown

@@ -9,8 +9,21 @@ from testbed.codecs.codec import Codec, decode
 from tests.codecs.caches import make_cache, ragged_cache, same_cache
 from tests.codecs.second_device import OTHER, second_device
 
-CODECS = ["fp16", "int4", "int8+zstd", "int4(axis=channel)+ans", "fp8", "kivi", "kvquant(bits=3)", "normsep", "turbo"]
-CODECS += ["mixed(protect=K0.V1)", "planes+zstd", "cachegen", "delta(loop=closed)+int4"]
+CODECS = [
+    "fp16",
+    "int4",
+    "int8+zstd",
+    "int4(axis=channel)+ans",
+    "fp8",
+    "kivi",
+    "kvquant(bits=3)",
+    "normsep",
+    "turbo",
+    "mixed(protect=K0.V1)",
+    "planes+zstd",
+    "cachegen",
+    "delta(loop=closed)+int4",
+]
 
 
 def test_tensors_of_two_devices_do_not_meet() -> None:
@@ -24,7 +37,9 @@ def test_tensors_of_two_devices_do_not_meet() -> None:
 
 
 @pytest.mark.parametrize("text", CODECS)
-def test_a_cache_on_another_device_gives_the_same_payload_and_a_payload_the_same_cache_there(text: str) -> None:
+def test_a_cache_on_another_device_gives_the_same_payload_and_a_payload_the_same_cache_there(
+    text: str,
+) -> None:
     for cache in (make_cache("sliding layers"), ragged_cache()):
         payload = Codec(text).encode(cache)
         with second_device():
