@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from testbed.cli import cli
 from testbed.codecs.quantize.protection import Place
 from testbed.codecs.spec import parse
-from testbed.diagnosis.choose import Loss, holds, smallest_set, verdict
+from testbed.diagnosis.choose import Loss, holds, smallest_set, surely_lost, verdict
 
 PLACES: list[Place] = [(kind, layer) for layer in range(10) for kind in ("keys", "values")]
 
@@ -49,6 +49,13 @@ def test_a_loss_that_no_set_avoids_is_said_so() -> None:
     found, held = smallest_set(PLACES, lambda protected: Loss((1.0,) * 5, (0.0,) * 5), within)
     assert (found, held) == (frozenset(PLACES), False)
     assert "no set holds" in verdict(found, held, 20, 4, 8, "0-9")
+    assert surely_lost(Loss((1.0,) * 5, (0.0,) * 5), "nll", 0.05)
+
+
+def test_examples_that_are_too_few_to_tell_are_said_to_be() -> None:
+    scattered = Loss((0.4, -0.3, 0.4, -0.3), (0.0,) * 4)
+    assert not holds(scattered, "nll", 0.05) and not surely_lost(scattered, "nll", 0.05)
+    assert verdict(frozenset(PLACES), False, 20, 4, 8, "0-9", surely=False).startswith("undecided: ")
 
 
 def test_an_uncertain_loss_does_not_hold() -> None:

@@ -42,6 +42,12 @@ def holds(loss: Loss, measure: str, epsilon: float) -> bool:
     return found.high <= epsilon
 
 
+def surely_lost(loss: Loss, measure: str, epsilon: float) -> bool:
+    """Whether the loss is beyond epsilon: the near end of its 95 % interval. Few examples leave it open."""
+    found = interval(loss.nll if measure == "nll" else loss.score)
+    return found.low > epsilon
+
+
 def smallest_set(
     ranked: Sequence[Place], loss_of: Callable[[frozenset[Place]], Loss], within: Callable[[Loss], bool]
 ) -> tuple[frozenset[Place], bool]:
@@ -71,10 +77,16 @@ def smallest_set(
     return frozenset(chosen), True
 
 
-def verdict(protected: frozenset[Place], held: bool, places: int, low: int, high: int, word: str) -> str:
-    """One sentence for people."""
+def verdict(
+    protected: frozenset[Place], held: bool, places: int, low: int, high: int, word: str, surely: bool = True
+) -> str:
+    """One sentence for people. surely: whether what does not hold is beyond epsilon for certain."""
     if held and not protected:
         return f"no bottleneck: int{low} everywhere holds the full cache's quality"
+    if not held and not surely:
+        return (
+            f"undecided: these examples are too few to show that even {high} bits everywhere hold the quality"
+        )
     if not held:
         return f"no set holds the quality: even with {high} bits everywhere the loss is beyond epsilon"
     share = len(protected) / places

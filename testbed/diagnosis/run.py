@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from testbed.codecs.quantize.protection import FORMAT, Place, write_places
-from testbed.diagnosis.choose import Loss, holds, interval, smallest_set, verdict
+from testbed.diagnosis.choose import Loss, holds, interval, smallest_set, surely_lost, verdict
 from testbed.diagnosis.measure import Outcome, Probe, damage, rescue
 from testbed.diagnosis.settings import Settings
 from testbed.models.language import LanguageModel
@@ -31,12 +31,13 @@ def diagnose(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     tried: dict[frozenset[Place], Loss] = {}
     chosen, held = _smallest(ranking, others, settings, tried, say)
     word = write_places(chosen)
+    surely = surely_lost(tried[chosen], settings.measure, settings.epsilon)
     return {
         "format": FORMAT,
         **asdict(settings),
         "model": model.name,
         "protect": word,
-        "verdict": verdict(chosen, held, len(places), settings.bits, settings.high, word),
+        "verdict": verdict(chosen, held, len(places), settings.bits, settings.high, word, surely),
         **ranking.to_dict([model.window(layer) for layer in range(model.num_layers)]),
         "sets": [
             {
