@@ -76,7 +76,7 @@ class Codec:
         target = body if held.device.type == "cpu" else torch.empty_like(body, device=held.device)
         side, packed = target[: layout.side_bytes], target[layout.side_bytes :]
         writer = Writer(self.quantizer, held, layout, side, packed)
-        runs(writer.write, len(layout.pieces), held.device)
+        runs(writer.write, len(layout.pieces), held.device, even=True)
         if target is not body:
             body.copy_(target)
         payload[at + body_bytes :] = np.frombuffer(behind, dtype=np.uint8)

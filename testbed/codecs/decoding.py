@@ -78,7 +78,7 @@ def dequantize(
 
     if codec.coder is None and not isinstance(symbols, Planes):
         packed = as_tensor(symbols).to(device)
-    runs(read, len(layout.pieces), device)
+    runs(read, len(layout.pieces), device, even=codec.coder is None)
     return reader.targets
 
 

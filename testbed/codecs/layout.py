@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -61,6 +62,7 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+@functools.lru_cache  # the parts of a cache are of a few sizes
 def packed_bytes(symbols: int, bits: int) -> int:
     """Bytes of `symbols` symbols of `bits` bits each, packed: each stretch of `stretches` ends in a whole byte."""
     return sum(-(-symbols * width // 8) for width in stretches(bits))

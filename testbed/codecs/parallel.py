@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
-_RUNS = 4  #: stretches a thread: so many that the slowest thread leaves the others little to wait for
+_RUNS = 4  # stretches a thread: so many that the slowest thread leaves the others little to wait for
 _LINE = 64  # bytes of a cache line
 _KEPT_BYTES, _LARGEST_MMAP_THRESHOLD = 256 << 20, 32 << 20
 
@@ -44,14 +44,17 @@ def each(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Resu
     return _pool(threads()).map(work, items)
 
 
-def runs(work: Callable[[range], Result], count: int, device: torch.device) -> list[Result]:
+def runs(
+    work: Callable[[range], Result], count: int, device: torch.device, *, even: bool = False
+) -> list[Result]:
     """`work` on stretches of `count` things, several a thread; all at once where a GPU computes, which has its own queue.
 
+    even: the things take equally long, so that a stretch a thread is enough, and handing out stretches takes less time.
     Results in order; the first exception in order is raised.
     """
     if device.type != "cpu":
         return [work(range(count))]
-    stretches = max(1, min(count, _RUNS * threads() if threads() > 1 else 1))
+    stretches = max(1, min(count, threads() * (1 if even or threads() == 1 else _RUNS)))
     ends = [count * i // stretches for i in range(stretches + 1)]
     return list(each(work, [range(start, stop) for start, stop in itertools.pairwise(ends)]))
 
