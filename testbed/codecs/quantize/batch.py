@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Table = npt.NDArray[np.int64]
 #: What a row says. Addresses first: of 16-bit values, of scales and zero points, of packed symbols.
-VALUES, SIDE, PACKED, _PACKED_BYTES, _ROWS, _GROUPS, _SIZE, BITS, _SYMMETRIC, _LEVELS, _OFFSET = range(11)
+VALUES, SIDE, PACKED, _PACKED_BYTES, ROWS, GROUPS, SIZE, BITS, _SYMMETRIC, _LEVELS, OFFSET = range(11)
 
 
 def row_of(piece: Piece, integer: Integer) -> list[int]:
@@ -61,7 +61,7 @@ def _room(table: Any) -> Any:
     most = 0
     for i in range(len(table)):
         if table[i, BITS] != 8:
-            most = max(most, table[i, _ROWS] * table[i, _GROUPS] * table[i, _SIZE])
+            most = max(most, table[i, ROWS] * table[i, GROUPS] * table[i, SIZE])
     return np.empty(most, dtype=np.int8)
 
 
@@ -70,9 +70,9 @@ def _encode(table: Any, worst: Any, one_part: Any) -> Any:
     room = _room(table)
     for i in range(len(table)):
         row = table[i]
-        shape = (row[_ROWS], row[_GROUPS], row[_SIZE])
+        shape = (row[ROWS], row[GROUPS], row[SIZE])
         symmetric, count = row[_SYMMETRIC] != 0, shape[0] * shape[1] * shape[2]
-        levels, offset = np.float32(row[_LEVELS]), np.float32(row[_OFFSET])
+        levels, offset = np.float32(row[_LEVELS]), np.float32(row[OFFSET])
         values = _halves_at(row[VALUES], shape)
         side = _halves_at(row[SIDE], (shape[0], 1 if symmetric else 2, shape[1]))
         packed = _bytes_at(row[PACKED], row[_PACKED_BYTES])
@@ -87,9 +87,9 @@ def _decode(table: Any, fits: Any, streamed: Any, one_part: Any) -> Any:
     room = _room(table)
     for i in range(len(table)):
         row = table[i]
-        shape, bits = (row[_ROWS], row[_GROUPS], row[_SIZE]), row[BITS]
+        shape, bits = (row[ROWS], row[GROUPS], row[SIZE]), row[BITS]
         symmetric, count = row[_SYMMETRIC] != 0, shape[0] * shape[1] * shape[2]
-        levels, offset = np.float32(row[_LEVELS]), np.float32(row[_OFFSET])
+        levels, offset = np.float32(row[_LEVELS]), np.float32(row[OFFSET])
         side = _halves_at(row[SIDE], (shape[0], 1 if symmetric else 2, shape[1]))
         if streaming.takes(bits, shape, row[VALUES]):
             fits[i] = streamed(row[PACKED], bits, shape, symmetric, levels, offset, side, row[VALUES])

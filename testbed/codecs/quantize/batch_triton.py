@@ -26,7 +26,7 @@ _LARGEST_GROUP = 4096
 _TILE = 2048  #: elements of a stretch that a program holds; 16 a thread
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}  #: of a launch
 _CHECKED_ROWS = 16
-_SETTINGS = slice(batch._GROUPS, batch._OFFSET + 1)  #: of a row: what a kernel is compiled for
+_SETTINGS = slice(batch.GROUPS, batch.OFFSET + 1)  #: of a row: what a kernel is compiled for
 
 
 class OnGPU:
@@ -37,9 +37,9 @@ class OnGPU:
 
     def takes(self, dtype: str, row: Sequence[int]) -> bool:
         """Groups of at most 4,096 elements, so many that they fill each stretch of the packed symbols alike."""
-        groups = row[batch._ROWS] * row[batch._GROUPS]
+        groups = row[batch.ROWS] * row[batch.GROUPS]
         return (
-            row[batch._SIZE] <= _LARGEST_GROUP
+            row[batch.SIZE] <= _LARGEST_GROUP
             and groups % _STRETCHES[row[batch.BITS]] == 0
             and _agrees(self.device, dtype, tuple(row[_SETTINGS]))
         )
@@ -80,7 +80,7 @@ def _launch(kernel: Any, dtype: str, table: Table, device: torch.device) -> npt.
     )
     rows = np.zeros((len(table), kernels.COLUMNS.value), dtype=np.int64)
     rows[:, :3] = table[:, :3]
-    rows[:, 3] = table[:, batch._ROWS] * table[0, batch._GROUPS] // constants["STRETCHES"]
+    rows[:, 3] = table[:, batch.ROWS] * table[0, batch.GROUPS] // constants["STRETCHES"]
     # A copy from memory that is not pinned has read it when the call returns.
     given = torch.from_numpy(rows).to(device, non_blocking=True)
     grid = (-(-int(rows[:, 3].max()) // constants["BLOCK"]), len(rows))
