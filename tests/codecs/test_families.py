@@ -17,6 +17,7 @@ from testbed.codecs.evidence import Evidence, Needs
 from testbed.codecs.select.q2c import Q2C
 from testbed.endpoints.gathering import gather
 from testbed.endpoints.online import OnlineSelection
+from testbed.errors import SpecError
 from testbed.models.kvcache import KVCache, KVLayer, join
 from testbed.models.language import LanguageModel
 from testbed.models.loading import load_model
@@ -50,6 +51,11 @@ def of_context(w: Tensor, p: int, c: int, q: int, a: int) -> Tensor:
     return w[:, :, p : p + c].mean(1).sum(1)
 
 
+def of_all(w: Tensor, p: int, c: int, q: int, a: int) -> Tensor:
+    """What all context tokens and all question tokens pay together."""
+    return w[:, :, p : p + c + q].mean(1).sum(1)
+
+
 def of_answer(w: Tensor, p: int, c: int, q: int, a: int) -> Tensor:
     """What is paid together where the answer's tokens are predicted."""
     return w[:, :, p + c + q - 1 : p + c + q + a - 1].mean(1).sum(1)
@@ -78,11 +84,18 @@ SCORES: dict[str, Weighing] = {
     "snapkv@0.5(window=9, kernel=5, pool=mean)": pooled(of_last(9), 5, "mean", apart=9),
     "snapkv@0.5(question=true, kernel=1)": of_question,
     "snapkv@0.5(question=true)": pooled(of_question, 7),
+    "snapkv@0.5(window=0, kernel=1)": lambda w, p, c, q, a: of_context(w, p, c, q, a) / c,
+    "snapkv@0.5(window=0, kernel=1, question=true)": lambda w, p, c, q, a: of_all(w, p, c, q, a) / (c + q),
+    "snapkv@0.5(window=0, question=true)": pooled(lambda w, p, c, q, a: of_all(w, p, c, q, a) / (c + q), 7),
     "pyramid@0.5(window=5, kernel=1)": of_last(5),
     "pyramid@0.5(window=5)": pooled(of_last(5), 7, apart=5),
     "h2o@0.5": of_context,
     "h2o@0.5(normalised=true)": lambda w, p, c, q, a: (
         of_context(w, p, c, q, a) / torch.tensor([float(c - t) for t in range(c)])
+    ),
+    "h2o@0.5(question=true)": of_all,
+    "h2o@0.5(normalised=true, question=true)": lambda w, p, c, q, a: (
+        of_all(w, p, c, q, a) / torch.tensor([float(c + q - t) for t in range(c)])
     ),
     "tova@0.5": lambda w, p, c, q, a: w[:, :, p + c - 1].mean((0, 1)).expand(len(w), -1),
     "adaptive@0.5(by=q2c)": pooled(of_question, 15),
@@ -176,6 +189,42 @@ def test_no_token_is_dropped_that_eager_attention_ranks_above_one_kept(
             held_by_score = held.clone()
             held_by_score[:2] = False
             assert float(row[held_by_score].min()) > float(row[~held].max()) - 2e-5
+
+
+#: The selectors as the study defines them, and what they sum over all heads of the last layer alone.
+PUBLISHED: dict[str, Callable[[Tensor, int, int, int], Tensor]] = {
+    "q2c@0.4(sinks=0, pool=1, scope=global, layers=last)": lambda w, p, c, q: w[:, p + c : p + c + q],
+    "snapkv@0.4(window=0, kernel=1, question=true, scope=global, layers=last)": lambda w, p, c, q: w[
+        :, p : p + c + q
+    ],
+    "h2o@0.4(recent=0, question=true, scope=global, layers=last)": lambda w, p, c, q: w[:, p : p + c + q],
+}
+
+
+@pytest.mark.parametrize("text", PUBLISHED)
+@pytest.mark.parametrize("family", PRUNED)
+def test_the_published_forms_rank_once_by_what_all_heads_of_the_last_layer_pay(
+    tiny_model: Tiny, family: str, text: str
+) -> None:
+    path = tiny_model(family)
+    _, stretches, evidence = prepared(path)
+    prefix, context, question, _ = map(len, stretches)
+    last = evidence.prunable[-1]
+    weights = PUBLISHED[text](eager_attentions(path)[last][0], prefix, context, question)
+    scores = weights.sum((0, 1))[prefix : prefix + context]
+    budget = round(0.4 * context)
+    lists = [index for index in Codec(text).select(evidence).layers if index is not None]
+    assert len(lists) == len(evidence.prunable)
+    for index in lists:
+        assert index.shape == (budget,)
+        assert torch.equal(index, lists[0])
+        dropped = torch.ones(context, dtype=torch.bool).index_fill_(0, index, False)
+        assert float(scores[index].min()) > float(scores[dropped].max()) - 2e-5
+
+
+def test_the_last_layer_alone_makes_one_list_for_all_or_is_refused() -> None:
+    with pytest.raises(SpecError, match="q2c: layers is last, but must be all unless scope=global"):
+        Codec("q2c@0.25(layers=last)")
 
 
 def test_where_all_layers_slide_everything_travels(tiny_model: Tiny) -> None:

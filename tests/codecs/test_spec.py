@@ -101,9 +101,10 @@ def specs(draw: st.DrawFn) -> CodecSpec:
     for stage, table in registry.STAGES.items():
         if table and (stage == "quantizer" or draw(st.booleans())):
             method = registry.find(draw(st.sampled_from(sorted(table))))
-            chosen[stage] = method(
-                **{p.name: draw(_values(p.name, p.type, p.choices)) for p in parameters(method)}
-            )
+            values = {p.name: draw(_values(p.name, p.type, p.choices)) for p in parameters(method)}
+            if values.get("layers") == "last":  # which makes one list for all
+                values["scope"] = "global"
+            chosen[stage] = method(**values)
     return CodecSpec(**{"selector": None, "transform": None, "coder": None, **chosen})
 
 
@@ -112,7 +113,7 @@ def _values(name: str, kind: str, choices: tuple[str, ...]) -> st.SearchStrategy
         "ratio": st.floats(0, 1, exclude_min=True),
         "recent": st.floats(0, 1),
         "floor": st.floats(0, 1),
-        "window": st.integers(1, 65536),
+        "window": st.integers(0, 65536),
         "sinks": st.integers(0, 4096),
         "level": st.integers(1, 4),
         "group": st.integers(2, 4096),
@@ -182,7 +183,8 @@ def test_every_method_describes_itself() -> None:
         assert description.source
         assert description.takes_ratio == (description.stage == "selector")
     snapkv = {parameter.name: parameter.default for parameter in described["snapkv"].parameters}
-    assert snapkv == {"scope": "head", "window": 32, "kernel": 7, "pool": "max", "question": False}
+    own = {"window": 32, "kernel": 7, "pool": "max", "question": False}
+    assert snapkv == {"scope": "head", "layers": "all", **own}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from testbed.codecs.evidence import Evidence
 
 Scope = Literal["global", "layer", "head"]
+Layers = Literal["all", "last"]
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,21 @@ class Selector(Method):
     `scope`: one list for each KV head, as most papers have it; one a layer (scores averaged over its heads); or one for all
     layers (``global``: averaged over layers and heads). A list costs a bit a context token, so the choice is one of
     quality. Equal scores: the earlier token is kept. Sliding-window layers are not pruned.
+
+    `layers`: whose scores make the one list for all layers: ``all``, or the ``last`` alone (with full attention).
     """
 
     stage: ClassVar[Literal["selector"]] = "selector"
 
     ratio: float
     scope: Scope = field(default="head", kw_only=True)
+    layers: Layers = field(default="all", kw_only=True)
 
     def __post_init__(self) -> None:
         self.require("ratio", "above 0 and at most 1", 0 < self.ratio <= 1)
         self.require("scope", "global, layer or head", self.scope in ("global", "layer", "head"))
+        self.require("layers", "all or last", self.layers in ("all", "last"))
+        self.require("layers", "all unless scope=global", self.layers == "all" or self.scope == "global")
 
     def needs(self) -> Needs:
         """Which queries `scores` looks at."""
@@ -71,7 +77,8 @@ class Selector(Method):
         budgets = dict(zip(prunable, self.budgets(tokens, budget, len(prunable)), strict=True))
         chosen: dict[int, Tensor] = {}
         if self.scope == "global" and any(len(always) < each for each in budgets.values()):
-            total = torch.stack([self.scores(evidence, layer).mean(0) for layer in prunable]).mean(0)
+            asked = prunable[-1:] if self.layers == "last" else prunable
+            total = torch.stack([self.scores(evidence, layer).mean(0) for layer in asked]).mean(0)
         made: dict[int, Tensor] = {}  # one tensor for the layers that share a list
         for layer, own in budgets.items():
             if self.scope != "global" and len(always) < own:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from testbed.codecs import registry
 from testbed.codecs.evidence import Needs
-from testbed.codecs.select import Scope, Selector, rankable
+from testbed.codecs.select import Layers, Scope, Selector, rankable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,6 +31,7 @@ class Adaptive(Selector):
     )
 
     scope: Scope = field(default="head", init=False)
+    layers: Layers = field(default="all", init=False)
     by: Literal["snapkv", "q2c", "h2o", "expected", "keynorm", "oracle"] = "snapkv"
     floor: float = 0.2
 

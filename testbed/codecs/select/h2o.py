@@ -23,7 +23,8 @@ class H2O(Selector):
     in blocks of queries, never the full matrix.
 
     recent: the share of the budget that goes to the last tokens. normalised: score[h, t] is divided by the number of
-    context tokens that could see t, so that early tokens do not win by having been seen more often.
+    context tokens that could see t, so that early tokens do not win by having been seen more often. question: the question's
+    tokens are steps behind the context's, whose attention is added up, too.
     """
 
     name: ClassVar[str] = "h2o"
@@ -31,13 +32,14 @@ class H2O(Selector):
 
     recent: float = 0.5
     normalised: bool = False
+    question: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("recent", "from 0 to 1", 0 <= self.recent <= 1)
 
     def needs(self) -> Needs:
-        return Needs(context_attention=True)
+        return Needs(question=self.question, context_attention=True)
 
     def always(self, tokens: int, budget: int) -> range:
         return range(tokens - 1, tokens - 1 - round(self.recent * budget), -1)
@@ -46,6 +48,8 @@ class H2O(Selector):
         import torch
 
         attention = evidence.attention_of_context(layer, last=None)
-        if self.normalised:
-            attention = attention / torch.arange(attention.shape[1], 0, -1, device=attention.device)
-        return attention
+        steps = torch.arange(attention.shape[1], 0, -1, device=attention.device)
+        if self.question:
+            attention = attention + evidence.attention_of_question(layer)
+            steps = steps + evidence.question_tokens
+        return attention / steps if self.normalised else attention

@@ -86,7 +86,7 @@ class Press(Selector):
         """kvpress's own object, with this one's parameters."""
         import kvpress
 
-        taken = {f.name for f in dataclasses.fields(self)} - {"ratio", "scope"}
+        taken = {f.name for f in dataclasses.fields(self)} - {"ratio", "scope", "layers"}
         return getattr(kvpress, self.press)(
             compression_ratio=1 - self.ratio, **{name: getattr(self, name) for name in taken}
         )

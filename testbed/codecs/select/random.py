@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from testbed.codecs.select import Scope, Selector
+from testbed.codecs.select import Layers, Scope, Selector
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,7 @@ class Random(Selector):
     source: ClassVar[str] = "baseline"
 
     scope: Scope = field(default="global", kw_only=True)
+    layers: Layers = field(default="all", init=False)
 
     def scores(self, evidence: Evidence, layer: int) -> Tensor:
         import torch

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import ClassVar
 
-from testbed.codecs.select import Scope, Selector
+from testbed.codecs.select import Layers, Scope, Selector
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Window(Selector):
     source: ClassVar[str] = "Efficient Streaming Language Models with Attention Sinks (arXiv:2309.17453)"
 
     scope: Scope = field(default="global", init=False)
+    layers: Layers = field(default="all", init=False)
     sinks: int = 4
 
     def __post_init__(self) -> None:
