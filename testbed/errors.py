@@ -36,6 +36,10 @@ class EndpointError(TestbedError):
     """An endpoint process died, answered with an error, or did not answer in time."""
 
 
+class NotFiniteError(TestbedError):
+    """A model's caches or logits are NaN or infinite: what would be measured with them says nothing."""
+
+
 class WireError(TestbedError, ValueError):
     """Bytes from the network that are not a valid frame."""
 

@@ -172,11 +172,21 @@ class Run:
                 todo = self._todo(batch, number)
                 if not todo:
                     continue
-                reference = self.pair.reference(batch, number)
-                reference["score"] = task.score(reference["answer"], todo[0].example)["score"]
+                reference = self._reference(batch, number, task, todo[0].example)
                 for trial in todo:
                     self.directory.append(self._trial(trial, task, reference))
                     self._tally.done(trial.cell)
+
+    def _reference(self, batch: Batch, number: int, task: Task, example: Example) -> dict[str, Any]:
+        """The full cache's answer, scored. What went wrong with it is its `error`, which every trial of the example meets."""
+        try:
+            found = self.pair.reference(batch, number)
+        except EndpointError as error:
+            if not self.pair.alive:
+                raise
+            nothing = {"answer": "", "score": None, "nll": None}
+            return {"context_tokens": 0, "kv_bytes": 0, **nothing, "error": f"full cache: {error}"}
+        return {**found, "score": task.score(found["answer"], example)["score"], "error": ""}
 
     def _trials(self, batch: Batch, number: int) -> Iterator[Trial]:
         """All trials of an example, in the order in which they are made."""
@@ -207,6 +217,10 @@ class Run:
         calibrated = profile.text() not in self._uncalibrated
         row = new_row(trial, self.plan, self.fabric.emulator.name, reference, calibrated)
         told: list[str] = []
+        if reference["error"]:
+            row.error = reference["error"]
+            self.failures += 1
+            return row
         try:
             if trial.cell.placement == "edge":
                 result = self.pair.local(trial)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from testbed.endpoints import wire
 from testbed.endpoints.inference import InferenceSide, Prefix, digest, main
 from testbed.endpoints.transport.tcp import Connection, Received, listen
-from testbed.errors import EndpointError, PayloadError, TestbedError, WireError
+from testbed.errors import EndpointError, NotFiniteError, PayloadError, TestbedError, WireError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,7 +155,7 @@ class Cloud(InferenceSide):
                 else:
                     outcome = self._compute(connection, received, request)
                     self._memory[key] = outcome
-            except (PayloadError, WireError) as error:
+            except (NotFiniteError, PayloadError, WireError) as error:
                 self._complain(connection, request.id, str(error))
                 return
             self._by_request[request.id] = outcome

@@ -18,7 +18,7 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from testbed.errors import UsageError
+from testbed.errors import NotFiniteError, UsageError
 from testbed.models import kvcache as _kvcache
 from testbed.models.inputs import AttentionInputs, recorded
 from testbed.models.kvcache import KVCache, KVLayer
@@ -190,7 +190,10 @@ class LanguageModel:
         attention: bool = False,
         keep: int = 1,
     ) -> tuple[Tensor, LivePass]:
-        """Run ids behind what `live` holds; returns the last `keep` tokens' logits, [keep, vocabulary]."""
+        """Run ids behind what `live` holds; returns the last `keep` tokens' logits, [keep, vocabulary].
+
+        Raises NotFiniteError where these are not all numbers.
+        """
         run = LivePass(live, len(ids), queries, attention)
         positions = torch.arange(live.length, live.length + len(ids), device=self.device)
         output = self._network(
@@ -202,7 +205,22 @@ class LanguageModel:
             testbed=run,
         )
         live.length += len(ids)
-        return output.logits[0], run
+        logits = output.logits[0]
+        if not bool(logits.isfinite().all()):
+            raise NotFiniteError(self._not_finite(live))
+        return logits, run
+
+    def _not_finite(self, live: LiveCache) -> str:
+        """Why a pass left NaN or infinity, and what helps."""
+        if (layer := live.first_not_finite(past=True)) is not None:
+            return f"the cache given to model {self.name!r} holds NaN or infinity in layer {layer}"
+        layer = live.first_not_finite(past=False)
+        where = "in its logits" if layer is None else f"from layer {layer} on"
+        dtype = str(self.dtype).removeprefix("torch.")
+        if self.dtype == torch.float32:
+            return f"model {self.name!r} gives NaN or infinity in {dtype} {where}; its weights may be damaged"
+        wider = "bfloat16 or float32" if self.dtype == torch.float16 else "float32"
+        return f"model {self.name!r} overflows in {dtype} {where}; use dtype={wider}"
 
     def prefill(
         self,
@@ -216,7 +234,7 @@ class LanguageModel:
 
         queries: how many of the last tokens' queries to keep; None: all. attention: sum up what they pay to each other.
         inputs: keep what attention modules are given.
-        Raises UsageError past the model's length.
+        Raises UsageError past the model's length, NotFiniteError where the cache or the logits are not all numbers.
         """
         length = self._check_length(past, len(ids))
         live = self._live(past, len(ids))
@@ -224,6 +242,8 @@ class LanguageModel:
             return Prefill(live.export(self.shapes), [], torch.arange(0), None)
         with recorded(self._network) if inputs else nullcontext() as given:
             logits, run = self._forward(live, ids, queries=queries, attention=attention)
+        if live.first_not_finite(past=False) is not None:  # behind a window, the last token sees none of it
+            raise NotFiniteError(self._not_finite(live))
         kept = len(ids) if queries is None else min(queries, len(ids))
         # Copies made here are ordinary tensors; those of inference mode could not be changed in place
         # elsewhere.

@@ -25,8 +25,8 @@ def mean_nll(log_probs: Tensor, answer: Sequence[int]) -> float:
 def mean_kl(reference: Tensor, other: Tensor) -> float:
     """Mean over the answer's tokens of KL(reference ‖ other) in nats; both [tokens, vocabulary] log-probabilities.
 
-    0 for equal ones and never below. Tokens beyond the shorter of the two are left out. Raises ValueError where the
-    vocabularies differ or there is no token.
+    0 for equal ones and never below; NaN where either holds NaN. Tokens beyond the shorter of the two are left out. Raises
+    ValueError where the vocabularies differ or there is no token.
     """
     tokens = min(len(reference), len(other))
     if not tokens or reference.shape[1] != other.shape[1]:
@@ -34,7 +34,8 @@ def mean_kl(reference: Tensor, other: Tensor) -> float:
     p, q = reference[:tokens].double(), other[:tokens].to(reference.device).double()
     # An impossible token contributes nothing; both sides may say -inf of it, whose difference is nan.
     terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
-    return max(0.0, float(terms.sum(-1).mean()))
+    mean = float(terms.sum(-1).mean())
+    return 0.0 if mean < 0 else mean  # rounding alone makes it negative; max() would make 0 of NaN
 
 
 def to_bytes(log_probs: Tensor) -> bytes:

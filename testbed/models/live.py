@@ -123,6 +123,21 @@ class LiveCache:
         total = self._past[layer] + self.written[layer]
         return keys[:, :, :total], values[:, :, :total]
 
+    def first_not_finite(self, past: bool) -> int | None:
+        """The first layer whose keys or values hold NaN or infinity, among those of the past or those written here."""
+        flags = []
+        for index, start in enumerate(self._past):
+            span = slice(0, start) if past else slice(start, start + self.written[index])
+            parts = [
+                held[:, :, span] for held in (self._keys[index], self._values[index]) if held is not None
+            ]
+            finite = [part.isfinite().all() for part in parts]
+            flags.append(
+                torch.stack(finite).all() if finite else torch.ones((), dtype=torch.bool).to(self.device)
+            )
+        known = torch.stack(flags).tolist()  # one wait for the device
+        return next((index for index, finite in enumerate(known) if not finite), None)
+
     def past_positions(self, layer: int) -> Tensor | None:
         """Positions of the layer's tokens that were there from the start; None where there were none."""
         return self._past_positions[layer]

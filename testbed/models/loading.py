@@ -7,10 +7,13 @@ from typing import Any
 import tokenizers
 import torch
 
-from testbed.errors import UsageError
+from testbed.errors import NotFiniteError, UsageError
 from testbed.models import attention
 from testbed.models.language import LanguageModel
 from testbed.models.sources import ModelSource, resolve
+
+#: What a model is run on before it is called loaded: a number format that it overflows in is refused then.
+_PROBE = "The quick brown fox jumps over the lazy dog. " * 4
 
 
 def load_model(
@@ -25,7 +28,7 @@ def load_model(
     device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1". dtype: "auto" (float32 on a CPU, the
     weights' own on a GPU), "float32", "float16", "bfloat16". threads: of torch, for the whole process.
     cache_dtype: the format that keys and values are rounded to; None: 16 bits. Raises UsageError where the
-    model cannot be had.
+    model cannot be had, or overflows in the format.
     """
     source = resolve(name)
     if threads is not None:
@@ -37,7 +40,12 @@ def load_model(
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"model {name!r} cannot be loaded from {source.location}: {first}") from error
-    return LanguageModel(source.name, network, tokenizer, end, cache_dtype)
+    try:
+        model = LanguageModel(source.name, network, tokenizer, end, cache_dtype)
+        model.prefill(model.tokenize(_PROBE, start=True), None)
+    except NotFiniteError as error:
+        raise UsageError(str(error)) from error
+    return model
 
 
 def _device(device: str) -> torch.device:

@@ -54,7 +54,8 @@ def attention_blocks(
             seen = seen.repeat_interleave(group, 0)
         probabilities = scores.masked_fill_(~seen, float("-inf")).softmax(-1)
         if not bool(seen.any(-1).all()):
-            probabilities = probabilities.nan_to_num_(0.0)
+            # Those rows alone: NaN of another origin has to be seen.
+            probabilities = probabilities.masked_fill_(~seen.any(-1, keepdim=True), 0.0)
         yield start, stop, probabilities.reshape(keys.shape[0] * group, stop - start, -1)
 
 

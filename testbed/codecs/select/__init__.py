@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from testbed.codecs import CodecError
 from testbed.codecs.evidence import Needs
 from testbed.codecs.kept import Kept
 from testbed.codecs.method import Method
@@ -101,11 +102,14 @@ def highest(scores: Tensor, forced: Tensor, budget: int) -> Tensor:
 
 
 def rankable(scores: Tensor) -> Tensor:
-    """A copy of scores in float32 on the CPU that any two can be compared in: NaN is least, infinity a number."""
+    """A copy of scores in float32 on the CPU, infinity as the largest number. Raises CodecError where one is NaN."""
     import torch
 
+    copy = scores.to("cpu", torch.float32, copy=True)
+    if bool(copy.isnan().any()):
+        raise CodecError("the scores that tokens are to be ranked by hold NaN")
     most = torch.finfo(torch.float32).max
-    return torch.nan_to_num(scores.float().cpu(), nan=-most, posinf=most, neginf=-most)
+    return copy.clamp_(-most, most)
 
 
 def pool(scores: Tensor, kernel: int, how: str) -> Tensor:
