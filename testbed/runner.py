@@ -151,16 +151,16 @@ class Run:
                         "continue all the same with --accept-uncalibrated"
                     )
 
-    def _apply(self, profile: Profile) -> None:
-        if profile != self._current:
+    def _apply(self, profile: Profile, restart: bool = False) -> None:
+        if restart or profile != self._current:
+            self.fabric.settle(self.plan.link)
+            self._origin = time.monotonic() if restart else self._origin
             self.fabric.apply(self.plan.link, profile, self._origin)
             self._current = profile
 
     def _align(self, profile: Profile) -> float | None:
         """Puts the link under a trial's profile; how far its traces, which begin with the trial or the run, have come."""
-        if profile.changes and self.scenario.at == "trial":
-            self._origin, self._current = time.monotonic(), None
-        self._apply(profile)
+        self._apply(profile, restart=profile.changes and self.scenario.at == "trial")
         return time.monotonic() - self._origin if profile.changes else None
 
     def _walk(self, batches: list[Batch]) -> None:

@@ -51,6 +51,7 @@ def calibrate(
     with Fabric.build(load_topology("edge-cloud"), emulator) as fabric:
         link = fabric.topology.links[0].name
         for profile in chosen:
+            fabric.settle(link)
             fabric.apply(link, profile)
             with busy_cores(busy):
                 measured.append(calibration.calibrate(fabric, link, profile, stretch_s=seconds))

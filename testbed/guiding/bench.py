@@ -84,7 +84,7 @@ class Bench(Run):
     def _calibrate(self, profiles: list[Profile]) -> None:
         """There is no link to be measured."""
 
-    def _apply(self, profile: Profile) -> None:
+    def _apply(self, profile: Profile, restart: bool = False) -> None:
         """Nor to be changed."""
 
     def _write_stretch(self, name: str, about: dict[str, str], **found: Any) -> None:

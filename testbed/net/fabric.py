@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,9 @@ from testbed.net.topology import Topology
 
 if TYPE_CHECKING:
     from testbed.net.emulators import Attachment, Counters, Emulator
+
+_LOOK_S, _QUIET_S = 2e-3, 10e-3  # what a packet brings about at the other end is sent within the latter
+_SETTLING_S, _LONGEST_SETTLING_S = 0.1, 5.0
 
 
 class Fabric:
@@ -172,7 +176,8 @@ class Fabric:
         return self.topology.hosts(node)
 
     def apply(self, link: str, profile: Profile, origin_s: float | None = None) -> None:
-        """Puts the link under another profile; connections survive. `origin_s`: when its traces begin
+        """Puts the link under another profile. Packets still under way are dropped and counted as `Counters.cleared` (see
+        `settle`), so that none is met under the new one; connections survive. `origin_s`: when its traces begin
         (CLOCK_MONOTONIC); None: now. Raises SpecError: no such link, a trace's file is wrong; NetworkError."""
         number = self.topology.link_number(link)
         fresh = replace(self.state, topology=self.topology.with_profiles({link: profile}))
@@ -182,11 +187,32 @@ class Fabric:
             wiring.allow_tcp_buffers(fresh)
         attachment = self._attachments[number]
         before = attachment.process
-        attachment.apply(profile, origin_s)
+        attachment.apply(profile, origin_s, fresh=True)
         self._update(fresh)
         if attachment.process is not None and attachment.process != before:
             self.record_process(*attachment.process, f"emulator of link {link}")
         self._shape_packets(number, profile)
+
+    def settle(self, link: str, patience_s: float | None = None) -> bool:
+        """Waits until nothing is under way on the link any more, such as the last packets of closed connections; whether that was
+        so before `patience_s` were over. None: two round trips and a little, which background traffic may fill.
+
+        Raises SpecError: no such link; NetworkError.
+        """
+        attachment = self._attachments[self.topology.link_number(link)]
+        if patience_s is None:
+            profile = next(one.profile for one in self.topology.links if one.name == link)
+            patience_s = min(_LONGEST_SETTLING_S, 2 * profile.steady().round_trip_s + _SETTLING_S)
+        now = time.monotonic()
+        until, quiet_since = now + patience_s, now
+        while now < until:
+            if attachment.under_way():
+                quiet_since = now
+            elif now - quiet_since >= _QUIET_S:
+                return True
+            time.sleep(_LOOK_S)
+            now = time.monotonic()
+        return False
 
     def _shape_packets(self, number: int, profile: Profile) -> None:
         """Sees to it that what enters the link is of the size that its profile, and its emulator, ask for."""

@@ -21,8 +21,11 @@ class DirectLink:
         self.profile = profile
         self.detached = 0
 
-    def apply(self, profile: Profile, origin_s: float | None = None) -> None:
+    def apply(self, profile: Profile, origin_s: float | None = None, *, fresh: bool = False) -> None:
         self.profile = profile
+
+    def under_way(self) -> int:
+        return 0
 
     def counters(self) -> dict[str, Counters]:
         return {way: Counters(0, 0, 0, 0, 0.0) for way in ("up", "down")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 
@@ -44,6 +45,20 @@ def test_a_trial_has_the_lateness_of_its_own_time_and_what_lies_between_trials_c
     assert (kept["up"]["packets"], kept["up"]["bytes"], kept["up"]["dropped_queue"]) == (30, 3000, 0)
     assert kept["up"]["worst_lateness_s"] == 0.006
     assert set(kept["up"]) == set(NAMES) - {"recent_lateness_s"}
+
+
+def test_what_was_dropped_between_two_profiles_is_the_first_ones_and_no_loss_of_a_trials() -> None:
+    readings = [
+        replace(reading(n, 0.0), cleared=cleared) for n, cleared in ((10, 2), (30, 2), (40, 7), (50, 7))
+    ]
+    account = Account(Readings(*readings), "access")
+    with account.trial("lte"):
+        pass
+    with account.trial("wifi"):
+        pass
+    kept = account.record()
+    assert (kept["lte"]["up"]["cleared"], kept["wifi"]["up"]["cleared"]) == (5, 0)
+    assert (kept["lte"]["up"]["packets"], kept["wifi"]["up"]["packets"]) == (20, 10)
 
 
 def test_packets_that_the_emulator_lost_are_warned_of_also_where_the_trial_fails() -> None:

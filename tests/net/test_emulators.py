@@ -131,6 +131,36 @@ def test_a_connection_survives_changes_of_the_conditions(net: Wire, emulator: st
     attachment.detach()
 
 
+def handshake_s(net: Wire, listener: socket.socket) -> float:
+    def connect() -> float:
+        began = time.monotonic()
+        socket.create_connection(listener.getsockname(), 20).close()
+        return time.monotonic() - began
+
+    return inside(net.namespace("a"), connect)
+
+
+@pytest.mark.parametrize("emulator", EMULATORS)
+def test_a_connection_does_not_meet_the_packets_of_the_link_before(net: Wire, emulator: str):
+    attachment = attach(net, emulator, "delay=300ms")
+    with inside(net.namespace("b"), lambda: socket.create_server((net.address("b"), 5001))) as listener:
+        behind = []
+        for _ in range(3):
+            attachment.apply(parse_profile("rate=2mbit,delay=300ms"), fresh=True)
+            handshake_s(net, listener)  # what closes it is under way
+            assert attachment.under_way() > 0
+            attachment.apply(parse_profile("delay=15ms"), fresh=True)
+            assert attachment.under_way() == 0
+            behind.append(handshake_s(net, listener))
+    counted = attachment.counters()
+    attachment.detach()
+    assert 0.03 <= min(behind) < 0.06  # 240 ms and more before
+    assert counted["up"].cleared >= 3
+    assert (counted["up"].dropped_loss, counted["up"].dropped_queue) == (0, 0)
+    sent = counted["up"].delivered + counted["up"].cleared
+    assert sent <= counted["up"].packets <= sent + 3  # the last connection's closing is under way
+
+
 @pytest.mark.parametrize("emulator", EMULATORS)
 def test_detaching_leaves_nothing_and_the_link_dead(net: Wire, emulator: str):
     attachment = attach(net, emulator, "delay=1ms")

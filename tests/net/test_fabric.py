@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 from testbed.errors import NetworkError, SpecError, UsageError
 from testbed.net import namespaces, processes, removal, state
 from testbed.net.description import describe
+from testbed.net.emulators.namespace import inside
 from testbed.net.execute import execute
 from testbed.net.fabric import Fabric, up
 from testbed.net.offloads import Ethtool
@@ -349,6 +351,25 @@ def test_a_signal_to_the_testbed_reaches_the_command() -> None:
             child.send_signal(signal.SIGINT)
             assert child.stdout.readline() == "caught\n"
             assert child.wait(10) == 5
+
+
+def test_a_link_settles_when_its_last_packets_have_left_and_not_while_traffic_goes_on() -> None:
+    slow, fast = parse_profile("rate=5mbit,delay=150ms"), parse_profile("rate=5mbit,delay=15ms")
+    link = EDGE_CLOUD.links[0].name
+    with Fabric.build(EDGE_CLOUD.with_profiles({link: slow}), "userspace") as fabric:
+        address = fabric.address("cloud")
+        datagrams = inside(fabric.namespace("edge"), lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        with datagrams:
+            datagrams.sendto(b"x", (address, 9))
+            began = time.monotonic()
+            assert fabric.settle(link)
+            assert time.monotonic() - began > 0.3  # there, and back: nobody listens
+            datagrams.sendto(b"x", (address, 9))
+            assert not fabric.settle(link, 0.05)
+            fabric.apply(link, fast)
+            assert fabric.counters(link)["up"].cleared == 1
+            fabric.apply(link, slow)
+            assert fabric.settle(link)
 
 
 def test_without_root_nothing_is_touched() -> None:

@@ -145,6 +145,20 @@ def test_a_shorter_delay_does_not_let_packets_overtake():
     assert [frame for _, frame in line.departures([(0.02, other)])] == [first, other]
 
 
+def test_what_a_line_is_cleared_of_is_counted_as_no_loss_and_delays_nothing_that_enters_next():
+    line = Recorder(rate_bps=10e6, delay_s=0.3).line
+    for _ in range(3):
+        line.enter(FRAME, 0.0)  # the last of them would leave at 303 ms
+    assert line.under_way == 3
+    line.clear()
+    line.apply(conditions(rate_bps=10e6, delay_s=0.015), 0.01)
+    line.enter(FRAME, 0.01)
+    assert line.leaves == pytest.approx(0.01 + 0.015 + 0.001)
+    line.advance(1.0)
+    assert (line.delivered, line.cleared, line.dropped_loss, line.dropped_queue) == (1, 3, 0, 0)
+    assert (line.under_way, line.held_bytes, line.waiting_bytes) == (0, 0, 0)
+
+
 def test_a_frame_that_cannot_be_delivered_is_counted_and_ends_nothing():
     def refuse(_: bytes) -> None:
         raise OSError

@@ -31,6 +31,7 @@ class Counters:
     duplicated: int = 0
     corrupted: int = 0
     reordered: int = 0
+    cleared: int = 0  # that were under way when the link was put under other conditions, and dropped: no loss of any profile's
     # Of two readings the greater maximum says nothing about the time between them, hence this one:
     recent_lateness_s: float = 0.0  # the worst since the counters were last read, by whomever
 
@@ -81,11 +82,15 @@ class Attachment(Protocol):
         tuple[int, int] | None
     )  # pid and start time (clock ticks since boot) of the process behind it, if there is one
 
-    def apply(self, profile: Profile, origin_s: float | None = None) -> None:
-        """Changes the conditions of what enters from now on; packets under way stay, connections survive.
+    def apply(self, profile: Profile, origin_s: float | None = None, *, fresh: bool = False) -> None:
+        """Changes the conditions of what enters from now on; packets under way stay and keep their order, connections survive.
 
         *origin_s*: when the profile's traces begin, on the clock CLOCK_MONOTONIC; None: now. Both ways' begin together.
+        *fresh*: packets under way are dropped (`Counters.cleared`), so that nothing of before is met.
         """
+
+    def under_way(self) -> int:
+        """How many packets are on the link, both ways."""
 
     def counters(self) -> dict[str, Counters]:
         """``{"up": …, "down": …}``."""

@@ -131,7 +131,7 @@ class Follower:
         self._lateness = {way: [0.0, 0.0] for way in ("up", "down")}  # the worst ever; since it was asked for
         self.due = 0.0
 
-    def apply(self, link: str, conditions: dict[str, Any], files: list[int]) -> None:
+    def apply(self, link: str, conditions: dict[str, Any], files: list[int], fresh: bool = False) -> None:
         """From now on these ways follow these traces, and no others. The files are closed."""
         self._ways = {}
         for way, orders in conditions.items():
@@ -141,6 +141,10 @@ class Follower:
             os.close(file)
         self.due = monotonic()
         self.step(self.due)
+
+    def under_way(self, link: str) -> int:
+        """The queueing disciplines hold the packets, not this process."""
+        return 0
 
     def counters(self, link: str) -> dict[str, dict[str, float]]:
         """How late steps were, each way: ``worst_lateness_s`` and ``recent_lateness_s``."""

@@ -30,19 +30,21 @@ from testbed.net.emulators.netem_counters import (
     drops,
     link_counters,
     outer_and_bottleneck,
+    waiting,
 )
-from testbed.net.emulators.netem_plan import BUCKET, OUTER, PLUG, ROOT, Plan, plan
+from testbed.net.emulators.netem_plan import BUCKET, CLOSED, OUTER, PLUG, ROOT, Part, Plan, plan
 from testbed.net.emulators.netem_qdiscs import find, get, put
 from testbed.net.emulators.netem_support import refuse
 from testbed.net.emulators.redirect import end_redirect, quieten, redirect, redirected
 from testbed.net.emulators.rtnetlink import CREATE, EXCLUSIVE, REPLACE, RTM_DELQDISC, Interface, Netlink
 from testbed.net.emulators.serving import Connection, recorded, start
-from testbed.net.emulators.shaping import RELEASE, Plug
+from testbed.net.emulators.shaping import RELEASE, Fifo, Plug
 
 if TYPE_CHECKING:
     from testbed.net.conditions import Profile
 
 _FOLLOWER = "trace's follower"
+_NOTHING = Counters(0, 0, 0, 0, 0.0)
 _PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop(1)); from testbed.net.emulators.following import main; main()"
 
 
@@ -90,6 +92,7 @@ class NetemAttachment:
         self._wire, self._link, self._seed, self._keep = wire, link, seed, keep
         self._ends: dict[Literal["up", "down"], tuple[str, str]] = {"up": (a, b), "down": (b, a)}  # from, to
         self._gone = {"up": Dropped(), "down": Dropped()}  # of bottlenecks that were replaced
+        self._past = {"up": _NOTHING, "down": _NOTHING}  # of all qdiscs that were
         self._follower: Connection | None = None
         self.process: tuple[int, int] | None = None  # what follows traces; there is none before the first
         if keep is not None and (keep / f"{link}.json").exists():
@@ -106,24 +109,46 @@ class NetemAttachment:
             for source, target in self._ends.values():
                 redirect(netlink, netlink.interface(source).index, netlink.interface(target).index)
 
-    def apply(self, profile: Profile, origin_s: float | None = None) -> None:
+    def apply(self, profile: Profile, origin_s: float | None = None, *, fresh: bool = False) -> None:
         """See `Attachment.apply`. What waits is lost where a bottleneck of another kind takes its place (`netem_plan`)."""
         refuse(profile)
-        self._configure(profile, time.monotonic() if origin_s is None else origin_s)
+        # A netem that holds nothing keeps no order with what was.
+        fresh = fresh and self.under_way() > 0
+        self._configure(profile, time.monotonic() if origin_s is None else origin_s, fresh=fresh)
 
-    def _configure(self, profile: Profile, origin_s: float, created: bool = False) -> None:
+    def under_way(self) -> int:
+        """See `Attachment.under_way`."""
+        with Netlink(self._wire) as netlink:
+            ends = [netlink.interface(name).index for _, name in self._ends.values()]
+            return sum(waiting(get(netlink, ifindex, OUTER)) for ifindex in ends)
+
+    def _clear(self, netlink: Netlink) -> None:
+        """Ends both ways' qdiscs, and all packets in them; what comes until there are new ones is dropped."""
+        counted = self._counted(netlink)
+        for way, (_, name) in self._ends.items():
+            target = netlink.interface(name).index
+            held = waiting(get(netlink, target, OUTER))
+            put(netlink, target, Part(CLOSED, ROOT, "pfifo", Fifo(0)), CREATE | REPLACE)
+            self._past[way] = replace(counted[way], cleared=counted[way].cleared + held)
+            self._gone[way] = Dropped()
+
+    def _configure(
+        self, profile: Profile, origin_s: float, created: bool = False, fresh: bool = False
+    ) -> None:
         if self._follower is not None:
             self._follower.ask(self._link, {"do": "apply", "conditions": {}})  # it keeps its hands off
         orders: dict[str, dict[str, Any]] = {}
         with Netlink(self._wire) as netlink, contextlib.ExitStack() as closing:
             files: list[int] = []
+            if fresh:
+                self._clear(netlink)
             for number, (way, (_, name)) in enumerate(self._ends.items()):
                 target = netlink.interface(name)
                 direction = profile.up if way == "up" else profile.down
                 schedule = direction.schedule(way, origin_s)
                 seed = None if self._seed is None else 2 * self._seed + number
                 planned = plan(profile, way, target.mtu, seed, schedule, time.monotonic())
-                self._put(netlink, way, target.index, planned, created)
+                self._put(netlink, way, target.index, planned, created, fresh)
                 if schedule is not None:
                     file = closing.enter_context(open(os.memfd_create("schedule"), "wb"))
                     packed = schedule.pack(file) | {"file": len(files)}
@@ -133,15 +158,17 @@ class NetemAttachment:
             if orders:
                 self._follow().ask(self._link, {"do": "apply", "conditions": orders}, files)
 
-    def _put(self, netlink: Netlink, way: str, ifindex: int, planned: Plan, created: bool) -> None:
+    def _put(
+        self, netlink: Netlink, way: str, ifindex: int, planned: Plan, created: bool, fresh: bool
+    ) -> None:
         """The qdiscs of one way, in place of what is there. Raises NetworkError where the kernel then has something else."""
         # A netem that duplicates, and any netem inside of it, exclude each other: what there is no more goes first.
-        first = planned.outer.duplicate and not created
+        first = planned.outer.duplicate and not created and not fresh
         parts = [*planned.inner, planned.parts[0]] if first else planned.parts
         before = None
         for part in parts:
-            flags = CREATE | EXCLUSIVE if created else 0
-            if not created and netlink.qdisc(ifindex, part.handle) is None:
+            flags = CREATE | EXCLUSIVE if created else CREATE | REPLACE if fresh else 0
+            if not flags and netlink.qdisc(ifindex, part.handle) is None:
                 flags = CREATE | REPLACE
                 before = before or outer_and_bottleneck(netlink, ifindex)
             put(netlink, ifindex, part, flags, planned.stab if part.handle == OUTER else b"")
@@ -172,18 +199,24 @@ class NetemAttachment:
             follower.end()
 
     def counters(self) -> dict[str, Counters]:
-        counters = {}
+        """See `Attachment.counters`."""
         lateness: dict[str, Any] = {}
         if self._follower is not None:
             lateness = self._follower.ask(self._link, {"do": "counters"})
         with Netlink(self._wire) as netlink:
-            for way, (source, name) in self._ends.items():
-                target = netlink.interface(name).index
-                packets, total = redirected(netlink, netlink.interface(source).index)
-                outer, inner, codel = outer_and_bottleneck(netlink, target)
-                dropped = self._gone[way].plus(dropped_by(inner, codel))
-                counted = link_counters(packets, total, outer, dropped)
-                counters[str(way)] = replace(counted, **lateness.get(way, {}))
+            counted = self._counted(netlink)
+        return {way: replace(values, **lateness.get(way, {})) for way, values in counted.items()}
+
+    def _counted(self, netlink: Netlink) -> dict[str, Counters]:
+        """Without lateness."""
+        counters = {}
+        for way, (source, name) in self._ends.items():
+            target, past = netlink.interface(name).index, self._past[way]
+            packets, total = redirected(netlink, netlink.interface(source).index)
+            outer, inner, codel = outer_and_bottleneck(netlink, target)
+            dropped = self._gone[way].plus(dropped_by(inner, codel))
+            counted = link_counters(packets - past.packets, total - past.bytes, outer, dropped)
+            counters[str(way)] = past.plus(counted)
         return counters
 
     def super_packets(self, profile: Profile) -> dict[str, int]:

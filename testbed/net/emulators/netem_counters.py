@@ -55,7 +55,7 @@ def dropped_by(bottleneck: TrafficObject, codel: TrafficObject | None) -> Droppe
 
 def link_counters(packets: int, total: int, outer: TrafficObject, bottleneck: Dropped) -> Counters:
     """One way's counters. *packets*, *total*: that entered, and their bytes; *bottleneck*: of all that it ever had."""
-    waiting, _, dropped, skipped = _queue(outer)
+    held, _, dropped, skipped = _queue(outer)
     delivered, _ = counted(outer.stats)  # packets that skip the delay skip the inner one, too
     queue, aqm, marked = bottleneck
     lost = max(0, dropped - queue)  # the outer one counts as its own what the inner one dropped,
@@ -63,7 +63,7 @@ def link_counters(packets: int, total: int, outer: TrafficObject, bottleneck: Dr
     if any(attributes(outer.options[QOPT.size :]).get(ECN, b"")):
         # and what it marks: then, lost is what is missing
         seen = lost
-        lost = min(lost, max(0, packets - delivered - waiting - queue))
+        lost = min(lost, max(0, packets - delivered - held - queue))
         marked += seen - lost
         copies = False  # they hide the losses: neither can be told
     return Counters(
@@ -75,9 +75,14 @@ def link_counters(packets: int, total: int, outer: TrafficObject, bottleneck: Dr
         delivered=delivered,
         dropped_aqm=aqm,
         marked=marked,
-        duplicated=max(0, delivered + waiting + queue + lost - packets) if copies else 0,
+        duplicated=max(0, delivered + held + queue + lost - packets) if copies else 0,
         reordered=skipped,
     )
+
+
+def waiting(outer: TrafficObject) -> int:
+    """Packets in the outer netem and all that is inside of it."""
+    return _queue(outer)[0]
 
 
 def _queue(qdisc: TrafficObject) -> tuple[int, int, int, int]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from testbed.net.profile import Profile
 
 ROOT = 0xFFFFFFFF
-OUTER, NETEM, BUCKET, PLUG, CODEL, BFIFO, PFIFO = (number << 16 for number in range(1, 8))  # handles
+OUTER, NETEM, BUCKET, PLUG, CODEL, BFIFO, PFIFO, CLOSED = (number << 16 for number in range(1, 9))  # handles
 BOTTLENECKS = {NETEM: "netem", BUCKET: "tbf", PFIFO: "pfifo"}
 """What may be inside of the outer netem, one at a time."""
 _UNLIMITED_BYTES = 1 << 30

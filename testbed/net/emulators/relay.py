@@ -40,13 +40,16 @@ class Pair:
         seeds = (None, None) if seed is None else (2 * seed, 2 * seed + 1)
         self.lines = {"up": Line(port_b.send, seeds[0]), "down": Line(port_a.send, seeds[1])}
 
-    def apply(self, conditions: dict[str, dict[str, Any]], files: list[int]) -> None:
-        """New conditions for both ways; *files*: descriptors of what schedules are packed in. They are closed."""
+    def apply(self, conditions: dict[str, dict[str, Any]], files: list[int], fresh: bool = False) -> None:
+        """New conditions for both ways, without what is under way if they are to begin *fresh*; *files*: descriptors of what
+        schedules are packed in. They are closed."""
         for way, line in self.lines.items():
             packed = conditions[way].get("schedule")
             schedule = None if packed is None else unpack(packed, files[packed["file"]])
             now = monotonic()
             line.advance(now)
+            if fresh:
+                line.clear()
             line.apply(conditions[way] | {"schedule": schedule}, now)
         for file in files:
             os.close(file)
@@ -83,11 +86,17 @@ class Relay:
             port.close()
         return bool(self._pairs)
 
-    def apply(self, link: str, conditions: dict[str, dict[str, Any]], files: list[int]) -> None:
-        """Changes the conditions of a link."""
+    def apply(
+        self, link: str, conditions: dict[str, dict[str, Any]], files: list[int], fresh: bool = False
+    ) -> None:
+        """Changes the conditions of a link; see `Pair.apply`."""
         pair = self._pairs[link]
-        pair.apply(conditions, files)
+        pair.apply(conditions, files, fresh)
         self._busy.update(line for line in pair.lines.values() if line.leaves < inf)
+
+    def under_way(self, link: str) -> int:
+        """Packets on a link, both ways."""
+        return sum(line.under_way for line in self._pairs[link].lines.values())
 
     def counters(self, link: str) -> dict[str, dict[str, float]]:
         """A link's, see `Pair.counters`."""

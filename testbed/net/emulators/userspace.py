@@ -151,11 +151,17 @@ class RelayAttachment:
         self.process: tuple[int, int] | None = relay.process
         self._link, self.relay = link, relay
 
-    def apply(self, profile: Profile, origin_s: float | None = None) -> None:
+    def apply(self, profile: Profile, origin_s: float | None = None, *, fresh: bool = False) -> None:
+        """See `Attachment.apply`."""
         refuse_unknown(Userspace.name, profile, HONOURED)
         origin_s = time.monotonic() if origin_s is None else origin_s
         with relay_orders(profile, origin_s) as (conditions, files):
-            self.relay.ask(self._link, {"do": "apply", "conditions": conditions}, files)
+            order = {"do": "apply", "conditions": conditions, "fresh": fresh}
+            self.relay.ask(self._link, order, files)
+
+    def under_way(self) -> int:
+        """See `Attachment.under_way`."""
+        return int(self.relay.ask(self._link, {"do": "under_way"})["packets"])
 
     def counters(self) -> dict[str, Counters]:
         answer = self.relay.ask(self._link, {"do": "counters"})

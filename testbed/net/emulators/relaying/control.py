@@ -1,4 +1,4 @@
-"""Orders to the relay, one JSON message each: ``apply``, ``counters`` and ``remove`` for a ``link``, and ``stop``."""
+"""Orders to the relay, one JSON message each: ``apply``, ``counters``, ``under_way``, ``remove`` for a ``link``; ``stop``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _FILES = 4  # descriptors that may come with one
 class Orders(Protocol):
     """What is ordered about: links, by name."""
 
-    def apply(self, link: str, conditions: dict[str, dict[str, Any]], files: list[int]) -> None: ...
+    def apply(
+        self, link: str, conditions: dict[str, dict[str, Any]], files: list[int], fresh: bool = False
+    ) -> None: ...
+    def under_way(self, link: str) -> int: ...
     def counters(self, link: str) -> dict[str, dict[str, float]]: ...
     def remove(self, link: str) -> bool: ...
 
@@ -54,10 +57,12 @@ class Control:
 
     def _answer(self, order: dict[str, Any], files: list[int], relay: Orders) -> dict[str, Any]:
         if order["do"] == "apply":
-            relay.apply(order["link"], order["conditions"], files)
+            relay.apply(order["link"], order["conditions"], files, bool(order.get("fresh")))
             return {}
         if order["do"] == "counters":
             return dict(relay.counters(order["link"]))
+        if order["do"] == "under_way":
+            return {"packets": relay.under_way(order["link"])}
         if order["do"] == "remove":
             self.stopped |= not relay.remove(order["link"])
             return {}

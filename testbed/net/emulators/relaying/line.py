@@ -38,7 +38,7 @@ class Line:
 
     COUNTED: tuple[str, ...] = (
         *("packets", "entered_bytes", "dropped_loss", "dropped_queue", "dropped_aqm", "marked"),
-        *("duplicated", "corrupted", "reordered", "delivered", "overrun"),
+        *("duplicated", "corrupted", "reordered", "delivered", "overrun", "cleared"),
     )
     packets: int
     entered_bytes: int
@@ -51,6 +51,7 @@ class Line:
     reordered: int
     delivered: int
     overrun: int
+    cleared: int
 
     def __init__(self, deliver: Callable[[bytes], object], seed: int | None) -> None:
         """*deliver* takes a frame that leaves; it may raise OSError."""
@@ -111,6 +112,20 @@ class Line:
             self.begins = self.owed_from = max(now, self.begins)
             self.owed = unsent
             self.leaves = self._finish(self.begins, unsent)
+
+    @property
+    def under_way(self) -> int:
+        """Packets that have entered and not left."""
+        return sum(item[3] for items in (self.flight, self.queue) for item in items)
+
+    def clear(self) -> None:
+        """Drops what is under way, and forgets it: what enters next keeps no order with it and waits for none of it."""
+        self.cleared += self.under_way
+        self.flight.clear()
+        self.queue.clear()
+        self.last_arrival = self.free = self.begins = self.owed = 0.0
+        self.leaves = self.owed_from = inf
+        self.waiting_bytes = self.held_bytes = 0
 
     def _unsent(self, now: float) -> float:
         """Bytes of the first in the queue that are still to be sent."""
