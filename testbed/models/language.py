@@ -109,7 +109,7 @@ class LanguageModel:
         return self.shapes[layer].window
 
     def knowing_ropes(self, cache: KVCache) -> KVCache:
-        """The cache with each layer's rotary embedding told, where plain numbers describe it."""
+        """The cache with each layer's rotary embedding told. Raises UsageError where no plain numbers describe it."""
         ropes = self._rotations.ropes(self._latent)
         layers = [replace(layer, rope=rope) for layer, rope in zip(cache.layers, ropes, strict=True)]
         return KVCache(layers, cache.length)

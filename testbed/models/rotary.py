@@ -18,8 +18,9 @@ from torch import Tensor
 from testbed.errors import UsageError
 from testbed.models.rope import Rope
 
-#: How far a rotated query may be from the model's own, beside the query's largest element.
-_TOLERANCE = 1e-3
+#: How far a rotated query may be from the model's own, beside the query's largest element; more where the model's format is
+#: coarser: the query, cosine and sine, their products and the sum of these are each rounded to it.
+_TOLERANCE, _ROUNDINGS = 1e-3, 4
 #: Angles are a position times a frequency, so that far positions tell arrangements apart, but not in 16 bits.
 _PROBE = 37
 
@@ -69,6 +70,11 @@ class Rotation:
         matrix[second, first], matrix[first, second] = sin, -sin
         return matrix
 
+    @property
+    def turns(self) -> bool:
+        """Whether there is anything to undo."""
+        return bool(range(self.head_dim)[self.first])
+
     def rope(self) -> Rope | None:
         """The same in plain numbers, but for its scale; None where nothing turns, or by no steady frequencies."""
         pairs = tuple(range(self.head_dim)[self.first])
@@ -111,14 +117,24 @@ class Rotations:
         return self._found[layer]
 
     def ropes(self, latent: Container[int]) -> list[Rope | None]:
-        """Each layer's in plain numbers; None where none describe it, and for the layers `latent`, whose cache is unrotated."""
+        """Each layer's in plain numbers; None where nothing turns, and for the layers `latent`, whose cache is unrotated.
+
+        Raises UsageError for an embedding that no plain numbers describe: keys that stay turned would be taken for others.
+        """
         if self._ropes is None:
             layers = range(self._layers)
-            try:
-                self._ropes = [None if layer in latent else self.of(layer).rope() for layer in layers]
-            except UsageError:
-                self._ropes = [None] * self._layers
+            self._ropes = [None if layer in latent else self._rope(layer) for layer in layers]
         return self._ropes
+
+    def _rope(self, layer: int) -> Rope | None:
+        rotation = self.of(layer)
+        rope = rotation.rope()
+        if rope is None and rotation.turns:
+            raise UsageError(
+                f"model {self._name!r}: layer {layer} turns its keys by no steady frequencies, so that no payload can tell "
+                "how to turn them back; choose a codec that takes keys as they are cached"
+            )
+        return rope
 
 
 def unrotated(head_dim: int, device: torch.device) -> Rotation:
@@ -175,9 +191,10 @@ def _rotation(layer: int, source: tuple[Any, dict[str, Any]] | None, near: Tenso
     head_dim = near.shape[-1]
     here = torch.tensor([_PROBE], device=near.device)
     start = torch.zeros(1, dtype=torch.int64, device=near.device)
+    tolerance = max(_TOLERANCE, _ROUNDINGS * torch.finfo(far.dtype).eps) * float(far.abs().max())
     for candidate in _candidates(source, head_dim, near.device):
         turned = candidate.apply(candidate.undo(near, start), here)
-        if float((turned - far.float()).abs().max()) < _TOLERANCE * float(far.abs().max()):
+        if float((turned - far.float()).abs().max()) < tolerance:
             return candidate
     raise ValueError(f"layer {layer} embeds positions in a way that cannot be undone")
 
@@ -200,7 +217,8 @@ def _candidates(
 @torch.no_grad()
 def _half_angles(module: Any, arguments: dict[str, Any], positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of each pair, float32 [n, pairs], from the model's own module."""
-    made = module(**arguments, position_ids=positions[None].to(arguments["x"].device))
+    x = arguments["x"].float()  # its format is the one that cos and sin are rounded to, and of no other use
+    made = module(**arguments | {"x": x}, position_ids=positions[None].to(x.device))
     if isinstance(made, Tensor):  # complex numbers, as DeepSeek-V2 has them
         return made[0].real.float(), made[0].imag.float()
     cos, sin = made[0][0].float(), made[1][0].float()

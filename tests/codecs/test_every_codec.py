@@ -24,13 +24,19 @@ CODECS = (
     "delta(loop=open, order=consecutive)+int2+ans",
     "planes+zstd",
 )
-EVERY = [*itertools.product(CODECS, [*SHAPES, "ragged", "uneven"])]
+#: Each shape in its own format, and these in the other one of the two that caches have.
+TURNED = [f"{name}, in the other format" for name in ("grouped", "sliding layers", "uneven")]
+EVERY = [*itertools.product(CODECS, [*SHAPES, "ragged", "uneven", *TURNED])]
 
 
 @functools.cache
 def cache_of(name: str) -> KVCache:
+    name, _, other = name.partition(", ")
     made = {"ragged": ragged_cache, "uneven": uneven_cache}
-    return made[name]() if name in made else make_cache(name)
+    cache = made[name]() if name in made else make_cache(name)
+    if other:
+        return cache.to(dtype={torch.float16: torch.bfloat16, torch.bfloat16: torch.float16}[cache.dtype])
+    return cache
 
 
 @functools.cache

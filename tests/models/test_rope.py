@@ -38,5 +38,10 @@ def test_what_kvquant_sends_of_a_model_is_rebuilt_without_the_model(
     for ours, theirs in zip(back.layers, plain.layers, strict=True):
         largest = float(theirs.keys.float().abs().max())
         assert float((ours.keys.float() - theirs.keys.float()).abs().max()) < 0.05 * largest
-    assert Codec(text).undoes_rope
-    assert not Codec("int4").undoes_rope
+
+
+def test_codecs_that_turn_keys_back_ask_the_model_how() -> None:
+    for text in ("kvquant", "delta(rope=pre)+int4", "window@0.5+delta(rope=pre)+int8+ans"):
+        assert Codec(text).undoes_rope
+    for text in ("int4", "delta+int4"):
+        assert not Codec(text).undoes_rope

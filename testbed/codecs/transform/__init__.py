@@ -17,8 +17,11 @@ class Transform(Method):
     """A reversible change of keys and values. Shapes and positions stay; values may be float32 in between."""
 
     stage: ClassVar[Literal["transform"]] = "transform"
-    #: Whether it turns keys back from their positions, so that the cache should know how (`KVLayer.rope`).
-    undoes_rope: ClassVar[bool] = False
+
+    @property
+    def undoes_rope(self) -> bool:
+        """Whether it turns keys back from their positions, so that the cache should know how (`KVLayer.rope`)."""
+        return False
 
     def encode(self, cache: KVCache, quantizer: Quantizer) -> tuple[KVCache, bytes]:
         """The cache to quantize, and bytes that `decode` needs beside it (counted in the payload).

@@ -43,6 +43,10 @@ class Delta(Transform):
     def __post_init__(self) -> None:
         self.require("anchor", "from 2 to 4096", 2 <= self.anchor <= 4096)
 
+    @property
+    def undoes_rope(self) -> bool:
+        return self.rope == "pre"
+
     def encode(self, cache: KVCache, quantizer: Quantizer) -> tuple[KVCache, bytes]:
         side, dtype = b"", str(cache.dtype).removeprefix("torch.")
         if self.rope == "pre":

@@ -39,12 +39,16 @@ class _Side(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=
 class Unrotated(Transform):
     """Turns keys back from their positions and, decoding, to them again. The payload carries the frequencies.
 
-    A layer whose embedding is not known (`KVLayer.rope` is None) travels as it is, and the payload says so.
+    A layer without one (`KVLayer.rope` is None) travels as it is, and the payload says so. A model whose embedding no plain
+    numbers describe is refused where the cache is told of it (`LanguageModel.knowing_ropes`).
     """
 
     name: ClassVar[str] = "unrotated"
-    undoes_rope: ClassVar[bool] = True
     source: ClassVar[str] = "KVQuant (arXiv:2401.18079), section 3.2"
+
+    @property
+    def undoes_rope(self) -> bool:
+        return True
 
     def encode(self, cache: KVCache, quantizer: Quantizer) -> tuple[KVCache, bytes]:
         kinds: list[Rope] = []
