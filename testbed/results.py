@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.errors import UsageError
+from testbed.units import exact, format_time, parse_time
 
 FORMAT = 2
 #: Formats that this version reads. 1 has no `kl` (unknown there) and no slowdowns (there were none).
@@ -189,6 +190,10 @@ class RunDirectory:
             raise UsageError(
                 f"{self.path / 'manifest.json'}: has no `settings`, so what this run was to do is unknown"
             )
+        if isinstance(
+            seconds := settings.get("timeout"), int | float
+        ):  # as runs had it before units were asked for
+            return settings | {"timeout": exact(seconds, format_time, parse_time, "s")}
         return settings
 
     def entries(self, name: str, key: str) -> list[Any]:

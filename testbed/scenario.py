@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from testbed.codecs.spec import parse as parse_codec
 from testbed.net.profile import Profile
@@ -20,7 +20,7 @@ from testbed.net.topology import Link, Topology
 from testbed.net.traffic import Flow, flow_from
 from testbed.tasks.prompt import DEFAULT, PromptFormat, choose_prompt, parse_prompt
 from testbed.tasks.task import Task
-from testbed.units import parse_time
+from testbed.units import exact, format_time, parse_time
 
 Placement = Literal["split", "cloud", "edge"]
 
@@ -35,6 +35,10 @@ def _codec(value: Any) -> str:
 
 def _seconds(value: Any) -> float:
     return parse_time(value)
+
+
+def _time(seconds: float) -> str:
+    return exact(seconds, format_time, parse_time, "s")
 
 
 def _task(value: Any) -> dict[str, Any]:
@@ -117,7 +121,9 @@ class Scenario(BaseModel):
     congestion: str | None = None  #: None: the link's, or else the namespace's default
     emulator: Literal["auto", "netem", "userspace"] = "auto"
     reuse: Literal["all", "prefill", "none"] = "all"
-    timeout: Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=86400)] = 120.0
+    timeout: Annotated[
+        float, BeforeValidator(_seconds), Field(gt=0, le=86400), PlainSerializer(_time, when_used="json")
+    ] = 120.0
     links: dict[str, Any] = {}  #: profiles of links that are not swept
     traffic: Annotated[list[Annotated[dict[str, Any], BeforeValidator(_flow)]], BeforeValidator(_listed)] = []
 

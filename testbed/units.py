@@ -3,6 +3,7 @@
 Inside the program everything is seconds, bytes, bits per second and fractions, as plain numbers. People may write
 ``50mbit``, ``20ms``, ``1%``, ``512kb``. Suffixes follow ``tc(8)``: rates in bits (``kbit``, ``mbit``, ``gbit``, decimal) or
 bytes (``kbps``, ``mbps`` -- tc's own surprise); we refuse the byte forms of rates, which are mistaken for bits too often.
+A number without its unit is refused, but for 0: tools do not agree on which it would be.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def _split(text: str | float, what: str, example: str) -> tuple[float, str]:
 
 def _scaled(text: str | float, units: dict[str, float] | dict[str, int], what: str, example: str) -> float:
     number, unit = _split(text, what, example)
-    if isinstance(text, str) and unit == "" and number != 0:
-        raise UnitError(f"{what} {text!r} has no unit; write it as {example}")
+    if unit == "" and number != 0:
+        raise UnitError(f"{what} {text!r} has no unit; write it with one, as {example}")
     if unit not in units and unit != "":
         raise UnitError(
             f"{what} {text!r}: unknown unit {unit!r}; use one of {', '.join(units)} (such as {example})"
@@ -57,28 +58,40 @@ def _scaled(text: str | float, units: dict[str, float] | dict[str, int], what: s
 
 
 def parse_rate(text: str | float) -> float:
-    """``"50mbit"`` -> 50e6 bits per second. A bare number (not text) is taken as bits per second."""
+    """``"50mbit"`` -> 50e6 bits per second. Raises UnitError."""
     return _scaled(text, _RATES, "rate", "50mbit")
 
 
 def parse_time(text: str | float) -> float:
-    """``"20ms"`` -> 0.02 seconds. A bare number (not text) is taken as seconds."""
+    """``"20ms"`` -> 0.02 seconds. Raises UnitError."""
     return _scaled(text, _TIMES, "time", "20ms")
 
 
 def parse_size(text: str | float) -> int:
-    """``"512kb"`` -> 512000 bytes (``kib`` is 1024). A bare number (not text) is taken as bytes."""
+    """``"512kb"`` -> 512000 bytes (``kib`` is 1024). Raises UnitError."""
     return round(_scaled(text, _SIZES, "size", "512kb"))
 
 
 def parse_fraction(text: str | float) -> float:
-    """``"1%"`` or ``0.01`` -> 0.01. Must lie in 0..1."""
-    number, unit = _split(text, "fraction", "1% or 0.01")
+    """``"1%"`` or ``0.01`` -> 0.01: a ratio, which nobody takes for percent. Must lie in 0..1. Raises UnitError."""
+    return _fraction(text, "fraction", "1% or 0.01", bare=True)
+
+
+def parse_percentage(text: str | float) -> float:
+    """``"1%"`` -> 0.01. Must lie in 0..1. Raises UnitError, also for a number without the sign: ``loss 1`` is 1 % to tc(8)."""
+    return _fraction(text, "percentage", "1%", bare=False)
+
+
+def _fraction(text: str | float, what: str, example: str, bare: bool) -> float:
+    number, unit = _split(text, what, example)
     if unit not in ("", "%"):
-        raise UnitError(f"fraction {text!r}: unknown unit {unit!r}; write 1% or 0.01")
-    value = number / 100 if unit == "%" else number
+        raise UnitError(f"{what} {text!r}: unknown unit {unit!r}; write {example}")
+    if unit == "" and number != 0 and not bare:
+        raise UnitError(f"{what} {text!r} has no unit; write it with one, as {example}")
+    # In decimals, so that what was printed exactly is read exactly.
+    value = float(Decimal(str(text).strip().rstrip("% ")) / 100) if unit == "%" else number
     if not 0 <= value <= 1:
-        raise UnitError(f"fraction {text!r} lies outside 0..1 (0%..100%)")
+        raise UnitError(f"{what} {text!r} lies outside 0..1 (0%..100%)")
     return value
 
 
@@ -125,6 +138,14 @@ def format_size(size_bytes: float) -> str:
 def format_fraction(fraction: float) -> str:
     """0.01 -> ``"1%"``."""
     return f"{fraction * 100:.4g}%"
+
+
+def exact_percentage(fraction: float) -> str:
+    """As `format_fraction`, but every digit where four are not enough."""
+    text = format_fraction(fraction)
+    return (
+        text if parse_percentage(text) == fraction else positional(str(Decimal(repr(fraction)) * 100)) + "%"
+    )
 
 
 def format_duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from testbed.errors import SpecError, UsageError
 from testbed.planning import load_plan, make_plan
+from testbed.results import FORMAT, RunDirectory
 
 BASE = {"name": "t", "profiles": ["5g-mid"], "tasks": ["needle"], "codecs": ["fp16", "int8"], "examples": 3}
 
@@ -107,6 +108,15 @@ def test_an_emulated_slower_machine_is_another_cell_and_none_is_the_cell_it_alwa
         ({"examples": 0}, r"t.yaml: examples"),
         ({"examples": "many"}, r"t.yaml: examples.*many"),
         ({"timeout": "5 parsec"}, r"t.yaml: timeout: .*parsec"),
+        ({"timeout": 20}, r"t.yaml: timeout: time 20 has no unit"),
+        (
+            {"profiles": [{"rate": "10mbit", "delay": 20}]},
+            r"t.yaml: profiles\[0\]: delay: time 20 has no unit",
+        ),
+        (
+            {"traffic": [{"from": "cloud", "to": "edge", "start": 5}]},
+            r"traffic\[0\].*start: time 5 has no unit",
+        ),
         ({"topology": "nowhere"}, r"t.yaml: topology: .*nowhere"),
         ({"edge": "moon"}, r"t.yaml: edge: .*'moon'"),
         ({"edge": "cloud"}, r"same node"),
@@ -120,6 +130,17 @@ def test_a_mistake_is_named_with_its_place(changes: dict[str, object], message: 
     with pytest.raises(SpecError, match=message) as caught:
         plan(**changes)
     assert "\n" not in str(caught.value)
+
+
+def test_a_scenarios_timeout_reads_back_from_its_settings_also_from_those_of_older_runs(
+    tmp_path: Path,
+) -> None:
+    made = plan(timeout="90s")
+    kept = made.scenario.model_dump(mode="json")
+    assert make_plan(kept, "manifest.json").scenario.timeout == 90.0
+    directory = RunDirectory.create(tmp_path / "run", None)
+    directory.write("manifest.json", {"format": FORMAT, "settings": kept | {"timeout": 90.0}})
+    assert make_plan(directory.settings(), "manifest.json").scenario.timeout == 90.0
 
 
 def test_what_is_missing_is_named() -> None:

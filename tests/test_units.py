@@ -15,7 +15,6 @@ from testbed.errors import UnitError
     [
         (units.parse_rate, "50mbit", 50e6),
         (units.parse_rate, "1.5 Gbit", 1.5e9),
-        (units.parse_rate, 1000, 1000.0),
         (units.parse_time, "20ms", 0.02),
         (units.parse_time, "250us", 250e-6),
         (units.parse_time, "0", 0.0),
@@ -23,6 +22,11 @@ from testbed.errors import UnitError
         (units.parse_size, "1kib", 1024),
         (units.parse_fraction, "1%", 0.01),
         (units.parse_fraction, 0.25, 0.25),
+        (units.parse_percentage, "1%", 0.01),
+        (units.parse_percentage, "0", 0.0),
+        (units.parse_percentage, 0, 0.0),
+        (units.parse_time, 0, 0.0),
+        (units.parse_size, 0.0, 0),
     ],
 )
 def test_quantities_are_read(parse, text, value) -> None:
@@ -37,6 +41,17 @@ def test_quantities_are_read(parse, text, value) -> None:
         (units.parse_rate, "-1mbit"),
         (units.parse_rate, "nan"),
         (units.parse_rate, True),
+        (units.parse_rate, 1000),
+        (units.parse_time, 20),
+        (units.parse_time, "20"),
+        (units.parse_time, 0.5),
+        (units.parse_size, 1500),
+        (units.parse_percentage, 1),
+        (units.parse_percentage, "1"),
+        (units.parse_percentage, 0.01),
+        (units.parse_percentage, "0.01"),
+        (units.parse_percentage, "101%"),
+        (units.parse_percentage, "1ms"),
         (units.parse_time, "20parsec"),
         (units.parse_time, ""),
         (units.parse_size, "1e400b"),
@@ -57,6 +72,12 @@ def test_rates_read_back_as_printed(rate: float) -> None:
 @given(st.floats(1e-8, 1e4))
 def test_times_read_back_as_printed(seconds: float) -> None:
     assert units.parse_time(units.format_time(seconds)) == pytest.approx(seconds, rel=1e-3)
+
+
+@given(st.floats(0, 1))
+def test_a_fraction_printed_exactly_is_the_same_number(fraction: float) -> None:
+    if fraction == 0 or fraction > 1e-12:
+        assert units.parse_percentage(units.exact_percentage(fraction)) == fraction
 
 
 @given(st.floats(0, 1e15))
@@ -83,7 +104,13 @@ def test_large_and_tiny_times_are_printed_without_an_exponent(seconds: float, te
 
 @given(st.text(max_size=80))
 def test_any_text_is_a_quantity_or_a_typed_error(text: str) -> None:
-    for parse in (units.parse_rate, units.parse_time, units.parse_size, units.parse_fraction):
+    for parse in (
+        units.parse_rate,
+        units.parse_time,
+        units.parse_size,
+        units.parse_fraction,
+        units.parse_percentage,
+    ):
         try:
             assert parse(text) >= 0
         except UnitError:

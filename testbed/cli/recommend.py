@@ -43,12 +43,12 @@ def recommend(
     from analysis import recommend as recommending
     from analysis.latency_model import Link
     from testbed.errors import UsageError
-    from testbed.units import parse_fraction, parse_rate, parse_time
+    from testbed.units import parse_fraction, parse_percentage, parse_rate, parse_time
 
     one_way, bits = parse_time(delay), parse_rate(rate)
     if bits <= 0:
         raise UsageError(f"--rate {rate}: a link needs a rate above 0")
-    link = Link(bits, one_way, one_way, parse_fraction(loss))
+    link = Link(bits, one_way, one_way, parse_percentage(loss))
     limit = None if deadline is None else parse_time(deadline)
     found = recommending.recommend(open_run(path, where), link, parse_fraction(quality), limit)
     text = recommending.text(found)

@@ -57,7 +57,7 @@ class Asked:
             "examples": self.examples,
             "codecs": ["int8", "int4", *(f"q2c@{ratio:g}" for ratio in RATIOS)],
             "threads": self.threads,
-            "timeout": 3600,
+            "timeout": "1h",
         }
 
 

@@ -12,11 +12,12 @@ from testbed.net.bounds import LARGEST_MTU, LEAST_MTU, bounded
 from testbed.net.emulators.deliveries import Deliveries
 from testbed.net.emulators.schedule import Schedule
 from testbed.net.jitter import LAWS, JitterTable
-from testbed.net.losses import LossModel, fraction_text
+from testbed.net.losses import LossModel
 from testbed.net.queues import MIN_QUEUE_BYTES, Queue, time_text
 from testbed.net.trace import Trace
 from testbed.units import (
     exact,
+    exact_percentage,
     format_fraction,
     format_rate,
     format_size,
@@ -116,12 +117,12 @@ class Direction:
         if self.loss_model is not None:
             parts.append(f"loss={self.loss_model}")
         elif self.loss:
-            parts.append("loss=" + fraction_text(self.loss))
+            parts.append("loss=" + exact_percentage(self.loss))
         if self.queue != Queue():
             parts.append(f"queue={self.queue}")
         for name in ("duplicate", "corrupt", "reorder"):
             if value := getattr(self, name):
-                parts.append(f"{name}={fraction_text(value)}")
+                parts.append(f"{name}={exact_percentage(value)}")
         parts += ["ecn=yes"] if self.ecn else []
         parts += [f"overhead={self.overhead_bytes}b"] if self.overhead_bytes else []
         parts += [f"mtu={self.mtu}"] if self.mtu != MTU else []

@@ -10,14 +10,9 @@ import msgspec
 
 from testbed.errors import SpecError
 from testbed.net.chain import Chain
-from testbed.units import exact, format_fraction, parse_fraction
+from testbed.units import exact_percentage, format_fraction
 
 _LEAST = 1e-9  # the kernel's probabilities come in steps of 2.3e-10
-
-
-def fraction_text(value: float) -> str:
-    """A fraction, reading back as the same number."""
-    return exact(value, format_fraction, parse_fraction, "")
 
 
 def _probability(name: str, value: float) -> None:
@@ -107,10 +102,10 @@ class GilbertElliott(msgspec.Struct, frozen=True, tag="gilbert"):
                         same = False
                     if same:
                         number = f"{burst:g}" if float(f"{burst:g}") == burst else repr(burst)
-                        return f"gilbert({fraction_text(mean)},burst={number})"
-        parts = [f"p={fraction_text(self.p)}", f"r={fraction_text(self.r)}"]
-        parts += [f"1-h={fraction_text(self.bad_loss)}"] if self.bad_loss != 1 else []
-        parts += [f"1-k={fraction_text(self.good_loss)}"] if self.good_loss else []
+                        return f"gilbert({exact_percentage(mean)},burst={number})"
+        parts = [f"p={exact_percentage(self.p)}", f"r={exact_percentage(self.r)}"]
+        parts += [f"1-h={exact_percentage(self.bad_loss)}"] if self.bad_loss != 1 else []
+        parts += [f"1-k={exact_percentage(self.good_loss)}"] if self.good_loss else []
         return f"gilbert({','.join(parts)})"
 
 
@@ -162,10 +157,10 @@ class FourState(msgspec.Struct, frozen=True, tag="states"):
         return self.chain().burst
 
     def __str__(self) -> str:
-        parts = [f"p13={fraction_text(self.p13)}", f"p31={fraction_text(self.p31)}"]
-        parts += [f"p32={fraction_text(self.p32)}"] if self.p32 else []
-        parts += [f"p23={fraction_text(self.p23)}"] if self.p23 != 1 else []
-        parts += [f"p14={fraction_text(self.p14)}"] if self.p14 else []
+        parts = [f"p13={exact_percentage(self.p13)}", f"p31={exact_percentage(self.p31)}"]
+        parts += [f"p32={exact_percentage(self.p32)}"] if self.p32 else []
+        parts += [f"p23={exact_percentage(self.p23)}"] if self.p23 != 1 else []
+        parts += [f"p14={exact_percentage(self.p14)}"] if self.p14 else []
         return f"states({','.join(parts)})"
 
 

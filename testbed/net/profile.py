@@ -37,7 +37,7 @@ from testbed.net.profile_values import (
 from testbed.net.queues import MIN_QUEUE_BYTES, Queue
 from testbed.net.strict_yaml import did_you_mean
 from testbed.net.trace import is_trace, parse_trace
-from testbed.units import parse_fraction, parse_rate, parse_size, parse_time
+from testbed.units import parse_percentage, parse_rate, parse_size, parse_time
 
 __all__ = [
     "INLINE_SOURCE",
@@ -59,9 +59,9 @@ _READERS: dict[str, Callable[[Any], Values]] = {
     "jitter": parse_jitter,
     "loss": parse_loss,
     "queue": lambda value: {"queue": parse_queue(value)},
-    "duplicate": lambda value: {"duplicate": parse_fraction(value)},
-    "corrupt": lambda value: {"corrupt": parse_fraction(value)},
-    "reorder": lambda value: {"reorder": parse_fraction(value)},
+    "duplicate": lambda value: {"duplicate": parse_percentage(value)},
+    "corrupt": lambda value: {"corrupt": parse_percentage(value)},
+    "reorder": lambda value: {"reorder": parse_percentage(value)},
     "ecn": lambda value: {"ecn": parse_switch(value)},
     "overhead": lambda value: {"overhead_bytes": parse_size(value)},
     "mtu": lambda value: {"mtu": parse_integer(value)},

@@ -17,7 +17,7 @@ from testbed.net.jitter import LAWS, read_table
 from testbed.net.losses import FourState, GilbertElliott
 from testbed.net.queues import CoDel, Queue
 from testbed.net.strict_yaml import did_you_mean
-from testbed.units import parse_fraction, parse_size, parse_time
+from testbed.units import parse_percentage, parse_size, parse_time
 
 _QUEUE = re.compile(r"\s*([0-9.eE+-]+)\s*(bdp|packets|p)\s*$", re.IGNORECASE)
 _CALL = re.compile(r"\s*([A-Za-z0-9_-]+)\s*\(([^()]*)\)\s*$")
@@ -102,6 +102,10 @@ def parse_queue(text: str | float) -> Queue:
         except ValueError:
             raise SpecError(f"queue {text!r}: {match[1]!r} is no number") from None
         return Queue(amount, "bdp" if match[2].lower() == "bdp" else "packets")
+    if isinstance(text, int | float) and not isinstance(text, bool) and text:
+        raise SpecError(
+            f"queue {text!r} has no unit; write it with one, as 100ms, 64kb, 100p (packets) or 1bdp"
+        )
     if isinstance(text, str):
         for read, unit in ((parse_size, "bytes"), (parse_time, "s")):
             try:
@@ -135,7 +139,7 @@ def parse_loss(value: Any) -> Values:
     """``1%``, or a model of `testbed.net.losses`. Raises SpecError or UnitError."""
     call = _call(value)
     if call is None:
-        return {"loss": parse_fraction(value)}
+        return {"loss": parse_percentage(value)}
     makers = {"correlated": _correlated, "gilbert": _gilbert, "states": _states}
     if call.name not in makers:
         raise SpecError(f"loss model {call.name[:40]!r} is unknown" + did_you_mean(call.name, list(makers)))
@@ -150,8 +154,8 @@ def _number(text: str) -> float:
 
 
 def _correlated(call: Call) -> GilbertElliott:
-    mean = call.first("mean", parse_fraction)
-    correlation = call.first("correlation", parse_fraction)
+    mean = call.first("mean", parse_percentage)
+    correlation = call.first("correlation", parse_percentage)
     call.done("mean", "correlation")
     if mean is None or correlation is None:
         raise call.missing("correlated(1%,25%)")
@@ -159,9 +163,9 @@ def _correlated(call: Call) -> GilbertElliott:
 
 
 def _gilbert(call: Call) -> GilbertElliott:
-    mean, burst = call.first("mean", parse_fraction), call.named("burst", _number)
-    p, r = call.named("p", parse_fraction), call.named("r", parse_fraction)
-    bad, good = call.named("1-h", parse_fraction), call.named("1-k", parse_fraction)
+    mean, burst = call.first("mean", parse_percentage), call.named("burst", _number)
+    p, r = call.named("p", parse_percentage), call.named("r", parse_percentage)
+    bad, good = call.named("1-h", parse_percentage), call.named("1-k", parse_percentage)
     call.done("mean", "burst", "p", "r", "1-h", "1-k")
     measured, chain = (mean, burst), (p, r)
     if None not in measured and {p, r, bad, good} == {None}:
@@ -174,7 +178,7 @@ def _gilbert(call: Call) -> GilbertElliott:
 def _states(call: Call) -> FourState:
     defaults = {"p32": 0.0, "p23": 1.0, "p14": 0.0}
     names = ("p13", "p31", "p32", "p23", "p14")
-    values = {name: call.named(name, parse_fraction, defaults.get(name)) for name in names}
+    values = {name: call.named(name, parse_percentage, defaults.get(name)) for name in names}
     call.done(*names)
     if None in values.values():
         raise call.missing("states(p13=1%,p31=20%,p32=10%,p23=30%,p14=0.1%); the last three may be left out")

@@ -194,8 +194,36 @@ def test_a_wrong_text_is_refused_in_one_line_that_says_what_is_wrong(text: str, 
     assert len(str(caught.value)) < 300
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("rate", 5e7), ("delay", 20), ("jitter", 2), ("loss", 0.01), ("loss", 1), ("queue", 64000)),
+        *(("duplicate", 1), ("corrupt", 0.1), ("reorder", 1), ("overhead", 24)),
+    ],
+)
+def test_a_number_without_its_unit_is_refused_in_a_mapping_as_it_is_in_text(key: str, value: float) -> None:
+    for way in (
+        lambda: profile_from({"delay": "50ms"} | {key: value}, "here"),
+        lambda: parse_profile(f"{key}={value}"),
+    ):
+        with pytest.raises(SpecError, match=f"{key}.*(no unit|write it as 100ms)"):
+            way()
+    if key not in ("rate", "queue"):
+        assert profile_from({"delay": "50ms"} | {key: 0}, "here") == parse_profile(
+            f"delay={'50ms' if key != 'delay' else 0}"
+        )
+
+
+@pytest.mark.parametrize(
+    "loss", ["gilbert(0.01,burst=4)", "gilbert(p=1,r=25%)", "correlated(1%,0.25)", "states(p13=0.01,p31=20%)"]
+)
+def test_a_loss_models_probabilities_have_their_percent_sign(loss: str) -> None:
+    with pytest.raises(SpecError, match="no unit"):
+        parse_profile(f"delay=1ms,loss={loss}")
+
+
 def test_yaml_mappings_give_the_same_profiles_as_text() -> None:
-    flat = {"rate": "50mbit", "delay": "20ms", "loss": 0.01}
+    flat = {"rate": "50mbit", "delay": "20ms", "loss": "1%"}
     assert profile_from(flat, "here") == parse_profile("rate=50mbit,delay=20ms,loss=1%")
     both = {"up": flat, "down": "lte"}
     assert profile_from(both, "here") == parse_profile("up:rate=50mbit,delay=20ms,loss=1%;down:lte")

@@ -183,7 +183,9 @@ def test_a_wrong_file_is_refused_with_the_line_it_is_wrong_in(
 fields = st.text(alphabet='0123456789.-+e"# ', max_size=6)
 rows = st.lists(fields, min_size=1, max_size=4).map(",".join)
 headers = (
-    st.sampled_from(["time_s,rate_mbps", "time_ms,rate_up_bps,rate_down_bps", "time_us,delay_ms,loss", "5"])
+    st.sampled_from(
+        ["time_s,rate_mbps", "time_ms,rate_up_bps,rate_down_bps", "time_us,delay_ms,loss_percent", "5"]
+    )
     | rows
 )
 files = st.tuples(headers, st.lists(rows, max_size=6)).map(

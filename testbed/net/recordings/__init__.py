@@ -8,7 +8,7 @@ Packet-delivery files are Mahimahi's (mm-link(1)): one whole number a line, mill
     1.5,38,14,0.1
 
 Time is ``time_s``, ``time_ms`` or ``time_us``; rates are in ``_bps``, ``_kbps``, ``_mbps`` or ``_gbps`` (bits per second),
-delays in ``_s``, ``_ms`` or ``_us``, losses fractions (``loss``) or ``loss_percent``. A name may say the way:
+delays in ``_s``, ``_ms`` or ``_us``, losses are ``loss_percent`` or ``loss_fraction``. A name may say the way:
 ``rate_up_kbps``, ``rate_down_kbps``.
 Logs of G-NetTrack are understood as they are: ``Timestamp``, ``DL_bitrate`` and ``UL_bitrate`` (kbit/s) out of many columns.
 

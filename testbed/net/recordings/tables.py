@@ -22,14 +22,14 @@ _ALONE_S = 1.0  # how long the only row of a table lasts
 _NANOSECOND = 1e-9
 
 _TIME_UNITS: dict[str | None, float] = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-_COLUMN = re.compile(r"(rate|delay|loss)(?:_(up|down))?(?:_(bps|kbps|mbps|gbps|s|ms|us|percent))?$")
+_COLUMN = re.compile(r"(rate|delay|loss)(?:_(up|down))?(?:_(bps|kbps|mbps|gbps|s|ms|us|fraction|percent))?$")
 _UNITS: dict[str, Mapping[str | None, float]] = {
     "rate": {"bps": 1 / 8, "kbps": 1e3 / 8, "mbps": 1e6 / 8, "gbps": 1e9 / 8},
     "delay": _TIME_UNITS,
-    "loss": {None: 1.0, "percent": 0.01},
+    "loss": {"fraction": 1.0, "percent": 0.01},
 }
 _EXAMPLES = ["time_s", "time_ms", "rate_mbps", "rate_kbps", "rate_bps", "rate_up_mbps", "rate_down_mbps"]
-_EXAMPLES += ["delay_ms", "delay_s", "loss", "loss_percent"]
+_EXAMPLES += ["delay_ms", "delay_s", "loss_fraction", "loss_percent"]
 _GNETTRACK = {"DL_bitrate": ("rate", "down", 1e3 / 8), "UL_bitrate": ("rate", "up", 1e3 / 8)}
 _STAMP = re.compile(r"\d{4}\.\d\d\.\d\d_\d\d\.\d\d\.\d\d", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?", re.ASCII)
@@ -122,6 +122,15 @@ def _header(
             time = index, _TIME_UNITS[name[5:]]
             continue
         match = _COLUMN.match(name)
+        kind = name if name == "time" else match[1] if match and match[3] is None else None
+        if kind is not None:
+            units = {
+                "time": "time_s or time_ms",
+                "rate": "rate_mbps",
+                "delay": "delay_ms",
+                "loss": "loss_percent or loss_fraction",
+            }
+            raise refuse(f"column {name!r} does not say its unit; call it for example {units[kind]}")
         if match is None or match[3] not in _UNITS[match[1]]:
             raise refuse(f"unknown column {name[:40]!r}{did_you_mean(name[:40], _EXAMPLES)}")
         if match[2] in found[match[1]]:
