@@ -23,6 +23,14 @@ from testbed.errors import UsageError
 FULL = "full cache"
 #: A score from which on an answer counts as right in McNemar's test.
 RIGHT_FROM = 0.5
+#: Two settings are alike where the interval of their ΔNLL lies within this many nats a token of 0 ...
+ALIKE = 0.02
+#: ... and an example is lost where its own ΔNLL is above this: the gold answer's tokens are a tenth less likely. It is
+#: five times the margin, and beyond what 8-bit rounding does to any one example.
+LOST = 0.1
+#: So large may the share of lost examples be, by its interval's upper end, where nothing is said to be lost: what 50
+#: examples (none of them lost: 7.1 %) and 100 (at most two: 7.0 %) can show. A mean alone lets rare losses pass.
+MOST_LOST = 0.075
 
 _KEYS = ["model", "task", "example"]
 _QUALITIES = [
@@ -43,9 +51,9 @@ class Comparison:
     (each counts equally).
 
     `score`: difference of scores; `ratio`: score over the baseline's; `answers`: McNemar's test of right
-    answers; `nll`: difference of the gold answer's NLL (nats/token, positive: worse); `kl`: the setting's own
-    mean KL from the full cache; `p_nll`, `p_score`: Wilcoxon's p after Holm's correction over the family of
-    settings that were compared together.
+    answers; `nll`: difference of the gold answer's NLL (nats/token, positive: worse); `lost`: the share of examples
+    for which it is above `LOST`; `kl`: the setting's own mean KL from the full cache; `p_nll`, `p_score`: Wilcoxon's
+    p after Holm's correction over the family of settings that were compared together.
     """
 
     model: str
@@ -57,8 +65,17 @@ class Comparison:
     answers: stats.McNemar
     nll: stats.Difference
     kl: stats.Estimate
+    lost: stats.Estimate = stats.NOTHING
     p_nll: float = float("nan")
     p_score: float = float("nan")
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the examples show that nothing is lost against the baseline: the mean ΔNLL's interval ends
+        at or below `ALIKE`, and that of the share of lost examples at or below `MOST_LOST`. Fewer than 48
+        examples cannot.
+        """
+        return self.nll.high <= ALIKE and self.lost.high <= MOST_LOST
 
 
 def by_example(rows: pd.DataFrame) -> pd.DataFrame:
@@ -96,6 +113,7 @@ def compare(found: pd.DataFrame, model: str, task: str, setting: str, baseline: 
         answers=stats.mcnemar(*right),
         nll=stats.difference(found["nll"], found["nll_base"], examples, found["task"]),
         kl=stats.mean(found["kl"], examples, found["task"]),
+        lost=stats.share_above(found["nll"] - found["nll_base"], LOST, examples),
     )
 
 
@@ -148,6 +166,7 @@ def line(one: Comparison) -> dict[str, Any]:
     found |= {"gained": one.answers.gained, "lost": one.answers.lost, "mcnemar_p": one.answers.p}
     found |= _interval("nll_diff", one.nll.estimate)
     found |= {"nll_p": one.nll.p, "nll_p_holm": one.p_nll, "nll_detectable": one.nll.detectable}
+    found |= _interval("lost", one.lost) | {"lossless": one.lossless}
     return found | _interval("kl", one.kl)
 
 
@@ -169,17 +188,21 @@ def text(found: list[Comparison]) -> str:
         own = [f for f in found if (f.model, f.task) == (model, task)]
         wide = max(len(f.setting) for f in own)
         head = f"{model} · {task or 'all tasks'} · against {own[0].baseline}"
-        columns = f"  {'setting':<{wide}}  {'n':>4}  {'Δscore':>22}  {'p':>6}  {'ΔNLL':>24}  {'p':>6}  {'detectable':>10}"
+        columns = (
+            f"  {'setting':<{wide}}  {'n':>4}  {'Δscore':>22}  {'p':>6}  {'ΔNLL':>24}  {'p':>6}  {'detectable':>10}  "
+            f"{'lost':>18}"
+        )
         lines = [
             f"  {f.setting:<{wide}}  {max(f.score.n, f.nll.n):>4}  {signed(f.score.estimate, 2):>22}  "
             f"{p_text(f.p_score):>6}  {signed(f.nll.estimate, 3):>24}  {p_text(f.p_nll):>6}  "
-            f"{number(f.nll.detectable, 3):>10}"
+            f"{number(f.nll.detectable, 3):>10}  {share(f.lost):>18}{'  lossless' if f.lossless else ''}"
             for f in own
         ]
         blocks.append("\n".join([head, columns, *lines]))
     note = (
         "brackets: 95 % bootstrap intervals over examples; p: Wilcoxon signed-rank after Holm's correction; "
-        "detectable: the ΔNLL that so many examples show with a probability of 80 %"
+        f"detectable: the ΔNLL that so many examples show with a probability of 80 %; lost: the share of examples whose ΔNLL is "
+        f"above {LOST:g}; lossless: ΔNLL's interval ends at or below {ALIKE:g}, that share's at or below {MOST_LOST:.1%}"
     )
     return "\n\n".join([*blocks, note])
 
@@ -195,6 +218,11 @@ def signed(one: stats.Estimate, digits: int) -> str:
         return "-"
     interval = f" [{one.low:+.{digits}f}, {one.high:+.{digits}f}]" if np.isfinite(one.low) else ""
     return f"{one.value:+.{digits}f}{interval}"
+
+
+def share(one: stats.Estimate) -> str:
+    """A share of examples with its interval."""
+    return f"{one.value:.0%} [{one.low:.1%}, {one.high:.1%}]" if one.n else "-"
 
 
 def p_text(p: float) -> str:

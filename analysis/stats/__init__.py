@@ -3,7 +3,7 @@
 Everything is seeded: the same rows give the same numbers. The unit is the example, always.
 """
 
-from analysis.stats.counts import McNemar, holm, mcnemar
+from analysis.stats.counts import McNemar, holm, mcnemar, share_above
 from analysis.stats.estimates import CONFIDENCE, NOTHING, RESAMPLES, Estimate, mean, median, quantile
 from analysis.stats.front import pareto_front
 from analysis.stats.paired import Difference, difference, ratio, signed_rank, smallest_detectable
@@ -23,6 +23,7 @@ __all__ = [
     "pareto_front",
     "quantile",
     "ratio",
+    "share_above",
     "signed_rank",
     "smallest_detectable",
 ]

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats as scipy_stats
 
+from analysis.stats.estimates import CONFIDENCE, NOTHING, Estimate, _clean, by_example
+
 
 @dataclass(frozen=True)
 class McNemar:
@@ -32,6 +34,30 @@ def mcnemar(right: npt.ArrayLike, baseline: npt.ArrayLike) -> McNemar:
     gained, lost = int((now & ~then).sum()), int((~now & then).sum())
     p = float(scipy_stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return McNemar(gained, lost, int(both.sum()), p)
+
+
+def share_above(
+    values: npt.ArrayLike,
+    limit: float,
+    clusters: npt.ArrayLike | None = None,
+    *,
+    confidence: float = CONFIDENCE,
+) -> Estimate:
+    """The share of examples whose value (mean over an example's values) is above `limit`, with the exact
+    binomial interval (C. Clopper and E. Pearson, "The Use of Confidence or Fiducial Limits Illustrated in
+    the Case of the Binomial", Biometrika 26(4), 1934).
+
+    It says what a mean cannot: of 50 examples that lose nothing, up to 7 in 100 like them may lose any
+    amount. Values that are not finite are left out.
+    """
+    labels = np.arange(np.size(values)) if clusters is None else clusters
+    data, (examples,) = _clean(values, labels)
+    if not len(data):
+        return NOTHING
+    ((averaged,),) = by_example([data], examples, np.zeros(len(data), dtype=int))
+    above, n = int((averaged > limit).sum()), len(averaged)
+    interval = scipy_stats.binomtest(above, n).proportion_ci(confidence, method="exact")
+    return Estimate(above / n, float(interval.low), float(interval.high), n)
 
 
 def holm(p: npt.ArrayLike) -> npt.NDArray[np.float64]:

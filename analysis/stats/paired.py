@@ -72,7 +72,9 @@ def difference(
     that is not finite are left out.
     """
     change = np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
-    estimate = mean(change, clusters, strata, confidence=confidence, resamples=resamples, seed=seed)
+    estimate = mean(
+        change, clusters, strata, skewed=bounds is None, confidence=confidence, resamples=resamples, seed=seed
+    )
     labels = np.arange(np.size(change)) if clusters is None else clusters
     data, (examples, tasks) = _clean(change, labels, strata)
     if not len(data):
