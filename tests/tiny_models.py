@@ -72,6 +72,22 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2Config",
         {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
     ),
+    # Other frequencies from 64 tokens on, as Phi 3.5 has them from 4,096 on.
+    "phi3 long": (
+        "Phi3Config",
+        {
+            "sliding_window": None,
+            "pad_token_id": 0,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 8,
+                "long_factor": [2.0 + i for i in range(8)],
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
     "mistral full": ("MistralConfig", {"sliding_window": None}),
     "gpt neox whole rotary": ("GPTNeoXConfig", {"rotary_pct": 1.0, "use_parallel_residual": False}),
 }

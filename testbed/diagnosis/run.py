@@ -60,6 +60,9 @@ def _probes(model: LanguageModel, settings: Settings) -> tuple[Callable[[Example
     examples = task.examples(
         2 * settings.examples, settings.context_tokens, lambda text: len(model.tokenize(text)), settings.seed
     )
+    model.expect(
+        task.reach(examples, lambda text: len(model.tokenize(text, start=True)), task.max_new_tokens)
+    )
     ids = model.tokenize(task.prefix, start=True)
     prefix = model.prefill(ids, None).cache if ids else None
     widths = (settings.bits, settings.high)

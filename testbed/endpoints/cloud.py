@@ -93,7 +93,7 @@ class Cloud(InferenceSide):
         if gold not in outcome.likelihoods:
             with self._computing:
                 outcome.likelihoods[gold] = self._likelihood(outcome, gold)
-        details = {key: value for key, value in outcome.details.items() if key != "question_ids"}
+        details = {k: v for k, v in outcome.details.items() if k not in ("question_ids", "prefix")}
         return {**details, **outcome.likelihoods[gold]}
 
     def _likelihood(self, outcome: Outcome, gold: str) -> dict[str, float]:
@@ -103,6 +103,7 @@ class Cloud(InferenceSide):
             raise EndpointError(
                 "the cache of that request was given up for a later one's; ask for its outcome first"
             )
+        self.under(outcome.details["prefix"])
         ids = self.model.tokenize(gold)
         found = self.model.likelihood(outcome.details["question_ids"], ids, outcome.past)
         measured = {"nll": mean_nll(found, ids)}
@@ -183,8 +184,9 @@ class Cloud(InferenceSide):
             raise WireError(
                 f"the request names a prefix {request.prefix[:64]!r} that this side does not know"
             )
-        prefix = self.prefixes[request.prefix]
+        prefix = self.under(request.prefix)
         details: dict[str, Any] = {
+            "prefix": request.prefix,
             "payload_digest": digest(received.payload),
             "tokens_kept": 0,
             "kept_digest": "",

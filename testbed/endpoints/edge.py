@@ -55,15 +55,17 @@ class Edge(InferenceSide):
         made, examples = make_examples(self.model, task, parameters, count, context_tokens, seed, prompt)
         max_new_tokens = max_new_tokens or made.max_new_tokens
         self._needs = Needs.of_all(Codec(text, self.model.name).needs for text in codecs)
-        prefix = self.learn_prefix(made.prefix)
+        reach = made.reach(examples, lambda text: len(self.model.tokenize(text, start=True)), max_new_tokens)
+        prefix = self.learn_prefix(made.prefix, reach)
         self._batches.append(Batch(made, examples, prefix, max_new_tokens))
         longest = longest_context(self.model, made, examples, max_new_tokens)
         # The first prefill of a size pays for memory and thread pools, which is no example's own cost.
         warm = self.model.tokenize(made.context_text(examples[0]))
-        prefill_for(self.model, self._needs, warm, self.prefixes[prefix].cache)
+        prefill_for(self.model, self._needs, warm, self.under(prefix).cache)
         return {
             "batch": len(self._batches) - 1,
             "prefix_text": made.prefix,
+            "reach": reach,
             "longest": longest,
             "examples": [told(made, example) for example in examples],
         }
@@ -165,11 +167,11 @@ class Edge(InferenceSide):
 
     def _hold(self, batch: int, example: int) -> Held:
         """The example's prefill: the one at hand, or made now (and timed)."""
+        prefix = self.under(self._batches[batch].prefix)
         if self._held is not None and self._held.key == (batch, example):
             return self._held
         self._held = None
         task, chosen = self._batches[batch].task, self._batches[batch].examples[example]
-        prefix = self.prefixes[self._batches[batch].prefix]
         context, question = task.context_text(chosen), task.question_text(chosen)
         choices = tuple(task.choice_texts(chosen))
         started = self.pace.begin()

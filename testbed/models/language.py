@@ -25,6 +25,7 @@ from testbed.models.kvcache import KVCache, KVLayer
 from testbed.models.likelihood import log_probabilities, mean_nll
 from testbed.models.live import LayerShape, LiveCache, LivePass
 from testbed.models.rotary import Rotation, Rotations
+from testbed.models.stretching import Stretching
 from testbed.models.tokens import Tokens
 
 
@@ -63,6 +64,7 @@ class LanguageModel:
         config = network.config.get_text_config(decoder=True)
         self.num_layers: int = config.num_hidden_layers
         self.max_positions: int = getattr(config, "max_position_embeddings", None) or 2**31
+        self._stretching = Stretching(network, self.max_positions)
         self.shapes = self._probe(config)
         self.kv_heads: int = self.shapes[0].kv_heads
         self.head_dim: int = self.shapes[0].head_dim
@@ -72,7 +74,7 @@ class LanguageModel:
         self._latent: dict[int, Any] = {
             module.layer_idx: module for module in network.modules() if hasattr(module, "expand_kv")
         }
-        self._rotations = Rotations(name, network, self.num_layers, self._queries_at)
+        self._rotations = self._found_rotations()
 
     def _probe(self, config: Any) -> list[LayerShape]:
         """Run one token and see what each layer's attention does, instead of trusting names in configs."""
@@ -95,6 +97,28 @@ class LanguageModel:
                 LayerShape(keys.shape[1], keys.shape[3], values.shape[3], scaling, softcap, window or None)
             )
         return shapes
+
+    @property
+    def stretches(self) -> bool:
+        """Whether a prompt's length decides how its keys are turned (LongRoPE, dynamic NTK)."""
+        return bool(self._stretching)
+
+    def expect(self, length: int | None) -> None:
+        """Turn keys as prompts of `length` tokens, answer included, want it; None: as the model's longest, which is the default.
+
+        Where the model `stretches`, longer prompts are refused from now on, and caches made under another length do not fit.
+        """
+        length = self.max_positions if length is None else min(length, self.max_positions)
+        if self.stretches and length != self._stretching.length:
+            self._stretching.length = length
+            self._rotations = self._found_rotations()
+
+    def _found_rotations(self) -> Rotations:
+        return Rotations(self.name, self._network, self.num_layers, self._queries_at, self._longest)
+
+    @property
+    def _longest(self) -> int:
+        return self._stretching.length if self.stretches else self.max_positions
 
     def scaling(self, layer: int) -> float:
         """What the layer's attention multiplies its scores with."""
@@ -173,10 +197,11 @@ class LanguageModel:
 
     def _check_length(self, past: KVCache | None, new: int) -> int:
         length = past.length if past is not None else 0
-        if length + new > self.max_positions:
+        if length + new > self._longest:
+            which = "takes" if self._longest == self.max_positions else "was told to expect"
             raise UsageError(
                 f"a prompt of {length + new} tokens is too long for model {self.name!r}, "
-                f"which takes {self.max_positions}"
+                f"which {which} {self._longest}"
             )
         return length
 
@@ -272,7 +297,7 @@ class LanguageModel:
         if not ids:
             raise ValueError("generate() needs at least one token to start from")
         length = self._check_length(past, len(ids))
-        limit = min(max_new_tokens, self.max_positions - length - len(ids) + 1)
+        limit = min(max_new_tokens, self._longest - length - len(ids) + 1)
         live = self._live(past, len(ids) + max(limit, 0))
         answer: list[int] = []
         feed, before = list(ids), ""

@@ -42,7 +42,7 @@ def load_model(
         raise UsageError(f"model {name!r} cannot be loaded from {source.location}: {first}") from error
     try:
         model = LanguageModel(source.name, network, tokenizer, end, cache_dtype)
-        model.prefill(model.tokenize(_PROBE, start=True), None)
+        model.prefill(model.tokenize(_PROBE, start=True)[: model.max_positions], None)
     except NotFiniteError as error:
         raise UsageError(str(error)) from error
     return model

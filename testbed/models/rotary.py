@@ -75,17 +75,22 @@ class Rotation:
         """Whether there is anything to undo."""
         return bool(range(self.head_dim)[self.first])
 
-    def rope(self) -> Rope | None:
-        """The same in plain numbers, but for its scale; None where nothing turns, or by no steady frequencies."""
+    def rope(self, longest: int = 2**31) -> Rope | None:
+        """The same in plain numbers, but for its scale; None where nothing turns, or by no steady frequencies.
+
+        longest: tokens of the prompts that it is asked of; what turns keys further away is not looked at.
+        """
         pairs = tuple(range(self.head_dim)[self.first])
         if not pairs:
             return None
-        *refining, check = (self._angle(position) for position in (*_REFINING, _CHECK))
+        near = [position for position in _REFINING if position < longest]
+        last = min(_CHECK, longest - 1)
+        *refining, check = (self._angle(position) for position in (*near, last))
         frequency = torch.zeros(len(pairs), dtype=torch.float64)
-        for position, measured in zip(_REFINING, refining, strict=True):
+        for position, measured in zip(near, refining, strict=True):
             whole = torch.round((frequency * position - measured) / (2 * torch.pi)) if position > 1 else 0
             frequency = (measured + 2 * torch.pi * whole) / position
-        off = torch.remainder(frequency * _CHECK - check + torch.pi, 2 * torch.pi) - torch.pi
+        off = torch.remainder(frequency * last - check + torch.pi, 2 * torch.pi) - torch.pi
         if float(off.abs().max()) > _TOLERANCE:
             return None
         apart = range(self.head_dim)[self.second][0] - pairs[0]
@@ -101,8 +106,14 @@ class Rotations:
     """The rotations of a model's layers, found when they are first asked for."""
 
     def __init__(
-        self, name: str, network: Any, layers: int, queries_at: Callable[[int], dict[int, Tensor]]
+        self,
+        name: str,
+        network: Any,
+        layers: int,
+        queries_at: Callable[[int], dict[int, Tensor]],
+        longest: int,
     ) -> None:
+        self._longest = longest
         self._name, self._network, self._layers, self._queries_at = name, network, layers, queries_at
         self._found: list[Rotation] | None = None
         self._ropes: list[Rope | None] | None = None
@@ -128,7 +139,7 @@ class Rotations:
 
     def _rope(self, layer: int) -> Rope | None:
         rotation = self.of(layer)
-        rope = rotation.rope()
+        rope = rotation.rope(self._longest)
         if rope is None and rotation.turns:
             raise UsageError(
                 f"model {self._name!r}: layer {layer} turns its keys by no steady frequencies, so that no payload can tell "

@@ -116,6 +116,18 @@ class Prompted:
     ) -> list[Example]:
         return self.task.examples(count, context_tokens, count_tokens, seed)
 
+    def reach(self, examples: list[Example], count_tokens: CountTokens, max_new_tokens: int) -> int:
+        """Tokens that the longest of the prompts has, prefix and answer included; no fewer, but perhaps a few more."""
+        prefix = count_tokens(self.prefix)
+        lengths = []
+        for example in examples:
+            answers = [self.answer_text(example), *self.choice_texts(example)]
+            answer = max(max_new_tokens, *map(count_tokens, answers))
+            lengths.append(
+                count_tokens(self.context_text(example)) + count_tokens(self.question_text(example)) + answer
+            )
+        return prefix + max(lengths, default=0)
+
     def context_text(self, example: Example) -> str:
         return self.task.context_text(example)
 
