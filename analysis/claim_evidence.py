@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,13 +16,23 @@ from analysis.run import Run
 LEAST_REFERENCE = 0.1
 LEAST_REFERENCE_CHOICE = 0.3  #: four options: chance is 0.25
 
+#: What a diagnosis says of INT4's damage by the published rule; "robust" is the third.
+CONCENTRATED, DISTRIBUTED = "concentrated", "distributed"
+
 
 @dataclass(frozen=True)
 class Evidence:
-    """The rows of all runs, and by model the examples of the admitted tasks."""
+    """The rows of all runs, and by model the examples of the admitted tasks; `diagnoses`: what one in a run's directory says of
+    a model by the published rule.
+    """
 
     rows: pd.DataFrame
     tables: dict[str, pd.DataFrame]
+    diagnoses: dict[str, str]
+
+    def damage(self, model: str) -> str:
+        """Whether INT4's damage sits in few layers of a model or is spread; empty: no run has a diagnosis of it."""
+        return self.diagnoses.get(model, "")
 
     def parts(self) -> Iterator[tuple[str, str, pd.DataFrame]]:
         """(model, task, its examples): all tasks of a model together (an empty task), then each alone."""
@@ -59,7 +70,16 @@ def collect(runs: list[Run]) -> tuple[Evidence, list[str]]:
             )
     whole = pd.concat(kept) if kept else table.iloc[:0]
     tables = {str(m): own for m, own in whole.groupby("model", sort=False)}
-    return Evidence(rows, tables), said
+    return Evidence(rows, tables, dict(filter(None, map(diagnosed, runs)))), said
+
+
+def diagnosed(run: Run) -> tuple[str, str] | None:
+    """The model of a diagnosis that lies in the run's directory, and what it found by the published rule; None: there is none."""
+    try:
+        found = json.loads((run.path / "diagnosis.json").read_text(encoding="utf-8"))
+        return str(found["model"]), str(found["published"]["damage"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _told_apart(runs: list[Run]) -> list[pd.DataFrame]:

@@ -6,6 +6,8 @@ decided on likelihoods has the task's score beside it. The margins:
 * two settings are *alike* where the 95 % interval of their ΔNLL lies within ±0.02 nats per token;
 * a direction counts where the interval lies beyond 0 and Wilcoxon's p, after Holm's correction over all comparisons of
   the claim (undecided ones too), is below 0.05;
+* a setting is *lossless* where the mean ΔNLL is at most 0.02 by its upper end, and the share of examples that lose more
+  than 0.2 nats a token at most a tenth by the upper end of its exact interval: of 50 none may, of 100 four;
 * below 50 examples (the published n) nothing is decided; below 20 a link where the verdict is on times.
 """
 
@@ -26,6 +28,13 @@ LEAST = 50  #: examples
 LEAST_TIMES = 20  #: examples of a verdict on times
 CONTROLS = "other layers"  #: how the mean of the controls is named
 LEVEL = 0.05
+#: An example that loses more than so many nats a token is a loser, and a lossless setting has few of them: a mean may hide
+#: rare large losses.
+LOST = 0.2
+LOSERS = 0.1  #: the largest share, by the upper end of its exact interval
+#: What the edge does before it sends: prefill, selection, quantization.
+EDGE_COMPUTE = ("prefill_s", "select_s", "encode_s")
+COMPUTE = (*EDGE_COMPUTE, "decode_s", "first_token_s", "generate_s")  #: and the cloud behind it
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
 
 
@@ -116,13 +125,31 @@ def _alike(verdict: Verdict, nll: stats.Difference) -> Verdict:
 
 
 def lossless(claim: str, table: pd.DataFrame, model: str, task: str, setting: str) -> Verdict:
-    """Holds where the NLL is not raised by more than the margin; fails where it surely is."""
+    """Holds where the NLL is not raised by more than the margin and few examples lose much; fails where either surely is not
+    so.
+    """
     found, verdict = _pair(claim, table, model, task, setting, FULL)
-    if found.nll.high <= ALIKE:
+    losers = _losers(table, setting)
+    share = f"{losers.value:.0%} [{losers.low:.0%}, {losers.high:.0%}] lose more than {LOST}"
+    verdict = replace(verdict, figures=f"{verdict.figures}, {share}")
+    if _is_lossless(found, losers):
         return replace(verdict, verdict=_enough(HOLDS, found.nll.n))
-    if found.nll.low > ALIKE:
+    if _surely_loses(found, losers):
         return replace(verdict, verdict=_enough(FAILS, found.nll.n))
     return verdict
+
+
+def _losers(table: pd.DataFrame, setting: str) -> stats.Estimate:
+    pairs = comparisons.pairs(table, setting)
+    return stats.share_above(pairs["nll"] - pairs["nll_base"], LOST, pairs["task"] + "\0" + pairs["example"])
+
+
+def _is_lossless(found: Comparison, losers: stats.Estimate) -> bool:
+    return found.nll.high <= ALIKE and losers.high <= LOSERS
+
+
+def _surely_loses(found: Comparison, losers: stats.Estimate) -> bool:
+    return found.nll.low > ALIKE or losers.low > LOSERS
 
 
 def restored(
@@ -141,6 +168,7 @@ def restored(
     against, verdict = _pair(claim, table, model, task, protected, CONTROLS)
     before = comparisons.compare(comparisons.pairs(table, plain), model, task, plain, FULL)
     after = comparisons.compare(comparisons.pairs(table, protected), model, task, protected, FULL)
+    losers = _losers(table, protected)
     own = table[table["setting"] == protected]
     smaller = float((own["kv_bytes"] / own["payload_bytes"]).mean())
     figures = (
@@ -148,15 +176,32 @@ def restored(
         f"against {CONTROLS} ({len(controls)}): {describe(against)}; {plain} against full cache: {describe(before)}"
     )
     verdict = replace(verdict, figures=figures, p=against.nll.p)
-    if before.nll.high <= ALIKE:
+    if _is_lossless(before, _losers(table, plain)):
         return replace(verdict, figures=f"nothing to restore: {figures}")
-    if after.nll.low > ALIKE:
+    if _surely_loses(after, losers):
         return replace(verdict, verdict=_enough(FAILS, verdict.n), tested=False)
     if against.nll.low > 0:
         return replace(verdict, verdict=_enough(FAILS, verdict.n))
-    if after.nll.high <= ALIKE and against.nll.high < 0 and before.nll.n:
+    if _is_lossless(after, losers) and against.nll.high < 0 and before.nll.n:
         return replace(verdict, verdict=_enough(HOLDS, verdict.n))
     return _alike(verdict, against.nll)
+
+
+def nothing_gained(
+    claim: str, table: pd.DataFrame, model: str, task: str, plain: str, protected: str
+) -> Verdict:
+    """Whether protecting a layer leaves `plain` (int4) as it was: holds where the two are alike, fails where protection surely
+    lowers or raises the NLL; undecided where `plain` is lossless already.
+    """
+    found, verdict = _pair(claim, table, model, task, protected, plain)
+    before = comparisons.compare(comparisons.pairs(table, plain), model, task, plain, FULL)
+    nll, figures = found.nll, f"{verdict.figures}; {plain} against full cache: {describe(before)}"
+    verdict = replace(verdict, figures=figures, p=nll.p)
+    if _is_lossless(before, _losers(table, plain)):
+        return replace(verdict, figures=f"nothing to restore: {figures}")
+    if nll.low >= -ALIKE and nll.high <= ALIKE:
+        return replace(verdict, verdict=_enough(HOLDS, nll.n), tested=False)
+    return replace(verdict, verdict=_enough(FAILS, nll.n)) if nll.high < 0 or nll.low > 0 else verdict
 
 
 def differs_between_models(
@@ -194,12 +239,17 @@ def differs_between_models(
 
 def slope(claim: str, table: pd.DataFrame, model: str, setting: str, baseline: str) -> Verdict | None:
     """How the setting's advantage grows with the context: an example's least-squares slope of (the baseline's NLL − the
-    setting's) on log2(context tokens), mean over the examples that have it at two lengths or more; None without any.
+    setting's) on log2(context tokens), mean over the examples that have it at two lengths or more; None without any. With the
+    full cache as the setting that is how the baseline's damage grows.
 
     `table`'s tasks are named with their length behind an @ (``passages@512``); without it a task has one length.
     """
-    found = comparisons.pairs(table, setting, baseline)
-    gain = (found["nll_base"] - found["nll"]).to_numpy()
+    if setting == FULL:
+        found = comparisons.pairs(table, baseline)
+        gain = (found["nll"] - found["nll_base"]).to_numpy()
+    else:
+        found = comparisons.pairs(table, setting, baseline)
+        gain = (found["nll_base"] - found["nll"]).to_numpy()
     length = np.log2(found["context_tokens"].to_numpy(dtype=np.float64))
     question = (found["task"].str.rsplit("@", n=1).str[0] + "\0" + found["example"]).to_numpy()
     slopes = []
@@ -251,12 +301,9 @@ def saving(rows: pd.DataFrame, setting: str, baseline: str) -> stats.Estimate:
     return stats.mean(share, found["task"] + "\0" + found["example"])
 
 
-def transmission_share(rows: pd.DataFrame) -> stats.Estimate:
-    """Transmission over all compute stages of a request, geometric mean over examples."""
-    compute = rows[["prefill_s", "select_s", "encode_s", "decode_s", "first_token_s", "generate_s"]].sum(
-        axis=1
-    )
-    return geometric(rows["transmit_s"] / compute, rows)
+def transmission_share(rows: pd.DataFrame, stages: tuple[str, ...] = EDGE_COMPUTE) -> stats.Estimate:
+    """Transmission over some stages of a request together, geometric mean over examples."""
+    return geometric(rows["transmit_s"] / rows[list(stages)].sum(axis=1), rows)
 
 
 def geometric(values: pd.Series, rows: pd.DataFrame) -> stats.Estimate:

@@ -1,0 +1,249 @@
+"""Which settings of the runs each published claim compares, and by which rule: codecs are told apart as they are parsed."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from analysis import claim_rules as rules
+from analysis.claim_evidence import CONCENTRATED, DISTRIBUTED, Evidence
+from analysis.claim_rules import Verdict
+from testbed.codecs.method import Method
+from testbed.codecs.quantize.mixed import Mixed, coarse
+from testbed.codecs.spec import CodecSpec, parse
+from testbed.errors import SpecError
+
+#: The mean ΔNLL, in nats a token, up to which a codec may stand for the full cache against sending the text.
+WORTH_LOSS = 0.05
+#: Of the claims on selection.
+RATIO = 0.25
+_TIMES = rules.LEAST_TIMES
+
+Judge = Callable[[Evidence], Iterator[Verdict]]
+
+
+@functools.cache
+def _parsed(setting: str) -> CodecSpec | None:
+    try:
+        return parse(setting)
+    except SpecError:  # a placement, or a codec beside a transport
+        return None
+
+
+def codecs(table: pd.DataFrame) -> dict[CodecSpec, str]:
+    """The codecs among the settings, and what each is called there."""
+    found = {_parsed(name): name for name in map(str, table["setting"].unique())}
+    return {spec: name for spec, name in found.items() if spec is not None}
+
+
+def as_published(selector: Any) -> bool:
+    """Whether a selector ranks as the study's do: by its last layer alone, once for the whole cache."""
+    return bool(selector.layers == "last")
+
+
+def _selections(
+    table: pd.DataFrame, name: str, published: bool | None = None
+) -> Iterator[tuple[str, CodecSpec]]:
+    for spec, setting in codecs(table).items():
+        if spec.selector is None or spec.selector.name != name:
+            continue
+        if published is None or as_published(spec.selector) == published:
+            yield setting, spec
+
+
+def _rest(spec: CodecSpec) -> tuple[object, ...]:
+    """What has to be equal where selectors are compared."""
+    ratio = spec.selector and spec.selector.ratio  # type: ignore[attr-defined]
+    return ratio, spec.transform, spec.quantizer, spec.coder
+
+
+def selector(claim: str, other: str, *, published: bool = False, aware: bool | None = None) -> Judge:
+    """Each form of Q2C against each of another selector at one ratio, with the same rest of the codec; `published`: the study's
+    forms, or the others; `aware`: opponents that saw the question, or not (None: both).
+    """
+
+    def judged(evidence: Evidence) -> Iterator[Verdict]:
+        for model, task, table in evidence.parts():
+            for ours, own in _selections(table, "q2c", published):
+                for theirs, spec in _selections(table, other, published):
+                    sees = bool(getattr(spec.selector, "question", False))
+                    if _rest(own) == _rest(spec) and _rest(own)[0] == RATIO and aware in (None, sees):
+                        yield rules.better(claim, table, model, task, ours, theirs)
+
+    return judged
+
+
+def _alone(table: pd.DataFrame, name: str) -> list[str]:
+    """The settings that are this quantizer and nothing else, one for each form of it."""
+    return [
+        setting
+        for spec, setting in codecs(table).items()
+        if spec.methods == (spec.quantizer,) and spec.quantizer.name == name
+    ]
+
+
+def int8(evidence: Evidence) -> Iterator[Verdict]:
+    """INT8 against the full cache."""
+    for model, task, table in evidence.parts():
+        for setting in _alone(table, "int8"):
+            yield rules.lossless("int8-lossless", table, model, task, setting)
+
+
+def fragile(evidence: Evidence) -> Iterator[Verdict]:
+    """Each form of INT4, each two models that have it."""
+    having = {model: _alone(table, "int4") for model, table in evidence.tables.items()}
+    for setting in sorted(set(itertools.chain(*having.values()))):
+        owners = [model for model, settings in having.items() if setting in settings]
+        for models in itertools.combinations(owners, 2):
+            found = rules.differs_between_models("int4-fragility", evidence.tables, setting, models)
+            if found is not None:
+                yield found
+
+
+def _protections(table: pd.DataFrame) -> Iterator[tuple[str, str, list[str]]]:
+    """(INT4 of the same scales, the diagnosed protection, its controls) of settings that differ in `protect` alone, of which the
+    scenario names the diagnosed one first.
+    """
+    known = codecs(table)
+    alike: dict[tuple[Method | None, ...], list[str]] = {}
+    for spec, setting in known.items():
+        if isinstance(spec.quantizer, Mixed) and spec.quantizer.protect != "none":
+            bare = replace(spec, quantizer=replace(spec.quantizer, protect="none"))
+            alike.setdefault((bare.selector, bare.transform, bare.quantizer, bare.coder), []).append(setting)
+    for (chosen, transform, mixed, coder), (first, *others) in alike.items():
+        assert isinstance(mixed, Mixed)
+        plain = CodecSpec(chosen, transform, coarse(mixed.low, mixed.scale), coder)
+        if others and plain in known:
+            yield known[plain], first, others
+
+
+def protected(evidence: Evidence) -> Iterator[Verdict]:
+    """The half for damage that sits in few layers; without a diagnosis beside the rows, that is taken for granted."""
+    for model, task, table in evidence.parts():
+        if evidence.damage(model) in ("", CONCENTRATED):
+            for plain, first, others in _protections(table):
+                yield rules.restored("protected-layer", table, model, task, plain, first, others)
+
+
+def unprotected(evidence: Evidence) -> Iterator[Verdict]:
+    """The other half: where a diagnosis beside the rows says that the damage is spread, protecting a layer does nothing."""
+    claim = "protected-layer-distributed"
+    for model, task, table in evidence.parts():
+        if evidence.damage(model) == DISTRIBUTED:
+            for plain, first, _ in _protections(table):
+                yield rules.nothing_gained(claim, table, model, task, plain, first)
+
+
+def _deltas(table: pd.DataFrame) -> Iterator[tuple[str, str, CodecSpec]]:
+    """(setting with delta, the same without, its codec)."""
+    known = codecs(table)
+    for spec, setting in known.items():
+        if spec.transform is not None and spec.transform.name == "delta":
+            plain = known.get(replace(spec, transform=None))
+            if plain is not None:
+                yield setting, plain, spec
+
+
+def delta(evidence: Evidence) -> Iterator[Verdict]:
+    """Each form of delta against the same codec without."""
+    for model, task, table in evidence.parts():
+        for setting, plain, _ in _deltas(table):
+            yield rules.worse("delta-hurts", table, model, task, setting, plain)
+
+
+def spread(evidence: Evidence) -> Iterator[Verdict]:
+    """The same by the bytes that a coder makes of it."""
+    for model, rows in evidence.by_model():
+        for setting, plain, spec in _deltas(rows):
+            if spec.coder is not None:
+                found, what = rules.saving(rows, setting, plain), f"bytes of {setting} against {plain}"
+                figure = "the delta saves {:.1%} {}"
+                yield rules.threshold("delta-spreads", model, what, found, 0.0, figure, below=True)
+
+
+def coded(evidence: Evidence) -> Iterator[Verdict]:
+    """Each codec with a coder of the registry against the same without."""
+    for model, rows in evidence.by_model():
+        known = codecs(rows)
+        for spec, setting in known.items():
+            plain = known.get(replace(spec, coder=None))
+            if spec.coder is not None and plain is not None:
+                found = rules.saving(rows, setting, plain)
+                what = f"{setting} against {plain}"
+                yield rules.threshold("entropy-coding-saves", model, what, found, 0.2, "saves {:.1%} {}")
+
+
+def dominates(evidence: Evidence) -> Iterator[Verdict]:
+    """The 16-bit cache on each link."""
+    for model, rows in evidence.by_model():
+        for panel, own in rows[rows["setting"] == "fp16"].groupby("panel", sort=False):
+            found, whole = rules.transmission_share(own), rules.transmission_share(own, rules.COMPUTE)
+            figure = "transmission takes {:.2g} times prefill and quantization {}"
+            verdict = rules.threshold(
+                "transmission-dominates", model, f"fp16 on {panel}", found, 1.0, figure, examples=_TIMES
+            )
+            beside = f"; {whole.value:.2g} times all compute [{whole.low:.3g}, {whole.high:.3g}]"
+            yield replace(verdict, figures=verdict.figures + beside)
+
+
+def free(evidence: Evidence) -> Iterator[Verdict]:
+    """Q2C alone, at each length of the context."""
+    for model, rows in evidence.by_model():
+        for setting, _ in _selections(rows, "q2c"):
+            for task, own in rows[rows["setting"] == setting].groupby("task", sort=False):
+                found = rules.geometric(own["select_s"] / own["prefill_s"], own)
+                figure = "selection takes {:.2g} of the prefill {}"
+                verdict = rules.threshold(
+                    "q2c-free", model, setting, found, 0.05, figure, below=True, examples=_TIMES
+                )
+                yield replace(verdict, task=str(task))
+
+
+def worth(evidence: Evidence) -> Iterator[Verdict]:
+    """The fastest KV setting that loses little against sending the text, on each link."""
+    for model in evidence.tables:
+        for panel, own in evidence.of(model).groupby("panel", sort=False):
+            best = _fastest_alike(own[own["placement"] == "split"])
+            if best is None or "cloud" not in set(own["setting"]):
+                continue
+            times = own.groupby(["setting", "task", "example"])["e2e_s"].median()
+            pair = pd.DataFrame({"kv": times[best], "text": times["cloud"]}).dropna().reset_index()
+            found = rules.geometric(pair["kv"] / pair["text"], pair)
+            what = f"{best} against sending the text, on {panel}"
+            figure = "takes {:.2g} times as long {}"
+            yield rules.threshold(
+                "kv-worth-sending", model, what, found, 1.0, figure, below=True, examples=_TIMES
+            )
+
+
+def _fastest_alike(rows: pd.DataFrame) -> str | None:
+    """The setting with the lowest median latency of those whose mean ΔNLL is small; None where none is."""
+    rows = rows.assign(lost=rows["nll"] - rows["reference_nll"])
+    found = rows.groupby("setting")[["lost", "e2e_s"]].agg({"lost": "mean", "e2e_s": "median"})
+    found = found[found["lost"] <= WORTH_LOSS]
+    return str(found["e2e_s"].idxmin()) if len(found) else None
+
+
+def grows(evidence: Evidence) -> Iterator[Verdict]:
+    """Each form of Q2C against each SnapKV of its kind, over lengths."""
+    for model, table in evidence.tables.items():
+        for ours, own in _selections(table, "q2c"):
+            for theirs, spec in _selections(table, "snapkv", as_published(own.selector)):
+                if _rest(own) == _rest(spec):
+                    found = rules.slope("q2c-grows", table, model, ours, theirs)
+                    if found is not None:
+                        yield found
+
+
+def damage_grows(evidence: Evidence) -> Iterator[Verdict]:
+    """Each form of INT4 against the full cache, over lengths."""
+    for model, table in evidence.tables.items():
+        for setting in _alone(table, "int4"):
+            found = rules.slope("int4-grows", table, model, rules.FULL, setting)
+            if found is not None:
+                yield found
