@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from testbed.cli.parts import as_json, table
+from testbed.diagnosis.choose import told_forms
 from testbed.errors import UsageError
 
 
@@ -23,15 +24,24 @@ from testbed.errors import UsageError
     help="Of all but the protected.",
 )
 @click.option(
-    "--scale",
-    type=click.Choice(["group", "token"]),
-    default="group",
+    "--rule",
+    type=click.Choice(["smallest", "published"]),
+    default="smallest",
     show_default=True,
-    help="Theirs: one for each group of 32 elements, or one for each token and KV head.",
+    help="The smallest set of keys and values that holds, or the layers that alone cost more than 3 % of the score.",
 )
 @click.option(
-    "--high", type=click.Choice(["4", "8", "16"]), default="8", show_default=True, help="Of the protected."
+    "--scale",
+    type=click.Choice(["group", "symmetric", "token"]),
+    help="Of the others: one and a zero point for each group of 32 elements, the same without zero points, or one for each token "
+    "and KV head.  [default: group; by the published rule: token]",
 )
+@click.option(
+    "--high",
+    type=click.Choice(["4", "8", "16"]),
+    help="Bits of the protected.  [default: 8; by the published rule: 16]",
+)
+@click.option("--prompt", default="auto", show_default=True, help="As a run has it, such as chat:0.")
 @click.option(
     "--examples",
     type=click.IntRange(2),
@@ -55,22 +65,28 @@ from testbed.errors import UsageError
     "--out", type=click.Path(path_type=Path), metavar="FILE", help="Default: where protect=auto looks."
 )
 @as_json
-def diagnose(model: str, out: Path | None, bits: str, high: str, scale: str, **options: Any) -> Any:
+def diagnose(
+    model: str, out: Path | None, bits: str, high: str | None, scale: str | None, **options: Any
+) -> Any:
     """Find the layers of MODEL whose keys or values cannot stand few bits, and write what `mixed` protects."""
     from testbed.codecs.quantize.protection import default_path
     from testbed.diagnosis import launch
     from testbed.models.sources import resolve
+    from testbed.tasks.prompt import parse_prompt
     from testbed.tasks.task import make_task
 
+    by_layers = options["rule"] == "published"
+    high, scale = high or ("16" if by_layers else "8"), scale or ("token" if by_layers else "group")
     if int(high) <= int(bits):
         raise UsageError(f"--high {high} must be more than --bits {bits}")
     name = resolve(model).name
     make_task(options["task"])
+    parse_prompt(options["prompt"])
     path = out or default_path(name, int(bits), scale)
     settings = {"model": model, "bits": int(bits), "high": int(high), "scale": scale, **options}
     found = launch.diagnosed(settings, lambda line: click.echo(line, err=True))
     launch.write(path, found)
-    figures = _draw(path)
+    figures = [] if by_layers else _draw(path)
     text = _text(found) + "".join(f"\n{what:<9} {where}" for what, where in [("file", path), *figures])
     return {**found, "file": str(path)}, text, 0
 
@@ -82,7 +98,41 @@ def _draw(path: Path) -> list[tuple[str, Path]]:
 
 
 def _text(found: dict[str, Any]) -> str:
-    """The table: what each layer's keys and values lose alone, and what sparing them alone wins back."""
+    """The tables: the forms of the coarse integers, and what layers cost."""
+    rows = [
+        [
+            form["codec"],
+            f"{form['bits_per_element']:.2f}",
+            _interval(form["nll"]),
+            f"{form['score']['mean']:+.3f}",
+            "yes" if form["holds"] else "no",
+        ]
+        for form in found["forms"]
+    ]
+    forms = table(rows, ["everywhere", "bits", "NLL lost", "score lost", "holds"])
+    layers = _layers(found["published"]) if "published" in found else _places(found)
+    asked = f"{found['examples']} examples of {found['task']} at {found['context_tokens']} tokens"
+    counted = asked if "published" in found else f"{asked} ranked, {found['examples']} others chose"
+    return "\n".join([layers, counted, found["verdict"], "", forms, told_forms(found["forms"]), ""])
+
+
+def _interval(found: dict[str, float]) -> str:
+    return f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+
+
+def _layers(found: dict[str, Any]) -> str:
+    """What each layer costs alone."""
+    rows = [
+        [str(one["layer"]), f"{one['costs']:+.1%}", f"{one['kl']:.5f}", _interval(one["nll"])]
+        for one in found["each"]
+    ]
+    return table(
+        [*rows, ["all", f"{found['whole_costs']:+.1%}", "", ""]], ["layer", "score lost", "KL", "NLL lost"]
+    )
+
+
+def _places(found: dict[str, Any]) -> str:
+    """What each layer's keys and values lose alone, what sparing them alone wins back, and the sets that were tried."""
     whole = found["all_quantized"]
     rows = []
     for place in found["places"]:
@@ -113,8 +163,4 @@ def _text(found: dict[str, Any]) -> str:
         f"[{tried['nll']['low']:+.4f}, {tried['nll']['high']:+.4f}] nats a token, {tried['score']['mean']:+.3f} of the score"
         for tried in found["sets"]
     ]
-    lines.append(
-        f"{found['examples']} examples of {found['task']} at {found['context_tokens']} tokens ranked, "
-        f"{found['examples']} others chose"
-    )
-    return "\n".join([*lines, found["verdict"]])
+    return "\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from testbed.codecs.quantize.protection import Place
 
@@ -26,6 +27,24 @@ class Interval:
     mean: float
     low: float
     high: float
+
+
+class Judged(Protocol):
+    """What an outcome is compared by."""
+
+    @property
+    def nll(self) -> float:
+        """Of the gold answer, nats a token."""
+
+    @property
+    def score(self) -> float:
+        """The task's, 0 to 1."""
+
+
+def loss_of(full: Sequence[Judged], found: Sequence[Judged]) -> Loss:
+    """What outcomes lose against the full cache's of the same examples."""
+    pairs = list(zip(full, found, strict=True))
+    return Loss(tuple(b.nll - a.nll for a, b in pairs), tuple(a.score - b.score for a, b in pairs))
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -93,3 +112,14 @@ def verdict(
     if share > LARGEST_BOTTLENECK:
         return f"no bottleneck: the loss is spread; {len(protected)} of {places} keys and values need {high} bits ({word})"
     return f"bottleneck: {word} ({len(protected)} of {places} keys and values); the others stand int{low}"
+
+
+def told_forms(forms: list[dict[str, Any]]) -> str:
+    """Which form to take: the smallest that holds; for people."""
+    best = next((form for form in forms if form["holds"]), None)
+    if best is None:
+        return (
+            "no form holds by itself; the smallest loss has "
+            + min(forms, key=lambda form: form["nll"]["mean"])["codec"]
+        )
+    return f"the smallest form that holds: {best['codec']} ({best['bits_per_element']:.2f} bits an element)"

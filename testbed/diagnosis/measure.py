@@ -47,12 +47,12 @@ class Probe:
         self._question = model.tokenize(task.question_text(example))
         self._gold = model.tokenize(task.answer_text(example))
         context = model.prefill(model.tokenize(task.context_text(example)), prefix).cache
+        self._context, self._prefix = context, prefix
         self.context_tokens = max(layer.tokens for layer in context.layers)
-        self._full = join(prefix, context) if prefix is not None else context
+        self._full = self._behind(context)
         self._variants = {
-            width: join(prefix, made) if prefix is not None else made
+            width: self._behind(quantized(context, _method(width, scale if width == bits[0] else None)))
             for width in set(bits)
-            for made in [quantized(context, _method(width, scale if width == bits[0] else None))]
         }
         self._reference = model.likelihoods(self._question, [self._gold], self._full)[0]
         # The full cache's answer through what ends it: a cache along which each of its tokens comes next answers alike.
@@ -63,7 +63,21 @@ class Probe:
 
     def outcome(self, widths: dict[Place, int]) -> Outcome:
         """With these keys and values quantized to these bits, and all others full."""
-        past = self._mixture(widths)
+        return self._outcome(self._mixture(widths))
+
+    def everywhere(self, method: Quantizer) -> Outcome:
+        """With all of the context's keys and values quantized in one way."""
+        return self._outcome(self._behind(quantized(self._context, method)))
+
+    def elements(self) -> list[tuple[int, int, int]]:
+        """KV heads, tokens and elements of the context's keys and values, layer by layer."""
+        held = (part for layer in self._context.layers for part in (layer.keys, layer.values))
+        return [(part.shape[0], part.shape[1], part.shape[2]) for part in held]
+
+    def _behind(self, context: KVCache) -> KVCache:
+        return context if self._prefix is None else join(self._prefix, context)
+
+    def _outcome(self, past: KVCache) -> Outcome:
         wanted = [self._gold, self._answer] if self._answer else [self._gold]
         found, *forced = self._model.likelihoods(self._question, wanted, past)
         same = forced and self._ended(self._answer) and forced[0].argmax(-1).tolist() == self._answer

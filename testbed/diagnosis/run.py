@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from testbed.codecs.quantize.protection import FORMAT, Place, write_places
+from testbed.diagnosis import published
 from testbed.diagnosis.choose import Loss, holds, interval, smallest_set, surely_lost, verdict
+from testbed.diagnosis.choose import loss_of as loss_of_pairs
+from testbed.diagnosis.forms import Forms
 from testbed.diagnosis.measure import Outcome, Probe, damage, rescue
 from testbed.diagnosis.settings import Settings
+from testbed.endpoints.preparing import prompted
 from testbed.models.language import LanguageModel
 from testbed.models.loading import load_model
-from testbed.tasks.prompt import Prompted, choose_prompt
 from testbed.tasks.task import Example, make_task
 
 
@@ -22,20 +25,62 @@ def diagnose(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     started = time.monotonic()
     model = load_model(settings.model, threads=settings.threads)
     probe_of, examples = _probes(model, settings)
+    forms = Forms(settings.bits)
+    method = _by_published_rule if settings.rule == "published" else _by_smallest_set
+    found = method(model, settings, probe_of, examples, forms, say)
+    return {
+        "format": FORMAT,
+        **asdict(settings),
+        "model": model.name,
+        **found,
+        "forms": forms.to_list(settings.measure, settings.epsilon),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+Probes = Callable[[Example], Probe]
+
+
+def _by_published_rule(
+    model: LanguageModel,
+    settings: Settings,
+    probe_of: Probes,
+    examples: list[Example],
+    forms: Forms,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Each layer alone; see `published`."""
+    alone = published.Alone(model.num_layers, settings.bits)
+    _rank(probe_of, examples[: settings.examples], [forms, alone], "", say)
+    found = alone.judged()
+    return {
+        "protect": published.protected(found),
+        "verdict": published.verdict(found, settings.bits),
+        "published": found,
+    }
+
+
+def _by_smallest_set(
+    model: LanguageModel,
+    settings: Settings,
+    probe_of: Probes,
+    examples: list[Example],
+    forms: Forms,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Keys and values one at a time, and the smallest set of them that holds on as many other examples."""
     places: list[Place] = [(kind, i) for i in range(model.num_layers) for kind in ("keys", "values")]
     ranking = Ranking(places, settings.bits)
-    for number, example in enumerate(examples[: settings.examples]):
-        ranking.add(probe_of(example))
-        say(f"example {number + 1} of {settings.examples} ranked, {time.monotonic() - started:.0f} s")
+    behind = ", and then about as long at most to choose"
+    _rank(probe_of, examples[: settings.examples], [forms, ranking], behind, say)
     others = [probe_of(example) for example in examples[settings.examples :]]
+    for probe in others:
+        forms.add(probe)
     tried: dict[frozenset[Place], Loss] = {}
     chosen, held = _smallest(ranking, others, settings, tried, say)
     word = write_places(chosen)
     surely = surely_lost(tried[chosen], settings.measure, settings.epsilon)
     return {
-        "format": FORMAT,
-        **asdict(settings),
-        "model": model.name,
         "protect": word,
         "verdict": verdict(chosen, held, len(places), settings.bits, settings.high, word, surely),
         **ranking.to_dict([model.window(layer) for layer in range(model.num_layers)]),
@@ -48,15 +93,39 @@ def diagnose(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
             }
             for protected, loss in sorted(tried.items(), key=lambda item: len(item[0]))
         ],
-        "seconds": round(time.monotonic() - started, 1),
     }
 
 
-def _probes(model: LanguageModel, settings: Settings) -> tuple[Callable[[Example], Probe], list[Example]]:
+class Adds(Protocol):
+    """What learns from examples one by one."""
+
+    def add(self, probe: Probe) -> None:
+        """One more."""
+
+
+def _rank(
+    probe_of: Probes, examples: list[Example], learning: list[Adds], behind: str, say: Callable[[str], None]
+) -> None:
+    """Gives each example to all that learn, and foretells from the first how long the rest will take."""
+    started = time.monotonic()
+    for number, example in enumerate(examples, 1):
+        probe = probe_of(example)
+        for one in learning:
+            one.add(probe)
+        took = time.monotonic() - started
+        left = took / number * (len(examples) - number)
+        ahead = f"; about {duration(left)} more to rank{behind}" if left else ""
+        say(f"example {number} of {len(examples)} ranked, {took:.0f} s{ahead}")
+
+
+def duration(seconds: float) -> str:
+    """A time to wait, for people."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _probes(model: LanguageModel, settings: Settings) -> tuple[Probes, list[Example]]:
     """What probes an example, and the examples: those that rank layers, and as many that choose."""
-    prompt = choose_prompt("auto", model.name)
-    template = model.chat_template() if prompt.layout == "chat" else None
-    task = Prompted(make_task(settings.task, **settings.parameters), prompt, template)
+    task = prompted(model, make_task(settings.task, **settings.parameters), settings.prompt)
     examples = task.examples(
         2 * settings.examples, settings.context_tokens, lambda text: len(model.tokenize(text)), settings.seed
     )
@@ -130,7 +199,7 @@ def _smallest(
             mixture = {
                 place: settings.high if place in protected else settings.bits for place in ranking.places
             }
-            tried[protected] = _loss(
+            tried[protected] = loss_of_pairs(
                 [probe.full for probe in probes], [probe.outcome(mixture) for probe in probes]
             )
             say(f"{write_places(protected)}: loses {_told(tried[protected])}")
@@ -145,17 +214,9 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _loss(full: list[Outcome], found: list[Outcome]) -> Loss:
-    pairs = list(zip(full, found, strict=True))
-    return Loss(
-        tuple(b.nll - a.nll for a, b in pairs),
-        tuple(a.score - b.score for a, b in pairs),
-    )
-
-
 def _summary(full: list[Outcome], found: list[Outcome]) -> dict[str, Any]:
     """Mean KL with its interval, and what is lost of likelihood and score."""
-    loss = _loss(full, found)
+    loss = loss_of_pairs(full, found)
     return {
         "kl": asdict(interval([outcome.kl for outcome in found])),
         "nll": asdict(interval(loss.nll)),

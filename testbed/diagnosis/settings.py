@@ -10,7 +10,8 @@ from typing import Any
 class Settings:
     """bits: of the coarse quantization. scale: its scales, as `mixed` has them. high: bits of what is protected. measure: "nll"
     or "score", whose loss must stay within `epsilon` (nats a token, or points of the score). `examples` rank the layers, and as
-    many others choose the set.
+    many others choose the set. rule: "smallest", the smallest set that holds, or "published", the layers that alone cost more
+    than 3 % of the score (`published`), which asks `examples` alone. prompt: as a run has it.
     """
 
     model: str
@@ -24,4 +25,6 @@ class Settings:
     measure: str = "nll"
     seed: int = 1
     threads: int | None = None
+    rule: str = "smallest"
+    prompt: str = "auto"
     parameters: dict[str, Any] = field(default_factory=dict)  #: of the task

@@ -1,6 +1,7 @@
 """Counts frequency tables for `ans(table=…)`: how often each channel of each layer has each symbol, over a task's contexts.
 
-    python -m testbed.diagnosis.tables MODEL CODEC [--task needle] [--examples 8] [--context-tokens 512] [--seed 1] [--out FILE]
+    python -m testbed.diagnosis.tables MODEL CODEC [--task needle] [--examples 8] [--context-tokens 512] [--seed 1]
+        [--prompt auto] [--out FILE]
 
 CODEC is the one that they are for, such as int4. Prints their name, which both sides must know them by, and their file. Runs
 take seed 0: other examples than those that are counted here.
@@ -20,9 +21,11 @@ from testbed.codecs.codec import Codec
 from testbed.codecs.entropy import tables
 from testbed.codecs.entropy.ans import rows_by_channel
 from testbed.codecs.layout import Part
+from testbed.endpoints.preparing import prompted
 from testbed.errors import SpecError, TestbedError
 from testbed.models.loading import load_model
 from testbed.tasks import parse_task
+from testbed.tasks.prompt import parse_prompt
 
 Counts = dict[int, tuple[int, Part, npt.NDArray[np.int64]]]
 
@@ -50,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--context-tokens", type=int, default=512)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--prompt", default="auto", help="of the run that they are for")
     parser.add_argument("--out", type=Path, metavar="FILE", help="another copy, for another machine")
     options = parser.parse_args(arguments)
     try:
@@ -63,9 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def counted(options: argparse.Namespace) -> tuple[str, Path]:
     """Prefills each context behind the task's prefix, counts, and keeps the tables: their name and file."""
-    task = parse_task(options.task)
+    asked, prompt = parse_task(options.task), parse_prompt(options.prompt)
     codec = Codec(options.codec, options.model)
     model = load_model(options.model)
+    task = prompted(model, asked, str(prompt or "auto"))
     ids = model.tokenize(task.prefix, start=True)
     prefix = model.prefill(ids, None).cache if ids else None
     counts: Counts = {}
@@ -73,7 +78,10 @@ def counted(options: argparse.Namespace) -> tuple[str, Path]:
     for example in task.examples(*lengths, options.seed):
         context = model.prefill(model.tokenize(task.context_text(example)), prefix).cache
         add_counts(counts, codec, model.knowing_ropes(context))
-    of = f"{codec} on {options.model}, {options.task}, {options.examples} contexts of {options.context_tokens} tokens"
+    of = (
+        f"{codec} on {options.model}, {options.task} in prompt {task.prompt}, "
+        f"{options.examples} contexts of {options.context_tokens} tokens"
+    )
     made = tables.count(of, [counts[at] for at in sorted(counts)])
     name, path = tables.save(made)
     if options.out:

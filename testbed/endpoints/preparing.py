@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from testbed.errors import UsageError
 from testbed.tasks.prompt import Prompted, choose_prompt
-from testbed.tasks.task import Example, make_task
+from testbed.tasks.task import Example, Task, make_task
 
 if TYPE_CHECKING:
     from testbed.models.language import LanguageModel
@@ -27,10 +27,14 @@ def make_examples(
     """The task with its prompts in the format that `prompt` names (see `tasks.prompt`), and `count` examples of it, their
     contexts of `context_tokens` of the model's tokens (None: as they are). Raises UsageError where they cannot be had.
     """
-    format = choose_prompt(prompt, model.name)
-    template = model.chat_template() if format.layout == "chat" else None
-    made = Prompted(make_task(task, **parameters), format, template)
+    made = prompted(model, make_task(task, **parameters), prompt)
     return made, made.examples(count, context_tokens, lambda text: len(model.tokenize(text)), seed)
+
+
+def prompted(model: LanguageModel, task: Task, prompt: str) -> Prompted:
+    """The task in the format that `prompt` names for this model. Raises UsageError where it has no such template."""
+    format = choose_prompt(prompt, model.name)
+    return Prompted(task, format, model.chat_template() if format.layout == "chat" else None)
 
 
 def longest_context(

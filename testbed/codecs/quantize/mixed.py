@@ -10,8 +10,10 @@ from testbed.codecs.quantize import Part, Quantizer, protection
 from testbed.codecs.quantize.fp16 import FP16
 from testbed.codecs.quantize.integer import INTEGERS, Integer
 
-#: Whose scales the coarse integers have: each group of 32 elements (a zero point, too), or each token and KV head.
-Scale = Literal["group", "token"]
+#: Whose scales the coarse integers have: each group of 32 elements (and a zero point), the same without zero points, or each
+#: token and KV head.
+Scale = Literal["group", "symmetric", "token"]
+SCALES: tuple[Scale, ...] = ("group", "symmetric", "token")
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 
 def coarse(bits: int, scale: str) -> Integer:
     """The integers of what is not protected."""
-    return INTEGERS[bits](group=0, symmetric=True) if scale == "token" else INTEGERS[bits]()
+    if scale == "token":
+        return INTEGERS[bits](group=0, symmetric=True)
+    return INTEGERS[bits](symmetric=True) if scale == "symmetric" else INTEGERS[bits]()
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,11 @@ class Mixed(Quantizer):
 
     protect: which layers' keys and values: ``K3.V7.12`` (keys of 3, values of 7, both of 12), ``K0-5``, ``none``; a file that
     `testbed diagnose` wrote; or ``auto``, the model's own diagnosis. A payload names the layers, whatever was asked for.
-    scale: the coarse integers have scales and zero points for groups of 32 elements (``group``), or one scale, without a zero
-    point, for each token and KV head (``token``), as int8 has: smaller, and what outlier channels ruin. The finer ones are
-    `Integer` with its defaults for that width; the error bounds are its.
+    scale: the coarse integers have scales and zero points for groups of 32 elements (``group``), the scales alone
+    (``symmetric``), or one scale for each token and KV head (``token``), as int8 has: smaller each time. Which of them loses
+    least is a model's own. The finer ones are `Integer` with its defaults for that width; the error bounds are its.
+
+    As published it is ``mixed(high=16, scale=token)``.
     """
 
     name: ClassVar[str] = "mixed"

@@ -1,0 +1,110 @@
+"""The published rule: which layers alone cost more than 3 % of the score, asked where INT4 as a whole costs more than 5 %.
+
+After "Task-Aware KV-Cache Compression for Bandwidth-Efficient Collaborative LLM Inference": each layer's keys and values together
+are quantized alone, and what that costs of the task's score decides; a bottleneck layer is then kept at 16 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from testbed.codecs.quantize.protection import Place, write_places
+from testbed.diagnosis.choose import Judged, interval
+
+WHOLE_COSTS = 0.05  #: of the full cache's score: INT4 everywhere is robust below
+LAYER_COSTS = 0.03  #: a layer alone that costs more is a bottleneck
+ROBUST, CONCENTRATED, DISTRIBUTED = "robust", "concentrated", "distributed"
+
+
+class Probed(Judged, Protocol):
+    """What an outcome is compared by, and what breaks ties."""
+
+    @property
+    def kl(self) -> float:
+        """From the full cache, nats a token."""
+
+
+def layer_places(layer: int) -> list[Place]:
+    """A layer's keys and values."""
+    return [("keys", layer), ("values", layer)]
+
+
+def judge(
+    full: Sequence[Probed], whole: Sequence[Probed], alone: Sequence[Sequence[Probed]]
+) -> dict[str, Any]:
+    """What the rule says of outcomes, example by example: of the full cache, of INT4 everywhere, of each layer alone.
+
+    A share is of the full cache's mean score, which must be above 0, else nothing costs anything.
+    """
+    reference = sum(one.score for one in full) / len(full)
+
+    def cost(found: Sequence[Probed]) -> float:
+        lost = sum(a.score - b.score for a, b in zip(full, found, strict=True)) / len(full)
+        return lost / reference if reference else 0.0
+
+    costs = [cost(found) for found in alone]
+    layers = [layer for layer, share in enumerate(costs) if share > LAYER_COSTS]
+    damage = ROBUST if cost(whole) <= WHOLE_COSTS else CONCENTRATED if layers else DISTRIBUTED
+    harm = [sum(one.kl for one in found) / len(found) for found in alone]
+    worst = max(range(len(alone)), key=lambda layer: (costs[layer], harm[layer]))
+    return {
+        "damage": damage,
+        "layers": layers if damage == CONCENTRATED else [],
+        "worst": worst,
+        "whole_costs": cost(whole),
+        "each": [
+            {
+                "layer": layer,
+                "costs": costs[layer],
+                "kl": harm[layer],
+                "nll": asdict(interval([b.nll - a.nll for a, b in zip(full, found, strict=True)])),
+            }
+            for layer, found in enumerate(alone)
+        ],
+    }
+
+
+def protected(found: dict[str, Any]) -> str:
+    """The word for `mixed`: the bottleneck layers, or none."""
+    return write_places(place for layer in found["layers"] for place in layer_places(layer))
+
+
+def verdict(found: dict[str, Any], bits: int) -> str:
+    """One sentence for people."""
+    whole = f"int{bits} everywhere costs {found['whole_costs']:.1%} of the score"
+    if found["damage"] == ROBUST:
+        return f"robust: {whole}, not more than {WHOLE_COSTS:.0%}"
+    worst = found["each"][found["worst"]]
+    if found["damage"] == DISTRIBUTED:
+        most = f"the most layer {worst['layer']}, {worst['costs']:.1%}"
+        return f"distributed: {whole}, and no layer alone more than {LAYER_COSTS:.0%} ({most})"
+    return f"bottleneck: {whole}, and each of the layers {protected(found)} alone more than {LAYER_COSTS:.0%}"
+
+
+class Alone:
+    """Outcomes of the full cache, of everything quantized and of each layer alone, example by example."""
+
+    def __init__(self, layers: int, bits: int) -> None:
+        self._bits = bits
+        self._full: list[Probed] = []
+        self._whole: list[Probed] = []
+        self._alone: list[list[Probed]] = [[] for _ in range(layers)]
+
+    @property
+    def outcomes(self) -> int:
+        """How many an example takes."""
+        return len(self._alone) + 1
+
+    def add(self, probe: Any) -> None:
+        """One more example, a `measure.Probe`."""
+        self._full.append(probe.full)
+        every = [place for layer in range(len(self._alone)) for place in layer_places(layer)]
+        self._whole.append(probe.outcome(dict.fromkeys(every, self._bits)))
+        for layer, found in enumerate(self._alone):
+            found.append(probe.outcome(dict.fromkeys(layer_places(layer), self._bits)))
+
+    def judged(self) -> dict[str, Any]:
+        """What the rule says."""
+        return judge(self._full, self._whole, self._alone)
