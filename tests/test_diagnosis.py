@@ -7,15 +7,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from testbed.cli import cli
+from testbed.codecs.entropy import tables as known_tables
 from testbed.codecs.quantize.protection import Place
 from testbed.codecs.spec import parse
-from testbed.diagnosis.choose import Loss, holds, smallest_set, surely_lost, verdict
+from testbed.diagnosis import published, run, tables
+from testbed.diagnosis.choose import Loss, holds, smallest_set, surely_lost, told_forms, verdict
+from testbed.diagnosis.measure import Outcome
 
 PLACES: list[Place] = [(kind, layer) for layer in range(10) for kind in ("keys", "values")]
 
@@ -77,6 +81,40 @@ def test_the_verdict_calls_few_places_a_bottleneck_and_many_none(protected: list
     assert verdict(frozenset(protected), True, 20, 4, 8, "K0").startswith(says)
 
 
+def outcomes(*scores: float, kl: float = 0.1) -> list[Outcome]:
+    return [Outcome(kl, 1.0, score) for score in scores]
+
+
+FULL = outcomes(1.0, 0.5, 0.5, 0.0)  # 2.0 points together
+
+
+@pytest.mark.parametrize(
+    "whole, layers, damage, found",
+    [
+        ((1.0, 0.5, 0.4, 0.0), [(1.0, 0.5, 0.5, 0.0), (1.0, 0.4, 0.5, 0.0)], "robust", []),  # 5 % together
+        ((0.5, 0.5, 0.5, 0.0), [(1.0, 0.5, 0.5, 0.0), (0.93, 0.5, 0.5, 0.0)], "concentrated", [1]),
+        (
+            (0.5, 0.5, 0.5, 0.0),
+            [(1.0, 0.5, 0.45, 0.0), (0.95, 0.5, 0.5, 0.0)],
+            "distributed",
+            [],
+        ),  # 2.5 % each
+        ((0.5, 0.5, 0.5, 0.0), [(1.0, 0.4, 0.5, 0.0), (0.9, 0.5, 0.5, 0.0)], "concentrated", [0, 1]),
+    ],
+)
+def test_the_published_rule_asks_for_five_percent_together_and_three_alone(
+    whole: tuple[float, ...], layers: list[tuple[float, ...]], damage: str, found: list[int]
+) -> None:
+    said = published.judge(FULL, outcomes(*whole), [outcomes(*scores) for scores in layers])
+    assert (said["damage"], said["layers"]) == (damage, found)
+    assert published.protected(said) == (".".join(map(str, found)).replace("0.1", "0-1") or "none")
+
+
+def test_a_layer_that_costs_as_much_and_changes_more_is_the_worst() -> None:
+    alone = [outcomes(1.0, 0.5, 0.5, 0.0, kl=kl) for kl in (0.1, 0.3, 0.2)]
+    assert published.judge(FULL, FULL, alone)["worst"] == 1
+
+
 def diagnose(model: Path, out: Path, *more: str) -> dict[str, Any]:
     arguments = [
         "diagnose",
@@ -116,6 +154,78 @@ def test_a_tiny_model_is_diagnosed_into_a_file_that_mixed_reads(
         "found-layer_sensitivity.png",
         "found-layer_sensitivity.pdf",
     }
+
+
+@pytest.mark.slow
+def test_the_published_rule_quantizes_each_layer_alone_with_a_scale_a_token_and_protects_at_16_bits(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "found.json"
+    found = diagnose(tiny_model("llama"), out, "--rule", "published")
+    assert (found["scale"], found["high"]) == ("token", 16)
+    assert [one["layer"] for one in found["published"]["each"]] == [0, 1, 2]
+    assert all(one["kl"] > 0 for one in found["published"]["each"])
+    assert found["published"]["damage"] in ("robust", "concentrated", "distributed")
+    assert str(parse(f"mixed(low=2, high=16, protect={out}, scale=token)").bound(found["model"]))
+
+
+@pytest.mark.slow
+def test_every_form_of_the_coarse_integers_is_judged_at_its_true_bytes(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    found = diagnose(tiny_model("llama"), tmp_path / "found.json")
+    forms = {form["codec"]: form for form in found["forms"]}
+    assert list(forms) == ["int2(symmetric=true)", "int2(group=0, symmetric=true)", "int2"]
+    # 16 elements a head: a group is no longer than a token's own.
+    assert [form["bits_per_element"] for form in forms.values()] == [3.0, 3.0, 4.0]
+    losses = [form["nll"]["mean"] for form in forms.values()]
+    assert losses[0] == losses[1] != losses[2]
+    whole = found["all_quantized"]["nll"]["mean"]
+    assert whole != 0  # of the examples that rank; forms are judged by those that choose, too
+
+
+def test_the_smallest_form_that_holds_is_the_one_to_take() -> None:
+    def form(codec: str, bits: float, mean: float, holds: bool) -> dict[str, Any]:
+        return {"codec": codec, "bits_per_element": bits, "nll": {"mean": mean}, "holds": holds}
+
+    forms = [form("a", 4.25, 0.5, False), form("b", 4.5, 0.01, True), form("c", 5.0, 0.0, True)]
+    assert told_forms(forms) == "the smallest form that holds: b (4.50 bits an element)"
+    assert told_forms(forms[:1]) == "no form holds by itself; the smallest loss has a"
+
+
+def test_a_diagnosis_foretells_its_time_from_its_first_example() -> None:
+    said: list[str] = []
+
+    class Learns:
+        def add(self, probe: object) -> None:
+            """Takes no time."""
+
+    times = iter([0.0, 30.0, 50.0, 90.0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("testbed.diagnosis.run.time", SimpleNamespace(monotonic=lambda: next(times)))
+        run._rank(lambda example: None, [None] * 3, [Learns()], ", then more", said.append)  # type: ignore[arg-type, list-item, return-value]
+    assert said == [
+        "example 1 of 3 ranked, 30 s; about 60 s more to rank, then more",
+        "example 2 of 3 ranked, 50 s; about 25 s more to rank, then more",
+        "example 3 of 3 ranked, 90 s",
+    ]
+
+
+def test_tables_are_counted_in_the_prompt_of_the_run(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another prefix every key turns: tables of one prompt are not those of another."""
+    monkeypatch.setenv("TESTBED_CACHE", str(tmp_path))
+    names = {}
+    for prompt in ("auto", "plain:2", "plain:0"):
+        out = tmp_path / f"{prompt}.tables"
+        asked = [str(tiny_model("llama")), "int4", "--examples", "1", "--context-tokens", "100"]
+        assert tables.main([*asked, "--prompt", prompt, "--out", str(out)]) == 0
+        _, made = known_tables.load(out)
+        names[prompt] = [part.data for part in made.parts]
+        assert f"in prompt {'plain:2' if prompt == 'auto' else prompt}" in made.of
+    assert names["auto"] == names["plain:2"] != names["plain:0"]
+    assert tables.main([*asked, "--prompt", "letter"]) == 2
 
 
 def test_a_wrong_request_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:

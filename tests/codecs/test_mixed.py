@@ -67,6 +67,32 @@ def test_coarse_parts_may_have_a_scale_for_each_token() -> None:
         assert same_bits(mixed.layers[i].values, coarse.layers[i].values)
 
 
+def test_the_published_form_keeps_protected_layers_at_their_16_bits() -> None:
+    cache = make_cache("grouped")
+    mixed = decode(Codec("mixed(high=16, protect=1, scale=token)").encode(cache))
+    coarse = decode(Codec("int4(group=0, symmetric=true)").encode(cache))
+    for i in range(4):
+        assert same_bits(mixed.layers[i].keys, (cache if i == 1 else coarse).layers[i].keys)
+        assert same_bits(mixed.layers[i].values, (cache if i == 1 else coarse).layers[i].values)
+    layers = [(4, 128, 128, None)] * 28
+    bits = [
+        16
+        * expected_bytes(parse(f"mixed(high=16, protect=0, scale={scale})"), layers, 4096)
+        / expected_bytes(parse("fp16"), layers, 4096)
+        for scale in ("token", "symmetric", "group")
+    ]  # 27 layers of 4 bits and one of 16 are 4.43 without scales
+    assert bits == pytest.approx([4.43 + 27 / 28 * scales for scales in (16 / 128, 0.5, 1.0)], rel=0.001)
+
+
+def test_integers_of_four_bits_are_the_published_formula() -> None:
+    """s = max|t| / 7 of each token and head, q = clamp(round(t / s), -8, 7)."""
+    cache = make_cache("grouped")
+    found = decode(Codec("int4(group=0, symmetric=true)").encode(cache)).layers[0].keys.float()
+    t = cache.layers[0].keys.float()
+    s = (t.abs().amax(-1, keepdim=True) / 7).half().float()
+    assert torch.allclose(found, (t / s).round().clamp(-8, 7) * s, atol=1e-3, rtol=2e-3)
+
+
 def diagnosis(path: Path, **changes: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"format": FORMAT, "model": "some-model", "protect": "K0.V2", **changes}))
