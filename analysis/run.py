@@ -8,7 +8,6 @@ import dataclasses
 import math
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from testbed import files
 from testbed.errors import UsageError
+from testbed.identity import behind_sudo
 from testbed.results import FORMAT, STAGES, Row, RunDirectory, check_format
 
 
@@ -68,32 +69,23 @@ class Run:
         """Have `produce` write a temporary file and move it to `name` (relative to the directory) in one
         step.
 
-        What is written belongs to the directory's owner, also under sudo. Raises UsageError where writing
-        fails.
+        What root writes belongs to the directory's owner. Raises StorageError where writing fails.
         """
-        target = self.path / name
-        try:
+        target, owner = self.path / name, self._owner()
+        with files.storing(target):
             if not target.parent.is_dir():
                 target.parent.mkdir()
-                self._claim(target.parent)
-            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=target.suffix)
-            os.close(handle)
-            try:
-                produce(Path(temporary))
-                Path(temporary).chmod(0o644)
-                self._claim(Path(temporary))
-                Path(temporary).replace(target)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
-        except OSError as error:
-            raise UsageError(f"cannot write {target}: {error.strerror or error}") from error
+                if owner is not None:
+                    os.chown(target.parent, *owner, follow_symlinks=False)
+        with files.replacing(target, owner=owner) as temporary:
+            produce(temporary)
         return target
 
-    def _claim(self, path: Path) -> None:
-        if os.geteuid() == 0:
-            owner = self.path.stat()
-            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+    def _owner(self) -> tuple[int, int] | None:
+        if os.geteuid() != 0 or behind_sudo():  # then files are already whose they are to be
+            return None
+        owner = self.path.stat()
+        return owner.st_uid, owner.st_gid
 
 
 def load(path: Path, where: str | None = None) -> Run:
@@ -146,7 +138,7 @@ def _read_rows(directory: RunDirectory, notes: list[str]) -> pd.DataFrame:
     path = directory.path / "trials.jsonl"
     if path.is_file():
         rows = list(directory.rows())
-        with path.open("rb") as lines:
+        with files.reading(path) as lines:
             unreadable = sum(1 for line in lines if line.strip()) - len(rows)
         if unreadable > 0:
             notes.append(

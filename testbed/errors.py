@@ -28,6 +28,10 @@ class SpecError(UsageError, ValueError):
     """A codec, profile, topology or scenario text that cannot be understood."""
 
 
+class StorageError(TestbedError):
+    """A file cannot be written, or is none: a full disk, a limit, a directory that has gone, a link in its place."""
+
+
 class NetworkError(TestbedError):
     """The kernel refused, or a link is not what was asked for."""
 

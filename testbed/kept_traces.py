@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from testbed import files
 from testbed.errors import UsageError
 from testbed.net.profile import Profile
 from testbed.net.trace import File
@@ -31,13 +32,10 @@ def keep(plan: Plan, directory: RunDirectory) -> dict[str, Any]:
                 f"trace {file.path}: names two different files in this scenario; give one of them by its whole path"
             )
         target = directory.path / FOLDER / f"{digest[:12]}-{source.name}"
-        try:
+        with files.storing(target):
             target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(source, target)
-        except OSError as error:
-            raise UsageError(f"{target}: cannot keep a copy of {source}: {error.strerror}") from None
-        directory.claim(target.parent)
-        directory.claim(target)
+        with files.replacing(target) as copy:
+            shutil.copyfile(source, copy)
         kept[file.path] = {"file": f"{FOLDER}/{target.name}", "sha256": digest, "bytes": size}
     return kept
 

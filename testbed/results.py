@@ -15,11 +15,12 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from testbed.errors import UsageError
+from testbed import files
+from testbed.errors import StorageError, UsageError
 from testbed.units import exact, format_time, parse_time
 
 FORMAT = 2
@@ -126,12 +127,9 @@ def check_format(found: object, path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` so that a reader sees the old file or the new one, never half of either."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(
-        json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
-    )
-    temporary.replace(path)
+    """Write `value` so that a reader sees the old file or the new one, never half of either. Raises StorageError."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+    files.replace(path, text.encode("utf-8", "backslashreplace"))
 
 
 @dataclass
@@ -139,45 +137,33 @@ class RunDirectory:
     """A directory under ``results/``. `create` makes one; `open` finds one that exists."""
 
     path: Path
-    owner: tuple[int, int] | None = None  #: (uid, gid) that everything in it shall belong to
-    _skipped: int = field(default=0, repr=False)
 
     @classmethod
-    def create(cls, path: Path, owner: tuple[int, int] | None = None) -> RunDirectory:
+    def create(cls, path: Path) -> RunDirectory:
         """Make the directory (and its parents). Raises UsageError where it exists and is not empty."""
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UsageError(
                 f"{path} exists and is not empty; choose another --out, or continue it with --resume {path}"
             )
-        run = cls(path, owner)
-        missing = [p for p in (path, *path.parents) if not p.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot create the run directory {path}: {error.strerror}") from error
-        for made in missing:
-            run.claim(made)
-        return run
+        return cls(path)
 
     @classmethod
-    def open(cls, path: Path, owner: tuple[int, int] | None = None) -> RunDirectory:
+    def open(cls, path: Path) -> RunDirectory:
         """Raises UsageError where `path` is not a run directory of a format that this version reads."""
-        run = cls(path, owner)
+        run = cls(path)
         if not (path / "manifest.json").is_file():
             raise UsageError(f"{path} is not a run directory (it has no manifest.json)")
         found = run.manifest().get("format")
         check_format(found, path)
         return run
 
-    def claim(self, path: Path) -> None:
-        """Give a file that root wrote to the user who asked for the run."""
-        if self.owner is not None and os.geteuid() == 0:
-            os.chown(path, *self.owner)
-
     def write(self, name: str, value: Any) -> None:
-        """Write ``name`` (a JSON file) atomically."""
+        """Write ``name`` (a JSON file) atomically. Raises StorageError."""
         write_json(self.path / name, value)
-        self.claim(self.path / name)
 
     def manifest(self) -> dict[str, Any]:
         """The manifest as a dictionary. Raises UsageError where it is not JSON."""
@@ -210,36 +196,27 @@ class RunDirectory:
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            value = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            value = json.loads(files.read(self.path / name))
+        except (OSError, ValueError, RecursionError, StorageError) as error:
             raise UsageError(f"{self.path / name} cannot be read: {error}") from error
         if not isinstance(value, dict):
             raise UsageError(f"{self.path / name} does not hold a JSON object")
         return value
 
     def append(self, row: Row) -> None:
-        """Append one row in a single write and flush it to the disk, so that a kill leaves whole rows."""
+        """Append one row and see it on the disk; a kill or a full disk leaves whole rows. Raises StorageError."""
         line = json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n"
-        path = self.path / "trials.jsonl"
-        fresh = not path.exists()
-        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(fd, line.encode("utf-8"))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        if fresh:
-            self.claim(path)
+        files.append(self.path / "trials.jsonl", line.encode("utf-8", "backslashreplace"))
 
     def repair(self) -> int:
         """Cut off a last line that a kill left unfinished; returns how many bytes went."""
         path = self.path / "trials.jsonl"
         if not path.exists():
             return 0
-        data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.truncate(path, whole)
+        with files.storing(path), open(files.open_regular(path, os.O_RDWR), "r+b") as rows:
+            data = rows.read()
+            whole = data.rfind(b"\n") + 1
+            rows.truncate(whole)
         return len(data) - whole
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -247,11 +224,11 @@ class RunDirectory:
         path = self.path / "trials.jsonl"
         if not path.exists():
             return
-        with path.open(encoding="utf-8", errors="replace") as lines:
+        with files.reading(path) as lines:
             for line in lines:
                 try:
                     row = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
                 if isinstance(row, dict) and all(isinstance(row.get(key), str) for key in _IDENTITY):
                     yield row
@@ -268,13 +245,11 @@ class RunDirectory:
         import pandas as pd
 
         frame = pd.DataFrame(list(self.rows()), columns=list(COLUMNS))
-        path = self.path / "trials.parquet"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            frame.to_parquet(temporary, index=False)
-        except (ValueError, TypeError) as error:
-            temporary.unlink(missing_ok=True)
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"{self.path / 'trials.jsonl'}: rows that no run writes: {reason}") from error
-        temporary.replace(path)
-        self.claim(path)
+        with files.replacing(self.path / "trials.parquet") as temporary:
+            try:
+                frame.to_parquet(temporary, index=False)
+            except (ValueError, TypeError) as error:
+                reason = str(error).splitlines()[0]
+                raise UsageError(
+                    f"{self.path / 'trials.jsonl'}: rows that no run writes: {reason}"
+                ) from error

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from testbed import kept_traces
-from testbed.endpoints.launch import invoking_user
 from testbed.endpoints.pair import Batch, Pair
 from testbed.environment import describe_host
 from testbed.errors import EndpointError, NetworkError
@@ -89,11 +88,7 @@ class Run:
 
     def _build(self, topology: Topology) -> Fabric:
         captures = self.directory.path / "captures"
-        fabric = Fabric.build(topology, self.scenario.emulator, captures=captures)
-        if captures.is_dir():
-            for path in (captures, *captures.iterdir()):
-                self.directory.claim(path)
-        return fabric
+        return Fabric.build(topology, self.scenario.emulator, captures=captures)
 
     def _pair(self, stack: contextlib.ExitStack) -> Pair:
         return Pair.start(self.plan, self.fabric, self.directory, stack)
@@ -253,9 +248,8 @@ def check_ready(plan: Plan) -> None:
 
 def start(plan: Plan, out: Path, watch: Watcher, accept_uncalibrated: bool) -> Run:
     """A run into a new directory `out`, not yet executed."""
-    user = invoking_user()
     check_ready(plan)
-    directory = RunDirectory.create(out, (user.uid, user.gid))
+    directory = RunDirectory.create(out)
     directory.write(
         "manifest.json",
         {
@@ -273,8 +267,7 @@ def resume(path: Path, watch: Watcher, accept_uncalibrated: bool) -> Run:
     """Take up the run in `path` where it ended: what has no row and what failed. Raises UsageError where it is none."""
     from testbed.planning import make_plan
 
-    user = invoking_user()
-    directory = RunDirectory.open(path, (user.uid, user.gid))
+    directory = RunDirectory.open(path)
     for name in _CONTINUED:
         directory.entries(name, "")  # unreadable is better said now than after the trials
     with lookup.among(kept_traces.copies(directory.manifest().get("traces"), path.absolute())):

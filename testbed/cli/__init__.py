@@ -10,7 +10,7 @@ import sys
 
 import click
 
-from testbed import __version__
+from testbed import __version__, identity
 from testbed.cli import (
     calibrate,
     claims,
@@ -61,7 +61,8 @@ for _command in (
 def main(argv: list[str] | None = None) -> None:
     """The entry point: every failure that people can cause ends as one line and an exit status."""
     try:
-        status = cli.main(args=argv, prog_name="testbed", standalone_mode=False)
+        with identity.assumed():
+            status = cli.main(args=argv, prog_name="testbed", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         sys.exit(2)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from testbed import files, programs
 from testbed.errors import EndpointError, UsageError
+from testbed.identity import of_user
 
 
 def diagnosed(settings: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
@@ -18,13 +19,21 @@ def diagnosed(settings: dict[str, Any], say: Callable[[str], None]) -> dict[str,
 
     Raises UsageError for a wrong request and EndpointError where the process fails.
     """
-    command = [sys.executable, "-m", "testbed.diagnosis"]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        programs.module("testbed.diagnosis"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=programs.environment(),
+        **of_user(),
     ) as child:
         assert child.stdin and child.stdout and child.stderr
-        child.stdin.write(json.dumps(settings))
-        child.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
+            child.stdin.write(json.dumps(settings))
+            child.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.close()
         complaint = ""
         for line in child.stderr:
             if line.startswith("error "):
@@ -43,8 +52,7 @@ def diagnosed(settings: dict[str, Any], say: Callable[[str], None]) -> dict[str,
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
-    """Write a diagnosis so that a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(found, indent=1))
-    partial.replace(path)
+    """Write a diagnosis so that a reader sees the old file or the new one. Raises StorageError."""
+    with files.storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    files.replace(path, json.dumps(found, indent=1).encode())

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from testbed import files
 from testbed.codecs.codec import Codec
 from testbed.codecs.entropy import tables
 from testbed.codecs.entropy.ans import rows_by_channel
@@ -85,7 +86,7 @@ def counted(options: argparse.Namespace) -> tuple[str, Path]:
     made = tables.count(of, [counts[at] for at in sorted(counts)])
     name, path = tables.save(made)
     if options.out:
-        options.out.write_bytes(path.read_bytes())
+        files.replace(options.out, path.read_bytes())
     return name, options.out or path
 
 

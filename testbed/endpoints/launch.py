@@ -8,43 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pwd
 import signal
 import socket
 import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from testbed import files, programs
 from testbed.endpoints.control import Channel
 from testbed.errors import EndpointError
+from testbed.identity import User, invoking_user
 from testbed.net import rootless
-
-
-@dataclass(frozen=True)
-class User:
-    """Whom an endpoint runs as."""
-
-    uid: int
-    gid: int
-    name: str
-    home: str
-
-
-def invoking_user() -> User:
-    """The user who typed the command: behind `sudo` the one who typed `sudo`, otherwise the process's own."""
-    uid, gid = os.getuid(), os.getgid()
-    if rootless.inside():  # where uid 0 is whoever called
-        return User(uid, gid, os.environ.get("USER", str(uid)), os.environ.get("HOME", "/"))
-    if uid == 0 and os.environ.get("SUDO_UID", "").isdigit():
-        uid = int(os.environ["SUDO_UID"])
-        gid = int(os.environ.get("SUDO_GID", uid))
-    try:
-        entry = pwd.getpwuid(uid)
-        return User(uid, gid, entry.pw_name, entry.pw_dir)
-    except KeyError:
-        return User(uid, gid, str(uid), "/")
 
 
 def command(module: str, namespace: str | None, user: User, control_fd: int) -> list[str]:
@@ -52,7 +26,7 @@ def command(module: str, namespace: str | None, user: User, control_fd: int) -> 
 
     Without root there is nothing to enter and nothing to drop: the module runs as it is (namespace None).
     """
-    argv = [sys.executable, "-m", module, "--control-fd", str(control_fd)]
+    argv = programs.module(module, "--control-fd", str(control_fd))
     drop = ["setpriv", "--pdeathsig=KILL", "--no-new-privs"]
     if os.geteuid() == 0:
         groups = "--clear-groups" if user.uid == 0 or user.name.isdigit() else "--init-groups"
@@ -75,12 +49,9 @@ class Endpoint:
         """Start ``testbed.endpoints.<role>``; what it prints goes to `log`."""
         user = user or invoking_user()
         ours, theirs = socket.socketpair()
-        environment = {**os.environ, "HOME": user.home, "USER": user.name, "LOGNAME": user.name}
+        environment = {**programs.environment(), "HOME": user.home, "USER": user.name, "LOGNAME": user.name}
         environment.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-        environment["PYTHONPATH"] = os.pathsep.join(
-            p for p in (str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")) if p
-        )
-        with log.open("ab") as output:
+        with files.writing(log, os.O_APPEND) as output:
             try:
                 process = subprocess.Popen(
                     command(f"testbed.endpoints.{role}", namespace, user, theirs.fileno()),

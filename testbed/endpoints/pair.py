@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
+from testbed import files
 from testbed.endpoints.launch import Endpoint
 from testbed.net.fabric import Fabric
 from testbed.results import RunDirectory
@@ -33,12 +34,10 @@ def launch(
 ) -> Endpoint:
     """Start an endpoint whose log is in the run's directory; `stack` ends it. Raises EndpointError."""
     logs = directory.path / "logs"
-    logs.mkdir(exist_ok=True)
-    log = logs / f"{role}.log"
-    endpoint = Endpoint.start(role, namespace, log)
+    with files.storing(logs):
+        logs.mkdir(exist_ok=True)
+    endpoint = Endpoint.start(role, namespace, logs / f"{role}.log")
     stack.callback(endpoint.stop)
-    directory.claim(logs)
-    directory.claim(log)
     return endpoint
 
 

@@ -12,7 +12,6 @@ from analysis import claim_rules
 from analysis.guide import Step, judge
 from analysis.run import load
 from testbed.diagnosis import launch
-from testbed.endpoints.launch import invoking_user
 from testbed.errors import SpecError, UsageError
 from testbed.guiding.bench import Bench, bench_plan
 from testbed.guiding.procedure import RATIOS, Diagnosed, walk
@@ -90,16 +89,14 @@ def measured(
 
 def _open(path: Path, settings: dict[str, Any]) -> RunDirectory:
     """The directory, new or continued."""
-    user = invoking_user()
-    owner = (user.uid, user.gid)
     if not (path / "manifest.json").is_file():
-        directory = RunDirectory.create(path, owner)
+        directory = RunDirectory.create(path)
         directory.write(
             "manifest.json",
             {"format": FORMAT, "name": settings["name"], "settings": settings, "created": utc_now()},
         )
         return directory
-    directory = RunDirectory.open(path, owner)
+    directory = RunDirectory.open(path)
     before = directory.settings()
     for key in ("name", "model", "tasks", "context_tokens", "seed", "prompt"):
         if before.get(key) != settings[key]:
@@ -126,7 +123,6 @@ def _diagnosis(asked: Asked, path: Path, directory: RunDirectory, say: Callable[
     if found is None:
         found = launch.diagnosed(settings, say)
         launch.write(path / _DIAGNOSIS, found)
-        directory.claim(path / _DIAGNOSIS)
     return Diagnosed(
         found["protect"], found["verdict"].startswith("bottleneck"), found["verdict"], found["examples"]
     )

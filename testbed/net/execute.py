@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from testbed.errors import NetworkError, UsageError
+from testbed.identity import as_root, resume_root
 from testbed.net import namespaces
 from testbed.net.state import State
 
@@ -18,8 +19,9 @@ _PASSED_ON = {signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, sign
 def execute(network: State, node: str, argv: Sequence[str]) -> int:
     """Runs the command in the node's namespace and returns its exit status (128 + n where signal n ended it).
 
-    The command knows all nodes by name (/etc/hosts) and sees its namespace's interfaces in /sys; it has this
-    process's terminal, directory, environment and user. Signals reach it. To be called from the main thread.
+    The command runs as root. It knows all nodes by name (/etc/hosts) and sees its namespace's interfaces in /sys; it has this
+    process's terminal, directory, and the environment that this process was started with. Signals reach it. To be called from
+    the main thread.
     Raises SpecError for an unknown node, UsageError without root or where there is no such command.
     """
     namespace = network.namespace(node)
@@ -30,7 +32,8 @@ def execute(network: State, node: str, argv: Sequence[str]) -> int:
         raise NetworkError(
             f"network {network.id}: namespace {namespace} is gone; remove the rest with `testbed down`"
         )
-    hosts = str(network.write_hosts(node))
+    with as_root():
+        hosts = str(network.write_hosts(node))
     sys.stdout.flush()
     sys.stderr.flush()
     # Blocked, not handled: they stay pending until they are waited for, so none slips through while the child
@@ -40,6 +43,7 @@ def execute(network: State, node: str, argv: Sequence[str]) -> int:
     try:
         child = os.fork()
         if child == 0:
+            resume_root()
             _become(namespace, hosts, argv, writing, mask)
         os.close(writing)
         with os.fdopen(reading, "rb") as pipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from testbed import files
 from testbed.errors import NetworkError
+from testbed.identity import as_root
 from testbed.net import namespaces, processes, removal, state
 from testbed.net.profile import MTU, Profile
 from testbed.net.state import State
@@ -95,7 +98,8 @@ class Fabric:
 
         keep = self.state.keep if persistent else None
         if keep is not None:
-            keep.mkdir(parents=True)
+            with as_root():
+                keep.mkdir(parents=True)
         wanted = [
             emulators.Wanted(f"l{number}", *wiring.wire_ends(number), link.profile)
             for number, link in enumerate(self.topology.links)
@@ -119,7 +123,6 @@ class Fabric:
         from testbed.net import capture, wiring
         from testbed.net.emulators.namespace import inside
 
-        directory = directory or self.state.directory / "captures"
         named = {
             end: f"{link.name}-{node}"
             for number, link in enumerate(self.topology.links)
@@ -128,16 +131,29 @@ class Fabric:
         }
         if not named:
             return
-        directory.mkdir(parents=True, exist_ok=True)
-        argv = [sys.executable, "-I", "-S", capture.__file__, "0" if persistent else str(os.getpid())]
-        argv += [str(capture.SNAP_BYTES), str(capture.LIMIT_BYTES), str(directory)]
-        argv += [f"{end}={name}" for end, name in named.items()]
-        self._capturing = inside(
-            self.state.wire,
-            lambda: subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
-            ),
-        )
+        with contextlib.ExitStack() as closing:
+            if directory is None:
+                directory = self.state.directory / "captures"
+                closing.enter_context(as_root())
+            with files.storing(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+            opened = {
+                end: closing.enter_context(files.writing(directory / f"{name}.pcap")).fileno()
+                for end, name in named.items()
+            }
+            argv = [sys.executable, "-I", "-S", capture.__file__, "0" if persistent else str(os.getpid())]
+            argv += [str(capture.SNAP_BYTES), str(capture.LIMIT_BYTES)]
+            argv += [f"{end}={descriptor}" for end, descriptor in opened.items()]
+            self._capturing = inside(
+                self.state.wire,
+                lambda: subprocess.Popen(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    pass_fds=list(opened.values()),
+                    start_new_session=True,
+                ),
+            )
         self.record_process(self._capturing.pid, what="capture")
         assert self._capturing.stdout is not None
         with self._capturing.stdout as said:

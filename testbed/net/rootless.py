@@ -13,10 +13,8 @@ import signal
 from pathlib import Path
 
 from testbed.errors import UsageError
+from testbed.identity import INSIDE, give_up_root
 from testbed.net.execute import await_child, passed_on
-
-INSIDE = "TESTBED_ROOTLESS"
-"""The environment variable that is set inside."""
 
 _NEWNS, _NEWUSER, _NEWPID, _NEWNET = 0x0002_0000, 0x1000_0000, 0x2000_0000, 0x4000_0000
 _MS_REC, _MS_PRIVATE = 1 << 14, 1 << 18
@@ -44,6 +42,7 @@ def enter() -> None:
     """
     if inside():
         return
+    give_up_root()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, passed_on())
     try:
         _unshare()

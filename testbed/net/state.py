@@ -23,6 +23,7 @@ from pathlib import Path
 import msgspec
 
 from testbed.errors import NetworkError, UsageError
+from testbed.identity import as_root
 from testbed.net import namespaces, processes
 from testbed.net.topology import Topology
 
@@ -118,7 +119,13 @@ def netns_marker() -> Path:
 
 @contextlib.contextmanager
 def locked() -> Iterator[None]:
-    """One testbed command at a time makes or removes networks (flock(2)). Not to be nested."""
+    """One testbed command at a time makes or removes networks (flock(2)). Not to be nested. Files opened meanwhile are root's."""
+    with as_root(), _lock():
+        yield
+
+
+@contextlib.contextmanager
+def _lock() -> Iterator[None]:
     try:
         directory().mkdir(mode=0o755, parents=True, exist_ok=True)
         lock = os.open(directory() / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

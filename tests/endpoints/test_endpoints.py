@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from testbed.endpoints import wire
-from testbed.endpoints.launch import Endpoint, User, command, invoking_user
+from testbed.endpoints.launch import Endpoint, command
 from testbed.endpoints.transport.tcp import Connection
 from testbed.errors import EndpointError, UsageError
+from testbed.identity import User, invoking_user
 from testbed.results import STAGES
 from testbed.tasks.rows import choice_rows
 from tests.tiny_models import tiny_model_directory

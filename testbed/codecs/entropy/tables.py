@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from testbed import files
 from testbed.codecs.layout import Part, Piece
 from testbed.errors import SpecError
 
@@ -99,10 +100,9 @@ def save(tables: Tables) -> tuple[str, Path]:
     data = msgspec.msgpack.encode(tables)
     name = _name(data)
     path = directory() / f"{name}.tables"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{id(data):x}")
-    unfinished.write_bytes(data)
-    unfinished.replace(path)
+    with files.storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    files.replace(path, data)
     return name, path
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from testbed.errors import NetworkError
+from testbed.identity import as_root
 from testbed.net import processes
 from testbed.net.emulators.namespace import inside
 from testbed.net.emulators.relaying.control import LARGEST
@@ -43,6 +44,7 @@ def start(
     """Starts *program* for *links* in *namespace* (None: this one); its identity, and this end of its control socket when it is
     ours alone."""
     with contextlib.ExitStack() as closing:
+        closing.enter_context(as_root())
         ours: socket.socket | None = None
         if keep is None:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -170,8 +172,9 @@ class Connection:
             self._control.close()
         _await_end(self.process)
         if self._keep is not None:
-            for suffix in ("sock", "json", "log"):
-                (self._keep / f"{self._first}.{suffix}").unlink(missing_ok=True)
+            with as_root():
+                for suffix in ("sock", "json", "log"):
+                    (self._keep / f"{self._first}.{suffix}").unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[socket.socket]:
@@ -180,6 +183,7 @@ class Connection:
             return
         assert self._keep is not None
         with (
+            as_root(),
             socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection,
             _short(self._keep) as directory,
         ):
