@@ -9,7 +9,20 @@ from pathlib import Path
 
 import pytest
 
-MODULES = "click gguf json msgspec numpy pip select socket struct torch transformers yaml".split()
+MODULES = [
+    "click",
+    "gguf",
+    "json",
+    "msgspec",
+    "numpy",
+    "pip",
+    "select",
+    "socket",
+    "struct",
+    "torch",
+    "transformers",
+    "yaml",
+]
 START = """
 from pathlib import Path
 from testbed.endpoints.launch import Endpoint

@@ -5,8 +5,11 @@ One file a command, or a few that belong together. They import what they need wh
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
+from typing import NoReturn
 
 import click
 
@@ -25,6 +28,17 @@ from testbed.cli import (
     run,
 )
 from testbed.errors import TestbedError
+
+#: What the system says of a file that was asked for wrongly; anything else is its own trouble.
+_WRONG_FILE = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -70,15 +84,29 @@ def main(argv: list[str] | None = None) -> None:
         _fail(error.format_message().replace("\n", " "), 2)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", run.INTERRUPTED)
+    except BrokenPipeError:
+        _fail("whoever read the output has closed it", 1)
     except TestbedError as error:
         _fail(str(error).replace("\n", " "), error.exit_status)
-    except BrokenPipeError:
-        # Whoever read our output has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else "cannot write what there is to say: "
+        _fail(f"{where}{error.strerror or error}", 2 if error.errno in _WRONG_FILE else 1)
+    except (UnicodeError, OverflowError, RecursionError) as error:
+        _fail(f"what was given cannot be understood: {str(error).splitlines()[0][:200]}", 2)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _fail(message: str, status: int) -> None:
-    click.echo(f"testbed: {message}", err=True)
+def _fail(message: str, status: int) -> NoReturn:
+    with contextlib.suppress(OSError):  # nobody listens
+        click.echo(f"testbed: {message}".encode(errors="backslashreplace"), err=True)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (
+            OSError,
+            ValueError,
+            AttributeError,
+        ):  # what it holds would be tried again at the end, with a traceback
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)

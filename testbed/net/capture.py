@@ -85,21 +85,26 @@ def main() -> None:
     for interface, file in named.items():
         tap = Tap(interface, int(file), snap, limit)
         taps[tap.socket.fileno()] = tap
+    end = {signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, end)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     print("capturing", flush=True)
     poll = select.poll()
     for descriptor in taps:
         poll.register(descriptor, select.POLLIN)
-    end = {signal.SIGTERM}
-    while not parent or os.getppid() == parent:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, end)  # it does not come while a file is written
-        ready = poll.poll(int(1e3 * _FLUSH_S))
-        signal.pthread_sigmask(signal.SIG_BLOCK, end)
-        for descriptor, event in ready:
-            if event & select.POLLIN:
-                taps[descriptor].read()
-            else:  # the interface is gone
-                poll.unregister(descriptor)
+    try:
+        while not parent or os.getppid() == parent:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, end)  # it does not come while a file is written
+            ready = poll.poll(int(1e3 * _FLUSH_S))
+            signal.pthread_sigmask(signal.SIG_BLOCK, end)
+            for descriptor, event in ready:
+                if event & select.POLLIN:
+                    taps[descriptor].read()
+                else:  # the interface is gone
+                    poll.unregister(descriptor)
+            for tap in taps.values():
+                tap.flush()
+    finally:
         for tap in taps.values():
             tap.flush()
 
