@@ -123,7 +123,7 @@ def torture(kills: int, seed: int, directory: Path, model: Path, scenario: str =
         untidy.append(sorted(set(_settled(mine)) - mine))
     last = _start(path, out)
     _, errors = last.communicate()
-    rows = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "trials.jsonl").read_text().split("\n") if line]
     times = Counter(row["trial"] for row in rows)
     after = host_state()
     changed = {name: _difference(before[name], after[name]) for name in before if before[name] != after[name]}

@@ -42,7 +42,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def rows(directory: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (directory / "trials.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (directory / "trials.jsonl").read_text().split("\n") if line]
 
 
 @pytest.fixture(scope="module")

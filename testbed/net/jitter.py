@@ -42,7 +42,7 @@ def read_table(path: str) -> JitterTable:
     if not path or len(path) > 300 or _FORBIDDEN & set(path):
         raise SpecError(f"jitter table {path[:40]!r}: no file name of that kind is understood here")
     entries: list[int] = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         for word in line.partition("#")[0].split():
             try:
                 value = int(word)

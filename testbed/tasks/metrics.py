@@ -1,22 +1,64 @@
-"""Scores of a short answer against its gold answers, as SQuAD 1.1's evaluation defines them.
+"""Scores of a short answer against its gold answers: SQuAD 1.1's, and what MLQA makes of them for other languages.
 
-Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text", EMNLP 2016, section 6.1.
+Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text", EMNLP 2016, section 6.1. Lewis et al., "MLQA:
+Evaluating Cross-lingual Extractive Question Answering", ACL 2020: all of Unicode's punctuation, and characters in the place of
+words where a script puts no spaces between words. On ASCII text both are the same.
 """
 
 from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+#: A character of a script that puts no spaces between words.
+_UNSPACED = re.compile(
+    "["
+    "\u3005-\u3007\u3021-\u3029\u303b"  # marks and numbers that stand among Han characters
+    "\u3041-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # kana
+    "\u3105-\u312f\u31a0-\u31bf"  # Bopomofo
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
+    "\u0e00-\u0eff\u0f00-\u0fff"  # Thai, Lao, Tibetan
+    "\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f"  # Myanmar
+    "\u1780-\u17ff\u19e0-\u19ff"  # Khmer
+    "]"
+)
+
+
+def unspaced(character: str) -> bool:
+    """Whether a character is of a script that puts no spaces between words."""
+    return _UNSPACED.match(character) is not None
 
 
 def normalize(text: str) -> str:
-    """`text` in lower case, without ASCII punctuation and the articles a, an, the; words one space apart."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+    """`text` in lower case, composed (NFC), without punctuation and the articles a, an, the; words one space apart.
+
+    Where a script puts no spaces between words, each character with the marks on it counts as one.
+    """
+    bare = "".join(filter(_stays, unicodedata.normalize("NFC", text.lower())))
+    return " ".join(_apart(_ARTICLES.sub(" ", bare)).split())
+
+
+def _stays(character: str) -> bool:
+    """Punctuation goes, and so do joiners and soft hyphens (Cf), which nobody sees."""
+    kind = unicodedata.category(character)
+    return character not in string.punctuation and kind[0] != "P" and kind != "Cf"
+
+
+def _apart(text: str) -> str:
+    """`text` with spaces around the characters of unspaced scripts; a vowel or tone mark stays with what it is written on."""
+    pieces, before = [], False
+    for character in text:
+        alone = unspaced(character)
+        marks = unicodedata.category(character)[0] == "M"
+        if (alone or before) and not marks:
+            pieces.append(" ")
+        pieces.append(character)
+        before = alone or (before and marks)
+    return "".join(pieces)
 
 
 def exact_match(answer: str, golds: Sequence[str]) -> float:

@@ -15,11 +15,13 @@ Depth = float | Literal["random"] | tuple[float, ...]
 CountTokens = Callable[[str], int]
 
 _MOST_TOKENS = 10_000_000
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"'(]?[A-Z0-9])")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"'(]?[A-Z0-9])|(?<=[\u3002\uff01\uff1f\uff61])\s*(?=\S)")
 
 
 def sentences(text: str) -> list[str]:
-    """`text` cut behind each full stop, question or exclamation mark that a capital or a digit follows."""
+    """`text` cut behind each full stop, question or exclamation mark that a capital or a digit follows; an ideographic one
+    needs neither a space nor a capital behind it.
+    """
     return [piece for piece in _SENTENCE_END.split(text.strip()) if piece]
 
 
@@ -144,7 +146,7 @@ def _sentences_of(distractors: Sequence[str], rng: random.Random) -> Iterator[tu
     """(number of the paragraph, sentence), without end."""
     number = 0
     for text in distractors:
-        for line in text.splitlines():
+        for line in text.split("\n"):  # and at no other of Unicode's line ends: they are the text's own
             for sentence in sentences(line):
                 yield number, sentence
             number += 1

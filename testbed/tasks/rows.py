@@ -6,6 +6,7 @@ import functools
 import itertools
 import random
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -14,6 +15,7 @@ import yaml
 
 from testbed.errors import UsageError
 from testbed.tasks.jsonl import Row, read_rows
+from testbed.tasks.metrics import unspaced
 from testbed.tasks.padding import CountTokens, Depth, among_distractors, around, depth_of, sentences
 from testbed.tasks.passages import load_passages
 from testbed.tasks.task import Example, ExtractiveTask
@@ -140,10 +142,15 @@ def may_distract(text: str, row: Row) -> bool:
     """Whether `text` can stand beside the row's context without answering its question or repeating it."""
     shared = text == row.context or row.context in text or text in row.context
     return not shared and not any(
-        re.search(rf"\b{re.escape(answer)}\b", text, re.IGNORECASE)
-        for answer in row.answers
-        if answer.lower() not in ("yes", "no")
+        _stands_in(answer, text) for answer in row.answers if answer.lower() not in ("yes", "no")
     )
+
+
+def _stands_in(answer: str, text: str) -> bool:
+    """Whether `text` holds the answer, and not as a part of a longer word."""
+    before, behind = ("" if not c.isalnum() or unspaced(c) else r"\b" for c in (answer[0], answer[-1]))
+    pattern = f"{before}{re.escape(unicodedata.normalize('NFC', answer))}{behind}"
+    return re.search(pattern, unicodedata.normalize("NFC", text), re.IGNORECASE) is not None
 
 
 def _shorten(row: Row, context_tokens: int, count_context: CountTokens) -> str | None:

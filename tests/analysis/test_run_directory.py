@@ -17,7 +17,7 @@ from tests.analysis.make_run import make_run, write_rows
 
 
 def lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "trials.jsonl").read_text().split("\n") if line]
 
 
 def rewrite(run: Path, rows: list[dict]) -> None:

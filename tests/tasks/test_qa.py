@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from testbed.errors import UsageError
 from testbed.tasks import make_task
-from testbed.tasks.jsonl import read_rows
+from testbed.tasks.jsonl import Row, read_rows
 from testbed.tasks.padding import around, most_that_fit, sentences
+from testbed.tasks.rows import may_distract
 from tests.tasks.counting import Counter
 
 Write = Callable[..., str]
@@ -221,3 +222,35 @@ def test_sentences_end_before_a_capital_or_a_digit_only() -> None:
         '"Go," he said.',
         "End",
     ]
+
+
+def test_line_ends_of_unicode_inside_a_text_are_the_texts_own(tmp_path: Path) -> None:
+    """A file's lines end at newlines alone, and a distractor with other ones in it stays one paragraph."""
+    path = tmp_path / "odd.jsonl"
+    texts = [f"Boat {n}\u2028left\u0085the\x1cpier\x0bat {n} sharp." for n in range(3)]
+    rows = [
+        {"id": str(n), "context": text, "question": f"When did boat {n} leave?", "answers": [f"at {n} sharp"]}
+        for n, text in enumerate(texts)
+    ]
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    task = make_task("qa", path=str(path))
+    assert {e.context for e in task.examples(3, None, len, 0)} == set(texts)
+    for example in task.examples(3, 120, len, 0):
+        told = [line for line in example.context.split("\n") if "Boat" in line]
+        assert len(told) > 1 and set(told) <= set(texts)
+
+
+def test_a_text_that_answers_the_question_is_no_distractor_whatever_its_script() -> None:
+    row = Row("1", "日本の首都は東京です。", "日本の首都は?", ("東京", "$5", "Café", "red"))
+    for text in ("私は東京に住んでいます。", "It costs $5 today.", "the cafe\u0301 is closed", "a red door"):
+        assert not may_distract(text, row)
+    for text in ("京都は東にあります。", "It costs $ 5.", "cafeteria", "a hundred doors"):
+        assert may_distract(text, row)
+
+
+def test_a_long_text_without_spaces_is_cut_down_to_the_sentences_around_its_answer(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    context = "海は広い。" * 20 + "日本の首都は東京です。" + "山は高い！" * 20
+    path.write_text(json.dumps({"context": context, "question": "日本の首都は?", "answers": ["東京"]}))
+    (example,) = make_task("qa", path=str(path)).examples(1, 60, len, 0)
+    assert "日本の首都は東京です。" in example.context and len(example.context) <= 60
