@@ -11,7 +11,7 @@ import numpy as np
 from testbed.codecs import container, progressive, ragged
 from testbed.codecs.container import Header
 from testbed.codecs.decoding import assemble, dequantize, sections
-from testbed.codecs.entropy import Coder, unpack, worth_coding
+from testbed.codecs.entropy import Coder
 from testbed.codecs.evidence import Evidence, Needs
 from testbed.codecs.kept import Kept
 from testbed.codecs.layout import Layout, Piece, lay_out
@@ -94,7 +94,7 @@ class Codec:
 
     def _prepared(self, cache: KVCache, kept: Kept | None) -> tuple[KVCache, Header, Layout, bytes]:
         """What is to be quantized, what the payload says of it, and the bytes behind the symbols."""
-        held = kept.apply(cache) if kept else cache
+        held = ragged.without_empty_places(kept.apply(cache) if kept else cache)
         dtype = dtype_name(held)
         groups, lists, position_bytes = describe(held)
         held = ragged.flatten(held)
@@ -119,7 +119,10 @@ class Codec:
             for i in which:
                 if packed is host:
                     writer.write(range(i, i + 1))
-                chosen.append(_coded(coder, layout.pieces[i], host))
+                piece = layout.pieces[i]
+                chosen.append(
+                    coder.coded(piece, host[piece.symbols_at : piece.symbols_at + piece.symbol_bytes])
+                )
             return chosen
 
         host = packed
@@ -212,13 +215,3 @@ def _codec_of(header: Header) -> Codec:
         return Codec(spec)
     except SpecError as error:
         raise PayloadError(f"payload header: {error}") from None
-
-
-def _coded(coder: Coder, piece: Piece, packed: Tensor) -> bytes | memoryview:
-    """A part's symbols as they travel: coded, or as they were packed where that is as short."""
-    import torch
-
-    own = packed[piece.symbols_at : piece.symbols_at + piece.symbol_bytes]
-    plain = own if coder.packed else unpack(own, piece.symbols, piece.bits).view(torch.uint8)
-    coded = coder.compress(piece, plain.numpy().data)
-    return coded if worth_coding(piece, coded) else own.numpy().data

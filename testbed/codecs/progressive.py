@@ -14,14 +14,15 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from testbed.codecs.entropy import MOST_EXPANSION, Coder, pack, unpack, worth_coding
-from testbed.codecs.layout import Piece, packed_bytes
+from testbed.codecs.entropy import MOST_EXPANSION, Coder, pack, unpack
+from testbed.codecs.layout import Part, Piece, packed_bytes
+from testbed.codecs.parts import as_tensor
 from testbed.errors import PayloadError
 
 if TYPE_CHECKING:
@@ -45,20 +46,19 @@ class Planes:
 
 def write(symbols: Iterable[tuple[Piece, Tensor]], coder: Coder | None) -> list[bytes]:
     """The chunks of all planes, for the symbols of every piece."""
+    import torch
+
     planes: list[list[npt.NDArray[np.uint8]]] = []
-    pieces = []
     for piece, own in symbols:
-        pieces.append(piece)
         planes = planes or [[] for _ in range(piece.bits)]
         for of_all, shift in zip(planes, reversed(range(piece.bits)), strict=True):
             of_all.append(pack((own >> shift).bitwise_and_(1), 1).cpu().numpy())
     written = []
     for number, parts in enumerate(planes):
         plane: npt.NDArray[np.uint8] = np.concatenate(parts)
-        for at, stretch in _stretches(len(plane), pieces):
-            plain = plane[at : at + stretch.symbol_bytes].tobytes()
-            code = coder.compress(stretch, memoryview(plain)) if coder else plain
-            code = code if worth_coding(stretch, code) else plain
+        for at, stretch in _stretches(len(plane)):
+            plain = torch.from_numpy(plane[at : at + stretch.symbol_bytes])
+            code = coder.coded(stretch, plain) if coder else plain.numpy().data
             written.append(_FRAME.pack(len(code), _checksum(number, at, code)) + code)
     return written
 
@@ -76,7 +76,7 @@ def read(data: memoryview, pieces: Sequence[Piece], coder: Coder | None) -> Plan
     at, known = 0, size
     while len(planes) < of and known == size:
         plane, known = np.zeros(size, dtype=np.uint8), 0
-        for start, stretch in _stretches(size, pieces):
+        for start, stretch in _stretches(size):
             found = _chunk(data, at, len(planes), start, stretch, coder)
             if found is None:
                 break
@@ -96,11 +96,15 @@ def _missing(complete: int, of: int, known: int, size: int) -> str:
     return f"plane {complete + 1} of {of} is missing: {known} of its {size} bytes arrived"
 
 
-def _stretches(size: int, pieces: Sequence[Piece]) -> Iterator[tuple[int, Piece]]:
-    """Where each stretch of a plane begins, and what stands for it before an entropy coder: bits, eight to a byte."""
+def _stretches(size: int) -> Iterator[tuple[int, Piece]]:
+    """Where each stretch of a plane begins, and what it is to an entropy coder: bits of no channel, eight to a byte.
+
+    Heads and tokens mean nothing here: a stretch runs over parts, and packing puts bits beside each other that lie apart.
+    """
     for start in range(0, size, _STRETCH):
         length = min(_STRETCH, size - start)
-        yield start, replace(pieces[0], bits=1, symbols=8 * length, symbol_bytes=length)
+        part = Part(0, "keys", 1, 8 * length, 1, "float16")
+        yield start, Piece(part, 1, 8 * length, 0, 0, 0, length)
 
 
 def _chunk(
@@ -118,8 +122,10 @@ def _chunk(
         return None
     if checksum != _checksum(plane, start, code):
         raise PayloadError(f"plane {plane + 1}: a chunk's checksum is wrong: bytes were changed on the way")
-    plain = code if length == size or coder is None else coder.expand(stretch, code)
-    return _FRAME.size + length, plain
+    if length == size or coder is None:
+        return _FRAME.size + length, code
+    plain = memoryview(coder.expand(stretch, code))
+    return _FRAME.size + length, plain if coder.packed else pack(as_tensor(plain), 1).numpy().data
 
 
 def _checksum(plane: int, start: int, code: bytes | memoryview) -> int:

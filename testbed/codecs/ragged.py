@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from testbed.models.kvcache import KVCache, KVLayer
 
 
+def without_empty_places(cache: KVCache) -> KVCache:
+    """The cache without places that are empty in every head of their layer, of which no payload tells."""
+    from testbed.models.kvcache import KVCache
+
+    layers = [
+        layer if layer.counts is None else layer.slice(layer.tokens - max(layer.counts))
+        for layer in cache.layers
+    ]
+    return KVCache(layers, cache.length)
+
+
 def flatten(cache: KVCache) -> KVCache:
     """The cache with each ragged layer as one head, whose positions ascend head by head."""
     from testbed.models.kvcache import KVCache

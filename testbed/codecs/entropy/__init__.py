@@ -37,6 +37,14 @@ class Coder(Method):
         """
         raise NotImplementedError
 
+    def coded(self, piece: Piece, packed: Tensor) -> bytes | memoryview:
+        """A piece's packed symbols (uint8, on the processor) as they travel: coded, or as they are where that is as short."""
+        import torch
+
+        plain = packed if self.packed else unpack(packed, piece.symbols, piece.bits).view(torch.uint8)
+        coded = self.compress(piece, plain.numpy().data)
+        return coded if worth_coding(piece, coded) else packed.numpy().data
+
     def input_bytes(self, piece: Piece) -> int:
         """How many bytes `compress` is given for a part."""
         return piece.symbol_bytes if self.packed else piece.symbols * (2 if piece.bits == 16 else 1)
