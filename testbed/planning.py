@@ -104,8 +104,8 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     others = {**scenario.links, **{k: v for k, v in given.items() if k != link}}
     # The manifest keeps these settings, so that --resume runs what the command line asked for.
     scenario = scenario.model_copy(update={"links": others})
-    plan = Plan(scenario, _under(topology, scenario, place), link, profiles, _tasks(scenario, place))
-    _check_codecs(scenario, place)
+    scenario, asked = _bound(scenario, place)
+    plan = Plan(scenario, _under(topology, scenario, place), link, profiles, _tasks(scenario, place), asked)
     _check_extent(plan, place)
     return plan
 
@@ -173,13 +173,37 @@ def _tasks(scenario: Scenario, place: str) -> tuple[Task, ...]:
     )
 
 
-def _check_codecs(scenario: Scenario, place: str) -> None:
-    duplicates = [text for text in scenario.codecs if scenario.codecs.count(text) > 1]
-    if duplicates:
-        raise SpecError(f"{place}: codecs: {duplicates[0]!r} is listed twice")
+def _bound(scenario: Scenario, place: str) -> tuple[Scenario, dict[str, str]]:
+    """The scenario with what its codecs refer to written out, since a file may say another thing tomorrow, and those codecs as
+    they were written, by what they are now.
+    """
+    found, asked = [], {}
     for text in scenario.codecs:
-        if (spec := parse_codec(text)).refers:
-            _at(f"{place}: codecs", lambda s=spec: s.bound(find_model(scenario.model).name))
+        spec = parse_codec(text)
+        bound = text
+        if spec.refers:
+            bound = _at(f"{place}: codecs", lambda s=spec: str(s.bound(find_model(scenario.model).name)))
+        if bound in found:
+            same = f" (it is {bound!r})" if bound != text or bound in asked else ""
+            raise SpecError(f"{place}: codecs: {text!r} is listed twice{same}")
+        found.append(bound)
+        if spec.refers:
+            asked[bound] = text
+    return scenario.model_copy(update={"codecs": found}), asked
+
+
+def moved(asked: object, model: str) -> list[str]:
+    """A sentence for each codec of an earlier plan (its `asked`) whose file is gone or says another thing by now."""
+    said = []
+    for bound, text in asked.items() if isinstance(asked, dict) else ():
+        try:
+            now = str(parse_codec(str(text)).bound(find_model(model).name))
+        except UsageError as error:
+            now, why = "", str(error)
+        if now != bound:
+            today = f"is {now} by now" if now else f"cannot be looked up by now ({why})"
+            said.append(f"codec {text} was {bound} when this run began, and goes on so; it {today}")
+    return said
 
 
 def _check_extent(plan: Plan, place: str) -> None:

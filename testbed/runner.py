@@ -256,6 +256,7 @@ def start(plan: Plan, out: Path, watch: Watcher, accept_uncalibrated: bool) -> R
             "format": FORMAT,
             "name": plan.scenario.name,
             "settings": plan.scenario.model_dump(mode="json"),
+            "asked": plan.asked,
             "created": utc_now(),
             "traces": kept_traces.keep(plan, directory),
         },

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
@@ -177,13 +177,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """A scenario with everything it names looked up, and its cells."""
+    """A scenario with everything it names looked up, and its cells. `asked`: codecs that referred to a file, such as
+    ``mixed(protect=auto)``, by what that file said: the codec as the scenario has it now.
+    """
 
     scenario: Scenario
     topology: Topology
     link: str
     profiles: tuple[Profile, ...]
     tasks: tuple[Task, ...]
+    asked: dict[str, str] = field(default_factory=dict)
 
     def flows(self) -> list[Flow]:
         """The background traffic."""

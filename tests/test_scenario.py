@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from testbed.codecs.entropy import tables
+from testbed.codecs.layout import Part
 from testbed.errors import SpecError, UsageError
-from testbed.planning import load_plan, make_plan
+from testbed.planning import load_plan, make_plan, moved
 from testbed.results import FORMAT, RunDirectory
 
 BASE = {"name": "t", "profiles": ["5g-mid"], "tasks": ["needle"], "codecs": ["fp16", "int8"], "examples": 3}
@@ -27,6 +31,63 @@ def test_a_trace_is_read_before_anything_is_built_and_its_beginning_is_part_of_t
     (tmp_path / "link.csv").write_text("time_s,rate_mbps\n0,8\n1,16\n")
     trial, run = (make_plan({**settings, "at": at}, "here") for at in ("trial", "run"))
     assert trial.cells(0, 256)[0].identity(trial) != run.cells(0, 256)[0].identity(run)
+
+
+def diagnosed(cache: Path, protect: str) -> None:
+    path = cache / "diagnoses" / "smollm2-135m-int4.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = {"format": "testbed-diagnosis-1", "model": "smollm2-135m", "protect": protect}
+    path.write_text(json.dumps(told))
+
+
+def test_what_a_diagnosis_says_is_part_of_the_cell_and_stays_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TESTBED_CACHE", str(tmp_path))
+    found = []
+    for protect in ("K3", "K5"):
+        diagnosed(tmp_path, protect)
+        found.append(plan(codecs=["mixed"]))
+    first, second = found
+    assert [p.scenario.codecs for p in found] == [["mixed(protect=K3)"], ["mixed(protect=K5)"]]
+    cells = [p.cells(0, 256)[0].identity(p) for p in found]
+    assert cells[0] != cells[1]
+    kept = first.scenario.model_dump(mode="json")  # what the manifest has, and --resume reads
+    again = make_plan(kept, "manifest.json")
+    assert again.cells(0, 256)[0].identity(again) == cells[0]
+    assert first.asked == {"mixed(protect=K3)": "mixed"}
+    assert moved(second.asked, "smollm2-135m") == []
+    assert moved(first.asked, "smollm2-135m") == [
+        "codec mixed was mixed(protect=K3) when this run began, and goes on so; it is mixed(protect=K5) by now"
+    ]
+    (tmp_path / "diagnoses" / "smollm2-135m-int4.json").unlink()
+    (gone,) = moved(first.asked, "smollm2-135m")
+    assert "it cannot be looked up by now" in gone and "has no diagnosis yet" in gone
+    assert moved(None, "smollm2-135m") == []
+
+
+def test_what_tables_a_file_holds_is_part_of_the_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TESTBED_CACHE", str(tmp_path))
+    file, found = tmp_path / "mine.tables", []
+    part = Part(0, "keys", 1, 4, 2, "float16")
+    for occurred in (1, 2):
+        made = tables.count("a test", [(2, part, np.full((2, 4), occurred) * [1, 2, 3, 4])] * occurred)
+        _, kept = tables.save(made)
+        file.write_bytes(kept.read_bytes())
+        found.append(plan(codecs=[f"int2+ans(table={file})"]).scenario.codecs[0])
+        assert found[-1] == f"int2+ans(table={tables.load(file)[0]})"
+    assert found[0] != found[1]
+
+
+def test_a_codec_and_what_refers_to_it_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TESTBED_CACHE", str(tmp_path))
+    diagnosed(tmp_path, "K3")
+    with pytest.raises(SpecError, match=r"codecs: 'mixed\(protect=K3\)' is listed twice"):
+        plan(codecs=["mixed", "mixed(protect=K3)"])
+    with pytest.raises(SpecError, match=r"codecs: 'mixed' is listed twice \(it is 'mixed\(protect=K3\)'\)"):
+        plan(codecs=["mixed(protect=K3)", "mixed"])
 
 
 def test_shipped_scenarios_are_valid_and_keep_their_promises() -> None:

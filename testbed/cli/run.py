@@ -46,7 +46,7 @@ def run(
     """Run SCENARIO (a file, or the name of a shipped one): network, model, trials, plots."""
     from testbed import runner
     from testbed.net import removal
-    from testbed.planning import load_plan
+    from testbed.planning import load_plan, moved
 
     if (scenario is None) == (resumed is None):
         raise UsageError("name a scenario to run, or a directory with --resume, and not both")
@@ -57,6 +57,8 @@ def run(
         require_root()
         removal.clean()
         started = runner.resume(resumed, show, accept_uncalibrated)
+        for sentence in moved(started.directory.manifest().get("asked"), started.plan.scenario.model):
+            show.line(sentence)
     else:
         assert scenario is not None
         plan = load_plan(scenario, **changes)
