@@ -199,7 +199,7 @@ def test_a_scenarios_timeout_reads_back_from_its_settings_also_from_those_of_old
     made = plan(timeout="90s")
     kept = made.scenario.model_dump(mode="json")
     assert make_plan(kept, "manifest.json").scenario.timeout == 90.0
-    directory = RunDirectory.create(tmp_path / "run", None)
+    directory = RunDirectory.create(tmp_path / "run")
     directory.write("manifest.json", {"format": FORMAT, "settings": kept | {"timeout": 90.0}})
     assert make_plan(directory.settings(), "manifest.json").scenario.timeout == 90.0
 

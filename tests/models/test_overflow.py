@@ -139,7 +139,7 @@ def test_an_example_that_overflows_leaves_rows_that_say_why_and_the_others_are_m
         "name": "overflow", "model": str(changed(tmp_path / "model", damage)), "tasks": ["needle"], "codecs": ["int8"],
         "context_tokens": 150, "examples": 3, "threads": 1, "max_new_tokens": 4,
     }  # fmt: skip
-    directory = RunDirectory.create(tmp_path / "run", None)
+    directory = RunDirectory.create(tmp_path / "run")
     directory.write("manifest.json", {})
     bench = Bench(bench_plan(settings, "test"), directory, lambda *_: None, lambda b: b.measure("int8"))
     bench.execute()
