@@ -128,11 +128,13 @@ class Run:
 
     def _calibrate(self, profiles: list[Profile]) -> None:
         """Measure these profiles before the first trial; out of tolerance stops the run unless told to go on."""
-        from testbed.net.calibrate import calibrate
+        from testbed.net.calibrate import calibrate, foretell
 
         history = self.directory.entries("calibration.json", "measurements")
         for number, profile in enumerate(profiles):
-            self._tally.say(f"measuring the link: {profile.name} ({number + 1} of {len(profiles)})")
+            self._tally.say(
+                f"measuring the link: {profile.name} ({number + 1} of {len(profiles)}){foretell(profile)}"
+            )
             self._apply(profile)
             measured = calibrate(self.fabric, self.plan.link, profile)
             record = measured.to_dict()
@@ -241,7 +243,11 @@ def check_ready(plan: Plan) -> None:
     """What can be known to fail before anything is written or built. Raises UsageError."""
     resolve(plan.scenario.model)
     require_tools(plan.flows())
+    from testbed.net.calibrate import foretell
     from testbed.net.emulators import choose
+
+    for profile in plan.profiles:
+        foretell(profile)
 
     choose(plan.scenario.emulator)
 

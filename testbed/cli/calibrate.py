@@ -40,8 +40,10 @@ def calibrate(
 
     chosen = [parse_profile(text) for text in profiles] + (list(PRESETS.values()) if every else [])
     chosen += [parse_profile(text if is_trace(text) else f"trace:{text}") for text in traces]
-    for profile in chosen:
-        profile.steady()  # a trace that cannot be read is known before anything is built
+    for profile in chosen:  # what cannot be read or measured is known before anything is built
+        took = calibration.foretell(profile)
+        for remark in [*profile.remarks(), *([f"{profile.name}: takes{took[1:]}"] if took else [])]:
+            click.echo(f"testbed: {remark}", err=True)
     if not chosen:
         raise UsageError(
             "name at least one profile, a --trace, or --all; `testbed profiles` lists the presets"

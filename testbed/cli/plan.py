@@ -41,5 +41,7 @@ def plan(scenario: str, **changes: Any) -> Any:
     text += f"{format_size(sent)} across the link, about {format_duration(seconds)}"
     if estimator.model is None:
         text += f"\nmodel {made.scenario.model}: no configuration at hand, so cache sizes are unknown"
-    value = {"cells": cells, "trials": made.trials, "bytes": sent, "seconds": seconds}
+    remarks = [remark for profile in made.profiles for remark in profile.remarks()]
+    text += "".join(f"\n{remark}" for remark in remarks)
+    value = {"cells": cells, "trials": made.trials, "bytes": sent, "seconds": seconds, "remarks": remarks}
     return value, text, 0

@@ -62,6 +62,8 @@ def run(
     else:
         assert scenario is not None
         plan = load_plan(scenario, **changes)
+        for remark in dict.fromkeys(said for profile in plan.profiles for said in profile.remarks()):
+            click.echo(f"testbed: {remark}", err=True)
         require_root()
         removal.clean()
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from testbed.errors import SpecError
+from testbed.errors import SpecError, UsageError
 from testbed.net.emulators.contract import Counters
 from testbed.net.following import STRETCH_S, Curve, follow
 from testbed.net.following_values import Track, follow_values
@@ -24,19 +24,33 @@ from testbed.net.probe_flows import (
     UNLIMITED_BPS,
     delay_flow,
     loss_flow,
+    measuring_s,
     packet_bytes,
     rate_flow,
     settle_s,
 )
 from testbed.net.probing import WAYS, Arrived, Network, Prober
 from testbed.net.profile import Direction, Profile
-from testbed.units import format_rate, format_time
+from testbed.units import format_duration, format_rate, format_time
 
 ATTEMPTS = 2
 _PARALLEL_BPS = (
     60e6  # both ways' saturating flows at once only below this: the processor must not be the limit
 )
 _LATE_S = 2e-3  # lateness of the emulator worth naming as a cause
+_LONGEST_S, _LONG_S = 300.0, 15.0  # of one measurement: more is refused; more is foretold
+
+
+def foretell(profile: Profile) -> str:
+    """How long measuring a link under this profile takes, for people; empty where it is the usual few seconds. Raises UsageError
+    where it is longer than anybody would wait, and SpecError where a trace cannot be read."""
+    seconds = measuring_s(profile.steady())
+    if seconds > _LONGEST_S:
+        raise UsageError(
+            f"profile {profile.name}: measuring it takes more than {format_duration(_LONGEST_S)}, since at its mean rate "
+            "the queue takes as long to drain; give a smaller queue=, or more rate (a trace: scale=)"
+        )
+    return f", some {format_duration(seconds)}" if seconds > _LONG_S else ""
 
 
 class CalibratedNetwork(Network, Protocol):

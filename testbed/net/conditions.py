@@ -242,6 +242,14 @@ class Profile:
         """Both ways' `Direction.schedule`, which says what is raised."""
         return self.up.schedule("up", origin_s), self.down.schedule("down", origin_s)
 
+    def remarks(self) -> list[str]:
+        """What is to be seen of its traces before they are used (`Trace.remarks`), once where both ways have the same."""
+        said = []
+        for way, direction in (("up", self.up), ("down", self.down)):
+            if direction.trace is not None:
+                said += direction.trace.remarks(way, direction.rate_bps)  # type: ignore[arg-type]
+        return list(dict.fromkeys(said))
+
     def steady(self, *, peak: bool = False) -> Profile:
         """The profile with means, or peak rates, in the place of what changes over time; see `Direction.steady`."""
         if not self.changes:

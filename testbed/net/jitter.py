@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import stat
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from testbed.errors import SpecError
+from testbed.user_files import read_at_most
 
 TABLE_SIZE, TABLE_SCALE = 4096, 8192
 """Entries of a table, and the entry that stands for one jitter. Entries are 16-bit: four jitters at most."""
@@ -58,16 +57,9 @@ def read_table(path: str) -> JitterTable:
 
 def _text(path: str) -> str:
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not hold us up
-        with open(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise SpecError(f"jitter table {path}: not a file")
-            data = file.read(_MAX_FILE + 1)
+        return read_at_most(path, _MAX_FILE).decode("ascii", "replace")
     except OSError as error:
         raise SpecError(f"jitter table {path}: {error.strerror}") from None
-    if len(data) > _MAX_FILE:
-        raise SpecError(f"jitter table {path}: larger than {_MAX_FILE} bytes")
-    return data.decode("ascii", "replace")
 
 
 def table(law: str | JitterTable) -> tuple[int, ...]:

@@ -30,6 +30,13 @@ def settle_s(profile: Profile, way: str) -> float:
     return direction.delay_s + 6 * direction.jitter_s + draining + SLACK_S
 
 
+def measuring_s(profile: Profile) -> float:
+    """How long one measurement of rate, delay and loss takes at least; *profile* does not change over time."""
+    dense = [loss_flow(profile, way, 1.0, None) for way in ("up", "down")]
+    lossy = max(min(flow.packets * flow.interval_s, flow.duration_s) for flow in dense)
+    return max(settle_s(profile, way) for way in ("up", "down")) + lossy
+
+
 def packet_bytes(direction: Direction) -> int:
     """A saturating flow's packet: full-sized, smaller where a second would not hold a hundred of them."""
     return max(200, min(FULL_PACKET, int((direction.rate_bps or 1e12) / 8 / 100)))

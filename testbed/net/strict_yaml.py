@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from testbed.errors import SpecError
+from testbed.user_files import read_at_most
 
 MAX_BYTES = 1_000_000
 _MAX_DEPTH = 50
@@ -56,12 +57,9 @@ class _StrictLoader(yaml.SafeLoader):
 def read(path: Path) -> Any:
     """What the file says. Raises SpecError naming the file, and the line where there is one."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_at_most(path, MAX_BYTES)
     except OSError as error:
         raise SpecError(f"{path}: {error.strerror}") from None
-    if len(data) > MAX_BYTES:
-        raise SpecError(f"{path}: larger than {MAX_BYTES} bytes")
     return parse(data, str(path))
 
 

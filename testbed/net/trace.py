@@ -37,7 +37,7 @@ from testbed.net.recordings.recording import (
     Samples,
 )
 from testbed.net.strict_yaml import did_you_mean
-from testbed.units import parse_time
+from testbed.units import format_rate, format_time, parse_time
 
 Way = Literal["up", "down"]
 _SHIPPED = Path(__file__).resolve().parents[2] / "scenarios"
@@ -45,6 +45,7 @@ _OPTIONS = ("scale", "offset", "end", "column")
 _COLUMNS = {"up": "up", "ul": "up", "down": "down", "dl": "down"}
 _UNWRITABLE = set(",;()\n\r\t")
 _MAX_SCALE = 1e6
+_SHORT_S = 1.0
 
 
 class File(msgspec.Struct, frozen=True, tag="file"):
@@ -134,7 +135,6 @@ class Trace:
             return Deliveries(
                 found.times_ms, OPPORTUNITY_BYTES * self.scale, offset_s=self.offset_s, origin_s=origin_s
             )
-        once = isinstance(self.source, Outage) and self.source.every_s is None
         return Schedule(
             found.times,
             found.length_s,
@@ -142,23 +142,51 @@ class Trace:
             delays=found.delays,
             losses=found.losses,
             scale=self.scale,
-            loop=self.end == "loop" and not once,
+            loop=self.end == "loop" and not self._once,
             offset_s=self.offset_s,
             origin_s=origin_s,
         )
 
+    @property
+    def _once(self) -> bool:
+        """Whether it is an outage that does not come again: it is over soon, and what it interrupts goes on for good."""
+        return isinstance(self.source, Outage) and self.source.every_s is None
+
     def rates_bps(self, way: Way, rate_bps: float | None) -> tuple[float | None, float | None]:
-        """The mean and the largest rate, bits per second; None: not limited, or no business of this trace's."""
+        """The mean (see `means`) and the largest rate, bits per second; None: not limited, or no business of this trace's.
+
+        One outage that does not come again is left out of the mean: over a long time it is nothing.
+        """
         found = self.recording(way, rate_bps)
-        if isinstance(found, Samples) and (found.rates is None or found.peak_rate == float("inf")):
+        if isinstance(found, DeliveryTimes):
+            return found.mean_rate * 8 * self.scale, found.peak_rate * 8 * self.scale
+        if found.rates is None or found.peak_rate == float("inf"):
             return rate_bps, rate_bps
-        return found.mean_rate * 8 * self.scale, found.peak_rate * 8 * self.scale
+        peak = found.peak_rate * 8 * self.scale
+        return peak if self._once else self._mean(found, "rates") * 8 * self.scale, peak
 
     def means(self, way: Way, rate_bps: float | None) -> dict[str, float]:
-        """The mean ``delays`` (seconds) and ``losses`` (fractions) of what gives them."""
+        """The mean ``delays`` (seconds) and ``losses`` (fractions) of what gives them, weighted by time: over the whole trace
+        where it loops, over what there is from the offset on where its last values hold in the end."""
         found = self.recording(way, rate_bps)
         columns = [name for name in ("delays", "losses") if getattr(found, name, None) is not None]
-        return {name: found.mean(name) for name in columns if isinstance(found, Samples)}
+        return {name: self._mean(found, name) for name in columns if isinstance(found, Samples)}
+
+    def _mean(self, found: Samples, column: str) -> float:
+        return found.mean(column, 0.0 if self.end == "loop" else self.offset_s)
+
+    def remarks(self, way: Way, rate_bps: float | None) -> list[str]:
+        """What is to be seen before a recording is used: its length, its mean rate, and what is odd. Nothing of a rule."""
+        if not isinstance(self.source, File):
+            return []
+        found, rate = self.recording(way, rate_bps), self.rates_bps(way, rate_bps)[0]
+        said = f"{self}: {format_time(found.length_s)} long"
+        said += "" if rate is None else f", {format_rate(rate)} on average"
+        if isinstance(found, DeliveryTimes) and found.length_s < _SHORT_S:
+            return [
+                f"{said}; shorter than a second, again and again: are these delays, and no times of deliveries?"
+            ]
+        return [said + ("; shorter than a second, again and again" if found.length_s < _SHORT_S else "")]
 
 
 def is_trace(text: str) -> bool:
@@ -222,6 +250,6 @@ def _scale(text: str) -> float:
         scale = float(text)
     except ValueError:
         raise SpecError(f"scale {text[:20]!r} is no number") from None
-    if not 0 < scale <= _MAX_SCALE:  # also false for NaN
-        raise SpecError(f"scale {text[:20]} lies outside 0..{_MAX_SCALE:g}")
+    if not 1 / _MAX_SCALE <= scale <= _MAX_SCALE:  # also false for NaN
+        raise SpecError(f"scale {text[:20]} lies outside {1 / _MAX_SCALE:g}..{_MAX_SCALE:g}")
     return scale

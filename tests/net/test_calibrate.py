@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from testbed.errors import NetworkError, SpecError
+from testbed.errors import NetworkError, SpecError, UsageError
 from testbed.net import emulators, measure
 from testbed.net.busy import busy_cores
-from testbed.net.calibrate import calibrate
+from testbed.net.calibrate import calibrate, foretell
 from testbed.net.probing import Arrived, Flow, Prober, _batch
 from testbed.net.profile import Direction, parse_profile
 from tests.net.wire import Conditioned, wire
@@ -238,3 +238,14 @@ def test_busy_cores_have_a_process_each_that_ends_with_the_block():
     assert not children() & started
     with busy_cores(False):
         assert children() == before
+
+
+def test_a_link_whose_queue_takes_minutes_to_drain_is_refused_and_a_long_measurement_foretold() -> None:
+    assert (
+        foretell(parse_profile("rate=20mbit,outage:12s")) == ""
+    )  # minutes, while its mean was taken over the outage
+    assert "1 min" in foretell(parse_profile("rate=8kbit"))  # 64,000 bytes at 1,000 a second
+    for slow in ("rate=1kbit", "rate=20mbit,outage:12s/12001ms"):
+        with pytest.raises(UsageError, match=r"profile .*more than 5 min 00 s.*queue="):
+            foretell(parse_profile(slow))
+    assert foretell(parse_profile("rate=1kbit,queue=1500b")) == ""  # what waits is gone in twelve seconds

@@ -169,7 +169,7 @@ def test_any_text_is_a_profile_or_a_spec_error(text: str) -> None:
         ("delay=1ms,jitter=pareto(1ms,reordr)", "did you mean 'reorder'"),
         ("delay=1ms,jitter=table(1ms)", "file=FILE"),
         ("delay=1ms,jitter=table(1ms,file=/nowhere/x.dist)", "No such file"),
-        ("delay=1ms,jitter=table(1ms,file=/dev/zero)", "not a file"),
+        ("delay=1ms,jitter=table(1ms,file=/dev/zero)", "not a regular file"),
         ("loss=gilbrt(1%,burst=2)", "did you mean 'gilbert'"),
         ("loss=gilbert(1%)", "burst=4"),
         ("loss=gilbert(50%,burst=1,p=1%)", "burst=4"),

@@ -175,3 +175,12 @@ def test_deliveries_are_the_same_in_another_process():
         made = unpack(description, file.fileno())
     first = made.finish(0.0, 1500)
     assert (first, made.finish(first, 1500)) == (pytest.approx(0.005), pytest.approx(0.008))
+
+
+def test_what_next_to_nothing_is_sent_in_is_not_walked_through_round_by_round():
+    slow = Schedule([0.0, 0.5], 1.0, rates=[0.0, 1e-6])  # half a microbyte a second
+    assert slow.finish(0.0, 1500) == pytest.approx(3e9, rel=1e-6)
+    assert slow.finish(0.0, 1e-6) == pytest.approx(2.0)
+    assert Schedule([0.0, 0.5], 1.0, rates=[0.0, 5e-324]).finish(0.0, 1500) == inf
+    deliveries = Deliveries([1000], 0.0015)
+    assert deliveries.finish(0.0, 1500) == pytest.approx(1e6)

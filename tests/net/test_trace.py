@@ -16,6 +16,7 @@ from testbed.net.emulators.columns import Milliseconds
 from testbed.net.emulators.packed import unpack
 from testbed.net.emulators.schedule import Schedule
 from testbed.net.generators import Flap, Outage, Sine, Step
+from testbed.net.profile import parse_profile
 from testbed.net.recordings import deliveries
 from testbed.net.recordings import files as recording_files
 from testbed.net.recordings.files import read_recording
@@ -113,7 +114,7 @@ def test_a_table_gives_rate_delay_and_loss_over_time(tmp_path: Path):
     assert read.rates is not None and list(read.rates) == [1e6, 2e6]
     assert read.delays is not None and list(read.delays) == pytest.approx([0.01, 0.02])
     assert read.losses is not None and list(read.losses) == [0.0, 0.5]
-    assert read.mean_rate == 1.5e6
+    assert read.mean("rates") == 1.5e6
 
 
 def test_each_way_has_its_own_columns_and_column_takes_the_others(tmp_path: Path):
@@ -136,15 +137,41 @@ def test_rows_of_one_time_share_it_and_missing_values_are_those_before(tmp_path:
     assert read.length_s == 3.5
 
 
+def test_a_byte_order_mark_comments_carriage_returns_and_blank_lines_say_nothing(tmp_path: Path):
+    path = written(tmp_path, b"\xef\xbb\xbf# recorded by hand\r\n1\r\n\r\n5\r\n9\r\n\r\n")
+    read = read_recording(path, "up")
+    assert isinstance(read, DeliveryTimes) and list(read.times_ms) == [1, 5, 9]
+    path = written(tmp_path, b"\xef\xbb\xbf\r\n# by hand\r\ntime_s,rate_bps\r\n\r\n0,8\r\n1,16\r\n \r\n")
+    read = read_recording(path, "up")
+    assert isinstance(read, Samples) and read.rates is not None and list(read.rates) == [1, 2]
+
+
+@pytest.mark.parametrize("begin", [0.0, 540.0])
+def test_two_numbers_a_line_are_seconds_and_megabits_per_second(tmp_path: Path, begin: float):
+    rows = ((0.0, 4.037), (0.55, 4.793), (0.88, 4.492), (1.3, 0.0), (540.2, 3.1))
+    read = read_recording(written(tmp_path, "".join(f"{begin + at}\t{rate}\n" for at, rate in rows)), "up")
+    assert isinstance(read, Samples) and read.rates is not None
+    assert list(read.times) == pytest.approx([at for at, _ in rows])
+    assert list(read.rates) == pytest.approx([rate * 1e6 / 8 for _, rate in rows])
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("time_s;rate_mbps\n0;2.5\n1;\n2;8\n", "line 1: separate columns by commas, not by ';'"),
+        ("0.0\t4\n1\n", "line 2: 1 fields, but 2 columns"),
+        ("0.0\t4\n1\tx\n", "line 2: the rate: 'x' is not a number"),
+        ("time_s,rate_up_kbps,rate_down_kbps\n1e400,1000,2000\n1,3000,100\n", "line 2: 1e400 is too large"),
+        ("time_s,rate_mbps\n0,1e400\n", "line 2: rate_mbps: 1e400 is too large"),
+        ("time_s,rate_mbps,loss\n0,1,1\n", "line 1: column 'loss' does not say its unit"),
+        ("time,rate_mbps\n0,1\n", "line 1: column 'time' does not say its unit"),
+        ("time_s,rate_mbps\n0,\0\n", "line 2: rate_mbps: '\\x00' is not a number"),
+        ("3\n\n# so far\nx\n", "line 4: 'x' is not a whole number"),
         ("time_s,rate_mbps\n0,1\n1,x\n", "line 3: rate_mbps: 'x' is not a number"),
         ("time_s,rate_mbps\n0,1\n-1,1\n", "line 3: its time comes before"),
         ("time_s,rate_mbps\n0,1\n2\n", "line 3: 1 fields, but 2 columns"),
         ("time_s,rate_mbps\n0,-\n", "line 2: rate_mbps: no value, and none before it"),
         ("time_s,rate_mbps\n0,-5\n", "line 2: rate_mbps: -5 is out of bounds"),
-        ("time_s,rate_mbps\n0,1\n\n", "line 3: empty"),
         ("time_s,rate_mbps\nnan,1\n", "line 2: 'nan' is not a number"),
         ("time_s,rate_mbps\n1e300,1\n", None),
         ("time_s,rate_mbps\n0,1\n1e300,1\n", "line 3: more than 7 days"),
@@ -155,11 +182,11 @@ def test_rows_of_one_time_share_it_and_missing_values_are_those_before(tmp_path:
         ("time_s,rate_mbps\n", "no row"),
         ("", "empty"),
         ("# only\n", "empty"),
+        ("\ufeff\r\n", "empty"),
         (b"time_s,rate_mbps\n0,\xff\n", "line 2: not text"),
         ("time_s,rate_mbps\n0," + "1" * 5000, "line 2: longer than"),
         ("3\n5\nx\n", "line 3: 'x' is not a whole number of milliseconds"),
         ("3\n5\n4\n", "line 3: 4 comes before the line above, 5"),
-        ("3\n\n4\n", "line 2: '' is not"),
         ("3\n5_0\n", "line 2: '5_0' is not"),
         ("3\n" + "9" * 13, "line 2:"),
         ("3\n4000000000\n", "line 2: 4000000000 ms is more than 7 days"),
@@ -218,8 +245,7 @@ def test_any_file_is_a_recording_or_a_refusal_that_names_the_place(
 @given(
     st.lists(st.integers(0, 400), min_size=1, max_size=30),
     st.sampled_from([3, 7, 64]),
-    st.none()
-    | st.tuples(st.integers(0, 29), st.sampled_from([b"", b"x", b"-1", b"5 5", b"9" * 25, b"\xff"])),
+    st.none() | st.tuples(st.integers(0, 29), st.sampled_from([b"x", b"-1", b"5 5", b"9" * 25, b"\xff"])),
 )
 def test_deliveries_are_the_lines_or_the_first_wrong_line_whatever_the_pieces_they_are_read_in(
     tmp_path_factory: pytest.TempPathFactory, gaps: list[int], piece: int, wrong: tuple[int, bytes] | None
@@ -242,11 +268,47 @@ def test_deliveries_are_the_lines_or_the_first_wrong_line_whatever_the_pieces_th
                 read_recording(path, "up")
 
 
+def test_a_recording_that_is_too_short_or_too_slow_is_seen_before_it_is_used(tmp_path: Path):
+    (short,) = parse_profile(
+        f"delay=5ms,trace:{written(tmp_path, '20 20 20 21 22'.replace(' ', chr(10)))}"
+    ).remarks()
+    assert "22ms long, 2.727mbit on average" in short  # 5 packets of 12,000 bits in 22 ms
+    assert "are these delays" in short
+    (slow,) = parse_profile(f"delay=5ms,trace:{written(tmp_path, '500000')}").remarks()
+    assert "500s long, 24bit on average" in slow
+    assert parse_profile("delay=5ms,rate=1mbit,outage:1s@1s").remarks() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "mean"),
+    [
+        ("rate=20mbit,outage:2s", 20e6),  # it does not come again
+        ("rate=20mbit,outage:2s@1s", 20e6),
+        ("rate=20mbit,outage:2s@1s(scale=0.5)", 10e6),
+        ("rate=20mbit,outage:2s@1s/8s", 15e6),
+        ("rate=20mbit,flap:3s/1s", 15e6),
+        ("step:8mbit*1s+16mbit*3s", 14e6),
+        ("step:8mbit*1s+16mbit*3s(offset=2s)", 14e6),  # it begins again
+        ("step:8mbit*1s+16mbit*3s(offset=1s,end=hold)", 16e6),
+        ("step:8mbit*2s+16mbit*2s(offset=1s,end=hold)", 40e6 / 3),
+        ("step:8mbit*2s+16mbit*2s(offset=9s,end=hold)", 16e6),
+    ],
+)
+def test_the_mean_rate_is_that_of_what_is_replayed(text: str, mean: float):
+    profile = parse_profile(text)
+    steady = profile.steady().up
+    assert steady.rate_bps == pytest.approx(mean)
+    schedule = profile.up.schedule("up", 0.0)
+    assert schedule is not None
+    if "hold" not in text:
+        assert schedule.capacity(0.0, 4000.0) * 8 / 4000 == pytest.approx(mean, rel=1e-3)
+
+
 def test_a_file_that_changed_is_read_again(tmp_path: Path):
     path = written(tmp_path, "time_s,rate_mbps\n0,1\n")
-    assert read_recording(path, "up").mean_rate == 1e6 / 8
+    assert read_recording(path, "up").mean("rates") == 1e6 / 8
     written(tmp_path, "time_s,rate_mbps\n0,10\n")
-    assert read_recording(path, "up").mean_rate == 10e6 / 8
+    assert read_recording(path, "up").mean("rates") == 10e6 / 8
 
 
 def test_what_is_no_file_or_not_there_is_said(tmp_path: Path):

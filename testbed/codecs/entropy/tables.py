@@ -22,6 +22,7 @@ from msgspec import Meta
 from testbed import files
 from testbed.codecs.layout import Part, Piece
 from testbed.errors import SpecError
+from testbed.user_files import read_at_most
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,9 +110,7 @@ def save(tables: Tables) -> tuple[str, Path]:
 def load(path: Path) -> tuple[str, Tables]:
     """Tables from a file, and their name. Raises SpecError naming the file and what is wrong with it."""
     try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise SpecError(f"tables {path}: {path.stat().st_size} bytes are no tables")
-        data = path.read_bytes()
+        data = read_at_most(path, _LARGEST_FILE)
     except OSError as error:
         raise SpecError(f"tables {path}: {error.strerror or error}") from None
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from testbed.errors import SpecError
+from testbed.user_files import read_at_most
 
 FORMAT = "testbed-diagnosis-1"
 Kind = Literal["keys", "values"]
@@ -82,9 +83,7 @@ def _suffix(scale: str) -> str:
 def load_diagnosis(path: Path) -> dict[str, Any]:
     """A diagnosis from its file. Raises SpecError naming the file and what is wrong with it."""
     try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise SpecError(f"diagnosis {path}: {path.stat().st_size} bytes is no diagnosis")
-        found = json.loads(path.read_text())
+        found = json.loads(read_at_most(path, _LARGEST_FILE))
     except OSError as error:
         raise SpecError(f"diagnosis {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError):

@@ -36,6 +36,7 @@ class Deliveries:
     ) -> None:
         self.times_ms, self.opportunity_bytes, self.offset_s = times_ms, opportunity_bytes, offset_s
         self._length_ms = times_ms[-1]
+        self._round_bytes = len(times_ms) * opportunity_bytes
         self.length_s = self._length_ms * MILLISECOND
         self.start(origin_s)
 
@@ -62,6 +63,10 @@ class Deliveries:
             if self._index == len(self.times_ms):
                 self._index = 0
                 self._round += 1
+                rounds = int((left - self._left) // self._round_bytes)
+                if rounds > 0:
+                    left -= rounds * self._round_bytes
+                    self._round += rounds
         self._left -= left
         at = self._zero + (self._round * self._length_ms + self.times_ms[self._index]) * MILLISECOND
         self._at = max(begin_s, at)

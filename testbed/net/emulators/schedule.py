@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from math import floor, inf
+from math import ceil, floor, inf
 from typing import Any, BinaryIO
 
 from testbed.net.emulators.columns import Milliseconds, write
@@ -71,7 +71,7 @@ class Schedule:
             return inf
         now = begin_s - zero
         cursor.seek(now)
-        left = size
+        left, left_before = size, None  # bytes; at the last round's beginning
         while True:
             rate = rates[cursor.index] * scale
             if rate:
@@ -85,6 +85,17 @@ class Schedule:
             if left <= _NOTHING:
                 return now + zero
             cursor.advance()
+            if cursor.index == 0:
+                # A round that sends next to nothing is not walked through again and again.
+                if left_before is not None and left_before - left < left:
+                    if left_before == left:
+                        return inf
+                    sent = left_before - left
+                    rounds = ceil(left / sent) - 1
+                    left -= rounds * sent
+                    cursor.skip(rounds)
+                    now = cursor.base
+                left_before = left
 
     def capacity(self, begin_s: float, end_s: float) -> float:
         """Bytes that can be sent between two times; inf where the rate is not limited."""
@@ -175,6 +186,11 @@ class _Cursor:
         if self.index == len(self.times):
             self.index = 0
             self.base += self.length
+        self._measure()
+
+    def skip(self, rounds: float) -> None:
+        """Goes to the same segment, so many rounds of the loop later."""
+        self.base += rounds * self.length
         self._measure()
 
     def _measure(self) -> None:

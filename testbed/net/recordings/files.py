@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import stat
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
@@ -10,9 +10,10 @@ from pathlib import Path
 
 from testbed.errors import SpecError
 from testbed.net.recordings.deliveries import read_delivery_times
-from testbed.net.recordings.lines import MAX_LINE
+from testbed.net.recordings.lines import first_line
 from testbed.net.recordings.recording import DeliveryTimes, Recording, Samples
-from testbed.net.recordings.tables import read_table
+from testbed.net.recordings.tables import headless, read_headless_table, read_table
+from testbed.user_files import open_regular
 
 MAX_FILE_BYTES = 1 << 30
 
@@ -23,11 +24,10 @@ def read_recording(path: Path, way: str) -> Recording:
     The last few are kept, until their file changes.
     """
     try:
-        status = path.stat()
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
     except OSError as error:
         raise SpecError(f"trace {path}: {error.strerror}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise SpecError(f"trace {path}: not a regular file")
     if status.st_size > MAX_FILE_BYTES:
         raise SpecError(f"trace {path}: larger than {MAX_FILE_BYTES >> 20} MiB")
     ways = _ways(path.absolute(), status.st_mtime_ns, status.st_size)
@@ -64,11 +64,13 @@ def _equal(one: Iterable[float], other: Iterable[float]) -> bool:
 
 def _read(path: Path, way: str) -> Recording:
     try:
-        with open(path, "rb") as file:
-            first = file.readline(MAX_LINE + 1)
+        with open_regular(path) as file:
+            first = first_line(file, path)
             file.seek(0)
-            if first.strip().isdigit():
+            if first.isdigit():
                 return read_delivery_times(file, path)
+            if headless(first):
+                return read_headless_table(file, path)
             return read_table(file, path, way)
     except OSError as error:
         raise SpecError(f"trace {path}: {error.strerror}") from None

@@ -24,17 +24,15 @@ class Samples:
     delays: array[float] | None = None
     losses: array[float] | None = None
 
-    def mean(self, column: str) -> float:
-        """The time-weighted mean of ``rates``, ``delays`` or ``losses``."""
+    def mean(self, column: str, begin_s: float = 0.0) -> float:
+        """The time-weighted mean of ``rates``, ``delays`` or ``losses``, from *begin_s* to the end; behind it, the last value."""
         values, ends = getattr(self, column), chain(islice(self.times, 1, None), (self.length_s,))
-        return (
-            sum(v * (end - at) for v, at, end in zip(values, self.times, ends, strict=True)) / self.length_s
+        if begin_s >= self.length_s:
+            return values[-1]
+        spans = (max(0.0, end - max(at, begin_s)) for at, end in zip(self.times, ends, strict=True))
+        return sum(v * span for v, span in zip(values, spans, strict=True) if span) / (
+            self.length_s - begin_s
         )
-
-    @cached_property
-    def mean_rate(self) -> float:
-        """Bytes per second; 0 without rates."""
-        return self.mean("rates") if self.rates is not None else 0.0
 
     @cached_property
     def peak_rate(self) -> float:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from math import isfinite
 from pathlib import Path
 from typing import BinaryIO
 
 from testbed.errors import SpecError
 from testbed.net.emulators.columns import Milliseconds
-from testbed.net.recordings.lines import comma_separated, wrong
+from testbed.net.recordings.lines import comma_separated, lines_that_say, wrong
 from testbed.net.recordings.recording import MAX_SECONDS, Samples
 from testbed.net.strict_yaml import did_you_mean
 
@@ -43,6 +44,19 @@ class _Column:
     factor: float
 
 
+def headless(first: bytes) -> bool:
+    """Whether a file with this first line has no column names: two numbers, seconds and Mbit/s, as Pensieve's traces."""
+    fields = first.decode(errors="replace").split()
+    return len(fields) == 2 and all(_NUMBER.fullmatch(field) for field in fields)
+
+
+def read_headless_table(file: BinaryIO, path: Path) -> Samples:
+    """The same as `read_table` of a file that is `headless`."""
+    rows = ((number, text.split()) for number, text in lines_that_say(file, path))
+    rate = _Column(1, "the rate", "rate", _UNITS["rate"]["mbps"])
+    return _samples(rows, 2, lambda fields: _number(fields[0]), [rate], path)
+
+
 def read_table(file: BinaryIO, path: Path, way: str) -> Samples:
     """What the table in an open file says of a way; *path*: what it is called. Raises SpecError, with the line it dislikes."""
     lines = comma_separated(file, path)
@@ -50,12 +64,23 @@ def read_table(file: BinaryIO, path: Path, way: str) -> Samples:
     if not names:
         raise SpecError(f"trace {path}: the file is empty")
     read_time, columns = _header(names, way, lambda what: wrong(path, number, what))
+    return _samples(lines, len(names), read_time, columns, path)
+
+
+def _samples(
+    rows: Iterable[tuple[int, list[str]]],
+    count: int,
+    read_time: Callable[[list[str]], float],
+    columns: list[_Column],
+    path: Path,
+) -> Samples:
+    """The columns of rows of *count* fields, each with the number of its line."""
     times, values = array("d"), [array("f") for _ in columns]
     before: list[float | None] = [None] * len(columns)
     started, group = None, 0  # rows since `group` have the same time
-    for number, fields in lines:
-        if len(fields) != len(names):
-            raise wrong(path, number, f"{len(fields)} fields, but {len(names)} columns")
+    for number, fields in rows:
+        if len(fields) != count:
+            raise wrong(path, number, f"{len(fields)} fields, but {count} columns")
         try:
             time = read_time(fields)
         except ValueError as error:
@@ -102,6 +127,8 @@ def _header(
     names: list[str], way: str, refuse: Callable[[str], SpecError]
 ) -> tuple[Callable[[list[str]], float], list[_Column]]:
     """How to read a row's time, and the columns that say something about this way."""
+    if len(names) == 1 and (mark := next((mark for mark in ";\t|" if mark in names[0]), None)):
+        raise refuse(f"separate columns by commas, not by {mark!r}")
     doubled = next((name for name in names if names.count(name) > 1), None)
     if doubled is not None:
         raise refuse(f"two columns are called {doubled[:40]!r}")
@@ -153,7 +180,10 @@ def _header(
 def _number(text: str) -> float:
     if not _NUMBER.fullmatch(text):
         raise ValueError(f"{text[:40]!r} is not a number")
-    return float(text)
+    value = float(text)
+    if not isfinite(value):
+        raise ValueError(f"{text[:40]} is too large")
+    return value
 
 
 def _stamp(text: str) -> float:
