@@ -33,7 +33,7 @@ def measure(model: LanguageModel, task: Prompted, count: int, tokens: int) -> di
     for example in task.examples(count, tokens, lambda text: len(model.tokenize(text)), 0):
         context = model.prefill(model.tokenize(task.context_text(example)), prefix).cache
         past = context if prefix is None else model.join(prefix, context)
-        question = model.tokenize(task.question_text(example))
+        question = model.tokenize(task.question_text(example), closing=task.closing)
         choices = task.choice_texts(example)
         if choices:
             found = model.option_nlls(question, [model.tokenize(choice) for choice in choices], past)

@@ -44,7 +44,7 @@ class Probe:
     ):
         """bits: the coarse width and the fine one. scale: the coarse one's, as `mixed` has it."""
         self._model, self._task, self._example = model, task, example
-        self._question = model.tokenize(task.question_text(example))
+        self._question = model.tokenize(task.question_text(example), closing=task.closing)
         self._gold = model.tokenize(task.answer_text(example))
         context = model.prefill(model.tokenize(task.context_text(example)), prefix).cache
         self._context, self._prefix = context, prefix

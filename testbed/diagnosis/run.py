@@ -129,10 +129,8 @@ def _probes(model: LanguageModel, settings: Settings) -> tuple[Probes, list[Exam
     examples = task.examples(
         2 * settings.examples, settings.context_tokens, lambda text: len(model.tokenize(text)), settings.seed
     )
-    model.expect(
-        task.reach(examples, lambda text: len(model.tokenize(text, start=True)), task.max_new_tokens)
-    )
     ids = model.tokenize(task.prefix, start=True)
+    model.expect(task.reach(examples, lambda text: len(model.tokenize(text)), len(ids), task.max_new_tokens))
     prefix = model.prefill(ids, None).cache if ids else None
     widths = (settings.bits, settings.high)
     return lambda example: Probe(model, task, example, prefix, widths, settings.scale), examples

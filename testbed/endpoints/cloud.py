@@ -194,7 +194,7 @@ class Cloud(InferenceSide):
         self.pace.begin()
         past, prefill_s = self._rebuild(received, request, prefix, details)
         decoded_at = self.pace.hold()
-        question_ids = self.model.tokenize(request.question)
+        question_ids = self.model.tokenize(request.question, closing=prefix.closing)
         firsts: list[wire.FirstToken] = []
 
         def on_token(index: int, token: int) -> None:

@@ -55,8 +55,9 @@ class Edge(InferenceSide):
         made, examples = make_examples(self.model, task, parameters, count, context_tokens, seed, prompt)
         max_new_tokens = max_new_tokens or made.max_new_tokens
         self._needs = Needs.of_all(Codec(text, self.model.name).needs for text in codecs)
-        reach = made.reach(examples, lambda text: len(self.model.tokenize(text, start=True)), max_new_tokens)
-        prefix = self.learn_prefix(made.prefix, reach)
+        opening = len(self.model.tokenize(made.prefix, start=True))
+        reach = made.reach(examples, lambda text: len(self.model.tokenize(text)), opening, max_new_tokens)
+        prefix = self.learn_prefix(made.prefix, reach, made.closing)
         self._batches.append(Batch(made, examples, prefix, max_new_tokens))
         longest = longest_context(self.model, made, examples, max_new_tokens)
         # The first prefill of a size pays for memory and thread pools, which is no example's own cost.
@@ -66,6 +67,7 @@ class Edge(InferenceSide):
             "batch": len(self._batches) - 1,
             "prefix_text": made.prefix,
             "reach": reach,
+            "closing": made.closing,
             "longest": longest,
             "examples": [told(made, example) for example in examples],
         }
@@ -185,7 +187,7 @@ class Edge(InferenceSide):
             question,
             choices,
             ids,
-            self.model.tokenize(question),
+            self.model.tokenize(question, closing=prefix.closing),
             prefill,
             took,
         )

@@ -25,9 +25,8 @@ class Prefix:
     text: str
     digest: str
     cache: KVCache | None  #: None for an empty prefix of a model without a start token
-    reach: int | None = (
-        None  #: tokens of the longest prompt behind it; None where the model does not depend on it
-    )
+    closing: str = ""  #: what the prompt's layout has behind a question
+    reach: int | None = None  #: tokens of the longest prompt behind it; None: the model does not depend on it
 
 
 def digest(data: bytes | bytearray | memoryview) -> str:
@@ -88,20 +87,20 @@ class InferenceSide:
         self._model, self.prefixes = other.model, other.prefixes
         self.pace = Pace(other.pace.slowdown, other.pace.device)
 
-    def learn_prefix(self, text: str, reach: int | None = None) -> str:
+    def learn_prefix(self, text: str, reach: int | None = None, closing: str = "") -> str:
         """Prefill a task's prefix once; returns the digest by which requests name it.
 
-        reach: tokens of the longest prompt that will begin with it. Where a model turns keys by a prompt's length, a prefix is
-        another one for each.
+        closing: what the layout has behind each question, sent as little as the prefix. reach: tokens of the longest prompt that
+        will begin with it. Where a model turns keys by a prompt's length, a prefix is another one for each.
         """
         if not self.model.stretches:
             reach = None
-        name = digest(text.encode() if reach is None else f"{reach}\0{text}".encode())
+        name = digest("\0".join([text, *filter(None, [closing, str(reach or "")])]).encode())
         if name not in self.prefixes:
             self.model.expect(reach)
             ids = self.model.tokenize(text, start=True)
             cache = self.model.prefill(ids, None).cache if ids else None
-            self.prefixes[name] = Prefix(text, name, cache, reach)
+            self.prefixes[name] = Prefix(text, name, cache, closing, reach)
         return name
 
     def under(self, name: str) -> Prefix:

@@ -96,7 +96,13 @@ class Pair:
                 max_new_tokens=self.scenario.max_new_tokens,
                 prompt=str(self.plan.prompt),
             )
-            self.cloud.call("learn_prefix", _LOAD_TIMEOUT_S, text=made["prefix_text"], reach=made["reach"])
+            self.cloud.call(
+                "learn_prefix",
+                _LOAD_TIMEOUT_S,
+                text=made["prefix_text"],
+                reach=made["reach"],
+                closing=made["closing"],
+            )
             batches.append(Batch(made["batch"], task, context_tokens, made["examples"]))
             self._longest = max(self._longest, made["longest"])
         return batches

@@ -163,12 +163,13 @@ class LanguageModel:
         _, run = self._forward(live, [token], queries=1)
         return run.queries
 
-    def tokenize(self, text: str, start: bool = False) -> list[int]:
-        """Token ids of a text, without special tokens.
+    def tokenize(self, text: str, start: bool = False, closing: str = "") -> list[int]:
+        """Token ids of a text, which is data: special tokens that are written in it are read as any other text.
 
-        start: with the token that opens a prompt, where the model has one (Gemma does); for the prefix.
+        start: with the token that opens a prompt, where the model has one (Gemma does), and with the special tokens of a chat's
+        layout; for the prefix. closing: what the layout has behind a question (`Prompted.closing`).
         """
-        return self._tokens.encode(text, start)
+        return self._tokens.encode(text, start, closing)
 
     def text(self, ids: Sequence[int], stop: str | None = None) -> str:
         """The text of token ids, without special tokens; with `stop`, only what is before it."""

@@ -80,7 +80,8 @@ class Prompted:
             task.label,
             task.demonstrations,
         )
-        self._tail = ""
+        #: What the layout has between a question and its answer, besides the question's own text; special tokens in it are meant.
+        self.closing = ""
         self._prefix = self._chat(template) if prompt.layout == "chat" and template else self._plain()
 
     @property
@@ -103,7 +104,7 @@ class Prompted:
             ]
         turns.append({"role": "user", "content": _HERE})
         turns[0]["content"] = f"{_INSTRUCTION}\n{turns[0]['content']}"
-        head, here, self._tail = template(turns).partition(_HERE)
+        head, here, self.closing = template(turns).partition(_HERE)
         if not here:
             raise UsageError(f"prompt {self.prompt}: the model's chat template does not show what users say")
         return head
@@ -116,9 +117,11 @@ class Prompted:
     ) -> list[Example]:
         return self.task.examples(count, context_tokens, count_tokens, seed)
 
-    def reach(self, examples: list[Example], count_tokens: CountTokens, max_new_tokens: int) -> int:
-        """Tokens that the longest of the prompts has, prefix and answer included; no fewer, but perhaps a few more."""
-        prefix = count_tokens(self.prefix)
+    def reach(
+        self, examples: list[Example], count_tokens: CountTokens, prefix: int, max_new_tokens: int
+    ) -> int:
+        """Tokens that the longest of the prompts has, answer and `prefix` tokens included; perhaps a few more."""
+        closing = count_tokens(self.closing)
         lengths = []
         for example in examples:
             answers = [self.answer_text(example), *self.choice_texts(example)]
@@ -126,7 +129,7 @@ class Prompted:
             lengths.append(
                 count_tokens(self.context_text(example)) + count_tokens(self.question_text(example)) + answer
             )
-        return prefix + max(lengths, default=0)
+        return prefix + closing + max(lengths, default=0)
 
     def context_text(self, example: Example) -> str:
         return self.task.context_text(example)
@@ -134,7 +137,7 @@ class Prompted:
     def question_text(self, example: Example) -> str:
         if self.prompt.layout == "plain":
             return self.task.question_text(example)
-        return f"{self._asked(example)}{self._tail}"
+        return self._asked(example)
 
     def answer_text(self, example: Example) -> str:
         return self._begun(self.task.answer_text(example))

@@ -62,7 +62,8 @@ class Pair:
             max_new_tokens=8,
         )
         self.examples = made["examples"]
-        self.cloud.call("learn_prefix", 60, text=made["prefix_text"])
+        known = {"text": made["prefix_text"], "reach": made["reach"], "closing": made["closing"]}
+        self.cloud.call("learn_prefix", 60, **known)
         self.port = self.cloud.call("serve", 10, max_payload=1 << 22, congestion=None)
 
     def link(self, **changes: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ def whole(prompted: Prompted) -> str:
         prompted.prefix
         + prompted.context_text(EXAMPLE)
         + prompted.question_text(EXAMPLE)
+        + prompted.closing
         + prompted.answer_text(EXAMPLE)
     )
 
