@@ -28,16 +28,17 @@ Judge = Callable[[Evidence], Iterator[Verdict]]
 
 
 @functools.cache
-def _parsed(setting: str) -> CodecSpec | None:
+def parsed(setting: str) -> CodecSpec | None:
+    """A setting's codec; None for a placement, or a codec beside a transport."""
     try:
         return parse(setting)
-    except SpecError:  # a placement, or a codec beside a transport
+    except SpecError:
         return None
 
 
 def codecs(table: pd.DataFrame) -> dict[CodecSpec, str]:
     """The codecs among the settings, and what each is called there."""
-    found = {_parsed(name): name for name in map(str, table["setting"].unique())}
+    found = {parsed(name): name for name in map(str, table["setting"].unique())}
     return {spec: name for spec, name in found.items() if spec is not None}
 
 

@@ -6,16 +6,18 @@ from __future__ import annotations
 
 import json
 import math
-import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
 
+from analysis import claim_judges
 from analysis import claim_rules as rules
 from analysis.claim_evidence import collect
 from analysis.claim_rules import FAILS, HOLDS
 from analysis.run import Run
+from testbed.codecs.spec import CodecSpec
 
 INT8 = "Is INT8 enough?"
 INT4 = "Is INT4 enough?"
@@ -46,17 +48,26 @@ class Step:
         return asdict(self) | {"smaller": self.smaller if math.isfinite(self.smaller) else None}
 
 
-_STEPS = (
-    (INT8, r"int8(\([^)]*\))?", "run it: testbed run … --codec int8"),
-    (INT4, r"int4(\([^)]*\))?", "run it: testbed run … --codec int4"),
+def _is_alone(name: str) -> Callable[[CodecSpec], bool]:
+    """Whether a codec is this quantizer and nothing else."""
+    return lambda spec: spec.methods == (spec.quantizer,) and spec.quantizer.name == name
+
+
+_STEPS: tuple[tuple[str, Callable[[CodecSpec], bool], str], ...] = (
+    (INT8, _is_alone("int8"), "run it: testbed run … --codec int8"),
+    (
+        INT4,
+        _is_alone("int4"),
+        "run its forms: testbed run … --codec 'int4(group=0, symmetric=true)' --codec 'int4(symmetric=true)' --codec int4",
+    ),
     (
         MIXED,
-        r"mixed\(.*\)",
-        "find the layers with testbed diagnose MODEL, then run --codec 'mixed(low=4, high=8)'",
+        _is_alone("mixed"),
+        "find the layers with testbed diagnose MODEL, then run --codec 'mixed(high=16)'",
     ),
     (
         SELECTION.format("a part"),
-        r"q2c@[0-9.]+(\([^)]*\))?(\+.*)?",
+        lambda spec: spec.selector is not None and spec.selector.name == "q2c",
         "run it: testbed run … --codec q2c@0.5+int8",
     ),
 )
@@ -75,19 +86,21 @@ def walk(runs: list[Run]) -> tuple[dict[str, list[Step]], list[str]]:
     return found, said
 
 
-def judge(run: Run, question: str, setting: str) -> Step:
-    """Whether this setting of a run of one model is enough. `UNFIT` where the full cache does not answer the task."""
+def judge(run: Run, question: str, settings: Sequence[str]) -> Step:
+    """Whether one of these settings of a run of one model is enough. `UNFIT` where the full cache does not answer the task."""
     evidence, said = collect([run])
     if not evidence.tables:
         return Step(
-            question, setting, UNFIT, "; ".join(said), "choose another task, or longer demonstrations"
+            question, settings[0], UNFIT, "; ".join(said), "choose another task, or longer demonstrations"
         )
     ((model, table),) = evidence.tables.items()
-    return _judged(model, table, question, [setting])
+    return _judged(model, table, question, list(settings))
 
 
-def _step(model: str, table: pd.DataFrame, question: str, pattern: str, remedy: str) -> Step:
-    known = [str(s) for s in table["setting"].unique() if re.fullmatch(pattern, str(s))]
+def _step(
+    model: str, table: pd.DataFrame, question: str, asked: Callable[[CodecSpec], bool], remedy: str
+) -> Step:
+    known = [setting for spec, setting in claim_judges.codecs(table).items() if asked(spec)]
     return _judged(model, table, question, known) if known else Step(question, "", UNKNOWN, advice=remedy)
 
 
@@ -102,12 +115,21 @@ def _judged(model: str, table: pd.DataFrame, question: str, known: list[str]) ->
         if enough
         else min(judged, key=lambda one: one[1].values["nll_diff"])
     )
-    answer = _ANSWERS.get(verdict.verdict, UNDECIDED)
+    answer = _answer(verdict)
     few = f", fewer than {rules.LEAST}" if verdict.n < rules.LEAST else ""
     smaller = full / size[setting]
     figures = f"{smaller:.2f}× smaller, {verdict.figures}, n = {verdict.n}{few}"
+    figures += "".join(
+        f"; {other}: {full / size[other]:.2f}× smaller, ΔNLL {found.values['nll_diff']:+.3f}, {_answer(found)}"
+        for other, found in judged
+        if other != setting
+    )
     advice = "more examples decide it" if answer == UNDECIDED else ""
     return Step(question, setting, answer, figures, advice, smaller)
+
+
+def _answer(verdict: rules.Verdict) -> str:
+    return _ANSWERS.get(verdict.verdict, UNDECIDED)
 
 
 def _diagnosis(run: Run) -> list[tuple[str, str]]:
@@ -140,8 +162,8 @@ def text(found: dict[str, list[Step]], said: list[str]) -> str:
         )
         lines += [f"  → {last}", ""]
     lines.append(
-        f"enough: ΔNLL to the full cache at most {rules.ALIKE} nats per token, 95 % interval's upper end, "
-        f"over at least {rules.LEAST} examples"
+        f"enough: ΔNLL to the full cache at most {rules.ALIKE} nats per token, and at most {rules.LOSERS:.0%} of examples "
+        f"lose more than {rules.LOST}, by their 95 % intervals' upper ends, over at least {rules.LEAST} examples"
     )
     return "\n".join([*lines, *said])
 

@@ -6,13 +6,16 @@ as far as nothing is lost, protect a diagnosed bottleneck if there is one, and s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from analysis.guide import DIAGNOSIS, INT4, INT8, MIXED, NO, SELECTION, SKIPPED, UNFIT, YES, Step
 
+#: The forms of INT4 by their scales (see `mixed`), the smallest first: which loses least is a model's own.
+FORMS = {"token": "int4(group=0, symmetric=true)", "symmetric": "int4(symmetric=true)", "group": "int4"}
 #: Fractions of the tokens that are tried, until one is not shown to be enough.
 RATIOS = (0.75, 0.5, 0.25)
+HIGH = 16  #: bits of what is protected
 
 
 @dataclass(frozen=True)
@@ -26,18 +29,21 @@ class Diagnosed:
 
 
 def walk(
-    measure: Callable[[str, str], Step], diagnose: Callable[[], Diagnosed], smaller: float | None = None
+    measure: Callable[[str, Sequence[str]], Step],
+    diagnose: Callable[[str], Diagnosed],
+    smaller: float | None = None,
 ) -> Iterator[Step]:
     """The steps, each as soon as it is answered.
 
-    `measure` takes a question and a codec and says whether that is enough; `diagnose` is called at most once. `smaller`: how
-    many times smaller than 16 bits is small enough; the walk ends with the first setting that is (None: at its natural end).
+    `measure` takes a question and codecs, the smallest first, and says whether one of them is enough; `diagnose` takes the scales
+    of INT4 and is called at most once. `smaller`: how many times smaller than 16 bits is small enough; the walk ends with the
+    first setting that is (None: at its natural end).
     """
 
     def done(step: Step) -> bool:
         return smaller is not None and step.answer == YES and step.smaller >= smaller
 
-    first = measure(INT8, "int8")
+    first = measure(INT8, ["int8"])
     yield first
     if done(first) or first.answer == UNFIT:
         return
@@ -52,23 +58,27 @@ def walk(
             if done(step):
                 return
     for ratio in RATIOS:
-        step = measure(SELECTION.format(f"{ratio:.0%}"), "+".join(filter(None, [f"q2c@{ratio:g}", taken])))
+        step = measure(SELECTION.format(f"{ratio:.0%}"), ["+".join(filter(None, [f"q2c@{ratio:g}", taken]))])
         yield step
         if step.answer != YES or done(step):
             return
 
 
-def _below_int8(measure: Callable[[str, str], Step], diagnose: Callable[[], Diagnosed]) -> Iterator[Step]:
-    four = measure(INT4, "int4")
+def _below_int8(
+    measure: Callable[[str, Sequence[str]], Step], diagnose: Callable[[str], Diagnosed]
+) -> Iterator[Step]:
+    four = measure(INT4, list(FORMS.values()))
     yield four
     if four.answer == YES:
         for question in (DIAGNOSIS, MIXED):
             yield Step(question, "", SKIPPED, advice="INT4 is enough as it is")
         return
-    found = diagnose()
+    scale = next((scale for scale, codec in FORMS.items() if codec == four.setting), "group")
+    found = diagnose(scale)
     answer = YES if found.bottleneck else NO
     yield Step(DIAGNOSIS, "", answer, f"{found.verdict} (n = {found.n} to rank, {found.n} to choose)")
     if found.bottleneck:
-        yield measure(MIXED, f"mixed(low=4, high=8, protect={found.protect})")
+        more = "" if scale == "group" else f", scale={scale}"
+        yield measure(MIXED, [f"mixed(high={HIGH}, protect={found.protect}{more})"])
     else:
         yield Step(MIXED, "", SKIPPED, advice="there is no bottleneck to protect")

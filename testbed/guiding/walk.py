@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from analysis import claim_rules
-from analysis.guide import Step, judge
+from analysis.guide import UNFIT, YES, Step, judge
 from analysis.run import load
 from testbed.diagnosis import launch
 from testbed.errors import SpecError, UsageError
 from testbed.guiding.bench import Bench, bench_plan
-from testbed.guiding.procedure import RATIOS, Diagnosed, walk
+from testbed.guiding.procedure import FORMS, HIGH, RATIOS, Diagnosed, walk
 from testbed.models.sources import resolve
 from testbed.progress import Watcher
 from testbed.results import FORMAT, RunDirectory
@@ -54,7 +54,7 @@ class Asked:
             "tasks": [self.task],
             "context_tokens": self.context_tokens,
             "examples": self.examples,
-            "codecs": ["int8", "int4", *(f"q2c@{ratio:g}" for ratio in RATIOS)],
+            "codecs": ["int8", *FORMS.values(), *(f"q2c@{ratio:g}" for ratio in RATIOS)],
             "threads": self.threads,
             "timeout": "1h",
         }
@@ -74,11 +74,17 @@ def measured(
     steps: list[Step] = []
 
     def procedure(bench: Bench) -> None:
-        def measure(question: str, codec: str) -> Step:
-            bench.measure(codec)
-            return judge(load(path), question, str(codec))
+        def measure(question: str, codecs: Sequence[str]) -> Step:
+            for number, codec in enumerate(codecs, 1):
+                bench.measure(codec)
+                step = judge(load(path), question, codecs[:number])
+                if step.answer in (YES, UNFIT):
+                    break
+            return step
 
-        for step in walk(measure, lambda: _diagnosis(asked, path, directory, say), asked.smaller):
+        for step in walk(
+            measure, lambda scale: _diagnosis(asked, scale, path, directory, say), asked.smaller
+        ):
             steps.append(step)
             told(step)
 
@@ -107,7 +113,9 @@ def _open(path: Path, settings: dict[str, Any]) -> RunDirectory:
     return directory
 
 
-def _diagnosis(asked: Asked, path: Path, directory: RunDirectory, say: Callable[[str], None]) -> Diagnosed:
+def _diagnosis(
+    asked: Asked, scale: str, path: Path, directory: RunDirectory, say: Callable[[str], None]
+) -> Diagnosed:
     """The diagnosis that lies in the directory, where it was made for the same question; else a new one."""
     task = asked.task if isinstance(asked.task, dict) else {"task": asked.task}
     settings = {
@@ -116,6 +124,8 @@ def _diagnosis(asked: Asked, path: Path, directory: RunDirectory, say: Callable[
         "parameters": {key: value for key, value in task.items() if key != "task"},
         "context_tokens": asked.context_tokens,
         "examples": asked.diagnosed,
+        "scale": scale,
+        "high": HIGH,
         "epsilon": claim_rules.ALIKE,
         "threads": asked.threads,
     }
