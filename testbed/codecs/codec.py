@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from testbed.codecs import container, progressive, ragged
+from testbed.codecs import container, progressive, ragged, transform
 from testbed.codecs.container import Header
 from testbed.codecs.decoding import assemble, dequantize, sections
 from testbed.codecs.entropy import Coder
@@ -100,7 +100,7 @@ class Codec:
         held = ragged.flatten(held)
         extra = b""
         if self.transform:
-            held, extra = self.transform.encode(held, self.quantizer)
+            held, extra = transform.encode(self.transform, held, self.quantizer)
         header = Header(str(self.spec), cache.length, dtype, groups, lists, [], len(extra))
         return held, header, lay_out(header.parts(), self.quantizer), position_bytes + extra
 
@@ -199,7 +199,7 @@ def decode_beginning(
     decoded = dequantize(codec, header, layout, side, planes or symbols, device)
     cache = assemble(header, held, decoded)
     if codec.transform:
-        cache = codec.transform.decode(cache, bytes(extra)).to(dtype=torch_dtype(header.dtype))
+        cache = transform.decode(codec.transform, cache, bytes(extra), torch_dtype(header.dtype))
     elif len(extra):
         raise PayloadError("bytes of a transform in a payload without one")
     cache = ragged.restore(cache, held)
