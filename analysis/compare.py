@@ -54,7 +54,7 @@ def compare(first: Run, second: Run) -> list[Line]:
         logs = np.log(pair["e2e_s_b"] / pair["e2e_s_a"])
         found = stats.difference(logs, np.zeros(len(pair)))
         ps.append(found.p)
-        clusters = pair["task"] + "\0" + pair["example"]
+        clusters = settings.clusters(pair)
         lines.append(
             Line(
                 panel=str(key[0]),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import settings, stats
+from analysis import paired_latency, settings, stats
 from analysis.run import Run
 from testbed.errors import UsageError
 
@@ -100,7 +100,7 @@ def pairs(table: pd.DataFrame, setting: str, baseline: str = FULL) -> pd.DataFra
 
 def compare(found: pd.DataFrame, model: str, task: str, setting: str, baseline: str) -> Comparison:
     """The comparison of these pairs (from `pairs`); several tasks count equally."""
-    examples = found["task"] + "\0" + found["example"]
+    examples = settings.clusters(found)
     score, base = found["score"], found["score_base"]
     right = [(side >= RIGHT_FROM).where(side.notna()).astype(float) for side in (score, base)]
     return Comparison(
@@ -155,6 +155,7 @@ def line(one: Comparison) -> dict[str, Any]:
     """The comparison as one line of a table."""
     found: dict[str, Any] = {
         "model": one.model,
+        "link": "all",
         "task": one.task or "all",
         "setting": one.setting,
         "baseline": one.baseline,
@@ -175,9 +176,53 @@ def _interval(name: str, one: stats.Estimate) -> dict[str, float]:
 
 
 def write(run: Run, baseline: str = FULL) -> Path:
-    """Write ``comparisons.csv``: every setting against the baseline. Raises as `against` does."""
-    lines = frame(against(run, baseline)).replace([np.inf, -np.inf], np.nan)
+    """Write ``comparisons.csv``: every setting's answers against the baseline's, over all links; and on every link its
+    latency against that of the latency's baseline (`paired_latency.baseline_of`). Raises as `against` does.
+    """
+    lines = pd.concat([frame(against(run, baseline)), latency_frame(run)], ignore_index=True)
+    lines = lines.replace([np.inf, -np.inf], np.nan)
     return run.write("comparisons.csv", lambda to: lines.to_csv(to, index=False, float_format="%.6g"))
+
+
+def latency_frame(run: Run) -> pd.DataFrame:
+    """A line for each link, task and setting: the median of the paired latency ratios, its interval and tests."""
+    found = []
+    for panel, rows in settings.panels(run.attempts):
+        baseline = paired_latency.baseline_of(rows)
+        tasks = [str(t) for t in rows["task"].unique()]
+        for task in [*tasks, "all"] if len(tasks) > 1 else tasks:
+            own = rows if task == "all" else rows[rows["task"] == task]
+            for one in paired_latency.ratios(own, baseline):
+                line: dict[str, Any] = {"model": str(rows["model"].iloc[0]), "link": panel, "task": task}
+                line |= {
+                    "setting": one.setting,
+                    "baseline": baseline,
+                    "n": one.ratio.n,
+                    "latency": run.latency,
+                }
+                line |= _interval("latency_ratio", one.ratio)
+                found.append(line | {"latency_p": one.p, "latency_p_holm": one.p_holm})
+    return pd.DataFrame(found)
+
+
+def latency_text(run: Run) -> str:
+    """The latencies' comparisons for people: a block a link."""
+    blocks = []
+    for panel, rows in settings.panels(run.attempts):
+        baseline = paired_latency.baseline_of(rows)
+        found = paired_latency.ratios(rows, baseline)
+        wide = max([len(one.setting) for one in found] + [7])
+        lines = [
+            f"  {one.setting:<{wide}}  {one.ratio.n:>4}  {paired_latency.text(one):>24}  {p_text(one.p_holm):>6}"
+            for one in found
+        ]
+        head = f"{panel} · {run.latency} over that of {baseline}"
+        blocks.append("\n".join([head, f"  {'setting':<{wide}}  {'n':>4}  {'ratio':>24}  {'p':>6}", *lines]))
+    note = (
+        "ratio: median of the examples' ratios with its 95 % interval from order statistics; ≈: not told apart; "
+        "p: Wilcoxon signed-rank after Holm's correction over a link's settings"
+    )
+    return "\n\n".join([*blocks, note])
 
 
 def text(found: list[Comparison]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from analysis import settings
 from analysis.run import Run
 from testbed.units import format_fraction
 
@@ -62,23 +63,39 @@ def caveats(run: Run) -> list[str]:
     off = uncalibrated(rows)
     if off:
         said.append(f"Links measured out of tolerance: {', '.join(off)}.")
+    links = rows.loc[rows["reused"] != "", "profile"].nunique()
+    if links > 1:
+        said.append(
+            f"Computing was measured once and taken over on {counted(links, 'link')}: what these show of it is one finding, not "
+            "several."
+        )
     if len(run.failed):
-        said.append(f"{counted(len(run.failed), 'failed trial')} left out.")
+        said.append(f"{_failures(run)}: infinite latencies, and no answers.")
     warned = int(((rows["warnings"] != "") & rows["calibrated"]).sum())
     if warned:
         said.append(f"{counted(warned, 'trial')} with warnings.")
     lengths = rows.loc[rows["context_tokens"] > 0].groupby("task")["context_tokens"].agg(["min", "max"])
     if (lengths["max"] > 1.5 * lengths["min"]).any():
         said.append(f"Contexts of {lengths['min'].min()} to {lengths['max'].max()} tokens are put together.")
-    sizes = pd.Series(rows["task"] + "\0" + rows["example"]).groupby(
-        [rows["profile"], rows["placement"], rows["codec"]]
-    )
+    sizes = pd.Series(settings.clusters(rows)).groupby([rows["profile"], rows["placement"], rows["codec"]])
     counts = sizes.nunique()
     if len(counts) and counts.min() < counts.max():
         said.append(f"Settings have from {counts.min()} to {counts.max()} examples: compare them with care.")
     if run.notes:
         said.append(f"Run directory: {'; '.join(run.notes)}.")
     return said
+
+
+def _failures(run: Run) -> str:
+    """How many trials failed, and of which settings most."""
+    both = settings.labelled(run.attempts)
+    counts = both.groupby("setting", sort=False)["failed"].agg(["sum", "size"])
+    worst = counts[counts["sum"] > 0].sort_values("sum", ascending=False, kind="stable")
+    named = ", ".join(
+        f"{name} {int(n)} of {of}"
+        for name, (n, of) in zip(worst.index[:3], worst[:3].to_numpy(), strict=True)
+    )
+    return f"{counted(len(run.failed), 'trial')} failed ({named}{', …' if len(worst) > 3 else ''})"
 
 
 def uncalibrated(rows: pd.DataFrame) -> list[str]:

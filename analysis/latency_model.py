@@ -6,10 +6,15 @@ Compute stages are the run's; the link's are modelled. A payload of B bytes over
     transmit  d + t0 + slow start + rest / rate        (d: one-way delay)
 
 Slow start sends W0 (2^k - 1) bytes in k round trips until its window fills the link (RTT · rate), and what is
-left goes at the goodput: the link's rate times an efficiency e, or what loss allows, a MSS / (RTT sqrt(p)), where
-that is less (M. Mathis et al., "The Macroscopic Behavior of the TCP Congestion Avoidance Algorithm", CCR 27(3),
-1997, which CUBIC follows at these windows: RFC 9438, section 4.3). c, t0, e, W0 and a are fitted to the rows by
-robust least squares on log seconds, held near their textbook values where the rows say little.
+left goes at the goodput: the link's rate times an efficiency e, or what loss allows, where that is less,
+
+    a MSS / (RTT sqrt(2p/3) + T0 min(1, 3 sqrt(3p/8)) p (1 + 32 p^2))
+
+(J. Padhye et al., "Modeling TCP Throughput: A Simple Model and its Empirical Validation", SIGCOMM 1998, equation 30
+with b = 1; at small p it is Mathis' law, which CUBIC follows at these windows: RFC 9438, section 4.3). Its second
+term is the timeouts, which rule from a few percent of loss on; T0 = RTT + 200 ms, Linux's least. c, t0, e, W0 and a
+are fitted to the rows by robust least squares on log seconds, held near their textbook values where the rows say
+little. Under loss a request's time is a matter of luck: the model tells of the middle, not of the tail.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ Floats = npt.NDArray[np.float64]
 
 #: Payload bytes of a full segment with timestamps, and what the link's rate counts of it.
 MSS, PACKET = 1448.0, 1500.0
+_LEAST_TIMEOUT_S = 0.2  #: TCP_RTO_MIN of Linux
 _COMPUTE = ("prefill_s", "select_s", "encode_s", "decode_s", "generate_s")
 
 
@@ -58,14 +64,17 @@ class Transport:
     begin_s: float = 0.002
     efficiency: float = 0.97
     window: float = 10 * MSS  #: W0, bytes (RFC 6928)
-    loss: float = 1.22  #: a, Mathis' constant
+    loss: float = 1.0  #: a
 
     def transmit_s(self, payload: Floats, rate: Floats, one_way: Floats, rtt: Floats, p: Floats) -> Floats:
         """First byte handed over to last byte received, elementwise: bytes, bit/s, s, s, fraction -> s."""
         link = self.efficiency * rate / 8 * (MSS / PACKET)
         rtt = np.maximum(rtt, 1e-4)
         with np.errstate(divide="ignore"):
-            allowed = self.loss * MSS / (rtt * np.sqrt(p))
+            timeouts = (
+                (rtt + _LEAST_TIMEOUT_S) * np.minimum(1.0, 3 * np.sqrt(3 * p / 8)) * p * (1 + 32 * p**2)
+            )
+            allowed = self.loss * MSS / (rtt * np.sqrt(2 * p / 3) + timeouts)
             # Both limits at once cost more than either: a smooth minimum.
             goodput = (link**-2.0 + allowed**-2.0) ** -0.5
         goodput = np.minimum(goodput, 1e12)
@@ -89,9 +98,15 @@ def link_of(rows: pd.DataFrame) -> Link:
     )
 
 
+def steady(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of links that do not change: a trace has no one rate, delay or loss that explains a request's time."""
+    return rows[rows["trace_s"].isna()] if "trace_s" in rows else rows
+
+
 def fit_transport(rows: pd.DataFrame) -> Transport:
     """The transport's numbers from the rows that crossed a link."""
-    across = rows[(rows["placement"] != "edge") & (rows["transmit_s"] > 0)]
+    across = steady(rows)
+    across = across[(across["placement"] != "edge") & (across["transmit_s"] > 0)]
     if across.empty:
         return Transport()
     names = [f.name for f in fields(Transport)]
@@ -124,24 +139,29 @@ def fit_transport(rows: pd.DataFrame) -> Transport:
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """A run's rows, and the transport fitted to them."""
+    """A run's rows, and the transport fitted to them. `generation`: whether latency ends with the last token; else with
+    the first (see `Run.latency`).
+    """
 
-    rows: pd.DataFrame  #: labelled (see `settings.labelled`)
+    rows: pd.DataFrame  #: labelled (see `settings.labelled`), finished
     transport: Transport
+    generation: bool = True
 
     @classmethod
     def fit(cls, rows: pd.DataFrame) -> LatencyModel:
         """The model of these rows."""
-        labelled = rows if "setting" in rows else settings.labelled(rows)
-        return cls(labelled, fit_transport(labelled))
+        labelled = settings.finished(rows if "setting" in rows else settings.labelled(rows))
+        first = not np.allclose(settings.latencies(labelled), labelled["e2e_s"], equal_nan=True)
+        return cls(labelled, fit_transport(labelled), generation=not first)
 
     def predict(self, link: Link) -> pd.DataFrame:
-        """Median end-to-end latency and its 95th percentile for each setting (the index) on this link:
-        columns ``e2e_s``, ``p95_s``, seconds.
+        """Median latency and its 95th percentile for each setting (the index) on this link: columns ``e2e_s``,
+        ``p95_s``, seconds. Of examples that were answered: what fails elsewhere is not known.
         """
         rows = self.rows
         crossing = rows["placement"] != "edge"
-        compute = rows[list(_COMPUTE)].sum(axis=1)
+        stages = [stage for stage in _COMPUTE if self.generation or stage != "generate_s"]
+        compute = rows[stages].sum(axis=1)
         first = (rows["first_token_s"] - rows["delay_down_s"].where(crossing, 0.0)).clip(lower=0.0)
         # One value an example and setting: what it computes does not depend on the link.
         table = (
@@ -189,7 +209,7 @@ def leave_one_out(rows: pd.DataFrame, eligible: list[str] | None = None) -> list
     `eligible`: the settings to choose from (those that hold the quality); None: all. Empty for fewer than two
     profiles.
     """
-    labelled = settings.labelled(rows)
+    labelled = steady(settings.finished(settings.labelled(rows)))
     panels = [str(p) for p in labelled["panel"].unique()]
     if len(panels) < 2:
         return []
@@ -197,7 +217,7 @@ def leave_one_out(rows: pd.DataFrame, eligible: list[str] | None = None) -> list
     for panel in panels:
         own = labelled[labelled["panel"] == panel]
         predicted = LatencyModel.fit(labelled[labelled["panel"] != panel]).predict(link_of(own))["e2e_s"]
-        measured = own.groupby("setting", sort=False)["e2e_s"].median()
+        measured = settings.latencies(own).groupby(own["setting"], sort=False).median()
         both = [s for s in measured.index if s in predicted.index]
         crossing = set(own.loc[own["placement"] != "edge", "setting"])
         errors = {s: float(predicted[s] / measured[s] - 1) for s in both if s in crossing}

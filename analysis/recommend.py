@@ -10,22 +10,28 @@ import numpy as np
 import pandas as pd
 
 from analysis import settings, stats
-from analysis.latency_model import HeldOut, LatencyModel, Link, leave_one_out, link_of, median_error
+from analysis.latency_model import HeldOut, LatencyModel, Link, leave_one_out, link_of, median_error, steady
+from analysis.measured_links import beyond
 from analysis.run import Run
 
 
 @dataclass(frozen=True)
 class Option:
-    """A setting on the asked link. `quality`: its score over the full cache's on the same examples; `exact`:
-    the cache arrived bit for bit, so that nothing can be lost; `latency_s`, `p95_s`: predicted (or, on a
-    measured link, measured) median and 95th percentile.
+    """A setting on the asked link. `quality`: its score over the full cache's on the same examples (`stats.kept`);
+    `exact`: it is the full cache's by construction, whatever the interval says; `latency_s`, `p95_s`: predicted (or, on
+    a measured link, measured) median and 95th percentile, infinite where so many trials failed; `worst`: of several
+    tasks the one that keeps least.
     """
 
     setting: str
+    placement: str
     quality: stats.Estimate
     exact: bool
     latency_s: float
     p95_s: float
+    failed: int = 0
+    trials: int = 0
+    worst: settings.Worst | None = None
 
     def holds(self, floor: float) -> bool:
         """Whether the quality's interval lies at or above the floor."""
@@ -53,6 +59,8 @@ class Recommendation:
     choice: Option | None
     without_proof: Option | None
     held_out: list[HeldOut]
+    latency: str = "end-to-end latency"  #: what the latencies are (`Run.latency`)
+    beyond: tuple[str, ...] = ()  #: what of the link lies outside of what was measured
 
     @property
     def runners_up(self) -> list[Option]:
@@ -67,6 +75,8 @@ class Recommendation:
             "deadline_s": self.deadline_s,
             "model": self.model,
             "measured_as": self.measured_as,
+            "latency": self.latency,
+            "beyond_measured": list(self.beyond),
             "choice": _option(self.choice, self.floor),
             "margin_s": self.runners_up[0].latency_s - self.choice.latency_s
             if self.choice and self.runners_up
@@ -87,20 +97,14 @@ def recommend(
 ) -> Recommendation:
     """The recommendation from this run's rows. Raises UsageError where there are none."""
     run.require()
-    rows = settings.labelled(run.rows)
-    qualities = {str(s): settings.kept_quality(own) for s, own in rows.groupby("setting", sort=False)}
-    panel = _same_link(rows, link)
-    if panel is None:
-        latency = LatencyModel.fit(rows).predict(link)
-    else:
-        own = rows[rows["panel"] == panel].groupby("setting", sort=False)["e2e_s"]
-        latency = pd.DataFrame({"e2e_s": own.median(), "p95_s": own.quantile(0.95)})
-    times, tails = latency["e2e_s"].to_dict(), latency["p95_s"].to_dict()
-    options = [Option(str(s), *qualities[str(s)], float(times[s]), float(tails[s])) for s in times]
-    options.sort(key=lambda o: o.latency_s)
+    rows = settings.labelled(run.attempts)
+    panel = _same_link(settings.finished(rows), link)
+    outside = () if panel else tuple(beyond(settings.finished(rows), link))
+    options = _options(rows, panel, link)
     in_time = [o for o in options if deadline_s is None or o.latency_s <= deadline_s]
-    choice = next((o for o in in_time if o.holds(floor)), None)
-    seeming = next((o for o in in_time if o.seems_to_hold(floor)), None)
+    able = [o for o in in_time if math.isfinite(o.latency_s)]
+    choice = next((o for o in able if o.holds(floor)), None)
+    seeming = next((o for o in able if o.seems_to_hold(floor)), None)
     likely = [o.setting for o in options if o.seems_to_hold(floor)]
     return Recommendation(
         link=link,
@@ -112,12 +116,49 @@ def recommend(
         choice=choice,
         without_proof=seeming if seeming is not choice else None,
         held_out=leave_one_out(run.rows, likely),
+        latency=run.latency,
+        beyond=outside,
     )
+
+
+def _options(rows: pd.DataFrame, panel: str | None, link: Link) -> list[Option]:
+    """Every setting that was tried, from the fastest on; on a measured `panel` as it was measured there."""
+    alike = dict(iter(settings.common(rows).groupby("setting", sort=False)))
+    here = rows if panel is None else rows[rows["panel"] == panel]
+    predicted = LatencyModel.fit(rows).predict(link) if panel is None else None
+    found = []
+    for name, own in here.groupby("setting", sort=False):
+        times = settings.latencies(own)
+        compared = alike.get(name, rows.iloc[:0])
+        failed = own["failed"].astype(bool)
+        if predicted is None:
+            tail = stats.quantile(times, 0.95).value
+            middle = float(times.median())
+        else:
+            middle, tail = (
+                float(predicted[c].get(name, math.inf)) if failed.mean() <= share else math.inf
+                for c, share in (("e2e_s", 0.5), ("p95_s", 0.05))
+            )
+        quality, exact = settings.kept_quality(compared) if len(compared) else (stats.NOTHING, False)
+        found.append(
+            Option(
+                setting=str(name),
+                placement=str(own["placement"].iloc[0]),
+                quality=quality,
+                exact=exact,
+                latency_s=middle,
+                p95_s=tail,
+                failed=int(failed.sum()),
+                trials=len(own),
+                worst=settings.worst_task(compared),
+            )
+        )
+    return sorted(found, key=lambda o: o.latency_s)
 
 
 def _same_link(rows: pd.DataFrame, link: Link) -> str | None:
     """The measured profile with these conditions; None where there is none."""
-    for panel, own in rows.groupby("panel", sort=False):
+    for panel, own in steady(rows).groupby("panel", sort=False):
         there = link_of(own)
         near = (
             (there.rate_up_bps, link.rate_up_bps, 0.01),
@@ -146,22 +187,35 @@ def text(found: Recommendation) -> str:
         if found.measured_as
         else "latencies predicted by the model fitted to this run"
     )
-    lines = [f"{found.model} · {asked}", source, ""]
-    lines += _verdict(found)
+    if found.latency != "end-to-end latency":
+        source += f"; latency is the {found.latency}: answers to the same question differ in length"
+    lines = [f"{found.model} · {asked}", source]
+    lines += [f"extrapolated, {one}" for one in found.beyond]
+    lines += ["", *_verdict(found)]
     wide = max(len(o.setting) for o in found.options)
-    lines += ["", f"   {'setting':<{wide}}  {'latency':>9}  {'p95':>9}  {'quality of full':>22}  {'n':>4}"]
+    lines += [
+        "",
+        f"   {'setting':<{wide}}  {'latency':>9}  {'p95':>9}  {'quality of full':>22}  {'n':>4}  worst task",
+    ]
     for one in found.options:
         mark = "*" if one is found.choice else "+" if one.holds(found.floor) else " "
         quality = "exact" if one.exact else _ratio(one.quality)
+        said = one.worst.text() if one.worst and not one.exact else ""
+        said += f"  failed {one.failed} of {one.trials}" if one.failed else ""
         lines.append(
-            f" {mark} {one.setting:<{wide}}  {one.latency_s:>7.3f} s  {one.p95_s:>7.3f} s  {quality:>22}  "
-            f"{one.quality.n:>4}"
+            f" {mark} {one.setting:<{wide}}  {_time(one.latency_s):>9}  {_time(one.p95_s):>9}  {quality:>22}  "
+            f"{one.quality.n:>4}  {said}".rstrip()
         )
     lines += [
         "",
-        "* chosen; + its quality holds too; brackets: 95 % bootstrap interval of the ratio of scores",
+        "* chosen; + its quality holds too; exact: the full cache's answers by construction; brackets: 95 % interval of what "
+        "is kept of the full cache's score (Gaffke's bound of the paired losses)",
     ]
     return "\n".join([*lines, *_trust(found)])
+
+
+def _time(value: float) -> str:
+    return f"{value:.3f} s" if math.isfinite(value) else "none"
 
 
 def _verdict(found: Recommendation) -> list[str]:
@@ -177,9 +231,7 @@ def _verdict(found: Recommendation) -> list[str]:
                 f"next: {other.setting}, {other.latency_s:.3f} s ({other.latency_s - found.choice.latency_s:+.3f} s, "
                 f"{margin:+.0%})"
             )
-    sending = next(
-        (o for o in found.options if o.holds(found.floor) and o.setting not in ("cloud", "edge")), None
-    )
+    sending = next((o for o in found.options if o.holds(found.floor) and o.placement == "split"), None)
     if sending is not None and sending is not found.choice:
         lines.append(f"of the settings that send KV: {sending.setting}, {sending.latency_s:.3f} s")
     if found.without_proof is not None:
@@ -201,10 +253,17 @@ def _trust(found: Recommendation) -> list[str]:
     right = sum(h.chosen_within <= 0.05 for h in found.held_out)
     sent = sum(h.sending_within <= 0.05 for h in found.held_out)
     count = len(found.held_out)
+    said = []
+    if found.beyond:
+        worst = max((abs(e) for h in found.held_out for e in h.errors.values()), default=math.nan)
+        said = [
+            f"this link lies outside of what was measured: the error there is unknown (worst within: {worst:.0%})"
+        ]
     return [
+        *said,
         f"the model on links it was not fitted to: median error {median_error(found.held_out):.1%} over {cells} cells of "
         f"{count} profiles; its choice is within 5 % of the measured best on {right} of {count} "
-        f"({sent} of {count} among settings that send KV)"
+        f"({sent} of {count} among settings that send KV)",
     ]
 
 

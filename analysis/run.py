@@ -21,6 +21,13 @@ from testbed.errors import UsageError
 from testbed.identity import behind_sudo
 from testbed.results import FORMAT, STAGES, Row, RunDirectory, check_format
 
+#: What a trial that failed does not tell.
+_MEASURED = (
+    *STAGES,
+    *("ttft_s", "e2e_s", "token_s", "payload_bytes", "wire_bytes", "retransmits", "tokens_kept"),
+    *("answer_tokens", "bits_per_element", "score", "em", "f1", "nll", "kl"),
+)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -35,6 +42,22 @@ class Run:
     failed: pd.DataFrame
     where: str = ""  #: the expression that selected the rows; empty: all of them
     notes: tuple[str, ...] = field(default=())  #: what was missing or unreadable in the directory
+
+    @property
+    def attempts(self) -> pd.DataFrame:
+        """Finished and failed trials, told apart by the column `failed`. What failed took for ever (infinite `latency_s`)
+        and answered nothing: what figures and tables of latency count, lest failures make a setting faster.
+        """
+        failed = self.failed.assign(latency_s=math.inf)
+        both = [part for part in (self.rows.assign(failed=False), failed.assign(failed=True)) if len(part)]
+        return pd.concat(both, ignore_index=True) if both else self.rows.assign(failed=False)
+
+    @property
+    def latency(self) -> str:
+        """What `latency_s` is here, for an axis: the end-to-end latency, or the time to the first token where answers to
+        the same question differ in length, so that a codec is not faster for having been told to say less.
+        """
+        return "time to first token" if _lengths_differ(self.rows) else "end-to-end latency"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -112,15 +135,40 @@ def load(path: Path, where: str | None = None) -> Run:
     if where:
         table = _select(table, where)
     failed = table["error"] != ""
+    rows = table[~failed].reset_index(drop=True)
     return Run(
         path=path,
         manifest=manifest,
         calibration=calibration,
-        rows=table[~failed].reset_index(drop=True),
-        failed=table[failed].reset_index(drop=True),
+        rows=rows.assign(
+            latency_s=rows["ttft_s" if _lengths_differ(rows) else "e2e_s"], one_format=_one_format(manifest)
+        ),
+        failed=_unmeasured(table[failed].reset_index(drop=True)),
         where=where or "",
         notes=tuple(notes),
     )
+
+
+def _lengths_differ(rows: pd.DataFrame) -> bool:
+    """Whether settings answered a question in different numbers of tokens; False where the rows do not have them."""
+    if "answer_tokens" not in rows:
+        return False
+    return bool((rows.groupby(["model", "task", "example"])["answer_tokens"].nunique() > 1).any())
+
+
+def _one_format(manifest: dict[str, Any]) -> bool:
+    """Whether edge and cloud hold the model in one number format, as far as the manifest tells."""
+    told = manifest.get("settings")
+    dtype, device = (told.get(key) if isinstance(told, dict) else None for key in ("dtype", "device"))
+    apart = [isinstance(one, dict) and one.get("edge") != one.get("cloud") for one in (dtype, device)]
+    # What "auto" becomes depends on the device.
+    return not apart[0] and not (apart[1] and isinstance(dtype, dict) and dtype.get("edge") == "auto")
+
+
+def _unmeasured(failed: pd.DataFrame) -> pd.DataFrame:
+    """Failed trials without times, bytes and answers: earlier versions wrote zeros."""
+    unknown = [name for name in _MEASURED if name in failed]
+    return failed.astype(dict.fromkeys(unknown, "float64")).assign(**dict.fromkeys(unknown, math.nan))
 
 
 def _object(read: Callable[[], dict[str, Any]], name: str, path: Path, notes: list[str]) -> dict[str, Any]:

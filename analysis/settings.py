@@ -6,6 +6,7 @@ has.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import pandas as pd
 
 from analysis import stats
 
+_BETWEEN = "\x1f"  #: task and example; not NUL, which numpy strips from the ends of strings
 #: A setting that reaches this share of the full cache's quality counts as having kept it.
 QUALITY_FLOOR = 0.95
 
@@ -36,7 +38,10 @@ KL = Metric("KL from the full cache (nats/token)", lambda rows: rows["kl"].astyp
 
 @dataclass(frozen=True)
 class Measured:
-    """One setting on one profile: median latency (s), mean quality, median payload (bytes)."""
+    """One setting on one profile: median latency (s) of all trials, those that failed being infinite; mean quality on
+    the examples that the profile's settings have in common (`common`; NaN where this one is not compared); median
+    payload (bytes).
+    """
 
     label: str
     placement: str
@@ -44,6 +49,29 @@ class Measured:
     latency: stats.Estimate
     quality: stats.Estimate
     payload_bytes: float
+    trials: int = 0
+    failed: int = 0
+    exact: bool = False  #: the answers are the full cache's by construction (`is_exact`)
+    worst: Worst | None = None  #: of several tasks the one that keeps least
+
+    @property
+    def gap(self) -> str:
+        """What is missing, in words: empty, or such as ``failed 4 of 4``, ``not compared: lacks examples``."""
+        if self.failed:
+            return f"failed {self.failed} of {self.trials}"
+        return "" if math.isfinite(self.quality.value) else "not compared: no common examples"
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The task on which a setting keeps the smallest share of the full cache's score, and that share."""
+
+    task: str
+    kept: stats.Estimate
+
+    def text(self) -> str:
+        """For people, such as ``passages 0.71``."""
+        return f"{self.task} {self.kept.value:.2f}"
 
 
 def labelled(rows: pd.DataFrame) -> pd.DataFrame:
@@ -71,32 +99,89 @@ def panels(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         yield str(name), own
 
 
+def finished(rows: pd.DataFrame) -> pd.DataFrame:
+    """The trials that did not fail (of `Run.attempts`; of `Run.rows` all)."""
+    return rows[~rows["failed"].astype(bool)] if "failed" in rows else rows
+
+
+def common(rows: pd.DataFrame) -> pd.DataFrame:
+    """The finished rows (from `panels`) of settings that can be compared, on the examples that all of these finished.
+
+    A setting without a task that others finished, or with less than half of the examples, is not compared: a mean over
+    other tasks or fewer examples is another quantity. Where no example is left, those with the fewest go first.
+    """
+    done = finished(rows)
+    done = done.assign(_of=clusters(done))
+    have = {str(s): set(own["_of"]) for s, own in done.groupby("setting", sort=False)}
+    everything = set().union(*have.values())
+    size = {name: len(own) for name, own in have.items() if _tasks(own) == _tasks(everything)}
+    kept = sorted((n for n in size if 2 * size[n] >= len(everything)), key=size.__getitem__)
+    while kept and _tasks(shared := set.intersection(*(have[n] for n in kept))) != _tasks(everything):
+        kept.pop(0)
+    if not kept:
+        kept = [max(size, key=size.__getitem__)] if size else []
+        shared = have[kept[0]] if kept else set()
+    return done[done["setting"].isin(kept) & done["_of"].isin(shared)].drop(columns="_of")
+
+
+def _tasks(examples: set[str]) -> set[str]:
+    return {one.split(_BETWEEN)[0] for one in examples}
+
+
 def measure(rows: pd.DataFrame, metric: Metric = SCORE) -> list[Measured]:
     """The settings of one panel's rows (from `panels`), in the order in which the run met them."""
     found = []
+    compared = common(rows)
+    quality_of = dict(iter(compared.groupby("setting", sort=False)))
     for label, own in rows.groupby("setting", sort=False):
+        alike = quality_of.get(label, compared.iloc[:0])
+        done = finished(own)
         found.append(
             Measured(
                 label=str(label),
                 placement=str(own["placement"].iloc[0]),
                 codec=str(own["codec"].iloc[0]),
-                latency=stats.median(own["e2e_s"], clusters(own)),
-                quality=stats.mean(metric.values(own), clusters(own), own["task"], bounds=metric.bounds),
-                payload_bytes=float(own["payload_bytes"].median()),
+                latency=stats.median(latencies(own), clusters(own)),
+                quality=stats.mean(
+                    metric.values(alike), clusters(alike), alike["task"], bounds=metric.bounds
+                ),
+                payload_bytes=float(done["payload_bytes"].median()),
+                trials=len(own),
+                failed=len(own) - len(done),
+                exact=is_exact(done),
+                worst=worst_task(alike),
             )
         )
     return found
 
 
+def latencies(rows: pd.DataFrame) -> pd.Series[float]:
+    """The rows' latency as `Run.latency` says; infinite where a trial failed."""
+    return rows["latency_s" if "latency_s" in rows else "e2e_s"]
+
+
+def worst_task(rows: pd.DataFrame) -> Worst | None:
+    """Of one setting's finished rows the task that keeps least; None of a single task, or without scores."""
+    if rows["task"].nunique() < 2:
+        return None
+    found = [
+        Worst(str(task), stats.kept(own["score"], own["reference_score"], own["example"]))
+        for task, own in rows.groupby("task", sort=False)
+    ]
+    known = [one for one in found if math.isfinite(one.kept.value)]
+    return min(known, key=lambda one: one.kept.value, default=None)
+
+
 def clusters(rows: pd.DataFrame) -> pd.Series[str]:
     """What is resampled: an example of a task, with all its rows."""
-    return rows["task"] + "\0" + rows["example"]
+    return rows["task"] + _BETWEEN + rows["example"]
 
 
 def full_cache_quality(rows: pd.DataFrame) -> float:
-    """Mean over tasks of the same examples' score with the full cache; where rows carry none, that of the
-    fp16 codec; else NaN.
+    """Mean over tasks of the full cache's score on the examples that are compared (`common`); where rows carry none,
+    that of the fp16 codec; else NaN.
     """
+    rows = common(rows) if "setting" in rows else rows
     reference = stats.mean(rows["reference_score"], clusters(rows), rows["task"], resamples=1).value
     if reference == reference:
         return reference
@@ -104,29 +189,47 @@ def full_cache_quality(rows: pd.DataFrame) -> float:
     return stats.mean(plain["score"], clusters(plain), plain["task"], resamples=1).value
 
 
-def kept_quality(rows: pd.DataFrame) -> tuple[stats.Estimate, bool]:
-    """One setting's score over the full cache's on the same examples, and whether the cache arrived bit for bit, so that nothing
-    can be lost whatever the interval says.
+#: NLLs (nats a token) that are apart by no more are one computation in another order of summation.
+_SAME_NLL = 1e-3
+
+
+def is_exact(rows: pd.DataFrame) -> bool:
+    """Whether one setting's finished rows answer as the full cache does by construction, whatever an interval says: the
+    text was sent or nothing was (the same model in the same format reads the same text), or the cache arrived bit for bit.
     """
-    found = stats.ratio(
-        rows["score"], rows["reference_score"], clusters(rows), rows["task"], bounds=SCORE.bounds
-    )
-    exact = str(rows["placement"].iloc[0]) != "split" or str(rows["codec"].iloc[0]) == "fp16"
-    same = rows["nll"].notna() & (rows["nll"] == rows["reference_nll"])
-    return found, bool(exact and same.all())
+    if rows.empty or ("one_format" in rows and not rows["one_format"].all()):
+        return False
+    if str(rows["placement"].iloc[0]) != "split":
+        return True
+    apart = (rows["nll"] - rows["reference_nll"]).abs()
+    return str(rows["codec"].iloc[0]) == "fp16" and bool((apart <= _SAME_NLL).all())
+
+
+def kept_quality(rows: pd.DataFrame) -> tuple[stats.Estimate, bool]:
+    """One setting's score over the full cache's on the same examples (`stats.kept`), and whether it is the full cache's
+    by construction (`is_exact`).
+    """
+    found = stats.kept(rows["score"], rows["reference_score"], clusters(rows), rows["task"])
+    return found, is_exact(rows)
 
 
 def shown_to_hold(rows: pd.DataFrame, floor: float = QUALITY_FLOOR) -> bool:
     """Whether one setting's quality holds by its interval's lower end, not by its estimate alone."""
-    found, exact = kept_quality(rows)
+    found, exact = kept_quality(finished(rows))
     return exact or bool(found.low >= floor - 1e-12)
+
+
+def holding(measured: list[Measured], full: float, floor: float = QUALITY_FLOOR) -> list[Measured]:
+    """The settings that answer in most trials and whose mean score is at least `floor` of the full cache's, or is
+    the full cache's by construction; from the fastest on.
+    """
+    able = [m for m in measured if math.isfinite(m.latency.value) and math.isfinite(m.quality.value)]
+    held = [m for m in able if full > 0 and (m.exact or m.quality.value >= floor * full - 1e-12)]
+    return sorted(held, key=lambda m: m.latency.value)
 
 
 def fastest_that_holds(
     measured: list[Measured], full: float, floor: float = QUALITY_FLOOR
 ) -> Measured | None:
-    """The setting with the lowest median latency whose mean score is at least `floor` of the full cache's;
-    None if there is none.
-    """
-    holding = [m for m in measured if full > 0 and m.quality.value >= floor * full - 1e-12]
-    return min(holding, key=lambda m: m.latency.value, default=None)
+    """The first of `holding`; None if there is none."""
+    return next(iter(holding(measured, full, floor)), None)

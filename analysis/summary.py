@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analysis import settings, stats
+from analysis import paired_latency, settings, stats
 from analysis.describe import caveats, conditions
 from analysis.run import Run
 from testbed.results import STAGES
@@ -26,20 +27,52 @@ def write(run: Run) -> Path:
 def summarise(run: Run) -> pd.DataFrame:
     """One row per cell and task, in the run's order; cells all of whose trials failed are there with n = 0.
 
-    Seconds, bytes, fractions. `n` counts examples and `trials` rows; `_lo` and `_hi` bound the 95 % interval.
+    Seconds, bytes, fractions. `n` counts examples that were answered, `trials` rows; `_lo` and `_hi` bound the 95 %
+    interval. A failed trial is infinite in medians of times and missing in means. `latency_ratio`: median of the
+    examples' ratios to the latency of `latency_baseline` on the same link.
     """
     run.require()
-    rows = pd.concat([run.rows.assign(finished=True), run.failed.assign(finished=False)], ignore_index=True)
+    rows = settings.labelled(run.attempts)
     groups = rows.groupby(["cell", "profile", "placement", "codec", "task"], sort=False)
-    return pd.DataFrame([_cell(keys, own) for keys, own in groups])
+    against = {
+        (str(panel), str(task), one.setting): one
+        for panel, own in rows.groupby("panel", sort=False)
+        for task, part in own.groupby("task", sort=False)
+        for one in paired_latency.ratios(part, paired_latency.baseline_of(own))
+    }
+    baselines = {
+        str(panel): paired_latency.baseline_of(own) for panel, own in rows.groupby("panel", sort=False)
+    }
+    lines = []
+    for keys, own in groups:
+        panel, setting = str(own["panel"].iloc[0]), str(own["setting"].iloc[0])
+        compared = against.get((panel, str(keys[4]), setting))
+        lines.append(_cell(keys, own) | _ratio(baselines[panel], compared))
+    return pd.DataFrame(lines)
+
+
+def _ratio(baseline: str, one: paired_latency.LatencyRatio | None) -> dict[str, Any]:
+    """The columns of a latency's comparison; empty for the baseline itself."""
+    unknown = float("nan")
+    ratio = one.ratio if one else stats.NOTHING
+    return {
+        "latency_baseline": baseline,
+        "latency_ratio": ratio.value,
+        "latency_ratio_lo": ratio.low,
+        "latency_ratio_hi": ratio.high,
+        "latency_p": one.p if one else unknown,
+        "latency_p_holm": one.p_holm if one else unknown,
+    }
 
 
 def _cell(keys: Any, both: pd.DataFrame) -> dict[str, Any]:
-    rows = both[both["finished"]]
+    rows = settings.finished(both)
     examples = settings.clusters(rows)
     score = stats.mean(rows["score"], examples, bounds=settings.SCORE.bounds)
     delta = stats.mean(settings.DELTA_NLL.values(rows), examples)
-    latency = stats.median(rows["e2e_s"], examples)
+    times = both[["e2e_s", "ttft_s"]].mask(both["failed"].astype(bool), float("inf"))
+    latency = stats.median(times["e2e_s"], settings.clusters(both))
+    first = stats.median(times["ttft_s"], settings.clusters(both))
     payload = float(rows["payload_bytes"].mean()) if len(rows) else float("nan")
     line: dict[str, Any] = dict(zip(("cell", "profile", "placement", "codec", "task"), keys, strict=True))
     line |= {name: both[name].iloc[0] for name in _SAME}
@@ -51,14 +84,15 @@ def _cell(keys: Any, both: pd.DataFrame) -> dict[str, Any]:
     }
     line |= {"delta_nll": delta.value, "delta_nll_lo": delta.low, "delta_nll_hi": delta.high}
     line |= {"e2e_s": latency.value, "e2e_s_lo": latency.low, "e2e_s_hi": latency.high}
-    line |= {"ttft_s": rows["ttft_s"].median()}
+    line |= {"ttft_s": first.value, "ttft_s_lo": first.low, "ttft_s_hi": first.high}
     line |= {f"{stage}_mean": rows[stage].mean() for stage in STAGES}
+    line |= {name: rows[name].mean() for name in ("answer_tokens", "token_s") if name in rows}
     line |= {"kv_bytes": rows["kv_bytes"].mean(), "payload_bytes": payload}
     line |= {"ratio": line["kv_bytes"] / payload if payload > 0 else float("nan")}
     line |= {
         name: rows[name].mean() for name in ("wire_bytes", "retransmits", "tokens_kept", "bits_per_element")
     }
-    line |= {"calibrated": bool(rows["calibrated"].all())}
+    line |= {"calibrated": bool(both["calibrated"].all())}
     return line
 
 
@@ -67,15 +101,17 @@ def table(run: Run) -> str:
     to choose marked.
     """
     run.require()
-    blocks = [_block(name, rows) for name, rows in settings.panels(run.rows)]
+    blocks = [_block(name, rows) for name, rows in settings.panels(run.attempts)]
     notes = caveats(run)
     tasks = run.rows["task"].nunique()
-    over = f" over {tasks} tasks" if tasks > 1 else ""
+    over = f" over {tasks} tasks, then the task that keeps least and what it keeps" if tasks > 1 else ""
     legend = (
-        f"latency: median; quality: mean score{over}; brackets: 95 % intervals\n"
+        f"latency: median {run.latency}, a failed trial being infinite\n"
+        f"quality: mean score{over}; brackets: 95 % intervals\n"
         f"*  fastest setting with at least {settings.QUALITY_FLOOR:.0%} of the full cache's quality; "
-        "+  fastest of those that send KV\n"
-        "   (both by the estimates; testbed recommend asks what the intervals show)"
+        "+  fastest of those that send KV;\n"
+        "=  keeps it, too, and is not shown to be slower than *, example by example\n"
+        "   (qualities by the estimates; testbed recommend asks what the intervals show)"
     )
     return "\n\n".join([*blocks, "\n".join([legend, *notes])])
 
@@ -83,8 +119,10 @@ def table(run: Run) -> str:
 def _block(name: str, rows: pd.DataFrame) -> str:
     measured = settings.measure(rows)
     full = settings.full_cache_quality(rows)
-    chosen = settings.fastest_that_holds(measured, full)
-    sending = settings.fastest_that_holds([m for m in measured if m.placement == "split"], full)
+    able = settings.holding(measured, full)
+    chosen = next(iter(able), None)
+    sending = next((m for m in able if m.placement == "split"), None)
+    level = paired_latency.tied(rows, chosen.label, [m.label for m in able]) if chosen else []
     width = max([len(m.label) for m in measured] + [7])
     reference = f"full cache {full:.2f}" if full == full else "full cache unknown"
     lines = [
@@ -93,12 +131,14 @@ def _block(name: str, rows: pd.DataFrame) -> str:
     ]
     for one in sorted(measured, key=lambda m: m.latency.value):
         latency, quality = one.latency, one.quality
-        mark = "*" if one is chosen else "+" if one is sending else " "
+        tie = "=" if one.label in level else " "
+        mark = "*" if one is chosen else "+" if one is sending else tie
+        said = "  ".join([*([one.worst.text()] if one.worst else []), *([one.gap] if one.gap else [])])
+        marks = f"{mark}{tie if mark == '+' else ' '}"
         lines.append(
-            f"  {mark}  {one.label:<{width}}  {_seconds(latency.value):>8}  {_interval(latency, 3):<14}"
-            f"  {quality.value:>7.3f}  {_interval(quality, 2):<13}  {_bytes(one.payload_bytes):>9}".replace(
-                "nan", "  -"
-            )
+            f"  {marks} {one.label:<{width}}  {_seconds(latency.value):>8}  {_interval(latency, 3):<14}"
+            f"  {_quality(quality.value):>7}  {_interval(quality, 2):<13}  {_bytes(one.payload_bytes):>9}"
+            + (f"  {said}" if said else "")
         )
     if chosen is None:
         lines.append(
@@ -109,15 +149,22 @@ def _block(name: str, rows: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def _quality(value: float) -> str:
+    return f"{value:.3f}" if value == value else "-"
+
+
 def _seconds(value: float) -> str:
+    if not math.isfinite(value):
+        return "none" if value > 0 else "-"
     return f"{value:.3f} s" if value < 10 else f"{value:.1f} s"
 
 
 def _interval(estimate: stats.Estimate, digits: int) -> str:
-    if estimate.low != estimate.low:
+    if estimate.low != estimate.low or math.isinf(estimate.low):
         return ""
     digits = digits if estimate.high < 10 else 1
-    return f"[{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+    high = f"{estimate.high:.{digits}f}" if math.isfinite(estimate.high) else "∞"
+    return f"[{estimate.low:.{digits}f}, {high}]"
 
 
 def _bytes(size: float) -> str:

@@ -17,7 +17,16 @@ from analysis.describe import caveats, conditions, counted, subject
 from analysis.figures import NotInThisRun
 from analysis.figures.axes import limit_seconds
 from analysis.figures.names import short
-from analysis.figures.style import INK, Frame, Mark, bottom_legend, legend_columns, marks, panel_title
+from analysis.figures.style import (
+    INK,
+    Frame,
+    Mark,
+    bottom_legend,
+    legend_columns,
+    marks,
+    panel_title,
+    tell_missing,
+)
 from analysis.run import Run
 from analysis.settings import Measured
 
@@ -27,12 +36,12 @@ _STYLES: list[Any] = ["-", (0, (5, 2)), (0, (1.2, 1.2)), (0, (5, 1.5, 1, 1.5)), 
 
 def draw(run: Run) -> Figure:
     """One panel a profile; median and 95th percentile of each curve carry its mark and an interval."""
-    panels = list(settings.panels(run.rows))
+    panels = list(settings.panels(run.attempts))
     if settings.labelled(run.rows).groupby(["panel", "setting"]).size().max() < 2:
         raise NotInThisRun(f"{run.path}: no setting has two finished trials on one link")
     measured = [m for _, rows in panels for m in settings.measure(rows)]
     every = list(dict.fromkeys(m.label for m in measured))
-    shown = _few(run.rows, measured, every)
+    shown = _few(run.attempts, measured, every)
     looks = marks({m.label: (m.label, m.placement, m.codec) for m in measured}.values())
     looks = {label: looks[label] for label in shown}
     drawn = short(looks)
@@ -44,10 +53,11 @@ def draw(run: Run) -> Figure:
         title="How long requests take: the share that is done by then",
         subtitle=(
             f"{left_out or counted(len(shown), 'setting')} · {subject(run.rows)}\n"
-            "marks: median and 95th percentile of the end-to-end latency, with 95 % intervals"
+            f"marks: median and 95th percentile of the {run.latency}, with 95 % intervals"
         ),
         footnotes=[
-            "The 95th percentile is marked only where there are enough requests (72 examples) to bound it.",
+            "The 95th percentile is marked only where there are enough requests (72 examples) to bound it. A request that "
+            "failed is never done: its setting's curve ends below 100 %.",
             *caveats(run),
         ],
         rows=math.ceil(len(panels) / columns),
@@ -65,7 +75,7 @@ def draw(run: Run) -> Figure:
         if index % columns == 0:
             ax.set_ylabel("share of requests")
         if index + columns >= len(panels):
-            ax.set_xlabel("end-to-end latency (s)")
+            ax.set_xlabel(f"{run.latency} (s)")
     handles = [
         Line2D([], [], **{**mark.options(), "linestyle": _STYLES[i % 5], "markersize": 6}, label=drawn[label])
         for i, (label, mark) in enumerate(looks.items())
@@ -91,12 +101,18 @@ def _few(rows: pd.DataFrame, measured: list[Measured], every: list[str]) -> list
 def _draw_panel(ax: Axes, name: str, rows: pd.DataFrame, looks: dict[str, Mark]) -> None:
     panel_title(ax, name, conditions(rows))
     ends: list[float] = []
+    missing: list[str] = []
     for number, (label, mark) in enumerate(looks.items()):
         own = rows[rows["setting"] == label]
         if own.empty:
             continue
-        times = np.sort(own["e2e_s"].to_numpy())
-        shares = np.arange(1, len(times) + 1) / len(times)
+        every = settings.latencies(own)
+        times = np.sort(every[np.isfinite(every)].to_numpy())
+        if len(times) < len(own):
+            missing.append(f"{label} failed {len(own) - len(times)} of {len(own)}")
+        if not len(times):
+            continue
+        shares = np.arange(1, len(times) + 1) / len(own)
         ax.step(
             [times[0], *times],
             [0.0, *shares],
@@ -107,16 +123,17 @@ def _draw_panel(ax: Axes, name: str, rows: pd.DataFrame, looks: dict[str, Mark])
             zorder=2,
         )
         for q in (0.5, 0.95):
-            found = stats.quantile(own["e2e_s"], q, settings.clusters(own))
-            if q > 0.5 and not math.isfinite(found.high):
+            found = stats.quantile(every, q, settings.clusters(own))
+            if not math.isfinite(found.value) or (q > 0.5 and not math.isfinite(found.high)):
                 continue
             height = q - 0.012 * (number - len(looks) / 2)  # intervals beside each other, not on top
-            if math.isfinite(found.low):
+            if math.isfinite(found.low) and math.isfinite(found.high):
                 ends_of = [found.low, found.high]
                 ax.plot(ends_of, [height, height], color=mark.color, lw=1.6, alpha=0.6, zorder=3)
             ax.plot(found.value, height, zorder=4, **{**mark.options(), "markersize": 5.5})
         ends += [float(times[0]), float(times[-1])]
     limit_seconds(ax, ends)
+    tell_missing(ax, missing)
     ax.set_ylim(-0.02, 1.04)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
     ax.axhline(0.5, color=INK, lw=0.4, zorder=1)

@@ -15,12 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis import settings, stats
+from analysis import paired_latency, settings, stats
 from analysis.describe import caveats, conditions, counted, subject
 from analysis.figures import NotInThisRun, labels
 from analysis.figures.axes import limit_losses, limit_scores, limit_seconds
 from analysis.figures.names import short
-from analysis.figures.style import GREY, INK, Frame, Mark, legend_columns, marks, panel_title
+from analysis.figures.style import GREY, INK, Frame, Mark, legend_columns, marks, panel_title, tell_missing
 from analysis.run import Run
 from analysis.settings import DELTA_NLL, QUALITY_FLOOR, SCORE, Measured, Metric
 
@@ -35,12 +35,19 @@ _RING: dict[str, Any] = {
     "markeredgecolor": INK,
     "ls": "none",
 }
+_TIE: dict[str, Any] = {
+    "s": 230,
+    "facecolors": "none",
+    "edgecolors": INK,
+    "linewidths": 0.9,
+    "linestyles": (0, (1, 1.5)),
+}
 
 
 @dataclass(frozen=True)
 class Panel:
     """What one panel shows. `full`: the full cache's quality, NaN where unknown; `chosen`: what gets a
-    ring.
+    ring; `tied`: what is not shown to be slower than the first of these; `missing`: what has no place, in words.
     """
 
     title: str
@@ -48,15 +55,17 @@ class Panel:
     measured: list[Measured]
     full: float
     chosen: list[Measured]
+    tied: list[Measured]
+    missing: list[str]
 
 
 def draw(run: Run) -> Figure:
     """Mean score over all tasks against median latency; several tasks count equally."""
     _need(run, SCORE, "score")
-    panels = [_panel(name, rows, SCORE) for name, rows in settings.panels(run.rows)]
+    panels = [_panel(name, rows, SCORE) for name, rows in settings.panels(run.attempts)]
     tasks = run.rows["task"].nunique()
     what = "mean score" + (f" over {tasks} tasks" if tasks > 1 else "")
-    return _figure(run, panels, _columns(panels), SCORE, "Answer quality against end-to-end latency", what)
+    return _figure(run, panels, _columns(panels), SCORE, f"Answer quality against {run.latency}", what)
 
 
 def draw_by_task(run: Run) -> Figure:
@@ -67,19 +76,19 @@ def draw_by_task(run: Run) -> Figure:
         raise NotInThisRun(f"{run.path} has one task only; draw latency_quality instead")
     panels = [
         _panel(f"{name} · {task}", rows[rows["task"] == task], SCORE)
-        for name, rows in settings.panels(run.rows)
+        for name, rows in settings.panels(run.attempts)
         for task in tasks
         if (rows["task"] == task).any()
     ]
-    title = "Answer quality against end-to-end latency, task by task"
+    title = f"Answer quality against {run.latency}, task by task"
     return _figure(run, panels, min(3, len(tasks)), SCORE, title, "mean score")
 
 
 def draw_nll(run: Run) -> Figure:
     """Paired rise of the gold answer's NLL over the full cache's against median latency."""
     _need(run, DELTA_NLL, "nll beside a reference_nll")
-    panels = [_panel(name, rows, DELTA_NLL) for name, rows in settings.panels(run.rows)]
-    title = "Lost likelihood of the gold answer against end-to-end latency"
+    panels = [_panel(name, rows, DELTA_NLL) for name, rows in settings.panels(run.attempts)]
+    title = f"Lost likelihood of the gold answer against {run.latency}"
     what = "mean of NLL − full cache's NLL on the same example, lower is better"
     return _figure(run, panels, _columns(panels), DELTA_NLL, title, what)
 
@@ -94,12 +103,15 @@ def _columns(panels: list[Panel]) -> int:
 
 
 def _panel(name: str, rows: pd.DataFrame, metric: Metric) -> Panel:
-    measured = [m for m in settings.measure(rows, metric) if math.isfinite(m.quality.value)]
-    measured = [m for m in measured if m.latency.value > 0]
+    every = settings.measure(rows, metric)
+    measured = [m for m in every if math.isfinite(m.quality.value) and 0 < m.latency.value < math.inf]
     full = settings.full_cache_quality(rows) if metric is SCORE else 0.0
-    choices = [measured, _split(measured)] if metric is SCORE else []
-    chosen = [found for c in choices if (found := settings.fastest_that_holds(c, full)) is not None]
-    return Panel(name, conditions(rows), measured, full, chosen)
+    able = settings.holding(measured, full) if metric is SCORE else []
+    chosen = [found[0] for found in (able, _split(able)) if found]
+    level = paired_latency.tied(rows, able[0].label, [m.label for m in able]) if able else []
+    tied = [m for m in able if m.label in level and not any(m is c for c in chosen)]
+    missing = [f"{m.label} {m.gap}" for m in every if m.gap]
+    return Panel(name, conditions(rows), measured, full, chosen, tied, missing)
 
 
 def _split(measured: list[Measured]) -> list[Measured]:
@@ -112,7 +124,7 @@ def _figure(run: Run, panels: list[Panel], columns: int, metric: Metric, title: 
     compared = f"{counted(len(looks), 'setting')} on {links} · {subject(run.rows)}"
     frame = Frame(
         title=title,
-        subtitle=f"{compared}\n{what}; median latency; bars: 95 % bootstrap intervals over examples",
+        subtitle=f"{compared}\n{what}; median of the {run.latency}; bars: 95 % bootstrap intervals over examples",
         footnotes=[_reading(panels), *caveats(run)],
         rows=math.ceil(len(panels) / columns),
         columns=columns,
@@ -129,7 +141,7 @@ def _figure(run: Run, panels: list[Panel], columns: int, metric: Metric, title: 
         if index % columns == 0:
             ax.set_ylabel(metric.label)
         if index + columns >= len(panels):
-            ax.set_xlabel("end-to-end latency (s)")
+            ax.set_xlabel(f"{run.latency} (s)")
     _legends(figure, looks, panels, frame.footer)
     return figure
 
@@ -139,6 +151,8 @@ def _reading(panels: list[Panel]) -> str:
     note += " Size: tokens kept."
     if any(len(p.chosen) > 1 and p.chosen[0] is not p.chosen[1] for p in panels):
         note += " Thick ring: fastest of all; thin ring: fastest that sends KV."
+    if any(p.tied for p in panels):
+        note += " Dotted ring: keeps the quality and is not shown to be slower than the fastest, example by example."
     return note
 
 
@@ -169,6 +183,7 @@ def _legends(figure: Figure, looks: dict[str, Mark], panels: list[Panel], bottom
 
 def _draw_panel(ax: Axes, panel: Panel, looks: dict[str, Mark], metric: Metric) -> None:
     panel_title(ax, panel.title, panel.conditions)
+    tell_missing(ax, panel.missing)
     if not panel.measured:
         ax.text(0.5, 0.5, "nothing measured here", transform=ax.transAxes, ha="center", color="#555555")
         return
@@ -181,6 +196,8 @@ def _draw_panel(ax: Axes, panel: Panel, looks: dict[str, Mark], metric: Metric) 
         ax.plot(one.latency.value, one.quality.value, zorder=4, **mark.options())
     for one, width in zip(panel.chosen, (1.4, 0.8), strict=False):
         ax.plot(one.latency.value, one.quality.value, zorder=3.5, markeredgewidth=width, **_RING)
+    for one in panel.tied:
+        ax.scatter([one.latency.value], [one.quality.value], zorder=3.5, **_TIE)
     limit_seconds(ax, (e for m in panel.measured for e in (m.latency.low, m.latency.value, m.latency.high)))
     whole = _front(panel.measured, metric)
     sent = _front(_split(panel.measured), metric)

@@ -14,7 +14,17 @@ from analysis.describe import caveats, counted, subject
 from analysis.figures import NotInThisRun
 from analysis.figures.axes import aside, at_values, limit_scores, limit_seconds
 from analysis.figures.names import short
-from analysis.figures.style import INK, Frame, Mark, bottom_legend, legend_columns, marks, panel_title
+from analysis.figures.style import (
+    INK,
+    Frame,
+    Mark,
+    bottom_legend,
+    legend_columns,
+    marks,
+    panel_title,
+    tell_missing,
+)
+from analysis.latency_model import steady
 from analysis.run import Run
 from analysis.settings import Measured
 from testbed.units import format_fraction
@@ -52,7 +62,7 @@ class Sweep:
 
 def draw(run: Run) -> Figure:
     """A column of panels for each condition that varies alone: latency above, score below."""
-    sweeps = [s for condition in CONDITIONS if (s := _sweep(run.rows, condition)) is not None]
+    sweeps = [s for condition in CONDITIONS if (s := _sweep(run.attempts, condition)) is not None]
     if not sweeps:
         raise NotInThisRun(
             f"{run.path}: no two of its links differ in rate, delay or loss alone; for this figure run a "
@@ -67,11 +77,12 @@ def draw(run: Run) -> Figure:
         + " and ".join(s.condition.label.split(" (")[0].split(",")[0] for s in sweeps),
         subtitle=(
             f"{counted(len(looks), 'setting')} · {subject(run.rows)}\n"
-            "median end-to-end latency and mean score; bars: 95 % bootstrap intervals over examples"
+            f"median of the {run.latency} and mean score; bars: 95 % bootstrap intervals over examples"
         ),
         footnotes=[
             "Points of one setting are joined by lines for the eye. Qualities at one value stand beside each other for "
             "legibility; what a setting's differ by between links is chance, since transport loses nothing.",
+            *_left_out(run.rows),
             *caveats(run),
         ],
         rows=2,
@@ -86,15 +97,23 @@ def draw(run: Run) -> Figure:
         _draw(upper, sweep, looks, quality=False)
         _draw(lower, sweep, looks, quality=True)
         if index == 0:
-            upper.set_ylabel("end-to-end latency (s)")
+            upper.set_ylabel(f"{run.latency} (s)")
             lower.set_ylabel("mean score")
     bottom_legend(figure, frame, [mark.handle(drawn[label]) for label, mark in looks.items()], columns)
     return figure
 
 
+def _left_out(rows: pd.DataFrame) -> list[str]:
+    """Links that change over time have no place on an axis of one rate."""
+    changing = rows.loc[~rows.index.isin(steady(rows).index), "profile"].unique()
+    return (
+        [f"Left out, since they change over time: {', '.join(map(str, changing))}."] if len(changing) else []
+    )
+
+
 def _sweep(rows: pd.DataFrame, condition: Condition) -> Sweep | None:
     """The largest group of links that differ in this condition alone; None where no two do."""
-    across = settings.labelled(rows)
+    across = steady(settings.labelled(rows))
     across = across[across[condition.column].notna()]
     others = [c.column for c in CONDITIONS if c is not condition]
     best: pd.DataFrame | None = None
@@ -124,6 +143,7 @@ def _held(rows: pd.DataFrame, condition: Condition) -> str:
 def _draw(ax: Axes, sweep: Sweep, looks: dict[str, Mark], quality: bool) -> None:
     panel_title(ax, "quality" if quality else "latency", f"at {sweep.held}")
     ends: list[float] = []
+    missing: list[str] = []
     styles = ["-", (0, (5, 2)), (0, (1.2, 1.2)), (0, (5, 1.5, 1, 1.5))]
     for number, (label, mark) in enumerate(looks.items()):
         points = sweep.of(label)
@@ -133,15 +153,18 @@ def _draw(ax: Axes, sweep: Sweep, looks: dict[str, Mark], quality: bool) -> None
         if quality:  # whose intervals would else cover each other
             places = (min(sweep.points), max(sweep.points), sweep.condition.logarithmic)
             found = [(aside(x, number, len(looks), *places), e) for x, e in found]
+        found = [(x, e) for x, e in found if math.isfinite(e.value)]
+        missing += [f"{label} {m.gap} at {x:g}" for x, m in points if m.gap and not quality]
         xs, ys = [x for x, _ in found], [e.value for _, e in found]
         ax.plot(xs, ys, color=mark.color, lw=1.0, ls=styles[number % 4], zorder=2)
         ax.plot(xs, ys, zorder=4, **{**mark.options(), "markersize": 0.75 * mark.size})
         for x, e in found:
-            if e.low == e.low:
+            if math.isfinite(e.low) and math.isfinite(e.high):
                 ax.plot([x, x], [e.low, e.high], color=mark.color, lw=1.0, alpha=0.6, zorder=3)
                 ends += [e.low, e.high]
         ends += ys
     (limit_scores if quality else lambda a, e: limit_seconds(a, e, "y"))(ax, ends)
+    tell_missing(ax, missing)
     at_values(ax, sweep.points, sweep.condition.logarithmic)
     if quality:
         ax.set_xlabel(sweep.condition.label, color=INK)

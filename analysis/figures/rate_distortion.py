@@ -36,7 +36,8 @@ class Point:
 
 def draw(run: Run) -> Figure:
     """A panel for each task (and model): KL, or ΔNLL where the rows have none, against bits an element."""
-    rows = run.rows[(run.rows["placement"] == "split") & (run.rows["bits_per_element"] > 0)]
+    rows = settings.labelled(run.rows)
+    rows = rows[(rows["placement"] == "split") & (rows["bits_per_element"] > 0)]
     metric = next((m for m in (KL, DELTA_NLL) if np.isfinite(m.values(rows)).any()), None)
     if metric is None:
         raise NotInThisRun(f"{run.path}: no trial that sent KV has a kl, nor an nll beside a reference_nll")
@@ -89,7 +90,7 @@ def draw(run: Run) -> Figure:
 
 def _points(rows: pd.DataFrame, metric: Metric) -> list[Point]:
     found = []
-    for codec, own in rows.groupby("codec", sort=False):
+    for codec, own in settings.common(rows).groupby("codec", sort=False):
         loss = stats.mean(metric.values(own), settings.clusters(own), bounds=metric.bounds)
         bits = stats.mean(own["bits_per_element"], settings.clusters(own), resamples=1).value
         if math.isfinite(loss.value):

@@ -15,6 +15,8 @@ from analysis.describe import caveats, subject
 from analysis.figures import NotInThisRun
 from analysis.figures.names import short
 from analysis.figures.style import GREY, INK, Frame, Mark, marks, panel_title
+from analysis.latency_model import steady
+from analysis.paired_latency import LatencyRatio, ratios
 from analysis.run import Run
 from analysis.settings import QUALITY_FLOOR, Measured
 from testbed.units import format_fraction, format_time
@@ -23,7 +25,8 @@ from testbed.units import format_fraction, format_time
 @dataclass(frozen=True)
 class Square:
     """One link's winner and the runner-up among the settings that hold the quality by their estimates; None where none does.
-    `shown`: the winner's interval holds it too.
+    `shown`: the winner's interval holds it too. `slower`: the runner-up's paired ratio to the winner; `ties`: how many
+    settings are not shown to be slower than the winner.
     """
 
     profile: str
@@ -31,6 +34,9 @@ class Square:
     best: Measured | None
     second: Measured | None
     shown: bool
+    changes: bool = False  #: the link follows a trace: its place is that of its means
+    slower: LatencyRatio | None = None
+    ties: int = 0
 
 
 _ROOM_FOR_A_MARK = 110.0  #: points
@@ -41,7 +47,7 @@ Place = tuple[float, float]  #: rate up (bit/s; 0: unlimited), delay up (s)
 
 def draw(run: Run) -> Figure:
     """Two panels: of all settings, and of those that send KV across the link."""
-    found = list(settings.panels(run.rows))
+    found = list(settings.panels(run.attempts))
     if len(found) < 2:
         raise NotInThisRun(f"{run.path} has one link only; regimes compares at least two profiles")
     maps = {
@@ -61,12 +67,14 @@ def draw(run: Run) -> Figure:
         title=f"The fastest setting that keeps {QUALITY_FLOOR:.0%} of the full cache's quality, link by link",
         subtitle=(
             f"{len(found)} emulated links by rate (up) and one-way delay · {subject(run.rows)}\n"
-            "its median end-to-end latency with 95 % bootstrap interval; below, the next best and how much slower it is"
+            f"its median {run.latency} with 95 % bootstrap interval; below, the next best: by the median of the examples' ratios "
+            "slower, or tied"
         ),
         footnotes=[
             "Kept: mean score over tasks (each counts equally) at least that share of the full cache's on the "
             "same examples, by the estimate. A name in brackets: its 95 % interval does not show it, which is what "
-            "`testbed recommend` asks for. Empty: not measured.",
+            "`testbed recommend` asks for. Tied: not shown to be slower, example by example (Wilcoxon's p after Holm's "
+            "correction, and the ratio's interval). Empty: not measured.",
             *caveats(run),
         ],
         rows=len(maps),
@@ -94,15 +102,20 @@ def _squares(found: list[tuple[str, pd.DataFrame]], everything: bool) -> dict[Pl
         full = settings.full_cache_quality(rows)
         if not everything:
             measured = [m for m in measured if m.placement == "split"]
-        best = settings.fastest_that_holds(measured, full)
-        rest = [m for m in measured if m is not best]
-        second = settings.fastest_that_holds(rest, full) if best else None
+        able = settings.holding(measured, full)
+        best, second = able[0] if able else None, able[1] if len(able) > 1 else None
         rate = float(rows["rate_up_bps"].median())
         place = (0.0 if rate != rate else rate, round(float(rows["delay_up_s"].median()), 6))
         loss = float(rows["loss_up"].median())
         if measured:
             shown = best is not None and settings.shown_to_hold(rows[rows["setting"] == best.label])
-            squares.setdefault(place, []).append(Square(name, loss, best, second, shown))
+            compared = ratios(rows, best.label, [m.label for m in able[1:]]) if best else []
+            slower = next((one for one in compared if second and one.setting == second.label), None)
+            ties = sum(not (one.differs and one.ratio.value > 1) for one in compared)
+            changes = len(steady(rows)) < len(rows)
+            squares.setdefault(place, []).append(
+                Square(name, loss, best, second, shown, changes, slower, ties)
+            )
     return squares
 
 
@@ -141,7 +154,8 @@ def _draw_square(ax: Axes, square: Square, x: float, y: float, height: float, lo
 
     # A link written out says in its name what its place says already.
     name = "" if "=" in square.profile else f"{square.profile} · "
-    write(0.84, f"{name}{format_fraction(square.loss)} loss", 6.8, color="#444444")
+    changing = " · means of a trace" if square.changes else ""
+    write(0.84, f"{name}{format_fraction(square.loss)} loss{changing}", 6.8, color="#444444")
     if square.best is None or mark is None:
         write(0.4, "none keeps it", 8.0, color=INK)
         return
@@ -153,9 +167,16 @@ def _draw_square(ax: Axes, square: Square, x: float, y: float, height: float, lo
     share = 0.8 if wide else 0.94
     write(0.6, label if square.shown else f"({label})", 8.6, share, weight="bold")
     write(0.38, f"{best.value:.2f} s{interval}", 7.8, share)
-    if square.second is not None:
-        slower = square.second.latency.value / best.value - 1
-        write(0.14, f"{_short(square.second)} +{slower:.0%}", 6.8, color="#444444")
+    if square.slower is not None and square.second is not None:
+        write(0.14, _next(square, square.second, square.slower), 6.8, color="#444444")
+
+
+def _next(square: Square, second: Measured, slower: LatencyRatio) -> str:
+    """The runner-up in words: by how much it is slower, or that it is a tie."""
+    if slower.differs and slower.ratio.value > 1:
+        return f"{_short(second)} +{slower.ratio.value - 1:.0%}"
+    more = f" and {square.ties - 1} more" if square.ties > 1 else ""
+    return f"tied: {_short(second)}{more}"
 
 
 def _points(ax: Axes) -> float:

@@ -104,7 +104,7 @@ def draw(run: Run) -> Figure:
 def _curves(rows: pd.DataFrame, metric: Metric) -> list[Curve]:
     whole: dict[str, stats.Estimate] = {}
     parts: dict[tuple[str, str], dict[float, stats.Estimate]] = {}
-    for codec, own in rows.groupby("codec", sort=False):
+    for codec, own in settings.common(rows).groupby("codec", sort=False):
         found = stats.mean(metric.values(own), settings.clusters(own), bounds=metric.bounds)
         selection = split_selection(str(codec))
         if selection is None:

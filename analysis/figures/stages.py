@@ -1,9 +1,10 @@
-"""Where the time goes: mean stage times of each setting, stacked, one panel a profile."""
+"""Where the time goes: each setting's median latency by stages, stacked, one panel a profile."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -41,21 +42,24 @@ LOOKS = {
 
 
 def draw(run: Run) -> Figure:
-    """Mean time of each stage; means, because only they add up to the mean of the whole."""
-    panels = list(settings.panels(run.rows))
+    """The median of the whole, as every figure has it, divided as the stages divide a request on average: means of the
+    stages would add up to another latency than the other figures show.
+    """
+    panels = list(settings.panels(run.attempts))
     columns = 1 if len(panels) == 1 else 2
     stages = stage_names(run.rows)
-    order = list(settings.labelled(run.rows)["setting"].unique())
+    order = list(settings.labelled(run.attempts)["setting"].unique())
     bars = len(order)
     links = counted(len(panels), "emulated link")
     frame = Frame(
         title="Where the time of a request goes",
         subtitle=(
             f"{counted(bars, 'setting')} on {links} · {subject(run.rows)}\n"
-            "mean time of each stage; whisker: 95 % bootstrap interval of the whole; each panel has its own time scale"
+            "median end-to-end latency, divided by the stages' mean shares; whisker: 95 % bootstrap interval; each panel has its "
+            "own time scale"
         ),
         footnotes=[
-            "Beside each bar: mean end-to-end latency, and mean payload. "
+            "Beside each bar: median end-to-end latency, and mean payload. "
             "First token: from the cache rebuilt (or the text received) to the first token at the edge.",
             *caveats(run),
         ],
@@ -112,35 +116,40 @@ def _draw_panel(ax: Axes, name: str, rows: pd.DataFrame, stages: list[str], name
 
 def _draw_bars(ax: Axes, rows: pd.DataFrame, stages: list[str], names: list[str]) -> list[float]:
     """A bar for each setting with its interval and its text; returns where bars and intervals end."""
-    means = rows.groupby("setting")[[*stages, "e2e_s", "payload_bytes"]].mean().reindex(names)
-    places = list(range(len(means)))
-    start = pd.Series(0.0, index=means.index)
+    done = settings.finished(rows)
+    shares = done[stages].div(done["e2e_s"], axis=0).groupby(done["setting"]).mean().reindex(names)
+    shares = shares.div(shares.sum(axis=1), axis=0)
+    payloads = done.groupby("setting")["payload_bytes"].mean().reindex(names)
+    times = rows["e2e_s"].mask(rows["failed"].astype(bool), math.inf)
+    whole = {
+        str(k): stats.median(times[own.index], settings.clusters(own)) for k, own in rows.groupby("setting")
+    }
+    failed = {str(k): int(own["failed"].sum()) for k, own in rows.groupby("setting")}
+    tried = rows.groupby("setting").size()
+    total = np.array(
+        [whole[n].value if n in whole and math.isfinite(whole[n].value) else np.nan for n in names]
+    )
+    places, start = list(range(len(names))), np.zeros(len(names))
     for stage in stages:
         color, hatch, _ = LOOKS[stage]
+        length = np.nan_to_num(shares[stage].to_numpy() * total)
         ax.barh(
-            places,
-            means[stage],
-            left=start,
-            height=0.74,
-            color=color,
-            hatch=hatch,
-            edgecolor=INK,
-            linewidth=0.4,
+            places, length, left=start, height=0.74, color=color, hatch=hatch, edgecolor=INK, linewidth=0.4
         )
-        start = start + means[stage]
-    intervals = {k: stats.mean(g["e2e_s"], settings.clusters(g)) for k, g in rows.groupby("setting")}
+        start = start + length
     ends = [float(start.max())]
-    for place, label, end, total, payload in zip(
-        places, names, start, means["e2e_s"], means["payload_bytes"], strict=True
-    ):
-        if not total >= 0:
+    for place, label in enumerate(names):
+        if label not in whole:
             continue  # not run on this profile
-        whole = intervals[label]
-        if whole.low == whole.low:
-            ax.plot([whole.low, whole.high], [place, place], color=INK, lw=1.0, zorder=4)
-            ends.append(whole.high)
-        end = max(end, whole.high) if whole.high == whole.high else end
-        text = f"{_seconds(total)} · {megabytes(payload)}" if payload else _seconds(total)
+        said = f"failed {failed[label]} of {tried[label]}" if failed[label] else ""
+        end, one, payload = float(start[place]), whole[label], float(payloads[label])
+        if math.isfinite(one.low) and math.isfinite(one.high):
+            ax.plot([one.low, one.high], [place, place], color=INK, lw=1.0, zorder=4)
+            ends.append(one.high)
+            end = max(end, one.high)
+        parts = [_seconds(one.value)] if math.isfinite(one.value) else []
+        parts += [megabytes(payload)] if payload > 0 else []
+        text = " · ".join([*parts, *([said] if said else [])])
         ax.annotate(
             text,
             (end, place),
@@ -148,7 +157,7 @@ def _draw_bars(ax: Axes, rows: pd.DataFrame, stages: list[str], names: list[str]
             textcoords="offset points",
             va="center",
             fontsize=7.6,
-            color=INK,
+            color=VERMILLION if said else INK,
         )
     return ends
 

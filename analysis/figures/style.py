@@ -234,3 +234,23 @@ def bottom_legend(figure: Figure, frame: Frame, handles: list[Any], columns: int
         borderpad=0.2,
         labelspacing=0.45,
     )
+
+
+def tell_missing(ax: Axes, missing: list[str], most: int = 4) -> None:
+    """Write into a panel's lower right corner what has no mark in it, such as settings that failed."""
+    if missing:
+        rest = [f"and {len(missing) - most + 1} more"] if len(missing) > most else []
+        lines = [*(missing[: most - 1] if rest else missing), *rest]
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
+        ax.text(
+            0.985,
+            0.03,
+            "\n".join(lines),
+            transform=ax.transAxes,
+            ha="right",
+            va="bottom",
+            fontsize=6.8,
+            color=VERMILLION,
+            zorder=7,
+            bbox=box,
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from analysis import claims, comparisons
 from analysis.describe import caveats, subject
 from analysis.figures import FIGURES, draw_all
 from analysis.run import Run
-from analysis.summary import summarise
+from analysis.summary import summarise, table
 
 #: Columns of the table: name in the summary, heading, digits.
 COLUMNS = (
@@ -23,6 +24,7 @@ COLUMNS = (
     ("task", "task", None),
     ("n", "n", 0),
     ("e2e_s", "latency (s)", 3),
+    ("latency_ratio", "over the baseline ×", 2),
     ("ttft_s", "first token (s)", 3),
     ("transmit_s_mean", "transmit (s)", 3),
     ("score", "score", 3),
@@ -31,7 +33,7 @@ COLUMNS = (
     ("ratio", "smaller ×", 2),
     ("failed", "failed", 0),
 )
-_WITH_INTERVAL = {"e2e_s", "score", "delta_nll"}
+_WITH_INTERVAL = {"e2e_s", "latency_ratio", "ttft_s", "score", "delta_nll"}
 
 
 def write(run: Run, figures: list[Path] | None = None) -> Path:
@@ -69,7 +71,8 @@ def render(run: Run, figures: list[Path]) -> str:
         calibration=_calibration(run),
         columns=[heading for _, heading, _ in COLUMNS],
         lines=_lines(summarise(run)),
-        comparisons=comparisons.text(comparisons.against(run)),
+        comparisons=comparisons.text(comparisons.against(run)) + "\n\n" + comparisons.latency_text(run),
+        headline=table(run),
         claims=found,
         left_out=left_out,
         script=(here / "table.js").read_text(encoding="utf-8"),
@@ -144,14 +147,23 @@ def _calibration(run: Run) -> list[dict[str, Any]]:
 def _quantity(what: object, value: object) -> str:
     if not isinstance(value, int | float):
         return "–"
-    if what == "rate":
-        return f"{value / 1e6:.4g} Mbit/s"
-    return f"{value * 1e3:.4g} ms" if what in ("delay", "jitter") else f"{value:.3%}"
+    shown = _UNITS.get(str(what))
+    return shown(value) if shown else f"{value:.4g}"
 
 
-def _lines(table: pd.DataFrame) -> list[list[tuple[str, str]]]:
+#: How a check's quantity is written, by what it checks; anything else is a bare number.
+_UNITS: dict[str, Callable[[float], str]] = {
+    "rate": lambda v: f"{v / 1e6:.4g} Mbit/s",
+    **dict.fromkeys(("delay", "jitter", "delay trace"), lambda v: f"{v * 1e3:.4g} ms"),
+    **dict.fromkeys(("loss", "loss trace"), lambda v: f"{v:.3%}"),
+    "total": lambda v: f"{v / 1e6:,.4g} MB" if v >= 95_000 else f"{v / 1e3:.4g} kB",
+    "burst": lambda v: f"{v:.4g} packets in a row",
+}
+
+
+def _lines(found: pd.DataFrame) -> list[list[tuple[str, str]]]:
     """For each line and column what is shown, and what it sorts by."""
-    return [[_cell(row, name, digits) for name, _, digits in COLUMNS] for _, row in table.iterrows()]
+    return [[_cell(row, name, digits) for name, _, digits in COLUMNS] for _, row in found.iterrows()]
 
 
 def _cell(row: pd.Series[Any], name: str, digits: int | None) -> tuple[str, str]:
@@ -159,6 +171,8 @@ def _cell(row: pd.Series[Any], name: str, digits: int | None) -> tuple[str, str]
     if digits is None:
         return str(value) or "–", str(value)
     number = float(value)
+    if number == math.inf:  # most of its trials failed
+        return "none", "1e308"
     if not math.isfinite(number):
         return "–", ""
     shown = f"{number:,.{digits}f}"

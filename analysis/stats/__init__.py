@@ -6,6 +6,7 @@ Everything is seeded: the same rows give the same numbers. The unit is the examp
 from analysis.stats.counts import McNemar, holm, mcnemar, share_above
 from analysis.stats.estimates import CONFIDENCE, NOTHING, RESAMPLES, Estimate, mean, median, quantile
 from analysis.stats.front import pareto_front
+from analysis.stats.kept import kept
 from analysis.stats.paired import Difference, difference, ratio, signed_rank, smallest_detectable
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "McNemar",
     "difference",
     "holm",
+    "kept",
     "mcnemar",
     "mean",
     "median",

@@ -55,9 +55,11 @@ def _tails(n: int, confidence: float) -> tuple[float, float]:
     return tail, 1 - tail
 
 
-def _clean(values: npt.ArrayLike, *labels: npt.ArrayLike | None) -> tuple[Floats, list[npt.NDArray[Any]]]:
+def _clean(
+    values: npt.ArrayLike, *labels: npt.ArrayLike | None, infinite: bool = False
+) -> tuple[Floats, list[npt.NDArray[Any]]]:
     data = np.asarray(values, dtype=np.float64).ravel()
-    finite = np.isfinite(data)
+    finite = ~np.isnan(data) if infinite else np.isfinite(data)
     codes = []
     for label in labels:
         keys = np.zeros(len(data), dtype=int) if label is None else np.asarray(label)
@@ -180,10 +182,11 @@ def median(
     seed: int = 0,
 ) -> Estimate:
     """Median of all values with its bootstrap percentile interval; whole examples (`clusters`) are
-    resampled. Values that are not finite are left out; with one example there is no interval (NaN).
+    resampled. NaN is left out, and infinity (a request that failed) takes part; with one example there is no
+    interval (NaN).
     """
     labels = np.arange(np.size(values)) if clusters is None else clusters
-    data, (examples,) = _clean(values, labels)
+    data, (examples,) = _clean(values, labels, infinite=True)
     if not len(data):
         return NOTHING
     codes = _codes(examples)
@@ -201,8 +204,15 @@ def median(
         picks = generator.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
         weights = np.bincount(picks.ravel(), minlength=size * n).reshape(size, n)
         draws[start : start + size] = _weighted_medians(data, weights[:, codes])
-    low, high = np.quantile(draws, ((1 - confidence) / 2, (1 + confidence) / 2))
-    return Estimate(point, min(float(low), point), max(float(high), point), n)
+    tails = ((1 - confidence) / 2, (1 + confidence) / 2)
+    low, high = (_quantile(draws, tail) for tail in tails)
+    return Estimate(point, min(low, point), max(high, point), n)
+
+
+def _quantile(values: Floats, q: float) -> float:
+    """The quantile by linear interpolation; of infinite values, without it."""
+    method: Any = "linear" if np.isfinite(values).all() else "higher"
+    return float(np.quantile(values, q, method=method))
 
 
 def _weighted_medians(ordered: Floats, weights: npt.NDArray[np.intp]) -> Floats:
@@ -228,15 +238,16 @@ def quantile(
     Where each example has one value, the interval lies between two order statistics and holds whatever the
     distribution is (W. J. Conover, "Practical Nonparametric Statistics", 3rd edition, 1999, section 3.2);
     where examples have several, whole examples are resampled. An end that the sample cannot bound is
-    infinite: the greatest of n values bounds the q-quantile from above with confidence 1 - q^n only.
+    infinite: the greatest of n values bounds the q-quantile from above with confidence 1 - q^n only. NaN is left
+    out, and infinity (a request that failed) takes part.
     """
     labels = np.arange(np.size(values)) if clusters is None else clusters
-    data, (examples,) = _clean(values, labels)
+    data, (examples,) = _clean(values, labels, infinite=True)
     if not len(data):
         return NOTHING
     codes = _codes(examples)
     n = int(codes.max()) + 1
-    point = float(np.quantile(data, q))
+    point = _quantile(data, q)
     if n < 2:
         return Estimate(point, float("nan"), float("nan"), n)
     tail = (1 - confidence) / 2
@@ -246,10 +257,10 @@ def quantile(
         generator = np.random.default_rng(seed)
         groups = [data[codes == code] for code in range(n)]
         draws = [
-            np.quantile(np.concatenate([groups[i] for i in generator.integers(0, n, n)]), q)
+            _quantile(np.concatenate([groups[i] for i in generator.integers(0, n, n)]), q)
             for _ in range(min(resamples, 500))
         ]
-        low, high = (float(e) for e in np.quantile(draws, (tail, 1 - tail)))
+        low, high = (_quantile(np.array(draws), end) for end in (tail, 1 - tail))
         low = low if (1 - q) ** n <= tail else -math.inf
         high = high if q**n <= tail else math.inf
     return Estimate(point, min(low, point), max(high, point), n)

@@ -79,5 +79,5 @@ def test_a_baseline_may_be_any_setting(run: Path) -> None:
 
 def test_the_comparisons_are_written_as_a_table(run: Path) -> None:
     text = comparisons.write(load(run)).read_text()
-    assert text.startswith("model,task,setting,baseline,n,score_diff,")
+    assert text.startswith("model,link,task,setting,baseline,n,score_diff,")
     assert np.isfinite(comparisons.frame(comparisons.against(load(run)))["nll_diff"]).all()

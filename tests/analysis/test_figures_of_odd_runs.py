@@ -32,7 +32,7 @@ def test_a_damaged_directory_gives_figures_of_what_is_there_and_says_what_is_mis
     assert analysis.draw(run, ["stages"])
     said = " ".join(t.get_text() for t in texts(drawn("stages", run))).replace("\n", " ")
     for words in (
-        "1 failed trial left out",
+        "1 trial failed (",
         "manifest.json is missing",
         "calibration.json is missing",
         "1 unreadable line of trials.jsonl passed over",

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats as reference
 
-from analysis import recommend
+import analysis
+from analysis import recommend, report, stats
 from analysis.latency_model import LatencyModel, Link, Transport, leave_one_out, median_error
 from analysis.run import load
 from analysis.settings import labelled
 from testbed.cli import main
+from testbed.errors import UsageError
 from tests.analysis.make_run import SWEEP, make_run
 from tests.analysis.test_run_directory import lines, rewrite
 
@@ -46,13 +50,25 @@ def test_slow_start_doubles_until_the_window_fills_the_link() -> None:
     assert time(50e6) - time(40e6) == pytest.approx(10e6 / goodput)
 
 
-def test_loss_limits_long_transfers_as_mathis_says() -> None:
-    model = Transport(begin_s=0.0, loss=1.22)
+def _goodput(loss: float) -> float:
+    """Bytes a second of a long transfer over a fast link with a round trip of 50 ms."""
+    model = Transport(begin_s=0.0, loss=1.0)
     both = [
-        float(model.transmit_s(_one(b), _one(1e12), _one(0.025), _one(0.05), _one(0.001))[0])
+        float(model.transmit_s(_one(b), _one(1e12), _one(0.025), _one(0.05), _one(loss))[0])
         for b in (40e6, 50e6)
     ]
-    assert both[1] - both[0] == pytest.approx(10e6 / (1.22 * 1448 / (0.05 * 0.001**0.5)), rel=1e-3)
+    return 10e6 / (both[1] - both[0])
+
+
+def test_rare_loss_limits_long_transfers_as_mathis_says() -> None:
+    assert _goodput(1e-5) == pytest.approx(1448 / 0.05 * (3 / 2 / 1e-5) ** 0.5, rel=0.01)
+
+
+def test_frequent_loss_limits_long_transfers_by_timeouts_as_padhye_says() -> None:
+    """Equation 30 of the paper at p = 5 %, RTT = 50 ms, T0 = 250 ms, by hand: sqrt(2p/3) = 0.18257, 3 sqrt(3p/8) = 0.41079,
+    1 + 32 p^2 = 1.08: 1 / (0.0091287 + 0.25 * 0.41079 * 0.05 * 1.08) = 1 / 0.0146744 = 68.146 segments a second; Mathis
+    alone says 1.6 times that."""
+    assert _goodput(0.05) == pytest.approx(68.146 * 1448, rel=1e-3)
 
 
 def test_the_fit_finds_the_numbers_that_made_the_rows(run: Path) -> None:
@@ -165,3 +181,117 @@ def test_an_unlimited_link_is_predicted(run: Path) -> None:
     predicted = LatencyModel.fit(load(run).rows).predict(Link(float("inf"), 0.0, 0.0))
     assert isinstance(predicted, pd.DataFrame)
     assert np.isfinite(predicted["e2e_s"]).all()
+
+
+def test_of_two_settings_the_one_that_loses_more_in_every_answer_never_has_the_higher_bound() -> None:
+    rng = np.random.default_rng(1)
+    tasks = np.repeat(["one", "other"], [7, 9])
+    for _ in range(200):
+        full = rng.choice([0.0, 0.3, 1.0], 16, p=[0.2, 0.2, 0.6])
+        full[0] = 1.0
+        less = np.clip(full - rng.choice([-0.4, 0.0, 0.0, 0.2, 1.0], 16), 0, 1)
+        more = np.clip(less - rng.choice([0.0, 0.0, 0.1, 1.0], 16), 0, 1)
+        better, worse = stats.kept(less, full, None, tasks), stats.kept(more, full, None, tasks)
+        assert worse.value <= better.value
+        assert worse.low <= better.low
+        assert worse.high <= better.high
+
+
+def test_a_codec_that_lost_answers_does_not_hold_before_one_that_lost_none() -> None:
+    full = np.r_[np.ones(9), np.zeros(3)]
+    lost_none = stats.kept(full, full)
+    lost_one = stats.kept(np.r_[0.4, full[1:]], full)
+    assert lost_one.low < lost_none.low
+    assert lost_none.value == 1.0
+
+
+def test_a_bound_of_answers_that_are_right_or_wrong_is_clopper_and_pearsons() -> None:
+    score = np.r_[np.zeros(3), np.ones(57)]
+    limit = reference.binomtest(3, 60).proportion_ci().high
+    assert stats.kept(score, np.ones(60)).low == pytest.approx(1 - limit, abs=0.004)
+
+
+def test_a_bound_of_what_is_kept_covers_the_truth() -> None:
+    rng, held = np.random.default_rng(2), 0
+    for seed in range(400):
+        full = rng.beta(4, 1, 20)
+        score = full * (1 - (rng.random(20) < 0.2) * rng.beta(1, 2, 20))
+        held += stats.kept(score, full, resamples=1000, seed=seed).low <= 1 - 0.2 / 3
+    assert held / 400 >= 0.95
+
+
+def test_the_text_is_exact_and_is_chosen_on_a_slow_link(run: Path) -> None:
+    """The cloud reads the same text with the same model, so that no interval of its score needs to show anything."""
+    rows = [r | {"score": 0.9, "nll": 0.7} if r["placement"] == "cloud" else r for r in lines(run)]
+    slow = [r for r in rows if r["placement"] != "edge" and int(r["example"].split("-")[1]) < 8]
+    path = make_run(run.parent / "slow", (next(iter(SWEEP)),), ("fp16",), examples=1)
+    rewrite(path, slow)
+    found = recommend.recommend(load(path), Link(1e6, 0.02, 0.02))
+    assert found.choice is not None
+    assert found.choice.setting == "cloud"
+    assert {o.setting for o in found.options if o.exact} == {"cloud", "fp16"}
+
+
+def test_the_text_is_not_exact_where_edge_and_cloud_hold_the_model_in_different_formats(run: Path) -> None:
+    path = make_run(run.parent / "formats", ("lte",), ("fp16",), examples=3)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["settings"] = {"dtype": {"edge": "float32", "cloud": "bfloat16"}}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert not any(o.exact for o in recommend.recommend(load(path), Link(10e6, 0.035, 0.035)).options)
+
+
+@pytest.mark.parametrize(
+    ("link", "nearest"),
+    [
+        (Link(10e9, 0.02, 0.02), "80 Mbit/s"),
+        (Link(20e6, 0.02, 0.02, 1.0), "0%"),
+        (Link(20e6, 1.0, 1.0), "80 ms"),
+    ],
+)
+def test_a_link_out_of_reach_is_refused_with_the_nearest_that_was_measured(
+    run: Path, link: Link, nearest: str
+) -> None:
+    with pytest.raises(UsageError, match=f"nearest: {nearest}"):
+        recommend.recommend(load(run), link)
+
+
+def test_a_link_outside_of_what_was_measured_is_answered_as_extrapolated(run: Path) -> None:
+    found = recommend.recommend(load(run), Link(20e6, 0.15, 0.15, 0.005))
+    said = recommend.text(found)
+    assert "extrapolated, round trip 300 ms (nearest measured: 80 ms)" in said
+    assert "extrapolated, loss 0.5% (nearest measured: 0%)" in said
+    assert "the error there is unknown" in said
+    within = recommend.recommend(load(run), Link(40e6, 0.02, 0.02))
+    assert "extrapolated" not in recommend.text(within)
+
+
+def test_a_setting_that_failed_is_never_chosen_and_says_so(run: Path, tmp_path: Path) -> None:
+    path = make_run(
+        tmp_path / "failed", tuple(SWEEP), ("fp16", "int8"), ("split",), tasks=("needle",), examples=3
+    )
+    rows = [r | {"nll": r["reference_nll"], "score": 1.0, "reference_score": 1.0} for r in lines(path)]
+    rewrite(path, [r | {"error": "timed out", "e2e_s": 0.0} if r["codec"] == "fp16" else r for r in rows])
+    for link in (Link(20e6, 0.01, 0.01), Link(30e6, 0.02, 0.02)):
+        found = recommend.recommend(load(path), link, 0.1)
+        assert found.choice is None or found.choice.setting == "int8"
+        assert next(o for o in found.options if o.setting == "fp16").latency_s == float("inf")
+        assert "failed" in recommend.text(found)
+
+
+def test_the_task_that_keeps_least_stands_beside_the_mean_of_several(run: Path, tmp_path: Path) -> None:
+    path = make_run(tmp_path / "tasks", ("lte",), ("fp16", "int8"), ("split",), examples=4)
+    rewrite(
+        path,
+        [
+            r
+            | {
+                "reference_score": 1.0,
+                "score": 0.25 if (r["codec"], r["task"]) == ("int8", "passages") else 1.0,
+            }
+            for r in lines(path)
+        ],
+    )
+    said = recommend.text(recommend.recommend(load(path), Link(10e6, 0.035, 0.035)))
+    assert next(line for line in said.splitlines() if " int8 " in line).endswith("passages 0.25")
+    assert "passages 0.25" in analysis.headline(path)
+    assert "passages 0.25" in html.unescape(report.write(load(path), []).read_text())

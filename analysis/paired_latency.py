@@ -1,0 +1,90 @@
+"""Latencies of two settings on one link, example by example: the ratio, how sure it is, and what is a tie.
+
+One statistic everywhere: a setting's latency is its median, and settings are compared by the median of the examples'
+ratios, whose interval lies between two order statistics (exact whatever the distribution, and a failed request is
+infinite in it). Wilcoxon's signed-rank test of the logarithms says whether there is a difference at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from analysis import settings, stats
+
+LEVEL = 0.05
+#: What a request that failed counts in a rank test, in logarithms: more than any that finished.
+_FOR_EVER = 1e6
+
+
+@dataclass(frozen=True)
+class LatencyRatio:
+    """`setting` over `baseline` on one panel's link and the examples that both tried: 1.2 takes a fifth longer. `p`:
+    Wilcoxon's, `p_holm` after Holm's correction over what was compared together.
+    """
+
+    setting: str
+    baseline: str
+    ratio: stats.Estimate
+    p: float
+    p_holm: float = math.nan
+
+    @property
+    def differs(self) -> bool:
+        """Whether the two are told apart: the corrected p is below the level and the interval does not hold 1."""
+        return self.p_holm < LEVEL and not self.ratio.low <= 1 <= self.ratio.high
+
+
+def baseline_of(rows: pd.DataFrame) -> str:
+    """What latencies of these rows are compared with: the text sent to the cloud, where the run tried it; else the cache
+    in 16 bits; else the first setting.
+    """
+    for own in (rows[rows["placement"] == "cloud"], rows[rows["codec"] == "fp16"], rows):
+        if len(own):
+            return str(own["setting"].iloc[0])
+    raise ValueError("no rows")
+
+
+def ratios(rows: pd.DataFrame, baseline: str, others: Iterable[str] | None = None) -> list[LatencyRatio]:
+    """Settings of one panel's rows (None: all but the baseline) over the baseline, as one family."""
+    times = _by_example(rows)
+    wanted = [s for s in times.columns if s != baseline] if others is None else list(others)
+    found = [_ratio(times, name, baseline) for name in wanted if name in times and baseline in times]
+    adjusted = stats.holm([one.p for one in found])
+    return [replace(one, p_holm=float(p)) for one, p in zip(found, adjusted, strict=True)]
+
+
+def tied(rows: pd.DataFrame, best: str, others: Iterable[str]) -> list[str]:
+    """Which of `others` are not shown to be slower than `best`."""
+    compared = ratios(rows, best, [name for name in others if name != best])
+    return [one.setting for one in compared if not (one.differs and one.ratio.value > 1)]
+
+
+def _by_example(rows: pd.DataFrame) -> pd.DataFrame:
+    """Median latency over repeats: an example a line, a setting a column; NaN where it was not tried."""
+    table = rows.assign(_latency=settings.latencies(rows), _example=settings.clusters(rows))
+    return table.groupby(["_example", "setting"], sort=False)["_latency"].median().unstack("setting")
+
+
+def _ratio(times: pd.DataFrame, setting: str, baseline: str) -> LatencyRatio:
+    both = times[[setting, baseline]].dropna()
+    ours, theirs = both[setting].to_numpy(), both[baseline].to_numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = np.where(ours == theirs, 1.0, ours / theirs)  # both failed: alike
+        logs = np.nan_to_num(np.log(values), posinf=_FOR_EVER, neginf=-_FOR_EVER)
+    middle = stats.quantile(values, 0.5)
+    estimate = replace(middle, low=max(0.0, middle.low)) if math.isfinite(middle.low) else middle
+    return LatencyRatio(setting, baseline, estimate, stats.signed_rank(logs) if len(logs) > 1 else math.nan)
+
+
+def text(one: LatencyRatio) -> str:
+    """For people: ``×1.25 [1.10, 1.42]``; ``≈`` before it where the two are not told apart."""
+    if not one.ratio.n:
+        return "-"
+    ends = one.ratio.low, one.ratio.high
+    interval = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if math.isfinite(ends[0]) else ""
+    return f"{'×' if one.differs else '≈'}{one.ratio.value:.2f}{interval}"
