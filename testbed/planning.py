@@ -92,6 +92,8 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     command line, which replace what the file says of those links."""
     given = links or {}
     scenario = _check(settings, place)
+    if beside := lookup.find(scenario.topology):  # and so it is found again when the run is resumed
+        scenario = scenario.model_copy(update={"topology": beside})
     topology = _at(f"{place}: topology", lambda: load_topology(scenario.topology))
     _check_nodes(scenario, topology, place)
     link = _swept_link(scenario, topology, place)

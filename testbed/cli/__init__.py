@@ -53,6 +53,7 @@ for _command in (
     network.up,
     network.exec_,
     network.show,
+    network.link,
     network.down,
     network.clean,
     calibrate.calibrate,
@@ -74,6 +75,7 @@ for _command in (
 
 def main(argv: list[str] | None = None) -> None:
     """The entry point: every failure that people can cause ends as one line and an exit status."""
+    _open_standard_files()
     try:
         with identity.assumed():
             status = cli.main(args=argv, prog_name="testbed", standalone_mode=False)
@@ -94,6 +96,21 @@ def main(argv: list[str] | None = None) -> None:
     except (UnicodeError, OverflowError, RecursionError) as error:
         _fail(f"what was given cannot be understood: {str(error).splitlines()[0][:200]}", 2)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _open_standard_files() -> None:
+    """Where the shell has closed standard input, output or errors, they lead nowhere; or other files would be in their place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -31,7 +31,8 @@ def up(topology: str, links: tuple[str, ...], emulator: str, captures: Path | No
     With --rootless it stands for as long as the shell that opens then, in which `testbed exec`, show and down work; for a
     script, write the commands to its standard input.
     """
-    from testbed.net import fabric, rootless
+    from testbed.guards import interruptible
+    from testbed.net import fabric, removal, rootless
     from testbed.net.description import describe
     from testbed.net.profile import parse_profile
     from testbed.net.topology import load_topology
@@ -44,7 +45,13 @@ def up(topology: str, links: tuple[str, ...], emulator: str, captures: Path | No
             raise UsageError(f"--link {text!r}: write NAME=PROFILE, such as access=5g-mid")
         given[name] = parse_profile(profile)
     require_root()
-    described = describe(fabric.up(made, given, emulator, captures))
+    with interruptible():
+        network = fabric.up(made, given, emulator, captures)
+        try:
+            described = describe(network)
+        except BaseException:  # whoever interrupts it has not seen its name
+            removal.down(network.id)
+            raise
     if rootless.inside():
         click.echo(_network_text(described), err=True)
         click.echo("testbed exec NODE -- COMMAND runs a program in it; it ends with this shell", err=True)
@@ -66,6 +73,9 @@ def _network_text(described: dict[str, Any]) -> str:
         lines.append(f"  link {link['name']:<12} {link['a']} - {link['b']}: {link['profile']}")
         for way, counted in (link["counters"] or {}).items():
             lines.append(f"       {way:<5} {_counted(counted)}")
+    if described["problems"]:
+        lines += [f"  broken: {problem}" for problem in described["problems"]]
+        lines.append("  remove the rest with `sudo testbed down`")
     return "\n".join(lines)
 
 
@@ -101,12 +111,30 @@ def exec_(identifier: str | None, node: str, command: tuple[str, ...]) -> int:
 @click.option("--id", "identifier", help="Which network, where several stand.")
 @as_json
 def show(identifier: str | None) -> Any:
-    """Show the network that stands: nodes, addresses, profiles, live counters."""
+    """Show the network that stands: nodes, addresses, profiles, live counters. Exit status 1 where a part of it is gone."""
     from testbed.net import state
     from testbed.net.description import describe
 
     described = describe(state.find(identifier))
-    return described, _network_text(described), 0
+    return described, _network_text(described), 1 if described["problems"] else 0
+
+
+@click.command()
+@click.option("--id", "identifier", help="Which network, where several stand.")
+@click.argument("state", type=click.Choice(["up", "down"]))
+@click.argument("name", metavar="LINK|NODE")
+def link(identifier: str | None, state: str, name: str) -> None:
+    """Take a link down, or all links of a node, or bring them up again, with addresses, neighbours and routes.
+
+    Also brings up what `ip link set … down` took down inside a node: the kernel then forgets all of that.
+    """
+    from testbed.net import state as states
+    from testbed.net import wiring
+
+    require_root()
+    network = states.find(identifier)
+    for number in network.topology.links_named(name):
+        wiring.set_link(network, number, state == "up")
 
 
 @click.command()

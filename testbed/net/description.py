@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from testbed.errors import TestbedError
-from testbed.net import namespaces, state
+from testbed.net import namespaces, processes, state
 from testbed.net.state import State
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def describe(network: State) -> dict[str, Any]:
         for number, link in enumerate(topology.links)
     ]
     return {
+        "problems": problems(network),
         "id": network.id,
         "topology": topology.name,
         "emulator": network.emulator,
@@ -56,6 +57,16 @@ def describe(network: State) -> dict[str, Any]:
         "nodes": nodes,
         "links": links,
     }
+
+
+def problems(network: State) -> list[str]:
+    """What of a network that should stand is not there any more, a line each."""
+    if network.boot != namespaces.boot_id():
+        return ["the machine was booted since: nothing of it is left"]
+    gone = [name for name in network.namespaces if not namespaces.path(name).exists()]
+    dead = [one for one in network.processes if not processes.is_running(one.pid, one.started)]
+    said = [f"namespace {name} is gone" for name in gone]
+    return said + [f"process {one.pid} ({one.what}) has ended" for one in dead]
 
 
 def _live_counters(network: State, number: int) -> dict[str, dict[str, Any]] | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from testbed.errors import NetworkError, UsageError
@@ -33,7 +34,7 @@ def execute(network: State, node: str, argv: Sequence[str]) -> int:
             f"network {network.id}: namespace {namespace} is gone; remove the rest with `testbed down`"
         )
     with as_root():
-        hosts = str(network.write_hosts(node))
+        names = network.write_names(node)
     sys.stdout.flush()
     sys.stderr.flush()
     # Blocked, not handled: they stay pending until they are waited for, so none slips through while the child
@@ -44,7 +45,7 @@ def execute(network: State, node: str, argv: Sequence[str]) -> int:
         child = os.fork()
         if child == 0:
             resume_root()
-            _become(namespace, hosts, argv, writing, mask)
+            _become(namespace, names, argv, writing, mask)
         os.close(writing)
         with os.fdopen(reading, "rb") as pipe:
             trouble = pipe.read().decode(errors="replace")
@@ -57,12 +58,17 @@ def execute(network: State, node: str, argv: Sequence[str]) -> int:
 
 
 def _become(
-    namespace: str, hosts: str, argv: Sequence[str], trouble: int, mask: set[signal.Signals | int]
+    namespace: str,
+    names: Mapping[Path, Path],
+    argv: Sequence[str],
+    trouble: int,
+    mask: set[signal.Signals | int],
 ) -> NoReturn:
     """The rest of the child's life. The pipe `trouble` closes by itself when the command starts."""
     try:
         namespaces.enter(namespace)
-        namespaces.private_view(hosts)
+        namespaces.private_view(names)
+        namespaces.end_with_parent(signal.SIGHUP)
         for number in (
             signal.SIGPIPE,
             signal.SIGXFSZ,
@@ -92,7 +98,7 @@ def await_child(child: int) -> int:
             code = os.waitstatus_to_exitcode(status)
             return code if code >= 0 else 128 - code
         arrived = signal.sigwaitinfo(_PASSED_ON | {signal.SIGCHLD})
-        # What the terminal sends (si_code > 0, from the kernel) the command has had itself, being in the same
-        # group.
-        if arrived.si_signo != signal.SIGCHLD and arrived.si_code <= 0:
+        # What is typed at the terminal (si_code > 0, from the kernel) the command has had itself, being in the same group; but
+        # that the terminal is gone is told to the session's leader alone, which this process may be.
+        if arrived.si_signo == signal.SIGHUP or (arrived.si_signo != signal.SIGCHLD and arrived.si_code <= 0):
             os.kill(child, arrived.si_signo)

@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,16 @@ _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctype
 _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 
 
-def require_root(what: str = "this") -> None:
-    """Raises UsageError unless this process may administer networks and namespaces; touches nothing."""
+def may_administer() -> bool:
+    """Whether this process may administer networks and namespaces."""
     status = Path("/proc/self/status").read_text()
     effective = int(next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:")), 16)
-    if not (effective >> _CAP_NET_ADMIN & 1 and effective >> _CAP_SYS_ADMIN & 1):
+    return bool(effective >> _CAP_NET_ADMIN & 1 and effective >> _CAP_SYS_ADMIN & 1)
+
+
+def require_root(what: str = "this") -> None:
+    """Raises UsageError unless this process `may_administer`; touches nothing."""
+    if not may_administer():
         raise UsageError(f"{what} needs root: run it as sudo testbed …")
 
 
@@ -140,10 +145,15 @@ def enter(name: str) -> None:
         os.close(there)
 
 
-def private_view(hosts: str | None) -> None:
+def end_with_parent(number: int) -> None:
+    """This process gets that signal when its parent ends, even if that is killed (PR_SET_PDEATHSIG). For a fresh child."""
+    _check(_libc.prctl(1, number, 0, 0, 0), "prctl")
+
+
+def private_view(files: Mapping[Path, Path]) -> None:
     """Gives this process its own view of the file system in which /sys shows its namespace's interfaces.
 
-    `hosts` is a file to see in place of /etc/hosts. For a freshly forked child that has just called `enter`.
+    `files`: files that there are -> what to see in their place. For a freshly forked child that has just called `enter`.
     The host never sees these mounts; what the host unmounts disappears here too (a slave view, as `ip netns
     exec` makes it), so a command that runs on does not keep a removed namespace's name mounted.
     """
@@ -162,8 +172,9 @@ def private_view(hosts: str | None) -> None:
             _mount(f"/proc/self/fd/{cgroups}", "/sys/fs/cgroup", None, _MS_BIND | _MS_REC)
     if cgroups is not None:
         os.close(cgroups)
-    if hosts is not None and Path("/etc/hosts").exists():
-        _mount(hosts, "/etc/hosts", None, _MS_BIND)
+    for seen, shown in files.items():
+        if seen.exists():
+            _mount(str(shown), str(seen), None, _MS_BIND)
 
 
 def prepare_directory(marker: Path) -> None:

@@ -50,14 +50,16 @@ def between(spans: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int
     return found
 
 
-def aggregate(wanted: Sequence[Run]) -> list[tuple[int, int, int]]:
+def aggregate(wanted: Sequence[Run], count: int = 1 << BITS) -> list[tuple[int, int, int]]:
     """The fewest (number, bits, way) such that every number's longest matching prefix leads its way.
 
-    `wanted`: in order, without overlaps, numbers below 2¹⁶; what is in no run may go anywhere. This is Draves et al.,
+    `wanted`: in order, without overlaps; what is in no run may go anywhere, but for numbers from the first power of two on that
+    holds *count*, for which there is no prefix. This is Draves et al.,
     "Constructing Optimal IP Routing Tables" (INFOCOM 1999), with the smallest way where several do.
     """
     found: list[tuple[int, int, int]] = []
-    waiting: list[tuple[_Node | None, int, int, int | None]] = [(_tree(wanted, 0, 0), 0, 0, None)]
+    first = BITS - max(0, count - 1).bit_length()
+    waiting: list[tuple[_Node | None, int, int, int | None]] = [(_tree(wanted, 0, first), 0, first, None)]
     while waiting:
         node, number, bits, inherited = waiting.pop()
         if node is None:

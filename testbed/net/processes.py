@@ -28,6 +28,15 @@ def start_time(pid: int) -> int | None:
     return None if after_name[0] in "ZX" else int(after_name[19])
 
 
+def command(pid: int) -> str:
+    """What was typed to start the process, as far as that is known."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return "gone"
+    return " ".join(filter(None, words))[:200] or "unknown"
+
+
 def is_running(pid: int, started: int) -> bool:
     """Whether exactly that process is still there."""
     return pid > 0 and start_time(pid) == started

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 
-from testbed.errors import UsageError
+from testbed.errors import TestbedError, UsageError
 from testbed.net import namespaces, processes
+from testbed.net.emulators.rtnetlink import Netlink
 from testbed.net.state import (
     Process,
     State,
@@ -17,7 +19,11 @@ from testbed.net.state import (
     list_states,
     locked,
     netns_marker,
+    place,
 )
+
+_NAME = re.compile(r"tb-([0-9a-f]{4})-[a-z0-9-]+")
+_MARK = re.compile(r"testbed ([0-9a-f]+) ([0-9a-f]{4}) (\d{1,10}) (\d{1,20})")  # `State.mark`
 
 
 def remove(state: State) -> list[str]:
@@ -42,12 +48,48 @@ def remove(state: State) -> list[str]:
     return removed
 
 
+def orphans() -> dict[str, list[str]]:
+    """Networks of the testbed whose state was deleted: id -> their namespaces, each of which has the testbed's mark. Not those
+    whose maker still runs, which may write it anew. To be called with the right to enter them."""
+    known = {state.id for state in list_states()}
+    found: dict[str, list[str]] = {}
+    for name in namespaces.names():
+        match = _NAME.fullmatch(name)
+        if match and match[1] not in known and _left_behind(name, match[1]):
+            found.setdefault(match[1], []).append(name)
+    return found
+
+
+def _left_behind(name: str, network: str) -> bool:
+    try:
+        with Netlink(name) as netlink:
+            mark = _MARK.fullmatch(netlink.interface("lo").alias)
+    except (TestbedError, OSError):  # no namespace, or none that can be entered
+        return False
+    ours = mark is not None and mark[1] == place() and mark[2] == network
+    return ours and not processes.is_running(int(mark[3]), int(mark[4]))  # type: ignore[index]
+
+
+def _remove_orphan(network: str, names: list[str]) -> list[str]:
+    rest = directory() / network
+    found = {*processes.running_inside(names), *processes.writing_below(rest)}
+    removed = [
+        f"process {pid} (working for network {network})" for pid, at in found if processes.end(pid, at)
+    ]
+    removed += [f"namespace {name}" for name in names if namespaces.delete(name)]
+    if rest.is_dir():
+        shutil.rmtree(rest, ignore_errors=True)
+        removed.append(f"directory {rest}")
+    return removed
+
+
 def clean() -> list[str]:
-    """Removes what dead runs left and returns what that was, a line each. Networks that are alive or up stay.
+    """Removes what dead runs left and returns what that was, a line each, also where their state was deleted (`orphans`).
+    Networks that are alive or up stay.
 
     Raises UsageError without root, where there is something to remove.
     """
-    if not directory().is_dir():
+    if not directory().is_dir() and not any(map(_NAME.fullmatch, namespaces.names())):
         return []
     if any(not is_alive(state) for state in list_states()):
         namespaces.require_root("removing what dead runs left")
@@ -58,6 +100,9 @@ def clean() -> list[str]:
         for state in list_states():
             if not is_alive(state):
                 removed += remove(state)
+        if namespaces.may_administer():
+            for network, names in orphans().items():
+                removed += _remove_orphan(network, names)
         for rest in directory().glob(".*.tmp"):  # a write that was cut short; whoever writes holds the lock
             rest.unlink()
             removed.append(f"file {rest}")

@@ -133,9 +133,14 @@ class Batch:
             body += attribute(_GSO_MAX_SEGMENTS, struct.pack("=I", peer.segments))
         self.add(_NEWLINK, _CREATE | _EXCLUSIVE, body, what)
 
-    def up(self, index: int, what: str) -> None:
-        """An interface, up."""
-        self.add(_NEWLINK, 0, _LINK.pack(0, 0, index, _UP, _UP), what)
+    def up(self, index: int, what: str, alias: str = "") -> None:
+        """An interface, up; *alias*: a note about it (IFLA_IFALIAS)."""
+        body = _LINK.pack(0, 0, index, _UP, _UP) + (text(20, alias) if alias else b"")
+        self.add(_NEWLINK, 0, body, what)
+
+    def down(self, index: int, what: str) -> None:
+        """An interface, down: the kernel forgets its routes and neighbours, and IPv6's addresses."""
+        self.add(_NEWLINK, 0, _LINK.pack(0, 0, index, 0, _UP), what)
 
     def ready(self, index: int, what: str) -> None:
         """An interface that is up, and whose other end is: it may send from now on.
@@ -156,14 +161,15 @@ class Batch:
         body = _LINK.pack(0, 0, index, 0, 0) + attribute(4, struct.pack("=I", size))
         self.add(_NEWLINK, 0, body, what)
 
-    def address(self, index: int, address: str, bits: int, what: str) -> None:
-        """An address, with the route to its network. IPv6: used at once, without asking whether somebody else has it."""
+    def address(self, index: int, address: str, bits: int, what: str, again: bool = False) -> None:
+        """An address, with the route to its network; refused where it is there, unless *again*. IPv6: used at once, nobody
+        is asked whether it is taken."""
         given = ip_address(address)
         value = given.packed
         body = _ADDRESS.pack(_FAMILY[given.version], bits, _NODAD if given.version == 6 else 0, 0, index)
         self.add(
             _NEWADDR,
-            _CREATE | _EXCLUSIVE,
+            _CREATE | (_REPLACE if again else _EXCLUSIVE),
             body + attribute(2, value) + attribute(1, value),
             f"{what}: address {address}",
         )

@@ -111,15 +111,17 @@ def first_hops(
 
 
 def routes(node: str, topology: Topology) -> tuple[Route, ...]:
-    """The node's routes to all links it is not on itself; one for everything where it has a single link."""
+    """The node's routes to all links it is not on itself; one for all of them where it has a single link. None covers addresses
+    beyond the links', such as those of the host's name servers."""
     own = topology.interfaces(node)
     versions = (4, 6) if topology.ipv6 else (4,)
     if len(own) == 1:
         if len(topology.links) == 1:
             return ()
-        return tuple(_route(own[0], 0, 0, version) for version in versions)
+        bits = prefixes.BITS - (len(topology.links) - 1).bit_length()
+        return tuple(_route(own[0], 0, bits, version) for version in versions)
     runs = topology.tree.runs(node) if topology.tree is not None else _runs(node, topology)
-    covered = prefixes.aggregate(runs)
+    covered = prefixes.aggregate(runs, len(topology.links))
     return tuple(
         _route(own[place], number, bits, version) for version in versions for number, bits, place in covered
     )

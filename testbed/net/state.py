@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import re
 import secrets
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -24,13 +27,14 @@ import msgspec
 
 from testbed.errors import NetworkError, UsageError
 from testbed.identity import as_root
-from testbed.net import namespaces, processes
+from testbed.net import namespaces, naming, processes
 from testbed.net.topology import Topology
 
 VERSION = 1
 _DEFAULT_DIRECTORY = "/run/testbed"
 _ID = re.compile(r"[0-9a-f]{4}")
 _MAX_BYTES = 16_000_000
+_SILENT_S = 2.0  # a network of a thousand nodes takes longer, most others do not
 
 
 @dataclass(frozen=True)
@@ -77,24 +81,39 @@ class State:
         return namespace_name(self.id, "wire")
 
     @property
+    def mark(self) -> str:
+        """What is noted in each of its namespaces, should this state be lost: that it is the testbed's, and whose."""
+        return f"testbed {place()} {self.id} {self.pid} {self.started}"
+
+    @property
     def directory(self) -> Path:
         """Files of this network: hosts files, and what outliving emulators keep."""
         return directory() / self.id
 
-    def write_hosts(self, node: str) -> Path:
-        """A file with the /etc/hosts of a node, made where it is not there yet: a thousand of them, each with a thousand lines,
-        would take longer than the rest of the network. Raises SpecError, NetworkError."""
-        text = self.topology.hosts(node)
-        path = self.directory / "hosts" / node
-        try:
-            if not path.is_file():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                fresh = path.with_name(f".{node}.{os.getpid()}.tmp")
-                fresh.write_text(text)
-                fresh.rename(path)
-        except OSError as error:
-            raise NetworkError(f"{path}: {error.strerror}") from None
-        return path
+    def write_names(self, node: str) -> dict[Path, Path]:
+        """What a node sees in the place of files in /etc, so that it knows the others by name, and the host by its own.
+
+        Made where it is not there yet: a thousand of them, each with a thousand lines, would take longer than the rest of the
+        network. Raises SpecError, NetworkError.
+        """
+        names = [one.name for one in self.topology.nodes]
+        wanted = {
+            naming.HOSTS: (
+                self.directory / "hosts" / node,
+                self.topology.hosts(node) + naming.own_names(names),
+            ),
+            naming.SWITCH: (self.directory / "nsswitch.conf", naming.switch()),
+        }
+        for path, text in wanted.values():
+            try:
+                if not path.is_file():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+                    fresh.write_text(text)
+                    fresh.rename(path)
+            except OSError as error:
+                raise NetworkError(f"{path}: {error.strerror}") from None
+        return {seen: path for seen, (path, _) in wanted.items()}
 
     @property
     def keep(self) -> Path:
@@ -110,6 +129,11 @@ def namespace_name(run_id: str, node: str) -> str:
 def directory() -> Path:
     """Where the state files are: TESTBED_STATE, or /run/testbed."""
     return Path(os.environ.get("TESTBED_STATE") or _DEFAULT_DIRECTORY)
+
+
+def place() -> str:
+    """A short text that is another for each directory of states."""
+    return hashlib.blake2b(os.fsencode(directory().absolute()), digest_size=6).hexdigest()
 
 
 def netns_marker() -> Path:
@@ -128,14 +152,49 @@ def locked() -> Iterator[None]:
 def _lock() -> Iterator[None]:
     try:
         directory().mkdir(mode=0o755, parents=True, exist_ok=True)
-        lock = os.open(directory() / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        _require_ours(directory(), directory().stat(), 0o022)
+        # Whoever can open it can lock it: nobody else may.
+        lock = os.open(directory() / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise NetworkError(f"{directory()}: cannot keep state there: {error.strerror}") from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _require_ours(directory() / ".lock", os.fstat(lock), 0o000)
+        os.fchmod(lock, 0o600)
+        _await_lock(lock)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
         yield
     finally:
         os.close(lock)
+
+
+def _require_ours(path: Path, status: os.stat_result, forbidden: int) -> None:
+    if status.st_uid not in (0, os.geteuid()) or status.st_mode & forbidden:
+        raise NetworkError(
+            f"{path}: others may write there, and the testbed's state is nobody else's; remove it, or name another "
+            "directory by TESTBED_STATE"
+        )
+
+
+def _await_lock(lock: int) -> None:
+    """Locks it. After a moment, says on standard error who is waited for."""
+    until = time.monotonic() + _SILENT_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > until:
+                break
+        time.sleep(0.02)
+    holder = os.pread(lock, 20, 0).decode(errors="replace").strip()
+    who = (
+        f"process {holder} ({processes.command(int(holder))})"
+        if holder.isdigit()
+        else "another testbed process"
+    )
+    print(f"testbed: waiting for {who}, which makes or removes a network", file=sys.stderr, flush=True)
+    fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def file_of(run_id: str) -> Path:

@@ -142,6 +142,12 @@ class Topology:
         """The node's routes to all links it is not on itself; one for everything where it has a single link."""
         return routing.routes(self.require_node(node), self)
 
+    def links_named(self, name: str) -> list[int]:
+        """The numbers of the links that a link's name, or that of a node on them, stands for. Raises SpecError."""
+        if name in [node.name for node in self.nodes]:
+            return [end.link for end in self.interfaces(name)]
+        return [self.link_number(name)]
+
     def hosts(self, node: str) -> str:
         """The text of /etc/hosts as `node` should see it: every node by the addresses at which its packets
         arrive there."""
@@ -237,8 +243,8 @@ def _find(name_or_path: str | Path) -> Path:
     shipped = {path.stem: path for path in shipped_topologies()}
     if path.parent == Path() and not path.suffix and path.name in shipped:
         return shipped[path.name]
-    if path.is_dir():
-        raise SpecError(f"{path}: a directory, not a topology file")
+    if path.exists():
+        raise SpecError(f"{path}: a directory or a pipe, not a topology file")
     raise SpecError(f"no topology {str(path)!r}{did_you_mean(path.name, list(shipped)) if shipped else ''}")
 
 

@@ -44,7 +44,7 @@ def build(state: State, segments: Mapping[int, Mapping[str, int]] | None = None)
             nonlocal wire
             if name == state.wire:
                 _set_sysctls(_quiet())
-                wire = closing.enter_context(_Wire(state.id, segments))
+                wire = closing.enter_context(_Wire(state, segments))
             else:
                 assert wire is not None  # it is furnished first
                 _set_sysctls(_node_sysctls(state.topology, nodes[name]) | buffers)
@@ -56,12 +56,13 @@ def build(state: State, segments: Mapping[int, Mapping[str, int]] | None = None)
 class _Wire:
     """The wire's namespace, from inside any other: sockets stay in the one in which they were opened. Open it inside the wire."""
 
-    def __init__(self, network: str, segments: Mapping[int, Mapping[str, int]]) -> None:
+    def __init__(self, state: State, segments: Mapping[int, Mapping[str, int]]) -> None:
         self._segments = segments
         self._closing = contextlib.ExitStack()
         self.namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._closing.callback(os.close, self.namespace)
-        self._batch = self._closing.enter_context(Batch(f"network {network}: links"))
+        self._batch = self._closing.enter_context(Batch(f"network {state.id}: links"))
+        self._batch.up(_LOOPBACK, "lo", state.mark)
         self._ethtool = self._closing.enter_context(Ethtool())
 
     def __enter__(self) -> _Wire:
@@ -230,7 +231,7 @@ def _configure_node(state: State, node: str, wire: _Wire, segments: Mapping[int,
     """Makes the node's links, with their ends in the wire, and its addresses, neighbours and routes. Call it inside the node."""
     topology = state.topology
     with Batch(f"network {state.id}: node {node}") as batch:
-        batch.up(_LOOPBACK, "lo")
+        batch.up(_LOOPBACK, "lo", state.mark)
         ends = topology.interfaces(node)
         indices = {end.name: _FIRST_INDEX + place for place, end in enumerate(ends)}
         for end in ends:
@@ -240,11 +241,7 @@ def _configure_node(state: State, node: str, wire: _Wire, segments: Mapping[int,
         for end in ends:
             batch.ready(indices[end.name], end.name)
             _address_end(batch, topology, end, indices[end.name])
-        for route in topology.routes(node):
-            congestion = topology.links[route.link].congestion
-            batch.route(
-                indices[route.interface], route.destination, node, via=route.via, congestion=congestion
-            )
+        _add_routes(batch, topology, node, indices)
         batch.send()
     if topology.ipv6 and topology.forwards(node):
         # Not before the interfaces are without multicast: a router joins ff02::2 on each that has it, and reports so on the link.
@@ -255,6 +252,44 @@ def _configure_node(state: State, node: str, wire: _Wire, segments: Mapping[int,
                 ethtool.allow_tcp_segmentation_alone(end.name)
             else:
                 ethtool.disable_segmentation(end.name)
+
+
+def _add_routes(batch: Batch, topology: Topology, node: str, indices: Mapping[str, int]) -> None:
+    """The node's routes that leave by these interfaces, name -> index."""
+    for route in topology.routes(node):
+        if route.interface in indices:
+            congestion = topology.links[route.link].congestion
+            batch.route(
+                indices[route.interface], route.destination, node, via=route.via, congestion=congestion
+            )
+
+
+def set_link(state: State, number: int, up: bool) -> None:
+    """Takes both nodes' interfaces of a link down, or brings them up with all that the kernel forgot, whoever took them down:
+    addresses, neighbours and routes. Raises NetworkError."""
+    topology = state.topology
+    for node in (topology.links[number].a, topology.links[number].b):
+        ends = [end for end in topology.interfaces(node) if end.link == number]
+        with namespaces.inside(state.namespace(node)), Batch(f"network {state.id}: node {node}") as batch:
+            indices = {end.name: socket.if_nametoindex(end.name) for end in ends}
+            for end in ends:
+                if up:
+                    batch.up(indices[end.name], end.name)
+                else:
+                    batch.down(indices[end.name], end.name)
+            batch.send()
+    if not up:
+        return
+    # Not before both ends are up: what leaves by an interface without a carrier has no route.
+    for node in (topology.links[number].a, topology.links[number].b):
+        ends = [end for end in topology.interfaces(node) if end.link == number]
+        with namespaces.inside(state.namespace(node)), Batch(f"network {state.id}: node {node}") as batch:
+            indices = {end.name: socket.if_nametoindex(end.name) for end in ends}
+            for end in ends:
+                batch.ready(indices[end.name], end.name)
+                _address_end(batch, topology, end, indices[end.name], again=True)
+            _add_routes(batch, topology, node, indices)
+            batch.send()
 
 
 def _allowed(segments: Mapping[int, Mapping[str, int]], end: Interface) -> int:
@@ -268,7 +303,7 @@ def _add_end(batch: Batch, end: Interface, index: int, wire: int, segments: int)
     batch.veth(end.name, index, _mac(end.link, 0x0A + second), MTU, peer, end.name)
 
 
-def _address_end(batch: Batch, topology: Topology, end: Interface, index: int) -> None:
+def _address_end(batch: Batch, topology: Topology, end: Interface, index: int, again: bool = False) -> None:
     second = end.end == "b"
     congestion = topology.links[end.link].congestion
     for address, other, network, bits in (
@@ -277,7 +312,7 @@ def _address_end(batch: Batch, topology: Topology, end: Interface, index: int) -
     ):
         if not address:
             continue
-        batch.address(index, address, bits, end.name)
+        batch.address(index, address, bits, end.name, again)
         # Known for good, so that no packet that asks for it queues, is lost or counted on the emulated link.
         batch.neighbour(index, other, _mac(end.link, 0x0A + (not second)), end.name)
         if congestion:  # the route that came with the address, again

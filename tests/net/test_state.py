@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed.errors import UsageError
+from testbed.errors import NetworkError, UsageError
 from testbed.net import namespaces, processes, removal, state
 from testbed.net.topology import load_topology
 
@@ -323,3 +323,37 @@ def test_a_kill_at_any_moment_leaves_nothing_that_clean_does_not_remove(how: str
             assert "tb-beef-" not in Path("/proc/self/mountinfo").read_text()
             assert {path.name for path in directory.iterdir()} <= {".lock", "netns-directory"}
     assert dead_runs > 0
+
+
+def test_nobody_else_can_open_the_lock_and_no_link_in_its_place_is_followed(directory: Path) -> None:
+    with state.locked():
+        assert (directory / ".lock").stat().st_mode & 0o777 == 0o600
+    (directory / ".lock").chmod(0o666)  # as it once was
+    with state.locked():
+        assert (directory / ".lock").stat().st_mode & 0o777 == 0o600
+    (directory / ".lock").unlink()
+    (directory / ".lock").symlink_to(directory / "victim")
+    with pytest.raises(NetworkError, match=str(directory)), state.locked():
+        pass
+    assert not (directory / "victim").exists()
+    (directory / ".lock").unlink()
+    directory.chmod(0o777)
+    with pytest.raises(NetworkError, match="others may write there"), state.locked():
+        pass
+
+
+def test_who_holds_the_lock_is_named_when_it_takes_long(
+    directory: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program = "import time; from testbed.net import state\nwith state.locked():\n print('held', flush=True); time.sleep(3)"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with state.locked():
+            pass
+    said = capfd.readouterr().err
+    assert f"waiting for process {holder.pid} (" in said and "state.locked()" in said
+    with state.locked():
+        pass
+    assert capfd.readouterr().err == ""

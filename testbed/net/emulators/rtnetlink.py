@@ -80,6 +80,7 @@ class Interface:
     index: int
     mtu: int
     tx_dropped: int
+    alias: str = ""  # what somebody noted about it (ip-link(8))
 
 
 class Netlink:
@@ -114,7 +115,8 @@ class Netlink:
         dropped = (
             struct.unpack_from("=Q", found[23], 7 * 8)[0] if 23 in found else 0
         )  # IFLA_STATS64: rtnl_link_stats64
-        return Interface(_LINK.unpack_from(reply)[2], struct.unpack("=I", found[4])[0], dropped)
+        alias = found.get(20, b"").rstrip(b"\0").decode(errors="replace")  # IFLA_IFALIAS
+        return Interface(_LINK.unpack_from(reply)[2], struct.unpack("=I", found[4])[0], dropped, alias)
 
     def traffic(
         self,
