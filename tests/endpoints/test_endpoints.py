@@ -307,6 +307,21 @@ def test_an_endpoint_that_dies_is_named_with_its_fate(tmp_path: Path) -> None:
     endpoint.stop()
 
 
+def test_threads_of_both_endpoints_sleep_where_they_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "infinity")
+    for role in ("edge", "cloud"):
+        endpoint = Endpoint.start(role, None, tmp_path / "log")
+        with pytest.raises(EndpointError, match="nonsense"):
+            endpoint.call("nonsense", 60)
+        told = Path(f"/proc/{endpoint.process.pid}/environ").read_text().split("\0")
+        endpoint.stop()
+        assert "OMP_WAIT_POLICY=PASSIVE" in told
+        assert not any(entry.startswith("GOMP_SPINCOUNT") for entry in told)
+
+
 def test_an_endpoint_leaves_when_the_orchestrator_is_killed(tmp_path: Path) -> None:
     code = (
         "import os, pathlib, signal, sys\n"
