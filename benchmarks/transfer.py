@@ -17,6 +17,7 @@ import time
 from typing import Any
 
 from testbed.endpoints import wire
+from testbed.endpoints.deadline import Deadline
 from testbed.endpoints.transport.tcp import Connection, listen
 from testbed.net.fabric import Fabric
 from testbed.net.namespaces import inside
@@ -34,7 +35,7 @@ def ours(fabric: Fabric, payload: bytes, congestion: str | None) -> float:
     def serve() -> None:
         sock, _ = listener.accept()
         connection = Connection(sock)
-        received = connection.receive(len(payload), 60.0)
+        received = connection.receive(len(payload), Deadline(60.0))
         if received is not None:
             arrived.append(received.at)
         connection.close()

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from testbed.endpoints import wire
+from testbed.endpoints.admission import Admission
+from testbed.endpoints.deadline import Deadline
 from testbed.endpoints.inference import InferenceSide, Prefix, digest, main
 from testbed.endpoints.transport.tcp import Connection, Received, listen
 from testbed.errors import EndpointError, NotFiniteError, PayloadError, TestbedError, WireError
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from testbed.models.kvcache import KVCache
 
 _MAX_CONNECTIONS = 64
+#: A connection that has carried a request is kept so long for the next: an edge has one a link, and goes through all links.
 _IDLE_S = 3600.0
 
 
@@ -41,12 +44,13 @@ class Cloud(InferenceSide):
     def __init__(self) -> None:
         super().__init__()
         self.max_payload = 0
+        self._request_s = 0.0
         self._computing = threading.Lock()
         self._memory: dict[tuple[str | int | tuple[str, ...], ...], Outcome] = {}
         self._by_request: dict[int, Outcome] = {}
         self._latest: Outcome | None = None
         self._full: Tensor | None = None
-        self._slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        self._admission = Admission(_MAX_CONNECTIONS)
 
     def handlers(self) -> dict[str, Callable[..., Any]]:
         """The orchestrator's calls."""
@@ -59,12 +63,13 @@ class Cloud(InferenceSide):
             "forget": self.forget,
         }
 
-    def serve(self, max_payload: int, congestion: str | None) -> int:
+    def serve(self, max_payload: int, congestion: str | None, request_s: float = 120.0) -> int:
         """Open a listening socket and answer requests on it from now on; returns its port.
 
-        `max_payload` bounds what a request may make this process allocate, in bytes.
+        `max_payload` bounds what a request may make this process allocate, in bytes, and `request_s` what its bytes may take to
+        come, in seconds.
         """
-        self.max_payload = max_payload
+        self.max_payload, self._request_s = max_payload, request_s
         listener = listen(congestion=congestion)
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
         port: int = listener.getsockname()[1]
@@ -114,16 +119,28 @@ class Cloud(InferenceSide):
     def _accept(self, listener: socket.socket) -> None:
         while True:
             sock, _ = listener.accept()
-            if not self._slots.acquire(blocking=False):
-                sock.close()
-                continue
-            threading.Thread(target=self._converse, args=(Connection(sock),), daemon=True).start()
+            threading.Thread(target=self._welcome, args=(Connection(sock),), daemon=True).start()
+
+    def _welcome(self, connection: Connection) -> None:
+        if not self._admission.admit(connection):
+            self._complain(
+                connection, 0, f"{self._admission.limit} requests are under way: no more are taken"
+            )
+            connection.finish()
+            return
+        try:
+            self._converse(connection)
+        finally:
+            connection.finish()
+            self._admission.leave(connection)
 
     def _converse(self, connection: Connection) -> None:
         """Answer requests until the peer closes. A malformed frame ends the conversation: nothing after it can be trusted."""
         try:
+            patience = self._request_s  # of a peer that has not asked for anything yet
             while True:
-                received = connection.receive(self.max_payload, _IDLE_S)
+                received = connection.receive(self.max_payload, Deadline(patience), self._request_s)
+                patience = _IDLE_S
                 if received is None:
                     break
                 if not isinstance(received.header, wire.Request):
@@ -134,9 +151,6 @@ class Cloud(InferenceSide):
         except Exception as error:
             self._complain(connection, 0, f"{type(error).__name__}: {error}")
             raise
-        finally:
-            connection.finish()
-            self._slots.release()
 
     @staticmethod
     def _complain(connection: Connection, id: int, message: str) -> None:

@@ -1,24 +1,56 @@
 """The orchestrator's word to its endpoints: calls and results over a socket pair that never touches the emulated link.
 
-A message is a four-byte length and a MessagePack map. A call is ``{"call": name, "arguments": {…}}``; the answer is
-``{"result": …}`` or
-``{"error": message, "usage": bool}``. One call at a time.
+A message is a four-byte length and a MessagePack map: a `Call` one way, a `Result` with its number the other. One call at a
+time; what comes of a call that was given up is passed over.
 """
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
+from msgspec import Meta
 
+from testbed.endpoints.deadline import Deadline
 from testbed.errors import EndpointError, TestbedError, UsageError
 
 _LENGTH = struct.Struct("!I")
 _MAX_MESSAGE = 256 * 1024 * 1024
+#: How often, while an answer is waited for, whoever is to give it is looked after.
+_LOOK_S = 0.25
+
+T = TypeVar("T")
+Number = Annotated[int, Meta(ge=0)]
+
+
+class Call(msgspec.Struct, forbid_unknown_fields=True):
+    """What the other end is to do."""
+
+    number: Number
+    call: Annotated[str, Meta(max_length=64)]
+    arguments: dict[str, Any]
+
+
+class Result(msgspec.Struct, forbid_unknown_fields=True):
+    """What came of it, or why nothing did; `usage`: the user's mistake."""
+
+    number: Number
+    result: Any = None
+    error: str | None = None
+    usage: bool = False
+
+
+def _nobody() -> None:
+    """Looks after nothing."""
+
+
+class Refused(EndpointError):
+    """The other end lives, and answered that it could not."""
 
 
 class Channel:
@@ -26,35 +58,47 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
+        self._number = 0
 
-    def send(self, message: Any) -> None:
-        """Raises EndpointError where the other end is gone."""
+    def send(
+        self, message: Call | Result, deadline: Deadline | None = None, look: Callable[[], None] = _nobody
+    ) -> None:
+        """Raises EndpointError where the other end is gone, or has not taken the message by the deadline."""
         body = msgspec.msgpack.encode(message)
-        try:
-            self.socket.sendall(_LENGTH.pack(len(body)) + body)
-        except OSError as error:
-            raise EndpointError(f"the other process is gone ({error.strerror})") from error
+        if len(body) > _MAX_MESSAGE:
+            raise EndpointError(f"a message of {len(body)} bytes; at most {_MAX_MESSAGE} are accepted")
+        data = memoryview(_LENGTH.pack(len(body)) + body)
+        deadline = deadline or Deadline(None)
+        while data:
+            self._await(select.POLLOUT, deadline, look)
+            try:
+                data = data[self.socket.send(data[: 1 << 20], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise EndpointError(f"the other process is gone ({error.strerror})") from error
 
-    def receive(self, timeout: float | None = None) -> Any:
-        """The next message. Raises EndpointError at the end of the stream, or when `timeout` seconds pass."""
-        self.socket.settimeout(timeout)
-        (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
+    def receive(self, kind: type[T], deadline: Deadline, look: Callable[[], None] = _nobody) -> T:
+        """The next message, whole by the deadline. Raises EndpointError where it is not, or is none of its `kind`.
+
+        look: called all the while; what it raises ends the waiting.
+        """
+        (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size, deadline, look))
         if length > _MAX_MESSAGE:
             raise EndpointError(
                 f"a message of {length} bytes on the control channel; at most {_MAX_MESSAGE} are accepted"
             )
         try:
-            return msgspec.msgpack.decode(self._exactly(length))
-        except msgspec.MsgspecError as error:
+            return msgspec.msgpack.decode(self._exactly(length, deadline, look), type=kind)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise EndpointError(f"malformed message on the control channel: {error}") from error
 
-    def _exactly(self, count: int) -> bytes:
+    def _exactly(self, count: int, deadline: Deadline, look: Callable[[], None]) -> bytes:
         data = bytearray()
         while len(data) < count:
+            self._await(select.POLLIN, deadline, look)
             try:
                 piece = self.socket.recv(min(count - len(data), 1 << 20))
-            except TimeoutError as error:
-                raise EndpointError(f"no answer within {self.socket.gettimeout():.0f} s") from error
             except OSError as error:
                 raise EndpointError(f"the control channel broke: {error.strerror}") from error
             if not piece:
@@ -62,31 +106,54 @@ class Channel:
             data += piece
         return bytes(data)
 
-    def call(self, name: str, timeout: float | None = None, **arguments: Any) -> Any:
+    def _await(self, event: int, deadline: Deadline, look: Callable[[], None]) -> None:
+        poller = select.poll()
+        poller.register(self.socket, event)
+        while True:
+            try:
+                left = deadline.left()
+            except TimeoutError as error:
+                raise EndpointError(f"no answer within {deadline}") from error
+            # Who looks after nobody, an endpoint between calls, need not wake up.
+            every = None if look is _nobody else _LOOK_S
+            waits = [1000 * wait for wait in (left, every) if wait is not None]
+            if poller.poll(min(waits, default=None)):
+                return
+            look()
+
+    def call(
+        self, name: str, timeout: float | None, look: Callable[[], None] = _nobody, **arguments: Any
+    ) -> Any:
         """Call the other end and wait for its result. Raises EndpointError or UsageError with the other end's message."""
-        self.send({"call": name, "arguments": arguments})
-        answer = self.receive(timeout)
-        if "error" in answer:
-            raise (UsageError if answer.get("usage") else EndpointError)(answer["error"])
-        return answer["result"]
+        deadline = Deadline(timeout)
+        self._number += 1
+        self.send(Call(self._number, name, arguments), deadline, look)
+        while True:
+            answer = self.receive(Result, deadline, look)
+            if answer.number == self._number:
+                break
+            if answer.number > self._number:
+                raise EndpointError(f"an answer to call {answer.number} of {self._number}")
+        if answer.error is not None:
+            raise (UsageError if answer.usage else Refused)(answer.error)
+        return answer.result
 
     def serve(self, handlers: dict[str, Callable[..., Any]]) -> None:
         """Answer calls until the other end goes away. What a handler raises is the caller's to see; the process lives on."""
         while True:
             try:
-                message = self.receive()
+                message = self.receive(Call, Deadline(None))
             except EndpointError:
                 return
             try:
-                result = handlers[message["call"]](**message["arguments"])
-                answer = {"result": result}
+                answer = Result(message.number, handlers[message.call](**message.arguments))
             except TestbedError as error:
-                answer = {"error": str(error), "usage": isinstance(error, UsageError)}
+                answer = Result(message.number, error=str(error), usage=isinstance(error, UsageError))
             except (
                 Exception
             ) as error:  # a defect of ours: the trial fails with its name, the log has the rest
                 traceback.print_exc()
-                answer = {"error": f"{type(error).__name__}: {error}", "usage": False}
+                answer = Result(message.number, error=f"{type(error).__name__}: {error}")
             try:
                 self.send(answer)
             except EndpointError:

@@ -11,14 +11,20 @@ import os
 import signal
 import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from testbed import files, programs
-from testbed.endpoints.control import Channel
-from testbed.errors import EndpointError
+from testbed.endpoints.control import Channel, Refused
+from testbed.errors import EndpointError, UsageError
 from testbed.identity import User, invoking_user
-from testbed.net import rootless
+from testbed.net import processes, rootless
+
+#: What a call may take where nobody says otherwise: a long context on a slow machine.
+CALL_S = 1800.0
+#: A process that stands still for longer is given up.
+STOPPED_S = 1.0
 
 
 def command(module: str, namespace: str | None, user: User, control_fd: int) -> list[str]:
@@ -38,11 +44,17 @@ def command(module: str, namespace: str | None, user: User, control_fd: int) -> 
     return [*enter, *drop, "--", *argv]
 
 
+class Gone(EndpointError):
+    """An endpoint's process has ended, or stands still."""
+
+
 class Endpoint:
     """A running endpoint: its process and the channel to call it by."""
 
     def __init__(self, role: str, process: subprocess.Popen[bytes], channel: Channel, log: Path) -> None:
         self.role, self.process, self.channel, self.log = role, process, channel, log
+        self._watch = processes.Watch(process.pid)
+        self._lost = False
 
     @classmethod
     def start(cls, role: str, namespace: str | None, log: Path, user: User | None = None) -> Endpoint:
@@ -74,24 +86,59 @@ class Endpoint:
                 theirs.close()
         return cls(role, process, Channel(ours), log)
 
-    def call(self, name: str, timeout: float | None = None, **arguments: Any) -> Any:
-        """Call the endpoint. Raises EndpointError naming the role, and the last line of its log where it died."""
+    def call(
+        self, name: str, timeout: float = CALL_S, besides: Callable[[], None] = lambda: None, **arguments: Any
+    ) -> Any:
+        """Call the endpoint; its answer is there within `timeout` seconds. Raises EndpointError naming the role, and the last
+        line of its log where it died.
+
+        besides: looked at while the answer is awaited, as is the process; what it raises ends the call.
+        """
+
+        def look() -> None:
+            self.check()
+            besides()
+
+        self._lost = True  # until it has answered
         try:
-            return self.channel.call(name, timeout, **arguments)
+            result = self.channel.call(name, timeout, look, **arguments)
+        except (Refused, UsageError) as error:
+            self._lost = False
+            if isinstance(error, UsageError):
+                raise
+            raise EndpointError(f"{self.role}: {error}") from error
+        except Gone:
+            raise
         except EndpointError as error:
             # A broken channel and the end of the process reach us in either order.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(0.5)
             if self.process.poll() is None:
-                raise EndpointError(f"{self.role}: {error}") from error
-            raise EndpointError(
-                f"the {self.role} process ended ({self._fate()}): {self._last_words()}"
-            ) from error
+                raise EndpointError(
+                    f"the {self.role}, asked to `{name}`: {error} (its log: {self.log})"
+                ) from error
+            raise Gone(self._end()) from error
+        self._lost = False
+        return result
+
+    def check(self, within_s: float = 0.0) -> None:
+        """Raises Gone where the process has ended, or ends within so many seconds, or has stood still for one."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(within_s)
+        if self.process.poll() is not None:
+            raise Gone(self._end())
+        if (stopped_s := self._watch.stopped_s()) > STOPPED_S:
+            raise Gone(
+                f"the {self.role} process ({self.process.pid}) has been stopped for {stopped_s:.1f} s (SIGSTOP)"
+            )
 
     @property
     def alive(self) -> bool:
-        """Whether the process still runs."""
-        return self.process.poll() is None
+        """Whether the process still runs, and owes no answer."""
+        return self.process.poll() is None and not self._lost
+
+    def _end(self) -> str:
+        return f"the {self.role} process ended ({self._fate()}): {self._last_words()}"
 
     def _fate(self) -> str:
         code = self.process.poll()

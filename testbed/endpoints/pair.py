@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from testbed import files
-from testbed.endpoints.launch import Endpoint
+from testbed.endpoints.answers import Loaded, Made, Outcome, Port, Reference, Served, checked
+from testbed.endpoints.launch import CALL_S, Endpoint
+from testbed.errors import EndpointError
 from testbed.net.fabric import Fabric
 from testbed.results import RunDirectory
 from testbed.scenario import Plan
 from testbed.trial import Trial
 
-_LOAD_TIMEOUT_S = 900.0
+#: What calls may take: loading, or preparing, of large models; what computes for one example or trial, its request's timeout
+#: aside; what only hands something over. An endpoint that has died, or been stopped, is noticed at once.
+_LOAD_S = 900.0
 _SHORT_S = 60.0
+#: Between a connection's end, as a peer sees it, and that of the process whose it was.
+_ENDING_S = 0.2
 #: What one request may make the cloud allocate: the largest context's cache in 16 bits, twice, and room for headers.
 _PAYLOAD_SLACK = 1 << 20
 
@@ -42,10 +49,17 @@ def launch(
 
 
 class Pair:
-    """The edge and the cloud of one run. Every method raises EndpointError where an endpoint fails or has ended."""
+    """The edge and the cloud of one run. Every method raises EndpointError where an endpoint fails, has ended or gives an
+    answer that cannot be, and NetworkError where a process that the link needs has ended.
 
-    def __init__(self, plan: Plan, edge: Endpoint, cloud: Endpoint) -> None:
+    check: raises that NetworkError.
+    """
+
+    def __init__(
+        self, plan: Plan, edge: Endpoint, cloud: Endpoint, check: Callable[[], None] = lambda: None
+    ) -> None:
         self.plan, self.scenario, self.edge, self.cloud = plan, plan.scenario, edge, cloud
+        self._check_network = check
         self._link: dict[str, Any] = {}
         self._longest = 0
 
@@ -54,7 +68,7 @@ class Pair:
         """Start both processes on their nodes; `stack` ends them."""
         edge = launch("edge", fabric.namespace(plan.scenario.edge), directory, stack)
         cloud = launch("cloud", fabric.namespace(plan.scenario.cloud), directory, stack)
-        return cls(plan, edge, cloud)
+        return cls(plan, edge, cloud, fabric.check)
 
     @property
     def alive(self) -> bool:
@@ -68,9 +82,11 @@ class Pair:
         """
         loaded = {}
         for side, endpoint in (("edge", self.edge), ("cloud", self.cloud)):
-            loaded[side] = endpoint.call(
+            loaded[side] = self._call(
+                endpoint,
+                Loaded,
                 "load",
-                _LOAD_TIMEOUT_S,
+                _LOAD_S,
                 model=self.scenario.model,
                 device=getattr(self.scenario.device, side),
                 dtype=getattr(self.scenario.dtype, side),
@@ -84,9 +100,11 @@ class Pair:
         batches = []
         for task, context_tokens in self.plan.batches():
             settings = self.scenario.tasks[task]
-            made = self.edge.call(
+            made = self._call(
+                self.edge,
+                Made,
                 "prepare",
-                _LOAD_TIMEOUT_S,
+                _LOAD_S,
                 task=settings["task"],
                 parameters={k: v for k, v in settings.items() if k != "task"},
                 count=self.scenario.examples,
@@ -96,13 +114,8 @@ class Pair:
                 max_new_tokens=self.scenario.max_new_tokens,
                 prompt=str(self.plan.prompt),
             )
-            self.cloud.call(
-                "learn_prefix",
-                _LOAD_TIMEOUT_S,
-                text=made["prefix_text"],
-                reach=made["reach"],
-                closing=made["closing"],
-            )
+            learned = {"text": made["prefix_text"], "reach": made["reach"], "closing": made["closing"]}
+            self._call(self.cloud, str, "learn_prefix", _LOAD_S, **learned)
             batches.append(Batch(made["batch"], task, context_tokens, made["examples"]))
             self._longest = max(self._longest, made["longest"])
         return batches
@@ -111,11 +124,13 @@ class Pair:
         """The cloud listens, on `address` as the edge sees it, for payloads of at most what the longest context can make."""
         congestion = self.scenario.congestion or self.plan.swept.congestion
         bound = 2 * self._longest * kv_bytes_per_token + _PAYLOAD_SLACK
+        timeout = self.scenario.timeout
+        settings = {"max_payload": bound, "congestion": congestion, "request_s": timeout}
         self._link = {
             "address": address,
-            "port": self.cloud.call("serve", _SHORT_S, max_payload=bound, congestion=congestion),
+            "port": self._call(self.cloud, Port, "serve", _SHORT_S, **settings),
             "congestion": congestion,
-            "timeout": self.scenario.timeout,
+            "timeout": timeout,
             "reuse": self.scenario.connection == "reuse",
         }
 
@@ -124,9 +139,11 @@ class Pair:
 
         The cloud forgets the example before.
         """
-        self.cloud.call("forget")
-        reference: dict[str, Any] = self.edge.call("reference", batch=batch.index, example=number)
-        self.cloud.call(
+        self._call(self.cloud, None, "forget", _SHORT_S)
+        reference = self._call(self.edge, Reference, "reference", CALL_S, batch=batch.index, example=number)
+        self._call(
+            self.cloud,
+            None,
             "compare",
             _SHORT_S,
             distributions=reference.pop("distributions"),
@@ -136,22 +153,36 @@ class Pair:
 
     def local(self, trial: Trial) -> dict[str, Any]:
         """A trial that crosses no link."""
-        result: dict[str, Any] = self.edge.call("edge", **self._common(trial))
-        return result
+        return self._call(self.edge, Served, "edge", CALL_S, **self._common(trial))
 
     def request(self, trial: Trial) -> dict[str, Any]:
         """A trial across the link, as it is now."""
         extra: dict[str, Any] = {"codec": trial.cell.codec} if trial.cell.placement == "split" else {}
         link = {**self._link, "name": trial.cell.profile.text()}
-        result: dict[str, Any] = self.edge.call(
-            trial.cell.placement, link=link, **extra, **self._common(trial)
+        within_s = CALL_S + self.scenario.timeout
+        return self._call(
+            self.edge, Served, trial.cell.placement, within_s, link=link, **extra, **self._common(trial)
         )
-        return result
 
     def outcome(self, request: int, gold: str) -> dict[str, Any]:
         """What the cloud's cache of a request says of the gold answer, measured outside the request's time."""
-        found: dict[str, Any] = self.cloud.call("outcome", id=request, gold=gold)
-        return found
+        return self._call(self.cloud, Outcome, "outcome", CALL_S, id=request, gold=gold)
+
+    def _call(self, endpoint: Endpoint, kind: Any, name: str, within_s: float, **arguments: Any) -> Any:
+        """What an endpoint answers, looked at; while it is waited for, so are the other one and the link's processes."""
+
+        def besides() -> None:
+            self.edge.check()
+            self.cloud.check()
+            self._check_network()
+
+        try:
+            answer = endpoint.call(name, within_s, besides, **arguments)
+        except EndpointError:
+            for other in (self.edge, self.cloud):  # whose end is perhaps what the answer tells of
+                other.check(within_s=_ENDING_S)
+            raise
+        return checked(kind, answer, f"the {endpoint.role}, asked to `{name}`,")
 
     def _common(self, trial: Trial) -> dict[str, Any]:
         return {

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from testbed.endpoints import wire
+from testbed.endpoints.deadline import Deadline
 from testbed.endpoints.transport.tcp import Connection
 from testbed.errors import EndpointError
 
 #: A cloud's answer holds no payload.
 _NO_PAYLOAD = 0
+#: What times, added and taken off one another, may be wrong by.
+_ROUNDING_S = 1e-5
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,9 @@ class Uplink:
     def ask(
         self, request: wire.Request, payload: bytes | bytearray | memoryview, link: dict[str, Any]
     ) -> Answered:
-        """Send a request and wait for its answer. `link`: address, port, congestion, timeout, whether to reuse its
-        connection, and its name. Raises EndpointError."""
+        """Send a request and wait for its answer. `link`: address, port, congestion, timeout (seconds for all of it), whether
+        to reuse its connection, and its name. Raises EndpointError."""
+        deadline = Deadline(link["timeout"])
         before = interface_bytes()
         started = time.monotonic()
         connection, fresh = self._connect(link)
@@ -47,9 +51,10 @@ class Uplink:
         already = 0 if fresh else connection.retransmits()
         keep = False
         try:
-            sent_at = connection.send(request, payload)
-            first, first_at = _expect(connection, wire.FirstToken, request.id, link["timeout"])
-            answer, answered_at = _expect(connection, wire.Answer, request.id, link["timeout"])
+            sent_at = connection.send(request, payload, deadline)
+            first, first_at = _expect(connection, wire.FirstToken, request.id, deadline)
+            answer, answered_at = _expect(connection, wire.Answer, request.id, deadline)
+            _check_times(sent_at, first, first_at, answer, answered_at)
             retransmits = connection.retransmits() - already + answer.retransmits
             congestion = connection.congestion()
             keep = bool(link["reuse"])
@@ -78,8 +83,8 @@ class Uplink:
         return opened, True
 
 
-def _expect(connection: Connection, kind: type[Any], id: int, timeout: float) -> tuple[Any, float]:
-    received = connection.receive(_NO_PAYLOAD, timeout)
+def _expect(connection: Connection, kind: type[Any], id: int, deadline: Deadline) -> tuple[Any, float]:
+    received = connection.receive(_NO_PAYLOAD, deadline)
     if received is None:
         raise EndpointError("the cloud closed the connection without an answer")
     if isinstance(received.header, wire.Failure):
@@ -87,6 +92,23 @@ def _expect(connection: Connection, kind: type[Any], id: int, timeout: float) ->
     if not isinstance(received.header, kind) or received.header.id != id:
         raise EndpointError(f"the cloud sent a {type(received.header).__name__} frame out of turn")
     return received.header, received.at
+
+
+def _check_times(
+    sent_at: float, first: wire.FirstToken, first_at: float, answer: wire.Answer, answered_at: float
+) -> None:
+    """Raises EndpointError where the cloud's times do not lie between the request and its answer, in their order."""
+    arrived, done = answer.received_at, answer.sent_at
+    computed = answer.prefill_s + answer.decode_s + answer.first_token_s + answer.generate_s
+    in_order = (
+        sent_at <= arrived <= first.sent_at <= first_at <= answered_at
+        and first.sent_at <= done <= answered_at
+    )
+    if not in_order or (not answer.reused and computed > done - arrived + _ROUNDING_S):
+        raise EndpointError(
+            f"the cloud's answer has times that cannot be: of a request of {sent_at:.6f} to {answered_at:.6f} s it says "
+            f"received at {arrived:.6f}, first token at {first.sent_at:.6f}, sent at {done:.6f}, computed for {computed:.6f} s"
+        )
 
 
 def _timeline(

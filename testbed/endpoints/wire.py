@@ -27,7 +27,9 @@ MAX_HEADER = 64 * 1024
 MAX_PAYLOAD = 1 << 36  #: what a frame may declare at all; a receiver sets its own, lower bound
 
 Count = Annotated[int, Meta(ge=0, le=1 << 40)]
-Seconds = Annotated[float, Meta(ge=-1e12, le=1e12)]
+Instant = Annotated[float, Meta(ge=0, le=1e10)]  #: seconds of the host's monotonic clock, never NaN
+Seconds = Annotated[float, Meta(ge=0, le=1e7)]
+Tokens = Annotated[int, Meta(ge=0, le=65536)]
 Text = Annotated[str, Meta(max_length=32 * 1024)]
 Name = Annotated[str, Meta(max_length=512)]
 
@@ -55,7 +57,7 @@ class FirstToken(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     id: Count
     token: Count
-    sent_at: Seconds
+    sent_at: Instant
 
 
 class Answer(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -63,13 +65,13 @@ class Answer(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     id: Count
     text: Text
-    tokens: Count
-    received_at: Seconds  #: last byte of the request
+    tokens: Tokens
+    received_at: Instant  #: last byte of the request
     decode_s: Seconds
     prefill_s: Seconds  #: `cloud` placement: the context's prefill
     first_token_s: Seconds  #: computing the first token
     generate_s: Seconds  #: computing the others
-    sent_at: Seconds
+    sent_at: Instant
     reused: bool
     retransmits: Count
 

@@ -230,6 +230,12 @@ class Fabric:
             now = time.monotonic()
         return False
 
+    def check(self) -> None:
+        """Raises NetworkError where a process that a link depends on has ended, or has stood still for a second."""
+        for attachment, link in zip(self._attachments, self.topology.links, strict=True):
+            if (fate := attachment.fate()) is not None:
+                raise NetworkError(f"link {link.name}: {fate}")
+
     def _shape_packets(self, number: int, profile: Profile) -> None:
         """Sees to it that what enters the link is of the size that its profile, and its emulator, ask for."""
         from testbed.net import wiring

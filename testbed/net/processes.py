@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import stat
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -40,6 +41,27 @@ def command(pid: int) -> str:
 def is_running(pid: int, started: int) -> bool:
     """Whether exactly that process is still there."""
     return pid > 0 and start_time(pid) == started
+
+
+class Watch:
+    """Looks after a process that may be stopped (SIGSTOP), which nothing but its state tells."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._stopped: float | None = None
+
+    def stopped_s(self) -> float:
+        """For how long it has been seen standing still, in seconds, look after look; 0: it runs, or is gone."""
+        try:
+            state = Path(f"/proc/{self._pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+        except (OSError, IndexError):
+            state = ""
+        if state != "T":
+            self._stopped = None
+            return 0.0
+        if self._stopped is None:
+            self._stopped = time.monotonic()
+        return time.monotonic() - self._stopped
 
 
 def end(pid: int, started: int) -> bool:

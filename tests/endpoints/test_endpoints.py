@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from testbed.endpoints import wire
+from testbed.endpoints.deadline import Deadline
 from testbed.endpoints.launch import Endpoint, command
 from testbed.endpoints.transport.tcp import Connection
 from testbed.errors import EndpointError, UsageError
@@ -275,7 +276,7 @@ def test_a_payload_that_is_no_codecs_is_an_error_of_that_request_only(pair: Pair
     connection = Connection.open("127.0.0.1", pair.port, None, 5.0)
     for _ in range(2):
         connection.send(wire.Request(1, "split", "int8", digest, "Q?\n", "\n", 4, 0), b"\x00" * 5000)
-        received = connection.receive(0, 10.0)
+        received = connection.receive(0, Deadline(10.0))
         assert received is not None
         assert isinstance(received.header, wire.Failure)
     connection.close()
@@ -284,7 +285,7 @@ def test_a_payload_that_is_no_codecs_is_an_error_of_that_request_only(pair: Pair
 def test_an_oversized_request_is_refused_unread(pair: Pair) -> None:
     connection = Connection.open("127.0.0.1", pair.port, None, 5.0)
     connection.socket.sendall(wire.pack(wire.Request(1, "split", "int8", "x", "Q?", "\n", 4, 0), 1 << 30))
-    received = connection.receive(0, 10.0)
+    received = connection.receive(0, Deadline(10.0))
     assert received is not None
     assert isinstance(received.header, wire.Failure)
     assert "at most" in received.header.message

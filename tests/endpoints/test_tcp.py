@@ -9,6 +9,7 @@ import zlib
 import pytest
 
 from testbed.endpoints import wire
+from testbed.endpoints.deadline import Deadline
 from testbed.endpoints.transport.tcp import Connection, listen, set_congestion
 from testbed.errors import EndpointError, UsageError, WireError
 from tests.endpoints.test_wire import request
@@ -28,7 +29,7 @@ def test_a_large_payload_arrives_as_it_was_sent() -> None:
     header = request(bytes(payload))
     sender = threading.Thread(target=client.send, args=(header, payload))
     sender.start()
-    received = server.receive(len(payload), 10.0)
+    received = server.receive(len(payload), Deadline(10.0))
     sender.join()
     assert received is not None
     assert received.header == header
@@ -41,7 +42,7 @@ def test_a_frame_larger_than_the_receiver_allows_is_refused_before_it_is_read() 
     client, server = pair()
     client.send(request(b"x" * 100), b"x" * 100)
     with pytest.raises(WireError, match="at most 99"):
-        server.receive(99, 5.0)
+        server.receive(99, Deadline(5.0))
     client.close()
     server.close()
 
@@ -51,20 +52,20 @@ def test_a_connection_that_closes_inside_a_frame_is_an_error_and_between_frames_
     client.send(request(b""))
     client.socket.sendall(wire.pack(request(b""))[:30])
     client.close()
-    assert server.receive(0, 5.0) is not None
+    assert server.receive(0, Deadline(5.0)) is not None
     with pytest.raises(WireError, match="inside a frame"):
-        server.receive(0, 5.0)
+        server.receive(0, Deadline(5.0))
     server.close()
     client, server = pair()
     client.close()
-    assert server.receive(0, 5.0) is None
+    assert server.receive(0, Deadline(5.0)) is None
     server.close()
 
 
 def test_silence_ends_after_the_timeout() -> None:
     client, server = pair()
     with pytest.raises(EndpointError, match="nothing arrived"):
-        server.receive(0, 0.05)
+        server.receive(0, Deadline(0.05))
     client.close()
     server.close()
 

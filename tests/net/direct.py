@@ -27,6 +27,9 @@ class DirectLink:
     def under_way(self) -> int:
         return 0
 
+    def fate(self) -> str | None:
+        return None
+
     def counters(self) -> dict[str, Counters]:
         return {way: Counters(0, 0, 0, 0, 0.0) for way in ("up", "down")}
 

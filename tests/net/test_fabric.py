@@ -372,6 +372,20 @@ def test_a_link_settles_when_its_last_packets_have_left_and_not_while_traffic_go
             assert fabric.settle(link)
 
 
+@pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_relay_that_dies_or_stands_still_is_noticed_and_named_with_its_link(fate: signal.Signals) -> None:
+    said = {signal.SIGKILL: r"ended \(signal SIGKILL\)", signal.SIGSTOP: "has been stopped for 1"}[fate]
+    with Fabric.build(EDGE_CLOUD, "userspace") as fabric:
+        fabric.check()
+        link, (relay, *_) = fabric.topology.links[0].name, fabric.state.processes
+        os.kill(relay.pid, fate)
+        deadline = time.monotonic() + 10
+        with pytest.raises(NetworkError, match=rf"link {link}: its relay \(process {relay.pid}\) {said}"):
+            while time.monotonic() < deadline:
+                fabric.check()
+                time.sleep(0.1)
+
+
 def test_without_root_nothing_is_touched() -> None:
     # loaded as root first, since another user may not be allowed to read the files
     program = (

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import time
 from dataclasses import dataclass
 
 from testbed.endpoints import wire
+from testbed.endpoints.deadline import Deadline
 from testbed.errors import EndpointError, UsageError, WireError
 
 _TOTAL_RETRANSMITS = struct.Struct("=100xI")  #: tcpi_total_retrans in struct tcp_info, linux/tcp.h
 _PIECE = 1 << 20
+SEND_S = 60.0  #: in which a frame is handed over where nobody says otherwise: an answer, which fits any socket's buffer
 
 
 @dataclass
@@ -28,6 +31,8 @@ class Connection:
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
+        self.since = time.monotonic()  #: when the last frame began to be waited for
+        self.engaged = False  #: whether a frame's header has come, whose payload or answer is due
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     @classmethod
@@ -53,46 +58,65 @@ class Connection:
             )
         return connection
 
-    def send(self, header: wire.Header, payload: bytes | bytearray | memoryview = b"") -> float:
-        """Send a frame from where it lies; returns when its first byte was handed to the socket (monotonic seconds)."""
+    def send(
+        self,
+        header: wire.Header,
+        payload: bytes | bytearray | memoryview = b"",
+        deadline: Deadline | None = None,
+    ) -> float:
+        """Send a frame from where it lies; returns when its first byte was handed to the socket (monotonic seconds).
+
+        The whole of it is handed over by the `deadline` (None: in `SEND_S`). Raises EndpointError.
+        """
+        deadline = deadline or Deadline(SEND_S)
         body = memoryview(payload).cast("B")
         head = memoryview(wire.pack(header, len(body)))
         started = time.monotonic()
         try:
+            self.socket.settimeout(deadline.left())
             # The first call carries header and payload together, so that the header does not travel in a segment of its own.
             sent = self.socket.sendmsg([head, body]) if len(body) else self.socket.send(head)
-            if sent < len(head):
-                self.socket.sendall(head[sent:])
-                sent = len(head)
-            if sent - len(head) < len(body):
-                self.socket.sendall(body[sent - len(head) :])
+            for piece in (head[sent:], body[max(0, sent - len(head)) :]):
+                if len(piece):
+                    self.socket.settimeout(deadline.left())
+                    self.socket.sendall(piece)  # its timeout is that of the whole piece
+        except TimeoutError as error:
+            raise EndpointError(f"the peer did not take a whole frame within {deadline}") from error
         except OSError as error:
             raise EndpointError(f"the connection broke while sending: {error}") from error
         return started
 
-    def receive(self, max_payload: int, timeout: float | None = None) -> Received | None:
-        """The next frame, or None where the peer closed between frames. Raises WireError for a malformed frame and
-        EndpointError where the connection breaks or nothing arrives for `timeout` seconds."""
-        if timeout is not None:
-            self.socket.settimeout(timeout)
-        fixed = bytearray(wire.PREFIX.size)
-        if not self._fill(memoryview(fixed), may_end=True):
+    def receive(self, max_payload: int, deadline: Deadline, frame_s: float | None = None) -> Received | None:
+        """The next frame, or None where the peer closed between frames.
+
+        It is whole by the `deadline`; with `frame_s` that is when its first byte is there, and `frame_s` seconds later it is
+        whole. Raises WireError for a malformed frame and EndpointError where the connection breaks or time is up.
+        """
+        self.since, self.engaged = time.monotonic(), False
+        fixed = memoryview(bytearray(wire.PREFIX.size))
+        if not self._fill(fixed[:1], deadline, may_end=True):
             return None
+        if frame_s is not None:
+            deadline = Deadline(frame_s)
+        self._fill(fixed[1:], deadline)
         prefix = wire.unpack_prefix(bytes(fixed), max_payload)
         body = bytearray(prefix.header_length)
-        self._fill(memoryview(body))
+        self._fill(memoryview(body), deadline)
         header = wire.unpack_header(prefix, bytes(body))
+        self.engaged = True
         payload = memoryview(bytearray(prefix.payload_length))
-        self._fill(payload)
+        self._fill(payload, deadline)
         return Received(header, payload, time.monotonic())
 
-    def _fill(self, buffer: memoryview, may_end: bool = False) -> bool:
+    def _fill(self, buffer: memoryview, deadline: Deadline, may_end: bool = False) -> bool:
         filled = 0
         while filled < len(buffer):
             try:
+                self.socket.settimeout(deadline.left())
                 count = self.socket.recv_into(buffer[filled : filled + _PIECE])
             except TimeoutError as error:
-                raise EndpointError(f"nothing arrived for {self.socket.gettimeout()} s") from error
+                got = "no whole frame" if filled or not may_end else "nothing"
+                raise EndpointError(f"{got} arrived within {deadline}") from error
             except OSError as error:
                 raise EndpointError(f"the connection broke while receiving: {error}") from error
             if count == 0:
@@ -114,11 +138,13 @@ class Connection:
 
     def finish(self, timeout: float = 2.0) -> None:
         """Close in order: say that no more comes, wait until the peer has closed too, so that the last bytes are on the books."""
+        deadline = Deadline(timeout)
         try:
             self.socket.shutdown(socket.SHUT_WR)
-            self.socket.settimeout(timeout)
-            while self.socket.recv(4096):
-                pass
+            while True:
+                self.socket.settimeout(deadline.left())
+                if not self.socket.recv(4096):
+                    break
         except OSError:
             pass
         self.socket.close()
@@ -126,6 +152,11 @@ class Connection:
     def close(self) -> None:
         """Close at once."""
         self.socket.close()
+
+    def abort(self) -> None:
+        """End the connection, from any thread: whoever waits on it wakes up."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
 
 
 def set_congestion(sock: socket.socket, name: str | None) -> None:

@@ -95,6 +95,9 @@ class Attachment(Protocol):
     def counters(self) -> dict[str, Counters]:
         """``{"up": …, "down": …}``."""
 
+    def fate(self) -> str | None:
+        """What has become of a process behind the link that serves it no longer, for a sentence; None: all is well."""
+
     def super_packets(self, profile: Profile) -> dict[str, int]:
         """How many TCP segments may enter as one packet under *profile*, each way; 1: only real packets."""
 

@@ -219,6 +219,10 @@ class NetemAttachment:
             counters[str(way)] = past.plus(counted)
         return counters
 
+    def fate(self) -> str | None:
+        """See `Attachment.fate`."""
+        return self._follower.fate() if self._follower is not None else None
+
     def super_packets(self, profile: Profile) -> dict[str, int]:
         """See `Attachment.super_packets`: netem counts, loses and delays what the kernel hands it as one packet."""
         return {"up": 1, "down": 1}

@@ -30,6 +30,8 @@ from testbed.net.emulators.relaying.control import LARGEST
 PACKAGE = Path(__file__).parents[3]
 """Where such a process finds this package."""
 _ANSWER_S = 5.0
+_STOPPED_S = 1.0
+"""A process that stands still for longer is given up."""
 _CHILDREN: dict[int, subprocess.Popen[bytes]] = {}
 """Those started by this process, so that they can be reaped."""
 
@@ -125,10 +127,30 @@ class Connection:
         self.process, self._what = process, what
         self._first, self._control, self._keep, self._links = first, control, keep, links
         self._stopped = False
+        self._owing = False
+        self._watch = processes.Watch(process[0])
+
+    def fate(self) -> str | None:
+        """What has become of a process that serves no longer, for a sentence; None: it serves."""
+        pid, started = self.process
+        child = _CHILDREN.get(pid)
+        code = child.poll() if child is not None else None
+        if code is not None:
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+            return f"its {self._what} (process {pid}) ended ({how})"
+        if start_time(pid) != started:
+            return f"its {self._what} (process {pid}) ended"
+        if (stopped_s := self._watch.stopped_s()) > _STOPPED_S:
+            return f"its {self._what} (process {pid}) has been stopped for {stopped_s:.1f} s (SIGSTOP)"
+        return None
 
     def ask(self, link: str, order: dict[str, Any], files: Sequence[int] = ()) -> dict[str, Any]:
         """The process's answer to an order for *link*, sent with open *files*. Raises NetworkError when there is none."""
         pid = self.process[0]
+        if self._owing:  # it would be taken for the answer to this order
+            raise NetworkError(
+                f"link {link}: its {self._what} (process {pid}) owes an answer for {_ANSWER_S:g} s"
+            )
         try:
             with self._connected() as connection:
                 connection.settimeout(_ANSWER_S)
@@ -138,12 +160,16 @@ class Connection:
                 else:
                     connection.sendmsg(message)
                 answer = connection.recv(LARGEST)
+        except TimeoutError:
+            self._owing = self._control is not None
+            why = self.fate() or f"its {self._what} (process {pid}) does not answer within {_ANSWER_S:g} s"
+            raise NetworkError(f"link {link}: {why}") from None
         except OSError as error:
             raise NetworkError(
                 f"link {link}: its {self._what} (process {pid}) does not answer: {error}"
             ) from None
         if not answer:
-            raise NetworkError(f"link {link}: its {self._what} (process {pid}) has ended")
+            raise NetworkError(f"link {link}: {self.fate() or f'its {self._what} (process {pid}) has ended'}")
         return json.loads(answer)
 
     def release(self, link: str) -> None:

@@ -167,6 +167,10 @@ class RelayAttachment:
         answer = self.relay.ask(self._link, {"do": "counters"})
         return {way: Counters(**answer[way]) for way in ("up", "down")}
 
+    def fate(self) -> str | None:
+        """See `Attachment.fate`."""
+        return self.relay.fate()
+
     def super_packets(self, profile: Profile) -> dict[str, int]:
         """See `Attachment.super_packets`."""
         return Userspace().super_packets(profile)

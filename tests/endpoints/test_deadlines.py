@@ -1,0 +1,306 @@
+"""Peers and processes that die, stand still or dribble: noticed at once, named, and never waited for without end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from testbed.endpoints import wire
+from testbed.endpoints.answers import Outcome, Served, checked
+from testbed.endpoints.control import Channel, Result
+from testbed.endpoints.deadline import Deadline
+from testbed.endpoints.launch import Endpoint
+from testbed.endpoints.pair import Pair
+from testbed.endpoints.transport.tcp import Connection, listen
+from testbed.endpoints.uplink import Uplink
+from testbed.errors import EndpointError, NetworkError, TestbedError
+from tests.endpoints.test_endpoints import Pair as Loaded
+from tests.tiny_models import tiny_model_directory
+
+NOTICED_S = 8.0  #: a second or two, on a machine that has other things to do
+
+
+@contextlib.contextmanager
+def noticed(within_s: float = NOTICED_S) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    assert time.monotonic() - started < within_s
+
+
+@contextlib.contextmanager
+def dribbling(sock: socket.socket, data: bytes) -> Iterator[None]:
+    """A peer that sends a byte every twentieth of a second, for as long as somebody listens."""
+    done = threading.Event()
+
+    def dribble() -> None:
+        with contextlib.suppress(OSError):
+            for byte in data:
+                if done.wait(0.05):
+                    return
+                sock.send(bytes([byte]))
+
+    thread = threading.Thread(target=dribble)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def request(**changes: Any) -> wire.Request:
+    return msgspec.structs.replace(wire.Request(7, "split", "int8", "unknown", "Q?", "\n", 4, 0), **changes)
+
+
+def connected() -> tuple[Connection, Connection]:
+    with listen("127.0.0.1") as listener:
+        client = Connection.open("127.0.0.1", listener.getsockname()[1], None, 5.0)
+        return client, Connection(listener.accept()[0])
+
+
+def test_a_frame_that_comes_byte_by_byte_is_given_up_when_its_time_is_over() -> None:
+    client, server = connected()
+    with dribbling(client.socket, wire.pack(request()) * 9), noticed():
+        with pytest.raises(EndpointError, match=r"no whole frame arrived within 0.5 s"):
+            server.receive(0, Deadline(None), frame_s=0.5)
+        with pytest.raises(EndpointError, match=r"within 0.3 s"):
+            server.receive(0, Deadline(0.3))
+    client.close()
+    server.close()
+
+
+def test_a_frame_that_nobody_takes_is_given_up_when_its_time_is_over() -> None:
+    client, server = connected()
+    with noticed(), pytest.raises(EndpointError, match=r"did not take a whole frame within 0.5 s"):
+        client.send(request(), bytes(1 << 26), Deadline(0.5))
+    client.close()
+    server.close()
+
+
+def test_closing_does_not_wait_for_a_peer_that_goes_on_sending() -> None:
+    client, server = connected()
+    with dribbling(client.socket, bytes(2000)), noticed():
+        server.finish(timeout=0.4)
+    client.close()
+
+
+def test_an_answer_on_the_control_channel_is_whole_in_time_and_belongs_to_its_call() -> None:
+    ours, theirs = socket.socketpair()
+    channel = Channel(ours)
+    silence = pytest.raises(EndpointError, match=r"no answer within 0.4 s")
+    with dribbling(theirs, bytes([0, 0, 1, 0]) + bytes(300)), noticed(), silence:
+        channel.call("slow", 0.4)
+    ours.close()
+    theirs.close()
+    ours, theirs = socket.socketpair()
+    channel, other = Channel(ours), Channel(theirs)
+    with pytest.raises(EndpointError, match=r"no answer within 0.1 s"):
+        channel.call("slow", 0.1)
+    other.send(Result(1, "of the call that was given up"))
+    other.send(Result(2, "of the second"))
+    assert channel.call("next", 5.0) == "of the second"
+    theirs.send(b"\0\0\0\1\xc1")
+    with pytest.raises(EndpointError, match="malformed"):
+        channel.call("third", 5.0)
+
+
+@pytest.mark.parametrize("role", ["edge", "cloud"])
+def test_an_endpoint_that_is_stopped_in_a_call_is_noticed_and_named(tmp_path: Path, role: str) -> None:
+    endpoint = Endpoint.start(role, None, tmp_path / "log")
+    try:
+        with pytest.raises(EndpointError):
+            endpoint.call("nonsense", 120)
+        assert endpoint.alive
+        os.kill(endpoint.process.pid, signal.SIGSTOP)
+        with (
+            noticed(),
+            pytest.raises(EndpointError, match=rf"the {role} process \(\d+\) has been stopped for 1"),
+        ):
+            endpoint.call("nonsense", 120)
+        assert not endpoint.alive
+    finally:
+        endpoint.process.kill()
+        endpoint.stop()
+
+
+def test_what_a_call_depends_on_ends_it(tmp_path: Path) -> None:
+    endpoint = Endpoint.start("edge", None, tmp_path / "log")
+
+    def gone() -> None:
+        raise NetworkError("link access: its relay (process 7) ended (signal SIGKILL)")
+
+    try:
+        with noticed(), pytest.raises(NetworkError, match="link access"):
+            endpoint.call("nonsense", 120, gone)  # it takes a second to import what it needs
+    finally:
+        endpoint.process.kill()
+        endpoint.stop()
+
+
+def test_the_cloud_serves_whoever_asks_however_many_are_silent(tmp_path: Path) -> None:
+    cloud = Endpoint.start("cloud", None, tmp_path / "log")
+    held: list[socket.socket] = []
+    try:
+        port = cloud.call("serve", 120, max_payload=1 << 20, congestion=None, request_s=60.0)
+        for number in range(150):
+            held.append(socket.create_connection(("127.0.0.1", port), timeout=5))
+            if number % 2:
+                held[-1].send(wire.pack(request())[:9])  # a header that does not go on
+        with noticed(30):
+            connection = Connection.open("127.0.0.1", port, None, 5.0)
+            connection.send(request())
+            received = connection.receive(0, Deadline(20.0))
+            assert received is not None and isinstance(received.header, wire.Failure)
+            assert "unknown" in received.header.message
+            connection.close()
+    finally:
+        for sock in held:
+            sock.close()
+        cloud.stop()
+
+
+def test_a_cloud_that_is_busy_with_as_many_as_it_takes_says_so(tmp_path: Path) -> None:
+    cloud = Endpoint.start("cloud", None, tmp_path / "log")
+    held: list[socket.socket] = []
+    try:
+        port = cloud.call("serve", 120, max_payload=1 << 20, congestion=None, request_s=4.0)
+        for _ in range(64):
+            held.append(socket.create_connection(("127.0.0.1", port), timeout=5))
+            held[-1].sendall(wire.pack(request(), 1000))  # a payload that does not come
+        time.sleep(1.0)
+        connection = Connection.open("127.0.0.1", port, None, 5.0)
+        received = connection.receive(0, Deadline(10.0))
+        assert received is not None and isinstance(received.header, wire.Failure)
+        assert "64 requests are under way" in received.header.message
+        connection.close()
+        deadline = Deadline(60.0)  # their time is over, and their places are free
+        while "unknown" not in _failure(port):
+            deadline.left()
+            time.sleep(0.5)
+    finally:
+        for sock in held:
+            sock.close()
+        cloud.stop()
+
+
+def _failure(port: int) -> str:
+    connection = Connection.open("127.0.0.1", port, None, 5.0)
+    try:
+        connection.send(request())
+        received = connection.receive(0, Deadline(10.0))
+        assert received is not None and isinstance(received.header, wire.Failure)
+        return received.header.message
+    except TestbedError as error:
+        return str(error)
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_cloud_that_dies_or_stands_still_during_a_request_is_named(
+    tmp_path: Path, fate: signal.Signals
+) -> None:
+    loaded = Loaded(tmp_path, tiny_model_directory("llama", tmp_path / "model"), cloud=2000.0)
+    pair = Pair(SimpleNamespace(scenario=None), loaded.edge, loaded.cloud)  # type: ignore[arg-type]
+    timer = threading.Timer(1.0, os.kill, (loaded.cloud.process.pid, fate))
+    arguments = {
+        "batch": 0,
+        "example": 0,
+        "codec": "fp16",
+        "repeat": 0,
+        "reuse": "all",
+        "link": loaded.link(),
+    }
+    said = "ended .signal SIGKILL" if fate == signal.SIGKILL else "has been stopped"
+    try:
+        timer.start()
+        with noticed(1.0 + NOTICED_S), pytest.raises(EndpointError, match=f"the cloud process .*{said}"):
+            pair._call(loaded.edge, Served, "split", 120.0, **arguments)
+        assert not loaded.edge.alive or not loaded.cloud.alive
+    finally:
+        timer.cancel()
+        for endpoint in (loaded.edge, loaded.cloud):
+            endpoint.process.kill()
+            endpoint.stop()
+
+
+Answering = Callable[[float], tuple[dict[str, Any], dict[str, Any]]]
+
+
+def ask(answering: Answering) -> Any:
+    """A request to a cloud whose answer is made up: `answering(now)` changes its first token and its end."""
+    with listen("127.0.0.1") as listener:
+
+        def answer() -> None:
+            connection = Connection(listener.accept()[0])
+            received = connection.receive(1 << 20, Deadline(5.0))
+            assert received is not None
+            now = time.monotonic()
+            first = wire.FirstToken(7, 3, now)
+            whole = wire.Answer(7, "x", 1, received.at, 0.0, 0.0, 0.0, 0.0, now, False, 0)
+            for header, changes in zip((first, whole), answering(now), strict=True):
+                connection.send(msgspec.structs.replace(header, **changes))
+            connection.finish()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        link = {"address": "127.0.0.1", "port": listener.getsockname()[1], "congestion": None, "timeout": 5.0}
+        try:
+            return Uplink().ask(request(), b"payload", {**link, "reuse": False, "name": "lo"})
+        finally:
+            thread.join()
+
+
+def test_an_answer_in_order_is_taken() -> None:
+    answered = ask(lambda now: ({}, {}))
+    assert all(0 <= seconds < 5 for seconds in answered.stages.values())
+
+
+@pytest.mark.parametrize(
+    "answering",
+    [
+        lambda now: ({"sent_at": -1e12}, {}),
+        lambda now: ({}, {"received_at": -1e12}),
+        lambda now: ({}, {"sent_at": float("nan")}),
+        lambda now: ({}, {"decode_s": -1.0}),
+        lambda now: ({}, {"received_at": now - 60}),
+        lambda now: ({"sent_at": now + 60}, {}),
+        lambda now: ({}, {"sent_at": now + 1e6}),
+        lambda now: ({}, {"generate_s": 60.0}),
+        lambda now: ({}, {"tokens": 1 << 30}),
+    ],
+)
+def test_an_answer_whose_times_cannot_be_is_an_error(answering: Answering) -> None:
+    with pytest.raises(TestbedError, match=r"times that cannot be|malformed frame header"):
+        ask(answering)
+
+
+def test_what_an_endpoint_says_of_a_trial_is_looked_at() -> None:
+    good = {"stages": {"transmit_s": 1.0}, "e2e_s": 1.0, "reused": [], "answer": "", "wire_bytes": 0}
+    good |= {"retransmits": 0, "payload_bytes": 1, "congestion": "cubic", "more": "is passed on"}
+    assert checked(Served, good, "the edge") is good
+    for change, place in (
+        ({"stages": {"transmit_s": -1e12}}, "stages"),
+        ({"stages": {"score": 1.0}}, "unknown stages: score"),
+        ({"e2e_s": float("nan")}, "e2e_s"),
+        ({"e2e_s": -0.1}, "e2e_s"),
+        ({"payload_bytes": -1}, "payload_bytes"),
+        ({"reused": "prefill"}, "reused"),
+        ({"answer": None}, "answer"),
+    ):
+        with pytest.raises(EndpointError, match=f"the edge gave an answer .*{place}"):
+            checked(Served, good | change, "the edge")
+    outcome = {"tokens_kept": 3, "nll": float("inf"), "payload_digest": "", "kept_digest": ""}
+    with pytest.raises(EndpointError, match="nll"):
+        checked(Outcome, outcome, "the cloud")
