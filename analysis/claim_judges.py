@@ -193,16 +193,19 @@ def dominates(evidence: Evidence) -> Iterator[Verdict]:
 
 
 def free(evidence: Evidence) -> Iterator[Verdict]:
-    """Q2C alone, at each length of the context."""
+    """Q2C alone, at each length of the context: the question belongs to the prefill, as published."""
     for model, rows in evidence.by_model():
         for setting, _ in _selections(rows, "q2c"):
             for task, own in rows[rows["setting"] == setting].groupby("task", sort=False):
-                found = rules.geometric(own["select_s"] / own["prefill_s"], own)
-                figure = "selection takes {:.2g} of the prefill {}"
+                asked = own["question_s"].astype(float)
+                found = rules.geometric((own["select_s"] - asked) / (own["prefill_s"] + asked), own)
+                whole = rules.geometric(own["select_s"] / own["prefill_s"], own)
+                figure = "selection takes {:.2g} of the prefill of context and question {}"
                 verdict = rules.threshold(
                     "q2c-free", model, setting, found, 0.05, figure, below=True, examples=_TIMES
                 )
-                yield replace(verdict, task=str(task))
+                beside = f"; with the question's pass {whole.value:.2g} of the context's [{whole.low:.3g}, {whole.high:.3g}]"
+                yield replace(verdict, task=str(task), figures=verdict.figures + beside)
 
 
 def worth(evidence: Evidence) -> Iterator[Verdict]:

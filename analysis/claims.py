@@ -124,7 +124,7 @@ CLAIMS = (
         "q2c-free",
         "9",
         "no compute beside the prefill of context and question",
-        "selection at most 5 % of the prefill",
+        "selection at most 5 % of the prefill of context and question",
         judges.free,
         rules.LEAST_TIMES,
     ),

@@ -83,6 +83,10 @@ class Row:
     e2e_s: float = 0.0
     reused: str = ""  #: comma-separated stages taken from an identical earlier trial
 
+    question_s: float | None = (
+        None  #: of select_s, the question's pass behind the context: part of the prefill where an edge reads both at once
+    )
+
     kv_bytes: int = 0
     payload_bytes: int = 0
     wire_bytes: int = 0

@@ -77,6 +77,7 @@ def fill(row: Row, result: dict[str, Any], outcome: dict[str, Any], scores: dict
     row.reused = ",".join(result["reused"])
     row.wire_bytes, row.payload_bytes = result["wire_bytes"], result["payload_bytes"]
     row.retransmits, row.congestion = result["retransmits"], result["congestion"]
+    row.question_s = result.get("question_s")
     row.answer = result["answer"].strip()
     row.score, row.em, row.f1 = scores["score"], scores["em"], scores["f1"]
     row.nll, row.kl = outcome["nll"], outcome.get("kl")

@@ -110,6 +110,14 @@ def test_the_published_rule_asks_for_five_percent_together_and_three_alone(
     assert published.protected(said) == (".".join(map(str, found)).replace("0.1", "0-1") or "none")
 
 
+def test_the_published_ratio_counts_no_scales() -> None:
+    """(27 layers × 4 bits + 1 × 16) / 28 / 16 = 27.7 %; a scale of 16 bits for 128 elements makes that 28.4 %."""
+    said = {"layers": [0], "each": [{}] * 28}
+    found = published.sizes(said, 4, 4 + 16 / 128)
+    assert found["without_scales"] == pytest.approx(0.277, abs=0.0005)
+    assert found["with_scales"] == pytest.approx(0.284, abs=0.0005)
+
+
 def test_a_layer_that_costs_as_much_and_changes_more_is_the_worst() -> None:
     alone = [outcomes(1.0, 0.5, 0.5, 0.0, kl=kl) for kl in (0.1, 0.3, 0.2)]
     assert published.judge(FULL, FULL, alone)["worst"] == 1

@@ -126,9 +126,12 @@ def _layers(found: dict[str, Any]) -> str:
         [str(one["layer"]), f"{one['costs']:+.1%}", f"{one['kl']:.5f}", _interval(one["nll"])]
         for one in found["each"]
     ]
-    return table(
-        [*rows, ["all", f"{found['whole_costs']:+.1%}", "", ""]], ["layer", "score lost", "KL", "NLL lost"]
+    whole = ["all", f"{found['whole_costs']:+.1%}", "", ""]
+    size = (
+        f"with the bottlenecks at 16 bits {found['sizes']['without_scales']:.1%} of 16 bits are left, "
+        f"{found['sizes']['with_scales']:.1%} with scales"
     )
+    return table([*rows, whole], ["layer", "score lost", "KL", "NLL lost"]) + f"\n{size}"
 
 
 def _places(found: dict[str, Any]) -> str:

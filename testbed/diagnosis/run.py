@@ -28,12 +28,16 @@ def diagnose(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     forms = Forms(settings.bits)
     method = _by_published_rule if settings.rule == "published" else _by_smallest_set
     found = method(model, settings, probe_of, examples, forms, say)
+    table = forms.to_list(settings.measure, settings.epsilon)
+    if "published" in found:
+        (own,) = (form["bits_per_element"] for form in table if form["scale"] == settings.scale)
+        found["published"]["sizes"] = published.sizes(found["published"], settings.bits, own)
     return {
         "format": FORMAT,
         **asdict(settings),
         "model": model.name,
         **found,
-        "forms": forms.to_list(settings.measure, settings.epsilon),
+        "forms": table,
         "seconds": round(time.monotonic() - started, 1),
     }
 

@@ -289,6 +289,20 @@ def test_transmission_is_set_against_prefill_and_quantization(tmp_path: Path) ->
     assert "2.2 times all compute" in one.figures
 
 
+def test_q2c_is_free_where_the_question_belongs_to_the_prefill(tmp_path: Path) -> None:
+    """Of a selection of 0.33 s, 0.3 s are the question's pass: 0.03 of 1.3 s are left."""
+    path = _made(tmp_path / "run", ("q2c@0.25",), {})
+    times = {"prefill_s": 1.0, "select_s": 0.33, "question_s": 0.3}
+    rewrite(path, [r | times for r in lines(path)])
+    found, _ = claims.judge([load(path)])
+    (one,) = (v for claim, vs in found for v in vs if claim.name == "q2c-free")
+    assert one.verdict == "holds"
+    assert "takes 0.023 of the prefill of context and question" in one.figures
+    assert "with the question's pass 0.33 of the context's" in one.figures
+    rewrite(path, [{k: v for k, v in r.items() if k != "question_s"} for r in lines(path)])
+    assert _verdicts(path)["q2c-free"] == ["undecided"]  # rows of before do not tell
+
+
 def test_transmission_is_judged_link_by_link(tmp_path: Path) -> None:
     make_run(tmp_path / "run", ("5g-good", "5g-edge"), ("fp16", "int8"), tasks=("needle",), examples=60)
     path = tmp_path / "run"
