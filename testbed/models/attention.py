@@ -5,12 +5,15 @@ The backend is registered with transformers under `BACKEND`. It sees queries and
 backend that it has no mask function for, so the masks here are made from absolute positions: a query at
 position q sees the keys at p <= q, in a sliding-window layer those at q - window < p <= q.
 
-What a forward pass works on travels with the call (the keyword `testbed`), so models and threads do not meet.
+What a forward pass works on is the thread's own while it runs (`running`): some models pass no keywords on to their attention.
 The module imports without torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -18,6 +21,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BACKEND = "testbed"
+
+#: Why a model is refused that transformers hands no backend to.
+OWN_CODE = (
+    "transformers computes its attention in code of its own, where its queries cannot be seen and its keys not be "
+    "told their positions"
+)
 
 #: Queries handled at a time. Keys behind a block's last query are left out, which halves the work of a long
 #: prefill; 256 is where torch 2.13 on two cores was fastest (1,024 tokens, 9 heads: 15 ms, one block with a
@@ -51,6 +60,22 @@ class Pass(Protocol):
         """
 
 
+_RUNNING: ContextVar[Pass] = ContextVar("testbed.pass")
+
+#: What a backend may be given that this one does not compute.
+_TERMS = {"s_aux": "attention sinks", "position_bias": "position biases"}
+
+
+@contextmanager
+def running(run: Pass) -> Iterator[None]:
+    """The forward pass that this thread makes meanwhile is `run`'s."""
+    token = _RUNNING.set(run)
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+
+
 def register() -> None:
     """Make the backend known to transformers; calling it again changes nothing."""
     from transformers import AttentionInterface
@@ -75,14 +100,12 @@ def backend(
     The queries are those of the last n keys. Returns ([1, n, q_heads, d], None). Raises NotImplementedError
     for an architecture whose attention has terms that this one does not compute.
     """
-    run: Pass | None = others.get("testbed")
+    run = _RUNNING.get(None)
     if run is None:
         raise RuntimeError(f"the attention backend {BACKEND!r} works under testbed's LanguageModel only")
-    unknown = [name for name in ("s_aux", "position_bias") if others.get(name) is not None]
+    unknown = [what for name, what in _TERMS.items() if others.get(name) is not None]
     if unknown or attention_mask is not None or query.shape[0] != 1:
-        raise NotImplementedError(
-            f"attention with {', '.join(unknown) or 'a mask or a batch'} is not supported"
-        )
+        raise NotImplementedError(f"its attention has {', '.join(unknown) or 'a mask or a batch of its own'}")
     layer: int = module.layer_idx  # type: ignore[assignment]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     run.observe(layer, query[0], scaling=scaling, softcap=softcap, window=sliding_window)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from testbed.errors import NotFiniteError, UsageError
+from testbed.models import attention as _attention
 from testbed.models import kvcache as _kvcache
 from testbed.models.inputs import AttentionInputs, recorded
 from testbed.models.kvcache import KVCache, KVLayer
@@ -83,12 +84,14 @@ class LanguageModel:
         strange = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         if strange:
             raise UsageError(f"{unsupported}: it has layers of the kinds {', '.join(sorted(strange))}")
+        own_code = not getattr(self._network, "_supports_attention_backend", True)
         try:
             _, run = self._forward(live, [0], queries=1)
         except (NotImplementedError, TypeError, AttributeError, RuntimeError) as error:
-            raise UsageError(f"{unsupported}: {error}") from error
+            raise UsageError(f"{unsupported}: {_attention.OWN_CODE if own_code else error}") from error
         if set(run.told) != set(range(self.num_layers)) or live.written != [1] * self.num_layers:
-            raise UsageError(f"{unsupported}: not every layer attends to keys and values of its own")
+            why = "not every layer attends to keys and values of its own"
+            raise UsageError(f"{unsupported}: {_attention.OWN_CODE if own_code else why}")
         shapes = []
         for index in range(self.num_layers):
             keys, values = live.held(index)
@@ -222,14 +225,14 @@ class LanguageModel:
         """
         run = LivePass(live, len(ids), queries, attention)
         positions = torch.arange(live.length, live.length + len(ids), device=self.device)
-        output = self._network(
-            input_ids=torch.tensor([list(ids)], device=self.device),
-            position_ids=positions[None],
-            past_key_values=live,
-            use_cache=True,
-            logits_to_keep=keep,
-            testbed=run,
-        )
+        with _attention.running(run):
+            output = self._network(
+                input_ids=torch.tensor([list(ids)], device=self.device),
+                position_ids=positions[None],
+                past_key_values=live,
+                use_cache=True,
+                logits_to_keep=keep,
+            )
         live.length += len(ids)
         logits = output.logits[0]
         if not bool(logits.isfinite().all()):

@@ -38,6 +38,10 @@ def load_model(
         network = _network(source, where, _dtype(dtype, where))
         tokenizer, end = _tokenizer(source)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if error.args[:1] == (attention.BACKEND,):  # looked up among the attention classes of an architecture
+            raise UsageError(
+                f"model {name!r}: architecture {_architecture(source)!r} is not supported: {attention.OWN_CODE}"
+            ) from error
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"model {name!r} cannot be loaded from {source.location}: {first}") from error
     try:
@@ -86,6 +90,14 @@ def _network(source: ModelSource, device: torch.device, dtype: torch.dtype | str
         local_files_only=source.path is not None,
     )
     return network.to(device).eval()
+
+
+def _architecture(source: ModelSource) -> str:
+    from transformers import AutoConfig
+
+    local = source.path is not None
+    config = AutoConfig.from_pretrained(source.location, trust_remote_code=False, local_files_only=local)
+    return str(config.model_type)
 
 
 def _tokenizer(source: ModelSource) -> tuple[tokenizers.Tokenizer, int | None]:
