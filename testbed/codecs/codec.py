@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from testbed.codecs import container, progressive, ragged, transform
+from testbed.codecs import CodecError, container, progressive, ragged, transform
 from testbed.codecs.container import Header
 from testbed.codecs.decoding import assemble, dequantize, sections
 from testbed.codecs.entropy import Coder
@@ -17,7 +17,15 @@ from testbed.codecs.kept import Kept
 from testbed.codecs.layout import Layout, Piece, lay_out
 from testbed.codecs.parallel import runs
 from testbed.codecs.parts import Writer
-from testbed.codecs.shapes import describe, dtype_name, layer_positions, torch_dtype
+from testbed.codecs.shapes import (
+    CacheShape,
+    check_fits,
+    check_positions,
+    describe,
+    dtype_name,
+    layer_positions,
+    torch_dtype,
+)
 from testbed.codecs.spec import CodecSpec, parse
 from testbed.errors import PayloadError, SpecError
 
@@ -63,13 +71,19 @@ class Codec:
 
         Equal caches give equal bytes. Raises CodecError for a cache that the format or the quantizer cannot hold.
         """
-        import torch
-
         held, header, layout, behind = self._prepared(cache, kept)
         if self.quantizer.embedded:
-            return self._encode_planes(held, header, layout, behind)
-        if self.coder:
-            return self._encode_coded(self.coder, held, header, layout, behind)
+            payload = self._encode_planes(held, header, layout, behind)
+        elif self.coder:
+            payload = self._encode_coded(self.coder, held, header, layout, behind)
+        else:
+            payload = self._encode_packed(held, header, layout, behind)
+        check_positions(header.groups, len(payload))
+        return payload
+
+    def _encode_packed(self, held: KVCache, header: Header, layout: Layout, behind: bytes) -> memoryview:
+        import torch
+
         body_bytes = layout.side_bytes + layout.symbol_bytes
         payload, at = container.allocate(header, body_bytes + len(behind))
         body = torch.from_numpy(payload[at : at + body_bytes])
@@ -153,18 +167,27 @@ class Codec:
         return memoryview(b"".join([container.seal(base), *chunks]))
 
     @staticmethod
-    def decode(payload: bytes | bytearray | memoryview, device: str | torch.device = "cpu") -> KVCache:
+    def decode(
+        payload: bytes | bytearray | memoryview,
+        device: str | torch.device = "cpu",
+        shape: CacheShape | None = None,
+    ) -> KVCache:
         """See `decode`."""
-        return decode(payload, device)
+        return decode(payload, device, shape)
 
 
-def decode(payload: bytes | bytearray | memoryview, device: str | torch.device = "cpu") -> KVCache:
+def decode(
+    payload: bytes | bytearray | memoryview,
+    device: str | torch.device = "cpu",
+    shape: CacheShape | None = None,
+) -> KVCache:
     """The cache that a payload holds: what was kept, with its positions, in the 16-bit format it had.
 
-    Self-describing: any codec's payload is decoded. Raises PayloadError for bytes that `encode` did not write;
-    allocates nothing that the payload's checked sizes do not justify.
+    Self-describing: any codec's payload is decoded. Raises PayloadError for bytes that `encode` did not write, and for a
+    cache of another `shape` than the model's, where that is given; allocates nothing that the payload's checked sizes do not
+    justify.
     """
-    beginning = decode_beginning(payload, device)
+    beginning = decode_beginning(payload, device, shape)
     if beginning.missing:
         raise PayloadError(beginning.missing)
     return beginning.cache
@@ -181,7 +204,9 @@ class Beginning:
 
 
 def decode_beginning(
-    payload: bytes | bytearray | memoryview, device: str | torch.device = "cpu"
+    payload: bytes | bytearray | memoryview,
+    device: str | torch.device = "cpu",
+    shape: CacheShape | None = None,
 ) -> Beginning:
     """As `decode`, but of a payload of bit planes that may be cut off anywhere: the best cache that its bytes allow.
 
@@ -189,12 +214,18 @@ def decode_beginning(
     """
     whole, behind = container.split(payload)
     header, body = container.unseal(whole)
+    if shape is not None:
+        check_fits(header, shape)
     codec = _codec_of(header)
     layout = lay_out(header.parts(), codec.quantizer)
     side, symbols, position_bytes, extra = sections(header, layout, body, codec)
     if len(behind) and not codec.quantizer.embedded:
         raise PayloadError(f"the payload says {len(whole)} bytes, but {len(whole) + len(behind)} arrived")
     planes = progressive.read(behind, layout.pieces, codec.coder) if codec.quantizer.embedded else None
+    try:
+        check_positions(header.groups, len(whole) + len(behind))
+    except CodecError as error:
+        raise PayloadError(str(error)) from None
     held = layer_positions(header, position_bytes, device)
     decoded = dequantize(codec, header, layout, side, planes or symbols, device)
     cache = assemble(header, held, decoded)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +26,35 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from testbed.models.kvcache import KVCache, KVLayer
+
+
+_POSITION_BYTES, _SMALL = 8, 1 << 20  # bytes of a position; and of as many as any payload may have
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """A model's caches. layers: KV heads, elements of a key and of a value, and the window of each; length: the most tokens."""
+
+    layers: tuple[tuple[int, int, int, int | None], ...]
+    length: int
+
+
+def check_fits(header: Header, shape: CacheShape) -> None:
+    """Raises PayloadError for a payload that may be valid, and yet is of another model."""
+    theirs = tuple((g.kv_heads, g.head_dim, g.value_dim, g.window) for g in header.layers)
+    if theirs != shape.layers or header.length > shape.length:
+        raise PayloadError("the payload is another model's cache: layers, heads, dimensions or length differ")
+
+
+def check_positions(groups: Sequence[LayerGroup], payload_bytes: int) -> None:
+    """Raises CodecError where positions would take more memory than a payload of so many bytes justifies.
+
+    A list may stand for a range of any length, and be referred to by any number of heads.
+    """
+    lists = {(group.tokens, tuple(group.lists)) for group in groups}
+    size = _POSITION_BYTES * sum(tokens * len(references) for tokens, references in lists)
+    if size > max(_SMALL, MOST_EXPANSION * payload_bytes):
+        raise CodecError(f"positions of {size} bytes in a payload of {payload_bytes}")
 
 
 def describe(cache: KVCache) -> tuple[list[LayerGroup], list[positions.PositionList], bytes]:

@@ -261,24 +261,13 @@ class Cloud(InferenceSide):
             details["tokens_kept"] = len(ids)
             return past, self.pace.hold() - started
         from testbed.codecs.codec import decode
+        from testbed.codecs.shapes import CacheShape
 
-        cache = decode(received.payload, self.model.device)
-        self._check_fits(cache)
+        shapes = tuple((s.kv_heads, s.head_dim, s.value_dim, s.window) for s in self.model.shapes)
+        cache = decode(received.payload, self.model.device, CacheShape(shapes, self.model.max_positions))
         details["tokens_kept"] = kept_tokens(cache)
         details["kept_digest"] = kept_digest(cache)
         return self.behind(prefix, cache), 0.0
-
-    def _check_fits(self, cache: KVCache) -> None:
-        """A payload may be valid and yet belong to another model."""
-        ours = [(s.kv_heads, s.head_dim, s.value_dim, s.window) for s in self.model.shapes]
-        theirs = [
-            (layer.kv_heads, layer.keys.shape[2], layer.values.shape[2], layer.window)
-            for layer in cache.layers
-        ]
-        if ours != theirs or cache.length > self.model.max_positions:
-            raise PayloadError(
-                "the payload is another model's cache: layers, heads, dimensions or length differ"
-            )
 
 
 def replace_struct(struct: Any, **changes: Any) -> Any:

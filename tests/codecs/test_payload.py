@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 from testbed.codecs import container
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.container import Header, LayerGroup
+from testbed.codecs.layout import lay_out
 from testbed.codecs.positions import PositionList
+from testbed.codecs.shapes import CacheShape
 from testbed.errors import PayloadError
 from testbed.models.kvcache import EMPTY, KVCache
 from tests.codecs.caches import make_cache, ragged_cache, same_cache, uneven_cache
@@ -266,6 +268,86 @@ def test_decoding_takes_memory_in_proportion_to_the_cache() -> None:
     ).stdout
     size, grown = map(int, output.split())
     assert grown < 2 * size
+
+
+#: Forged payloads of 2 MB: how each asks for memory that its bytes do not justify. Layers of one head and one element would.
+DEMANDS = {
+    "a range of positions for each head": (
+        {"codec": "int2(axis=channel, group=0)+zstd", "length": 1 << 22},
+        lambda: [LayerGroup(1, 60, 1 << 21, 1, 1, None, list(range(60)))],
+        lambda: [PositionList(0, i, 0) for i in range(60)],
+        b"",
+    ),
+    "a range of positions for each layer": (
+        {"codec": "int2(axis=channel, group=0)+zstd", "length": 1 << 22},
+        lambda: [LayerGroup(1, 1, 1 << 18, 1, 1, None, [i]) for i in range(512)],
+        lambda: [PositionList(0, i, 0) for i in range(512)],
+        b"",
+    ),
+    "one list for many heads": (
+        {"codec": "int2(axis=channel, group=0)+zstd", "length": 1 << 22},
+        lambda: [LayerGroup(1, 500, 1 << 18, 1, 1, None, [0] * 499 + [1])],
+        lambda: [PositionList(2, 0, (1 << 18) - 1), PositionList(0, 0, 0)],
+        bytes((1 << 18) - 1),
+    ),
+    "a bitmap of more than it should hold": (
+        {"codec": "fp16", "length": 1 << 22},
+        lambda: [LayerGroup(1, 1, 2, 1, 1, None, [0])],
+        lambda: [PositionList(1, 0, 2_000_000)],
+        b"\xff" * 2_000_000,
+    ),
+}
+
+
+def demanding(name: str) -> bytes:
+    """The payload of about 2 MB with a right checksum."""
+    fields, groups, lists, positions = DEMANDS[name]
+    made = header(**fields, groups=groups(), lists=lists())
+    codec = Codec(made.codec)
+    layout = lay_out(made.parts(), codec.quantizer)
+    coded = [-(-piece.symbol_bytes // 64) for piece in layout.pieces] if codec.coder else []
+    symbols = sum(coded) if coded else layout.symbol_bytes
+    return sealed(msgspec.structs.replace(made, coded=coded), bytes(layout.side_bytes + symbols) + positions)
+
+
+@pytest.mark.parametrize("name", DEMANDS)
+def test_positions_take_no_more_memory_than_the_payload_justifies(name: str) -> None:
+    """In a process of its own: the peak of resident memory while a forged payload is refused."""
+    program = (
+        "import resource, sys, torch\n"
+        "from tests.codecs.test_payload import demanding, payload, refused\n"
+        "from testbed.codecs.codec import decode\n"
+        "decode(payload('int4+zstd')), decode(payload('fp16'))\n"
+        "made = demanding(sys.argv[1])\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(refused(made), file=sys.stderr)\n"
+        "print(len(made) // 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    run = [sys.executable, "-c", program, name]
+    output = subprocess.run(run, capture_output=True, text=True, check=True, timeout=100).stdout
+    size, grown = map(int, output.split())
+    assert size < 4_000
+    assert grown < 64 * size
+
+
+def test_a_payload_of_another_model_is_refused_before_its_parts_are_read() -> None:
+    cache = make_cache("sliding layers")
+    shape = CacheShape(tuple((1, 64, 64, layer.window) for layer in cache.layers), cache.length)
+    good = bytes(Codec("int4+zstd").encode(cache))
+    assert same_cache(decode(good, "cpu", shape), decode(good))
+    others = [
+        replace(shape, length=cache.length - 1),
+        replace(shape, layers=shape.layers[1:]),
+        replace(shape, layers=((2, 64, 64, 24), *shape.layers[1:])),
+        replace(shape, layers=((1, 64, 64, None), *shape.layers[1:])),
+        replace(shape, layers=((1, 64, 65, 24), *shape.layers[1:])),
+    ]
+    made, body = container.unseal(memoryview(good))
+    broken = sealed(made, b"\xaa" * len(body))  # which would be refused for another reason, were it read
+    for other in others:
+        for data in (good, broken):
+            with pytest.raises(PayloadError, match="another model's cache"):
+                decode(data, "cpu", other)
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
