@@ -6,10 +6,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from analysis import comparisons, settings, stats
+from analysis import comparisons, paired_latency, settings, stats
 from analysis.run import Run
 from testbed.errors import UsageError
 
@@ -18,9 +17,9 @@ _KEYS = ["task", "example"]
 
 @dataclass(frozen=True)
 class Line:
-    """One setting on one profile in both runs. `ratio`: the second run's latency over the first's, geometric
-    mean over the examples that both have; `score`, `nll`: second − first on these; `p`: Wilcoxon's for the
-    latency after Holm's correction over all lines; without matching examples these are empty (n = 0).
+    """One setting on one profile in both runs. `ratio`: the second run's latency over the first's, median
+    over the examples that both have (a failed trial is infinite); `score`, `nll`: second − first on these; `p`:
+    Wilcoxon's for the latency after Holm's correction over all lines; without matching examples these are empty (n = 0).
     """
 
     panel: str
@@ -38,7 +37,8 @@ def compare(first: Run, second: Run) -> list[Line]:
 
     Raises UsageError where they share none.
     """
-    tables = [settings.labelled(run.require().rows) for run in (first, second)]
+    column = "ttft_s" if any("first token" in run.latency for run in (first, second)) else "e2e_s"
+    tables = [_timed(settings.labelled(run.require().attempts), column) for run in (first, second)]
     models = [set(t["model"]) for t in tables]
     if models[0] != models[1] and all(len(m) == 1 for m in models):
         # A model each: the runs are compared across models, so the panel must not name it.
@@ -51,21 +51,18 @@ def compare(first: Run, second: Run) -> list[Line]:
     for key in shared:
         own = [g[key] for g in groups]
         pair = _pair(*own)
-        logs = np.log(pair["e2e_s_b"] / pair["e2e_s_a"])
-        found = stats.difference(logs, np.zeros(len(pair)))
-        ps.append(found.p)
+        found, p = paired_latency.compared(pair["latency_s_b"].to_numpy(), pair["latency_s_a"].to_numpy())
+        ps.append(p)
         clusters = settings.clusters(pair)
         lines.append(
             Line(
                 panel=str(key[0]),
                 setting=str(key[1]),
-                latency=_both(stats.median(o["e2e_s"], settings.clusters(o)) for o in own),
+                latency=_both(stats.median(o["latency_s"], settings.clusters(o)) for o in own),
                 quality=_both(
                     stats.mean(o["score"], settings.clusters(o), o["task"], bounds=(0, 1)) for o in own
                 ),
-                ratio=stats.Estimate(
-                    math.exp(found.value), math.exp(found.low), math.exp(found.high), found.n
-                ),
+                ratio=found,
                 score=stats.difference(
                     pair["score_b"], pair["score_a"], clusters, pair["task"], bounds=(0.0, 1.0)
                 ),
@@ -77,14 +74,20 @@ def compare(first: Run, second: Run) -> list[Line]:
     return [Line(**{**vars(one), "p": float(p)}) for one, p in zip(lines, adjusted, strict=True)]
 
 
+def _timed(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The rows with one kind of latency in both runs; infinite where a trial failed."""
+    return rows.assign(latency_s=rows[column].mask(rows["failed"].astype(bool), math.inf))
+
+
 def _both(found: Any) -> tuple[stats.Estimate, stats.Estimate]:
     a, b = found
     return a, b
 
 
 def _pair(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
-    """The examples that both have, repeats averaged."""
-    means = [t.groupby(_KEYS)[["e2e_s", "score", "nll"]].mean().reset_index() for t in (a, b)]
+    """The examples that both have, repeats averaged; of latencies the median."""
+    how = {"latency_s": "median", "score": "mean", "nll": "mean"}
+    means = [t.groupby(_KEYS).agg(how).reset_index() for t in (a, b)]
     return means[0].merge(means[1], on=_KEYS, suffixes=("_a", "_b"))
 
 
@@ -127,7 +130,8 @@ def text(first: Run, second: Run, lines: list[Line]) -> str:
             )
         out.append("")
     out.append(
-        "latency: medians, and the geometric mean of the examples' ratios; brackets: 95 % bootstrap intervals; "
+        "latency: medians, and the median of the examples' ratios (to the first token where answers differ in length); "
+        "brackets: 95 % intervals; "
         "p: Wilcoxon signed-rank of the latencies after Holm's correction; n: examples in both"
     )
     return "\n".join(out)

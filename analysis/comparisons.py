@@ -167,7 +167,7 @@ def line(one: Comparison) -> dict[str, Any]:
     found |= {"gained": one.answers.gained, "lost": one.answers.lost, "mcnemar_p": one.answers.p}
     found |= _interval("nll_diff", one.nll.estimate)
     found |= {"nll_p": one.nll.p, "nll_p_holm": one.p_nll, "nll_detectable": one.nll.detectable}
-    found |= _interval("lost", one.lost) | {"lossless": one.lossless}
+    found |= _interval("lost_share", one.lost) | {"lossless": one.lossless}
     return found | _interval("kl", one.kl)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from analysis import settings, stats
@@ -72,13 +73,17 @@ def _by_example(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _ratio(times: pd.DataFrame, setting: str, baseline: str) -> LatencyRatio:
     both = times[[setting, baseline]].dropna()
-    ours, theirs = both[setting].to_numpy(), both[baseline].to_numpy()
+    return LatencyRatio(setting, baseline, *compared(both[setting].to_numpy(), both[baseline].to_numpy()))
+
+
+def compared(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64]) -> tuple[stats.Estimate, float]:
+    """The median of the ratios of paired latencies (s; infinite: failed) with its interval, and Wilcoxon's p."""
     with np.errstate(divide="ignore", invalid="ignore"):
         values = np.where(ours == theirs, 1.0, ours / theirs)  # both failed: alike
         logs = np.nan_to_num(np.log(values), posinf=_FOR_EVER, neginf=-_FOR_EVER)
     middle = stats.quantile(values, 0.5)
     estimate = replace(middle, low=max(0.0, middle.low)) if math.isfinite(middle.low) else middle
-    return LatencyRatio(setting, baseline, estimate, stats.signed_rank(logs) if len(logs) > 1 else math.nan)
+    return estimate, stats.signed_rank(logs) if len(logs) > 1 else math.nan
 
 
 def text(one: LatencyRatio) -> str:

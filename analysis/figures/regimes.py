@@ -67,8 +67,7 @@ def draw(run: Run) -> Figure:
         title=f"The fastest setting that keeps {QUALITY_FLOOR:.0%} of the full cache's quality, link by link",
         subtitle=(
             f"{len(found)} emulated links by rate (up) and one-way delay · {subject(run.rows)}\n"
-            f"its median {run.latency} with 95 % bootstrap interval; below, the next best: by the median of the examples' ratios "
-            "slower, or tied"
+            f"its median {run.latency} with 95 % interval; below, the next best: how much slower (median ratio), or tied"
         ),
         footnotes=[
             "Kept: mean score over tasks (each counts equally) at least that share of the full cache's on the "

@@ -251,6 +251,6 @@ def tell_missing(ax: Axes, missing: list[str], most: int = 4) -> None:
             va="bottom",
             fontsize=6.8,
             color=VERMILLION,
-            zorder=7,
+            zorder=1.8,
             bbox=box,
         )

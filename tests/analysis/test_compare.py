@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from analysis import compare, comparisons
@@ -81,3 +82,34 @@ def test_the_comparisons_are_written_as_a_table(run: Path) -> None:
     text = comparisons.write(load(run)).read_text()
     assert text.startswith("model,link,task,setting,baseline,n,score_diff,")
     assert np.isfinite(comparisons.frame(comparisons.against(load(run)))["nll_diff"]).all()
+
+
+def test_the_table_has_the_answers_lost_and_the_share_of_examples_lost(run: Path) -> None:
+    rewrite(
+        run,
+        [
+            r | {"score": 0.0, "nll": r["reference_nll"] + 1} if r["example"] == "needle-0" else r
+            for r in lines(run)
+        ],
+    )
+    table = pd.read_csv(comparisons.write(load(run)))
+    own = table[(table["link"] == "all") & (table["setting"] == "fp16")].iloc[0]
+    right = [
+        r
+        for r in lines(run)
+        if r["codec"] == "fp16" and r["profile"] == "lte" and r["reference_score"] >= 0.5
+    ]
+    assert own["lost"] == sum(r["score"] < 0.5 for r in right)
+    assert own["lost_share"] == pytest.approx(1 / 12)
+    assert not own["lossless"]
+
+
+def test_a_trial_that_failed_in_one_run_is_slower_there(run: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "b", ("lte",), ("int8",), ("split",), tasks=("needle",), examples=12)
+    late = {f"needle-{i}" for i in range(7)}
+    rewrite(
+        other, [r | {"error": "timed out", "e2e_s": 0.0} if r["example"] in late else r for r in lines(other)]
+    )
+    (found,) = compare.compare(load(run), load(other))
+    assert found.ratio.value == found.latency[1].value == float("inf")
+    assert found.ratio.n == 12
