@@ -20,7 +20,8 @@ def conditions(rows: pd.DataFrame) -> str:
     delay = f"{delays[0]} ms one way" if delays[0] == delays[1] else f"↑ {delays[0]}  ↓ {delays[1]} ms"
     loss = f"{losses[0]} loss" if losses[0] == losses[1] else f"loss ↑ {losses[0]}  ↓ {losses[1]}"
     trusted = "" if bool(rows["calibrated"].all()) else " · out of tolerance"
-    return f"{rate} · {delay} · {'no loss' if losses == ['0%', '0%'] else loss}{trusted}"
+    changes = "means of a trace: " if "trace_s" in rows and rows["trace_s"].notna().any() else ""
+    return f"{changes}{rate} · {delay} · {'no loss' if losses == ['0%', '0%'] else loss}{trusted}"
 
 
 def _same(a: float, b: float) -> bool:

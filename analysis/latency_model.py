@@ -201,6 +201,7 @@ class HeldOut:
     chosen_sending: str
     best_sending: str
     sending_within: float
+    loss_up: float = 0.0
 
 
 def leave_one_out(rows: pd.DataFrame, eligible: list[str] | None = None) -> list[HeldOut]:
@@ -239,6 +240,7 @@ def leave_one_out(rows: pd.DataFrame, eligible: list[str] | None = None) -> list
                 str(chosen_kv),
                 str(best_kv),
                 float(true[chosen_kv] / true[best_kv] - 1),
+                link_of(own).loss_up,
             )
         )
     return found

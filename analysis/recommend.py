@@ -250,6 +250,7 @@ def _trust(found: Recommendation) -> list[str]:
     if not found.held_out:
         return ["the run has one link only: the model's error on other links is unknown"]
     cells = sum(len(h.errors) for h in found.held_out)
+    lossy = [h for h in found.held_out if h.loss_up > 0]
     right = sum(h.chosen_within <= 0.05 for h in found.held_out)
     sent = sum(h.sending_within <= 0.05 for h in found.held_out)
     count = len(found.held_out)
@@ -259,6 +260,11 @@ def _trust(found: Recommendation) -> list[str]:
         said = [
             f"this link lies outside of what was measured: the error there is unknown (worst within: {worst:.0%})"
         ]
+    if found.link.loss_up > 0 and not found.measured_as:
+        error = f"{median_error(lossy):.0%} over {len(lossy)} of them" if lossy else "unknown"
+        said.append(
+            f"on links with loss, where a request's time is a matter of luck, the model's median error is {error}"
+        )
     return [
         *said,
         f"the model on links it was not fitted to: median error {median_error(found.held_out):.1%} over {cells} cells of "

@@ -295,3 +295,14 @@ def test_the_task_that_keeps_least_stands_beside_the_mean_of_several(run: Path, 
     assert next(line for line in said.splitlines() if " int8 " in line).endswith("passages 0.25")
     assert "passages 0.25" in analysis.headline(path)
     assert "passages 0.25" in html.unescape(report.write(load(path), []).read_text())
+
+
+def test_on_a_link_with_loss_the_error_is_that_of_links_with_loss(tmp_path: Path) -> None:
+    path = make_run(
+        tmp_path / "lossy", ("5g-good", "5g-mid", "5g-edge", "lte"), ("fp16",), tasks=("needle",), examples=3
+    )
+    found = recommend.recommend(load(path), Link(20e6, 0.02, 0.02, 0.002))
+    lossy = [h for h in found.held_out if h.profile != "5g-good"]
+    said = f"the model's median error is {median_error(lossy):.0%} over 3 of them"
+    assert said in recommend.text(found)
+    assert "on links with loss" not in recommend.text(recommend.recommend(load(path), Link(20e6, 0.02, 0.02)))
