@@ -58,6 +58,8 @@ def open_regular(path: Path, flags: int, mode: int = 0o644) -> int:
     except OSError:
         if path.is_symlink():
             raise StorageError(f"{path} is a link, and links are not followed here") from None
+        if path.exists() and not path.is_file():
+            raise StorageError(f"{path} is no regular file") from None
         raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)

@@ -6,6 +6,8 @@ Nothing here knows torch or asks anything of the kernel: `testbed plan` runs it 
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,6 +26,7 @@ from testbed.scenario import Plan, Scenario
 from testbed.tasks.task import Task, make_task
 
 _MAX_TRIALS = 10_000_000
+_PARENTHESIZED = re.compile(r"[^\s'\"\[{][^'\"]*\([^'\"]*,[^'\"]*\)[^'\"]*")
 
 
 def scenario_path(name: str) -> Path:
@@ -44,7 +47,7 @@ def override(settings: dict[str, Any], assignments: Sequence[str]) -> None:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise SpecError(f"--set {assignment!r}: write KEY=VALUE")
-        value = strict_yaml.parse(text, f"--set {key}")
+        value = strict_yaml.parse(_quoted(text), f"--set {key}")
         target = settings
         *parents, last = key.split(".")
         for parent in parents:
@@ -52,6 +55,29 @@ def override(settings: dict[str, Any], assignments: Sequence[str]) -> None:
             if not isinstance(target, dict):
                 raise SpecError(f"--set {assignment!r}: {parent!r} is not a mapping")
         target[last] = value
+
+
+def _quoted(text: str) -> str:
+    """A list in brackets as YAML has to see it: what has commas in parentheses, such as ``q2c@0.25(pool=1, scope=global)``, is
+    one item."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return text
+    items, depth, quote = [""], 0, ""
+    for letter in text[1:-1]:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"" and not items[-1].strip():
+            quote = letter
+        elif letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        if letter == "," and not depth and not quote:
+            items.append("")
+        else:
+            items[-1] += letter
+    plain = [item.strip() for item in items]
+    return "[" + ", ".join(json.dumps(i) if _PARENTHESIZED.fullmatch(i) else i for i in plain) + "]"
 
 
 def load_plan(

@@ -42,7 +42,10 @@ class Run:
         self.failures = 0
         self._tally = Tally(plan, watch)
         self._identities: dict[Cell, str] = {}
-        self._done = directory.finished()  # what failed is tried again, and leaves another row
+        self._done: set[str] = set()  # what failed is tried again, and leaves another row
+        self._expected = 0  #: trials, of which some may be done
+        self.resumed = False  #: that all are done already is an end
+        self.settled = False  #: they were
         self._uncalibrated: set[str] = set()
         self._current: Profile | None = None
         self._origin = time.monotonic()  #: when traces begin
@@ -52,6 +55,9 @@ class Run:
         with contextlib.ExitStack() as stack:
             stack.enter_context(interruptible())
             stack.enter_context(locked(self.directory.path))
+            self._take_up()
+            if self.settled:
+                return
             self._tally.say("building the network")
             self.fabric = stack.enter_context(self._build(self.plan.under(self.plan.profiles[0])))
             self._tally.say(f"loading {self.scenario.model} on both sides")
@@ -74,10 +80,21 @@ class Run:
                 self._write_stretch("traffic.json", {}, flows=traffic)
         self.directory.write_parquet()
 
+    def _take_up(self) -> None:
+        # Only now does nobody else add rows.
+        self.directory.repair()
+        self._done = self.directory.finished()
+        planned = self.directory.manifest().get("trials")
+        self.settled = self.resumed and isinstance(planned, int) and 0 < planned <= len(self._done)
+        if self.settled and not (self.directory.path / "trials.parquet").exists():
+            self.directory.write_parquet()
+
     def _expect(self, batches: list[Batch]) -> None:
         for batch in batches:
             for cell in self.plan.cells(batch.task, batch.context_tokens):
-                self._tally.expect(cell, len(batch.examples) * self.scenario.repeats)
+                trials = len(batch.examples) * self.scenario.repeats
+                self._tally.expect(cell, trials)
+                self._expected += trials
 
     def _write_stretch(self, name: str, about: dict[str, str], **found: Any) -> None:
         # One entry for each time the run was started: its figures are of one stretch of time.
@@ -108,7 +125,7 @@ class Run:
                 "profiles": {p.name: {"text": p.text(), "source": p.source} for p in self.plan.profiles},
                 "emulator": self.fabric.emulator.name,
                 "endpoints": loaded,
-                "trials": self.plan.trials,
+                "trials": self._expected,
                 "starts": [*self.directory.entries("manifest.json", "starts"), utc_now()],
                 "host": describe_host(),
                 "command": sys.argv,
@@ -280,5 +297,6 @@ def resume(path: Path, watch: Watcher, accept_uncalibrated: bool) -> Run:
     with lookup.among(kept_traces.copies(directory.manifest().get("traces"), path.absolute())):
         plan = make_plan(directory.settings(), str(path / "manifest.json"))
     check_ready(plan)
-    directory.repair()
-    return Run(plan, directory, watch, accept_uncalibrated)
+    run = Run(plan, directory, watch, accept_uncalibrated)
+    run.resumed = True
+    return run

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from testbed.codecs.spec import parse as parse_codec
+from testbed.errors import SpecError
 from testbed.net.profile import Profile
 from testbed.net.topology import Link, Topology
 from testbed.net.traffic import Flow, flow_from
@@ -30,7 +31,13 @@ def _listed(value: Any) -> Any:
 
 
 def _codec(value: Any) -> str:
-    return str(parse_codec(str(value)))
+    text = str(value)
+    if text.count("(") > text.count(")"):
+        raise SpecError(
+            f"codec {text[:80]!r}: ends within its parentheses; in brackets, YAML splits at commas: "
+            'quote it, as ["q2c@0.25(pool=1, scope=global)+int8"]'
+        )
+    return str(parse_codec(text))
 
 
 def _seconds(value: Any) -> float:
@@ -113,7 +120,7 @@ class Scenario(BaseModel):
     examples: Annotated[int, Field(ge=1, le=100_000)] = 10
     repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
     at: Literal["trial", "run"] = "trial"  #: when traces begin: with each trial, or once with the first
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] | None = (
         None  #: None: what the task says its answers need
     )

@@ -295,3 +295,31 @@ def test_background_traffic_is_part_of_what_a_cell_is() -> None:
 def test_traffic_that_does_not_do_is_refused_by_its_place(flow: dict[str, object], says: str) -> None:
     with pytest.raises(SpecError, match=f"t.yaml: {says}"):
         plan(traffic=[flow])
+
+
+@pytest.mark.parametrize(
+    ("text", "codecs"),
+    [
+        ("[q2c@0.25(pool=1, scope=global)+int8]", ["q2c@0.25(scope=global, pool=1)+int8"]),
+        ("[int8, q2c@0.25(pool=1, scope=global)+int8, fp16]", ["int8", "q2c@0.25(scope=global, pool=1)+int8", "fp16"]),
+        ('["q2c@0.25(pool=1, scope=global)+int8", int8]', ["q2c@0.25(scope=global, pool=1)+int8", "int8"]),
+    ],
+)  # fmt: skip
+def test_commas_in_a_codecs_parentheses_do_not_end_it_on_the_command_line(
+    text: str, codecs: list[str]
+) -> None:
+    assert load_plan("quick", assignments=[f"codecs={text}"]).scenario.codecs == codecs
+
+
+def test_a_codec_that_yaml_has_split_is_shown_as_it_has_to_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "split.yaml"
+    path.write_text("profiles: [lte]\ntasks: [needle]\ncodecs: [int8, q2c@0.25(pool=1, scope=global)+int8]\n")
+    with pytest.raises(
+        SpecError, match=r'codecs\[1\].*quote it, as \["q2c@0.25\(pool=1, scope=global\)\+int8"\]'
+    ):
+        load_plan(str(path))
+
+
+def test_a_seed_is_a_number_that_every_process_can_take() -> None:
+    with pytest.raises(SpecError, match="seed"):
+        load_plan("quick", assignments=[f"seed={2**63}"])

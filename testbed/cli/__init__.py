@@ -39,6 +39,7 @@ _WRONG_FILE = {
     errno.ENAMETOOLONG,
     errno.ELOOP,
 }
+_LONGEST = 1200  #: characters of a complaint
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -86,8 +87,6 @@ def main(argv: list[str] | None = None) -> None:
         _fail(error.format_message().replace("\n", " "), 2)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", run.INTERRUPTED)
-    except BrokenPipeError:
-        _fail("whoever read the output has closed it", 1)
     except TestbedError as error:
         _fail(str(error).replace("\n", " "), error.exit_status)
     except OSError as error:
@@ -114,6 +113,8 @@ def _open_standard_files() -> None:
 
 
 def _fail(message: str, status: int) -> NoReturn:
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 4 :]}"
     with contextlib.suppress(OSError):  # nobody listens
         click.echo(f"testbed: {message}".encode(errors="backslashreplace"), err=True)
     for stream in (sys.stdout, sys.stderr):

@@ -10,7 +10,7 @@ import click
 
 from testbed.cli.parts import require_root, rootless_option, sweep_options
 from testbed.cli.progress import Console
-from testbed.errors import TestbedError, UsageError
+from testbed.errors import StorageError, TestbedError, UsageError
 
 if TYPE_CHECKING:
     from testbed.runner import Run
@@ -81,12 +81,13 @@ def _execute(started: Run, show: Console) -> int:
         show.close()
         click.echo(f"testbed: interrupted; continue with  testbed run --resume {path}", err=True)
         return INTERRUPTED
-    except TestbedError:
+    except (TestbedError, OSError) as error:
         show.close()
-        if any(started.directory.rows()):
-            click.echo(f"rows so far are in {path}; continue with  testbed run --resume {path}", err=True)
-        raise
+        raise _resumable(started, error) from error
     show.close()
+    if started.settled:
+        click.echo(f"{path} is finished: every trial has its row; draw it again with  testbed plot {path}")
+        return 0
     show_results(path)
     if started.failures:
         click.echo(
@@ -96,6 +97,20 @@ def _execute(started: Run, show: Console) -> int:
         )
         return 1
     return 0
+
+
+def _resumable(started: Run, error: Exception) -> Exception:
+    """What ended a run, with where its rows are and how it goes on."""
+    path, said = started.directory.path, str(error)
+    if isinstance(error, OSError):
+        said = f"{error.filename or path}: {error.strerror or error}"
+    try:
+        rows = not isinstance(error, UsageError) and any(started.directory.rows())
+    except (TestbedError, OSError):
+        rows = False
+    if rows:
+        said += f"; rows so far are in {path}; continue with  testbed run --resume {path}"
+    return (type(error) if isinstance(error, TestbedError) else StorageError)(said)
 
 
 def show_results(path: Path) -> None:

@@ -109,7 +109,6 @@ def _open(path: Path, settings: dict[str, Any]) -> RunDirectory:
             raise UsageError(
                 f"{path} was measured with {key} {before.get(key)}, not {settings[key]}; choose another --out"
             )
-    directory.repair()
     return directory
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 import msgspec
 
 from testbed.errors import NetworkError, UsageError
+from testbed.files import storing
 from testbed.identity import as_root
 from testbed.net import namespaces, naming, processes
 from testbed.net.topology import Topology
@@ -238,7 +239,7 @@ def write(state: State) -> None:
     """Puts the state on disk, whole or not at all, whatever happens meanwhile. Call it `locked`."""
     target = file_of(state.id)
     fresh = target.with_name(f".{state.id}.tmp")
-    with fresh.open("wb") as file:
+    with storing(target), fresh.open("wb") as file:
         file.write(msgspec.json.format(msgspec.json.encode(state)))
         file.flush()
         os.fsync(file.fileno())
