@@ -16,7 +16,10 @@ import pytest
 
 from benchmarks.kill_resume import leftovers, torture
 from testbed.net.accounting import LATE_S
-from testbed.results import COLUMNS, FORMAT, STAGES
+from testbed.planning import load_plan
+from testbed.results import COLUMNS, FORMAT, STAGES, RunDirectory
+from testbed.runner import Run
+from tests.analysis.make_run import make_run
 from tests.tiny_models import tiny_model_directory
 
 ROOT = Path(__file__).parents[1]
@@ -181,6 +184,18 @@ class TestAWholeRun:
         assert done.returncode == 0, done.stderr
         assert len(rows(out)) == len({row["trial"] for row in rows(out)}) == TRIALS
 
+    def test_says_so_and_stops_where_it_is_finished_already(self, finished: Path, tmp_path: Path) -> None:
+        out = tmp_path / "finished"
+        shutil.copytree(finished, out)
+        (out / "trials.parquet").unlink()
+        before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+        done = run("--resume", str(out))
+        assert done.returncode == 0, done.stderr
+        assert "is finished" in done.stdout
+        assert "building" not in done.stderr
+        assert (out / "trials.parquet").exists()
+        assert {name: (out / name).read_bytes() for name in before} == before
+
     def test_runs_its_failed_trials_again_when_resumed_and_no_others(
         self, finished: Path, tmp_path: Path
     ) -> None:
@@ -205,6 +220,17 @@ class TestAWholeRun:
         assert result["repeated"] == []
         assert result["host_changed"] == {}
         assert (result["trials"], result["failed"], result["final_exit_status"]) == (result["expected"], 0, 0)
+
+
+def test_rows_that_another_process_adds_before_the_lock_is_had_are_not_repeated(tmp_path: Path) -> None:
+    directory = RunDirectory(make_run(tmp_path / "run", examples=1))
+    started = Run(load_plan("quick"), directory, lambda progress: None)
+    text = (directory.path / "trials.jsonl").read_text()
+    other = json.loads(text.splitlines()[0]) | {"trial": "another's"}
+    (directory.path / "trials.jsonl").write_text(text + json.dumps(other) + "\n" + '{"trial": "cut off')
+    started._take_up()
+    assert "another's" in started._done
+    assert (directory.path / "trials.jsonl").read_text().endswith("\n")
 
 
 @pytest.mark.netem
