@@ -78,7 +78,7 @@ def diagnosed(run: Run) -> tuple[str, str] | None:
     try:
         found = json.loads((run.path / "diagnosis.json").read_text(encoding="utf-8"))
         return str(found["model"]), str(found["published"]["damage"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

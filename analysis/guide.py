@@ -137,7 +137,7 @@ def _diagnosis(run: Run) -> list[tuple[str, str]]:
     try:
         found = json.loads((run.path / "diagnosis.json").read_text(encoding="utf-8"))
         return [(str(found["model"]), str(found["verdict"]))]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
 
 

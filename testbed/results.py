@@ -130,6 +130,14 @@ def check_format(found: object, path: Path) -> None:
         )
 
 
+def _parsed(text: str) -> Any:
+    """JSON's value. Half a surrogate pair, which JSON can spell and no file, font or terminal takes, becomes a question mark."""
+    value = json.loads(text)
+    if "\\ud" in text.lower():
+        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    return value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` so that a reader sees the old file or the new one, never half of either. Raises StorageError."""
     text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
@@ -200,7 +208,7 @@ class RunDirectory:
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            value = json.loads(files.read(self.path / name))
+            value = _parsed(files.read(self.path / name).decode("utf-8"))
         except (OSError, ValueError, RecursionError, StorageError) as error:
             raise UsageError(f"{self.path / name} cannot be read: {error}") from error
         if not isinstance(value, dict):
@@ -231,7 +239,7 @@ class RunDirectory:
         with files.reading(path) as lines:
             for line in lines:
                 try:
-                    row = json.loads(line)
+                    row = _parsed(line)
                 except (ValueError, RecursionError):
                     continue
                 if isinstance(row, dict) and all(isinstance(row.get(key), str) for key in _IDENTITY):

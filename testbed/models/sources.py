@@ -246,6 +246,6 @@ def _size(path: Path) -> int:
 def _read(record: Path) -> dict[str, object]:
     try:
         value = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

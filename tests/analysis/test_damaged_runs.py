@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import analysis
 from analysis.run import load
 from testbed.cli import main
 from testbed.errors import UsageError
@@ -141,3 +142,15 @@ def test_rows_that_no_run_writes_are_said_where_they_cannot_be_written_as_a_tabl
         RunDirectory(run).write_parquet()
     assert sorted(p.name for p in run.iterdir() if p.name.startswith(".")) == []
     assert json.loads((run / "trials.jsonl").read_text().splitlines()[0])["e2e_s"] == "soon"
+
+
+def test_half_a_surrogate_pair_in_a_row_or_a_manifest_is_shown_as_a_question_mark(run: Path) -> None:
+    rows = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    rows[0] |= {"answer": "\ud800", "profile": "\ud83d\ude00 \udc80"}
+    (run / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | {"name": "\ud800"}))
+    first = next(RunDirectory(run).rows())
+    assert (first["answer"], first["profile"]) == ("?", "\U0001f600 ?")
+    analysis.write_summary(run)
+    analysis.write_report(run, [])
