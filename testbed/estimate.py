@@ -15,6 +15,7 @@ from typing import Any
 
 from testbed.codecs.layout import expected_bytes
 from testbed.codecs.spec import parse
+from testbed.errors import UsageError
 from testbed.models.sources import resolve
 from testbed.scenario import Cell, Plan
 
@@ -36,12 +37,28 @@ class Dimensions:
 
 
 def dimensions(model: str) -> Dimensions | None:
-    """From the model's ``config.json``, without loading it; None where it is not at hand."""
+    """From the model's ``config.json``, without loading it; None where it is not at hand. Raises UsageError."""
     source = resolve(model)
     path = Path(source.path) / "config.json" if source.path is not None else None
     if path is None or not path.is_file():
         return None
-    config = json.loads(path.read_text())
+    try:
+        return _described(json.loads(path.read_text(encoding="utf-8")))
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
+        raise UsageError(
+            f"{path}: not the configuration of a language model ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _described(config: dict[str, Any]) -> Dimensions:
     config = config.get("text_config", config)
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     layers = config["num_hidden_layers"]

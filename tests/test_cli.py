@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from testbed.cli import main
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -120,3 +122,32 @@ def test_the_orchestrator_never_imports_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "config", ["", "[]", "{}", "[" * 100_000, '{"num_attention_heads": 0, "hidden_size": 1}']
+)
+def test_a_models_directory_that_holds_none_is_one_line(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "config.json" in complaint("plan", "quick", "--set", f"model={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "argument", ["x" * 256, "1e400", "[" * 100_000, "\udcff\udcfe", "9" * 5000, "\u202e", "a\nb"]
+)
+@pytest.mark.parametrize(
+    "command",
+    [("plan",), ("plot",), ("models", "fetch"), ("up",), ("plan", "quick", "--codec"), ("plan", "quick", "--set"),
+     ("plan", "quick", "--link"), ("plan", "quick", "--examples"), ("calibrate",), ("run", "--resume")],
+)  # fmt: skip
+def test_what_nobody_means_is_one_short_line(
+    command: tuple[str, ...], argument: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = {"--set": "timeout=", "--link": "access="}.get(command[-1], "")
+    with pytest.raises(SystemExit) as ended:
+        main([*command, prefix + argument])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1
+    assert len(said) < 1500
