@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import zlib
@@ -90,3 +91,19 @@ def test_the_congestion_control_that_was_asked_for_is_used() -> None:
         assert client.congestion() == "reno"
         assert client.retransmits() == 0
         client.close()
+
+
+def test_what_a_failed_request_had_still_to_send_is_given_up_when_it_is_over() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connection = Connection.open("127.0.0.1", listener.getsockname()[1], None, 5.0)
+        peer, _ = listener.accept()
+        with peer:
+            peer.settimeout(5)
+            connection.socket.setblocking(False)
+            with contextlib.suppress(BlockingIOError):  # until neither side has room: nobody reads
+                while True:
+                    connection.socket.send(bytes(1 << 20))
+            connection.finish(timeout=0.2)
+            with pytest.raises(ConnectionResetError):  # and not megabytes, and then an end
+                while peer.recv(1 << 20):
+                    pass

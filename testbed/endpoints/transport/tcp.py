@@ -14,6 +14,7 @@ from testbed.errors import EndpointError, UsageError, WireError
 
 _TOTAL_RETRANSMITS = struct.Struct("=100xI")  #: tcpi_total_retrans in struct tcp_info, linux/tcp.h
 _PIECE = 1 << 20
+_GIVE_UP = struct.pack("ii", 1, 0)  # struct linger: at once, with a reset (socket(7))
 SEND_S = 60.0  #: in which a frame is handed over where nobody says otherwise: an answer, which fits any socket's buffer
 
 
@@ -137,7 +138,10 @@ class Connection:
         return name.split(b"\0", 1)[0].decode()
 
     def finish(self, timeout: float = 2.0) -> None:
-        """Close in order: say that no more comes, wait until the peer has closed too, so that the last bytes are on the books."""
+        """Close in order: say that no more comes, wait until the peer has closed too, so that the last bytes are on the books.
+
+        Where that takes too long, what is not sent yet is given up: it would go on crossing the link beside the next request.
+        """
         deadline = Deadline(timeout)
         try:
             self.socket.shutdown(socket.SHUT_WR)
@@ -146,7 +150,8 @@ class Connection:
                 if not self.socket.recv(4096):
                     break
         except OSError:
-            pass
+            with contextlib.suppress(OSError):
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _GIVE_UP)
         self.socket.close()
 
     def close(self) -> None:
