@@ -10,6 +10,7 @@ import difflib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,6 +129,9 @@ def find(name: str) -> ModelSource:
         return _preset(PRESETS[name])
     if name in HUB_MODELS:
         return _hub_model(HUB_MODELS[name])
+    converted = _converted_names()
+    if name in converted:
+        return _converted(name, converted[name])
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         return _gguf(name, path)
@@ -137,7 +141,7 @@ def find(name: str) -> ModelSource:
         raise UsageError(f"model {name!r}: there is no such directory")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         return _hub(name)
-    near = difflib.get_close_matches(name.lower(), [*PRESETS, *HUB_MODELS], n=2, cutoff=0.7)
+    near = difflib.get_close_matches(name.lower(), [*PRESETS, *converted, *HUB_MODELS], n=2, cutoff=0.7)
     hint = f"did you mean {' or '.join(near)}?" if near else f"presets are {', '.join(PRESETS)}"
     raise UsageError(
         f"unknown model {name!r}; {hint} (or a directory, a .gguf file, a hub id such as org/name)"
@@ -165,12 +169,21 @@ def fetch(name: str, say: Callable[[str], None] = lambda _: None) -> ModelSource
 
 
 def available() -> list[ModelSource]:
-    """The presets, the GGUF files that were converted, and the hub's models that have names of ours."""
-    known = [_preset(preset) for preset in PRESETS.values()]
-    for record in sorted(cache_directory().glob("models/*/source.json")):
-        if record.parent.name not in PRESETS and (found := _read(record)).get("kind") == "gguf":
-            known.append(_converted(str(found.get("file", record.parent.name)), record.parent))
-    return known + [_hub_model(model) for model in HUB_MODELS.values()]
+    """The presets, the GGUF files that were converted, and the hub's models that have names of ours; `find` knows each name."""
+    presets = [_preset(preset) for preset in PRESETS.values()]
+    converted = [_converted(name, directory) for name, directory in _converted_names().items()]
+    return [*presets, *converted, *(_hub_model(model) for model in HUB_MODELS.values())]
+
+
+def _converted_names() -> dict[str, Path]:
+    """The converted GGUF files' names and directories: a file's own name where it is the only one of that name."""
+    stems = {
+        record.parent: Path(str(found.get("file", record.parent.name))).stem
+        for record in sorted(cache_directory().glob("models/*/source.json"))
+        if record.parent.name not in PRESETS and (found := _read(record)).get("kind") == "gguf"
+    }
+    several = Counter([*stems.values(), *PRESETS, *HUB_MODELS])
+    return {stem if several[stem] == 1 else directory.name: directory for directory, stem in stems.items()}
 
 
 def _preset(preset: Preset) -> ModelSource:
@@ -205,14 +218,15 @@ def _gguf(name: str, path: Path) -> ModelSource:
         if file.read(4) != b"GGUF":
             raise UsageError(f"model {name!r}: not a GGUF file")
     stamp = file_stamp(path)
-    for record in cache_directory().glob("models/*/source.json"):
-        if _read(record).get("stamp") == stamp:
-            return _converted(name, record.parent)
+    for known, directory in _converted_names().items():
+        if _read(directory / "source.json").get("stamp") == stamp:
+            return _converted(known, directory)
     return ModelSource(path.stem, "gguf", None, False, origin=str(path))
 
 
 def _converted(name: str, directory: Path) -> ModelSource:
-    return ModelSource(Path(name).stem, "gguf", directory, True, _size(directory), name)
+    origin = str(_read(directory / "source.json").get("file", ""))
+    return ModelSource(name, "gguf", directory, True, _size(directory), origin, f"converted from {origin}")
 
 
 def file_stamp(path: Path) -> list[object]:

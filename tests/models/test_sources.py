@@ -228,6 +228,23 @@ def test_available_tells_what_is_there(cache: Path) -> None:
     assert not listed["gemma3-270m"].fetched and "Gemma Terms" in listed["gemma3-270m"].license
 
 
+def test_every_listed_name_is_one_that_a_scenario_may_have(cache: Path) -> None:
+    files = {"own-0123": "/models/own.gguf", "two-4567": "/a/two.gguf", "two-89ab": "/b/two.gguf",
+             "yi-6b-cdef": "/c/yi-6b.gguf"}  # fmt: skip
+    for name, file in files.items():
+        (cache / "models" / name).mkdir(parents=True)
+        record = {"kind": "gguf", "file": file, "stamp": []}
+        (cache / "models" / name / "source.json").write_text(json.dumps(record))
+    listed = sources.available()
+    assert {source.name for source in listed if source.kind == "gguf"} == {
+        "own", "two-4567", "two-89ab", "yi-6b-cdef",
+    }  # fmt: skip
+    assert len({source.name for source in listed}) == len(listed)
+    for source in listed:
+        assert sources.find(source.name) == source
+    assert sources.resolve("own").path == cache / "models" / "own-0123"
+
+
 def test_the_studys_families_have_names_that_stand_for_hub_ids(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
