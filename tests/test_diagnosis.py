@@ -201,18 +201,22 @@ def test_the_smallest_form_that_holds_is_the_one_to_take() -> None:
     assert told_forms(forms[:1]) == "no form holds by itself; the smallest loss has a"
 
 
-def test_a_diagnosis_foretells_its_time_from_its_first_example() -> None:
+def test_a_diagnosis_foretells_its_time_before_it_begins_and_after_each_example() -> None:
     said: list[str] = []
 
     class Learns:
+        outcomes = 5
+
         def add(self, probe: object) -> None:
             """Takes no time."""
 
-    times = iter([0.0, 30.0, 50.0, 90.0])
+    probe = SimpleNamespace(outcome=lambda widths: None)
+    times = iter([0.0, 4.0, 9.0, 30.0, 50.0, 90.0])  # 4 s to prefill, and 5 s an outcome
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("testbed.diagnosis.run.time", SimpleNamespace(monotonic=lambda: next(times)))
-        run._rank(lambda example: None, [None] * 3, [Learns()], ", then more", said.append)  # type: ignore[arg-type, list-item, return-value]
+        run._rank(lambda example: probe, [None] * 3, [Learns()], ", then more", said.append)  # type: ignore[arg-type, list-item, return-value]
     assert said == [
+        "example 1 of 3 prefilled; about 87 s at least to rank, then more",
         "example 1 of 3 ranked, 30 s; about 60 s more to rank, then more",
         "example 2 of 3 ranked, 50 s; about 25 s more to rank, then more",
         "example 3 of 3 ranked, 90 s",

@@ -20,6 +20,11 @@ class Forms:
         self._full: list[Outcome] = []
         self._found: dict[str, list[Outcome]] = {scale: [] for scale in SCALES}
 
+    @property
+    def outcomes(self) -> int:
+        """How many an example takes."""
+        return len(self._methods)
+
     def add(self, probe: Probe) -> None:
         """One more example: an outcome a form."""
         self._full.append(probe.full)

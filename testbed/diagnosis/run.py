@@ -103,6 +103,10 @@ def _by_smallest_set(
 class Adds(Protocol):
     """What learns from examples one by one."""
 
+    @property
+    def outcomes(self) -> int:
+        """How many an example takes."""
+
     def add(self, probe: Probe) -> None:
         """One more."""
 
@@ -110,10 +114,16 @@ class Adds(Protocol):
 def _rank(
     probe_of: Probes, examples: list[Example], learning: list[Adds], behind: str, say: Callable[[str], None]
 ) -> None:
-    """Gives each example to all that learn, and foretells from the first how long the rest will take."""
+    """Gives each example to all that learn. Foretells how long that will take, from an outcome of the first, then from each."""
     started = time.monotonic()
     for number, example in enumerate(examples, 1):
         probe = probe_of(example)
+        if number == 1:
+            made = time.monotonic() - started
+            probe.outcome({})
+            each = time.monotonic() - started - made
+            whole = (made + each * sum(one.outcomes for one in learning)) * len(examples)
+            say(f"example 1 of {len(examples)} prefilled; about {duration(whole)} at least to rank{behind}")
         for one in learning:
             one.add(probe)
         took = time.monotonic() - started
@@ -148,6 +158,11 @@ class Ranking:
         self._full: list[Outcome] = []
         self._everything: list[Outcome] = []
         self._found: list[dict[str, list[Outcome]]] = [{"damage": [], "rescue": []} for _ in places]
+
+    @property
+    def outcomes(self) -> int:
+        """How many an example takes."""
+        return 2 * len(self.places) + 1
 
     def add(self, probe: Probe) -> None:
         """One more example: two outcomes a place."""
