@@ -72,7 +72,10 @@ def caveats(run: Run) -> list[str]:
         )
     if len(run.failed):
         said.append(f"{_failures(run)}: infinite latencies, and no answers.")
-    warned = int(((rows["warnings"] != "") & rows["calibrated"]).sum())
+    unsteady = int((~rows["compute_steady"]).sum())
+    if unsteady:
+        said.append(f"Compute was out of tolerance before {unsteady:,} of {counted(len(rows), 'trial')}.")
+    warned = int(((rows["warnings"] != "") & rows["calibrated"] & rows["compute_steady"]).sum())
     if warned:
         said.append(f"{counted(warned, 'trial')} with warnings.")
     lengths = rows.loc[rows["context_tokens"] > 0].groupby("task")["context_tokens"].agg(["min", "max"])
@@ -97,6 +100,29 @@ def _failures(run: Run) -> str:
         for name, (n, of) in zip(worst.index[:3], worst[:3].to_numpy(), strict=True)
     )
     return f"{counted(len(run.failed), 'trial')} failed ({named}{', …' if len(worst) > 3 else ''})"
+
+
+def computing(run: Run) -> str:
+    """How the machine computed during a run's last start, in a sentence; empty where nobody measured."""
+    if not run.compute:
+        return ""
+    made = run.compute[-1]["measurements"]
+    try:
+        first, edge, cloud = made[0], *([one[side]["median_s"] for one in made] for side in ("edge", "cloud"))
+        drifts = [own / times[0] for times in (edge, cloud) for own in times]
+        shares = [
+            one[side]["share"] for one in made for side in ("edge", "cloud") if one[side]["share"] is not None
+        ]
+        off = sum(bool(one["complaints"]) for one in made)
+        said = (
+            f"Compute, measured {counted(len(made), 'time')}: a prefill of {first['tokens']} tokens took the edge "
+            f"{edge[0]:.3g} s and the cloud {cloud[0]:.3g} s (ratio {first['ratio']:.2f}), then {min(drifts):.2f} to "
+            f"{max(drifts):.2f} times that"
+        )
+    except (KeyError, TypeError, IndexError, ZeroDivisionError):
+        return "compute.json holds no measurements that can be read."
+    had = f", with a processor for {min(shares):.0%} of the time or more" if shares else ""
+    return f"{said}{had}; {off or 'none'} out of tolerance."
 
 
 def uncalibrated(rows: pd.DataFrame) -> list[str]:

@@ -41,6 +41,8 @@ class Run:
     rows: pd.DataFrame
     failed: pd.DataFrame
     where: str = ""  #: the expression that selected the rows; empty: all of them
+    #: compute as it was measured before, between and after trials: those of each start, in order
+    compute: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = field(default=())  #: what was missing or unreadable in the directory
 
     @property
@@ -131,6 +133,7 @@ def load(path: Path, where: str | None = None) -> Run:
     found = manifest.get("format", FORMAT)
     check_format(found, path)
     calibration = _object(directory.calibration, "calibration.json", path, notes)
+    compute = _starts(directory, notes)
     table = _latest(_typed(_read_rows(directory, notes)))
     if where:
         table = _select(table, where)
@@ -145,8 +148,18 @@ def load(path: Path, where: str | None = None) -> Run:
         ),
         failed=_unmeasured(table[failed].reset_index(drop=True)),
         where=where or "",
+        compute=compute,
         notes=tuple(notes),
     )
+
+
+def _starts(directory: RunDirectory, notes: list[str]) -> tuple[dict[str, Any], ...]:
+    try:
+        starts = directory.entries("compute.json", "starts")
+    except UsageError:
+        notes.append("compute.json cannot be read")
+        return ()
+    return tuple(start for start in starts if isinstance(start, dict) and start.get("measurements"))
 
 
 def _lengths_differ(rows: pd.DataFrame) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from analysis import paired_latency, settings, stats
-from analysis.describe import caveats, conditions
+from analysis.describe import caveats, computing, conditions
 from analysis.run import Run
 from testbed.results import STAGES
 
@@ -92,7 +92,7 @@ def _cell(keys: Any, both: pd.DataFrame) -> dict[str, Any]:
     line |= {
         name: rows[name].mean() for name in ("wire_bytes", "retransmits", "tokens_kept", "bits_per_element")
     }
-    line |= {"calibrated": bool(both["calibrated"].all())}
+    line |= {name: bool(both[name].all()) for name in ("calibrated", "compute_steady")}
     return line
 
 
@@ -102,7 +102,7 @@ def table(run: Run) -> str:
     """
     run.require()
     blocks = [_block(name, rows) for name, rows in settings.panels(run.attempts)]
-    notes = caveats(run)
+    notes = [*filter(None, [computing(run)]), *caveats(run)]
     tasks = run.rows["task"].nunique()
     over = f" over {tasks} tasks, then the task that keeps least and what it keeps" if tasks > 1 else ""
     legend = (

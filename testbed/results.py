@@ -3,6 +3,7 @@
 results/<scenario>-<UTC time>/
     manifest.json       the resolved scenario, versions, kernel, emulator, seeds; `format` says how to read the rest
     calibration.json    what was asked of each link and what was measured
+    compute.json        how long a fixed piece of compute took each side, before, between and after the trials
     counters.json       what the emulator counted while trials crossed the link
     trials.jsonl        one JSON object a line and trial, appended and flushed
     trials.parquet      the same, written at the end
@@ -110,6 +111,8 @@ class Row:
     payload_digest: str = ""  #: BLAKE2b of the payload: equal digests, equal bytes
     kept_digest: str = ""  #: BLAKE2b of the kept positions of every layer and head
     calibrated: bool = True  #: False: the link was measured out of tolerance and the run was told to go on
+    #: False: this machine computed unsteadily, or unlike for both sides, when it was measured before the trial
+    compute_steady: bool = True
     warnings: str = ""
     error: str = ""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed import kept_traces
+from testbed.compute import Gate
 from testbed.endpoints.pair import Batch, Pair
 from testbed.environment import describe_host
 from testbed.errors import EndpointError, NetworkError
@@ -28,7 +29,7 @@ from testbed.tasks.task import Example, Task
 from testbed.trial import Trial, fill, new_row, utc_now
 
 #: Files to which every start of a run adds.
-_CONTINUED = ("calibration.json", "counters.json", "traffic.json")
+_CONTINUED = ("calibration.json", "compute.json", "counters.json", "traffic.json")
 
 
 class Run:
@@ -67,12 +68,15 @@ class Run:
             self._expect(batches)
             self.pair.serve(self.fabric.address(self.scenario.cloud), loaded["edge"]["kv_bytes_per_token"])
             self._write_manifest(loaded)
+            self._gate = self._prove_compute(loaded)
             self._calibrate(self._profiles_ahead(batches))
             self._account = Account(self.fabric, self.plan.link)
             traffic: list[dict[str, Any]] = []
             try:
                 with running(self.fabric, self.plan.flows()) as traffic:
                     self._walk(batches)
+                if self._gate is not None:
+                    self._gate.close()
             finally:
                 self._write_stretch(
                     "counters.json", {"link": self.plan.link}, profiles=self._account.record()
@@ -165,6 +169,19 @@ class Run:
                         "continue all the same with --accept-uncalibrated"
                     )
 
+    def _prove_compute(self, loaded: dict[str, Any]) -> Gate | None:
+        """Measure how the sides compute before the first trial; a machine far from fit stops the run unless told to go on."""
+        self._tally.say("measuring compute on both sides")
+        alike = all(loaded["edge"][what] == loaded["cloud"][what] for what in ("device", "dtype", "threads"))
+        before = self.directory.entries("compute.json", "starts")
+
+        def write(record: dict[str, Any]) -> None:
+            self.directory.write("compute.json", {"format": FORMAT, "starts": [*before, record]})
+
+        gate = Gate(self.pair, alike, write)
+        gate.open(self.accept_uncalibrated)
+        return gate
+
     def _apply(self, profile: Profile, restart: bool = False) -> None:
         if restart or profile != self._current:
             self.fabric.settle(self.plan.link)
@@ -186,6 +203,8 @@ class Run:
                 todo = self._todo(batch, number)
                 if not todo:
                     continue
+                if self._gate is not None:
+                    self._gate.between()
                 reference = self._reference(batch, number, task, todo[0].example)
                 for trial in todo:
                     self.directory.append(self._trial(trial, task, reference))
@@ -230,6 +249,9 @@ class Run:
         profile = trial.cell.profile
         calibrated = profile.text() not in self._uncalibrated
         row = new_row(trial, self.plan, self.fabric.emulator.name, reference, calibrated)
+        complaints = self._gate.complaints if self._gate is not None else []
+        row.compute_steady = not complaints
+        row.warnings = "; ".join([*filter(None, [row.warnings]), *complaints])
         told: list[str] = []
         if reference["error"]:
             row.error = reference["error"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import analysis
 from benchmarks.kill_resume import leftovers, torture
 from testbed.net.accounting import LATE_S
 from testbed.planning import load_plan
@@ -129,6 +130,17 @@ class TestAWholeRun:
         assert manifest["emulator"] in ("netem", "userspace")
         measured = json.loads((finished / "calibration.json").read_text())["measurements"]
         assert len(measured) == 2
+
+    def test_keeps_how_both_sides_computed_and_says_so(self, finished: Path) -> None:
+        (start,) = json.loads((finished / "compute.json").read_text())["starts"]
+        assert start["alike"] and len(start["measurements"]) >= 2
+        for measured in start["measurements"]:
+            assert measured["edge"]["median_s"] > 0 and measured["cloud"]["median_s"] > 0
+        unsteady = [row for row in rows(finished) if not row["compute_steady"]]
+        assert all(row["warnings"] for row in unsteady)
+        table = analysis.headline(finished)
+        assert f"Compute, measured {len(start['measurements'])} times" in table
+        assert ("Compute was out of tolerance" in table) == bool(unsteady)
 
     def test_keeps_what_the_emulator_counted_during_its_trials(self, finished: Path) -> None:
         kept = json.loads((finished / "counters.json").read_text())

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from analysis import claims, comparisons
-from analysis.describe import caveats, subject
+from analysis.describe import caveats, computing, subject
 from analysis.figures import FIGURES, draw_all
 from analysis.run import Run
 from analysis.summary import summarise, table
@@ -88,6 +88,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("links", ", ".join(map(str, run.rows["profile"].unique()))),
         ("emulator", ", ".join(e for e in map(str, run.rows["emulator"].unique()) if e)),
         ("transport", ", ".join(t for t in map(str, run.rows["transport"].unique()) if t)),
+        ("compute", computing(run)),
         ("trials", f"{len(run.rows)} finished, {len(run.failed)} failed"),
     ]
     host = run.manifest.get("host")

@@ -36,7 +36,7 @@ INTERRUPTED = 130
 @click.option(
     "--accept-uncalibrated",
     is_flag=True,
-    help="Go on where a link is not what was asked for; every row says so.",
+    help="Go on where a link is not what was asked for, or the machine too busy to compare; every row says so.",
 )
 @sweep_options
 @rootless_option

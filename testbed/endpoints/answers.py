@@ -23,6 +23,14 @@ class Loaded(TypedDict):
     kv_bytes_per_token: Count
 
 
+class Computed(TypedDict):
+    """`compute`."""
+
+    tokens: Count
+    seconds: Annotated[float, Meta(gt=0, le=1e7)]
+    share: Annotated[float, Meta(ge=0, le=1)] | None
+
+
 class Made(TypedDict):
     """`prepare`."""
 

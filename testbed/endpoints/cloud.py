@@ -7,6 +7,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -56,12 +57,18 @@ class Cloud(InferenceSide):
         """The orchestrator's calls."""
         return {
             "load": self.load,
+            "compute": self.compute,
             "learn_prefix": self.learn_prefix,
             "serve": self.serve,
             "compare": self.compare,
             "outcome": self.outcome,
             "forget": self.forget,
         }
+
+    def compute(self) -> dict[str, Any]:
+        """As a request is computed: on a thread that has just begun, while no other computes."""
+        with self._computing, ThreadPoolExecutor(1) as thread:
+            return thread.submit(super().compute).result()
 
     def serve(self, max_payload: int, congestion: str | None, request_s: float = 120.0) -> int:
         """Open a listening socket and answer requests on it from now on; returns its port.

@@ -30,6 +30,7 @@ class Edge(InferenceSide):
         """The orchestrator's calls."""
         return {
             "load": self.load,
+            "compute": self.compute,
             "prepare": self.prepare,
             "reference": self.reference,
             "split": self.split,

@@ -87,6 +87,12 @@ class InferenceSide:
         self._model, self.prefixes = other.model, other.prefixes
         self.pace = Pace(other.pace.slowdown, other.pace.device)
 
+    def compute(self) -> dict[str, Any]:
+        """How long a fixed piece of compute takes this side, before anything is stretched; see `yardstick.measure`."""
+        from testbed.endpoints.yardstick import measure
+
+        return measure(self.model)
+
     def learn_prefix(self, text: str, reach: int | None = None, closing: str = "") -> str:
         """Prefill a task's prefix once; returns the digest by which requests name it.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from testbed import files
-from testbed.endpoints.answers import Loaded, Made, Outcome, Port, Reference, Served, checked
+from testbed.endpoints.answers import Computed, Loaded, Made, Outcome, Port, Reference, Served, checked
 from testbed.endpoints.launch import CALL_S, Endpoint
 from testbed.errors import EndpointError
 from testbed.net.fabric import Fabric
@@ -94,6 +94,12 @@ class Pair:
                 slowdown=getattr(self.scenario.compute, side),
             )
         return loaded
+
+    def compute(self, side: str) -> dict[str, Any]:
+        """How long a fixed piece of compute takes one side (`edge`, `cloud`): ``tokens``, ``seconds``, ``share``."""
+        endpoint = self.edge if side == "edge" else self.cloud
+        found: dict[str, Any] = self._call(endpoint, Computed, "compute", CALL_S)
+        return found
 
     def prepare(self) -> list[Batch]:
         """Make every task's examples, and both sides know its prefix."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+from testbed.compute import Gate
 from testbed.endpoints.pair import Batch, Pair, launch
 from testbed.net.fabric import Fabric
 from testbed.net.profile import Direction, Profile
@@ -83,6 +84,10 @@ class Bench(Run):
 
     def _calibrate(self, profiles: list[Profile]) -> None:
         """There is no link to be measured."""
+
+    def _prove_compute(self, loaded: dict[str, Any]) -> Gate | None:
+        """Nor are its times what is asked for."""
+        return None
 
     def _apply(self, profile: Profile, restart: bool = False) -> None:
         """Nor to be changed."""

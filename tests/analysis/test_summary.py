@@ -11,7 +11,7 @@ import pytest
 import analysis
 from analysis.run import load
 from analysis.summary import summarise
-from testbed.results import STAGES
+from testbed.results import STAGES, write_json
 from tests.analysis.make_run import KV_BYTES, make_run
 from tests.analysis.test_run_directory import lines, rewrite
 
@@ -116,3 +116,23 @@ def test_caveats_are_said(tmp_path: Path) -> None:
     assert "prefill (100% of trials), encode (100% of trials)" in text
     assert "out of tolerance: lte" in text
     assert "from 5 to 6 examples" in text
+
+
+def test_how_the_machine_computed_is_told_and_trials_behind_a_disturbance_are_counted(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", profiles=("lte",), codecs=("fp16",))
+    assert "Compute" not in analysis.headline(path)
+    rewrite(path, [row | {"compute_steady": number > 2} for number, row in enumerate(lines(path))])
+    side = {"least_s": 0.1, "most_s": 0.1, "share": 0.97}
+    made = [
+        {"tokens": 128, "ratio": 1.0, "edge": side | {"median_s": edge}, "cloud": side | {"median_s": 0.2}}
+        for edge in (0.2, 0.3)
+    ]
+    measurements = [one | {"complaints": said} for one, said in zip(made, ([], ["slow"]), strict=True)]
+    write_json(path / "compute.json", {"format": 2, "starts": [{"measurements": measurements}]})
+    told = analysis.headline(path)
+    assert "took the edge 0.2 s and the cloud 0.2 s (ratio 1.00), then 1.00 to 1.50 times that" in told
+    assert "97% of the time or more; 1 out of tolerance" in told
+    assert f"Compute was out of tolerance before 3 of {len(lines(path))} trials." in told
+    assert not summarise(load(path))["compute_steady"].all()
+    write_json(path / "compute.json", {"starts": [{"measurements": [{"edge": 3}]}]})
+    assert "no measurements that can be read" in analysis.headline(path)
