@@ -5,15 +5,17 @@ Compute stages are the run's; the link's are modelled. A payload of B bytes over
     connect   RTT + c
     transmit  d + t0 + slow start + rest / rate        (d: one-way delay)
 
-Slow start sends W0 (2^k - 1) bytes in k round trips until its window fills the link (RTT · rate), and what is
-left goes at the goodput: the link's rate times an efficiency e, or what loss allows, where that is less,
+Slow start sends W0 (2^k - 1) bytes in k round trips until its window fills the link (RTT · rate) or a packet is lost,
+the (1/p)th (N. Cardwell et al., "Modeling TCP Latency", INFOCOM 2000). From then on every (1/p)th loss leaves seven
+tenths of the window (CUBIC's beta, RFC 9438), down to what loss sustains, and what is left goes at that goodput: the
+link's rate times an efficiency e, or where that is less
 
     a MSS / (RTT sqrt(2p/3) + T0 min(1, 3 sqrt(3p/8)) p (1 + 32 p^2))
 
 (J. Padhye et al., "Modeling TCP Throughput: A Simple Model and its Empirical Validation", SIGCOMM 1998, equation 30
 with b = 1; at small p it is Mathis' law, which CUBIC follows at these windows: RFC 9438, section 4.3). Its second
-term is the timeouts, which rule from a few percent of loss on; T0 = RTT + 200 ms, Linux's least. c, t0, e, W0 and a
-are fitted to the rows by robust least squares on log seconds, held near their textbook values where the rows say
+term is the timeouts, which rule from a few percent of loss on; T0 = RTT + 200 ms, Linux's least. c, t0, e, W0 and a are
+fitted to the rows by robust least squares on log seconds, held near their textbook values where the rows say
 little. Under loss a request's time is a matter of luck: the model tells of the middle, not of the tail.
 """
 
@@ -32,6 +34,8 @@ Floats = npt.NDArray[np.float64]
 
 #: Payload bytes of a full segment with timestamps, and what the link's rate counts of it.
 MSS, PACKET = 1448.0, 1500.0
+_BETA = 0.7  #: what a loss leaves of CUBIC's window (RFC 9438, section 4.6)
+_REDUCTIONS = 12  #: after so many a window is that which loss sustains
 _LEAST_TIMEOUT_S = 0.2  #: TCP_RTO_MIN of Linux
 _COMPUTE = ("prefill_s", "select_s", "encode_s", "decode_s", "generate_s")
 
@@ -70,18 +74,29 @@ class Transport:
         """First byte handed over to last byte received, elementwise: bytes, bit/s, s, s, fraction -> s."""
         link = self.efficiency * rate / 8 * (MSS / PACKET)
         rtt = np.maximum(rtt, 1e-4)
+        goodput = np.minimum(self._allowed(link, rtt, p), 1e12)
         with np.errstate(divide="ignore"):
-            timeouts = (
-                (rtt + _LEAST_TIMEOUT_S) * np.minimum(1.0, 3 * np.sqrt(3 * p / 8)) * p * (1 + 32 * p**2)
-            )
+            between = np.minimum(MSS / p, 1e15)  # bytes from one loss to the next
+        # Slow start ends with the first loss, or where its window fills the link.
+        full = np.maximum(np.minimum(link, 1e12) * rtt, self.window)
+        begun = np.minimum(np.minimum(payload, full - self.window), between)
+        seconds = np.log2(1 + begun / self.window) * rtt
+        rest, window = payload - begun, begun + self.window
+        for number in range(_REDUCTIONS):
+            # Each loss takes three tenths of the window, down to what loss sustains.
+            window = np.maximum(window * _BETA, goodput * rtt) if number else window
+            part = np.minimum(rest, between)
+            seconds = seconds + part / np.maximum(np.minimum(window / rtt, link), goodput)
+            rest = rest - part
+        return np.asarray(one_way + self.begin_s + seconds + rest / goodput)
+
+    def _allowed(self, link: Floats, rtt: Floats, p: Floats) -> Floats:
+        """The goodput that rate and loss sustain, bytes a second."""
+        timeouts = (rtt + _LEAST_TIMEOUT_S) * np.minimum(1.0, 3 * np.sqrt(3 * p / 8)) * p * (1 + 32 * p**2)
+        with np.errstate(divide="ignore"):
             allowed = self.loss * MSS / (rtt * np.sqrt(2 * p / 3) + timeouts)
             # Both limits at once cost more than either: a smooth minimum.
-            goodput = (link**-2.0 + allowed**-2.0) ** -0.5
-        goodput = np.minimum(goodput, 1e12)
-        full = np.maximum(goodput * rtt, self.window)
-        rounds = np.log2(1 + np.minimum(payload, full - self.window) / self.window)
-        rest = np.maximum(payload - (full - self.window), 0.0)
-        return np.asarray(one_way + self.begin_s + rounds * rtt + rest / goodput)
+            return np.asarray((link**-2.0 + allowed**-2.0) ** -0.5)
 
 
 _SPREAD = {"connect_s": 1.0, "begin_s": 1.0, "efficiency": 0.05, "window": 0.7, "loss": 0.5}

@@ -61,7 +61,7 @@ def _goodput(loss: float) -> float:
 
 
 def test_rare_loss_limits_long_transfers_as_mathis_says() -> None:
-    assert _goodput(1e-5) == pytest.approx(1448 / 0.05 * (3 / 2 / 1e-5) ** 0.5, rel=0.01)
+    assert _goodput(1e-3) == pytest.approx(1448 / 0.05 * (3 / 2 / 1e-3) ** 0.5, rel=0.02)
 
 
 def test_frequent_loss_limits_long_transfers_by_timeouts_as_padhye_says() -> None:
@@ -306,3 +306,25 @@ def test_on_a_link_with_loss_the_error_is_that_of_links_with_loss(tmp_path: Path
     said = f"the model's median error is {median_error(lossy):.0%} over 3 of them"
     assert said in recommend.text(found)
     assert "on links with loss" not in recommend.text(recommend.recommend(load(path), Link(20e6, 0.02, 0.02)))
+
+
+def test_the_textbook_alone_predicts_what_transfers_under_loss_took() -> None:
+    """Medians of four transfers each over the userspace emulator at 20 Mbit/s with CUBIC; a law of long transfers alone says
+    0.5 to 3.8 times these."""
+    taken = {  # payload (bytes), one way (s), loss: seconds
+        (1520704, 0.025, 0.0): 0.770,
+        (231728, 0.025, 0.0): 0.250,
+        (1520704, 0.025, 0.005): 1.338,
+        (231728, 0.025, 0.005): 0.248,
+        (1520704, 0.025, 0.02): 6.183,
+        (231728, 0.025, 0.02): 0.336,
+        (1520704, 0.025, 0.05): 13.696,
+        (231728, 0.025, 0.05): 1.433,
+        (1520704, 0.010, 0.05): 6.393,
+        (231728, 0.010, 0.05): 0.362,
+    }
+    size, one_way, loss = np.array(list(taken)).T
+    said = Transport().transmit_s(size, np.full(len(size), 20e6), one_way, 2 * one_way, loss)
+    away = np.abs(said / np.array(list(taken.values())) - 1)
+    assert np.median(away) < 0.15
+    assert away.max() < 0.35
