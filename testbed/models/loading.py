@@ -9,6 +9,7 @@ import torch
 
 from testbed.errors import NotFiniteError, UsageError
 from testbed.models import attention
+from testbed.models.kvcache import KVCache
 from testbed.models.language import LanguageModel
 from testbed.models.sources import ModelSource, resolve
 
@@ -46,10 +47,23 @@ def load_model(
         raise UsageError(f"model {name!r} cannot be loaded from {source.location}: {first}") from error
     try:
         model = LanguageModel(source.name, network, tokenizer, end, cache_dtype)
-        model.prefill(model.tokenize(_PROBE, start=True)[: model.max_positions], None)
+        probe = model.prefill(model.tokenize(_PROBE, start=True)[: model.max_positions], None)
     except NotFiniteError as error:
         raise UsageError(str(error)) from error
+    _check_cut(model, probe.cache)
     return model
+
+
+def _check_cut(model: LanguageModel, cache: KVCache) -> None:
+    """Raises UsageError where keys or values were cut to the largest number of the format that caches are held in."""
+    largest = torch.finfo(cache.dtype).max
+    for index, layer in enumerate(cache.layers):
+        if any(part.numel() and float(part.abs().max()) >= largest for part in (layer.keys, layer.values)):
+            held = str(cache.dtype).removeprefix("torch.")
+            raise UsageError(
+                f"model {model.name!r}: keys or values of layer {index} lie beyond {held}, which its caches are held in; "
+                "use dtype=bfloat16"
+            )
 
 
 def _device(device: str) -> torch.device:

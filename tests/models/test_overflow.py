@@ -49,6 +49,18 @@ def test_a_format_that_a_model_overflows_in_is_refused_at_load(tmp_path: Path) -
         load_model(str(directory), dtype=dtype, threads=1)
 
 
+def test_a_cache_format_that_keys_lie_beyond_is_refused_at_load(tmp_path: Path) -> None:
+    def larger(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.1.self_attn.v_proj.weight"] *= 1e6
+
+    directory = changed(tmp_path / "large", larger)
+    with pytest.raises(
+        UsageError, match="values of layer 1 lie beyond float16, which its caches are held in"
+    ):
+        load_model(str(directory), threads=1)
+    load_model(str(directory), dtype="bfloat16", threads=1)
+
+
 def test_a_model_with_damaged_weights_is_refused_at_load(tmp_path: Path) -> None:
     def damage(weights: dict[str, torch.Tensor]) -> None:
         weights["model.layers.2.mlp.down_proj.weight"][0, 0] = torch.nan
