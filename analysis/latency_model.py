@@ -37,7 +37,7 @@ MSS, PACKET = 1448.0, 1500.0
 _BETA = 0.7  #: what a loss leaves of CUBIC's window (RFC 9438, section 4.6)
 _REDUCTIONS = 12  #: after so many a window is that which loss sustains
 _LEAST_TIMEOUT_S = 0.2  #: TCP_RTO_MIN of Linux
-_COMPUTE = ("prefill_s", "select_s", "encode_s", "decode_s", "generate_s")
+_COMPUTE = ("prefill_s", "select_s", "encode_s", "queue_s", "decode_s", "generate_s")
 
 
 @dataclass(frozen=True)

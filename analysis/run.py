@@ -19,7 +19,7 @@ import pandas as pd
 from testbed import files
 from testbed.errors import UsageError
 from testbed.identity import behind_sudo
-from testbed.results import FORMAT, STAGES, Row, RunDirectory, check_format
+from testbed.results import FORMAT, STAGES, Row, RunDirectory, as_now, check_format
 
 #: What a trial that failed does not tell.
 _MEASURED = (
@@ -208,7 +208,8 @@ def _read_rows(directory: RunDirectory, notes: list[str]) -> pd.DataFrame:
         return pd.DataFrame(rows)
     notes.append("trials.jsonl is missing")
     try:
-        return pd.read_parquet(directory.path / "trials.parquet")
+        kept = pd.read_parquet(directory.path / "trials.parquet")
+        return pd.DataFrame([as_now({str(k): v for k, v in row.items()}) for row in kept.to_dict("records")])
     except (OSError, ValueError):
         return pd.DataFrame()
 
@@ -276,5 +277,5 @@ def _select(table: pd.DataFrame, where: str) -> pd.DataFrame:
 
 
 def stage_names(rows: pd.DataFrame) -> list[str]:
-    """The stages that take any time in these rows, in the order in which they happen."""
-    return [stage for stage in STAGES if (rows[stage] > 0).any()]
+    """The stages that take any time worth drawing in these rows, a thousandth of the whole, in the order in which they happen."""
+    return [stage for stage in STAGES if (rows[stage] > 1e-3 * rows["e2e_s"]).any()]

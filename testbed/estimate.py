@@ -24,6 +24,7 @@ _MSS_BYTES = 1448
 _INITIAL_WINDOW = 10  #: segments, RFC 6928
 #: Multiply-adds a second that a plain two-core machine reaches in prefill and in decoding; only for the forecast.
 _PREFILL_MACS, _DECODE_MACS = 8e10, 4e9
+_QUESTION_TOKENS, _ANSWER_TOKENS = 24, 8
 
 
 @dataclass(frozen=True)
@@ -107,15 +108,27 @@ class Estimator:
         return rounds * rtt + (payload - sent) * 8 / (rate * _MSS_BYTES / 1500) + 2 * rtt
 
     def compute_s(self, cell: Cell) -> float:
-        """A trial's own compute, given that the prefill is shared by an example's trials."""
+        """A trial's own compute, and its waits for what it takes over of an earlier one.
+
+        An example's prefill is shared by its trials, on the edge without a wait unless the plan replays it.
+        """
         if self.model is None:
             return 0.5
-        tokens = 24 + 8
-        decode = self.model.parameters * tokens / 2 / _DECODE_MACS / 2
+        scenario, across = self.plan.scenario, cell.placement != "edge"
+        reading = self.model.parameters * _QUESTION_TOKENS / 2 / _DECODE_MACS / 2
+        generating = self.model.parameters * _ANSWER_TOKENS / 2 / _DECODE_MACS / 2
         prefill = self.model.parameters * (cell.context_tokens or 512) / _PREFILL_MACS
-        shared = len(self.plan.profiles) if self.plan.scenario.reuse == "all" else 1
-        slowdown = getattr(self.plan.scenario.compute, "edge" if cell.placement == "edge" else "cloud")
-        return slowdown * (decode + (prefill if cell.placement == "cloud" else 0.0)) / shared
+        here = getattr(scenario.compute, "cloud" if across else "edge")
+        in_full = here * (reading + generating + (prefill if cell.placement == "cloud" else 0.0))
+        replays = self.plan.replays(cell)
+        if cell.placement != "cloud" and (replays or scenario.reuse == "none"):
+            in_full += scenario.compute.edge * prefill
+        if replays or scenario.reuse != "all":
+            return in_full
+        shared = len(self.plan.profiles)
+        # What is computed once is waited for on the other links up to the first token's acknowledgement.
+        repeated = in_full - here * generating if across else 0.0
+        return (in_full + repeated * (shared - 1)) / shared
 
     def seconds(self, cell: Cell) -> float:
         """One trial of this cell."""

@@ -24,9 +24,10 @@ from testbed import files
 from testbed.errors import StorageError, UsageError
 from testbed.units import exact, format_time, parse_time
 
-FORMAT = 2
-#: Formats that this version reads. 1 has no `kl` (unknown there) and no slowdowns (there were none).
-READABLE = (1, 2)
+FORMAT = 3
+#: Formats that this version reads. 1 has no `kl` (unknown there) and no slowdowns (there were none). Up to 2, times and counts of
+#: failed trials are zeros, and `decode_s` has in it what 3 calls `queue_s`.
+READABLE = (1, 2, 3)
 
 #: The stages of a request in the order in which they happen; their sum is `e2e_s`.
 STAGES = (
@@ -35,6 +36,7 @@ STAGES = (
     "encode_s",
     "connect_s",
     "transmit_s",
+    "queue_s",
     "decode_s",
     "first_token_s",
     "generate_s",
@@ -43,7 +45,9 @@ STAGES = (
 
 @dataclass
 class Row:
-    """One trial. Seconds, bytes, bits per second, fractions. A stage that a placement does not have is 0."""
+    """One trial. Seconds, bytes, bits per second, fractions. A stage that a placement does not have is 0; what a trial
+    measures (`MEASURED`) is None where it failed.
+    """
 
     trial: str  #: identity of this trial within the run: the same settings, example and repeat give the same value
     cell: str  #: identity of the settings; stable across runs
@@ -72,28 +76,36 @@ class Row:
         None  #: how far the profile's traces had come when the trial began; None: nothing changes
     )
 
-    prefill_s: float = 0.0
-    select_s: float = 0.0
-    encode_s: float = 0.0
-    connect_s: float = 0.0  #: opening the request's connection; 0 when one is reused
-    transmit_s: float = 0.0  #: first byte handed to the socket -> last byte received, on one clock
-    decode_s: float = 0.0
-    first_token_s: float = 0.0  #: cache rebuilt -> first token back at the edge
-    generate_s: float = 0.0  #: first -> last token, as they arrive at the edge
-    ttft_s: float = 0.0
-    e2e_s: float = 0.0
+    prefill_s: float | None = None
+    select_s: float | None = None
+    encode_s: float | None = None
+    connect_s: float | None = None  #: opening the request's connection; 0 when one is reused
+    transmit_s: float | None = None  #: first byte handed to the socket -> last byte received, on one clock
+    queue_s: float | None = (
+        None  #: last byte received -> this request's turn: the cloud answers one at a time
+    )
+    decode_s: float | None = None
+    first_token_s: float | None = None  #: cache rebuilt -> first token back at the edge
+    generate_s: float | None = None  #: first -> last token, as they arrive at the edge
+    ttft_s: float | None = None
+    e2e_s: float | None = None
+    token_s: float | None = (
+        None  #: mean time of a token behind the first, where it is computed; None: there is none
+    )
     reused: str = ""  #: comma-separated stages taken from an identical earlier trial
+    replayed: bool = False  #: those were waited for in real time; False: but for what no link could show
 
     question_s: float | None = (
         None  #: of select_s, the question's pass behind the context: part of the prefill where an edge reads both at once
     )
 
     kv_bytes: int = 0
-    payload_bytes: int = 0
-    wire_bytes: int = 0
-    retransmits: int = 0
-    tokens_kept: int = 0
-    bits_per_element: float = 0.0
+    payload_bytes: int | None = None
+    wire_bytes: int | None = None
+    retransmits: int | None = None
+    tokens_kept: int | None = None
+    answer_tokens: int | None = None  #: of the answer, without the end token; of a choice, those of its text
+    bits_per_element: float | None = None
     edge_slowdown: float = (
         1.0  #: the edge's compute stages were stretched by this factor; 1: as this host computes
     )
@@ -118,8 +130,28 @@ class Row:
 
 
 COLUMNS = tuple(f.name for f in dataclasses.fields(Row))
+#: The times and counts that a trial is made for.
+MEASURED = (
+    *STAGES,
+    "ttft_s",
+    "e2e_s",
+    "token_s",
+    "payload_bytes",
+    "wire_bytes",
+    "retransmits",
+    "tokens_kept",
+    "answer_tokens",
+    "bits_per_element",
+)
 #: What makes a line a row: the trial that it tells of.
 _IDENTITY = ("trial", "task", "example", "placement")
+
+
+def as_now(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of any format that is read, as this one has it."""
+    if row.get("error"):
+        return row | dict.fromkeys(MEASURED)
+    return {"queue_s": 0.0, **row}
 
 
 def check_format(found: object, path: Path) -> None:
@@ -246,7 +278,7 @@ class RunDirectory:
                 except (ValueError, RecursionError):
                     continue
                 if isinstance(row, dict) and all(isinstance(row.get(key), str) for key in _IDENTITY):
-                    yield row
+                    yield as_now(row)
 
     def finished(self) -> set[str]:
         """The trials that have a row without an error: what is not to be run again."""
@@ -262,6 +294,9 @@ class RunDirectory:
         frame = pd.DataFrame(list(self.rows()), columns=list(COLUMNS))
         with files.replacing(self.path / "trials.parquet") as temporary:
             try:
+                for column in dataclasses.fields(Row):
+                    if column.type == "int | None":  # whole, and missing in failed rows
+                        frame[column.name] = frame[column.name].astype("Int64")
                 frame.to_parquet(temporary, index=False)
             except (ValueError, TypeError) as error:
                 reason = str(error).splitlines()[0]

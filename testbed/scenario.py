@@ -214,6 +214,24 @@ class Plan:
         """How the tasks' texts are laid out for the model."""
         return choose_prompt(self.scenario.prompt, self.scenario.model)
 
+    def replays(self, cell: Cell) -> bool:
+        """Whether a trial waits, in real time, for what it takes over of an earlier one.
+
+        It must where link or clock would otherwise be elsewhere than computing leaves them: a trace, background traffic, a kept
+        connection (TCP forgets while it idles), a capture. Emulated machines compute in real time, so they wait, too.
+        """
+        scenario = self.scenario
+        others = [link.profile for link in self.topology.links if link.name != self.link]
+        return (
+            cell.profile.changes
+            or any(profile.changes for profile in others)
+            or (scenario.at == "run" and any(profile.changes for profile in self.profiles))
+            or bool(scenario.traffic)
+            or scenario.connection == "reuse"
+            or scenario.compute != Compute()
+            or any(link.pcap for link in self.topology.links)
+        )
+
     def batches(self) -> Iterator[tuple[int, int | None]]:
         """Each task at each context length."""
         yield from itertools.product(range(len(self.scenario.tasks)), self.scenario.context_tokens)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from testbed.results import Row
+from testbed.results import STAGES, Row
 from testbed.scenario import Cell, Plan
 from testbed.tasks.task import Example
 
@@ -70,11 +70,12 @@ def new_row(trial: Trial, plan: Plan, emulator: str, reference: dict[str, Any], 
 
 def fill(row: Row, result: dict[str, Any], outcome: dict[str, Any], scores: dict[str, float]) -> None:
     """Put what the endpoints measured, and the answer's scores, into a row."""
-    for stage, seconds in result["stages"].items():
-        setattr(row, stage, seconds)
+    for stage in STAGES:
+        setattr(row, stage, result["stages"].get(stage, 0.0))
     row.e2e_s = result["e2e_s"]
-    row.ttft_s = row.e2e_s - row.generate_s
-    row.reused = ",".join(result["reused"])
+    row.ttft_s = result["e2e_s"] - result["stages"]["generate_s"]
+    row.token_s, row.answer_tokens = result["token_s"], result["answer_tokens"]
+    row.reused, row.replayed = ",".join(result["reused"]), result["replayed"]
     row.wire_bytes, row.payload_bytes = result["wire_bytes"], result["payload_bytes"]
     row.retransmits, row.congestion = result["retransmits"], result["congestion"]
     row.question_s = result.get("question_s")
@@ -84,8 +85,8 @@ def fill(row: Row, result: dict[str, Any], outcome: dict[str, Any], scores: dict
     row.tokens_kept = outcome["tokens_kept"]
     row.payload_digest = outcome.get("payload_digest", "")
     row.kept_digest = outcome.get("kept_digest", "")
-    if row.placement == "split" and row.kv_bytes:
-        row.bits_per_element = row.payload_bytes * 8 / (row.kv_bytes / 2)
+    sent = result["payload_bytes"] if row.placement == "split" else 0
+    row.bits_per_element = sent * 8 / (row.kv_bytes / 2) if row.kv_bytes else 0.0
 
 
 def task_label(plan: Plan, task: int, context_tokens: int | None) -> str:

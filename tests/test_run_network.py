@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kill_resume import leftovers
+from testbed.results import MEASURED
 from tests.test_run import SCENARIO, rows, run
 from tests.tiny_models import tiny_model_directory
 
@@ -83,3 +84,46 @@ def test_a_run_leaves_captures_traffic_and_traces_in_its_directory_and_nothing_e
     assert start["flows"][0]["received_bytes"] > 0
     kept = json.loads((out / "manifest.json").read_text())["traces"]["walk.csv"]
     assert (out / kept["file"]).read_bytes() == (tmp_path / "walk.csv").read_bytes()
+
+
+@pytest.mark.netns
+@pytest.mark.slow
+@pytest.mark.parametrize("at", ["trial", "run"])
+def test_a_reused_answer_meets_the_outage_that_a_computed_one_met(tmp_path: Path, at: str) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(SCENARIO + f"model: {tiny_model_directory('llama', tmp_path / 'model')}\n")
+    out = tmp_path / "out"
+    alike = [f"rate=20mbit,delay={delay}ms,outage:3s@0.5s" for delay in (5, 6)]
+    changes = {"profiles": alike, "placements": ["cloud"], "examples": 1, "at": at, "compute.cloud": 30}
+    options = [part for key, value in changes.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    done = run(str(path), "--out", str(out), *options, "--emulator", "userspace")
+    assert done.returncode == 0, done.stderr
+    computed, reused = rows(out)
+    assert computed["reused"] == "" and not computed["replayed"]
+    assert reused["reused"] == "prefill,first_token,generate" and reused["replayed"]
+    assert reused["answer"] == computed["answer"]
+    if at == "trial":
+        assert reused["e2e_s"] > 3 and computed["e2e_s"] > 3
+    else:
+        assert reused["trace_s"] - computed["trace_s"] > computed["e2e_s"] > 3
+
+
+@pytest.mark.netns
+@pytest.mark.slow
+def test_a_failed_trial_leaves_no_times_and_no_counts(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(SCENARIO + f"model: {tiny_model_directory('llama', tmp_path / 'model')}\n")
+    out = tmp_path / "out"
+    changes = {
+        "profiles": ["rate=20mbit,delay=5ms,outage:6s@0s"],
+        "placements": ["edge", "cloud"],
+        "examples": 1,
+        "timeout": "1s",
+    }
+    options = [part for key, value in changes.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    done = run(str(path), "--out", str(out), *options, "--emulator", "userspace")
+    assert done.returncode == 1, done.stderr
+    here, failed = rows(out)
+    assert here["e2e_s"] > 0 and here["answer_tokens"] >= 1
+    assert failed["error"] and failed["trace_s"] is not None and failed["kv_bytes"] == here["kv_bytes"]
+    assert {failed[column] for column in MEASURED} == {None}

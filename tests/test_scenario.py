@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from testbed.codecs.entropy import tables
 from testbed.codecs.layout import Part
 from testbed.errors import SpecError, UsageError
+from testbed.estimate import Estimator
 from testbed.planning import load_plan, make_plan, moved
 from testbed.results import FORMAT, RunDirectory
 
@@ -323,3 +324,44 @@ def test_a_codec_that_yaml_has_split_is_shown_as_it_has_to_be_written(tmp_path: 
 def test_a_seed_is_a_number_that_every_process_can_take() -> None:
     with pytest.raises(SpecError, match="seed"):
         load_plan("quick", assignments=[f"seed={2**63}"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "replayed"),
+    [
+        ({}, [False, False]),
+        ({"reuse": "prefill"}, [False, False]),
+        ({"compute": {"edge": 2}}, [True, True]),
+        ({"connection": "reuse"}, [True, True]),
+        ({"traffic": [{"from": "cloud", "to": "edge", "kind": "tcp"}]}, [True, True]),
+        ({"profiles": ["5g-mid", "delay=5ms,sine:10mbit..30mbit*2s"]}, [False, True]),
+        ({"profiles": ["5g-mid", "delay=5ms,sine:10mbit..30mbit*2s"], "at": "run"}, [True, True]),
+    ],
+)
+def test_what_is_taken_over_is_waited_for_where_time_matters(
+    changes: dict[str, object], replayed: list[bool]
+) -> None:
+    made = plan(**{"profiles": ["5g-mid", "lte"], "codecs": ["fp16"], **changes})
+    assert [made.replays(cell) for cell in made.cells(0, 256)] == replayed
+
+
+@pytest.mark.parametrize(
+    "beside", ["profile: 'delay=1ms,sine:10mbit..30mbit*2s'", "profile: wan, pcap: true"]
+)
+def test_another_link_that_changes_or_is_captured_makes_time_matter(tmp_path: Path, beside: str) -> None:
+    (tmp_path / "net.yaml").write_text(
+        "nodes: [edge, router, cloud]\nlinks:\n"
+        "  - {name: access, a: edge, b: router, profile: wan}\n"
+        f"  - {{name: backhaul, a: router, b: cloud, {beside}}}\n"
+    )
+    made = plan(topology=str(tmp_path / "net.yaml"), link="access")
+    assert all(made.replays(cell) for cell in made.cells(0, 256))
+
+
+def test_the_forecast_knows_that_what_is_replayed_takes_its_time() -> None:
+    many = {"profiles": ["5g-mid", "lte", "wan", "wifi"], "placements": ["cloud"], "model": "smollm2-135m"}
+    shared, replayed, none = (
+        Estimator(plan(**many, **more)).compute_s(plan(**many, **more).cells(0, 256)[0])
+        for more in ({"reuse": "all"}, {"reuse": "all", "connection": "reuse"}, {"reuse": "none"})
+    )
+    assert shared < replayed == none

@@ -35,6 +35,7 @@ LOOKS = {
     "encode_s": (PURPLE, "xxxx", "encode (edge)"),
     "connect_s": (INK, "", "connect"),
     "transmit_s": (ORANGE, "////", "transmit"),
+    "queue_s": (INK, "....", "queue (cloud)"),
     "decode_s": (GREEN, "----", "decode (cloud)"),
     "first_token_s": (SKY, "", "first token"),
     "generate_s": (VERMILLION, "\\\\\\\\", "further tokens"),

@@ -12,7 +12,7 @@ from analysis.describe import caveats, conditions
 from analysis.figures import NotInThisRun
 from analysis.figures.stages import LOOKS, megabytes, patch
 from analysis.figures.style import GREY, INK, Frame, bottom_legend, panel_title
-from analysis.run import Run
+from analysis.run import Run, stage_names
 from testbed.results import STAGES
 
 MOST = 5  #: settings beside each other
@@ -28,7 +28,7 @@ def draw(run: Run) -> Figure:
     if rows.empty:
         raise NotInThisRun(f"{run.path}: no finished trial has a latency")
     chosen = _trials(rows)
-    used = [s for s in STAGES if (chosen[s] > 0).any()]
+    used = stage_names(chosen)
     first = chosen.iloc[0]
     frame = Frame(
         title="One request" if len(chosen) == 1 else f"One request under {len(chosen)} settings",
@@ -108,7 +108,7 @@ def _order(placement: str) -> list[str]:
     if placement != "cloud":
         return list(STAGES)
     rest = [s for s in STAGES if s != "prefill_s"]
-    return [*rest[: rest.index("transmit_s") + 1], "prefill_s", *rest[rest.index("transmit_s") + 1 :]]
+    return [*rest[: rest.index("queue_s") + 1], "prefill_s", *rest[rest.index("queue_s") + 1 :]]
 
 
 def _draw_trial(ax: Axes, trial: pd.Series, longest: float) -> None:

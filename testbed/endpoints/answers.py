@@ -57,7 +57,10 @@ class Served(TypedDict):
     stages: dict[str, Seconds]
     e2e_s: Seconds
     reused: list[Name]
+    replayed: bool
     answer: str
+    answer_tokens: Count
+    token_s: Seconds | None
     wire_bytes: Count
     retransmits: Count
     payload_bytes: Count

@@ -8,15 +8,17 @@ import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from testbed.endpoints import wire
 from testbed.endpoints.admission import Admission
 from testbed.endpoints.deadline import Deadline
-from testbed.endpoints.inference import InferenceSide, Prefix, digest, main
+from testbed.endpoints.inference import InferenceSide, Prefix, digest, main, per_token
+from testbed.endpoints.pace import wait_until
 from testbed.endpoints.transport.tcp import Connection, Received, listen
 from testbed.errors import EndpointError, NotFiniteError, PayloadError, TestbedError, WireError
+from testbed.models.kvcache import EMPTY
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,17 +28,35 @@ if TYPE_CHECKING:
 _MAX_CONNECTIONS = 64
 #: A connection that has carried a request is kept so long for the next: an edge has one a link, and goes through all links.
 _IDLE_S = 3600.0
+_LOOK_S = 0.002  #: between two looks at whether a token has been confirmed
+
+
+@dataclass
+class Rebuilt:
+    """Prefix and context as the model's past."""
+
+    past: KVCache | None
+    tokens: int  #: of the context's text; 0 where a cache came
+    kept: list[tuple[Tensor, int | None]]  #: positions and window of each layer of the cache that came
 
 
 @dataclass
 class Outcome:
     """One computed answer: what is sent back, and what the orchestrator may ask about it afterwards."""
 
+    request: wire.Request
     answer: wire.Answer
     first: wire.FirstToken
-    details: dict[str, Any]
+    question_ids: list[int]
+    details: dict[str, Any] = field(default_factory=dict)
     past: KVCache | None = None  #: prefix and context as they arrived; held for the latest request only
     likelihoods: dict[str, dict[str, float]] = field(default_factory=dict)
+    mistaken: str = ""  #: why this was no answer to the request that it was given to
+
+    def answers(self, request: wire.Request) -> bool:
+        """Whether that request asks the same, as far as can be told without its payload."""
+        unlike = {"id": 0, "same_as": 0, "replay": False}
+        return replace_struct(request, **unlike) == replace_struct(self.request, **unlike)
 
 
 class Cloud(InferenceSide):
@@ -47,7 +67,6 @@ class Cloud(InferenceSide):
         self.max_payload = 0
         self._request_s = 0.0
         self._computing = threading.Lock()
-        self._memory: dict[tuple[str | int | tuple[str, ...], ...], Outcome] = {}
         self._by_request: dict[int, Outcome] = {}
         self._latest: Outcome | None = None
         self._full: Tensor | None = None
@@ -84,7 +103,6 @@ class Cloud(InferenceSide):
 
     def forget(self) -> None:
         """Drop the remembered answers (a new example begins: none of them can come again)."""
-        self._memory.clear()
         self._by_request.clear()
         self._full = None
 
@@ -99,14 +117,15 @@ class Cloud(InferenceSide):
 
         Digests, tokens kept, the gold answer's NLL, and the KL divergence from the distributions given to `compare`.
         """
-        outcome = self._by_request.get(id)
-        if outcome is None:
-            raise EndpointError(f"request {id} was never answered here")
-        if gold not in outcome.likelihoods:
-            with self._computing:
+        with self._computing:  # which a request keeps until all is known of it
+            outcome = self._by_request.get(id)
+            if outcome is None:
+                raise EndpointError(f"request {id} was never answered here")
+            if outcome.mistaken:
+                raise EndpointError(outcome.mistaken)
+            if gold not in outcome.likelihoods:
                 outcome.likelihoods[gold] = self._likelihood(outcome, gold)
-        details = {k: v for k, v in outcome.details.items() if k not in ("question_ids", "prefix")}
-        return {**details, **outcome.likelihoods[gold]}
+        return {**outcome.details, **outcome.likelihoods[gold]}
 
     def _likelihood(self, outcome: Outcome, gold: str) -> dict[str, float]:
         from testbed.models.likelihood import mean_kl, mean_nll
@@ -115,9 +134,9 @@ class Cloud(InferenceSide):
             raise EndpointError(
                 "the cache of that request was given up for a later one's; ask for its outcome first"
             )
-        self.under(outcome.details["prefix"])
+        self.under(outcome.request.prefix)
         ids = self.model.tokenize(gold)
-        found = self.model.likelihood(outcome.details["question_ids"], ids, outcome.past)
+        found = self.model.likelihood(outcome.question_ids, ids, outcome.past)
         measured = {"nll": mean_nll(found, ids)}
         if self._full is not None:
             measured["kl"] = mean_kl(self._full, found)
@@ -167,38 +186,55 @@ class Cloud(InferenceSide):
             pass
 
     def _answer(self, connection: Connection, received: Received, request: wire.Request) -> None:
+        """Answer one request when its turn comes. What is counted and hashed is so behind the answer, as part of no stage."""
         with self._computing:
-            asked = (request.codec, request.prefix, request.question, request.stop, request.max_new_tokens)
-            key = (digest(received.payload), request.placement, request.repeat, *asked, request.choices)
-            known = self._memory.get(key) if request.reuse else None
+            turn_at = time.monotonic()
+            known = self._by_request.get(request.same_as)
             try:
-                if known is not None:
-                    outcome = self._repeat(connection, received, request, known)
+                if known is not None and known.answers(request):
+                    outcome = self._repeat(connection, received, request, known, turn_at)
                 else:
                     outcome = self._compute(connection, received, request)
-                    self._memory[key] = outcome
             except (NotFiniteError, PayloadError, WireError) as error:
                 self._complain(connection, request.id, str(error))
                 return
             self._by_request[request.id] = outcome
 
     def _repeat(
-        self, connection: Connection, received: Received, request: wire.Request, known: Outcome
+        self,
+        connection: Connection,
+        received: Received,
+        request: wire.Request,
+        known: Outcome,
+        turn_at: float,
     ) -> Outcome:
-        """The answer to bytes that were answered before, with the compute times measured then."""
-        now = time.monotonic()
-        connection.send(replace_struct(known.first, id=request.id, sent_at=now))
-        connection.send(
-            replace_struct(
-                known.answer,
-                id=request.id,
-                received_at=received.at,
-                sent_at=now,
-                reused=True,
-                retransmits=connection.retransmits(),
-            )
+        """The answer to bytes that were answered before, each token as late as it was computed then.
+
+        Once the first token has been confirmed, nothing is under way; on a link that stays as it is the rest of the wait then
+        changes nothing that could be measured, and is left out and billed, unless `request.replay`.
+        """
+        was = known.answer
+        wait_until(turn_at + was.prefill_s + was.decode_s + was.first_token_s)
+        first_at = time.monotonic()
+        connection.send(replace_struct(known.first, id=request.id, sent_at=first_at))
+        last_at = first_at + was.generate_s
+        while (now := time.monotonic()) < last_at and (request.replay or not connection.acknowledged()):
+            wait_until(min(now + _LOOK_S, last_at))
+        answer = replace_struct(
+            was,
+            id=request.id,
+            received_at=received.at,
+            queue_s=turn_at - received.at,
+            skipped_s=max(0.0, last_at - now),
+            sent_at=time.monotonic(),
+            reused=True,
+            retransmits=connection.retransmits(),
         )
-        return known
+        connection.send(answer)
+        if digest(received.payload) == known.details["payload_digest"]:
+            return known
+        mistaken = f"request {request.id} is unlike request {request.same_as}, whose answer it was to get"
+        return replace(known, mistaken=mistaken)
 
     def _compute(self, connection: Connection, received: Received, request: wire.Request) -> Outcome:
         if request.prefix not in self.prefixes:
@@ -206,39 +242,40 @@ class Cloud(InferenceSide):
                 f"the request names a prefix {request.prefix[:64]!r} that this side does not know"
             )
         prefix = self.under(request.prefix)
-        details: dict[str, Any] = {
-            "prefix": request.prefix,
-            "payload_digest": digest(received.payload),
-            "tokens_kept": 0,
-            "kept_digest": "",
-        }
-        self.pace.begin()
-        past, prefill_s = self._rebuild(received, request, prefix, details)
-        decoded_at = self.pace.hold()
+        began = self.pace.begin()
+        rebuild = self._prefill if request.placement == "cloud" else self._decode
+        rebuilt = rebuild(received, request, prefix)
+        rebuilt_at = self.pace.hold()
         question_ids = self.model.tokenize(request.question, closing=prefix.closing)
         firsts: list[wire.FirstToken] = []
+        times: list[float] = []
 
         def on_token(index: int, token: int) -> None:
-            now = self.pace.hold()
+            times.append(self.pace.hold())
             if index == 0:
-                firsts.append(wire.FirstToken(id=request.id, token=token, sent_at=now))
+                firsts.append(wire.FirstToken(id=request.id, token=token, sent_at=times[0]))
                 connection.send(firsts[0])
                 self.pace.begin()
 
-        ids = self.answer(question_ids, past, request.max_new_tokens, request.stop, request.choices, on_token)
+        ids = self.answer(
+            question_ids, rebuilt.past, request.max_new_tokens, request.stop, request.choices, on_token
+        )
         done_at = self.pace.hold()
         if not firsts:  # nothing but the end of the text: the first token is the empty answer
             on_token(0, 0)
-        first = firsts[0]
+        rebuild_s = rebuilt_at - began
         answer = wire.Answer(
             id=request.id,
             text=self.model.text(ids, request.stop)[:8000],
             tokens=len(ids),
             received_at=received.at,
-            decode_s=decoded_at - received.at - prefill_s,
-            prefill_s=prefill_s,
-            first_token_s=first.sent_at - decoded_at,
-            generate_s=max(0.0, done_at - first.sent_at),
+            queue_s=began - received.at,
+            decode_s=0.0 if request.placement == "cloud" else rebuild_s,
+            prefill_s=rebuild_s if request.placement == "cloud" else 0.0,
+            first_token_s=firsts[0].sent_at - rebuilt_at,
+            generate_s=max(0.0, done_at - firsts[0].sent_at),
+            token_s=per_token(times),
+            skipped_s=0.0,
             sent_at=time.monotonic(),
             reused=False,
             retransmits=connection.retransmits(),
@@ -246,35 +283,35 @@ class Cloud(InferenceSide):
         connection.send(answer)
         if self._latest is not None:
             self._latest.past = None
-        outcome = Outcome(answer, first, {**details, "question_ids": question_ids}, past)
-        self._latest = outcome
-        return outcome
+        details = {
+            "payload_digest": digest(received.payload),
+            "tokens_kept": kept_tokens(rebuilt.kept) or rebuilt.tokens,
+            "kept_digest": kept_digest(rebuilt.kept),
+        }
+        self._latest = Outcome(request, answer, firsts[0], question_ids, details, rebuilt.past)
+        return self._latest
 
-    def _rebuild(
-        self, received: Received, request: wire.Request, prefix: Prefix, details: dict[str, Any]
-    ) -> tuple[KVCache | None, float]:
-        """Prefix and context as the model's past, from the codec's bytes or by prefilling the text; and the prefill's seconds."""
-        if request.placement == "cloud":
-            if zlib.crc32(received.payload) != request.payload_crc:
-                raise WireError("the request's context does not match its checksum")
-            try:
-                text = bytes(received.payload).decode()
-            except UnicodeDecodeError as error:
-                raise WireError("the request's context is not UTF-8 text") from error
-            ids = self.model.tokenize(text)
-            started = self.pace.hold()
-            context = self.model.prefill(ids, prefix.cache).cache
-            past = self.behind(prefix, context)
-            details["tokens_kept"] = len(ids)
-            return past, self.pace.hold() - started
+    def _prefill(self, received: Received, request: wire.Request, prefix: Prefix) -> Rebuilt:
+        """The past by prefilling the context's text."""
+        if zlib.crc32(received.payload) != request.payload_crc:
+            raise WireError("the request's context does not match its checksum")
+        try:
+            text = bytes(received.payload).decode()
+        except UnicodeDecodeError as error:
+            raise WireError("the request's context is not UTF-8 text") from error
+        ids = self.model.tokenize(text)
+        context = self.model.prefill(ids, prefix.cache).cache
+        return Rebuilt(self.behind(prefix, context), len(ids), [])
+
+    def _decode(self, received: Received, request: wire.Request, prefix: Prefix) -> Rebuilt:
+        """The past from the codec's bytes."""
         from testbed.codecs.codec import decode
         from testbed.codecs.shapes import CacheShape
 
         shapes = tuple((s.kv_heads, s.head_dim, s.value_dim, s.window) for s in self.model.shapes)
         cache = decode(received.payload, self.model.device, CacheShape(shapes, self.model.max_positions))
-        details["tokens_kept"] = kept_tokens(cache)
-        details["kept_digest"] = kept_digest(cache)
-        return self.behind(prefix, cache), 0.0
+        kept = [(layer.positions, layer.window) for layer in cache.layers]
+        return Rebuilt(self.behind(prefix, cache), 0, kept)
 
 
 def replace_struct(struct: Any, **changes: Any) -> Any:
@@ -284,16 +321,21 @@ def replace_struct(struct: Any, **changes: Any) -> Any:
     return msgspec.structs.replace(struct, **changes)
 
 
-def kept_tokens(cache: KVCache) -> int:
-    """Context tokens kept, as the mean over the layers that a selector may prune (all, where none has full attention)."""
-    layers = [layer for layer in cache.layers if layer.window is None] or cache.layers
-    held = [layer.tokens if layer.counts is None else sum(layer.counts) / layer.kv_heads for layer in layers]
+def kept_tokens(kept: list[tuple[Tensor, int | None]]) -> int:
+    """Context tokens kept, as the mean over the layers that a selector may prune (all, where none has full attention).
+
+    kept: positions ([tokens] or [kv_heads, tokens]) and window of each layer.
+    """
+    layers = [positions for positions, window in kept if window is None] or [
+        positions for positions, _ in kept
+    ]
+    held = [int((p != EMPTY).sum()) / (len(p) if p.dim() == 2 else 1) for p in layers]
     return round(sum(held) / len(held)) if held else 0
 
 
-def kept_digest(cache: KVCache) -> str:
-    """BLAKE2b over the kept positions of every layer and head."""
-    return digest(b"|".join(layer.positions.cpu().numpy().tobytes() for layer in cache.layers))
+def kept_digest(kept: list[tuple[Tensor, int | None]]) -> str:
+    """BLAKE2b over the kept positions of every layer and head; empty without a layer."""
+    return digest(b"|".join(positions.cpu().numpy().tobytes() for positions, _ in kept)) if kept else ""
 
 
 if __name__ == "__main__":

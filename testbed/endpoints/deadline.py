@@ -20,5 +20,9 @@ class Deadline:
             raise TimeoutError
         return left
 
+    def passed(self, moment: float) -> bool:
+        """Whether it lies before a moment of the monotonic clock."""
+        return self._at is not None and self._at < moment
+
     def __str__(self) -> str:
         return "any time" if self.timeout is None else f"{self.timeout:g} s"

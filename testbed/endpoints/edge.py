@@ -5,14 +5,18 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from testbed.codecs.evidence import Needs
 from testbed.endpoints import wire
 from testbed.endpoints.gathering import gather, prefill_for
-from testbed.endpoints.held import Batch, Encoded, Held
-from testbed.endpoints.inference import InferenceSide, main
+from testbed.endpoints.held import Batch, Encoded, Held, Local
+from testbed.endpoints.inference import InferenceSide, main, per_token
+from testbed.endpoints.pace import wait_until
 from testbed.endpoints.uplink import Uplink
+
+if TYPE_CHECKING:
+    from testbed.codecs.codec import Codec
 
 
 class Edge(InferenceSide):
@@ -23,6 +27,7 @@ class Edge(InferenceSide):
         self._batches: list[Batch] = []
         self._held: Held | None = None
         self._uplink = Uplink()
+        self._codecs: dict[str, Codec] = {}
         self._needs = Needs()
         self._request = 0
 
@@ -50,12 +55,11 @@ class Edge(InferenceSide):
         prompt: str = "plain:2",
     ) -> dict[str, Any]:
         """Make a task's examples with this model's tokenizer and prefill its prefix; returns what the orchestrator needs."""
-        from testbed.codecs.codec import Codec
         from testbed.endpoints.preparing import longest_context, make_examples, told
 
         made, examples = make_examples(self.model, task, parameters, count, context_tokens, seed, prompt)
         max_new_tokens = max_new_tokens or made.max_new_tokens
-        self._needs = Needs.of_all(Codec(text, self.model.name).needs for text in codecs)
+        self._needs = Needs.of_all(self._codec(text).needs for text in codecs)
         opening = len(self.model.tokenize(made.prefix, start=True))
         reach = made.reach(examples, lambda text: len(self.model.tokenize(text)), opening, max_new_tokens)
         prefix = self.learn_prefix(made.prefix, reach, made.closing)
@@ -83,43 +87,44 @@ class Edge(InferenceSide):
         held = self._hold(batch, example)
         local = self._local(held, 0)
         past = self.behind(held.prefix, held.prefill.cache)
-        task = self._batches[batch].task
-        gold = self.model.tokenize(task.answer_text(self._batches[batch].examples[example]))
-        found = self.model.likelihood(held.question_ids, gold, past)
+        gold = self._gold(batch, example)
+        found = self.model.likelihood(self._question(held), gold, past)
         return {
             "context_tokens": len(held.ids),
             "kv_bytes": held.prefill.cache.nbytes,
-            "answer": local["answer"],
+            "answer": local.text,
             "nll": mean_nll(found, gold),
             "distributions": to_bytes(found),
             "vocabulary": found.shape[1],
         }
 
-    def edge(self, batch: int, example: int, repeat: int, reuse: str) -> dict[str, Any]:
+    def edge(self, batch: int, example: int, repeat: int, reuse: str, replay: bool = False) -> dict[str, Any]:
         """`edge` placement: everything here."""
         if reuse == "none":
             self._held = None
-        held = self._hold(batch, example)
-        reused = self._prefill_reuse(held)
+        held, reused = self._take_up(batch, example, replay)
         if reuse != "all":
             held.local.pop(repeat, None)
-        fresh = repeat not in held.local or not held.local[repeat]["used"]
+        known = repeat in held.local
         local = self._local(held, repeat)
-        local["used"] = True
-        if not fresh:
+        if known and replay:
+            wait_until(time.monotonic() + local.first_token_s + local.generate_s)
+        if local.used:
             reused += ["first_token", "generate"]
+        local.used = True
         stages = {
             "prefill_s": held.prefill_s,
-            "first_token_s": local["first_token_s"],
-            "generate_s": local["generate_s"],
+            "first_token_s": local.first_token_s,
+            "generate_s": local.generate_s,
         }
-        # Timed around the request where it ran just now, and the sum of what was measured where it did not.
-        elapsed = local["elapsed_s"]
         return {
             "stages": stages,
-            "e2e_s": held.prefill_s + elapsed,
+            "e2e_s": sum(stages.values()),
             "reused": reused,
-            "answer": local["answer"],
+            "replayed": replay and bool(reused),
+            "answer": local.text,
+            "answer_tokens": local.tokens,
+            "token_s": local.token_s,
             "wire_bytes": 0,
             "retransmits": 0,
             "payload_bytes": 0,
@@ -127,46 +132,69 @@ class Edge(InferenceSide):
         }
 
     def split(
-        self, batch: int, example: int, codec: str, repeat: int, reuse: str, link: dict[str, Any]
+        self,
+        batch: int,
+        example: int,
+        codec: str,
+        repeat: int,
+        reuse: str,
+        link: dict[str, Any],
+        replay: bool = False,
     ) -> dict[str, Any]:
         """`split` placement: prefill, select, encode here; send; the cloud answers."""
-        started = time.monotonic()
+        made, gold = self._codec(codec), self._gold(batch, example)
         if reuse == "none":
             self._held = None
-        known = self._held is not None and self._held.key == (batch, example)
-        held = self._hold(batch, example)
-        reused = self._prefill_reuse(held)
-        carried = held.prefill_s if known else 0.0
+        held, reused = self._take_up(batch, example, replay)
         key = (codec, repeat)
         if reuse == "all" and key in held.encoded:
             encoded = held.encoded[key]
             reused += ["select", "encode"]
-            carried += encoded.select_s + encoded.encode_s
+            if replay:
+                wait_until(time.monotonic() + encoded.select_s + encoded.encode_s)
         else:
-            encoded = self._encode(held, codec)
+            encoded = self._encode(held, made, gold)
             if reuse == "all":
                 held.encoded[key] = encoded
-        result = self._ask(held, "split", codec, encoded.payload, repeat, reuse, link)
-        result["e2e_s"] += carried - started
-        result["stages"] = {
+        here = {
             "prefill_s": held.prefill_s,
             "select_s": encoded.select_s,
             "encode_s": encoded.encode_s,
-            **result["stages"],
         }
+        result = self._ask(held, "split", key, encoded.payload, reuse, replay, link)
+        result["e2e_s"] += sum(here.values())
+        result["stages"] |= here
         result["reused"] = reused + result["reused"]
+        result["replayed"] = replay and bool(result["reused"])
         return result
 
     def cloud(
-        self, batch: int, example: int, repeat: int, reuse: str, link: dict[str, Any]
+        self,
+        batch: int,
+        example: int,
+        repeat: int,
+        reuse: str,
+        link: dict[str, Any],
+        replay: bool = False,
     ) -> dict[str, Any]:
         """`cloud` placement: the context's text crosses, the cloud does the rest."""
         held = self._hold(batch, example)
-        started = time.monotonic()
-        payload = held.context_text.encode()
-        result = self._ask(held, "cloud", "", payload, repeat, reuse, link)
-        result["e2e_s"] -= started
+        result = self._ask(held, "cloud", ("", repeat), held.context, reuse, replay, link)
+        result["replayed"] = replay and bool(result["reused"])
         return result
+
+    def _take_up(self, batch: int, example: int, replay: bool) -> tuple[Held, list[str]]:
+        """The example with its prefill, made now or taken over and, with `replay`, waited for; and what a row has to call reused.
+
+        The first row to carry the prefill's time calls it its own, though it was made for the reference.
+        """
+        known = self._held is not None and self._held.key == (batch, example)
+        held = self._hold(batch, example)
+        if known and replay:
+            wait_until(time.monotonic() + held.prefill_s)
+        reused = ["prefill"] if held.used else []
+        held.used = True
+        return held, reused
 
     def _hold(self, batch: int, example: int) -> Held:
         """The example's prefill: the one at hand, or made now (and timed)."""
@@ -181,26 +209,10 @@ class Edge(InferenceSide):
         ids = self.model.tokenize(context)
         prefill = prefill_for(self.model, self._needs, ids, prefix.cache)
         took = self.pace.hold() - started
-        self._held = Held(
-            (batch, example),
-            prefix,
-            context,
-            question,
-            choices,
-            ids,
-            self.model.tokenize(question, closing=prefix.closing),
-            prefill,
-            took,
-        )
+        self._held = Held((batch, example), prefix, context.encode(), question, choices, ids, prefill, took)
         return self._held
 
-    @staticmethod
-    def _prefill_reuse(held: Held) -> list[str]:
-        reused = ["prefill"] if held.used else []
-        held.used = True
-        return reused
-
-    def _local(self, held: Held, repeat: int) -> dict[str, Any]:
+    def _local(self, held: Held, repeat: int) -> Local:
         if repeat in held.local:
             return held.local[repeat]
         batch = self._batches[held.key[0]]
@@ -208,41 +220,49 @@ class Edge(InferenceSide):
         started = self.pace.begin()
         past = self.behind(held.prefix, held.prefill.cache)
         ids = self.answer(
-            held.question_ids,
+            self._question(held),
             past,
             batch.max_new_tokens,
             batch.task.stop,
             held.choices,
             lambda index, token: times.append(self.pace.hold()),
         )
+        text = self.model.text(ids, batch.task.stop)
         ended = self.pace.hold()
         first = times[0] if times else ended
-        held.local[repeat] = {
-            "answer": self.model.text(ids, batch.task.stop),
-            "first_token_s": first - started,
-            "generate_s": ended - first,
-            "elapsed_s": ended - started,
-            "used": False,
-        }
-        return held.local[repeat]
+        local = Local(text, len(ids), per_token(times), first - started, ended - first)
+        held.local[repeat] = local
+        return local
 
-    def _encode(self, held: Held, codec_text: str) -> Encoded:
+    def _codec(self, text: str) -> Codec:
+        """A codec by its text, made once: what it reads from files is no request's cost."""
         from testbed.codecs.codec import Codec
 
-        codec = Codec(codec_text, self.model.name)
+        if text not in self._codecs:
+            self._codecs[text] = Codec(text, self.model.name)
+        return self._codecs[text]
+
+    def _gold(self, batch: int, example: int) -> list[int]:
+        """The gold answer's tokens, which no deployment has: for likelihoods, and for selectors that look at them."""
+        made = self._batches[batch]
+        return self.model.tokenize(made.task.answer_text(made.examples[example]))
+
+    def _question(self, held: Held) -> list[int]:
+        return self.model.tokenize(held.question, closing=held.prefix.closing)
+
+    def _encode(self, held: Held, codec: Codec, gold: list[int]) -> Encoded:
         cache = held.prefill.cache
         if codec.undoes_rope:  # known from the model, once for all requests
             cache = self.model.knowing_ropes(cache)
+        example = self._batches[held.key[0]].examples[held.key[1]]
         started = self.pace.begin()
-        batch = self._batches[held.key[0]]
-        example = batch.examples[held.key[1]]
         evidence = gather(
             self.model,
             codec.needs,
             held.prefix.cache,
             held.prefill,
-            held.question_ids,
-            self.model.tokenize(batch.task.answer_text(example)) if codec.needs.answer else (),
+            self._question(held) if codec.needs.question or codec.needs.answer else (),
+            gold if codec.needs.answer else (),
             seed=f"{held.key[0]}/{example.id}",
         )
         kept = codec.select(evidence)
@@ -254,37 +274,42 @@ class Edge(InferenceSide):
         self,
         held: Held,
         placement: str,
-        codec: str,
+        key: tuple[str, int],
         payload: bytes | bytearray | memoryview,
-        repeat: int,
         reuse: str,
+        replay: bool,
         link: dict[str, Any],
     ) -> dict[str, Any]:
-        """Ask the cloud; returns the stages from `connect_s` on and what was counted. `e2e_s` is the time at which the answer
-        was whole: the caller takes off when its request began.
+        """Ask the cloud; returns the stages from `connect_s` on, the time that they took, and what was counted.
+
+        key: codec and repeat, by which a later request finds this answer again.
         """
         self._request += 1
         batch = self._batches[held.key[0]]
         request = wire.Request(
             id=self._request,
             placement=placement,
-            codec=codec,
+            codec=key[0],
             prefix=held.prefix.digest,
-            question=held.question_text,
+            question=held.question,
             stop=batch.task.stop,
             max_new_tokens=batch.max_new_tokens,
             payload_crc=zlib.crc32(payload) if placement == "cloud" else 0,
-            repeat=repeat,
             choices=held.choices,
-            reuse=reuse == "all",
+            same_as=held.answered.get(key, 0) if reuse == "all" else 0,
+            replay=replay,
         )
         answered = self._uplink.ask(request, payload, link)
+        if reuse == "all" and not answered.reused:
+            held.answered[key] = request.id
         return {
             "request": request.id,
             "stages": answered.stages,
-            "e2e_s": answered.ended,
+            "e2e_s": answered.elapsed_s,
             "reused": _cloud_reuse(placement) if answered.reused else [],
             "answer": answered.text,
+            "answer_tokens": answered.tokens,
+            "token_s": answered.token_s,
             "wire_bytes": answered.wire_bytes,
             "retransmits": answered.retransmits,
             "payload_bytes": len(payload),
@@ -293,7 +318,7 @@ class Edge(InferenceSide):
 
 
 def _cloud_reuse(placement: str) -> list[str]:
-    return (["prefill"] if placement == "cloud" else []) + ["decode", "first_token", "generate"]
+    return ["prefill" if placement == "cloud" else "decode", "first_token", "generate"]
 
 
 if __name__ == "__main__":

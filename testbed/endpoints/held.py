@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from testbed.endpoints.inference import Prefix
 
@@ -33,18 +33,31 @@ class Encoded:
 
 
 @dataclass
+class Local:
+    """An answer given on this machine alone, and its stages."""
+
+    text: str
+    tokens: int
+    token_s: float | None
+    first_token_s: float
+    generate_s: float
+    used: bool = False  #: a row has carried these times as its own
+
+
+@dataclass
 class Held:
     """The example at hand: its prefill and everything made from it so far."""
 
     key: tuple[int, int]
     prefix: Prefix
-    context_text: str
-    question_text: str
+    context: bytes  #: its text
+    question: str
     choices: tuple[str, ...]
     ids: list[int]
-    question_ids: list[int]
     prefill: Prefill
     prefill_s: float
     used: bool = False  #: a row has carried the prefill's time as its own
     encoded: dict[tuple[str, int], Encoded] = field(default_factory=dict)
-    local: dict[int, dict[str, Any]] = field(default_factory=dict)
+    local: dict[int, Local] = field(default_factory=dict)
+    #: by codec ("": the text) and repeat, the request by which the cloud knows its answer
+    answered: dict[tuple[str, int], int] = field(default_factory=dict)

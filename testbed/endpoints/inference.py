@@ -34,6 +34,11 @@ def digest(data: bytes | bytearray | memoryview) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
+def per_token(times: Sequence[float]) -> float | None:
+    """The mean time of a token behind the first, from when each was known; None where there is none."""
+    return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+
+
 class InferenceSide:
     """A loaded model and its prefixes; the part of an endpoint that is the same on both sides."""
 

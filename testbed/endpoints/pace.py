@@ -9,6 +9,12 @@ if TYPE_CHECKING:
     import torch
 
 
+def wait_until(moment: float) -> None:
+    """Sleep to a moment of the monotonic clock; one that has passed waits for nothing."""
+    while (left := moment - time.monotonic()) > 0:
+        time.sleep(left)
+
+
 class Pace:
     """How many times slower than this host an endpoint computes. 1 waits for nothing.
 
@@ -35,7 +41,5 @@ class Pace:
             torch.cuda.synchronize(self.device)
         if self.slowdown > 1.0:
             computed = time.monotonic() - self._since
-            until = self._since + computed * self.slowdown
-            while (left := until - time.monotonic()) > 0:
-                time.sleep(left)
+            wait_until(self._since + computed * self.slowdown)
         return self.begin()

@@ -196,4 +196,5 @@ class Pair:
             "example": trial.number,
             "repeat": trial.repeat,
             "reuse": self.scenario.reuse,
+            "replay": self.plan.replays(trial.cell),
         }

@@ -19,14 +19,14 @@ _ROUNDING_S = 1e-5
 
 @dataclass(frozen=True)
 class Answered:
-    """The answer. `stages`: from `connect_s` on; `ended`: when it was whole here (`time.monotonic`), moved where the cloud
-    had it already: back by what finding it took, on by the compute time that this replaced.
-    """
+    """The answer. `stages`: from `connect_s` on; `elapsed_s`: from then until it was whole here."""
 
     stages: dict[str, float]
-    ended: float
+    elapsed_s: float
     reused: bool
     text: str
+    tokens: int
+    token_s: float | None
     wire_bytes: int
     retransmits: int
     congestion: str
@@ -55,6 +55,9 @@ class Uplink:
             first, first_at = _expect(connection, wire.FirstToken, request.id, deadline)
             answer, answered_at = _expect(connection, wire.Answer, request.id, deadline)
             _check_times(sent_at, first, first_at, answer, answered_at)
+            answered_at += answer.skipped_s
+            if deadline.passed(answered_at):  # as it would have been had the cloud computed it again
+                raise EndpointError(f"nothing arrived within {deadline}")
             retransmits = connection.retransmits() - already + answer.retransmits
             congestion = connection.congestion()
             keep = bool(link["reuse"])
@@ -64,12 +67,24 @@ class Uplink:
             else:
                 self._kept.pop(link["name"], None)
                 connection.finish()
-        stages, turnaround, computed = _timeline(first, first_at, answer, answered_at, sent_at)
+        rebuilt_at = answer.received_at + answer.queue_s + answer.prefill_s + answer.decode_s
+        stages = {
+            "connect_s": connected - started if fresh else 0.0,
+            "transmit_s": answer.received_at - sent_at,
+            "queue_s": answer.queue_s,
+            "decode_s": answer.decode_s,
+            "first_token_s": first_at - rebuilt_at,
+            "generate_s": answered_at - first_at,
+        }
+        if request.placement == "cloud":
+            stages["prefill_s"] = answer.prefill_s
         return Answered(
-            stages={"connect_s": connected - started if fresh else 0.0, **stages},
-            ended=answered_at - turnaround + computed,
+            stages=stages,
+            elapsed_s=answered_at - started,
             reused=answer.reused,
             text=answer.text,
+            tokens=answer.tokens,
+            token_s=answer.token_s,
             wire_bytes=interface_bytes() - before,
             retransmits=retransmits,
             congestion=congestion,
@@ -99,44 +114,17 @@ def _check_times(
 ) -> None:
     """Raises EndpointError where the cloud's times do not lie between the request and its answer, in their order."""
     arrived, done = answer.received_at, answer.sent_at
-    computed = answer.prefill_s + answer.decode_s + answer.first_token_s + answer.generate_s
+    took = answer.queue_s + answer.prefill_s + answer.decode_s + answer.first_token_s + answer.generate_s
+    took -= answer.skipped_s
     in_order = (
         sent_at <= arrived <= first.sent_at <= first_at <= answered_at
         and first.sent_at <= done <= answered_at
     )
-    if not in_order or (not answer.reused and computed > done - arrived + _ROUNDING_S):
+    if not in_order or took > done - arrived + _ROUNDING_S:
         raise EndpointError(
             f"the cloud's answer has times that cannot be: of a request of {sent_at:.6f} to {answered_at:.6f} s it says "
-            f"received at {arrived:.6f}, first token at {first.sent_at:.6f}, sent at {done:.6f}, computed for {computed:.6f} s"
+            f"received at {arrived:.6f}, first token at {first.sent_at:.6f}, sent at {done:.6f}, took {took:.6f} s"
         )
-
-
-def _timeline(
-    first: wire.FirstToken, first_at: float, answer: wire.Answer, answered_at: float, sent_at: float
-) -> tuple[dict[str, float], float, float]:
-    """The stages of a request from its first byte on; and, where the answer came from memory, the time the cloud took to find it
-    (which is no part of the request) and the compute time that the finding replaced."""
-    travel_first = first_at - first.sent_at
-    travel_last = answered_at - answer.sent_at
-    if answer.reused:
-        generate_s = answer.generate_s + travel_last - travel_first
-        first_token_s = answer.first_token_s + travel_first
-        turnaround = first.sent_at - answer.received_at
-        computed = answer.prefill_s + answer.decode_s + answer.first_token_s + answer.generate_s
-    else:
-        rebuilt_at = answer.received_at + answer.prefill_s + answer.decode_s
-        first_token_s = first_at - rebuilt_at
-        generate_s = answered_at - first_at
-        turnaround = computed = 0.0
-    stages = {
-        "transmit_s": answer.received_at - sent_at,
-        "decode_s": answer.decode_s,
-        "first_token_s": first_token_s,
-        "generate_s": generate_s,
-    }
-    if answer.prefill_s:
-        stages["prefill_s"] = answer.prefill_s
-    return stages, turnaround, computed
 
 
 def interface_bytes() -> int:

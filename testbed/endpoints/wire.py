@@ -45,11 +45,13 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     stop: Name
     max_new_tokens: Annotated[int, Meta(ge=1, le=65536)]
     payload_crc: Count
-    repeat: Count = 0
     choices: Annotated[
         tuple[Text, ...], Meta(max_length=64)
     ] = ()  #: answer with the likeliest of these; none: decode freely
-    reuse: bool = True  #: an answer already computed for the same bytes may be given again
+    same_as: Count = (
+        0  #: an earlier request, equal to the last byte, whose answer may be given again; 0: none
+    )
+    replay: bool = False  #: such an answer comes as late as it was computed, even where nobody could tell
 
 
 class FirstToken(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -67,10 +69,13 @@ class Answer(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     text: Text
     tokens: Tokens
     received_at: Instant  #: last byte of the request
+    queue_s: Seconds  #: from then until its turn came
     decode_s: Seconds
     prefill_s: Seconds  #: `cloud` placement: the context's prefill
     first_token_s: Seconds  #: computing the first token
     generate_s: Seconds  #: computing the others
+    token_s: Seconds | None  #: computing one of the others, in the mean; None: there were none
+    skipped_s: Seconds  #: of `generate_s`, what a reused answer did not wait for
     sent_at: Instant
     reused: bool
     retransmits: Count

@@ -248,7 +248,7 @@ def ask(answering: Answering) -> Any:
             assert received is not None
             now = time.monotonic()
             first = wire.FirstToken(7, 3, now)
-            whole = wire.Answer(7, "x", 1, received.at, 0.0, 0.0, 0.0, 0.0, now, False, 0)
+            whole = wire.Answer(7, "x", 1, received.at, 0.0, 0.0, 0.0, 0.0, 0.0, None, 0.0, now, False, 0)
             for header, changes in zip((first, whole), answering(now), strict=True):
                 connection.send(msgspec.structs.replace(header, **changes))
             connection.finish()

@@ -5,13 +5,17 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from testbed.endpoints import wire
+from testbed.endpoints import cloud, uplink, wire
+from testbed.endpoints.both import Both
+from testbed.endpoints.cloud import replace_struct
 from testbed.endpoints.deadline import Deadline
 from testbed.endpoints.launch import Endpoint, command
 from testbed.endpoints.transport.tcp import Connection
@@ -62,7 +66,7 @@ class Pair:
             codecs=CODECS,
             max_new_tokens=8,
         )
-        self.examples = made["examples"]
+        self.examples, self.prefix_text = made["examples"], made["prefix_text"]
         known = {"text": made["prefix_text"], "reach": made["reach"], "closing": made["closing"]}
         self.cloud.call("learn_prefix", 60, **known)
         self.port = self.cloud.call("serve", 10, max_payload=1 << 22, congestion=None)
@@ -104,6 +108,15 @@ class Pair:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     directory = tmp_path_factory.mktemp("endpoints")
     made = Pair(directory, tiny_model_directory("llama", directory / "model"))
+    yield made
+    made.edge.stop()
+    made.cloud.stop()
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    directory = tmp_path_factory.mktemp("slow")
+    made = Pair(directory, tiny_model_directory("llama", directory / "model"), edge=5.0, cloud=20.0)
     yield made
     made.edge.stop()
     made.cloud.stop()
@@ -186,6 +199,104 @@ def test_a_slower_machine_stretches_compute_stages_and_leaves_the_answer(tmp_pat
     for told in (result, again, sent, local):
         stages = sum(told["stages"].get(stage, 0.0) for stage in STAGES)
         assert stages == pytest.approx(told["e2e_s"], rel=0.02, abs=0.005)
+
+
+@pytest.mark.parametrize("placement", ["split", "cloud", "edge"])
+def test_a_replayed_request_takes_as_long_as_it_says(slow: Pair, placement: str) -> None:
+    slow.edge.call("reference", 60, batch=0, example=1)
+    more: dict[str, Any] = {} if placement == "edge" else {"link": slow.link()}
+    more |= {"codec": "q2c@0.25+int8"} if placement == "split" else {}
+    for _ in range(2):
+        began = time.monotonic()
+        told = slow.edge.call(placement, 60, batch=0, example=1, repeat=0, reuse="all", replay=True, **more)
+        assert time.monotonic() - began > told["e2e_s"] > 0.05
+        assert sum(told["stages"].values()) == pytest.approx(told["e2e_s"], rel=0.02, abs=0.005)
+    assert told["replayed"]
+    assert {"first_token", "generate"} < set(told["reused"])
+
+
+def test_a_reused_answer_that_came_too_late_comes_too_late_again(slow: Pair) -> None:
+    stages = slow.split(2, "int8")["stages"]
+    across = sum(seconds for stage, seconds in stages.items() if stage not in ("prefill_s", "encode_s"))
+    for timeout in (stages["first_token_s"] / 2, across - stages["generate_s"] / 2):
+        with pytest.raises(EndpointError, match="arrived within"):
+            slow.split(2, "int8", timeout=timeout)
+    assert "generate" in slow.split(2, "int8")["reused"]
+
+
+def test_waiting_for_another_clients_request_is_queueing_and_not_decoding(slow: Pair) -> None:
+    prefix = slow.cloud.call("learn_prefix", 60, text=slow.prefix_text)
+    other = Connection.open("127.0.0.1", slow.port, None, 20.0)
+    alone = slow.split(1, "int8", reuse="prefill")
+    text = b"What the other client has to say is long. " * 8
+    other.send(wire.Request(1 << 20, "cloud", "", prefix, "Q?", "", 8, zlib.crc32(text)), text)
+    time.sleep(0.05)
+    behind = slow.split(1, "int8", reuse="prefill")
+    answers = [other.receive(0, Deadline(20.0)), other.receive(0, Deadline(20.0))]
+    other.close()
+    answer = answers[1].header if answers[1] else None
+    assert isinstance(answer, wire.Answer)
+    taken = answer.prefill_s + answer.first_token_s + answer.generate_s
+    assert behind["stages"]["queue_s"] > taken / 3
+    assert alone["stages"]["queue_s"] < behind["stages"]["queue_s"] / 3
+    assert behind["stages"]["decode_s"] < behind["stages"]["queue_s"] / 2
+    assert sum(behind["stages"].values()) == pytest.approx(behind["e2e_s"], rel=0.02, abs=0.005)
+
+
+@pytest.mark.parametrize("placement", ["split", "cloud"])
+def test_hashing_and_counting_are_part_of_no_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: str
+) -> None:
+    both = Both().handlers()
+    model = tiny_model_directory("llama", tmp_path / "model")
+    both["load"](model=str(model), device="cpu", dtype="auto", threads=1)
+    about = {"task": "needle", "parameters": {}, "count": 1, "context_tokens": 300, "seed": 0}
+    made = both["prepare"](**about, codecs=["int8"], max_new_tokens=4)
+    both["learn_prefix"](text=made["prefix_text"])
+    link = {"address": "127.0.0.1", "port": both["serve"](max_payload=1 << 22, congestion=None)}
+    link |= {"congestion": None, "timeout": 20.0, "reuse": False, "name": "lo"}
+
+    def slowly(work: Any) -> Any:
+        def slow(*arguments: Any) -> Any:
+            time.sleep(1.0)
+            return work(*arguments)
+
+        return slow
+
+    for module, name in ((cloud, "digest"), (cloud, "kept_tokens"), (cloud, "kept_digest")):
+        monkeypatch.setattr(module, name, slowly(getattr(module, name)))
+    monkeypatch.setattr(uplink, "interface_bytes", slowly(uplink.interface_bytes))
+    extra = {"codec": "int8"} if placement == "split" else {}
+    for _ in range(2):
+        told = both[placement](batch=0, example=0, repeat=0, reuse="all", link=link, **extra)
+        assert both["outcome"](id=told["request"], gold="x")["tokens_kept"] > 0
+        assert told["e2e_s"] < 1.0
+        assert sum(told["stages"].values()) == pytest.approx(told["e2e_s"], rel=0.02, abs=0.005)
+
+
+def test_an_answer_that_was_another_payloads_has_no_outcome(pair: Pair) -> None:
+    prefix = pair.cloud.call("learn_prefix", 60, text=pair.prefix_text)
+    connection = Connection.open("127.0.0.1", pair.port, None, 5.0)
+    first = wire.Request(1 << 30, "cloud", "", prefix, "Q?", "", 2, zlib.crc32(b"one text"))
+    for request, text in (
+        (first, b"one text"),
+        (replace_struct(first, id=7 << 30, same_as=1 << 30), b"other"),
+    ):
+        connection.send(request, text)
+        received = [connection.receive(0, Deadline(10.0)), connection.receive(0, Deadline(10.0))]
+    connection.close()
+    assert received[1] is not None and isinstance(received[1].header, wire.Answer)
+    with pytest.raises(EndpointError, match="unlike"):
+        pair.cloud.call("outcome", 60, id=7 << 30, gold="x")
+
+
+def test_tokens_are_counted_and_each_has_its_time(pair: Pair) -> None:
+    pair.cloud.call("forget")
+    told = [pair.split(1, "fp16"), pair.edge.call("edge", 60, batch=0, example=1, repeat=0, reuse="all")]
+    for one in told:
+        assert one["answer_tokens"] == told[0]["answer_tokens"] > 1
+        further = one["token_s"] * (one["answer_tokens"] - 1)
+        assert 0 < further < one["stages"]["first_token_s"] + one["stages"]["generate_s"]
 
 
 def test_what_is_reused_is_said_and_gives_the_same_answer(pair: Pair) -> None:

@@ -44,7 +44,7 @@ def test_a_frame_survives_the_wire(payload: bytes, question: str, id: int) -> No
     [
         wire.FirstToken(id=1, token=5, sent_at=12.5),
         wire.Failure(id=1, message="no"),
-        wire.Answer(1, "text", 2, 0.5, 0.1, 0.0, 0.2, 0.3, 9.0, True, 3),
+        wire.Answer(1, "text", 2, 0.5, 0.0, 0.1, 0.0, 0.2, 0.3, None, 0.0, 9.0, True, 3),
     ],
 )
 def test_every_kind_of_frame_survives_the_wire(header: wire.Header) -> None:

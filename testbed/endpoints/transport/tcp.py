@@ -12,7 +12,8 @@ from testbed.endpoints import wire
 from testbed.endpoints.deadline import Deadline
 from testbed.errors import EndpointError, UsageError, WireError
 
-_TOTAL_RETRANSMITS = struct.Struct("=100xI")  #: tcpi_total_retrans in struct tcp_info, linux/tcp.h
+_UNACKED = struct.Struct("=24xI")  #: tcpi_unacked in struct tcp_info, linux/tcp.h
+_TOTAL_RETRANSMITS = struct.Struct("=100xI")  #: tcpi_total_retrans
 _PIECE = 1 << 20
 _GIVE_UP = struct.pack("ii", 1, 0)  # struct linger: at once, with a reset (socket(7))
 SEND_S = 60.0  #: in which a frame is handed over where nobody says otherwise: an answer, which fits any socket's buffer
@@ -131,6 +132,11 @@ class Connection:
         """Segments that this side has sent again so far (tcp_info's tcpi_total_retrans)."""
         info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
         return int(_TOTAL_RETRANSMITS.unpack(info)[0]) if len(info) >= 104 else 0
+
+    def acknowledged(self) -> bool:
+        """Whether the peer has confirmed all that was sent (tcp_info's tcpi_unacked): nothing is under way, nor sent again."""
+        info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        return len(info) >= _UNACKED.size and not _UNACKED.unpack_from(info)[0]
 
     def congestion(self) -> str:
         """The congestion control that the kernel really uses on this connection."""
