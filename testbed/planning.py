@@ -35,6 +35,8 @@ def scenario_path(name: str) -> Path:
     for path in (Path(name), shipped / name, shipped / f"{name}.yaml"):
         if path.is_file():
             return path
+    if Path(name).exists():
+        raise UsageError(f"{name}: not a regular file, so no scenario")
     known = sorted(p.stem for p in shipped.glob("*.yaml"))
     near = difflib.get_close_matches(Path(name).stem, known, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"shipped ones: {', '.join(known) or 'none'}"
