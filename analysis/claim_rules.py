@@ -21,17 +21,12 @@ import numpy as np
 import pandas as pd
 
 from analysis import comparisons, settings, stats
-from analysis.comparisons import FULL, Comparison
+from analysis.comparisons import ALIKE, FULL, LOST, MOST_LOST, Comparison
 
-ALIKE = 0.02  #: nats per token
 LEAST = 50  #: examples
 LEAST_TIMES = 20  #: examples of a verdict on times
 CONTROLS = "other layers"  #: how the mean of the controls is named
 LEVEL = 0.05
-#: An example that loses more than so many nats a token is a loser, and a lossless setting has few of them: a mean may hide
-#: rare large losses.
-LOST = 0.2
-LOSERS = 0.1  #: the largest share, by the upper end of its exact interval
 #: What the edge does before it sends: prefill, selection, quantization.
 EDGE_COMPUTE = ("prefill_s", "select_s", "encode_s")
 COMPUTE = (*EDGE_COMPUTE, "decode_s", "first_token_s", "generate_s")  #: and the cloud behind it
@@ -141,15 +136,15 @@ def lossless(claim: str, table: pd.DataFrame, model: str, task: str, setting: st
 
 def _losers(table: pd.DataFrame, setting: str) -> stats.Estimate:
     pairs = comparisons.pairs(table, setting)
-    return stats.share_above(pairs["nll"] - pairs["nll_base"], LOST, pairs["task"] + "\0" + pairs["example"])
+    return stats.share_above(pairs["nll"] - pairs["nll_base"], LOST, settings.clusters(pairs))
 
 
 def _is_lossless(found: Comparison, losers: stats.Estimate) -> bool:
-    return found.nll.high <= ALIKE and losers.high <= LOSERS
+    return found.nll.high <= ALIKE and losers.high <= MOST_LOST
 
 
 def _surely_loses(found: Comparison, losers: stats.Estimate) -> bool:
-    return found.nll.low > ALIKE or losers.low > LOSERS
+    return found.nll.low > ALIKE or losers.low > MOST_LOST
 
 
 def restored(

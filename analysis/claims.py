@@ -74,7 +74,7 @@ CLAIMS = (
         "int8-lossless",
         "3",
         "at least 99 % of the full cache's score",
-        f"ΔNLL at most 0.02 nats/token, and at most {rules.LOSERS:.0%} of examples lose more than {rules.LOST}",
+        f"ΔNLL at most 0.02 nats/token, and at most {rules.MOST_LOST:.0%} of examples lose more than {rules.LOST}",
         judges.int8,
     ),
     Claim(

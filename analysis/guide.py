@@ -162,7 +162,7 @@ def text(found: dict[str, list[Step]], said: list[str]) -> str:
         )
         lines += [f"  → {last}", ""]
     lines.append(
-        f"enough: ΔNLL to the full cache at most {rules.ALIKE} nats per token, and at most {rules.LOSERS:.0%} of examples "
+        f"enough: ΔNLL to the full cache at most {rules.ALIKE} nats per token, and at most {rules.MOST_LOST:.0%} of examples "
         f"lose more than {rules.LOST}, by their 95 % intervals' upper ends, over at least {rules.LEAST} examples"
     )
     return "\n".join([*lines, *said])
