@@ -164,6 +164,7 @@ class Edge(InferenceSide):
         result = self._ask(held, "split", key, encoded.payload, reuse, replay, link)
         result["e2e_s"] += sum(here.values())
         result["stages"] |= here
+        result["question_s"] = encoded.question_s
         result["reused"] = reused + result["reused"]
         result["replayed"] = replay and bool(result["reused"])
         return result
@@ -265,10 +266,12 @@ class Edge(InferenceSide):
             gold if codec.needs.answer else (),
             seed=f"{held.key[0]}/{example.id}",
         )
+        asked = self.pace.hold()
         kept = codec.select(evidence)
         selected = self.pace.hold()
         payload = codec.encode(cache, kept)
-        return Encoded(payload, selected - started, self.pace.hold() - selected)
+        question_s = asked - started if codec.needs.question else 0.0
+        return Encoded(payload, selected - started, self.pace.hold() - selected, question_s)
 
     def _ask(
         self,

@@ -30,6 +30,7 @@ class Encoded:
     payload: bytes | bytearray | memoryview
     select_s: float
     encode_s: float
+    question_s: float  #: of select_s, the question's pass
 
 
 @dataclass

@@ -314,6 +314,12 @@ def test_what_is_reused_is_said_and_gives_the_same_answer(pair: Pair) -> None:
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
+def test_what_the_questions_pass_takes_of_the_selection_is_told(pair: Pair) -> None:
+    asked, unasked = pair.split(2, "q2c@0.25", reuse="none"), pair.split(2, "window@0.25", reuse="none")
+    assert 0 < asked["question_s"] < asked["stages"]["select_s"]
+    assert unasked["question_s"] == 0
+
+
 def test_nothing_is_reused_where_the_scenario_forbids_it(pair: Pair) -> None:
     assert pair.split(0, "int8", reuse="none")["reused"] == []
     assert pair.split(0, "int8", reuse="none")["reused"] == []
