@@ -101,6 +101,7 @@ class Row:
 
     kv_bytes: int = 0
     payload_bytes: int | None = None
+    shared_bytes: int = 0  #: what both sides must have had beforehand to read the payload: a coder's tables
     wire_bytes: int | None = None
     retransmits: int | None = None
     tokens_kept: int | None = None

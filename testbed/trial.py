@@ -77,6 +77,7 @@ def fill(row: Row, result: dict[str, Any], outcome: dict[str, Any], scores: dict
     row.token_s, row.answer_tokens = result["token_s"], result["answer_tokens"]
     row.reused, row.replayed = ",".join(result["reused"]), result["replayed"]
     row.wire_bytes, row.payload_bytes = result["wire_bytes"], result["payload_bytes"]
+    row.shared_bytes = result.get("shared_bytes", 0)
     row.retransmits, row.congestion = result["retransmits"], result["congestion"]
     row.question_s = result.get("question_s")
     row.answer = result["answer"].strip()

@@ -50,6 +50,11 @@ class Method:
         """The method with what its text refers to written out. model: whose caches it will code. Raises SpecError."""
         return self
 
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes that both sides must have before anything crosses, and that no payload holds: of a method that is `bound`."""
+        return 0
+
     def require(self, parameter: str, wanted: str, satisfied: bool) -> None:
         """Raises SpecError saying what `parameter` must be, unless `satisfied`."""
         if not satisfied:

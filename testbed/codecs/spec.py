@@ -39,6 +39,11 @@ class CodecSpec:
         """Whether a method's text refers to a file, such as ``protect=auto``; `bound` writes out what it says."""
         return any(method.refers for method in self.methods)
 
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes that both sides must have before anything crosses; of a spec that is `bound`. Raises SpecError without them."""
+        return sum(method.shared_bytes for method in self.methods)
+
     def bound(self, model: str | None = None) -> CodecSpec:
         """The spec that stands by itself. model: whose caches it will code. Raises SpecError where that needs more."""
         if not self.refers:

@@ -64,6 +64,7 @@ class Served(TypedDict):
     wire_bytes: Count
     retransmits: Count
     payload_bytes: Count
+    shared_bytes: NotRequired[Count]
     congestion: Name
     request: NotRequired[Count]
 

@@ -167,6 +167,7 @@ class Edge(InferenceSide):
         result["question_s"] = encoded.question_s
         result["reused"] = reused + result["reused"]
         result["replayed"] = replay and bool(result["reused"])
+        result["shared_bytes"] = encoded.shared_bytes
         return result
 
     def cloud(
@@ -270,8 +271,9 @@ class Edge(InferenceSide):
         kept = codec.select(evidence)
         selected = self.pace.hold()
         payload = codec.encode(cache, kept)
+        encode_s = self.pace.hold() - selected
         question_s = asked - started if codec.needs.question else 0.0
-        return Encoded(payload, selected - started, self.pace.hold() - selected, question_s)
+        return Encoded(payload, selected - started, encode_s, question_s, codec.spec.shared_bytes)
 
     def _ask(
         self,

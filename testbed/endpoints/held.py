@@ -31,6 +31,7 @@ class Encoded:
     select_s: float
     encode_s: float
     question_s: float  #: of select_s, the question's pass
+    shared_bytes: int = 0  #: what the other side must have had beforehand to read it
 
 
 @dataclass

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.entropy import tables
+from testbed.codecs.spec import parse
 from testbed.diagnosis.tables import Counts, add_counts
 from testbed.errors import PayloadError, SpecError
 from testbed.models.kvcache import KVCache, KVLayer
@@ -133,3 +134,14 @@ def test_a_file_of_other_frequencies_than_are_counted_is_refused(
     path.write_bytes(b"\0" * ((64 << 20) + 1))
     with pytest.raises(SpecError, match="larger than"):
         tables.load(path)
+
+
+def test_what_both_sides_must_have_beforehand_is_counted_and_named_by_its_content(machine: Path) -> None:
+    name, path = counted("int4", channelled(400, 1))
+    by_file, by_name = (parse(f"int4+ans(table={word})").bound() for word in (path, name))
+    assert str(by_file) == str(by_name) == f"int4+ans(table={name})"
+    assert by_file.shared_bytes == path.stat().st_size > 2 * 4 * 64 * 16
+    for text in ("int4+ans", "mixed(protect=K0)", "kvquant+zstd", "q2c@0.5"):
+        assert parse(text).shared_bytes == 0
+    with pytest.raises(SpecError, match="are not on this machine"):
+        parse(f"int4+ans(table={'0' * 32})").shared_bytes  # noqa: B018

@@ -53,6 +53,10 @@ class ANS(Coder):
             return self
         return replace(self, table=tables.save(tables.load(Path(self.table).expanduser())[1])[0])
 
+    @property
+    def shared_bytes(self) -> int:
+        return 0 if self.table == "none" else tables.size(self.table)
+
     def _known(self, piece: Piece) -> Symbols | None:
         """Frequencies that both sides have for a part's channels, where they do."""
         if self.table == "none" or _CHANNEL not in _modes(piece):

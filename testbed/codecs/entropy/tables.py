@@ -126,6 +126,11 @@ def load(path: Path) -> tuple[str, Tables]:
     return _name(data), found
 
 
+def size(name: str) -> int:
+    """Bytes of the tables of that name, as both sides keep them. Raises SpecError as `known` does."""
+    return len(msgspec.msgpack.encode(known(name)))
+
+
 @functools.lru_cache(maxsize=8)
 def known(name: str) -> Tables:
     """The tables of that name on this machine. Raises SpecError where it has none, or where the file holds others."""
