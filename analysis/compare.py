@@ -100,11 +100,17 @@ def differences(first: Run, second: Run) -> list[str]:
         for key in dict.fromkeys([*old, *new])
         if old.get(key) != new.get(key) and key not in ("name", "description")
     ]
-    for key in ("emulator",):
-        values = [", ".join(sorted(map(str, set(run.rows[key])))) for run in (first, second)]
+    for key in ("emulator", "threads"):
+        if not all(key in run.rows and run.rows[key].notna().any() for run in (first, second)):
+            continue
+        values = [", ".join(sorted(map(_shown, set(run.rows[key].dropna())))) for run in (first, second)]
         if values[0] != values[1]:
             said.append(f"{key}: {values[0]} → {values[1]}")
     return said
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def text(first: Run, second: Run, lines: list[Line]) -> str:

@@ -126,6 +126,9 @@ class Row:
     calibrated: bool = True  #: False: the link was measured out of tolerance and the run was told to go on
     #: False: this machine computed unsteadily, or unlike for both sides, when it was measured before the trial
     compute_steady: bool = True
+    threads: int | None = (
+        None  #: of the edge's compute: a prefill in more may differ in its last bits, and what is made of it
+    )
     warnings: str = ""
     error: str = ""
 

@@ -48,6 +48,8 @@ class Run:
         self.resumed = False  #: that all are done already is an end
         self.settled = False  #: they were
         self._uncalibrated: set[str] = set()
+        self._threads: int | None = None  #: of the edge's compute
+        self._unlike = ""  #: that an earlier start of this run computed in another number
         self._current: Profile | None = None
         self._origin = time.monotonic()  #: when traces begin
 
@@ -67,6 +69,9 @@ class Run:
             batches = self.pair.prepare()
             self._expect(batches)
             self.pair.serve(self.fabric.address(self.scenario.cloud), loaded["edge"]["kv_bytes_per_token"])
+            self._threads, self._unlike = threads_of(self.directory.manifest(), loaded)
+            if self._unlike:
+                self._tally.say(self._unlike)
             self._write_manifest(loaded)
             self._gate = self._prove_compute(loaded)
             self._calibrate(self._profiles_ahead(batches))
@@ -251,7 +256,8 @@ class Run:
         row = new_row(trial, self.plan, self.fabric.emulator.name, reference, calibrated)
         complaints = self._gate.complaints if self._gate is not None else []
         row.compute_steady = not complaints
-        row.warnings = "; ".join([*filter(None, [row.warnings]), *complaints])
+        row.threads = self._threads
+        row.warnings = "; ".join([*filter(None, [row.warnings, self._unlike]), *complaints])
         told: list[str] = []
         if reference["error"]:
             row.error = reference["error"]
@@ -276,6 +282,18 @@ class Run:
             row.warnings = "; ".join([*filter(None, [row.warnings]), *told])
         fill(row, result, outcome, task.score(result["answer"], trial.example))
         return row
+
+
+def threads_of(manifest: dict[str, Any], loaded: dict[str, Any]) -> tuple[int, str]:
+    """The edge's threads, and a sentence where an earlier start of the run had another number; else empty."""
+    threads = int(loaded["edge"]["threads"])
+    earlier = manifest.get("endpoints", {}).get("edge", {}).get("threads", threads)
+    if earlier == threads:
+        return threads, ""
+    return (
+        threads,
+        f"computed in {threads} threads, earlier trials of this run in {earlier}: last bits may differ",
+    )
 
 
 def check_ready(plan: Plan) -> None:

@@ -12,6 +12,7 @@ from analysis import compare, comparisons
 from analysis.run import load
 from testbed.cli import main
 from testbed.errors import UsageError
+from testbed.runner import threads_of
 from tests.analysis.make_run import make_run
 from tests.analysis.test_run_directory import lines, rewrite
 
@@ -113,3 +114,21 @@ def test_a_trial_that_failed_in_one_run_is_slower_there(run: Path, tmp_path: Pat
     (found,) = compare.compare(load(run), load(other))
     assert found.ratio.value == found.latency[1].value == float("inf")
     assert found.ratio.n == 12
+
+
+def test_runs_that_were_computed_in_unlike_numbers_of_threads_are_said_to_be(
+    run: Path, tmp_path: Path
+) -> None:
+    other = make_run(tmp_path / "b", ("lte",), ("int8",), tasks=("needle",), examples=4)
+    before = compare.differences(load(run), load(other))
+    rewrite(run, [r | {"threads": 1} for r in lines(run)])
+    rewrite(other, [r | {"threads": 2} for r in lines(other)])
+    said = [line for line in compare.differences(load(run), load(other)) if line not in before]
+    assert said == ["threads: 1 → 2"]
+
+
+def test_a_run_that_goes_on_in_another_number_of_threads_says_so() -> None:
+    now = {"edge": {"threads": 2}}
+    assert threads_of({}, now) == threads_of({"endpoints": now}, now) == (2, "")
+    threads, said = threads_of({"endpoints": {"edge": {"threads": 1}}}, now)
+    assert threads == 2 and said.startswith("computed in 2 threads, earlier trials of this run in 1")
