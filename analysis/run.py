@@ -21,13 +21,6 @@ from testbed.errors import UsageError
 from testbed.identity import behind_sudo
 from testbed.results import FORMAT, STAGES, Row, RunDirectory, as_now, check_format
 
-#: What a trial that failed does not tell.
-_MEASURED = (
-    *STAGES,
-    *("ttft_s", "e2e_s", "token_s", "payload_bytes", "wire_bytes", "retransmits", "tokens_kept"),
-    *("answer_tokens", "bits_per_element", "score", "em", "f1", "nll", "kl"),
-)
-
 
 @dataclass(frozen=True)
 class Run:
@@ -146,7 +139,7 @@ def load(path: Path, where: str | None = None) -> Run:
         rows=rows.assign(
             latency_s=rows["ttft_s" if _lengths_differ(rows) else "e2e_s"], one_format=_one_format(manifest)
         ),
-        failed=_unmeasured(table[failed].reset_index(drop=True)),
+        failed=table[failed].reset_index(drop=True),
         where=where or "",
         compute=compute,
         notes=tuple(notes),
@@ -176,12 +169,6 @@ def _one_format(manifest: dict[str, Any]) -> bool:
     apart = [isinstance(one, dict) and one.get("edge") != one.get("cloud") for one in (dtype, device)]
     # What "auto" becomes depends on the device.
     return not apart[0] and not (apart[1] and isinstance(dtype, dict) and dtype.get("edge") == "auto")
-
-
-def _unmeasured(failed: pd.DataFrame) -> pd.DataFrame:
-    """Failed trials without times, bytes and answers: earlier versions wrote zeros."""
-    unknown = [name for name in _MEASURED if name in failed]
-    return failed.astype(dict.fromkeys(unknown, "float64")).assign(**dict.fromkeys(unknown, math.nan))
 
 
 def _object(read: Callable[[], dict[str, Any]], name: str, path: Path, notes: list[str]) -> dict[str, Any]:

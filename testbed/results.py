@@ -134,7 +134,7 @@ class Row:
 
 
 COLUMNS = tuple(f.name for f in dataclasses.fields(Row))
-#: The times and counts that a trial is made for.
+#: What a trial is made for: times, counts, scores.
 MEASURED = (
     *STAGES,
     "ttft_s",
@@ -146,6 +146,11 @@ MEASURED = (
     "tokens_kept",
     "answer_tokens",
     "bits_per_element",
+    "score",
+    "em",
+    "f1",
+    "nll",
+    "kl",
 )
 #: What makes a line a row: the trial that it tells of.
 _IDENTITY = ("trial", "task", "example", "placement")
