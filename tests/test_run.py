@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -280,3 +281,47 @@ def test_every_row_says_where_in_its_trace_it_began(scenario: Path, tmp_path: Pa
     assert second < 1.0 if at == "trial" else second > first
     curves = json.loads((out / "calibration.json").read_text())["measurements"][0]["attempts"][-1]["curves"]
     assert [curve["way"] for curve in curves] == ["up", "down"]
+
+
+@pytest.mark.netns
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("who", "fate", "said"),
+    [
+        ("relay", signal.SIGKILL, r"link access: its relay \(process \d+\) ended \(signal SIGKILL\)"),
+        ("cloud", signal.SIGKILL, r"the cloud process ended \(signal SIGKILL\)"),
+        ("edge", signal.SIGSTOP, r"the edge process \(\d+\) has been stopped for 1\.\d s"),
+    ],
+)
+def test_what_dies_or_stands_still_during_a_trial_ends_the_run_by_name(
+    scenario: Path, tmp_path: Path, who: str, fate: signal.Signals, said: str
+) -> None:
+    out, state = tmp_path / "out", tmp_path / "state"
+    slow = ["--set", "profiles=['rate=100kbit,delay=5ms']", "--set", "placements=[split]", "--codec", "fp16"]
+    slow += ["--emulator", "userspace"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "testbed", "run", str(scenario), "--out", str(out), "--accept-uncalibrated", *slow],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "TESTBED_STATE": str(state)},
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not (out / "trials.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1.0)  # the second trial crosses, which takes some ten seconds
+    if who == "relay":
+        (kept,) = state.glob("*.json")
+        pid = json.loads(kept.read_text())["processes"][0]["pid"]
+    else:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        (pid,) = (
+            int(p) for p in children if f"testbed.endpoints.{who}" in Path(f"/proc/{p}/cmdline").read_text()
+        )
+    os.kill(pid, fate)
+    started = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - started < 20  # a second or two, and taking the network away, on a busy machine
+    assert process.returncode == 1
+    assert re.search(said, errors), errors
+    assert f"--resume {out}" in errors
+    assert len(rows(out)) >= 1
+    assert list(state.glob("*.json")) == []  # nothing of its network is left to be removed
