@@ -16,8 +16,8 @@ def draw(run_path: Path, names: list[str] | None = None, where: str | None = Non
     UsageError for an unknown figure, an expression that cannot be read, and a run in which there is nothing
     to draw.
     """
-    from analysis.figures import draw_all
-    from analysis.run import load
+    from testbed.analysis.figures import draw_all
+    from testbed.analysis.run import load
 
     return draw_all(load(run_path, where), names)
 
@@ -26,8 +26,8 @@ def write_summary(run_path: Path) -> Path:
     """Write ``summary.csv``, one row per cell and task; returns its path. Raises UsageError for a run
     without rows.
     """
-    from analysis.run import load
-    from analysis.summary import write
+    from testbed.analysis.run import load
+    from testbed.analysis.summary import write
 
     return write(load(run_path))
 
@@ -36,8 +36,8 @@ def write_report(run_path: Path, figures: list[Path] | None = None) -> Path:
     """Write ``report.html`` and ``comparisons.csv``; returns the page's path. `figures`: what `draw` returned;
     None draws all. Raises UsageError for a run without rows.
     """
-    from analysis import report
-    from analysis.run import load
+    from testbed.analysis import report
+    from testbed.analysis.run import load
 
     return report.write(load(run_path), figures)
 
@@ -47,7 +47,7 @@ def headline(run_path: Path) -> str:
 
     Raises UsageError for a run without finished trials.
     """
-    from analysis.run import load
-    from analysis.summary import table
+    from testbed.analysis.run import load
+    from testbed.analysis.summary import table
 
     return table(load(run_path))

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis import comparisons, settings, stats
-from analysis.run import Run
+from testbed import stats
+from testbed.analysis import comparisons, settings
+from testbed.analysis.run import Run
 
 #: A model and task take part where the full cache's mean score has its 95 % interval above this: fixed, since a run
 #: knows no score without the right context. docs/tasks.md has what was measured.

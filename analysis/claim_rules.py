@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import comparisons, settings, stats
-from analysis.comparisons import ALIKE, FULL, LOST, MOST_LOST, Comparison
+from testbed import stats
+from testbed.analysis import comparisons, settings
+from testbed.analysis.comparisons import ALIKE, FULL, LOST, MOST_LOST, Comparison
 
 LEAST = 50  #: examples
 LEAST_TIMES = 20  #: examples of a verdict on times

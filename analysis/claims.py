@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
-from analysis import claim_judges as judges
-from analysis import claim_rules as rules
-from analysis.claim_evidence import Evidence, collect
-from analysis.claim_rules import UNDECIDED, Verdict
-from analysis.run import Run
+from testbed.analysis import claim_judges as judges
+from testbed.analysis import claim_rules as rules
+from testbed.analysis.claim_evidence import Evidence, collect
+from testbed.analysis.claim_rules import UNDECIDED, Verdict
+from testbed.analysis.run import Run
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import comparisons, paired_latency, settings, stats
-from analysis.run import Run
+from testbed import stats
+from testbed.analysis import comparisons, paired_latency, settings
+from testbed.analysis.run import Run
 from testbed.errors import UsageError
 
 _KEYS = ["task", "example"]

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import paired_latency, settings, stats
-from analysis.run import Run
+from testbed import stats
+from testbed.analysis import paired_latency, settings
+from testbed.analysis.run import Run
 from testbed.errors import UsageError
 
 #: The baseline that every row carries: the same example with everything kept, on one machine.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from analysis import settings
-from analysis.run import Run
+from testbed.analysis import settings
+from testbed.analysis.run import Run
 from testbed.units import format_fraction
 
 

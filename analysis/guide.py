@@ -12,11 +12,11 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import claim_judges
-from analysis import claim_rules as rules
-from analysis.claim_evidence import collect
-from analysis.claim_rules import FAILS, HOLDS
-from analysis.run import Run
+from testbed.analysis import claim_judges
+from testbed.analysis import claim_rules as rules
+from testbed.analysis.claim_evidence import collect
+from testbed.analysis.claim_rules import FAILS, HOLDS
+from testbed.analysis.run import Run
 from testbed.codecs.spec import CodecSpec
 
 INT8 = "Is INT8 enough?"

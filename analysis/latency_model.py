@@ -28,7 +28,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import optimize
 
-from analysis import settings
+from testbed.analysis import settings
 
 Floats = npt.NDArray[np.float64]
 

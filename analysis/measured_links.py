@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from analysis.latency_model import Link, link_of, steady
+from testbed.analysis.latency_model import Link, link_of, steady
 from testbed.errors import UsageError
 
 #: Beyond so many times the greatest (or below that part of the least) rate and delay measured, nothing is said.

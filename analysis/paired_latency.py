@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from analysis import settings, stats
+from testbed import stats
+from testbed.analysis import settings
 
 LEVEL = 0.05
 #: What a request that failed counts in a rank test, in logarithms: more than any that finished.

@@ -9,10 +9,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import settings, stats
-from analysis.latency_model import HeldOut, LatencyModel, Link, leave_one_out, link_of, median_error, steady
-from analysis.measured_links import beyond
-from analysis.run import Run
+from testbed import stats
+from testbed.analysis import settings
+from testbed.analysis.latency_model import (
+    HeldOut,
+    LatencyModel,
+    Link,
+    leave_one_out,
+    link_of,
+    median_error,
+    steady,
+)
+from testbed.analysis.measured_links import beyond
+from testbed.analysis.run import Run
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import pandas as pd
 
 from testbed import files
 from testbed.errors import UsageError
+from testbed.experiment.results import FORMAT, STAGES, Row, RunDirectory, as_now, check_format
 from testbed.identity import behind_sudo
-from testbed.results import FORMAT, STAGES, Row, RunDirectory, as_now, check_format
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis import stats
+from testbed import stats
 
 _BETWEEN = "\x1f"  #: task and example; not NUL, which numpy strips from the ends of strings
 #: A setting that reaches this share of the full cache's quality counts as having kept it.

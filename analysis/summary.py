@@ -8,10 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import paired_latency, settings, stats
-from analysis.describe import caveats, computing, conditions
-from analysis.run import Run
-from testbed.results import STAGES
+from testbed import stats
+from testbed.analysis import paired_latency, settings
+from testbed.analysis.describe import caveats, computing, conditions
+from testbed.analysis.run import Run
+from testbed.experiment.results import STAGES
 
 _SAME = ("model", "emulator", "link", "transport", "congestion")
 

@@ -9,8 +9,8 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from testbed.net.emulators.namespace import inside
-from testbed.net.fabric import Fabric
+from testbed.hosts.namespace import inside
+from testbed.net.fabric.fabric import Fabric
 
 BIN_S = 0.1
 _CHUNK, _BUFFER = 1 << 17, 1 << 18

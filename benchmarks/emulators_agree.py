@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from testbed.errors import TestbedError
-from testbed.net.emulators.namespace import inside
-from testbed.net.fabric import Fabric
-from testbed.net.profile import Profile, parse_profile
-from testbed.net.topology import Link, Node, Topology
+from testbed.hosts.namespace import inside
+from testbed.net.fabric.fabric import Fabric
+from testbed.net.profile.profile import Profile, parse_profile
+from testbed.net.topology.topology import Link, Node, Topology
 
 PROFILES = (
     "rate=10mbit,delay=10ms",

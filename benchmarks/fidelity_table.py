@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from testbed.net.losses import GilbertElliott
-from testbed.net.measure import clopper_pearson
+from testbed.net.calibration.checks import clopper_pearson
+from testbed.net.profile.loss import GilbertElliott
 
 WAYS = ("up", "down")
 PARTS = ("cells", "bursts", "traces", "tcp")

@@ -25,13 +25,13 @@ from typing import Any
 from benchmarks.bulk_tcp import bulk, start_up_s
 from benchmarks.fidelity_table import burst_errors, line, merge, report
 from testbed.errors import SpecError, TestbedError
-from testbed.net.busy import busy_cores
-from testbed.net.calibrate import calibrate
-from testbed.net.fabric import Fabric
-from testbed.net.losses import GilbertElliott
-from testbed.net.probing import WAYS, Flow, Prober
-from testbed.net.profile import Profile, parse_profile
-from testbed.net.topology import Link, Node, Topology
+from testbed.net.calibration.busy import busy_cores
+from testbed.net.calibration.calibrate import calibrate
+from testbed.net.calibration.probes import WAYS, Flow, Prober
+from testbed.net.fabric.fabric import Fabric
+from testbed.net.profile.loss import GilbertElliott
+from testbed.net.profile.profile import Profile, parse_profile
+from testbed.net.topology.topology import Link, Node, Topology
 
 RATES = (1, 10, 50, 100, 500, 1000)  # Mbit/s
 DELAYS = (1, 10, 50, 150)  # ms

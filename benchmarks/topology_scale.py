@@ -26,12 +26,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from testbed.net import removal
 from testbed.net.emulators import choose
-from testbed.net.emulators.netem_support import available
-from testbed.net.fabric import Fabric
-from testbed.net.profile import parse_profile
-from testbed.net.topology import Link, Node, Topology
+from testbed.net.emulators.netem.netem_support import available
+from testbed.net.fabric import removal
+from testbed.net.fabric.fabric import Fabric
+from testbed.net.profile.profile import parse_profile
+from testbed.net.topology.topology import Link, Node, Topology
 
 PROFILE = parse_profile("rate=100mbit,delay=10ms")
 _ALL = "match u32 0 0 action mirred egress redirect dev"

@@ -16,13 +16,13 @@ import threading
 import time
 from typing import Any
 
-from testbed.endpoints import wire
 from testbed.endpoints.deadline import Deadline
-from testbed.endpoints.transport.tcp import Connection, listen
-from testbed.net.fabric import Fabric
-from testbed.net.namespaces import inside
-from testbed.net.profile import parse_profile
-from testbed.net.topology import load_topology
+from testbed.hosts.namespaces import inside
+from testbed.net.fabric.fabric import Fabric
+from testbed.net.profile.profile import parse_profile
+from testbed.net.topology.topology import load_topology
+from testbed.transport import wire
+from testbed.transport.tcp import Connection, listen
 from testbed.units import parse_size
 
 

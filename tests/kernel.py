@@ -17,7 +17,7 @@ def lacks_root() -> str:
 @functools.cache
 def lacks_namespaces() -> str:
     """Why no namespace with an emulated link can be made."""
-    from testbed.net.emulators import userspace
+    from testbed.net.emulators.relay import userspace
 
     if reason := lacks_root():
         return reason
@@ -31,7 +31,7 @@ def lacks_namespaces() -> str:
 @functools.cache
 def lacks_netem() -> str:
     """Why real netem cannot be tried directly."""
-    from testbed.net.emulators import netem_support
+    from testbed.net.emulators.netem import netem_support
 
     if reason := lacks_root():
         return reason

@@ -112,11 +112,12 @@ def test_lists_are_printed_and_given_as_json(command: str) -> None:
 
 def test_the_orchestrator_never_imports_torch() -> None:
     code = (
-        "import sys, testbed.cli, testbed.runner, testbed.planning, testbed.estimate, testbed.environment\n"
-        "import testbed.net.fabric, testbed.net.calibrate, testbed.results\n"
+        "import sys, testbed.cli, testbed.experiment.runner, testbed.experiment.plan, testbed.experiment.estimate\n"
+        "import testbed.experiment.environment\n"
+        "import testbed.net.fabric.fabric, testbed.net.calibration.calibrate, testbed.experiment.results\n"
         "from testbed.codecs.registry import describe; describe()\n"
-        "from testbed.tasks.task import describe, make_task; describe(); make_task('needle')\n"
-        "plan = testbed.planning.load_plan('5g')\n"
+        "from testbed.tasks.task import describe; from testbed.tasks.task import make_task; describe(); make_task('needle')\n"
+        "plan = testbed.experiment.plan.load_plan('5g')\n"
         "list(plan.batches())\n"
         "sys.exit(sum(name in sys.modules for name in ('torch', 'transformers', 'pandas', 'matplotlib')))"
     )

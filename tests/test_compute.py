@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from testbed import compute
-from testbed.compute import Gate
 from testbed.endpoints.answers import Computed, checked
-from testbed.endpoints.pair import Pair
+from testbed.endpoints.deployment import Pair
 from testbed.errors import EndpointError
+from testbed.experiment import compute
+from testbed.experiment.compute import Gate
 from tests.endpoints.test_endpoints import Pair as Loaded
 from tests.tiny_models import tiny_model_directory
 

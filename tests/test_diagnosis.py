@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from testbed.cli import cli
+from testbed.codecs.diagnosed import Place
 from testbed.codecs.entropy import tables as known_tables
-from testbed.codecs.quantize.protection import Place
 from testbed.codecs.spec import parse
 from testbed.diagnosis import published, run, tables
 from testbed.diagnosis.choose import Loss, holds, smallest_set, surely_lost, told_forms, verdict

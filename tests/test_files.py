@@ -14,7 +14,7 @@ import pytest
 
 from testbed import files
 from testbed.errors import StorageError
-from testbed.results import Row, RunDirectory
+from testbed.experiment.results import Row, RunDirectory
 from tests.analysis.make_run import make_run
 
 ROOT = Path(__file__).parents[1]

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from analysis.guide import DIAGNOSIS, INT4, MIXED, NO, SKIPPED, UNDECIDED, UNFIT, YES, Step, chosen
-from analysis.run import load
+from testbed.analysis.guide import DIAGNOSIS, INT4, MIXED, NO, SKIPPED, UNDECIDED, UNFIT, YES, Step, chosen
+from testbed.analysis.run import load
 from testbed.cli import cli
-from testbed.guiding.procedure import Diagnosed, walk
+from testbed.guide.procedure import Diagnosed, walk
 
 BY_TOKEN, SYMMETRIC = "int4(group=0, symmetric=true)", "int4(symmetric=true)"
 FORMS = {BY_TOKEN: 3.7, SYMMETRIC: 3.5, "int4": 3.2}
@@ -112,7 +112,9 @@ def guided(model: Path, out: Path, *more: str) -> dict[str, Any]:
 def test_a_tiny_model_is_measured_step_by_step_and_what_is_there_is_not_repeated(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("analysis.claim_evidence.LEAST_REFERENCE", -1.0)  # random weights answer nothing
+    monkeypatch.setattr(
+        "testbed.analysis.claim_evidence.LEAST_REFERENCE", -1.0
+    )  # random weights answer nothing
     model, out = tiny_model("llama"), tmp_path / "guide"
     found = guided(model, out, "--examples", "2", "--diagnosed", "2")
     (steps,) = found["models"].values()

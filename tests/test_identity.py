@@ -113,8 +113,8 @@ def all_users(directory: Path) -> bool:
 START = """
 import contextlib
 from pathlib import Path
-from testbed.endpoints.pair import launch
-from testbed.results import RunDirectory
+from testbed.endpoints.deployment import launch
+from testbed.experiment.results import RunDirectory
 with contextlib.ExitStack() as stack:
     launch("edge", None, RunDirectory(Path(sys.argv[1])), stack)
 """
@@ -141,7 +141,7 @@ def test_a_directory_of_logs_that_is_a_link_leads_where_the_user_may_write(run: 
 
 APPEND = """
 from pathlib import Path
-from testbed.results import Row, RunDirectory
+from testbed.experiment.results import Row, RunDirectory
 directory = RunDirectory(Path(sys.argv[1]))
 rows = list(directory.rows())
 directory.append(Row(**rows[0]))
@@ -169,7 +169,7 @@ def test_rows_that_are_a_pipe_are_not_waited_for(run: Path) -> None:
 
 def test_a_name_that_could_be_foreseen_is_not_used(run: Path, secret: Path) -> None:
     program = (
-        "import os\nfrom pathlib import Path\nfrom testbed.results import RunDirectory\n"
+        "import os\nfrom pathlib import Path\nfrom testbed.experiment.results import RunDirectory\n"
         "run = Path(sys.argv[1])\n"
         "for name in ('manifest.json', 'trials.parquet'):\n"
         "    (run / f'.{name}.{os.getpid()}').symlink_to(sys.argv[2])\n"
@@ -201,7 +201,7 @@ def test_figures_and_reports_go_nowhere_that_links_point(run: Path, secret: Path
 def test_a_run_directory_that_is_a_link_leads_where_the_user_may_write(home: Path, guarded: Path) -> None:
     (home / "results").symlink_to(guarded)
     program = (
-        "from pathlib import Path\nfrom testbed.results import RunDirectory\n"
+        "from pathlib import Path\nfrom testbed.experiment.results import RunDirectory\n"
         "RunDirectory.create(Path(sys.argv[1]))\n"
     )
     assert "Permission denied" in behind_sudo(program, str(home / "results" / "run")).stderr
@@ -209,7 +209,7 @@ def test_a_run_directory_that_is_a_link_leads_where_the_user_may_write(home: Pat
 
 def test_a_directory_that_is_swapped_meanwhile_is_written_as_the_user(home: Path, guarded: Path) -> None:
     program = (
-        "import os\nfrom pathlib import Path\nfrom testbed.results import RunDirectory\n"
+        "import os\nfrom pathlib import Path\nfrom testbed.experiment.results import RunDirectory\n"
         "directory = RunDirectory.create(Path(sys.argv[1]))\n"
         "os.rename(sys.argv[1], sys.argv[1] + '-before')\n"
         "os.symlink(sys.argv[2], sys.argv[1])\n"
@@ -258,7 +258,7 @@ def test_programs_are_looked_for_where_the_system_has_them(home: Path) -> None:
 
 def test_root_itself_keeps_its_files(tmp_path: Path) -> None:
     program = (
-        "import sys\nfrom testbed.identity import assumed, of_user\n"
+        "import sys\nfrom testbed.identity import assumed; from testbed.identity import of_user\n"
         "with assumed():\n    open(sys.argv[1], 'w').close()\nprint(of_user())"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SUDO_")}
@@ -297,8 +297,8 @@ class TestANetworkBehindSudo:
     def test_captures_into_files_of_the_user(self, home: Path, secret: Path, tmp_path: Path) -> None:
         program = (
             "from pathlib import Path\n"
-            "from testbed.net.fabric import Fabric\n"
-            "from testbed.net.topology import load_topology\n"
+            "from testbed.net.fabric.fabric import Fabric\n"
+            "from testbed.net.topology.topology import load_topology\n"
             "with Fabric.build(load_topology(sys.argv[1]), 'userspace', captures=Path(sys.argv[2])): pass\n"
         )
         topology = tmp_path / "captured.yaml"

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from testbed import kept_traces
 from testbed.errors import UsageError
-from testbed.net import lookup
-from testbed.net.topology import load_topology
-from testbed.net.trace import File
-from testbed.planning import load_plan, make_plan
-from testbed.results import RunDirectory
-from testbed.scenario import Plan
+from testbed.experiment import kept_traces
+from testbed.experiment.plan import load_plan, make_plan
+from testbed.experiment.results import RunDirectory
+from testbed.experiment.scenario import Plan
+from testbed.net.profile import lookup
+from testbed.net.profile.trace import File
+from testbed.net.topology.topology import load_topology
 
 SCENARIO = """\
 name: traced

@@ -25,7 +25,7 @@ MODULES = [
 ]
 START = """
 from pathlib import Path
-from testbed.endpoints.launch import Endpoint
+from testbed.hosts.local import Endpoint
 from testbed.errors import EndpointError
 endpoint = Endpoint.start({role!r}, None, Path("log"))
 try:
@@ -85,10 +85,10 @@ def test_not_the_command_line_called_as_a_module(poisoned: Path) -> None:
 @pytest.mark.netns
 def test_not_what_runs_as_root_in_a_network(poisoned: Path) -> None:
     program = (
-        "from testbed.net.fabric import Fabric\n"
-        "from testbed.net.calibrate import calibrate\n"
-        "from testbed.net.profile import parse_profile\n"
-        "from testbed.net.topology import load_topology\n"
+        "from testbed.net.fabric.fabric import Fabric\n"
+        "from testbed.net.calibration.calibrate import calibrate\n"
+        "from testbed.net.profile.profile import parse_profile\n"
+        "from testbed.net.topology.topology import load_topology\n"
         "with Fabric.build(load_topology('edge-cloud'), 'userspace') as fabric:\n"
         "    (link, *_) = fabric.topology.links\n"
         "    profile = parse_profile('rate=100mbit,delay=1ms')\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import analysis.run
-from testbed.results import MEASURED, RunDirectory
+from testbed.analysis.run import load
+from testbed.experiment.results import MEASURED, RunDirectory
 from tests.analysis.make_run import make_run
 
 
@@ -43,7 +43,7 @@ def test_a_mean_over_all_rows_leaves_the_failed_ones_out(directory: Path, lost: 
     assert str(frame["payload_bytes"].dtype) == "Int64"
     if lost:
         (directory / lost).unlink()
-    run = analysis.run.load(directory)
+    run = load(directory)
     assert (run.rows["e2e_s"] > 0).all() and run.rows["payload_bytes"].notna().all()
     assert run.failed[list(MEASURED)].isna().all(axis=None)
     assert run.rows["answer_tokens"].isna().all()

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-import analysis
 from benchmarks.kill_resume import leftovers, torture
-from testbed.net.accounting import LATE_S
-from testbed.planning import load_plan
-from testbed.results import COLUMNS, FORMAT, STAGES, RunDirectory
-from testbed.runner import Run
+from testbed import analysis
+from testbed.experiment.plan import load_plan
+from testbed.experiment.results import COLUMNS, FORMAT, STAGES, RunDirectory
+from testbed.experiment.runner import Run
+from testbed.net.fabric.accounting import LATE_S
 from tests.analysis.make_run import make_run
 from tests.tiny_models import tiny_model_directory
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kill_resume import leftovers
-from testbed.results import MEASURED
+from testbed.experiment.results import MEASURED
 from tests.test_run import SCENARIO, rows, run
 from tests.tiny_models import tiny_model_directory
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from testbed.codecs.entropy import tables
 from testbed.codecs.layout import Part
 from testbed.errors import SpecError, UsageError
-from testbed.estimate import Estimator
-from testbed.planning import load_plan, make_plan, moved
-from testbed.results import FORMAT, RunDirectory
+from testbed.experiment.estimate import Estimator
+from testbed.experiment.plan import load_plan, make_plan, moved
+from testbed.experiment.results import FORMAT, RunDirectory
 
 BASE = {"name": "t", "profiles": ["5g-mid"], "tasks": ["needle"], "codecs": ["fp16", "int8"], "examples": 3}
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from testbed.codecs.diagnosed import load_diagnosis
 from testbed.codecs.entropy.tables import load as load_tables
-from testbed.codecs.quantize.protection import load_diagnosis
 from testbed.errors import UsageError
-from testbed.net.profile import parse_profile
-from testbed.net.topology import load_topology
-from testbed.planning import load_plan
+from testbed.experiment.plan import load_plan
+from testbed.net.profile.profile import parse_profile
+from testbed.net.topology.topology import load_topology
 from testbed.tasks.jsonl import read_rows
 from testbed.user_files import read_at_most
 

@@ -14,22 +14,22 @@ from testbed.errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from analysis.run import Run
+    from testbed.analysis.run import Run
 
 FIGURES = {
-    "latency_quality": "analysis.figures.latency_quality:draw",
-    "latency_quality_by_task": "analysis.figures.latency_quality:draw_by_task",
-    "latency_nll": "analysis.figures.latency_quality:draw_nll",
-    "stages": "analysis.figures.stages:draw",
-    "regimes": "analysis.figures.regimes:draw",
-    "link_sweep": "analysis.figures.link_sweep:draw",
-    "retention": "analysis.figures.retention:draw",
-    "rate_distortion": "analysis.figures.rate_distortion:draw",
-    "latency_cdf": "analysis.figures.latency_cdf:draw",
-    "timeline": "analysis.figures.timeline:draw",
-    "layer_sensitivity": "analysis.figures.layer_sensitivity:draw_run",
-    "fidelity": "analysis.figures.fidelity:draw",
-    "fidelity_traces": "analysis.figures.fidelity_traces:draw",
+    "latency_quality": "testbed.analysis.figures.latency_quality:draw",
+    "latency_quality_by_task": "testbed.analysis.figures.latency_quality:draw_by_task",
+    "latency_nll": "testbed.analysis.figures.latency_quality:draw_nll",
+    "stages": "testbed.analysis.figures.stages:draw",
+    "regimes": "testbed.analysis.figures.regimes:draw",
+    "link_sweep": "testbed.analysis.figures.link_sweep:draw",
+    "retention": "testbed.analysis.figures.retention:draw",
+    "rate_distortion": "testbed.analysis.figures.rate_distortion:draw",
+    "latency_cdf": "testbed.analysis.figures.latency_cdf:draw",
+    "timeline": "testbed.analysis.figures.timeline:draw",
+    "layer_sensitivity": "testbed.analysis.figures.layer_sensitivity:draw_run",
+    "fidelity": "testbed.analysis.figures.fidelity:draw",
+    "fidelity_traces": "testbed.analysis.figures.fidelity_traces:draw",
 }
 
 
@@ -54,7 +54,7 @@ def draw_all(run: Run, names: list[str] | None = None) -> list[Path]:
     """Write the named figures (None: all the run has data for) as PNG and PDF; returns the paths. Raises as
     `figure` does.
     """
-    from analysis.figures.style import style
+    from testbed.analysis.figures.style import style
 
     for name in names or ():
         if name not in FIGURES:

@@ -14,13 +14,22 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from analysis.describe import uncalibrated
-from analysis.figures import NotInThisRun
-from analysis.figures.style import BLUE, INK, ORANGE, VERMILLION, Frame, Mark, bottom_legend, panel_title
-from analysis.run import Run
+from testbed.analysis.describe import uncalibrated
+from testbed.analysis.figures import NotInThisRun
+from testbed.analysis.figures.style import (
+    BLUE,
+    INK,
+    ORANGE,
+    VERMILLION,
+    Frame,
+    Mark,
+    bottom_legend,
+    panel_title,
+)
+from testbed.analysis.run import Run
 from testbed.errors import TestbedError
-from testbed.net.following import Curve
-from testbed.net.following_values import Track
+from testbed.net.calibration.following_values import Track
+from testbed.net.calibration.traces import Curve
 from testbed.units import parse_fraction, parse_time
 
 #: way -> its mark, where it stands beside the profile's middle, and its name

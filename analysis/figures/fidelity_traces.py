@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from analysis.figures import NotInThisRun
-from analysis.figures.fidelity import WAYS, Measured, measured_links, notes, spaced, subject
-from analysis.figures.style import BLUE, VERMILLION, Frame, bottom_legend, panel_title
-from analysis.run import Run
-from testbed.net.following import Curve
-from testbed.net.following_values import Track
+from testbed.analysis.figures import NotInThisRun
+from testbed.analysis.figures.fidelity import WAYS, Measured, measured_links, notes, spaced, subject
+from testbed.analysis.figures.style import BLUE, VERMILLION, Frame, bottom_legend, panel_title
+from testbed.analysis.run import Run
+from testbed.net.calibration.following_values import Track
+from testbed.net.calibration.traces import Curve
 
 _ASKED = "#CFCFCF"
 _LOOK = {"up": (BLUE, "-"), "down": (VERMILLION, "--")}

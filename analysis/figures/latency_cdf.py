@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from analysis import settings, stats
-from analysis.describe import caveats, conditions, counted, subject
-from analysis.figures import NotInThisRun
-from analysis.figures.axes import limit_seconds
-from analysis.figures.names import short
-from analysis.figures.style import (
+from testbed import stats
+from testbed.analysis import settings
+from testbed.analysis.describe import caveats, conditions, counted, subject
+from testbed.analysis.figures import NotInThisRun
+from testbed.analysis.figures.axes import limit_seconds
+from testbed.analysis.figures.names import short
+from testbed.analysis.figures.style import (
     INK,
     Frame,
     Mark,
@@ -27,8 +28,8 @@ from analysis.figures.style import (
     panel_title,
     tell_missing,
 )
-from analysis.run import Run
-from analysis.settings import Measured
+from testbed.analysis.run import Run
+from testbed.analysis.settings import Measured
 
 MOST = 7  #: so many curves can be told apart in one panel
 _STYLES: list[Any] = ["-", (0, (5, 2)), (0, (1.2, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2))]

@@ -15,14 +15,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis import paired_latency, settings, stats
-from analysis.describe import caveats, conditions, counted, subject
-from analysis.figures import NotInThisRun, labels
-from analysis.figures.axes import limit_losses, limit_scores, limit_seconds
-from analysis.figures.names import short
-from analysis.figures.style import GREY, INK, Frame, Mark, legend_columns, marks, panel_title, tell_missing
-from analysis.run import Run
-from analysis.settings import DELTA_NLL, QUALITY_FLOOR, SCORE, Measured, Metric
+from testbed import stats
+from testbed.analysis import paired_latency, settings
+from testbed.analysis.describe import caveats, conditions, counted, subject
+from testbed.analysis.figures import NotInThisRun, labels
+from testbed.analysis.figures.axes import limit_losses, limit_scores, limit_seconds
+from testbed.analysis.figures.names import short
+from testbed.analysis.figures.style import (
+    GREY,
+    INK,
+    Frame,
+    Mark,
+    legend_columns,
+    marks,
+    panel_title,
+    tell_missing,
+)
+from testbed.analysis.run import Run
+from testbed.analysis.settings import DELTA_NLL, QUALITY_FLOOR, SCORE, Measured, Metric
 
 _FULL: dict[str, Any] = {"color": INK, "lw": 0.9, "ls": (0, (5, 3))}
 MOST_NAMED = 8  #: settings named in a panel; more would cover each other

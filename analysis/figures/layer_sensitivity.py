@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from analysis.figures import NotInThisRun
-from analysis.figures.style import BLUE, INK, ORANGE, Frame, panel_title, style
-from analysis.run import Run
+from testbed.analysis.figures import NotInThisRun
+from testbed.analysis.figures.style import BLUE, INK, ORANGE, Frame, panel_title, style
+from testbed.analysis.run import Run
 from testbed.errors import SpecError
 
 KINDS = {"keys": (BLUE, "", "keys"), "values": (ORANGE, "////", "values")}
@@ -28,7 +28,7 @@ def is_diagnosis(path: Path) -> bool:
 
 def draw_run(run: Run) -> Figure:
     """The diagnosis in a run's directory (`testbed guide` leaves one). Raises NotInThisRun where there is none."""
-    from testbed.codecs.quantize.protection import load_diagnosis
+    from testbed.codecs.diagnosed import load_diagnosis
 
     path = run.path / "diagnosis.json"
     if not path.is_file():
@@ -46,7 +46,7 @@ def draw_file(path: Path) -> list[Path]:
 
     Raises SpecError for a file that is no diagnosis; in a directory, such files are passed over.
     """
-    from testbed.codecs.quantize.protection import load_diagnosis
+    from testbed.codecs.diagnosed import load_diagnosis
 
     files = [path] if path.is_file() else [p for p in sorted(path.glob("*.json")) if _reads(p)]
     if not files:
@@ -64,7 +64,7 @@ def draw_file(path: Path) -> list[Path]:
 
 
 def _reads(path: Path) -> bool:
-    from testbed.codecs.quantize.protection import load_diagnosis
+    from testbed.codecs.diagnosed import load_diagnosis
 
     try:
         load_diagnosis(path)

@@ -9,12 +9,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import settings
-from analysis.describe import caveats, counted, subject
-from analysis.figures import NotInThisRun
-from analysis.figures.axes import aside, at_values, limit_scores, limit_seconds
-from analysis.figures.names import short
-from analysis.figures.style import (
+from testbed.analysis import settings
+from testbed.analysis.describe import caveats, counted, subject
+from testbed.analysis.figures import NotInThisRun
+from testbed.analysis.figures.axes import aside, at_values, limit_scores, limit_seconds
+from testbed.analysis.figures.names import short
+from testbed.analysis.figures.style import (
     INK,
     Frame,
     Mark,
@@ -24,9 +24,9 @@ from analysis.figures.style import (
     panel_title,
     tell_missing,
 )
-from analysis.latency_model import steady
-from analysis.run import Run
-from analysis.settings import Measured
+from testbed.analysis.latency_model import steady
+from testbed.analysis.run import Run
+from testbed.analysis.settings import Measured
 from testbed.units import format_fraction
 
 

@@ -13,14 +13,23 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from analysis import settings, stats
-from analysis.describe import caveats, counted, subject
-from analysis.figures import NotInThisRun, labels
-from analysis.figures.axes import limit_losses
-from analysis.figures.names import short
-from analysis.figures.style import GREY, Frame, Mark, bottom_legend, legend_columns, marks, panel_title
-from analysis.run import Run
-from analysis.settings import DELTA_NLL, KL, Metric
+from testbed import stats
+from testbed.analysis import settings
+from testbed.analysis.describe import caveats, counted, subject
+from testbed.analysis.figures import NotInThisRun, labels
+from testbed.analysis.figures.axes import limit_losses
+from testbed.analysis.figures.names import short
+from testbed.analysis.figures.style import (
+    GREY,
+    Frame,
+    Mark,
+    bottom_legend,
+    legend_columns,
+    marks,
+    panel_title,
+)
+from testbed.analysis.run import Run
+from testbed.analysis.settings import DELTA_NLL, KL, Metric
 
 _FRONT = {"color": GREY, "lw": 2.0, "alpha": 0.55}
 

@@ -10,15 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from analysis import settings
-from analysis.describe import caveats, subject
-from analysis.figures import NotInThisRun
-from analysis.figures.names import short
-from analysis.figures.style import GREY, INK, Frame, Mark, marks, panel_title
-from analysis.latency_model import steady
-from analysis.paired_latency import LatencyRatio, ratios
-from analysis.run import Run
-from analysis.settings import QUALITY_FLOOR, Measured
+from testbed.analysis import settings
+from testbed.analysis.describe import caveats, subject
+from testbed.analysis.figures import NotInThisRun
+from testbed.analysis.figures.names import short
+from testbed.analysis.figures.style import GREY, INK, Frame, Mark, marks, panel_title
+from testbed.analysis.latency_model import steady
+from testbed.analysis.paired_latency import LatencyRatio, ratios
+from testbed.analysis.run import Run
+from testbed.analysis.settings import QUALITY_FLOOR, Measured
 from testbed.units import format_fraction, format_time
 
 

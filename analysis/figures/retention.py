@@ -10,14 +10,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import settings, stats
-from analysis.describe import caveats, subject
-from analysis.figures import NotInThisRun
-from analysis.figures.axes import aside, at_values, limit_losses, limit_scores
-from analysis.figures.names import short
-from analysis.figures.style import Frame, Mark, bottom_legend, legend_columns, marks, panel_title
-from analysis.run import Run
-from analysis.settings import DELTA_NLL, SCORE, Metric
+from testbed import stats
+from testbed.analysis import settings
+from testbed.analysis.describe import caveats, subject
+from testbed.analysis.figures import NotInThisRun
+from testbed.analysis.figures.axes import aside, at_values, limit_losses, limit_scores
+from testbed.analysis.figures.names import short
+from testbed.analysis.figures.style import Frame, Mark, bottom_legend, legend_columns, marks, panel_title
+from testbed.analysis.run import Run
+from testbed.analysis.settings import DELTA_NLL, SCORE, Metric
 
 _SELECTION = re.compile(r"(?P<name>[a-z0-9_-]+)@(?P<ratio>[0-9.]+)(?P<settings>\([^)]*\))?\+?(?P<rest>.*)")
 _STYLES: list[str | tuple[int, tuple[float, ...]]] = [

@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from analysis import settings, stats
-from analysis.describe import caveats, conditions, counted, subject
-from analysis.figures.names import short
-from analysis.figures.style import (
+from testbed import stats
+from testbed.analysis import settings
+from testbed.analysis.describe import caveats, conditions, counted, subject
+from testbed.analysis.figures.names import short
+from testbed.analysis.figures.style import (
     BLUE,
     GREEN,
     INK,
@@ -26,7 +27,7 @@ from analysis.figures.style import (
     Frame,
     panel_title,
 )
-from analysis.run import Run, stage_names
+from testbed.analysis.run import Run, stage_names
 
 # Hatches alternate between dense and sparse, so that neighbours differ in a black-and-white print.
 LOOKS = {

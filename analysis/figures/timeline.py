@@ -7,13 +7,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from analysis import settings
-from analysis.describe import caveats, conditions
-from analysis.figures import NotInThisRun
-from analysis.figures.stages import LOOKS, megabytes, patch
-from analysis.figures.style import GREY, INK, Frame, bottom_legend, panel_title
-from analysis.run import Run, stage_names
-from testbed.results import STAGES
+from testbed.analysis import settings
+from testbed.analysis.describe import caveats, conditions
+from testbed.analysis.figures import NotInThisRun
+from testbed.analysis.figures.stages import LOOKS, megabytes, patch
+from testbed.analysis.figures.style import GREY, INK, Frame, bottom_legend, panel_title
+from testbed.analysis.run import Run, stage_names
+from testbed.experiment.results import STAGES
 
 MOST = 5  #: settings beside each other
 _PLACES = ("edge", "link", "cloud")

@@ -10,11 +10,11 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import claims, comparisons
-from analysis.describe import caveats, computing, subject
-from analysis.figures import FIGURES, draw_all
-from analysis.run import Run
-from analysis.summary import summarise, table
+from testbed.analysis import claims, comparisons
+from testbed.analysis.describe import caveats, computing, subject
+from testbed.analysis.figures import FIGURES, draw_all
+from testbed.analysis.run import Run
+from testbed.analysis.summary import summarise, table
 
 #: Columns of the table: name in the summary, heading, digits.
 COLUMNS = (

@@ -31,12 +31,12 @@ def calibrate(
     profiles: tuple[str, ...], every: bool, traces: tuple[str, ...], seconds: float, busy: bool, emulator: str
 ) -> Any:
     """Build a link under each PROFILE, measure it, and print what was asked beside what was measured."""
-    from testbed.net import calibrate as calibration
-    from testbed.net.busy import busy_cores
-    from testbed.net.fabric import Fabric
-    from testbed.net.profile import PRESETS, parse_profile
-    from testbed.net.topology import load_topology
-    from testbed.net.trace import is_trace
+    from testbed.net.calibration import calibrate as calibration
+    from testbed.net.calibration.busy import busy_cores
+    from testbed.net.fabric.fabric import Fabric
+    from testbed.net.profile.profile import PRESETS, parse_profile
+    from testbed.net.profile.trace import is_trace
+    from testbed.net.topology.topology import load_topology
 
     chosen = [parse_profile(text) for text in profiles] + (list(PRESETS.values()) if every else [])
     chosen += [parse_profile(text if is_trace(text) else f"trace:{text}") for text in traces]

@@ -16,7 +16,7 @@ from testbed.cli.parts import as_json, open_run
 @as_json
 def claims(paths: tuple[Path, ...], markdown: bool) -> Any:
     """Judge the published claims by the rows of RUN...: holds, fails or undecided, with the figures."""
-    from analysis import claims as judging
+    from testbed.analysis import claims as judging
 
     found, said = judging.judge([open_run(path) for path in paths])
     printed = judging.table(found, said) if markdown else judging.text(found, said)

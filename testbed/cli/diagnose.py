@@ -69,7 +69,7 @@ def diagnose(
     model: str, out: Path | None, bits: str, high: str | None, scale: str | None, **options: Any
 ) -> Any:
     """Find the layers of MODEL whose keys or values cannot stand few bits, and write what `mixed` protects."""
-    from testbed.codecs.quantize.protection import default_path
+    from testbed.codecs.diagnosed import default_path
     from testbed.diagnosis import launch
     from testbed.models.sources import resolve
     from testbed.tasks.prompt import parse_prompt
@@ -92,7 +92,7 @@ def diagnose(
 
 
 def _draw(path: Path) -> list[tuple[str, Path]]:
-    from analysis.figures.layer_sensitivity import draw_file
+    from testbed.analysis.figures.layer_sensitivity import draw_file
 
     return [("plot", figure) for figure in draw_file(path)]
 

@@ -43,7 +43,7 @@ def guide(subjects: tuple[str, ...], out: Path | None, **options: Any) -> Any:
     With MODEL each step is measured, without a network and without root, until one is not enough; a second call goes on from
     the rows that are there. With RUN... the rows of these runs answer.
     """
-    from analysis import guide as guiding
+    from testbed.analysis import guide as guiding
 
     runs = [Path(subject) for subject in subjects if _is_run(Path(subject))]
     if len(runs) == len(subjects):
@@ -60,9 +60,9 @@ def _is_run(path: Path) -> bool:
 
 
 def _measured(model: str, out: Path | None, task: str, **options: Any) -> tuple[dict[str, Any], str, int]:
-    from analysis import guide as guiding
-    from testbed.guiding.walk import Asked, measured
-    from testbed.net import strict_yaml
+    from testbed import strict_yaml
+    from testbed.analysis import guide as guiding
+    from testbed.guide.guide import Asked, measured
 
     asked = Asked(model, task=strict_yaml.parse(task, "--task"), **options)
     path = out or asked.directory()

@@ -14,7 +14,7 @@ from testbed.cli.parts import as_json, table
 @as_json
 def doctor() -> Any:
     """Say what this machine can and cannot do."""
-    from testbed.environment import examine
+    from testbed.experiment.environment import examine
 
     findings = examine()
     rows = [[f.what, "yes" if f.ok else ("MISSING" if f.needed else "no"), f.detail] for f in findings]
@@ -27,7 +27,7 @@ def doctor() -> Any:
 @as_json
 def profiles() -> Any:
     """List the links' presets."""
-    from testbed.net.profile import PRESETS
+    from testbed.net.profile.profile import PRESETS
 
     rows, value = [], []
     for profile in PRESETS.values():

@@ -31,11 +31,12 @@ def up(topology: str, links: tuple[str, ...], emulator: str, captures: Path | No
     With --rootless it stands for as long as the shell that opens then, in which `testbed exec`, show and down work; for a
     script, write the commands to its standard input.
     """
-    from testbed.guards import interruptible
-    from testbed.net import fabric, removal, rootless
-    from testbed.net.description import describe
-    from testbed.net.profile import parse_profile
-    from testbed.net.topology import load_topology
+    from testbed.experiment.guards import interruptible
+    from testbed.hosts import rootless
+    from testbed.net.fabric import fabric, removal
+    from testbed.net.fabric.description import describe
+    from testbed.net.profile.profile import parse_profile
+    from testbed.net.topology.topology import load_topology
 
     made = load_topology(topology)
     given = {}
@@ -99,8 +100,8 @@ def _counted(counters: dict[str, float]) -> str:
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def exec_(identifier: str | None, node: str, command: tuple[str, ...]) -> int:
     """Run COMMAND inside NODE of the network that `testbed up` built; node names resolve."""
-    from testbed.net import state
-    from testbed.net.execute import execute
+    from testbed.net.fabric import state
+    from testbed.net.fabric.execute import execute
 
     require_root()
     argv = command[1:] if command[0] == "--" else command  # which click keeps, behind an argument
@@ -112,8 +113,8 @@ def exec_(identifier: str | None, node: str, command: tuple[str, ...]) -> int:
 @as_json
 def show(identifier: str | None) -> Any:
     """Show the network that stands: nodes, addresses, profiles, live counters. Exit status 1 where a part of it is gone."""
-    from testbed.net import state
-    from testbed.net.description import describe
+    from testbed.net.fabric import state
+    from testbed.net.fabric.description import describe
 
     described = describe(state.find(identifier))
     return described, _network_text(described), 1 if described["problems"] else 0
@@ -128,8 +129,8 @@ def link(identifier: str | None, state: str, name: str) -> None:
 
     Also brings up what `ip link set … down` took down inside a node: the kernel then forgets all of that.
     """
-    from testbed.net import state as states
-    from testbed.net import wiring
+    from testbed.net.fabric import state as states
+    from testbed.net.fabric import wiring
 
     require_root()
     network = states.find(identifier)
@@ -141,7 +142,7 @@ def link(identifier: str | None, state: str, name: str) -> None:
 @click.option("--id", "identifier", help="Which network, where several stand.")
 def down(identifier: str | None) -> None:
     """Remove the network that `testbed up` built."""
-    from testbed.net import removal
+    from testbed.net.fabric import removal
 
     click.echo("\n".join(f"removed {what}" for what in removal.down(identifier)))
 
@@ -150,7 +151,7 @@ def down(identifier: str | None) -> None:
 @as_json
 def clean() -> Any:
     """Remove whatever dead runs left: namespaces, processes, state files. Touches nothing that was not ours."""
-    from testbed.net import removal
+    from testbed.net.fabric import removal
 
     require_root()
     removed = removal.clean()

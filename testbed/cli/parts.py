@@ -15,7 +15,7 @@ import click
 from testbed.errors import UsageError
 
 if TYPE_CHECKING:
-    from analysis.run import Run
+    from testbed.analysis.run import Run
 
 EMULATORS = click.Choice(["auto", "netem", "userspace"])
 
@@ -34,8 +34,8 @@ def as_json(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def open_run(path: Path, where: str | None = None) -> Run:
-    """The run in `path`, as `analysis.run.load` reads it; what is missing of it is told on standard error."""
-    from analysis.run import load
+    """The run in `path`, as `testbed.analysis.run.load` reads it; what is missing of it is told on standard error."""
+    from testbed.analysis.run import load
 
     run = load(path, where)
     for gap in run.gaps() if len(run.rows) else ():  # without rows, whoever asks for some says it
@@ -99,7 +99,7 @@ def rootless_option(command: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(command)
     def wrapped(*args: Any, rootless: bool, **kwargs: Any) -> Any:
         if rootless:
-            from testbed.net import rootless as namespaces
+            from testbed.hosts import rootless as namespaces
 
             namespaces.enter()
         return command(*args, **kwargs)

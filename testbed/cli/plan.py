@@ -15,8 +15,8 @@ from testbed.cli.parts import as_json, sweep_options, table
 @as_json
 def plan(scenario: str, **changes: Any) -> Any:
     """Show what SCENARIO would run: cells, bytes, expected time. Needs no root and builds nothing."""
-    from testbed.estimate import Estimator
-    from testbed.planning import load_plan
+    from testbed.experiment.estimate import Estimator
+    from testbed.experiment.plan import load_plan
     from testbed.units import format_duration, format_size, format_time
 
     made = load_plan(scenario, **changes)

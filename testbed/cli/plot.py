@@ -15,10 +15,10 @@ from testbed.cli.parts import open_run
 @click.option("--where", help="Only rows for which this holds, such as 'profile==\"5g-mid\"'.")
 def plot(path: Path, figures: tuple[str, ...], where: str | None) -> None:
     """Draw a run's figures anew, from its directory alone; or a diagnosis, from its file or a directory of such files."""
-    from analysis import summary
-    from analysis.figures import draw_all
-    from analysis.figures.layer_sensitivity import draw_file, is_diagnosis
-    from analysis.run import load
+    from testbed.analysis import summary
+    from testbed.analysis.figures import draw_all
+    from testbed.analysis.figures.layer_sensitivity import draw_file, is_diagnosis
+    from testbed.analysis.run import load
 
     if is_diagnosis(path) and set(figures) <= {"layer_sensitivity"}:
         for figure in draw_file(path):

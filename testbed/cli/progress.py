@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from testbed.progress import Progress
+    from testbed.experiment.progress import Progress
 
 
 class Console:

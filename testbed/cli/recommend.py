@@ -40,8 +40,8 @@ def recommend(
 
     Exit status 1 where there is none.
     """
-    from analysis import recommend as recommending
-    from analysis.latency_model import Link
+    from testbed.analysis import recommend as recommending
+    from testbed.analysis.latency_model import Link
     from testbed.errors import UsageError
     from testbed.units import parse_fraction, parse_percentage, parse_rate, parse_time
 

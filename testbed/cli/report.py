@@ -14,7 +14,7 @@ from testbed.cli.parts import as_json, open_run
 @click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
 def report(path: Path) -> None:
     """Write RUN's report: one page with figures, table, claims and caveats, to be read without a network."""
-    from analysis import report
+    from testbed.analysis import report
 
     click.echo(f"report    {report.write(open_run(path))}")
 
@@ -25,7 +25,7 @@ def report(path: Path) -> None:
 @as_json
 def compare(first: Path, second: Path) -> Any:
     """Put two runs side by side, paired where their examples match."""
-    from analysis import compare as comparing
+    from testbed.analysis import compare as comparing
 
     a, b = open_run(first), open_run(second)
     lines = comparing.compare(a, b)

@@ -13,7 +13,7 @@ from testbed.cli.progress import Console
 from testbed.errors import StorageError, TestbedError, UsageError
 
 if TYPE_CHECKING:
-    from testbed.runner import Run
+    from testbed.experiment.runner import Run
 
 INTERRUPTED = 130
 
@@ -44,9 +44,9 @@ def run(
     scenario: str | None, resumed: Path | None, out: Path | None, accept_uncalibrated: bool, **changes: Any
 ) -> int:
     """Run SCENARIO (a file, or the name of a shipped one): network, model, trials, plots."""
-    from testbed import runner
-    from testbed.net import removal
-    from testbed.planning import load_plan, moved
+    from testbed.experiment import runner
+    from testbed.experiment.plan import load_plan, moved
+    from testbed.net.fabric import removal
 
     if (scenario is None) == (resumed is None):
         raise UsageError("name a scenario to run, or a directory with --resume, and not both")
@@ -115,7 +115,7 @@ def _resumable(started: Run, error: Exception) -> Exception:
 
 def show_results(path: Path) -> None:
     """Draw a finished run; where there is too little to draw, say so: the rows are there all the same."""
-    import analysis
+    from testbed import analysis
 
     try:
         click.echo(analysis.headline(path) + "\n")

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from testbed.codecs import CodecError, container, progressive, ragged, transform
-from testbed.codecs.container import Header
+from testbed.codecs import CodecError, cache_format, progressive, ragged, transform
+from testbed.codecs.cache_format import Header
 from testbed.codecs.decoding import assemble, dequantize, sections
 from testbed.codecs.entropy import Coder
 from testbed.codecs.evidence import Evidence, Needs
+from testbed.codecs.fast.beginnings import Writer
+from testbed.codecs.fast.threads import runs
 from testbed.codecs.kept import Kept
 from testbed.codecs.layout import Layout, Piece, lay_out
-from testbed.codecs.parallel import runs
-from testbed.codecs.parts import Writer
 from testbed.codecs.shapes import (
     CacheShape,
     check_fits,
@@ -85,7 +85,7 @@ class Codec:
         import torch
 
         body_bytes = layout.side_bytes + layout.symbol_bytes
-        payload, at = container.allocate(header, body_bytes + len(behind))
+        payload, at = cache_format.allocate(header, body_bytes + len(behind))
         body = torch.from_numpy(payload[at : at + body_bytes])
         target = body if held.device.type == "cpu" else torch.empty_like(body, device=held.device)
         side, packed = target[: layout.side_bytes], target[layout.side_bytes :]
@@ -94,7 +94,7 @@ class Codec:
         if target is not body:
             body.copy_(target)
         payload[at + body_bytes :] = np.frombuffer(behind, dtype=np.uint8)
-        return container.seal(payload)
+        return cache_format.seal(payload)
 
     def symbols(self, cache: KVCache, kept: Kept | None = None) -> Iterator[tuple[Piece, Tensor]]:
         """Each part's uint8 symbols as the quantizer makes them, before they are packed or coded. Raises as `encode` does."""
@@ -146,17 +146,17 @@ class Codec:
         chosen = [part for run in runs(code, len(layout.pieces), host.device) for part in run]
         header = msgspec.structs.replace(header, coded=[len(part) for part in chosen])
         sections = [side.cpu().numpy().data, *chosen, behind]
-        payload, at = container.allocate(header, sum(len(section) for section in sections))
+        payload, at = cache_format.allocate(header, sum(len(section) for section in sections))
         for section in sections:
             payload[at : at + len(section)] = np.frombuffer(section, dtype=np.uint8)
             at += len(section)
-        return container.seal(payload)
+        return cache_format.seal(payload)
 
     def _encode_planes(self, cache: KVCache, header: Header, layout: Layout, behind: bytes) -> memoryview:
         """A payload of all but the symbols, and the symbols behind it, plane by plane."""
         import torch
 
-        base, at = container.allocate(header, layout.side_bytes + len(behind))
+        base, at = cache_format.allocate(header, layout.side_bytes + len(behind))
         side = torch.zeros(layout.side_bytes, dtype=torch.uint8, device=cache.device)
 
         writer = Writer(self.quantizer, cache, layout, side, side.new_empty(0))
@@ -164,7 +164,7 @@ class Codec:
         chunks = progressive.write(symbols, self.coder)
         base[at : at + layout.side_bytes] = side.cpu().numpy()
         base[at + layout.side_bytes :] = np.frombuffer(behind, dtype=np.uint8)
-        return memoryview(b"".join([container.seal(base), *chunks]))
+        return memoryview(b"".join([cache_format.seal(base), *chunks]))
 
     @staticmethod
     def decode(
@@ -212,8 +212,8 @@ def decode_beginning(
 
     Raises PayloadError as `decode` does, and where header, scales, positions and the first plane are not all there.
     """
-    whole, behind = container.split(payload)
-    header, body = container.unseal(whole)
+    whole, behind = cache_format.split(payload)
+    header, body = cache_format.unseal(whole)
     if shape is not None:
         check_fits(header, shape)
     codec = _codec_of(header)

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from testbed.codecs import ragged
-from testbed.codecs.container import Header
+from testbed.codecs.cache_format import Header
 from testbed.codecs.entropy import MOST_EXPANSION, Coder
+from testbed.codecs.fast.beginnings import Reader, as_tensor
+from testbed.codecs.fast.threads import runs
 from testbed.codecs.layout import Layout
-from testbed.codecs.parallel import runs
-from testbed.codecs.parts import Reader, as_tensor
 from testbed.codecs.progressive import Planes
 from testbed.codecs.shapes import torch_dtype
 from testbed.errors import PayloadError

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from testbed.codecs.entropy import MOST_EXPANSION, Coder, pack, unpack
+from testbed.codecs.fast.beginnings import as_tensor
 from testbed.codecs.layout import Part, Piece, packed_bytes
-from testbed.codecs.parts import as_tensor
 from testbed.errors import PayloadError
 
 if TYPE_CHECKING:

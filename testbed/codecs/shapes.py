@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from testbed.codecs import CodecError, positions
-from testbed.codecs.container import (
+from testbed.codecs.cache_format import (
     MOST_DIMENSIONS,
     MOST_HEADS,
     MOST_LAYERS,

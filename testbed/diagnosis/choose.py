@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from testbed.codecs.quantize.protection import Place
+from testbed.codecs.diagnosed import Place
 
 #: A set of more than this share of all keys and values is no bottleneck any more: the damage is everywhere.
 LARGEST_BOTTLENECK = 0.15
@@ -49,7 +49,7 @@ def loss_of(full: Sequence[Judged], found: Sequence[Judged]) -> Loss:
 
 def interval(values: Sequence[float]) -> Interval:
     """Paired bootstrap: the values are differences from the same example's full cache."""
-    from analysis import stats
+    from testbed import stats
 
     found = stats.mean(list(values))
     return Interval(found.value, found.low, found.high)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from testbed.codecs.quantize.protection import Place, write_places
+from testbed.codecs.diagnosed import Place, write_places
 from testbed.diagnosis.choose import Judged, interval
 
 WHOLE_COSTS = 0.05  #: of the full cache's score: INT4 everywhere is robust below

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from testbed.codecs.quantize.protection import FORMAT, Place, write_places
+from testbed.codecs.diagnosed import FORMAT, Place, write_places
 from testbed.diagnosis import published
 from testbed.diagnosis.choose import Loss, holds, interval, smallest_set, surely_lost, verdict
 from testbed.diagnosis.choose import loss_of as loss_of_pairs
 from testbed.diagnosis.forms import Forms
 from testbed.diagnosis.measure import Outcome, Probe, damage, rescue
 from testbed.diagnosis.settings import Settings
-from testbed.endpoints.preparing import prompted
+from testbed.endpoints.examples import prompted
 from testbed.models.language import LanguageModel
 from testbed.models.loading import load_model
 from testbed.tasks.task import Example, make_task

@@ -22,7 +22,7 @@ from testbed.codecs.codec import Codec
 from testbed.codecs.entropy import tables
 from testbed.codecs.entropy.ans import rows_by_channel
 from testbed.codecs.layout import Part
-from testbed.endpoints.preparing import prompted
+from testbed.endpoints.examples import prompted
 from testbed.errors import SpecError, TestbedError
 from testbed.models.loading import load_model
 from testbed.tasks import parse_task

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from testbed.endpoints.transport.tcp import Connection
+from testbed.transport.tcp import Connection
 
 
 class Admission:

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from testbed.errors import EndpointError
-from testbed.results import STAGES
+from testbed.experiment.results import STAGES
 
 Count = Annotated[int, Meta(ge=0, le=1 << 48)]
 Seconds = Annotated[float, Meta(ge=0, le=1e7)]

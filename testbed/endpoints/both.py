@@ -7,7 +7,7 @@ from typing import Any
 
 from testbed.endpoints.cloud import Cloud
 from testbed.endpoints.edge import Edge
-from testbed.endpoints.inference import main
+from testbed.endpoints.side import main
 
 
 class Both:

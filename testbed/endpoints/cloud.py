@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from testbed.endpoints import wire
 from testbed.endpoints.admission import Admission
 from testbed.endpoints.deadline import Deadline
-from testbed.endpoints.inference import InferenceSide, Prefix, digest, main, per_token
 from testbed.endpoints.pace import wait_until
-from testbed.endpoints.transport.tcp import Connection, Received, listen
+from testbed.endpoints.side import InferenceSide, Prefix, digest, main, per_token
 from testbed.errors import EndpointError, NotFiniteError, PayloadError, TestbedError, WireError
 from testbed.models.kvcache import EMPTY
+from testbed.transport import wire
+from testbed.transport.tcp import Connection, Received, listen
 
 if TYPE_CHECKING:
     from torch import Tensor

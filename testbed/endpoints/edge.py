@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from testbed.codecs.evidence import Needs
-from testbed.endpoints import wire
 from testbed.endpoints.gathering import gather, prefill_for
 from testbed.endpoints.held import Batch, Encoded, Held, Local
-from testbed.endpoints.inference import InferenceSide, main, per_token
 from testbed.endpoints.pace import wait_until
+from testbed.endpoints.side import InferenceSide, main, per_token
 from testbed.endpoints.uplink import Uplink
+from testbed.transport import wire
 
 if TYPE_CHECKING:
     from testbed.codecs.codec import Codec
@@ -55,7 +55,7 @@ class Edge(InferenceSide):
         prompt: str = "plain:2",
     ) -> dict[str, Any]:
         """Make a task's examples with this model's tokenizer and prefill its prefix; returns what the orchestrator needs."""
-        from testbed.endpoints.preparing import longest_context, make_examples, told
+        from testbed.endpoints.examples import longest_context, make_examples, told
 
         made, examples = make_examples(self.model, task, parameters, count, context_tokens, seed, prompt)
         max_new_tokens = max_new_tokens or made.max_new_tokens

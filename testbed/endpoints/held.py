@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from testbed.endpoints.inference import Prefix
+from testbed.endpoints.side import Prefix
 
 if TYPE_CHECKING:
     from testbed.models.language import Prefill

@@ -6,10 +6,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from testbed.endpoints import wire
 from testbed.endpoints.deadline import Deadline
-from testbed.endpoints.transport.tcp import Connection
 from testbed.errors import EndpointError
+from testbed.transport import wire
+from testbed.transport.tcp import Connection
 
 #: A cloud's answer holds no payload.
 _NO_PAYLOAD = 0

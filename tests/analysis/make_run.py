@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from testbed.codecs.quantize.protection import FORMAT as DIAGNOSIS_FORMAT
-from testbed.net.calibrate import Attempt, Calibration
-from testbed.net.following import Curve
-from testbed.net.measure import Check, delay_check, loss_check, rate_check
-from testbed.net.probing import Arrived
-from testbed.net.profile import Direction
-from testbed.results import FORMAT, STAGES, Row
+from testbed.codecs.diagnosed import FORMAT as DIAGNOSIS_FORMAT
+from testbed.experiment.results import FORMAT, STAGES, Row
+from testbed.net.calibration.calibrate import Attempt, Calibration
+from testbed.net.calibration.checks import Check, delay_check, loss_check, rate_check
+from testbed.net.calibration.probes import Arrived
+from testbed.net.calibration.traces import Curve
+from testbed.net.profile.profile import Direction
 
 #: profile -> rate up and down (bit/s), one-way delay (s), loss
 PROFILES: dict[str, tuple[float, float, float, float]] = {

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis import claims
-from analysis.run import load
+from testbed.analysis import claims
+from testbed.analysis.run import load
 from testbed.cli import main
 from testbed.codecs import registry
-from testbed.planning import load_plan
-from testbed.trial import task_label
+from testbed.experiment.plan import load_plan
+from testbed.experiment.trial import task_label
 from tests.analysis.make_run import make_run
 from tests.analysis.test_run_directory import lines, rewrite
 

@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import compare, comparisons
-from analysis.run import load
+from testbed.analysis import compare, comparisons
+from testbed.analysis.run import load
 from testbed.cli import main
 from testbed.errors import UsageError
-from testbed.runner import threads_of
+from testbed.experiment.runner import threads_of
 from tests.analysis.make_run import make_run
 from tests.analysis.test_run_directory import lines, rewrite
 

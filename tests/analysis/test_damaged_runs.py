@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-import analysis
-from analysis.run import load
+from testbed import analysis
+from testbed.analysis.run import load
 from testbed.cli import main
 from testbed.errors import UsageError
-from testbed.results import RunDirectory
+from testbed.experiment.results import RunDirectory
 from tests.analysis.make_run import make_run, write_calibration
 from tests.analysis.test_run_directory import lines, rewrite
 
@@ -128,7 +128,7 @@ def test_failed_trials_are_not_finished_until_another_row_says_so(run: Path) -> 
 def test_a_run_that_cannot_be_gone_on_with_is_refused_before_anything_is_built(
     run: Path, name: str, content: str, said: str
 ) -> None:
-    from testbed.runner import resume
+    from testbed.experiment.runner import resume
 
     (run / name).write_text(content)
     with pytest.raises(UsageError, match=said):

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import analysis
-from analysis import settings, stats
-from analysis.run import load
-from analysis.summary import summarise
+from testbed import analysis, stats
+from testbed.analysis import settings
+from testbed.analysis.run import load
+from testbed.analysis.summary import summarise
 from tests.analysis.make_run import make_run
 from tests.analysis.test_figures import drawn, texts
 from tests.analysis.test_run_directory import lines, rewrite

@@ -15,13 +15,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-import analysis
-from analysis.figures import FIGURES, figure
-from analysis.figures.style import WIDTH, marks, style
-from analysis.run import load
+from testbed import analysis
+from testbed.analysis.figures import FIGURES, figure
+from testbed.analysis.figures.style import WIDTH, marks, style
+from testbed.analysis.run import load
 from testbed.errors import UsageError
-from testbed.net.following_values import Track
-from testbed.net.measure import Check
+from testbed.net.calibration.checks import Check
+from testbed.net.calibration.following_values import Track
 from tests.analysis.make_run import CODECS, PROFILES, SWEEP, make_run, write_calibration, write_diagnosis
 from tests.analysis.test_run_directory import lines, rewrite
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import analysis
-from analysis.figures import figure
-from analysis.figures.names import LONGEST, short
-from analysis.run import load
+from testbed import analysis
+from testbed.analysis.figures import figure
+from testbed.analysis.figures.names import LONGEST, short
+from testbed.analysis.run import load
 from testbed.cli import main
 from testbed.errors import UsageError
 from tests.analysis.make_run import make_run, write_diagnosis

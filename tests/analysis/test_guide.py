@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis import guide
-from analysis.run import load
+from testbed.analysis import guide
+from testbed.analysis.run import load
 from testbed.cli import main
 from tests.analysis.test_claims import _made
 from tests.analysis.test_run_directory import lines, rewrite

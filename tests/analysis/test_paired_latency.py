@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from scipy import stats as reference
 
-import analysis
-from analysis import comparisons, paired_latency, settings
-from analysis.run import load
-from analysis.summary import summarise
+from testbed import analysis
+from testbed.analysis import comparisons, paired_latency, settings
+from testbed.analysis.run import load
+from testbed.analysis.summary import summarise
 from tests.analysis.make_run import make_run
 from tests.analysis.test_figures import drawn, texts
 from tests.analysis.test_run_directory import lines, rewrite

@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 from scipy import stats as reference
 
-import analysis
-from analysis import recommend, report, stats
-from analysis.latency_model import LatencyModel, Link, Transport, leave_one_out, median_error
-from analysis.run import load
-from analysis.settings import labelled
+from testbed import analysis, stats
+from testbed.analysis import recommend, report
+from testbed.analysis.latency_model import LatencyModel, Link, Transport, leave_one_out, median_error
+from testbed.analysis.run import load
+from testbed.analysis.settings import labelled
 from testbed.cli import main
 from testbed.errors import UsageError
 from tests.analysis.make_run import SWEEP, make_run

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis import report
-from analysis.run import load
+from testbed.analysis import report
+from testbed.analysis.run import load
 from tests.analysis.make_run import make_run
 from tests.analysis.test_run_directory import lines, rewrite
 

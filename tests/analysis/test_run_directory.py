@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import analysis
-from analysis.run import load
+from testbed import analysis
+from testbed.analysis.run import load
 from testbed.errors import UsageError
-from testbed.results import COLUMNS, Row
+from testbed.experiment.results import COLUMNS, Row
 from tests.analysis.make_run import make_run, write_rows
 
 
@@ -99,7 +99,7 @@ def test_missing_manifest_and_calibration_are_said_not_fatal(run: Path) -> None:
 
 
 def test_the_parquet_file_stands_in_for_lost_lines(run: Path) -> None:
-    from testbed.results import RunDirectory
+    from testbed.experiment.results import RunDirectory
 
     RunDirectory(run).write_parquet()
     (run / "trials.jsonl").unlink()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats as reference
 
-from analysis import stats
-from analysis.stats import estimates
+from testbed import stats
+from testbed.stats import estimates
 
 
 def test_a_bounded_mean_and_its_interval_agree_with_scipys_percentile_bootstrap() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as reference
 
-from analysis import stats
+from testbed import stats
 
 
 def _clustered(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:

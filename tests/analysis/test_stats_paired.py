@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as reference
 
-from analysis import stats
+from testbed import stats
 
 # C. Darwin's pairs of cross- and self-fertilised maize, differences in eighths of an inch (R. A. Fisher, "The
 # Design of Experiments", 1935, section 17). Mean 20.93; Fisher's t = 2.148 on 14 degrees of freedom.

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from scipy import stats as reference
 
-from analysis import comparisons, stats
+from testbed import stats
+from testbed.analysis import comparisons
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 

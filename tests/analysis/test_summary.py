@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import analysis
-from analysis.run import load
-from analysis.summary import summarise
-from testbed.results import STAGES, write_json
+from testbed import analysis
+from testbed.analysis.run import load
+from testbed.analysis.summary import summarise
+from testbed.experiment.results import STAGES, write_json
 from tests.analysis.make_run import KV_BYTES, make_run
 from tests.analysis.test_run_directory import lines, rewrite
 

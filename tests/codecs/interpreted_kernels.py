@@ -13,11 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testbed.codecs import CodecError, parts
+from testbed.codecs import CodecError
 from testbed.codecs.codec import Codec, decode
+from testbed.codecs.fast import batch, beginnings
+from testbed.codecs.fast.beginnings import Reader, Writer
 from testbed.codecs.layout import Part, lay_out
-from testbed.codecs.parts import Reader, Writer
-from testbed.codecs.quantize import Quantizer, batch, batch_triton
+from testbed.codecs.quantize import Quantizer, batch_triton
 from testbed.codecs.quantize.batch_triton import OnGPU
 from testbed.codecs.quantize.integer import INTEGERS, Int4, Int8
 from testbed.codecs.quantize.loops import OnProcessor
@@ -48,7 +49,7 @@ class Interpreted(OnGPU):
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Interpreted]:
     """Parts on the processor go through the GPU's kernels; how many did is not none."""
     loops = Interpreted()
-    monkeypatch.setattr(parts, "loops_for", lambda device: loops)
+    monkeypatch.setattr(beginnings, "loops_for", lambda device: loops)
     monkeypatch.setattr(batch_triton, "_agrees", lambda *which: True)
     yield loops
 
@@ -89,7 +90,7 @@ def assert_same(quantizer: Quantizer, cache: KVCache, kernels: Interpreted, take
     many = 2 * len(cache.layers) if taken else 0
     assert (kernels.encoded, kernels.decoded) == (many, many)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "loops_for", lambda device: OnProcessor())
+        patch.setattr(beginnings, "loops_for", lambda device: OnProcessor())
         expected = written(quantizer, cache)
     assert torch.equal(side, expected[0]) and torch.equal(packed, expected[1])
     for ours, theirs in zip(values, expected[2], strict=True):
@@ -154,7 +155,7 @@ def test_payloads_are_those_of_the_processors_loops(kernels: Interpreted, name: 
     payload = Codec(text).encode(cache)
     decoded = decode(payload)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "loops_for", lambda device: OnProcessor())
+        patch.setattr(beginnings, "loops_for", lambda device: OnProcessor())
         assert bytes(payload) == bytes(Codec(text).encode(cache))
         expected = decode(payload)
     for ours, theirs in zip(decoded.layers, expected.layers, strict=True):

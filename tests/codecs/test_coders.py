@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from testbed.codecs import CodecError, container
+from testbed.codecs import CodecError, cache_format
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.entropy.measure import entropy
 from testbed.codecs.layout import Part
@@ -82,7 +82,7 @@ def test_changed_bytes_under_a_right_checksum_never_crash(text: str, random: ran
     for _ in range(random.randrange(1, 6)):
         damaged[random.randrange(24, len(damaged))] = random.choice([0, 255, random.randrange(256)])
     try:
-        decoded = decode(container.seal(damaged))
+        decoded = decode(cache_format.seal(damaged))
     except PayloadError as error:
         assert "\n" not in str(error)
     else:

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.codecs import container
+from testbed.codecs import cache_format
 from testbed.codecs.codec import Codec, decode
+from testbed.codecs.diagnosed import FORMAT, default_path, read_places, write_places
 from testbed.codecs.layout import expected_bytes
-from testbed.codecs.quantize.protection import FORMAT, default_path, read_places, write_places
 from testbed.codecs.spec import parse
 from testbed.errors import PayloadError, SpecError
 from tests.codecs.caches import make_cache, same_bits
@@ -105,7 +105,7 @@ def test_a_diagnosis_file_is_read_and_the_payload_names_the_layers_itself(tmp_pa
     assert str(codec) == "mixed(protect=K0.V2)"
     payload = codec.encode(make_cache("grouped"))
     path.unlink()
-    header, _ = container.unseal(payload)
+    header, _ = cache_format.unseal(payload)
     assert header.codec == "mixed(protect=K0.V2)"
     assert decode(payload).layers[0].keys.dtype == torch.float16
 
@@ -167,12 +167,12 @@ def test_a_payload_that_refers_to_a_file_is_refused_and_the_file_not_read(
 
     monkeypatch.chdir(tmp_path)
     diagnosis(tmp_path / "found.json")
-    header, body = container.unseal(Codec("mixed(protect=K0)").encode(make_cache("grouped")))
+    header, body = cache_format.unseal(Codec("mixed(protect=K0)").encode(make_cache("grouped")))
     forged = msgspec.structs.replace(header, codec=f"mixed(protect={word})")
-    payload, at = container.allocate(forged, len(body))
+    payload, at = cache_format.allocate(forged, len(body))
     payload[at:] = np.frombuffer(body, dtype=np.uint8)
     with pytest.raises(PayloadError, match="refers to something outside the payload"):
-        decode(container.seal(payload))
+        decode(cache_format.seal(payload))
 
 
 def test_the_expected_size_counts_what_is_protected() -> None:

@@ -19,9 +19,9 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.codecs import container
+from testbed.codecs import cache_format
+from testbed.codecs.cache_format import Header, LayerGroup
 from testbed.codecs.codec import Codec, decode
-from testbed.codecs.container import Header, LayerGroup
 from testbed.codecs.layout import lay_out
 from testbed.codecs.positions import PositionList
 from testbed.codecs.shapes import CacheShape
@@ -64,9 +64,9 @@ def refused(data: bytes | bytearray | memoryview) -> str:
 
 def sealed(header: Header, body: bytes) -> bytes:
     """A payload whose checksum is right."""
-    made, at = container.allocate(header, len(body))
+    made, at = cache_format.allocate(header, len(body))
     made[at:] = np.frombuffer(body, dtype=np.uint8)
-    return bytes(container.seal(made))
+    return bytes(cache_format.seal(made))
 
 
 def header(**changes: object) -> Header:
@@ -106,7 +106,7 @@ def test_every_truncation_and_every_extension_is_noticed(text: str) -> None:
 def test_random_bytes_are_refused(data: bytes) -> None:
     refused(data)
     refused(
-        container.MAGIC
+        cache_format.MAGIC
         + struct.pack("<HHIQI", 1, 0, min(20, len(data)), 24 + len(data), zlib.crc32(data))
         + data
     )
@@ -123,7 +123,7 @@ def test_changed_bytes_under_a_right_checksum_never_crash(
         start, stop = random.choice([(24, header_end), (24, header_end), (header_end, len(damaged))])
         damaged[random.randrange(start, stop)] = random.choice([0, 1, 0x7F, 0xFF, random.randrange(256)])
     try:
-        cache = decode(container.seal(damaged))
+        cache = decode(cache_format.seal(damaged))
     except PayloadError as error:
         assert "\n" not in str(error)
     else:
@@ -146,10 +146,10 @@ def test_any_header_is_checked_against_the_bytes_behind_it(fields: tuple[object,
     packed = msgspec.msgpack.encode(fields)
     gap = -(24 + len(packed)) % 8
     total = 24 + len(packed) + gap + len(body)
-    prefix = struct.pack("<4sHHIQI", container.MAGIC, container.VERSION, 0, len(packed), total, 0)
+    prefix = struct.pack("<4sHHIQI", cache_format.MAGIC, cache_format.VERSION, 0, len(packed), total, 0)
     made = np.frombuffer(prefix + packed + bytes(gap) + body, dtype=np.uint8).copy()
     try:
-        cache = decode(container.seal(made))
+        cache = decode(cache_format.seal(made))
     except PayloadError:
         return
     assert_sound(cache)
@@ -253,8 +253,8 @@ def test_decoding_takes_memory_in_proportion_to_the_cache() -> None:
     program = (
         "import resource, torch\n"
         "from tests.codecs.test_payload import sealed, huge, refused\n"
-        "from testbed.codecs.codec import Codec, decode\n"
-        "from testbed.models.kvcache import KVCache, KVLayer\n"
+        "from testbed.codecs.codec import Codec; from testbed.codecs.codec import decode\n"
+        "from testbed.models.kvcache import KVCache; from testbed.models.kvcache import KVLayer\n"
         "layers = [KVLayer(torch.ones(4, 1000, 64).half(), torch.ones(4, 1000, 64).half(), torch.arange(1000))] * 20\n"
         "payload = bytes(Codec('fp16').encode(KVCache(layers, 1000)))\n"
         "decode(payload)\n"
@@ -342,7 +342,7 @@ def test_a_payload_of_another_model_is_refused_before_its_parts_are_read() -> No
         replace(shape, layers=((1, 64, 64, None), *shape.layers[1:])),
         replace(shape, layers=((1, 64, 65, 24), *shape.layers[1:])),
     ]
-    made, body = container.unseal(memoryview(good))
+    made, body = cache_format.unseal(memoryview(good))
     broken = sealed(made, b"\xaa" * len(body))  # which would be refused for another reason, were it read
     for other in others:
         for data in (good, broken):
@@ -397,7 +397,7 @@ def test_the_checksum_does_not_depend_on_how_many_threads_sum_it() -> None:
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            sums.append(bytes(container.seal(large)[:24]))
+            sums.append(bytes(cache_format.seal(large)[:24]))
     finally:
         torch.set_num_threads(before)
     assert sums[0] == sums[1]

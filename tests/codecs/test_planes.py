@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.codecs import container
+from testbed.codecs import cache_format
 from testbed.codecs.codec import Beginning, Codec, decode, decode_beginning
 from testbed.errors import PayloadError
 from testbed.models.kvcache import KVCache
@@ -162,7 +162,7 @@ def test_changed_headers_under_a_right_checksum_never_crash(text: str, random: r
     base, rest = np.frombuffer(payload[:split], dtype=np.uint8).copy(), payload[split:]
     for _ in range(random.randrange(1, 4)):
         base[random.randrange(24, split)] = random.choice([0, 1, 0x7F, 0xFF, random.randrange(256)])
-    found = beginning(bytes(container.seal(base)) + rest[: random.randrange(len(rest) + 1)])
+    found = beginning(bytes(cache_format.seal(base)) + rest[: random.randrange(len(rest) + 1)])
     assert isinstance(found, str) or found.cache.layers
 
 

@@ -157,7 +157,7 @@ def test_any_text_is_a_codec_or_a_spec_error(text: str) -> None:
 def test_specs_and_the_catalogue_need_no_torch() -> None:
     program = (
         "import json, sys, time; started = time.perf_counter()\n"
-        "from testbed.codecs import registry, spec\n"
+        "from testbed.codecs import registry; from testbed.codecs import spec\n"
         "took = time.perf_counter() - started\n"
         "spec.parse('q2c@0.25+int4+zstd'); registry.describe()\n"
         "from testbed.codecs.layout import expected_bytes\n"

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from testbed.codecs.fast import batch
+from testbed.codecs.fast.threads import bytes_for
 from testbed.codecs.layout import Part, lay_out
-from testbed.codecs.parallel import bytes_for
-from testbed.codecs.quantize import batch
 from testbed.codecs.quantize.integer import INTEGERS
 
 

@@ -16,15 +16,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from testbed.endpoints import wire
 from testbed.endpoints.answers import Outcome, Served, checked
-from testbed.endpoints.control import Channel, Result
 from testbed.endpoints.deadline import Deadline
-from testbed.endpoints.launch import Endpoint
-from testbed.endpoints.pair import Pair
-from testbed.endpoints.transport.tcp import Connection, listen
+from testbed.endpoints.deployment import Pair
 from testbed.endpoints.uplink import Uplink
 from testbed.errors import EndpointError, NetworkError, TestbedError
+from testbed.hosts.channel import Channel, Result
+from testbed.hosts.local import Endpoint
+from testbed.transport import wire
+from testbed.transport.tcp import Connection, listen
 from tests.endpoints.test_endpoints import Pair as Loaded
 from tests.tiny_models import tiny_model_directory
 

@@ -13,16 +13,17 @@ from typing import Any
 
 import pytest
 
-from testbed.endpoints import cloud, uplink, wire
+from testbed.endpoints import cloud, uplink
 from testbed.endpoints.both import Both
 from testbed.endpoints.cloud import replace_struct
 from testbed.endpoints.deadline import Deadline
-from testbed.endpoints.launch import Endpoint, command
-from testbed.endpoints.transport.tcp import Connection
 from testbed.errors import EndpointError, UsageError
+from testbed.experiment.results import STAGES
+from testbed.hosts.local import Endpoint, command
 from testbed.identity import User, invoking_user
-from testbed.results import STAGES
 from testbed.tasks.rows import choice_rows
+from testbed.transport import wire
+from testbed.transport.tcp import Connection
 from tests.tiny_models import tiny_model_directory
 
 CODECS = [
@@ -443,7 +444,7 @@ def test_threads_of_both_endpoints_sleep_where_they_wait_for_each_other(
 def test_an_endpoint_leaves_when_the_orchestrator_is_killed(tmp_path: Path) -> None:
     code = (
         "import os, pathlib, signal, sys\n"
-        "from testbed.endpoints.launch import Endpoint\n"
+        "from testbed.hosts.local import Endpoint\n"
         f"endpoint = Endpoint.start('edge', None, pathlib.Path({str(tmp_path / 'log')!r}))\n"
         "print(endpoint.process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

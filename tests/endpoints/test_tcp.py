@@ -9,10 +9,10 @@ import zlib
 
 import pytest
 
-from testbed.endpoints import wire
 from testbed.endpoints.deadline import Deadline
-from testbed.endpoints.transport.tcp import Connection, listen, set_congestion
 from testbed.errors import EndpointError, UsageError, WireError
+from testbed.transport import wire
+from testbed.transport.tcp import Connection, listen, set_congestion
 from tests.endpoints.test_wire import request
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.endpoints import wire
 from testbed.errors import WireError
+from testbed.transport import wire
 
 
 def request(payload: bytes, **changes: object) -> wire.Request:

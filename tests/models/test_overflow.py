@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from testbed.errors import NotFiniteError, UsageError
-from testbed.guiding.bench import Bench, bench_plan
+from testbed.experiment.results import RunDirectory
+from testbed.guide.bench import Bench, bench_plan
 from testbed.models.kvcache import KVCache
 from testbed.models.likelihood import log_probabilities, mean_kl
 from testbed.models.loading import load_model
 from testbed.models.scores import attention_sum
-from testbed.results import RunDirectory
 from testbed.tasks.prompt import Prompted, choose_prompt
 from testbed.tasks.task import make_task
 from tests.tiny_models import tiny_model_directory

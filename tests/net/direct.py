@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 
 from testbed.errors import NetworkError
-from testbed.net.emulators.contract import Counters
-from testbed.net.profile import Profile
+from testbed.net.emulators.emulator import Counters
+from testbed.net.profile.profile import Profile
 
 
 def tc(wire: str, *arguments: str) -> None:

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from testbed.errors import EndpointError
-from testbed.net.accounting import Account
-from testbed.net.emulators.contract import Counters
-from testbed.net.emulators.relaying.line import Line
+from testbed.net.emulators.emulator import Counters
+from testbed.net.emulators.relay.line import Line
+from testbed.net.fabric.accounting import Account
 
 NAMES = [f.name for f in dataclasses.fields(Counters)]
 

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import NetworkError, SpecError, UsageError
-from testbed.net import emulators, measure
-from testbed.net.busy import busy_cores
-from testbed.net.calibrate import calibrate, foretell
-from testbed.net.probing import Arrived, Flow, Prober, _batch
-from testbed.net.profile import Direction, parse_profile
+from testbed.net import emulators
+from testbed.net.calibration import checks as measure
+from testbed.net.calibration.busy import busy_cores
+from testbed.net.calibration.calibrate import calibrate, foretell
+from testbed.net.calibration.probes import Arrived, Flow, Prober, _batch
+from testbed.net.profile.profile import Direction, parse_profile
 from tests.net.wire import Conditioned, wire
 
 LINK = Direction(rate_bps=10e6, delay_s=0.02, loss=0.01)
@@ -165,8 +166,8 @@ def test_a_prober_that_dies_is_an_error_that_says_so():
 
 def test_the_probing_and_relaying_programs_need_the_standard_library_and_their_own_parts_alone():
     # They are started isolated and without site-packages, for speed.
-    from testbed.net import probe
-    from testbed.net.emulators.serving import PACKAGE
+    from testbed.net.calibration import prober as probe
+    from testbed.net.emulators.relay.serving import PACKAGE
 
     assert probe.__file__ is not None
     assert "testbed" not in {
@@ -175,9 +176,7 @@ def test_the_probing_and_relaying_programs_need_the_standard_library_and_their_o
         if line.startswith(("import ", "from "))
         for word in line.split()[1:2]
     }
-    load = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import testbed.net.emulators.relay; print(*sys.modules)"
-    )
+    load = "import sys; sys.path.insert(0, sys.argv[1]); import testbed.net.emulators.relay.relay; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", load, str(PACKAGE)], capture_output=True, text=True, check=True
     )
@@ -185,13 +184,15 @@ def test_the_probing_and_relaying_programs_need_the_standard_library_and_their_o
     ours = {name for name in loaded if name.startswith("testbed.")}
     assert {name.split(".")[0] for name in loaded - ours} <= sys.stdlib_module_names | {"testbed", "__main__"}
     assert all(
-        name in ("testbed.net", "testbed.errors") or name.startswith("testbed.net.emulators") for name in ours
+        name in ("testbed.net", "testbed.errors")
+        or name.startswith(("testbed.net.emulators", "testbed.net.profile"))
+        for name in ours
     ), ours
     assert not any(name.endswith((".userspace", ".netem", ".contract")) for name in ours)
 
 
 def test_packets_sent_many_at_a_time_are_single_ones_that_all_arrive():
-    from testbed.net import probe
+    from testbed.net.calibration import prober as probe
 
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as to,

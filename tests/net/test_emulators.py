@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import NetworkError, UsageError
+from testbed.hosts.namespace import inside
 from testbed.net import emulators
-from testbed.net.calibrate import Calibration, calibrate
+from testbed.net.calibration.calibrate import Calibration, calibrate
 from testbed.net.emulators import Attachment
-from testbed.net.emulators.namespace import inside
-from testbed.net.emulators.serving import start_time
-from testbed.net.profile import parse_profile
+from testbed.net.emulators.relay.serving import start_time
+from testbed.net.profile.profile import parse_profile
 from tests.net.wire import Conditioned, Wire, wire
 
 EMULATORS = [
@@ -185,7 +185,8 @@ def test_a_kept_attachment_is_found_again_by_another_process(net: Wire, emulator
     keep = tmp_path / ("a" * 120)  # longer than the path of a Unix socket may be
     keep.mkdir()
     script = (
-        "import sys; from pathlib import Path; from testbed.net import emulators; from testbed.net.profile import parse_profile;"
+        "import sys; from pathlib import Path; from testbed.net import emulators; "
+        "from testbed.net.profile.profile import parse_profile;"
         "emulator, keep, profile = emulators.choose(sys.argv[1]), Path(sys.argv[3]), parse_profile('delay=1ms');"
         "emulator.attach(sys.argv[2], 'l0', 'l0a', 'l0b', profile, keep=keep)"
     )
@@ -207,7 +208,8 @@ def test_a_kept_attachment_is_found_again_by_another_process(net: Wire, emulator
 @pytest.mark.netns
 def test_the_relay_dies_with_its_owner_even_if_that_is_killed(net: Wire):
     script = (
-        "import sys, time; from testbed.net.emulators.userspace import Userspace; from testbed.net.profile import parse_profile;"
+        "import sys, time; from testbed.net.emulators.relay.userspace import Userspace; "
+        "from testbed.net.profile.profile import parse_profile;"
         "a = Userspace().attach(sys.argv[1], 'l0', 'l0a', 'l0b', parse_profile('delay=1ms'));"
         "print(*a.process, flush=True); time.sleep(60)"
     )
@@ -267,7 +269,7 @@ def test_a_namespace_that_is_not_there_is_an_error_that_names_it():
 
 @pytest.mark.netns
 def test_auto_takes_netem_where_the_kernel_has_it():
-    from testbed.net.emulators import netem_support
+    from testbed.net.emulators.netem import netem_support
 
     assert emulators.choose("auto").name == ("netem" if netem_support.available() else "userspace")
 
@@ -279,7 +281,7 @@ def test_an_unknown_emulator_is_refused_with_the_known_ones():
 
 @pytest.mark.netns
 def test_a_kernel_without_netem_gets_the_remedy(monkeypatch):
-    from testbed.net.emulators import netem_support
+    from testbed.net.emulators.netem import netem_support
 
     monkeypatch.setattr(netem_support, "available", lambda: False)
     with pytest.raises(UsageError, match="use --emulator userspace or auto"):

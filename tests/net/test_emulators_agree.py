@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks.emulators_agree import PROFILES, merge, sizes, summary
-from testbed.net.emulators.netem_support import HONOURED
-from testbed.net.profile import parse_profile
+from testbed.net.emulators.netem.netem_support import HONOURED
+from testbed.net.profile.profile import parse_profile
 
 
 def row(number: int, *ratios: float) -> dict[str, Any]:

@@ -19,14 +19,15 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import NetworkError, SpecError, UsageError
-from testbed.net import namespaces, processes, removal, state
-from testbed.net.description import describe
-from testbed.net.emulators.namespace import inside
-from testbed.net.execute import execute
-from testbed.net.fabric import Fabric, up
-from testbed.net.offloads import Ethtool
-from testbed.net.profile import PRESETS, parse_profile
-from testbed.net.topology import Link, Node, Topology, load_topology
+from testbed.hosts import namespaces, processes
+from testbed.hosts.namespace import inside
+from testbed.net.fabric import removal, state
+from testbed.net.fabric.description import describe
+from testbed.net.fabric.execute import execute
+from testbed.net.fabric.fabric import Fabric, up
+from testbed.net.fabric.offloads import Ethtool
+from testbed.net.profile.profile import PRESETS, parse_profile
+from testbed.net.topology.topology import Link, Node, Topology, load_topology
 from tests.net.direct import Direct
 
 REPOSITORY = Path(__file__).parents[2]
@@ -333,7 +334,7 @@ def test_a_command_in_a_node_knows_the_others_by_name_and_sees_its_own_interface
 def test_a_signal_to_the_testbed_reaches_the_command() -> None:
     with Fabric.build(EDGE_CLOUD, Direct()) as fabric:
         program = (
-            "import sys; from testbed.net import state; from testbed.net.execute import execute; "
+            "import sys; from testbed.net.fabric import state; from testbed.net.fabric.execute import execute; "
             f"sys.exit(execute(state.find({fabric.id!r}), 'edge', ['sh', '-c', sys.argv[1]]))"
         )
         script = "trap 'echo caught; exit 5' INT; echo ready; while :; do sleep 0.05; done"
@@ -389,9 +390,9 @@ def test_a_relay_that_dies_or_stands_still_is_noticed_and_named_with_its_link(fa
 def test_without_root_nothing_is_touched() -> None:
     # loaded as root first, since another user may not be allowed to read the files
     program = (
-        "import os, testbed.net.fabric as fabric\n"
+        "import os, testbed.net.fabric.fabric as fabric\n"
         "from testbed.errors import UsageError\n"
-        "from testbed.net.topology import load_topology\n"
+        "from testbed.net.topology.topology import load_topology\n"
         "topology = load_topology('edge-cloud')\n"
         "os.setgroups([]); os.setresuid(65534, 65534, 65534)\n"
         "for call in (lambda: fabric.Fabric.build(topology), lambda: fabric.up(topology)):\n"
@@ -427,8 +428,8 @@ def test_a_network_that_is_up_stays_until_it_is_taken_down() -> None:
 def test_a_network_that_is_up_answers_with_live_counters_and_goes_without_a_trace() -> None:
     """The same with a real emulator, which outlives the process that made it."""
     program = (
-        "from testbed.net.fabric import up; from testbed.net.topology import load_topology; "
-        "from testbed.net.profile import parse_profile; "
+        "from testbed.net.fabric.fabric import up; from testbed.net.topology.topology import load_topology; "
+        "from testbed.net.profile.profile import parse_profile; "
         "print(up(load_topology('edge-cloud'), {'access': parse_profile('delay=20ms')}).id)"
     )
     made = subprocess.run(
@@ -478,8 +479,9 @@ def test_packets_of_a_link_are_captured_at_both_ends_until_the_network_is_gone(t
 
 def test_a_capture_ends_with_the_process_that_built_the_network(tmp_path: Path) -> None:
     program = (
-        "import os, signal; from dataclasses import replace; from pathlib import Path; from testbed.net.fabric import Fabric\n"
-        "from testbed.net.topology import load_topology; from tests.net.direct import Direct\n"
+        "import os, signal; from dataclasses import replace; from pathlib import Path\n"
+        "from testbed.net.fabric.fabric import Fabric\n"
+        "from testbed.net.topology.topology import load_topology; from tests.net.direct import Direct\n"
         "made = load_topology('edge-cloud'); made = replace(made, links=(replace(made.links[0], pcap=True),))\n"
         f"fabric = Fabric.build(made, Direct(), captures=Path({str(tmp_path)!r}))\n"
         "print(*fabric.state.processes[0].__dict__.values(), flush=True); os.kill(os.getpid(), signal.SIGKILL)"

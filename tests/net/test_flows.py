@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from testbed.errors import UsageError
-from testbed.net import traffic
-from testbed.net.traffic import Flow, running
+from testbed.net.traffic import traffic
+from testbed.net.traffic.traffic import Flow, running
 
 iperf3 = pytest.mark.skipif(shutil.which("iperf3") is None, reason="there is no iperf3 on this machine")
 

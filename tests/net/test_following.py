@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from testbed.net import probe
-from testbed.net.emulators.schedule import Schedule
-from testbed.net.following import Curve, _applied, _flow
-from testbed.net.probing import Flow, _plan
-from testbed.net.profile import parse_profile
+from testbed.net.calibration import prober
+from testbed.net.calibration.probes import Flow, _plan
+from testbed.net.calibration.traces import Curve, _applied, _flow
+from testbed.net.profile.profile import parse_profile
+from testbed.net.profile.schedule import Schedule
 
 
 def curve(asked: list[float], delivered: list[int]) -> Curve:
@@ -56,9 +56,9 @@ def test_a_flow_is_in_step_with_the_trace_however_late_its_sender_is_told():
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.connect(("127.0.0.1", 9))
         late = replace(fast_then_slow, begin_s=time.monotonic() - 5.0)
-        assert 1 <= probe.send(sock, _plan(late, 1))["sent"] <= 7  # what has passed is not made up for
+        assert 1 <= prober.send(sock, _plan(late, 1))["sent"] <= 7  # what has passed is not made up for
         begin = time.monotonic() + 0.1
-        assert probe.send(sock, _plan(replace(late, begin_s=begin, duration_s=0.1), 2))["sent"] <= 101
+        assert prober.send(sock, _plan(replace(late, begin_s=begin, duration_s=0.1), 2))["sent"] <= 101
         assert time.monotonic() >= begin + 0.09
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.bulk_tcp import Bulk
 from benchmarks.fidelity_table import burst_errors, merge, report
-from testbed.net.losses import GilbertElliott
+from testbed.net.profile.loss import GilbertElliott
 
 
 def way(loss: float, ok: bool = True, **errors: float) -> dict[str, Any]:

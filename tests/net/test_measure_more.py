@@ -11,18 +11,18 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from testbed.errors import SpecError
-from testbed.net.emulators.relay_orders import plain_conditions
-from testbed.net.emulators.relaying.jitter import Jitter
-from testbed.net.emulators.relaying.loss import loss_of
-from testbed.net.emulators.schedule import Schedule
-from testbed.net.following_values import Probe, delay_track_check, expected, loss_track_checks
-from testbed.net.jitter import LAWS, spread, table
-from testbed.net.losses import FourState, GilbertElliott
-from testbed.net.measure import delay_check, loss_check
-from testbed.net.measure_bursts import burst_check, burst_lengths
-from testbed.net.measure_jitter import distance, jitter_checks
-from testbed.net.probing import Arrived
-from testbed.net.profile import Direction, parse_profile
+from testbed.net.calibration.checks import delay_check, loss_check
+from testbed.net.calibration.following_values import Probe, delay_track_check, expected, loss_track_checks
+from testbed.net.calibration.measure_bursts import burst_check, burst_lengths
+from testbed.net.calibration.measure_jitter import distance, jitter_checks
+from testbed.net.calibration.probes import Arrived
+from testbed.net.emulators.relay.jitter import Jitter
+from testbed.net.emulators.relay.loss import loss_of
+from testbed.net.emulators.relay.orders import plain_conditions
+from testbed.net.profile.jitter import LAWS, spread, table
+from testbed.net.profile.loss import FourState, GilbertElliott
+from testbed.net.profile.profile import Direction, parse_profile
+from testbed.net.profile.schedule import Schedule
 
 GAP_S = 1e-3
 

@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import NetworkError
+from testbed.hosts.namespace import inside
 from testbed.net import emulators
-from testbed.net.calibrate import calibrate
+from testbed.net.calibration.calibrate import calibrate
 from testbed.net.emulators import Attachment
-from testbed.net.emulators.namespace import inside
-from testbed.net.emulators.serving import start_time
-from testbed.net.fabric import Fabric
-from testbed.net.profile import parse_profile
-from testbed.net.topology import Link, Node, Topology
+from testbed.net.emulators.relay.serving import start_time
+from testbed.net.fabric.fabric import Fabric
+from testbed.net.profile.profile import parse_profile
+from testbed.net.topology.topology import Link, Node, Topology
 from tests.net.wire import Conditioned, Wire, wire
 
 pytestmark = [pytest.mark.netns, pytest.mark.netem]
@@ -215,7 +215,8 @@ def test_duplicates_come_twice_and_are_counted(net: Wire, rate: str):
 
 def test_what_follows_a_trace_dies_with_its_owner(net: Wire):
     script = (
-        "import sys, time; from testbed.net.emulators.netem import Netem; from testbed.net.profile import parse_profile;"
+        "import sys, time; from testbed.net.emulators.netem.netem import Netem; "
+        "from testbed.net.profile.profile import parse_profile;"
         "a = Netem().attach(sys.argv[1], 'l0', 'l0a', 'l0b', parse_profile('delay=1ms,sine:1mbit..2mbit*1s'));"
         "print(*a.process, flush=True); time.sleep(60)"
     )

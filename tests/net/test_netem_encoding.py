@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import NetworkError, UsageError
-from testbed.net.emulators import Attachment, netem, netem_options, netem_support
-from testbed.net.emulators.following import patched
-from testbed.net.emulators.namespace import inside
-from testbed.net.emulators.netem_options import Options, distribution
-from testbed.net.emulators.rtnetlink import Interface, Netlink, TrafficObject, attribute, attributes
-from testbed.net.emulators.shaping import TokenBucket, size_offset
-from testbed.net.profile import parse_profile
+from testbed.hosts.namespace import inside
+from testbed.net.emulators import Attachment
+from testbed.net.emulators.netem import netem, netem_support
+from testbed.net.emulators.netem import options as netem_options
+from testbed.net.emulators.netem.options import Options, distribution
+from testbed.net.emulators.netem.shaping import TokenBucket, size_offset
+from testbed.net.emulators.netem.trace_follower import patched
+from testbed.net.fabric.netlink import Interface, Netlink, TrafficObject, attribute, attributes
+from testbed.net.profile.profile import parse_profile
 from tests.net.wire import Wire, wire
 
 

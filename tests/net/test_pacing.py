@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.net.emulators.deliveries import Deliveries
-from testbed.net.emulators.pacing import Pace, Pacer
-from testbed.net.emulators.schedule import Schedule
+from testbed.net.emulators.netem.pacing import Pace, Pacer
+from testbed.net.profile.deliveries import Deliveries
+from testbed.net.profile.schedule import Schedule
 
 STEP = 0.008
 MTU = 1500

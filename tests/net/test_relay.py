@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.net.emulators.deliveries import Deliveries
-from testbed.net.emulators.relaying.jitter import pack
-from testbed.net.emulators.relaying.line import Line
-from testbed.net.emulators.schedule import Schedule
-from testbed.net.emulators.serving import PACKAGE
-from testbed.net.emulators.userspace import PROGRAM
-from testbed.net.jitter import table
+from testbed.net.emulators.relay.jitter import pack
+from testbed.net.emulators.relay.line import Line
+from testbed.net.emulators.relay.serving import PACKAGE
+from testbed.net.emulators.relay.userspace import PROGRAM
+from testbed.net.profile.deliveries import Deliveries
+from testbed.net.profile.jitter import table
+from testbed.net.profile.schedule import Schedule
 
 FRAME = bytes(24 + 1250)  # 10,000 bits behind the headers: 1 ms at 10 Mbit/s
 

@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.net.emulators.relay_orders import plain_conditions
-from testbed.net.emulators.relaying import packet
-from testbed.net.emulators.relaying.codel import CoDel
-from testbed.net.emulators.relaying.jitter import Jitter, pack, unpack
-from testbed.net.emulators.relaying.line import Line
-from testbed.net.emulators.relaying.loss import loss_of
-from testbed.net.emulators.schedule import Schedule
-from testbed.net.emulators.userspace import super_packet_segments
-from testbed.net.jitter import table
-from testbed.net.profile import parse_profile
+from testbed.net.emulators.relay import packet
+from testbed.net.emulators.relay.codel import CoDel
+from testbed.net.emulators.relay.jitter import Jitter, pack, unpack
+from testbed.net.emulators.relay.line import Line
+from testbed.net.emulators.relay.loss import loss_of
+from testbed.net.emulators.relay.orders import plain_conditions
+from testbed.net.emulators.relay.userspace import super_packet_segments
+from testbed.net.profile.jitter import table
+from testbed.net.profile.profile import parse_profile
+from testbed.net.profile.schedule import Schedule
 
 
 def internet_sum(data: bytes) -> int:

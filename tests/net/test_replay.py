@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from testbed.hosts.namespace import inside
 from testbed.net import emulators
-from testbed.net.calibrate import calibrate
-from testbed.net.emulators.namespace import inside
-from testbed.net.profile import parse_profile
+from testbed.net.calibration.calibrate import calibrate
+from testbed.net.profile.profile import parse_profile
 from tests.net.wire import Conditioned, Wire, wire
 
 pytestmark = pytest.mark.netns

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed.net import namespaces, rootless
+from testbed.hosts import namespaces, rootless
 
 REPOSITORY = Path(__file__).parents[2]
 # The project or the interpreter may lie in a directory that others may not enter: `opened` puts a file system of the same
@@ -92,7 +92,7 @@ def test_the_exit_status_is_the_commands() -> None:
 
 def test_nothing_outlives_the_process_that_entered_even_when_it_is_killed() -> None:
     program = (
-        "import os, sys, time; from testbed.net import rootless; rootless.enter(); "
+        "import os, sys, time; from testbed.hosts import rootless; rootless.enter(); "
         "os.spawnvp(os.P_NOWAIT, 'sleep', ['sleep', sys.argv[1]]); print('inside', flush=True); time.sleep(100)"
     )
     mark = f"100.{os.getpid()}"

@@ -10,10 +10,10 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.net import routing
-from testbed.net.prefixes import between, joined
-from testbed.net.presets import PRESETS
-from testbed.net.topology import Link, Node, Topology, topology_from
+from testbed.net.profile.presets import PRESETS
+from testbed.net.topology import routing
+from testbed.net.topology.prefixes import between, joined
+from testbed.net.topology.topology import Link, Node, Topology, topology_from
 
 network = functools.cache(ipaddress.ip_network)
 

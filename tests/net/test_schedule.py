@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.net.emulators.deliveries import Deliveries
-from testbed.net.emulators.packed import unpack
-from testbed.net.emulators.schedule import Schedule
+from testbed.net.profile.deliveries import Deliveries
+from testbed.net.profile.packed import unpack
+from testbed.net.profile.schedule import Schedule
 
 # Segments of whole milliseconds with whole bytes per millisecond: what the walk adds up, it adds up exactly.
 segments = st.lists(

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from testbed.net import namespaces, processes, removal, state
-from testbed.net.description import describe
-from testbed.net.fabric import Fabric, up
-from testbed.net.topology import Topology, load_topology, topology_from
+from testbed.hosts import namespaces, processes
+from testbed.net.fabric import removal, state
+from testbed.net.fabric.description import describe
+from testbed.net.fabric.fabric import Fabric, up
+from testbed.net.topology.topology import Topology, load_topology, topology_from
 from tests.net.direct import Direct
 
 REPOSITORY = Path(__file__).parents[2]
@@ -144,8 +145,8 @@ def test_clean_finds_a_network_whose_state_was_deleted_and_nothing_that_only_loo
                 state.file_of(one.id).unlink()
             # This process made both, and still runs: it might write them again.
             assert removal.orphans() == {}
-            script = "from testbed.net import removal; print(*removal.clean(), sep='\\n')"
-            maker = "from testbed.net.fabric import up; from testbed.net.topology import load_topology; "
+            script = "from testbed.net.fabric import removal; print(*removal.clean(), sep='\\n')"
+            maker = "from testbed.net.fabric.fabric import up; from testbed.net.topology.topology import load_topology; "
             maker += "network = up(load_topology('edge-cloud'), emulator='userspace'); "
             maker += "print(network.id, network.processes[0].pid)"
             run = [sys.executable, "-c"]
@@ -183,7 +184,7 @@ def test_closed_standard_files_do_not_keep_a_network_from_standing() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_while_the_network_is_told_of_removes_it(number: signal.Signals) -> None:
     program = (
-        "import os, time; from testbed.net import description; from testbed.cli import main\n"
+        "import os, time; from testbed.net.fabric import description; from testbed.cli import main\n"
         "def slow(network, number):\n print('telling', flush=True); time.sleep(30)\n"
         "description._live_counters = slow; main(['up', 'edge-cloud', '--emulator', 'userspace'])"
     )
@@ -235,7 +236,7 @@ def test_no_route_of_a_node_covers_addresses_that_are_no_links() -> None:
 
 
 def test_a_relative_topology_is_looked_for_beside_the_scenario(tmp_path: Path) -> None:
-    from testbed.planning import load_plan, make_plan
+    from testbed.experiment.plan import load_plan, make_plan
 
     (tmp_path / "mine.yaml").write_text(
         "nodes: [edge, cloud]\nlinks: [{a: edge, b: cloud, profile: lte, name: mine}]\n"

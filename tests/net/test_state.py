@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import NetworkError, UsageError
-from testbed.net import namespaces, processes, removal, state
-from testbed.net.topology import load_topology
+from testbed.hosts import namespaces, processes
+from testbed.net.fabric import removal, state
+from testbed.net.topology.topology import load_topology
 
 REPOSITORY = Path(__file__).parents[2]
 TOPOLOGY = load_topology("edge-cloud")
@@ -345,7 +346,7 @@ def test_nobody_else_can_open_the_lock_and_no_link_in_its_place_is_followed(dire
 def test_who_holds_the_lock_is_named_when_it_takes_long(
     directory: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    program = "import time; from testbed.net import state\nwith state.locked():\n print('held', flush=True); time.sleep(3)"
+    program = "import time; from testbed.net.fabric import state\nwith state.locked():\n print('held', flush=True); time.sleep(3)"
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
     ) as holder:

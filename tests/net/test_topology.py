@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import SpecError
-from testbed.net.profile import PRESETS
-from testbed.net.topology import Link, Node, Topology, load_topology, shipped_topologies
+from testbed.net.profile.profile import PRESETS
+from testbed.net.topology.topology import Link, Node, Topology, load_topology, shipped_topologies
 
 
 def network(*pairs: str) -> Topology:

@@ -11,11 +11,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from testbed import strict_yaml
 from testbed.errors import SpecError
-from testbed.net import shapes, strict_yaml, topology
-from testbed.net.prefixes import aggregate, runs
-from testbed.net.profile import PRESETS
-from testbed.net.topology import to_mapping, topology_from
+from testbed.net.profile.profile import PRESETS
+from testbed.net.topology import shapes, topology
+from testbed.net.topology.prefixes import aggregate, runs
+from testbed.net.topology.topology import to_mapping, topology_from
 
 names = st.sampled_from(["a", "b", "hub", "n1", "n-2", "wire", "A", "", "x" * 40, "é", "1"])
 profiles = st.sampled_from(

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from testbed.net import processes
-from testbed.net.fabric import Fabric
-from testbed.net.topology import load_topology
-from testbed.net.traffic import Flow, running
+from testbed.hosts import processes
+from testbed.net.fabric.fabric import Fabric
+from testbed.net.topology.topology import load_topology
+from testbed.net.traffic.traffic import Flow, running
 from tests.net.direct import Direct
 
 pytestmark = [

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from testbed.net.emulators import Counters, Emulator
-from testbed.net.profile import Profile
-from testbed.net.topology import Link, Node, Topology
+from testbed.net.profile.profile import Profile
+from testbed.net.topology.topology import Link, Node, Topology
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def test_every_task_is_described() -> None:
 
 def test_tasks_need_neither_torch_nor_transformers() -> None:
     program = (
-        "import sys; from testbed.tasks import describe, make_task; describe();"
+        "import sys; from testbed.tasks import describe; from testbed.tasks import make_task; describe();"
         "make_task('passages').examples(2, 1500, len, 0); make_task('needle').examples(2, 1500, len, 0);"
         "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )

@@ -16,9 +16,10 @@ import numpy.typing as npt
 import torch
 import triton
 
+from testbed.codecs.fast import batch
+from testbed.codecs.fast.batch import Table
 from testbed.codecs.layout import packed_bytes
-from testbed.codecs.quantize import batch, kernels
-from testbed.codecs.quantize.batch import Table
+from testbed.codecs.quantize import kernels
 from testbed.codecs.quantize.loops import Loops, OnProcessor
 
 _STRETCHES = {8: 1, 4: 2, 3: 8, 2: 4}  #: stretches whose symbols share bytes, by bits

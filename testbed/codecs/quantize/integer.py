@@ -120,11 +120,11 @@ class Integer(Quantizer):
         """Writes the symbols; returns the side information [rows, kinds, groups]."""
         import torch
 
-        from testbed.codecs.quantize import fused
+        from testbed.codecs.fast import uniform
 
         rows = (part.kv_heads * part.tokens, self.groups(part), -1)
         side = torch.empty((rows[0], 1 if self.symmetric else 2, rows[1]), dtype=torch.int16)
-        worst = fused.QUANTIZE[part.dtype](
+        worst = uniform.QUANTIZE[part.dtype](
             values.contiguous().view(torch.int16).view(rows).numpy(),
             *self._settings,
             side.numpy(),
@@ -169,10 +169,10 @@ class Integer(Quantizer):
         import torch
 
         if part.elements and self._fusible(part, out) and out.is_contiguous():
-            from testbed.codecs.quantize import fused
+            from testbed.codecs.fast import uniform
 
             rows = (part.kv_heads * part.tokens, self.groups(part), -1)
-            fits = fused.DEQUANTIZE[part.dtype](
+            fits = uniform.DEQUANTIZE[part.dtype](
                 symbols.view(torch.int8).view(rows).numpy(),
                 *self._settings,
                 side.view(torch.int16).view(rows[0], -1, rows[1]).numpy(),

@@ -13,7 +13,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
-    from testbed.codecs.quantize.batch import Table
+    from testbed.codecs.fast.batch import Table
 
 
 class Loops(Protocol):
@@ -39,14 +39,14 @@ class OnProcessor:
         return True
 
     def encode(self, dtype: str, table: Table) -> npt.NDArray[np.float32]:
-        from testbed.codecs.quantize import batch
+        from testbed.codecs.fast import batch
 
         worst = np.empty(len(table), dtype=np.float32)
         batch.ENCODE[dtype](table, worst)
         return worst
 
     def decode(self, dtype: str, table: Table) -> npt.NDArray[np.bool_]:
-        from testbed.codecs.quantize import batch
+        from testbed.codecs.fast import batch
 
         fits = np.empty(len(table), dtype=np.float32)
         batch.DECODE[dtype](table, fits)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from testbed.codecs.quantize import Part, Quantizer, protection
+from testbed.codecs import diagnosed
+from testbed.codecs.quantize import Part, Quantizer
 from testbed.codecs.quantize.fp16 import FP16
 from testbed.codecs.quantize.integer import INTEGERS, Integer
 
@@ -55,21 +56,21 @@ class Mixed(Quantizer):
         self.require(
             "high", "3, 4, 8 or 16, and more than low", self.high in (3, 4, 8, 16) and self.high > self.low
         )
-        if not protection.is_reference(self.protect):
-            protection.read_places(self.protect)
+        if not diagnosed.is_reference(self.protect):
+            diagnosed.read_places(self.protect)
 
     @property
     def refers(self) -> bool:
-        return protection.is_reference(self.protect)
+        return diagnosed.is_reference(self.protect)
 
     def bound(self, model: str | None) -> Mixed:
         if not self.refers:
             return self
-        return replace(self, protect=protection.look_up(self.protect, model, self.low, self.scale))
+        return replace(self, protect=diagnosed.look_up(self.protect, model, self.low, self.scale))
 
     @cached_property
-    def _places(self) -> frozenset[protection.Place]:
-        return protection.read_places(self.protect)
+    def _places(self) -> frozenset[diagnosed.Place]:
+        return diagnosed.read_places(self.protect)
 
     def _method(self, part: Part) -> Quantizer:
         if (part.kind, part.layer) not in self._places:

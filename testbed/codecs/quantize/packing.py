@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from numba import types
 
-from testbed.codecs.quantize.fused import OPTIONS
+from testbed.codecs.fast.uniform import OPTIONS
 
 _bytes = types.uint8[::1]
 

@@ -15,7 +15,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from testbed.codecs.quantize import fused
+from testbed.codecs.fast import uniform
 
 LANES = 16  #: symbols at a time; their values must lie at a multiple of 2 · LANES bytes
 
@@ -103,9 +103,9 @@ def _dequantize(
         at, shift = source, np.uint8(i * bits)
         for row in range(i * rows // of_a_byte, (i + 1) * rows // of_a_byte):
             for group in range(groups):
-                by = fused.widen(side[row, 0, group], half)
-                plus = zero if symmetric else fused.widen(side[row, 1, group], half)
-                fits &= fused.is_finite(by, plus, levels, half)
+                by = uniform.widen(side[row, 0, group], half)
+                plus = zero if symmetric else uniform.widen(side[row, 1, group], half)
+                fits &= uniform.is_finite(by, plus, levels, half)
                 for _ in range(size // LANES):
                     if half:
                         _lanes_float16(at, target, shift, mask, offset, by, plus)

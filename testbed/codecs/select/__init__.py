@@ -67,7 +67,7 @@ class Selector(Method):
         """The indices kept, layer by layer. Raises CodecError where the evidence lacks what the method needs."""
         import torch
 
-        from testbed.codecs.parallel import keep_freed_memory
+        from testbed.codecs.fast.threads import keep_freed_memory
 
         keep_freed_memory()  # a layer's temporaries are the next one's
         tokens, prunable = evidence.tokens, evidence.prunable

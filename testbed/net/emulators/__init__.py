@@ -17,7 +17,7 @@ from testbed.errors import UsageError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from testbed.net.emulators.contract import Attachment, Counters, Emulator, Wanted
+    from testbed.net.emulators.emulator import Attachment, Counters, Emulator, Wanted
 
 __all__ = [
     "NAMES",
@@ -36,7 +36,7 @@ NAMES = ("auto", "netem", "userspace")
 
 def __getattr__(name: str) -> object:
     if name in ("Attachment", "Counters", "Emulator", "Wanted"):
-        from testbed.net.emulators import contract
+        from testbed.net.emulators import emulator as contract
 
         return getattr(contract, name)
     raise AttributeError(name)
@@ -47,9 +47,9 @@ def choose(name: str = "auto", *, seed: int | None = None) -> Emulator:
 
     *seed* fixes the random losses and delays (netem: since Linux 6.6). Raises UsageError when this machine cannot run it.
     """
-    from testbed.net.emulators.netem import Netem
-    from testbed.net.emulators.netem_support import available, require
-    from testbed.net.emulators.userspace import Userspace, require_packet_sockets
+    from testbed.net.emulators.netem.netem import Netem
+    from testbed.net.emulators.netem.netem_support import available, require
+    from testbed.net.emulators.relay.userspace import Userspace, require_packet_sockets
 
     if name not in NAMES:
         raise UsageError(f"unknown emulator {name!r}; use one of {', '.join(NAMES)}")
@@ -94,8 +94,8 @@ def release_all(emulator: Emulator, attachments: Sequence[Attachment]) -> None:
 
 def reattach(name: str, wire: str, link: str, a: str, b: str, keep: Path) -> Attachment:
     """The running attachment that emulator *name* made earlier with ``keep``; raises NetworkError when it is gone."""
-    from testbed.net.emulators.netem import Netem
-    from testbed.net.emulators.userspace import Userspace
+    from testbed.net.emulators.netem.netem import Netem
+    from testbed.net.emulators.relay.userspace import Userspace
 
     emulator: Emulator = Netem() if name == "netem" else Userspace()
     return emulator.reattach(wire, link, a, b, keep=keep)

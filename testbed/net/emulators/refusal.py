@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from testbed.errors import UsageError
 
 if TYPE_CHECKING:
-    from testbed.net.profile import Profile
+    from testbed.net.profile.profile import Profile
 
 
 def refuse_unknown(emulator: str, profile: Profile, honoured: Set[str], remedy: str = "") -> None:

@@ -1,0 +1,1 @@
+"""Compiled loops behind the codecs: the same bytes and values, sooner."""

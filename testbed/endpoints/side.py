@@ -1,0 +1,156 @@
+"""What both sides share: a model, the prefixes they both know, and the calls that set them up."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from testbed.endpoints.pace import Pace
+from testbed.hosts.channel import Channel
+
+if TYPE_CHECKING:
+    from testbed.models.kvcache import KVCache
+    from testbed.models.language import LanguageModel
+
+
+@dataclass
+class Prefix:
+    """The instructions and demonstrations of a task, prefilled: known to both sides, never sent."""
+
+    text: str
+    digest: str
+    cache: KVCache | None  #: None for an empty prefix of a model without a start token
+    closing: str = ""  #: what the prompt's layout has behind a question
+    reach: int | None = None  #: tokens of the longest prompt behind it; None: the model does not depend on it
+
+
+def digest(data: bytes | bytearray | memoryview) -> str:
+    """BLAKE2b of some bytes, as 32 hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def per_token(times: Sequence[float]) -> float | None:
+    """The mean time of a token behind the first, from when each was known; None where there is none."""
+    return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+
+
+class InferenceSide:
+    """A loaded model and its prefixes; the part of an endpoint that is the same on both sides."""
+
+    def __init__(self) -> None:
+        self._model: LanguageModel | None = None
+        self.prefixes: dict[str, Prefix] = {}
+        self.pace = Pace()
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model; `load` comes first."""
+        if self._model is None:
+            raise RuntimeError("no model is loaded")
+        return self._model
+
+    def load(
+        self, model: str, device: str, dtype: str, threads: int | None, slowdown: float = 1.0
+    ) -> dict[str, Any]:
+        """Load the model and run it once, so that the first trial does not pay for thread pools and lazy kernels; integers'
+        compiled loops, too, which take more than half a second to be loaded.
+
+        slowdown: stretches this side's compute stages from now on.
+        """
+        import torch
+
+        import testbed.endpoints.gathering  # noqa: F401  (here, so that no trial pays for it)
+        from testbed.codecs.codec import Codec, decode
+        from testbed.models.loading import load_model
+
+        self._model = load_model(model, device=device, dtype=dtype, threads=threads)
+        self.pace = Pace(slowdown, self._model.device)
+        warm = self._model.tokenize("The quick brown fox jumps over the lazy dog. " * 12)
+        prefilled = self._model.prefill(warm, None)
+        self._model.generate(warm[:8], prefilled.cache, 4, "")
+        for text in ("int8", "int4"):
+            decode(Codec(text).encode(prefilled.cache))
+        return {
+            "device": str(self._model.device),
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+            "layers": self._model.num_layers,
+            "kv_heads": self._model.kv_heads,
+            "head_dim": self._model.head_dim,
+            "max_positions": self._model.max_positions,
+            "kv_bytes_per_token": self._model.kv_bytes_per_token,
+            "slowdown": slowdown,
+            "threads": torch.get_num_threads(),
+        }
+
+    def share(self, other: InferenceSide) -> None:
+        """Take the model and the prefixes that another side of this process has loaded."""
+        self._model, self.prefixes = other.model, other.prefixes
+        self.pace = Pace(other.pace.slowdown, other.pace.device)
+
+    def compute(self) -> dict[str, Any]:
+        """How long a fixed piece of compute takes this side, before anything is stretched; see `yardstick.measure`."""
+        from testbed.endpoints.yardstick import measure
+
+        return measure(self.model)
+
+    def learn_prefix(self, text: str, reach: int | None = None, closing: str = "") -> str:
+        """Prefill a task's prefix once; returns the digest by which requests name it.
+
+        closing: what the layout has behind each question, sent as little as the prefix. reach: tokens of the longest prompt that
+        will begin with it. Where a model turns keys by a prompt's length, a prefix is another one for each.
+        """
+        if not self.model.stretches:
+            reach = None
+        name = digest("\0".join([text, *filter(None, [closing, str(reach or "")])]).encode())
+        if name not in self.prefixes:
+            self.model.expect(reach)
+            ids = self.model.tokenize(text, start=True)
+            cache = self.model.prefill(ids, None).cache if ids else None
+            self.prefixes[name] = Prefix(text, name, cache, closing, reach)
+        return name
+
+    def under(self, name: str) -> Prefix:
+        """The prefix of that digest, the model told how long prompts behind it get. Raises KeyError."""
+        prefix = self.prefixes[name]
+        self.model.expect(prefix.reach)
+        return prefix
+
+    def answer(
+        self,
+        question_ids: list[int],
+        past: KVCache | None,
+        max_new_tokens: int,
+        stop: str,
+        choices: Sequence[str],
+        on_token: Callable[[int, int], None],
+    ) -> list[int]:
+        """The answer's tokens: decoded greedily, or the likeliest per token of the choices, where there are any."""
+        if not choices:
+            return self.model.generate(question_ids, past, max_new_tokens, stop, on_token)
+        options = [self.model.tokenize(choice) for choice in choices]
+        nlls = self.model.option_nlls(question_ids, options, past)
+        best = options[min(range(len(options)), key=nlls.__getitem__)]
+        on_token(0, best[0])  # with the choice, all of its tokens are known
+        return best
+
+    def behind(self, prefix: Prefix, cache: KVCache | None) -> KVCache | None:
+        """The prefix's cache with `cache` behind it."""
+        parts = [part for part in (prefix.cache, cache) if part is not None]
+        if not parts:
+            return None
+        return self.model.join(*parts) if len(parts) > 1 else parts[0]
+
+
+def main(make_handlers: Callable[[], dict[str, Callable[..., Any]]]) -> None:
+    """An endpoint process: answer the orchestrator's calls until it goes away."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--control-fd", type=int, required=True)
+    arguments = parser.parse_args()
+    channel = Channel(socket.socket(fileno=arguments.control_fd))
+    channel.serve(make_handlers())
+    sys.stdout.flush()

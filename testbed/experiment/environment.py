@@ -1,0 +1,147 @@
+"""What this machine is and can do: for the manifest, and for `testbed doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("torch", "transformers", "pyroute2", "numpy", "pandas", "msgspec", "zstandard", "safetensors")
+
+
+def describe_host() -> dict[str, Any]:
+    """Versions, kernel and processor, without importing anything heavy."""
+    packages = {}
+    for name in ("testbed", *_PACKAGES):
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "python": platform.python_version(),
+        "packages": packages,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    ok: bool
+    detail: str
+    needed: bool = True  #: a run cannot do without it
+
+
+def examine() -> list[Finding]:
+    """What a run would need, each looked at in turn."""
+    findings = [
+        Finding("python", sys.version_info >= (3, 11), platform.python_version()),
+        _root(),
+        _rootless(),
+        _packet_sockets(),
+        _netem(),
+        *[
+            _program(name, package)
+            for name, package in (("nsenter", "util-linux"), ("setpriv", "util-linux"))
+        ],
+        _program("iperf3", "iperf3", needed=False),
+        _congestion(),
+        _cuda(),
+    ]
+    return [*findings, *_models()]
+
+
+def _root() -> Finding:
+    ok = os.geteuid() == 0
+    return Finding(
+        "root",
+        ok,
+        "yes" if ok else "no: networks are built by `sudo testbed run`; plan, plot and models need none",
+        False,
+    )
+
+
+def _rootless() -> Finding:
+    from testbed.hosts import rootless
+
+    obstacle = rootless.obstacle()
+    return Finding("rootless", not obstacle, obstacle or "testbed run --rootless works here", False)
+
+
+def _packet_sockets() -> Finding:
+    from testbed.errors import TestbedError
+    from testbed.net.emulators.relay.userspace import require_packet_sockets
+
+    if os.geteuid() != 0:
+        return Finding("packet sockets", False, "unknown without root", False)
+    try:
+        require_packet_sockets()
+    except TestbedError as error:
+        return Finding("packet sockets", False, str(error), False)
+    return Finding("packet sockets", True, "for the userspace emulator", False)
+
+
+def _netem() -> Finding:
+    from testbed.net.emulators.netem import netem_support
+
+    if os.geteuid() != 0:
+        return Finding("netem", False, "unknown without root", False)
+    ok = netem_support.available()
+    return Finding(
+        "netem",
+        ok,
+        "the kernel's own emulator"
+        if ok
+        else "this kernel has no sch_netem; links use the userspace emulator",
+        False,
+    )
+
+
+def _program(name: str, package: str, needed: bool = True) -> Finding:
+    path = shutil.which(name)
+    return Finding(name, path is not None, path or f"not found: apt-get install {package}", needed)
+
+
+def _congestion() -> Finding:
+    try:
+        offered = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().strip()
+    except OSError:
+        offered = ""
+    return Finding("congestion control", bool(offered), offered, False)
+
+
+def _cuda() -> Finding:
+    found = sorted(str(p) for p in Path("/dev").glob("nvidia[0-9]*"))
+    return Finding("GPU", bool(found), ", ".join(found) or "none: models run on the CPU", False)
+
+
+def _models() -> list[Finding]:
+    from testbed.models.sources import available
+
+    return [
+        Finding(
+            f"model {m.name}", m.fetched, "ready" if m.fetched else f"testbed models fetch {m.name}", False
+        )
+        for m in available()
+    ]

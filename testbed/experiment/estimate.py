@@ -1,0 +1,152 @@
+"""What a plan will cost, before anything runs: bytes from the codec's bit budget, seconds from the link and rough compute speeds.
+
+The bytes are close (a few per cent: headers and scales are counted, entropy coders are not guessed at). The seconds are
+a forecast for people:
+compute speeds depend on the machine and are only assumed here, from the model's size.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from testbed.codecs.layout import expected_bytes
+from testbed.codecs.spec import parse
+from testbed.errors import UsageError
+from testbed.experiment.scenario import Cell, Plan
+from testbed.models.sources import resolve
+
+_TEXT_BYTES_PER_TOKEN = 4.5
+_MSS_BYTES = 1448
+_INITIAL_WINDOW = 10  #: segments, RFC 6928
+#: Multiply-adds a second that a plain two-core machine reaches in prefill and in decoding; only for the forecast.
+_PREFILL_MACS, _DECODE_MACS = 8e10, 4e9
+_QUESTION_TOKENS, _ANSWER_TOKENS = 24, 8
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What of a model decides the size of its cache."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    parameters: float
+
+
+def dimensions(model: str) -> Dimensions | None:
+    """From the model's ``config.json``, without loading it; None where it is not at hand. Raises UsageError."""
+    source = resolve(model)
+    path = Path(source.path) / "config.json" if source.path is not None else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        return _described(json.loads(path.read_text(encoding="utf-8")))
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
+        raise UsageError(
+            f"{path}: not the configuration of a language model ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _described(config: dict[str, Any]) -> Dimensions:
+    config = config.get("text_config", config)
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    layers = config["num_hidden_layers"]
+    head_dim = config.get("head_dim") or hidden // heads
+    parameters = layers * hidden * (4 * hidden + 3 * config.get("intermediate_size", 4 * hidden))
+    parameters += config.get("vocab_size", 32000) * hidden
+    return Dimensions(layers, config.get("num_key_value_heads") or heads, head_dim, parameters)
+
+
+class Estimator:
+    """Bytes and seconds of a plan's cells."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    @cached_property
+    def model(self) -> Dimensions | None:
+        """None where the model's configuration is not at hand."""
+        return dimensions(self.plan.scenario.model)
+
+    def payload_bytes(self, cell: Cell) -> float:
+        """What a request of this cell sends up, headers aside."""
+        tokens = cell.context_tokens or 512
+        if cell.placement == "edge":
+            return 0.0
+        if cell.placement == "cloud" or self.model is None:
+            return tokens * _TEXT_BYTES_PER_TOKEN
+        layers = [(self.model.kv_heads, self.model.head_dim, self.model.head_dim, None)] * self.model.layers
+        spec = parse(cell.codec)
+        if spec.refers:
+            spec = spec.bound(resolve(self.plan.scenario.model).name)
+        return float(expected_bytes(spec, layers, tokens))
+
+    def transmit_s(self, cell: Cell) -> float:
+        """Serialisation at the rate, one round trip for the handshake, and those that slow start spends to fill the link."""
+        steady = cell.profile.steady()
+        up, down = steady.up, steady.down
+        payload = self.payload_bytes(cell)
+        if not payload:
+            return 0.0
+        rtt = up.delay_s + down.delay_s
+        rate = up.rate_bps or 1e10
+        window, sent, rounds = _INITIAL_WINDOW * _MSS_BYTES, 0.0, 0
+        while rtt > 0 and sent + window < payload and window * 8 / rtt < rate:
+            sent, window, rounds = sent + window, window * 2, rounds + 1
+        return rounds * rtt + (payload - sent) * 8 / (rate * _MSS_BYTES / 1500) + 2 * rtt
+
+    def compute_s(self, cell: Cell) -> float:
+        """A trial's own compute, and its waits for what it takes over of an earlier one.
+
+        An example's prefill is shared by its trials, on the edge without a wait unless the plan replays it.
+        """
+        if self.model is None:
+            return 0.5
+        scenario, across = self.plan.scenario, cell.placement != "edge"
+        reading = self.model.parameters * _QUESTION_TOKENS / 2 / _DECODE_MACS / 2
+        generating = self.model.parameters * _ANSWER_TOKENS / 2 / _DECODE_MACS / 2
+        prefill = self.model.parameters * (cell.context_tokens or 512) / _PREFILL_MACS
+        here = getattr(scenario.compute, "cloud" if across else "edge")
+        in_full = here * (reading + generating + (prefill if cell.placement == "cloud" else 0.0))
+        replays = self.plan.replays(cell)
+        if cell.placement != "cloud" and (replays or scenario.reuse == "none"):
+            in_full += scenario.compute.edge * prefill
+        if replays or scenario.reuse != "all":
+            return in_full
+        shared = len(self.plan.profiles)
+        # What is computed once is waited for on the other links up to the first token's acknowledgement.
+        repeated = in_full - here * generating if across else 0.0
+        return (in_full + repeated * (shared - 1)) / shared
+
+    def seconds(self, cell: Cell) -> float:
+        """One trial of this cell."""
+        return self.transmit_s(cell) + self.compute_s(cell) + 0.05
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One entry a cell: what it is, its payload and its time."""
+        return [
+            {
+                "task": self.plan.scenario.tasks[cell.task]["task"],
+                "context_tokens": cell.context_tokens,
+                "placement": cell.placement,
+                "codec": cell.codec,
+                "profile": cell.profile.name,
+                "payload_bytes": round(self.payload_bytes(cell)),
+                "transmit_s": self.transmit_s(cell),
+                "trial_s": self.seconds(cell),
+            }
+            for batch in self.plan.batches()
+            for cell in self.plan.cells(*batch)
+        ]

@@ -1,0 +1,298 @@
+"""From a scenario's file and the command line to a plan: every mistake is told with its place.
+
+Nothing here knows torch or asks anything of the kernel: `testbed plan` runs it as anybody.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from testbed import strict_yaml
+from testbed.codecs.spec import parse as parse_codec
+from testbed.errors import SpecError, UsageError
+from testbed.experiment.scenario import Plan, Scenario
+from testbed.models.sources import find as find_model
+from testbed.net.profile import lookup
+from testbed.net.profile.profile import Profile, parse_profile, profile_from
+from testbed.net.topology.topology import Topology, load_topology
+from testbed.tasks.task import Task, make_task
+
+_MAX_TRIALS = 10_000_000
+_PARENTHESIZED = re.compile(r"[^\s'\"\[{][^'\"]*\([^'\"]*,[^'\"]*\)[^'\"]*")
+
+
+def scenario_path(name: str) -> Path:
+    """The file of a scenario given by path, or by the name of one that is shipped. Raises UsageError."""
+    shipped = Path(__file__).parents[1] / "scenarios"
+    for path in (Path(name), shipped / name, shipped / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    if Path(name).exists():
+        raise UsageError(f"{name}: not a regular file, so no scenario")
+    known = sorted(p.stem for p in shipped.glob("*.yaml"))
+    near = difflib.get_close_matches(Path(name).stem, known, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"shipped ones: {', '.join(known) or 'none'}"
+    raise UsageError(f"no scenario file {name}; {hint}")
+
+
+def override(settings: dict[str, Any], assignments: Sequence[str]) -> None:
+    """Apply ``--set KEY=VALUE`` (KEY may be dotted, VALUE is YAML). Raises SpecError."""
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise SpecError(f"--set {assignment!r}: write KEY=VALUE")
+        value = strict_yaml.parse(_quoted(text), f"--set {key}")
+        target = settings
+        *parents, last = key.split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise SpecError(f"--set {assignment!r}: {parent!r} is not a mapping")
+        target[last] = value
+
+
+def _quoted(text: str) -> str:
+    """A list in brackets as YAML has to see it: what has commas in parentheses, such as ``q2c@0.25(pool=1, scope=global)``, is
+    one item."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return text
+    items, depth, quote = [""], 0, ""
+    for letter in text[1:-1]:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"" and not items[-1].strip():
+            quote = letter
+        elif letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        if letter == "," and not depth and not quote:
+            items.append("")
+        else:
+            items[-1] += letter
+    plain = [item.strip() for item in items]
+    return "[" + ", ".join(json.dumps(i) if _PARENTHESIZED.fullmatch(i) else i for i in plain) + "]"
+
+
+def load_plan(
+    name: str,
+    *,
+    assignments: Sequence[str] | None = None,
+    codecs: Sequence[str] | None = None,
+    links: Sequence[str] | None = None,
+    examples: int | None = None,
+    emulator: str | None = None,
+) -> Plan:
+    """Read a scenario file, apply what the command line changes, and look everything up. Raises UsageError, naming the place."""
+    path = scenario_path(name)
+    settings = strict_yaml.read(path)
+    if not isinstance(settings, dict):
+        raise SpecError(f"{path}: must hold a mapping of settings")
+    settings.setdefault("name", path.stem)
+    override(settings, assignments or [])
+    for key, value in (("codecs", codecs or None), ("examples", examples), ("emulator", emulator)):
+        if value is not None:
+            settings[key] = list(value) if isinstance(value, tuple) else value
+    with lookup.beside(path):
+        return make_plan(settings, str(path), _link_options(links or []))
+
+
+def _link_options(options: Sequence[str]) -> dict[str, str]:
+    given = {}
+    for option in options:
+        link, equals, profile = option.partition("=")
+        if not equals:
+            raise SpecError(f"--link {option!r}: write NAME=PROFILE, such as access=5g-mid")
+        given[link] = profile
+    return given
+
+
+def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None = None) -> Plan:
+    """Check settings and look up what they name. `place` names their source in messages; `links`: NAME -> PROFILE from the
+    command line, which replace what the file says of those links."""
+    given = links or {}
+    scenario = _check(settings, place)
+    if beside := lookup.find(scenario.topology):  # and so it is found again when the run is resumed
+        scenario = scenario.model_copy(update={"topology": beside})
+    topology = _at(f"{place}: topology", lambda: load_topology(scenario.topology))
+    _check_nodes(scenario, topology, place)
+    link = _swept_link(scenario, topology, place)
+    _check_links([*given, *scenario.links], topology, place)
+    if link in given:
+        profiles: tuple[Profile, ...] = (_looked_up(f"--link {link}", lambda: parse_profile(given[link])),)
+        scenario = scenario.model_copy(update={"profiles": [given[link]]})
+    else:
+        profiles = _profiles(scenario, place)
+    others = {**scenario.links, **{k: v for k, v in given.items() if k != link}}
+    # The manifest keeps these settings, so that --resume runs what the command line asked for.
+    scenario = scenario.model_copy(update={"links": others})
+    scenario, asked = _bound(scenario, place)
+    plan = Plan(scenario, _under(topology, scenario, place), link, profiles, _tasks(scenario, place), asked)
+    _check_extent(plan, place)
+    return plan
+
+
+def _check_nodes(scenario: Scenario, topology: Topology, place: str) -> None:
+    nodes = {node.name for node in topology.nodes}
+    named = [("edge", scenario.edge), ("cloud", scenario.cloud)]
+    for number, value in enumerate(scenario.traffic):
+        named += [(f"traffic[{number}].{key}", value[key]) for key in ("from", "to")]
+    for key, node in named:
+        if node not in nodes:
+            raise SpecError(
+                f"{place}: {key}: topology {topology.name} has no node {node!r}; it has {', '.join(sorted(nodes))}"
+            )
+    if scenario.edge == scenario.cloud:
+        raise SpecError(f"{place}: edge and cloud are the same node {scenario.edge!r}")
+
+
+def _check_links(given: list[str], topology: Topology, place: str) -> None:
+    names = {item.name for item in topology.links}
+    for name in given:
+        if name not in names:
+            raise SpecError(
+                f"{place}: links: topology {topology.name} has no link {name!r}; it has {', '.join(sorted(names))}"
+            )
+
+
+def _profiles(scenario: Scenario, place: str) -> tuple[Profile, ...]:
+    """The profiles of the swept link."""
+    found = []
+    for number, value in enumerate(scenario.profiles):
+        here = f"{place}: profiles[{number}]"
+        found.append(_looked_up(here, partial(profile_from, value, here)))
+    return tuple(found)
+
+
+def _looked_up(place: str, read: Callable[[], Profile]) -> Profile:
+    """A profile with its trace's file read, so that what is wrong with it is known before anything is built."""
+    profile: Profile = _at(place, read)
+    _at(place, profile.schedules)
+    return profile
+
+
+def _under(topology: Topology, scenario: Scenario, place: str) -> Topology:
+    """The topology with the scenario's conditions on the links that are not swept, and its congestion control."""
+    fixed = {
+        name: _at(f"{place}: links.{name}", lambda n=name, v=value: profile_from(v, f"{place}: links.{n}"))
+        for name, value in scenario.links.items()
+    }
+    links = tuple(
+        replace(
+            item,
+            profile=fixed.get(item.name, item.profile),
+            congestion=scenario.congestion or item.congestion,
+        )
+        for item in topology.links
+    )
+    return replace(topology, links=links)
+
+
+def _tasks(scenario: Scenario, place: str) -> tuple[Task, ...]:
+    return tuple(
+        _at(f"{place}: tasks[{i}]", lambda s=settings: make_task(s["task"], **_parameters(s)))
+        for i, settings in enumerate(scenario.tasks)
+    )
+
+
+def _bound(scenario: Scenario, place: str) -> tuple[Scenario, dict[str, str]]:
+    """The scenario with what its codecs refer to written out, since a file may say another thing tomorrow, and those codecs as
+    they were written, by what they are now.
+    """
+    found, asked = [], {}
+    for text in scenario.codecs:
+        spec = parse_codec(text)
+        bound = text
+        if spec.refers:
+            bound = _at(f"{place}: codecs", lambda s=spec: str(s.bound(find_model(scenario.model).name)))
+        if bound in found:
+            same = f" (it is {bound!r})" if bound != text or bound in asked else ""
+            raise SpecError(f"{place}: codecs: {text!r} is listed twice{same}")
+        found.append(bound)
+        if spec.refers:
+            asked[bound] = text
+    return scenario.model_copy(update={"codecs": found}), asked
+
+
+def moved(asked: object, model: str) -> list[str]:
+    """A sentence for each codec of an earlier plan (its `asked`) whose file is gone or says another thing by now."""
+    said = []
+    for bound, text in asked.items() if isinstance(asked, dict) else ():
+        try:
+            now = str(parse_codec(str(text)).bound(find_model(model).name))
+        except UsageError as error:
+            now, why = "", str(error)
+        if now != bound:
+            today = f"is {now} by now" if now else f"cannot be looked up by now ({why})"
+            said.append(f"codec {text} was {bound} when this run began, and goes on so; it {today}")
+    return said
+
+
+def _check_extent(plan: Plan, place: str) -> None:
+    if len({p.text() for p in plan.profiles}) < len(plan.profiles):
+        raise SpecError(f"{place}: profiles: the same conditions are listed twice")
+    if plan.trials > _MAX_TRIALS:
+        raise SpecError(f"{place}: {plan.trials} trials; at most {_MAX_TRIALS} make a run")
+
+
+def _check(settings: dict[str, Any], place: str) -> Scenario:
+    try:
+        return Scenario.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(
+            "."
+        )
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(first["loc"][-1]), list(Scenario.model_fields), 1)
+            hint = (
+                f"; did you mean {near[0]!r}?"
+                if near
+                else f"; known keys: {', '.join(Scenario.model_fields)}"
+            )
+            raise SpecError(f"{place}: {where}: unknown key{hint}") from error
+        if first["type"] == "missing":
+            raise SpecError(f"{place}: {where}: this key is required") from error
+        cause = (first.get("ctx") or {}).get("error")
+        message = str(cause) if cause else first["msg"]
+        value = "" if cause else f" (got {str(first.get('input'))[:60]!r})"
+        raise SpecError(f"{place}: {where}: {message}{value}") from error
+
+
+def _swept_link(scenario: Scenario, topology: Topology, place: str) -> str:
+    names = [link.name for link in topology.links]
+    if scenario.link is None:
+        if len(names) == 1:
+            return names[0]
+        if "bottleneck" in names:
+            return "bottleneck"
+        raise SpecError(
+            f"{place}: link: topology {topology.name} has several links; name the one to sweep: {', '.join(names)}"
+        )
+    if scenario.link not in names:
+        raise SpecError(
+            f"{place}: link: topology {topology.name} has no link {scenario.link!r}; it has {', '.join(names)}"
+        )
+    return scenario.link
+
+
+def _parameters(task: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in task.items() if key != "task"}
+
+
+def _at(place: str, look_up: Any) -> Any:
+    """`look_up()`, with the place put before what it complains of."""
+    try:
+        return look_up()
+    except UsageError as error:
+        text = str(error)
+        raise SpecError(text if text.startswith(place) else f"{place}: {text}") from error

@@ -1,0 +1,342 @@
+"""A run: builds the network, starts the endpoints, proves the links, walks the cells, and keeps whole rows whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from testbed.endpoints.deployment import Batch, Pair
+from testbed.errors import EndpointError, NetworkError
+from testbed.experiment import kept_traces
+from testbed.experiment.compute import Gate
+from testbed.experiment.environment import describe_host
+from testbed.experiment.guards import interruptible, locked
+from testbed.experiment.progress import Tally, Watcher
+from testbed.experiment.results import FORMAT, Row, RunDirectory
+from testbed.experiment.scenario import Cell, Plan
+from testbed.experiment.trial import Trial, fill, new_row, utc_now
+from testbed.models.sources import resolve
+from testbed.net.fabric.accounting import Account
+from testbed.net.fabric.fabric import Fabric
+from testbed.net.profile import lookup
+from testbed.net.profile.profile import Profile
+from testbed.net.topology.topology import Topology
+from testbed.net.traffic.traffic import require_tools, running
+from testbed.tasks.task import Example, Task
+
+#: Files to which every start of a run adds.
+_CONTINUED = ("calibration.json", "compute.json", "counters.json", "traffic.json")
+
+
+class Run:
+    """One execution of a plan into a run directory."""
+
+    def __init__(
+        self, plan: Plan, directory: RunDirectory, watch: Watcher, accept_uncalibrated: bool = False
+    ) -> None:
+        self.plan, self.scenario, self.directory, self.watch = plan, plan.scenario, directory, watch
+        self.accept_uncalibrated = accept_uncalibrated
+        self.failures = 0
+        self._tally = Tally(plan, watch)
+        self._identities: dict[Cell, str] = {}
+        self._done: set[str] = set()  # what failed is tried again, and leaves another row
+        self._expected = 0  #: trials, of which some may be done
+        self.resumed = False  #: that all are done already is an end
+        self.settled = False  #: they were
+        self._uncalibrated: set[str] = set()
+        self._threads: int | None = None  #: of the edge's compute
+        self._unlike = ""  #: that an earlier start of this run computed in another number
+        self._current: Profile | None = None
+        self._origin = time.monotonic()  #: when traces begin
+
+    def execute(self) -> None:
+        """Run every trial that has not finished. Raises KeyboardInterrupt, NetworkError, EndpointError: the rows so far stay."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(interruptible())
+            stack.enter_context(locked(self.directory.path))
+            self._take_up()
+            if self.settled:
+                return
+            self._tally.say("building the network")
+            self.fabric = stack.enter_context(self._build(self.plan.under(self.plan.profiles[0])))
+            self._tally.say(f"loading {self.scenario.model} on both sides")
+            self.pair = self._pair(stack)
+            loaded = self.pair.load()
+            batches = self.pair.prepare()
+            self._expect(batches)
+            self.pair.serve(self.fabric.address(self.scenario.cloud), loaded["edge"]["kv_bytes_per_token"])
+            self._threads, self._unlike = threads_of(self.directory.manifest(), loaded)
+            if self._unlike:
+                self._tally.say(self._unlike)
+            self._write_manifest(loaded)
+            self._gate = self._prove_compute(loaded)
+            self._calibrate(self._profiles_ahead(batches))
+            self._account = Account(self.fabric, self.plan.link)
+            traffic: list[dict[str, Any]] = []
+            try:
+                with running(self.fabric, self.plan.flows()) as traffic:
+                    self._walk(batches)
+                if self._gate is not None:
+                    self._gate.close()
+            finally:
+                self._write_stretch(
+                    "counters.json", {"link": self.plan.link}, profiles=self._account.record()
+                )
+                self._write_stretch("traffic.json", {}, flows=traffic)
+        self.directory.write_parquet()
+
+    def _take_up(self) -> None:
+        # Only now does nobody else add rows.
+        self.directory.repair()
+        self._done = self.directory.finished()
+        planned = self.directory.manifest().get("trials")
+        self.settled = self.resumed and isinstance(planned, int) and 0 < planned <= len(self._done)
+        if self.settled and not (self.directory.path / "trials.parquet").exists():
+            self.directory.write_parquet()
+
+    def _expect(self, batches: list[Batch]) -> None:
+        for batch in batches:
+            for cell in self.plan.cells(batch.task, batch.context_tokens):
+                trials = len(batch.examples) * self.scenario.repeats
+                self._tally.expect(cell, trials)
+                self._expected += trials
+
+    def _write_stretch(self, name: str, about: dict[str, str], **found: Any) -> None:
+        # One entry for each time the run was started: its figures are of one stretch of time.
+        if any(found.values()):
+            before = self.directory.entries(name, "starts")
+            ended = {"ended_at": utc_now(), **found}
+            self.directory.write(name, {"format": FORMAT, **about, "starts": [*before, ended]})
+
+    def _build(self, topology: Topology) -> Fabric:
+        captures = self.directory.path / "captures"
+        return Fabric.build(topology, self.scenario.emulator, captures=captures)
+
+    def _pair(self, stack: contextlib.ExitStack) -> Pair:
+        return Pair.start(self.plan, self.fabric, self.directory, stack)
+
+    def _write_manifest(self, loaded: dict[str, Any]) -> None:
+        before = self.directory.manifest()
+        self.directory.write(
+            "manifest.json",
+            {
+                **before,
+                "format": FORMAT,
+                "name": self.scenario.name,
+                "settings": self.scenario.model_dump(mode="json"),
+                "prompt": str(self.plan.prompt),
+                "topology": self.plan.topology.name,
+                "link": self.plan.link,
+                "profiles": {p.name: {"text": p.text(), "source": p.source} for p in self.plan.profiles},
+                "emulator": self.fabric.emulator.name,
+                "endpoints": loaded,
+                "trials": self._expected,
+                "starts": [*self.directory.entries("manifest.json", "starts"), utc_now()],
+                "host": describe_host(),
+                "command": sys.argv,
+            },
+        )
+
+    def _profiles_ahead(self, batches: list[Batch]) -> list[Profile]:
+        """The profiles under which trials are still to be made, in the plan's order."""
+        ahead = {
+            trial.cell.profile
+            for batch in batches
+            for number in range(len(batch.examples))
+            for trial in self._trials(batch, number)
+            if trial.id not in self._done
+        }
+        return [profile for profile in self.plan.profiles if profile in ahead]
+
+    def _calibrate(self, profiles: list[Profile]) -> None:
+        """Measure these profiles before the first trial; out of tolerance stops the run unless told to go on."""
+        from testbed.net.calibration.calibrate import calibrate, foretell
+
+        history = self.directory.entries("calibration.json", "measurements")
+        for number, profile in enumerate(profiles):
+            self._tally.say(
+                f"measuring the link: {profile.name} ({number + 1} of {len(profiles)}){foretell(profile)}"
+            )
+            self._apply(profile)
+            measured = calibrate(self.fabric, self.plan.link, profile)
+            record = measured.to_dict()
+            history = [*history, {"profile": profile.name, "measured_at": utc_now(), **record}]
+            self.directory.write("calibration.json", {"format": FORMAT, "measurements": history})
+            if not measured.ok:
+                self._uncalibrated.add(profile.text())
+                if not self.accept_uncalibrated:
+                    raise NetworkError(
+                        f"link {self.plan.link} is not what was asked for under {profile.name}: {measured.cause}; "
+                        "continue all the same with --accept-uncalibrated"
+                    )
+
+    def _prove_compute(self, loaded: dict[str, Any]) -> Gate | None:
+        """Measure how the sides compute before the first trial; a machine far from fit stops the run unless told to go on."""
+        self._tally.say("measuring compute on both sides")
+        alike = all(loaded["edge"][what] == loaded["cloud"][what] for what in ("device", "dtype", "threads"))
+        before = self.directory.entries("compute.json", "starts")
+
+        def write(record: dict[str, Any]) -> None:
+            self.directory.write("compute.json", {"format": FORMAT, "starts": [*before, record]})
+
+        gate = Gate(self.pair, alike, write)
+        gate.open(self.accept_uncalibrated)
+        return gate
+
+    def _apply(self, profile: Profile, restart: bool = False) -> None:
+        if restart or profile != self._current:
+            self.fabric.settle(self.plan.link)
+            self._origin = time.monotonic() if restart else self._origin
+            self.fabric.apply(self.plan.link, profile, self._origin)
+            self._current = profile
+
+    def _align(self, profile: Profile) -> float | None:
+        """Puts the link under a trial's profile; how far its traces, which begin with the trial or the run, have come."""
+        self._apply(profile, restart=profile.changes and self.scenario.at == "trial")
+        return time.monotonic() - self._origin if profile.changes else None
+
+    def _walk(self, batches: list[Batch]) -> None:
+        self._tally.begin()
+        self._origin, self._current = time.monotonic(), None
+        for batch in batches:
+            task = self.plan.tasks[batch.task]
+            for number in range(len(batch.examples)):
+                todo = self._todo(batch, number)
+                if not todo:
+                    continue
+                if self._gate is not None:
+                    self._gate.between()
+                reference = self._reference(batch, number, task, todo[0].example)
+                for trial in todo:
+                    self.directory.append(self._trial(trial, task, reference))
+                    self._tally.done(trial.cell)
+
+    def _reference(self, batch: Batch, number: int, task: Task, example: Example) -> dict[str, Any]:
+        """The full cache's answer, scored. What went wrong with it is its `error`, which every trial of the example meets."""
+        try:
+            found = self.pair.reference(batch, number)
+        except EndpointError as error:
+            if not self.pair.alive:
+                raise
+            nothing = {"answer": "", "score": None, "nll": None}
+            return {"context_tokens": 0, "kv_bytes": 0, **nothing, "error": f"full cache: {error}"}
+        return {**found, "score": task.score(found["answer"], example)["score"], "error": ""}
+
+    def _trials(self, batch: Batch, number: int) -> Iterator[Trial]:
+        """All trials of an example, in the order in which they are made."""
+        made = batch.examples[number]
+        example = Example(made["id"], made["context"], made["question"], tuple(made["answers"]))
+        for repeat in range(self.scenario.repeats):
+            for cell in self.plan.cells(batch.task, batch.context_tokens):
+                yield Trial(cell, self._cell_id(cell), repeat, batch.index, number, example, made["gold"])
+
+    def _todo(self, batch: Batch, number: int) -> list[Trial]:
+        """An example's trials that have not finished yet."""
+        todo = []
+        for trial in self._trials(batch, number):
+            if trial.id in self._done:
+                self._tally.skip(trial.cell)
+            else:
+                todo.append(trial)
+        return todo
+
+    def _cell_id(self, cell: Cell) -> str:
+        if cell not in self._identities:
+            self._identities[cell] = cell.identity(self.plan)
+        return self._identities[cell]
+
+    def _trial(self, trial: Trial, task: Task, reference: dict[str, Any]) -> Row:
+        """One request, and its row; what fails is in the row's `error`."""
+        profile = trial.cell.profile
+        calibrated = profile.text() not in self._uncalibrated
+        row = new_row(trial, self.plan, self.fabric.emulator.name, reference, calibrated)
+        complaints = self._gate.complaints if self._gate is not None else []
+        row.compute_steady = not complaints
+        row.threads = self._threads
+        row.warnings = "; ".join([*filter(None, [row.warnings, self._unlike]), *complaints])
+        told: list[str] = []
+        if reference["error"]:
+            row.error = reference["error"]
+            self.failures += 1
+            return row
+        try:
+            if trial.cell.placement == "edge":
+                result = self.pair.local(trial)
+                outcome = {"tokens_kept": reference["context_tokens"], "nll": reference["nll"], "kl": 0.0}
+            else:
+                row.trace_s = self._align(profile)
+                with self._account.trial(profile.name) as told:
+                    result = self.pair.request(trial)
+                outcome = self.pair.outcome(result["request"], trial.gold)
+        except EndpointError as error:
+            if not self.pair.alive:
+                raise
+            row.error = str(error)
+            self.failures += 1
+            return row
+        finally:
+            row.warnings = "; ".join([*filter(None, [row.warnings]), *told])
+        fill(row, result, outcome, task.score(result["answer"], trial.example))
+        return row
+
+
+def threads_of(manifest: dict[str, Any], loaded: dict[str, Any]) -> tuple[int, str]:
+    """The edge's threads, and a sentence where an earlier start of the run had another number; else empty."""
+    threads = int(loaded["edge"]["threads"])
+    earlier = manifest.get("endpoints", {}).get("edge", {}).get("threads", threads)
+    if earlier == threads:
+        return threads, ""
+    return (
+        threads,
+        f"computed in {threads} threads, earlier trials of this run in {earlier}: last bits may differ",
+    )
+
+
+def check_ready(plan: Plan) -> None:
+    """What can be known to fail before anything is written or built. Raises UsageError."""
+    resolve(plan.scenario.model)
+    require_tools(plan.flows())
+    from testbed.net.calibration.calibrate import foretell
+    from testbed.net.emulators import choose
+
+    for profile in plan.profiles:
+        foretell(profile)
+
+    choose(plan.scenario.emulator)
+
+
+def start(plan: Plan, out: Path, watch: Watcher, accept_uncalibrated: bool) -> Run:
+    """A run into a new directory `out`, not yet executed."""
+    check_ready(plan)
+    directory = RunDirectory.create(out)
+    directory.write(
+        "manifest.json",
+        {
+            "format": FORMAT,
+            "name": plan.scenario.name,
+            "settings": plan.scenario.model_dump(mode="json"),
+            "asked": plan.asked,
+            "created": utc_now(),
+            "traces": kept_traces.keep(plan, directory),
+        },
+    )
+    return Run(plan, directory, watch, accept_uncalibrated)
+
+
+def resume(path: Path, watch: Watcher, accept_uncalibrated: bool) -> Run:
+    """Take up the run in `path` where it ended: what has no row and what failed. Raises UsageError where it is none."""
+    from testbed.experiment.plan import make_plan
+
+    directory = RunDirectory.open(path)
+    for name in _CONTINUED:
+        directory.entries(name, "")  # unreadable is better said now than after the trials
+    with lookup.among(kept_traces.copies(directory.manifest().get("traces"), path.absolute())):
+        plan = make_plan(directory.settings(), str(path / "manifest.json"))
+    check_ready(plan)
+    run = Run(plan, directory, watch, accept_uncalibrated)
+    run.resumed = True
+    return run

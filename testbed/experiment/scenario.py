@@ -1,0 +1,252 @@
+"""A scenario: one YAML file that says what to run, and the plan that it unfolds into: what it names, and its cells.
+
+`planning` reads the file and looks up what it names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+
+from testbed.codecs.spec import parse as parse_codec
+from testbed.errors import SpecError
+from testbed.net.profile.profile import Profile
+from testbed.net.topology.topology import Link, Topology
+from testbed.net.traffic.traffic import Flow, flow_from
+from testbed.tasks.prompt import DEFAULT, PromptFormat, choose_prompt, parse_prompt
+from testbed.tasks.task import Task
+from testbed.units import exact, format_time, parse_time
+
+Placement = Literal["split", "cloud", "edge"]
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+def _codec(value: Any) -> str:
+    text = str(value)
+    if text.count("(") > text.count(")"):
+        raise SpecError(
+            f"codec {text[:80]!r}: ends within its parentheses; in brackets, YAML splits at commas: "
+            'quote it, as ["q2c@0.25(pool=1, scope=global)+int8"]'
+        )
+    return str(parse_codec(text))
+
+
+def _seconds(value: Any) -> float:
+    return parse_time(value)
+
+
+def _time(seconds: float) -> str:
+    return exact(seconds, format_time, parse_time, "s")
+
+
+def _task(value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        return {"task": value}
+    if not isinstance(value, dict) or not isinstance(value.get("task"), str):
+        raise ValueError("write a task's name, or a mapping with `task: NAME` and its parameters")
+    return value
+
+
+def _flow(value: Any) -> dict[str, Any]:
+    flow_from(value)  # kept as it was written, for the manifest
+    return dict(value)
+
+
+def _prompt(value: Any) -> str:
+    return str(parse_prompt(str(value)) or "auto")
+
+
+class Sides(BaseModel):
+    """A setting for each endpoint."""
+
+    model_config = ConfigDict(extra="forbid")
+    edge: str = "auto"
+    cloud: str = "auto"
+
+
+def _sides(value: Any) -> Any:
+    return {"edge": value, "cloud": value} if isinstance(value, str) else value
+
+
+class Compute(BaseModel):
+    """How many times slower than this host each endpoint computes."""
+
+    model_config = ConfigDict(extra="forbid")
+    edge: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] = 1.0
+    cloud: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] = 1.0
+
+
+class Scenario(BaseModel):
+    """The file, checked. Lists may be written as a single value."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    description: str = ""
+    topology: str = "edge-cloud"
+    edge: str = "edge"  #: node that holds the context
+    cloud: str = "cloud"  #: node that answers
+    link: str | None = (
+        None  #: the link whose profile is swept; None: the topology's only one, or its "bottleneck"
+    )
+    profiles: Annotated[list[Any], BeforeValidator(_listed), Field(min_length=1)]
+    model: str = "smollm2-135m"
+    device: Annotated[Sides, BeforeValidator(_sides)] = Sides()
+    dtype: Annotated[Sides, BeforeValidator(_sides)] = Sides()
+    compute: Compute = Compute()  #: emulates slower machines: stretches their compute stages in real time
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    placements: Annotated[list[Placement], BeforeValidator(_listed), Field(min_length=1)] = ["split"]
+    codecs: Annotated[
+        list[Annotated[str, BeforeValidator(_codec)]], BeforeValidator(_listed), Field(min_length=1)
+    ] = ["fp16"]
+    tasks: Annotated[
+        list[Annotated[dict[str, Any], BeforeValidator(_task)]], BeforeValidator(_listed), Field(min_length=1)
+    ]
+    prompt: Annotated[str, BeforeValidator(_prompt)] = (
+        "auto"  #: how the task's texts are laid out for the model
+    )
+    context_tokens: Annotated[
+        list[Annotated[int, Field(ge=8, le=1_000_000)] | None], BeforeValidator(_listed), Field(min_length=1)
+    ] = [256]
+    examples: Annotated[int, Field(ge=1, le=100_000)] = 10
+    repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
+    at: Literal["trial", "run"] = "trial"  #: when traces begin: with each trial, or once with the first
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] | None = (
+        None  #: None: what the task says its answers need
+    )
+    connection: Literal["per-request", "reuse"] = "per-request"
+    congestion: str | None = None  #: None: the link's, or else the namespace's default
+    emulator: Literal["auto", "netem", "userspace"] = "auto"
+    reuse: Literal["all", "prefill", "none"] = "all"
+    timeout: Annotated[
+        float, BeforeValidator(_seconds), Field(gt=0, le=86400), PlainSerializer(_time, when_used="json")
+    ] = 120.0
+    links: dict[str, Any] = {}  #: profiles of links that are not swept
+    traffic: Annotated[list[Annotated[dict[str, Any], BeforeValidator(_flow)]], BeforeValidator(_listed)] = []
+
+    @property
+    def transport(self) -> str:
+        """As rows name it."""
+        return "tcp+reuse" if self.connection == "reuse" else "tcp"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the sweep."""
+
+    task: int  #: index into the scenario's tasks
+    context_tokens: int | None
+    placement: str
+    codec: str
+    profile: Profile
+
+    def identity(self, plan: Plan) -> str:
+        """A hash of the settings: the same settings give the same cell in every run."""
+        scenario = plan.scenario
+        settings: dict[str, Any] = {
+            "model": scenario.model,
+            "dtype": [scenario.dtype.edge, scenario.dtype.cloud],
+            "device": [scenario.device.edge, scenario.device.cloud],
+            "task": scenario.tasks[self.task],
+            "context_tokens": self.context_tokens,
+            "max_new_tokens": scenario.max_new_tokens,
+            "seed": scenario.seed,
+            "placement": self.placement,
+            "codec": self.codec,
+            "profile": self.profile.text(),
+            "topology": plan.topology.name,
+            "link": plan.link,
+            "transport": scenario.transport,
+            "congestion": scenario.congestion,
+        }
+        if self.profile.changes:
+            settings["at"] = scenario.at
+        # Only where it is asked for, so that cells of runs from before these settings keep theirs.
+        if scenario.compute != Compute():
+            settings["compute"] = [scenario.compute.edge, scenario.compute.cloud]
+        if scenario.traffic:
+            settings["traffic"] = scenario.traffic
+        if plan.prompt != DEFAULT:
+            settings["prompt"] = str(plan.prompt)
+        text = json.dumps(settings, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A scenario with everything it names looked up, and its cells. `asked`: codecs that referred to a file, such as
+    ``mixed(protect=auto)``, by what that file said: the codec as the scenario has it now.
+    """
+
+    scenario: Scenario
+    topology: Topology
+    link: str
+    profiles: tuple[Profile, ...]
+    tasks: tuple[Task, ...]
+    asked: dict[str, str] = field(default_factory=dict)
+
+    def flows(self) -> list[Flow]:
+        """The background traffic."""
+        return [flow_from(value) for value in self.scenario.traffic]
+
+    @property
+    def swept(self) -> Link:
+        """The link whose profile is swept."""
+        return next(link for link in self.topology.links if link.name == self.link)
+
+    def under(self, profile: Profile) -> Topology:
+        """The topology with the swept link under `profile`."""
+        links = tuple(replace(k, profile=profile) if k.name == self.link else k for k in self.topology.links)
+        return replace(self.topology, links=links)
+
+    @property
+    def prompt(self) -> PromptFormat:
+        """How the tasks' texts are laid out for the model."""
+        return choose_prompt(self.scenario.prompt, self.scenario.model)
+
+    def replays(self, cell: Cell) -> bool:
+        """Whether a trial waits, in real time, for what it takes over of an earlier one.
+
+        It must where link or clock would otherwise be elsewhere than computing leaves them: a trace, background traffic, a kept
+        connection (TCP forgets while it idles), a capture. Emulated machines compute in real time, so they wait, too.
+        """
+        scenario = self.scenario
+        others = [link.profile for link in self.topology.links if link.name != self.link]
+        return (
+            cell.profile.changes
+            or any(profile.changes for profile in others)
+            or (scenario.at == "run" and any(profile.changes for profile in self.profiles))
+            or bool(scenario.traffic)
+            or scenario.connection == "reuse"
+            or scenario.compute != Compute()
+            or any(link.pcap for link in self.topology.links)
+        )
+
+    def batches(self) -> Iterator[tuple[int, int | None]]:
+        """Each task at each context length."""
+        yield from itertools.product(range(len(self.scenario.tasks)), self.scenario.context_tokens)
+
+    def cells(self, task: int, context_tokens: int | None) -> list[Cell]:
+        """The cells of one task and context length, in the order in which an example visits them: links innermost,
+        so that what two links share is made once, and a slow drift of the machine touches all links alike."""
+        cells = []
+        for placement in self.scenario.placements:
+            for codec in self.scenario.codecs if placement == "split" else [""]:
+                cells += [Cell(task, context_tokens, placement, codec, profile) for profile in self.profiles]
+        return cells
+
+    @property
+    def trials(self) -> int:
+        """How many trials the whole sweep has, if every task has as many examples as asked."""
+        per_example = sum(len(self.cells(*batch)) for batch in self.batches())
+        return per_example * self.scenario.examples * self.scenario.repeats

@@ -1,0 +1,147 @@
+"""The procedure on a model: measurements of a bench go into a run directory, and its rows answer each step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from testbed.analysis import claim_rules
+from testbed.analysis.guide import UNFIT, YES, Step, judge
+from testbed.analysis.run import load
+from testbed.diagnosis import launch
+from testbed.errors import SpecError, UsageError
+from testbed.experiment.progress import Watcher
+from testbed.experiment.results import FORMAT, RunDirectory
+from testbed.experiment.trial import utc_now
+from testbed.guide.bench import Bench, bench_plan
+from testbed.guide.procedure import FORMS, HIGH, RATIOS, Diagnosed, walk
+from testbed.models.sources import resolve
+from testbed.tasks.task import parse_task
+
+_DIAGNOSIS = "diagnosis.json"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the procedure is to be walked with. `task`: as a scenario writes it; `diagnosed`: examples that rank the layers (as
+    many more choose); `smaller`: how many times smaller is small enough (None: as small as holds).
+    """
+
+    model: str
+    task: Any = "needle"
+    context_tokens: int = 512
+    examples: int = claim_rules.LEAST
+    diagnosed: int = 8
+    smaller: float | None = None
+    threads: int | None = None
+
+    def directory(self) -> Path:
+        """Where the same question finds its rows again."""
+        model = re.sub(r"[^\w.-]+", "-", resolve(self.model).name).strip("-.")
+        task = re.sub(r"[^\w.-]+", "-", parse_task(self.task).label).strip("-.")
+        return Path("results") / f"guide-{model}-{task}-{self.context_tokens}"
+
+    def settings(self) -> dict[str, Any]:
+        """As a scenario."""
+        model = resolve(self.model)
+        return {
+            "name": "guide",
+            "description": "the deployment procedure, measured without a link",
+            "model": self.model if Path(self.model).exists() else model.name,
+            "tasks": [self.task],
+            "context_tokens": self.context_tokens,
+            "examples": self.examples,
+            "codecs": ["int8", *FORMS.values(), *(f"q2c@{ratio:g}" for ratio in RATIOS)],
+            "threads": self.threads,
+            "timeout": "1h",
+        }
+
+
+def measured(
+    asked: Asked, path: Path, watch: Watcher, say: Callable[[str], None], told: Callable[[Step], None]
+) -> tuple[list[Step], int]:
+    """The steps, measured into the run directory `path`, and how many trials failed; what is there already is not repeated.
+
+    `say`: gets the diagnosis' progress; `told`: each step as it is answered. Raises UsageError for a wrong request or a
+    directory that other settings were measured into, EndpointError where a process fails, KeyboardInterrupt; the rows so far
+    stay.
+    """
+    plan = bench_plan(asked.settings(), "guide")
+    directory = _open(path, plan.scenario.model_dump(mode="json"))
+    steps: list[Step] = []
+
+    def procedure(bench: Bench) -> None:
+        def measure(question: str, codecs: Sequence[str]) -> Step:
+            for number, codec in enumerate(codecs, 1):
+                bench.measure(codec)
+                step = judge(load(path), question, codecs[:number])
+                if step.answer in (YES, UNFIT):
+                    break
+            return step
+
+        for step in walk(
+            measure, lambda scale: _diagnosis(asked, scale, path, directory, say), asked.smaller
+        ):
+            steps.append(step)
+            told(step)
+
+    bench = Bench(plan, directory, watch, procedure)
+    bench.execute()
+    return steps, bench.failures
+
+
+def _open(path: Path, settings: dict[str, Any]) -> RunDirectory:
+    """The directory, new or continued."""
+    if not (path / "manifest.json").is_file():
+        directory = RunDirectory.create(path)
+        directory.write(
+            "manifest.json",
+            {"format": FORMAT, "name": settings["name"], "settings": settings, "created": utc_now()},
+        )
+        return directory
+    directory = RunDirectory.open(path)
+    before = directory.settings()
+    for key in ("name", "model", "tasks", "context_tokens", "seed", "prompt"):
+        if before.get(key) != settings[key]:
+            raise UsageError(
+                f"{path} was measured with {key} {before.get(key)}, not {settings[key]}; choose another --out"
+            )
+    return directory
+
+
+def _diagnosis(
+    asked: Asked, scale: str, path: Path, directory: RunDirectory, say: Callable[[str], None]
+) -> Diagnosed:
+    """The diagnosis that lies in the directory, where it was made for the same question; else a new one."""
+    task = asked.task if isinstance(asked.task, dict) else {"task": asked.task}
+    settings = {
+        "model": asked.model,
+        "task": task["task"],
+        "parameters": {key: value for key, value in task.items() if key != "task"},
+        "context_tokens": asked.context_tokens,
+        "examples": asked.diagnosed,
+        "scale": scale,
+        "high": HIGH,
+        "epsilon": claim_rules.ALIKE,
+        "threads": asked.threads,
+    }
+    found = _known(path / _DIAGNOSIS, {**settings, "model": resolve(asked.model).name})
+    if found is None:
+        found = launch.diagnosed(settings, say)
+        launch.write(path / _DIAGNOSIS, found)
+    return Diagnosed(
+        found["protect"], found["verdict"].startswith("bottleneck"), found["verdict"], found["examples"]
+    )
+
+
+def _known(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    from testbed.codecs.diagnosed import load_diagnosis
+
+    try:
+        found = load_diagnosis(path)
+    except SpecError:
+        return None
+    return found if all(found.get(key) == value for key, value in settings.items()) else None

@@ -1,0 +1,180 @@
+"""From probe packets to figures: rate, one-way delay and loss with their 99 % intervals, and whether they are in tolerance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+from testbed.net.calibration.probes import Arrived
+from testbed.net.profile.jitter import spread
+from testbed.net.profile.profile import Direction
+from testbed.units import format_fraction, format_rate, format_size, format_time
+
+RATE_TOLERANCE = 0.03
+DELAY_TOLERANCE_S = 1e-3  # above the asked delay
+_EARLY_S = 0.1e-3  # below it: the clock's and the time stamps' own error
+CONFIDENCE = 0.99
+_FILL_S = 0.15  # of a saturating flow, at most: until the queue stands
+
+
+_SHOWN: dict[str, Callable[[float], str]] = {
+    "rate": format_rate,
+    "delay": format_time,
+    "loss": format_fraction,
+    "jitter": format_time,
+    "law": lambda distance: f"{distance:.3f}",
+    "burst": lambda packets: f"{packets:.3g}",
+    "delay trace": format_time,
+    "loss trace": format_fraction,
+    "loss shape": lambda square: f"{square:.2f}",
+    "curve": lambda correlation: f"{correlation:.4f}",
+    "total": format_size,
+}
+_RELATIVE = ("rate", "total", "jitter", "burst")  # whose error is a fraction of what is asked
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure of one way. Rates in bits per second, delays in seconds, losses as fractions."""
+
+    way: str
+    what: str
+    """"rate", "delay", "loss"; "jitter" (standard deviation), "law" (distance from it), "burst" (packets). Of a trace: "curve"
+    (correlation), "total" (bytes), "delay trace" (seconds off), "loss trace", "loss shape" (chi-square a degree of freedom)."""
+    asked: float | None  # None: no limit
+    measured: float | None  # None: nothing arrived
+    low: float | None  # 99 % interval of what was measured
+    high: float | None
+    n: int  # probe packets behind it
+    ok: bool | None  # None: reported, not judged
+    tolerance: str
+    p99: float | None = None  # of the delay
+
+    def __str__(self) -> str:
+        line = self.line()
+        return f"{self.way} {self.what} {line['measured']} instead of {line['asked']}"
+
+    def line(self) -> dict[str, object]:
+        """The figure as text: ``asked``, ``measured``, ``error``; with ``way``, ``what``, ``ok``."""
+        show = _SHOWN[self.what]
+        error = ""
+        if self.asked is not None and self.measured is not None:
+            off = self.measured - self.asked
+            sign = "-" if off < 0 else "+"
+            relative = self.what in _RELATIVE and self.asked > 0
+            error = f"{100 * off / self.asked:+.2f}%" if relative else sign + show(abs(off))
+        return {
+            "way": self.way,
+            "what": self.what,
+            "asked": "no limit" if self.asked is None else show(self.asked),
+            "measured": "nothing arrived" if self.measured is None else show(self.measured),
+            "error": error,
+            "ok": self.ok is not False,
+        }
+
+
+def rate_check(way: str, direction: Direction, flow: Arrived, packet_bytes: int) -> Check:
+    """The receiver's rate of a saturating flow, from when the queue stood to when the sender ended.
+
+    The interval is that of the mean over ten equal parts of the flow.
+    """
+    asked, tolerance = direction.rate_bps, f"±{format_fraction(RATE_TOLERANCE)}"
+    times = flow.arrived_s
+    if len(times) < 4:
+        return Check(
+            way, "rate", asked, None, None, None, len(times), None if asked is None else False, tolerance
+        )
+    # Arrivals are the sum of equal serialisation times once the bottleneck is never idle; the first ones are not.
+    first = next(i for i, t in enumerate(times) if t - times[0] >= min(_FILL_S, (times[-1] - times[0]) / 8))
+    times = times[first:]
+    rate = (len(times) - 1) * packet_bytes * 8 / (times[-1] - times[0]) if times[-1] > times[0] else 0.0
+    low, high = _parts_interval(times, packet_bytes, rate)
+    ok = None if asked is None else abs(rate - asked) <= RATE_TOLERANCE * asked
+    return Check(way, "rate", asked, rate, low, high, len(times), ok, tolerance)
+
+
+def delay_check(way: str, direction: Direction, flow: Arrived, packet_bytes: int) -> Check:
+    """The median one-way delay of probes that meet no queue, without the probe's own serialisation. What is asked is the median
+    under the profile's law of jitter, which not every law has in the middle.
+
+    Judged by the median's interval (order statistics, no distribution assumed): with jitter, a few dozen probes tell it no
+    better.
+    """
+    tolerance = f"+{format_time(DELAY_TOLERANCE_S)}"
+    own = packet_bytes * 8 / direction.rate_bps if direction.rate_bps else 0.0
+    asked = direction.delay_s
+    if direction.jitter_s:
+        asked = spread(direction.jitter_law, direction.jitter_s, direction.delay_s).median_s
+    delays = sorted(a - s - own for s, a in zip(flow.sent_s, flow.arrived_s, strict=True))
+    n = len(delays)
+    if n == 0:
+        # A link that loses everything has no delay to be wrong about.
+        return Check(
+            way,
+            "delay",
+            asked,
+            None,
+            None,
+            None,
+            0,
+            None if direction.loss == 1 else False,
+            tolerance,
+        )
+    low, high = _median_interval(delays)
+    ok = low <= asked + DELAY_TOLERANCE_S and high >= asked - _EARLY_S
+    p99 = delays[min(n - 1, math.ceil(0.99 * n) - 1)]
+    return Check(way, "delay", asked, median(delays), low, high, n, ok, tolerance, p99)
+
+
+def loss_check(way: str, direction: Direction, flow: Arrived) -> Check:
+    """The fraction of probes that did not arrive, with its exact binomial interval (Clopper and Pearson, 1934).
+
+    Where losses come in bursts, that of as many fewer probes as bursts make the count vary more.
+    """
+    lost = flow.sent - len(set(flow.numbers))
+    if flow.sent == 0:
+        return Check(way, "loss", direction.loss, None, None, None, 0, False, "99% interval")
+    inflation = 1.0 if direction.loss_model is None else max(1.0, direction.loss_model.chain().spread)
+    low, high = clopper_pearson(lost / inflation, flow.sent / inflation)
+    ok = lost == 0 if direction.loss == 0 else low <= direction.loss <= high
+    return Check(way, "loss", direction.loss, lost / flow.sent, low, high, flow.sent, ok, "99% interval")
+
+
+def clopper_pearson(hits: float, n: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The interval that holds the probability behind *hits* of *n* with at least this confidence."""
+    from scipy.special import betaincinv  # scipy.stats has the same by name, but takes seconds to import
+
+    tail = (1 - confidence) / 2
+    low = 0.0 if hits == 0 else float(betaincinv(hits, n - hits + 1, tail))
+    high = 1.0 if hits == n else float(betaincinv(hits + 1, n - hits, 1 - tail))
+    return low, high
+
+
+def _median_interval(ordered: list[float]) -> tuple[float, float]:
+    """The order statistics between which the median lies: how many of n fall below it is binomial."""
+    from scipy.special import bdtrik
+
+    n = len(ordered)
+    below = math.floor(max(0.0, float(bdtrik((1 - CONFIDENCE) / 2, n, 0.5))))
+    return ordered[max(0, below - 1)], ordered[min(n - 1, n - below)]
+
+
+def _parts_interval(times: list[float], packet_bytes: int, rate: float) -> tuple[float, float]:
+    from scipy.special import stdtrit
+
+    parts = min(10, (len(times) - 1) // 2)
+    if parts < 2:
+        return rate, rate
+    edges = [times[round(i * (len(times) - 1) / parts)] for i in range(parts + 1)]
+    counts = [
+        round((i + 1) * (len(times) - 1) / parts) - round(i * (len(times) - 1) / parts) for i in range(parts)
+    ]
+    rates = [
+        c * packet_bytes * 8 / max(1e-9, b - a) for c, a, b in zip(counts, edges, edges[1:], strict=False)
+    ]
+    mean = sum(rates) / parts
+    deviation = math.sqrt(sum((r - mean) ** 2 for r in rates) / (parts - 1))
+    half = float(stdtrit(parts - 1, (1 + CONFIDENCE) / 2)) * deviation / math.sqrt(parts)
+    return rate - half, rate + half

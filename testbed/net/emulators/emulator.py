@@ -1,0 +1,126 @@
+"""What every link emulator provides."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from testbed.units import format_time
+
+if TYPE_CHECKING:
+    from testbed.net.profile.profile import Profile
+
+
+@dataclass(frozen=True)
+class Counters:
+    """One direction of a link since it was attached. Bytes are the network layer's (IP header and up)."""
+
+    packets: int  # that entered
+    bytes: int
+    dropped_loss: int  # by the profile's random loss
+    dropped_queue: int  # because the profile's queue was full
+    worst_lateness_s: float  # a packet's leaving after its logical time; 0 where the emulator cannot know
+    delivered: int = 0  # packets that left
+    overrun: int = (
+        0  # packets the emulator itself lost, because it could not keep up: not part of any profile
+    )
+    # What follows an emulator may not be able to tell: 0.
+    dropped_aqm: int = 0  # by the queue's management (CoDel)
+    marked: int = 0  # congestion experienced, instead of lost or dropped
+    duplicated: int = 0
+    corrupted: int = 0
+    reordered: int = 0
+    cleared: int = 0  # that were under way when the link was put under other conditions, and dropped: no loss of any profile's
+    # Of two readings the greater maximum says nothing about the time between them, hence this one:
+    recent_lateness_s: float = 0.0  # the worst since the counters were last read, by whomever
+
+    def since(self, before: Counters) -> Counters:
+        """What was counted after *before*, the reading just before this one; the worst lateness is that of between."""
+        return self._with(before, -1, self.recent_lateness_s)
+
+    def plus(self, other: Counters) -> Counters:
+        """Both stretches of time together."""
+        return self._with(other, 1, max(self.worst_lateness_s, other.worst_lateness_s))
+
+    def complaints(self, way: str, late_s: float) -> list[str]:
+        """Where the emulator could not keep up, in words: it was later than *late_s* (seconds), or lost packets itself."""
+        said = []
+        if self.worst_lateness_s > late_s:
+            said.append(f"{way}: the emulator was late by up to {format_time(self.worst_lateness_s)}")
+        if self.overrun > 0:
+            said.append(f"{way}: the emulator lost {self.overrun} packets")
+        return said
+
+    def record(self) -> dict[str, Any]:
+        """For JSON, of a stretch of time (see `since`): every counter, and one lateness."""
+        return {name: value for name, value in asdict(self).items() if name != "recent_lateness_s"}
+
+    def _with(self, other: Counters, sign: int, lateness_s: float) -> Counters:
+        counts = {
+            f.name: getattr(self, f.name) + sign * getattr(other, f.name)
+            for f in fields(self)
+            if not f.name.endswith("_s")
+        }
+        return Counters(**counts, worst_lateness_s=lateness_s, recent_lateness_s=lateness_s)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A link that conditions are to be imposed on: its name, its two interfaces in the wire, and the conditions."""
+
+    link: str
+    a: str
+    b: str
+    profile: Profile
+
+
+class Attachment(Protocol):
+    """One link with conditions imposed on it."""
+
+    process: (
+        tuple[int, int] | None
+    )  # pid and start time (clock ticks since boot) of the process behind it, if there is one
+
+    def apply(self, profile: Profile, origin_s: float | None = None, *, fresh: bool = False) -> None:
+        """Changes the conditions of what enters from now on; packets under way stay and keep their order, connections survive.
+
+        *origin_s*: when the profile's traces begin, on the clock CLOCK_MONOTONIC; None: now. Both ways' begin together.
+        *fresh*: packets under way are dropped (`Counters.cleared`), so that nothing of before is met.
+        """
+
+    def under_way(self) -> int:
+        """How many packets are on the link, both ways."""
+
+    def counters(self) -> dict[str, Counters]:
+        """``{"up": …, "down": …}``."""
+
+    def fate(self) -> str | None:
+        """What has become of a process behind the link that serves it no longer, for a sentence; None: all is well."""
+
+    def super_packets(self, profile: Profile) -> dict[str, int]:
+        """How many TCP segments may enter as one packet under *profile*, each way; 1: only real packets."""
+
+    def detach(self) -> None:
+        """Ends the emulation: nothing crosses the link any more, and nothing of the emulator is left. May be called twice."""
+
+
+class Emulator(Protocol):
+    """A way of imposing a profile on a link.
+
+    One that serves many links better together than one by one has ``attach_all(wire, wanted, *, keep=None)``, too, which returns
+    the attachments in the order of what is wanted, and ``release_all(attachments)`` for when their wire is about to be removed.
+    """
+
+    name: str
+
+    def attach(
+        self, wire: str, link: str, a: str, b: str, profile: Profile, *, keep: Path | None = None
+    ) -> Attachment:
+        """Imposes *profile* on what passes between interfaces *a* and *b* of the namespace *wire* (*up* is a to b).
+
+        With *keep* (a directory) whatever runs outlives this process and `reattach` finds it there.
+        """
+
+    def reattach(self, wire: str, link: str, a: str, b: str, *, keep: Path) -> Attachment:
+        """The attachment that an earlier `attach` with the same arguments made. Raises NetworkError when it is gone."""

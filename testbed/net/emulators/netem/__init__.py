@@ -1,0 +1,1 @@
+"""Conditions imposed by the kernel: netem and the queueing disciplines beside it."""

@@ -1,0 +1,203 @@
+"""The process that makes netem follow traces: it changes a link's queueing disciplines in place, every few milliseconds.
+
+    outer netem ◀── delay, loss (when they change)          token bucket ◀── rate          plug ◀── hold or go on
+
+It runs inside the wire's namespace, as a program of its own that imports the standard library and this package's own parts alone,
+and ends with the network: with the other end of its control socket, with its parent, or with the namespace's last process.
+
+A step that comes late jumps to what the trace says now. How late is counted, as the relay counts its packets' lateness.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import socket
+import struct
+import sys
+from time import monotonic
+from typing import Any
+
+from testbed.net.emulators.netem.pacing import Pace, Pacer
+from testbed.net.emulators.netem.shaping import HOLD, RELEASE, Plug, TokenBucket
+from testbed.net.emulators.relay.control import Control
+from testbed.net.emulators.relay.relay import _ask_for_precision
+from testbed.net.fabric.netlink import TCA_KIND, TCA_OPTIONS, Netlink, attribute, text
+from testbed.net.profile.deliveries import Deliveries
+from testbed.net.profile.packed import unpack
+from testbed.net.profile.schedule import Schedule
+
+STEP_S = 8e-3
+"""From one step to the next. They must not be further apart than 10 ms, and no step is on time to the microsecond."""
+_CLOSEST_S = 1e-3  # in less time, a rate means nothing
+_LOOK_S = 1.0  # how often an idle process looks whether its parent still lives
+_LATENCY64, _NS_PER_TICK, _FULL = 10, 64, 0xFFFFFFFF
+_QOPT_BYTES = 24  # struct tc_netem_qopt, in front of netem's attributes
+
+
+class Way:
+    """One direction under a trace."""
+
+    def __init__(self, orders: dict[str, Any], schedule: Schedule | Deliveries, netlink: Netlink) -> None:
+        self.schedule, self._netlink = schedule, netlink
+        self._ifindex, self._plug_bytes = orders["ifindex"], orders["plug_bytes"]
+        self._outer_handle, self._bucket_handle, self._plug_handle, self._root = orders["handles"]
+        self._outer = bytearray.fromhex(orders["outer"])
+        self._stab = bytes.fromhex(orders["stab"])
+        self._now: tuple[float | None, float | None] = (None, None)  # delay and loss that are in force
+        self._held = False
+        self._pace: Pace | None = None
+        self._pacer: Pacer | None = None
+        if schedule.opportunity_bytes or schedule.rates is not None:
+            self._pacer = Pacer(schedule, orders["mtu"], monotonic(), self._counted()[0])
+
+    def until(self, now: float, latest: float) -> float:
+        """When the next step is to be, no later than *latest*: in time for what a step cannot do ahead of time."""
+        schedule = self.schedule
+        if (
+            schedule.rates is not None
+            and schedule.rate_at(now) != 0
+            and schedule.delays is schedule.losses is None
+        ):
+            return latest  # a rate's change within a step is part of the step's bytes; an outage must not end early
+        if isinstance(schedule, Deliveries):
+            return latest
+        return max(now + _CLOSEST_S, min(latest, schedule.next_change(now)))
+
+    def step(self, now: float, until: float) -> None:
+        """Sets what holds from *now* to *until*. Raises NetworkError where the qdiscs are gone."""
+        changes = []
+        values = (self.schedule.delay_at(now), self.schedule.loss_at(now))
+        if values != self._now:
+            self._now = values
+            changes.append(
+                (self._outer_handle, self._root, _netem(patched(self._outer, *values), self._stab))
+            )
+        if self._pacer is not None:
+            delivered, waiting = self._counted()
+            pace = self._pacer.step(now, until, delivered, waiting)
+            same, self._pace = pace == self._pace and not waiting, pace
+            if not pace.hold and not same:
+                bucket = TokenBucket(pace.rate_bytes_per_s, pace.burst_bytes)
+                changes.append(
+                    (self._bucket_handle, self._outer_handle + 1, _options("tbf", bucket.encode()))
+                )
+            if not same and not (pace.hold and self._held):
+                plug = Plug(self._plug_bytes, HOLD if pace.hold else RELEASE)
+                changes.append((self._plug_handle, self._bucket_handle + 1, _options("plug", plug.encode())))
+            self._held = pace.hold
+        if changes:
+            self._netlink.change(self._ifindex, changes)
+
+    def _counted(self) -> tuple[int, int]:
+        """Bytes that have left the bucket, and bytes that wait in it."""
+        found = self._netlink.qdisc(self._ifindex, self._bucket_handle)
+        if found is None:
+            return 0, 0
+        sent = struct.unpack_from("=Q", found.stats.get(1, bytes(8)))[0]
+        return sent, struct.unpack_from("=II", found.stats.get(3, bytes(8)))[1]
+
+
+def patched(outer: bytearray, delay_s: float | None, loss: float | None) -> bytes:
+    """Netem's encoded options (`netem_options.Options.encode`) with another delay and loss; None: as they are."""
+    made = bytearray(outer)
+    if delay_s is not None:
+        delay_ns, at = round(delay_s * 1e9), _QOPT_BYTES
+        struct.pack_into("=I", made, 0, min(delay_ns // _NS_PER_TICK, _FULL))
+        while struct.unpack_from("=H", made, at + 2)[0] != _LATENCY64:
+            at += (struct.unpack_from("=H", made, at)[0] + 3) & ~3
+        struct.pack_into("=q", made, at + 4, delay_ns)
+    if loss is not None:
+        struct.pack_into("=I", made, 8, round(loss * _FULL))
+    return bytes(made)
+
+
+def _options(kind: str, encoded: bytes) -> bytes:
+    return text(TCA_KIND, kind) + attribute(TCA_OPTIONS, encoded)
+
+
+def _netem(encoded: bytes, stab: bytes) -> bytes:
+    return _options("netem", encoded) + stab
+
+
+class Follower:
+    """One link whose ways follow traces, or do not for the time being."""
+
+    def __init__(self, netlink: Netlink) -> None:
+        self._netlink = netlink
+        self._ways: dict[str, Way] = {}
+        self._lateness = {way: [0.0, 0.0] for way in ("up", "down")}  # the worst ever; since it was asked for
+        self.due = 0.0
+
+    def apply(self, link: str, conditions: dict[str, Any], files: list[int], fresh: bool = False) -> None:
+        """From now on these ways follow these traces, and no others. The files are closed."""
+        self._ways = {}
+        for way, orders in conditions.items():
+            packed = orders["schedule"]
+            self._ways[way] = Way(orders, unpack(packed, files[packed["file"]]), self._netlink)
+        for file in files:
+            os.close(file)
+        self.due = monotonic()
+        self.step(self.due)
+
+    def under_way(self, link: str) -> int:
+        """The queueing disciplines hold the packets, not this process."""
+        return 0
+
+    def counters(self, link: str) -> dict[str, dict[str, float]]:
+        """How late steps were, each way: ``worst_lateness_s`` and ``recent_lateness_s``."""
+        answer = {}
+        for way, (worst, recent) in self._lateness.items():
+            self._lateness[way] = [max(worst, recent), 0.0]
+            answer[way] = {"worst_lateness_s": max(worst, recent), "recent_lateness_s": recent}
+        return answer
+
+    def remove(self, link: str) -> bool:
+        """There is but one link."""
+        return False
+
+    def wait_s(self, now: float) -> float:
+        """How long until there is something to do."""
+        return max(0.0, self.due - now) if self._ways else _LOOK_S
+
+    def step(self, now: float) -> None:
+        """Every way's step. The next one is due a step after this one was, after what was missed, or sooner for a change."""
+        if not self._ways:
+            return
+        late = now - self.due
+        self.due += STEP_S * (1 + max(0.0, late) // STEP_S)
+        if self.due - now < _CLOSEST_S:
+            self.due += STEP_S
+        self.due = min(followed.until(now, self.due) for followed in self._ways.values())
+        for way, followed in self._ways.items():
+            followed.step(now, self.due)
+            self._lateness[way][1] = max(self._lateness[way][1], late)
+
+    def serve(self, control: Control) -> None:
+        """Until *control* says to stop, or the qdiscs are gone."""
+        looked = monotonic()
+        while not control.stopped:
+            ready = select.select(control.files, [], [], self.wait_s(monotonic()))[0]
+            now = monotonic()
+            if self._ways and now >= self.due:
+                self.step(now)
+            if ready or now - looked > _LOOK_S:
+                looked = now
+                control.serve(ready, self)
+
+
+def main() -> None:
+    """Follows a link's traces; the only argument is a file descriptor with JSON in it (see `serving.start`)."""
+    with os.fdopen(int(sys.argv[1]), "rb") as file:
+        orders = json.loads(file.read())
+    gc.disable()
+    control = Control(socket.socket(fileno=orders["control"]), orders["listening"])
+    _ask_for_precision()
+    with Netlink.here() as netlink:  # which takes the right to administer the network: it stays root
+        Follower(netlink).serve(control)
+
+
+if __name__ == "__main__":
+    main()

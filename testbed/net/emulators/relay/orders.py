@@ -1,0 +1,65 @@
+"""What the relay is told of a profile: plain values, and open files for what changes over time.
+
+`Line.apply` (`testbed.net.emulators.relay.line`) is what takes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
+
+from msgspec import structs
+
+from testbed.net.emulators.relay.jitter import pack
+from testbed.net.profile.jitter import table
+from testbed.net.profile.loss import FourState, GilbertElliott
+
+if TYPE_CHECKING:
+    from testbed.net.profile.profile import Profile
+
+WAYS: tuple[Literal["up", "down"], ...] = ("up", "down")
+
+
+@contextlib.contextmanager
+def relay_orders(profile: Profile, origin_s: float) -> Iterator[tuple[dict[str, dict[str, Any]], list[int]]]:
+    """Both ways' conditions, and the open files that hold what changes over time, which may be long: open until the end."""
+    conditions: dict[str, dict[str, Any]] = {}
+    with contextlib.ExitStack() as closing:
+        files: list[int] = []
+        for way in WAYS:
+            conditions[way] = plain_conditions(profile, way)
+            direction = profile.up if way == "up" else profile.down
+            if (schedule := direction.schedule(way, origin_s)) is not None:
+                file = closing.enter_context(open(os.memfd_create("schedule"), "wb"))
+                conditions[way]["schedule"] = schedule.pack(file) | {"file": len(files)}
+                file.flush()
+                files.append(file.fileno())
+        yield conditions, files
+
+
+def plain_conditions(profile: Profile, way: Literal["up", "down"]) -> dict[str, Any]:
+    """What does not change over time, in plain values."""
+    direction = profile.up if way == "up" else profile.down
+    model, codel = direction.loss_model, direction.queue.codel
+    kind = {GilbertElliott: "gilbert", FourState: "states"}
+    return {
+        "rate_bps": direction.rate_bps,
+        "delay_s": direction.delay_s,
+        "jitter_s": direction.jitter_s,
+        "jitter_table": pack(table(direction.jitter_law)) if direction.jitter_s else None,
+        "jitter_reorders": direction.jitter_reorders,
+        "loss": direction.loss,
+        "loss_model": model and {"kind": kind[type(model)]} | structs.asdict(model),
+        "duplicate": direction.duplicate,
+        "corrupt": direction.corrupt,
+        "reorder": direction.reorder,
+        "ecn": direction.ecn,
+        "queue_bytes": profile.queue_bytes(way),
+        "codel": codel and asdict(codel),
+        "overhead_bytes": direction.overhead_bytes,
+        "mtu": direction.mtu,
+        "seed": direction.seed,
+    }

@@ -1,0 +1,234 @@
+"""The relay process: takes frames from one port, keeps each until its logical departure time, sends it through the other.
+
+One process serves one link or many, both ways. userspace.py starts it as a program of its own, with open file descriptors and
+nothing else, and imports the standard library and its own parts (`testbed.net.emulators.relay`) alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from math import inf
+from time import monotonic, sleep
+from typing import Any
+
+from testbed.net.emulators.relay.control import Control
+from testbed.net.emulators.relay.line import Line
+from testbed.net.emulators.relay.port import BATCH, Port, Receiver
+from testbed.net.profile.packed import unpack
+
+PRIORITY = 2  # real-time, just above the probers' (probe.py), which must not hold up the link they measure
+NOBODY = 65534
+COALESCE_S = 120e-6  # no two wake-ups closer than this: waking is what costs most, and a busy link would have two a packet
+SPIN_S = 30e-6  # below this, waiting in select(2) costs more precision than polling costs processor
+MANY = 1000  # packets under way
+IDLE_S = 1.0  # how often an idle relay looks whether its parent still lives
+
+
+class Pair:
+    """Both directions between two ports."""
+
+    def __init__(self, port_a: Port, port_b: Port, seed: int | None) -> None:
+        self.ports = (port_a, port_b)
+        seeds = (None, None) if seed is None else (2 * seed, 2 * seed + 1)
+        self.lines = {"up": Line(port_b.send, seeds[0]), "down": Line(port_a.send, seeds[1])}
+
+    def apply(self, conditions: dict[str, dict[str, Any]], files: list[int], fresh: bool = False) -> None:
+        """New conditions for both ways, without what is under way if they are to begin *fresh*; *files*: descriptors of what
+        schedules are packed in. They are closed."""
+        for way, line in self.lines.items():
+            packed = conditions[way].get("schedule")
+            schedule = None if packed is None else unpack(packed, files[packed["file"]])
+            now = monotonic()
+            line.advance(now)
+            if fresh:
+                line.clear()
+            line.apply(conditions[way] | {"schedule": schedule}, now)
+        for file in files:
+            os.close(file)
+
+    def counters(self) -> dict[str, dict[str, float]]:
+        """Each way's; what the kernel had no room for in front of it is an overrun."""
+        answer = {}
+        for (way, line), port in zip(self.lines.items(), self.ports, strict=True):
+            counted = line.counters()
+            answer[way] = counted | {"overrun": counted["overrun"] + port.count_lost()}
+        return answer
+
+
+class Relay:
+    """The links that this process serves, by name."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[str, Pair] = {}
+        self._ports: dict[int, tuple[Port, Line]] = {}  # by descriptor: the port, and where its frames go
+        self._busy: set[Line] = set()  # with something under way
+
+    def add(self, name: str, pair: Pair) -> None:
+        """One more link."""
+        self._pairs[name] = pair
+        for port, line in zip(pair.ports, pair.lines.values(), strict=True):
+            self._ports[port.fileno] = (port, line)
+
+    def remove(self, link: str) -> bool:
+        """Ends a link, and what is under way on it is lost; whether another one is left."""
+        pair = self._pairs.pop(link)
+        for port, line in zip(pair.ports, pair.lines.values(), strict=True):
+            del self._ports[port.fileno]
+            self._busy.discard(line)
+            port.close()
+        return bool(self._pairs)
+
+    def apply(
+        self, link: str, conditions: dict[str, dict[str, Any]], files: list[int], fresh: bool = False
+    ) -> None:
+        """Changes the conditions of a link; see `Pair.apply`."""
+        pair = self._pairs[link]
+        pair.apply(conditions, files, fresh)
+        self._busy.update(line for line in pair.lines.values() if line.leaves < inf)
+
+    def under_way(self, link: str) -> int:
+        """Packets on a link, both ways."""
+        return sum(line.under_way for line in self._pairs[link].lines.values())
+
+    def counters(self, link: str) -> dict[str, dict[str, float]]:
+        """A link's, see `Pair.counters`."""
+        return self._pairs[link].counters()
+
+    def close(self) -> None:
+        """Closes all ports at the same time: with each the kernel waits until no processor uses it any more (some ten
+        milliseconds), a wait that hundreds of them can share."""
+        closing = [threading.Thread(target=port.close) for port, _ in self._ports.values()]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join()
+
+    def serve(self, control: Control) -> None:
+        """Until *control* says to stop."""
+        busy, ports, waiter, receive = self._busy, self._ports, Waiter(), Receiver().receive
+        files = [*ports, *control.files]
+        woken, checked, more = 0.0, monotonic(), False
+        while not control.stopped:
+            now = monotonic()
+            if now - woken < COALESCE_S and not more:
+                sleep(COALESCE_S - (now - woken))
+                now = monotonic()
+            due = inf
+            for line in busy:
+                if line.leaves < due:
+                    due = line.leaves
+            wait = due - now
+            if wait > IDLE_S:
+                wait = IDLE_S
+            elif wait < SPIN_S or more:
+                wait = 0.0
+            ready = waiter.wait(files, wait)
+            woken = now = monotonic()
+            more, called = False, now - checked > IDLE_S
+            for descriptor in ready:
+                if descriptor not in ports:
+                    called = True
+                    continue
+                port, line = ports[descriptor]
+                frames = receive(port)
+                more |= len(frames) == BATCH  # there may be more
+                enter = line.enter
+                for arrived, frame in frames:
+                    enter(frame, arrived)
+                busy.add(line)
+            for line in tuple(busy):
+                # Not only when something leaves: during an outage the queue has to fill, and then overflow.
+                if line.leaves <= now or len(line.flight) > MANY:
+                    line.advance(now)
+                if line.leaves == inf and not line.queue:
+                    busy.discard(line)
+            if called:
+                checked = now
+                control.serve(ready, self)
+                files = [*ports, *control.files]
+
+
+class Waiter:
+    """select(2), which is precise to the microsecond. Where there are many descriptors, on an epoll that holds them all: select's
+    own cost grows with their number, and epoll_wait(2) knows only milliseconds from here."""
+
+    FEW = 16
+
+    def __init__(self) -> None:
+        self._epoll: select.epoll | None = None
+        self._held: list[int] = []
+
+    def wait(self, files: list[int], wait: float) -> list[int]:
+        """Those of *files* that can be read, after at most *wait* seconds."""
+        if len(files) <= self.FEW:
+            return select.select(files, [], [], wait)[0]
+        if self._epoll is None or (files is not self._held and files != self._held):
+            if self._epoll is not None:
+                self._epoll.close()
+            self._epoll, self._held = select.epoll(), files
+            for file in files:
+                self._epoll.register(file, select.EPOLLIN)
+        select.select([self._epoll], [], [], wait)
+        return [file for file, _ in self._epoll.poll(0)]
+
+
+def _ask_for_precision() -> None:
+    """Real-time scheduling where permitted, else a better nice value, else nothing; and exact timers."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(PRIORITY))
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.nice(-10)
+    with contextlib.suppress(OSError), open("/proc/self/timerslack_ns", "w") as slack:
+        slack.write("1")
+
+
+def _drop_privileges() -> None:
+    """Open file descriptors are all that it needs from here on."""
+    if (
+        os.geteuid() == 0 and "TESTBED_ROOTLESS" not in os.environ
+    ):  # there, root is whoever called, and nobody is nobody
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
+class _Stopped(Exception):
+    """SIGTERM came."""
+
+
+def _stop(number: int, frame: object) -> None:
+    """Ends serving, not the process: ports close together (see `Relay.close`), and a killed process's one by one."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _Stopped
+
+
+def main() -> None:
+    """Serves links; the only argument is a file descriptor with JSON in it (see `serving.start`)."""
+    with os.fdopen(int(sys.argv[1]), "rb") as file:
+        orders = json.loads(file.read())
+    gc.disable()  # nothing here forms cycles, and a collection takes longer than a packet may wait
+    control = Control(socket.socket(fileno=orders["control"]), orders["listening"])
+    relay = Relay()
+    for name, link in orders["links"].items():
+        pair = Pair(Port(link["port_a"]), Port(link["port_b"]), link["seed"])
+        pair.apply(link["conditions"], link.get("files", []))
+        relay.add(name, pair)
+    _ask_for_precision()
+    _drop_privileges()
+    signal.signal(signal.SIGTERM, _stop)
+    with contextlib.suppress(_Stopped):
+        relay.serve(control)
+    relay.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The userspace emulator: a relay process between two packet sockets, for kernels without netem.
+
+    l0a ──▶ packet socket ═ relay, up ═▶ packet socket ──▶ l0b        and the other way after *down*
+
+Without ``keep`` the relay ends with this process, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from testbed.errors import NetworkError, UsageError
+from testbed.hosts.namespace import inside, inside_scratch
+from testbed.net.emulators.emulator import Attachment, Counters, Wanted
+from testbed.net.emulators.netem.redirect import quieten
+from testbed.net.emulators.refusal import refuse_unknown
+from testbed.net.emulators.relay.orders import relay_orders
+from testbed.net.emulators.relay.port import open_port
+from testbed.net.emulators.relay.serving import Connection, recorded, start
+
+if TYPE_CHECKING:
+    from testbed.net.profile.profile import Direction, Profile
+
+HONOURED = frozenset(
+    {"jitter law", "jitter reorder", "loss model", "codel", "duplicate", "corrupt", "reorder", "ecn"}
+    | {"overhead", "mtu", "seed", "trace"}
+)
+"""What of `Direction.beyond_the_basics` this emulator knows."""
+
+LINKS_A_RELAY = 256
+"""Two descriptors each have to fit into what a process may have open by default, 1024, here and there."""
+_SUPER_PACKET_S = 0.5e-3
+_SUPER_PACKET_BYTES = 60_000
+PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop(1)); from testbed.net.emulators.relay.relay import main; main()"
+
+
+def require_packet_sockets() -> None:
+    """Raises UsageError when this machine cannot run the userspace emulator."""
+    try:
+        inside_scratch(lambda: _open("lo")).close()
+    except UsageError as error:
+        raise UsageError(f"emulator userspace: {error}") from None
+
+
+def super_packet_segments(direction: Direction) -> int:
+    """How many TCP segments may cross as one packet without being told from so many: half a millisecond's worth.
+
+    One where chance decides over each packet, and where there is no rate to say how long they take.
+    """
+    chance = (direction.loss, direction.duplicate, direction.corrupt, direction.reorder, direction.jitter_s)
+    if (
+        any(chance)
+        or direction.queue.codel is not None
+        or direction.rate_bps is None
+        or direction.trace is not None
+    ):
+        return 1
+    at_once = min(direction.rate_bps / 8 * _SUPER_PACKET_S, _SUPER_PACKET_BYTES)
+    return max(1, int(at_once / direction.mtu))
+
+
+class Userspace:
+    """The emulator called ``userspace``; see `testbed.net.emulators`."""
+
+    name = "userspace"
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._seed = seed
+
+    def attach(
+        self, wire: str, link: str, a: str, b: str, profile: Profile, *, keep: Path | None = None
+    ) -> Attachment:
+        """See `Emulator.attach`. Raises UsageError without the right to, NetworkError when the kernel refuses."""
+        return self.attach_all(wire, [Wanted(link, a, b, profile)], keep=keep)[0]
+
+    def attach_all(
+        self, wire: str, wanted: Sequence[Wanted], *, keep: Path | None = None
+    ) -> list[Attachment]:
+        """The same for many links, up to `LINKS_A_RELAY` of which share a relay process."""
+        for one in wanted:
+            refuse_unknown(self.name, one.profile, HONOURED)
+        quieten(wire)
+        made: list[Attachment] = []
+        try:
+            for start in range(0, len(wanted), LINKS_A_RELAY):
+                made += self._attach(wire, wanted[start : start + LINKS_A_RELAY], keep)
+        except BaseException:
+            for attachment in made:
+                attachment.detach()
+            raise
+        return made
+
+    def _attach(self, wire: str, wanted: Sequence[Wanted], keep: Path | None) -> list[RelayAttachment]:
+        with contextlib.ExitStack() as undo:
+            ports = inside(wire, lambda: _open_ports([name for one in wanted for name in (one.a, one.b)]))
+            for port in ports.values():
+                undo.callback(port.close)
+            links: dict[str, dict[str, Any]] = {}
+            now = time.monotonic()
+            for one in wanted:
+                conditions, files = undo.enter_context(relay_orders(one.profile, now))
+                links[one.link] = {
+                    "port_a": ports[one.a].fileno(),
+                    "port_b": ports[one.b].fileno(),
+                    "seed": self._seed,
+                    "conditions": conditions,
+                    "files": files,
+                }
+            first = wanted[0].link
+            process, control = start(links, first, keep, PROGRAM)
+            # The links of one relay share the connection to it, which ends the relay when the last of them is detached.
+            shared = Connection(first, process, control, keep, {one.link for one in wanted})
+            attachments = [RelayAttachment(one.link, shared) for one in wanted]
+            try:
+                attachments[-1].counters()  # it answers: it runs
+            except BaseException:
+                for attachment in attachments:
+                    attachment.detach()
+                raise
+        return attachments
+
+    def super_packets(self, profile: Profile) -> dict[str, int]:
+        """See `Attachment.super_packets`."""
+        return {"up": super_packet_segments(profile.up), "down": super_packet_segments(profile.down)}
+
+    def release_all(self, attachments: Sequence[Attachment]) -> None:
+        """Ends the relays behind *attachments*, whose wire is about to be removed."""
+        relays = {id(a.relay): a.relay for a in attachments if isinstance(a, RelayAttachment)}.values()
+        for relay in relays:  # all are told before the first is waited for
+            relay.stop()
+        for relay in relays:
+            relay.end()
+
+    def reattach(self, wire: str, link: str, a: str, b: str, *, keep: Path) -> Attachment:
+        """See `Emulator.reattach`."""
+        first, process, links = recorded(link, keep)
+        return RelayAttachment(link, Connection(first, process, None, keep, set(links)))
+
+
+class RelayAttachment:
+    """One link whose frames pass through a relay process."""
+
+    def __init__(self, link: str, relay: Connection) -> None:
+        self.process: tuple[int, int] | None = relay.process
+        self._link, self.relay = link, relay
+
+    def apply(self, profile: Profile, origin_s: float | None = None, *, fresh: bool = False) -> None:
+        """See `Attachment.apply`."""
+        refuse_unknown(Userspace.name, profile, HONOURED)
+        origin_s = time.monotonic() if origin_s is None else origin_s
+        with relay_orders(profile, origin_s) as (conditions, files):
+            order = {"do": "apply", "conditions": conditions, "fresh": fresh}
+            self.relay.ask(self._link, order, files)
+
+    def under_way(self) -> int:
+        """See `Attachment.under_way`."""
+        return int(self.relay.ask(self._link, {"do": "under_way"})["packets"])
+
+    def counters(self) -> dict[str, Counters]:
+        answer = self.relay.ask(self._link, {"do": "counters"})
+        return {way: Counters(**answer[way]) for way in ("up", "down")}
+
+    def fate(self) -> str | None:
+        """See `Attachment.fate`."""
+        return self.relay.fate()
+
+    def super_packets(self, profile: Profile) -> dict[str, int]:
+        """See `Attachment.super_packets`."""
+        return Userspace().super_packets(profile)
+
+    def detach(self) -> None:
+        if self.process is None:
+            return
+        self.process = None
+        self.relay.release(self._link)
+
+
+def _open_ports(interfaces: list[str]) -> dict[str, socket.socket]:
+    """Packet sockets on interfaces of the calling thread's namespace."""
+    with contextlib.ExitStack() as undo:
+        ports = {name: undo.enter_context(_open(name)) for name in interfaces}
+        undo.pop_all()
+        return ports
+
+
+def _open(interface: str) -> socket.socket:
+    """A packet socket on an interface of the calling thread's namespace."""
+    try:
+        return open_port(interface)
+    except PermissionError:
+        raise UsageError("no permission to open a packet socket; run it with sudo") from None
+    except OSError as error:
+        raise NetworkError(f"cannot open a packet socket on {interface}: {error.strerror}") from None

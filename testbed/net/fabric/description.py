@@ -1,0 +1,90 @@
+"""A network in plain values: what stands, under which profiles, and what its emulators have counted so far."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from testbed.errors import TestbedError
+from testbed.hosts import namespaces, processes
+from testbed.net.fabric import state
+from testbed.net.fabric.state import State
+
+if TYPE_CHECKING:
+    from testbed.net.emulators import Attachment
+
+
+def describe(network: State) -> dict[str, Any]:
+    """The network in plain values, for people and JSON: nodes with addresses, links with profiles and live
+    counters.
+
+    ``counters`` is None where the emulator cannot be asked: it belongs to another process, or asking takes
+    root.
+    """
+    topology = network.topology
+    nodes = [
+        {
+            "name": node.name,
+            "namespace": network.namespace(node.name),
+            "addresses": [
+                {"link": topology.links[end.link].name, "interface": end.name, "address": end.address}
+                | ({"address6": end.address6} if end.address6 else {})
+                for end in topology.interfaces(node.name)
+            ],
+        }
+        for node in topology.nodes
+    ]
+    links = [
+        {
+            "name": link.name,
+            "a": link.a,
+            "b": link.b,
+            "profile": str(link.profile),
+            "conditions": link.profile.text(),
+            "congestion": link.congestion,
+            "counters": _live_counters(network, number),
+        }
+        for number, link in enumerate(topology.links)
+    ]
+    return {
+        "problems": problems(network),
+        "id": network.id,
+        "topology": topology.name,
+        "emulator": network.emulator,
+        "persistent": network.persistent,
+        "alive": state.is_alive(network),
+        "created_at": network.created_at,
+        "process": network.pid,
+        "nodes": nodes,
+        "links": links,
+    }
+
+
+def problems(network: State) -> list[str]:
+    """What of a network that should stand is not there any more, a line each."""
+    if network.boot != namespaces.boot_id():
+        return ["the machine was booted since: nothing of it is left"]
+    gone = [name for name in network.namespaces if not namespaces.path(name).exists()]
+    dead = [one for one in network.processes if not processes.is_running(one.pid, one.started)]
+    said = [f"namespace {name} is gone" for name in gone]
+    return said + [f"process {one.pid} ({one.what}) has ended" for one in dead]
+
+
+def _live_counters(network: State, number: int) -> dict[str, dict[str, Any]] | None:
+    try:
+        namespaces.require_root()
+        if not network.keep.is_dir():
+            return None
+        counters = reattach(network, number).counters()
+    except (TestbedError, OSError):
+        return None
+    return {way: asdict(values) for way, values in counters.items()}
+
+
+def reattach(network: State, number: int) -> Attachment:
+    """The running emulator of link `number` of a network that is up. Raises NetworkError where it cannot be
+    found."""
+    from testbed.net import emulators
+
+    link, keep = f"l{number}", network.keep
+    return emulators.reattach(network.emulator, network.wire, link, f"{link}a", f"{link}b", keep)

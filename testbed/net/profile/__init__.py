@@ -1,0 +1,1 @@
+"""Conditions of links as descriptions: what is read, printed, compared and scheduled. Nothing here imposes them."""

@@ -1,0 +1,267 @@
+"""A link's conditions: one direction, and a profile of two. `testbed.net.profile` reads them from text; the queue of a
+direction is in `testbed.net.profile.queues`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from testbed.errors import SpecError
+from testbed.net.profile.bounds import LARGEST_MTU, LEAST_MTU, bounded
+from testbed.net.profile.deliveries import Deliveries
+from testbed.net.profile.jitter import LAWS, JitterTable
+from testbed.net.profile.loss import LossModel
+from testbed.net.profile.queues import MIN_QUEUE_BYTES, Queue, time_text
+from testbed.net.profile.schedule import Schedule
+from testbed.net.profile.trace import Trace
+from testbed.units import (
+    exact,
+    exact_percentage,
+    format_fraction,
+    format_rate,
+    format_size,
+    format_time,
+    parse_rate,
+)
+
+MTU = 1500
+"""Bytes of the network layer in the largest packet, unless a profile says otherwise."""
+INLINE_SOURCE = "given in place"
+
+_COMMA = re.compile(r",(?![^(]*\))")  # those in parentheses belong to what stands before them
+
+
+def split_conditions(text: str) -> list[str]:
+    """``a=1,b=f(2,3)`` -> ``["a=1", "b=f(2,3)"]``."""
+    return _COMMA.split(text)
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One way of a link. Raises SpecError where a value is out of bounds.
+
+    What happens to a packet, in this order: it is duplicated, lost (or marked, see `ecn`) and corrupted with
+    the probabilities given; it travels for `delay_s` plus a random deviation, never below zero in all; it waits
+    in the queue, or finds it full and is dropped; and it is serialised at `rate_bps`. A duplicate is a packet of
+    its own from there on. Packets keep their order, unless `jitter_reorders` or `reorder` say otherwise: one that
+    would overtake its predecessor arrives right behind it, as on a radio link with in-order delivery.
+    """
+
+    rate_bps: float | None = None
+    """Bits per second of the network layer (IP header and up); None: as fast as the host."""
+    delay_s: float = 0.0
+    jitter_s: float = 0.0
+    """The unit of `jitter_law`: a normal one's standard deviation."""
+    loss: float = 0.0
+    """The fraction lost in the long run; each packet on its own, unless `loss_model` says otherwise."""
+    queue: Queue = field(default_factory=Queue)
+    loss_model: LossModel | None = None
+    """Bursts: a chain, whose mean `loss` then is (and need not be given)."""
+    jitter_law: str | JitterTable = "normal"
+    """One of `testbed.net.profile.jitter.LAWS`, or a table of one's own."""
+    jitter_reorders: bool = False
+    """Whether packets that are delayed less overtake."""
+    duplicate: float = 0.0
+    """The probability that a packet comes twice."""
+    corrupt: float = 0.0
+    """The probability that one bit of a packet is flipped; its checksums are those of before."""
+    reorder: float = 0.0
+    """The probability that a packet skips the delay, and so overtakes those that are under way."""
+    ecn: bool = False
+    """Packets whose sender understands ECN are marked (congestion experienced) where `loss` or CoDel would lose
+    them. RFC 3168. A full queue drops all the same."""
+    overhead_bytes: int = 0
+    """Bytes of lower layers that each packet costs at the rate, besides its own."""
+    mtu: int = MTU
+    """Bytes of the network layer in the largest packet; what a queue in packets is counted with."""
+    seed: int | None = None
+    """Of this direction's random numbers; None: the run's."""
+    trace: Trace | None = None
+    """What changes over time: the rate, which is then not given here (outages stop the one that is), delay or loss."""
+
+    def __post_init__(self) -> None:
+        if self.rate_bps is not None:
+            bounded("rate", self.rate_bps, 1e3, 100e9, format_rate)
+        bounded("delay", self.delay_s, 0.0, 60.0, format_time)
+        for name in ("loss", "duplicate", "corrupt", "reorder"):
+            bounded(name, getattr(self, name), 0.0, 1.0, format_fraction)
+        bounded("overhead", self.overhead_bytes, 0, 1000, format_size)
+        bounded("mtu", self.mtu, LEAST_MTU, LARGEST_MTU, lambda size: f"{size:g}")
+        if self.seed is not None:
+            bounded("seed", self.seed, 0, 2**63 - 1, str)
+        if self.loss_model is not None:
+            if self.loss not in (0.0, self.loss_model.mean):
+                raise SpecError("loss: the model has a mean of its own")
+            object.__setattr__(self, "loss", self.loss_model.mean)
+        if isinstance(self.jitter_law, str) and self.jitter_law not in LAWS:
+            raise SpecError(f"jitter: unknown law {self.jitter_law!r}; use one of {', '.join(LAWS)}")
+        if not 0 <= self.jitter_s <= self.delay_s:
+            raise SpecError(
+                f"jitter {format_time(self.jitter_s)} exceeds the delay {format_time(self.delay_s)}: "
+                "packets would have to arrive before they were sent"
+            )
+        if self.trace is not None and self.trace.sets_rate and self.rate_bps is not None:
+            raise SpecError(f"{self.trace} gives the rate; leave rate= away")
+        if self.reorder and not self.delay_s:
+            raise SpecError("reorder needs a delay that a packet can skip")
+
+    def __str__(self) -> str:
+        parts = []
+        if self.rate_bps is not None:
+            parts.append("rate=" + exact(self.rate_bps, format_rate, parse_rate, "bit"))
+        if self.delay_s or self.trace is None:
+            parts.append("delay=" + time_text(self.delay_s))
+        if self.jitter_s or self.jitter_law != "normal" or self.jitter_reorders:
+            parts.append("jitter=" + self._jitter_text())
+        if self.loss_model is not None:
+            parts.append(f"loss={self.loss_model}")
+        elif self.loss:
+            parts.append("loss=" + exact_percentage(self.loss))
+        if self.queue != Queue():
+            parts.append(f"queue={self.queue}")
+        for name in ("duplicate", "corrupt", "reorder"):
+            if value := getattr(self, name):
+                parts.append(f"{name}={exact_percentage(value)}")
+        parts += ["ecn=yes"] if self.ecn else []
+        parts += [f"overhead={self.overhead_bytes}b"] if self.overhead_bytes else []
+        parts += [f"mtu={self.mtu}"] if self.mtu != MTU else []
+        parts += [f"seed={self.seed}"] if self.seed is not None else []
+        parts += [str(self.trace)] if self.trace is not None else []
+        return ",".join(parts)
+
+    def _jitter_text(self) -> str:
+        spread, options = time_text(self.jitter_s), ["reorder"] if self.jitter_reorders else []
+        if isinstance(self.jitter_law, JitterTable):
+            return f"table({','.join([spread, f'file={self.jitter_law.path}', *options])})"
+        if self.jitter_law == "normal" and not options:
+            return spread
+        return f"{self.jitter_law}({','.join([spread, *options])})"
+
+    def beyond_the_basics(self) -> dict[str, str]:
+        """What this asks for besides rate, delay, normal jitter, independent loss and a drop-tail queue: name ->
+        how it is written. An emulator has to know of each, or refuse it."""
+        has = {
+            "jitter law": bool(self.jitter_s) and self.jitter_law != "normal",
+            "jitter reorder": bool(self.jitter_s) and self.jitter_reorders,
+            "loss model": self.loss_model is not None,
+            "codel": self.queue.codel is not None,
+            "duplicate": bool(self.duplicate),
+            "corrupt": bool(self.corrupt),
+            "reorder": bool(self.reorder),
+            "ecn": self.ecn,
+            "overhead": bool(self.overhead_bytes),
+            "mtu": self.mtu != MTU,
+            "seed": self.seed is not None,
+        }
+        key = {"jitter law": "jitter", "jitter reorder": "jitter", "loss model": "loss", "codel": "queue"}
+        fixed = split_conditions(str(replace(self, trace=None)))
+        written = dict(part.split("=", 1) for part in fixed)
+        found = {name: f"{key.get(name, name)}={written[key.get(name, name)]}" for name in has if has[name]}
+        return found | ({"trace": str(self.trace)} if self.trace is not None else {})
+
+    def schedule(self, way: Literal["up", "down"], origin_s: float) -> Schedule | Deliveries | None:
+        """What changes over time, beginning at `origin_s`; None: nothing does. Raises SpecError where the trace's file is
+        missing or wrong, or says what is said here, too."""
+        if self.trace is None:
+            return None
+        made = self.trace.schedule(way, self.rate_bps, origin_s)
+        for name, there, here in (("delay", made.delays, self.delay_s), ("loss", made.losses, self.loss)):
+            if there is not None and here:
+                raise SpecError(f"{self.trace}: it gives the {name}; leave {name}= away")
+        return made
+
+    def steady(self, way: Literal["up", "down"], *, peak: bool = False) -> Direction:
+        """The same without what changes: its mean in its place, or with `peak` the largest rate. Raises as
+        `schedule` does."""
+        if self.trace is None:
+            return self
+        rate = self.trace.rates_bps(way, self.rate_bps)[peak]
+        means = self.trace.means(way, self.rate_bps)
+        return replace(
+            self,
+            trace=None,
+            rate_bps=None if rate is None else min(100e9, max(1e3, rate)),
+            delay_s=self.delay_s or means.get("delays", 0.0),
+            loss=self.loss or means.get("losses", 0.0),
+        )
+
+    def queue_bytes(self, round_trip_s: float) -> int | None:
+        """Bytes the queue holds, at least one packet; `round_trip_s` is the sum of both ways' delays.
+
+        None where that has no meaning: nothing waits for an unlimited rate, so its time and BDPs are no size.
+        """
+        if self.queue.unit == "bytes":
+            return max(self.mtu, round(self.queue.amount))
+        if self.queue.unit == "packets":
+            return max(1, round(self.queue.amount)) * self.mtu
+        if self.rate_bps is None:
+            return None
+        if self.queue.unit == "s":
+            return max(self.mtu, round(self.queue.amount * self.rate_bps / 8))
+        return max(MIN_QUEUE_BYTES, round(self.queue.amount * self.rate_bps / 8 * round_trip_s))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The conditions of one link, each way.
+
+    `name` is a preset's name or the canonical form of the text the profile was read from, so `str` reads
+    back; `source` says where the numbers come from.
+    """
+
+    name: str
+    up: Direction
+    down: Direction
+    source: str = INLINE_SOURCE
+
+    def __post_init__(self) -> None:
+        if self.up.mtu != self.down.mtu:
+            raise SpecError(f"a link has one mtu, not {self.up.mtu} up and {self.down.mtu} down")
+
+    def __str__(self) -> str:
+        return self.name
+
+    def text(self) -> str:
+        """The numbers themselves, a preset's too."""
+        return str(self.up) if self.up == self.down else f"up:{self.up};down:{self.down}"
+
+    @property
+    def round_trip_s(self) -> float:
+        """Both ways' one-way delays, seconds."""
+        return self.up.delay_s + self.down.delay_s
+
+    @property
+    def changes(self) -> bool:
+        """Whether a trace is in force on one of the ways."""
+        return self.up.trace is not None or self.down.trace is not None
+
+    def schedules(
+        self, origin_s: float = 0.0
+    ) -> tuple[Schedule | Deliveries | None, Schedule | Deliveries | None]:
+        """Both ways' `Direction.schedule`, which says what is raised."""
+        return self.up.schedule("up", origin_s), self.down.schedule("down", origin_s)
+
+    def remarks(self) -> list[str]:
+        """What is to be seen of its traces before they are used (`Trace.remarks`), once where both ways have the same."""
+        said = []
+        for way, direction in (("up", self.up), ("down", self.down)):
+            if direction.trace is not None:
+                said += direction.trace.remarks(way, direction.rate_bps)  # type: ignore[arg-type]
+        return list(dict.fromkeys(said))
+
+    def steady(self, *, peak: bool = False) -> Profile:
+        """The profile with means, or peak rates, in the place of what changes over time; see `Direction.steady`."""
+        if not self.changes:
+            return self
+        return replace(self, up=self.up.steady("up", peak=peak), down=self.down.steady("down", peak=peak))
+
+    def queue_bytes(self, way: Literal["up", "down"]) -> int | None:
+        """See `Direction.queue_bytes`; BDPs and times of a rate that changes are those of its mean."""
+        steady = self.steady()
+        return (steady.up if way == "up" else steady.down).queue_bytes(steady.round_trip_s)
+
+    def bdp_bytes(self) -> float:
+        """Bandwidth-delay product of the faster way at its fastest, bytes; 0 where the rate is not limited."""
+        most = self.steady(peak=True)
+        return max(most.up.rate_bps or 0.0, most.down.rate_bps or 0.0) / 8 * most.round_trip_s

@@ -1,0 +1,255 @@
+"""A link that changes over time, as a description: what a profile says in place of a rate.
+
+The text forms, wherever a direction of a profile is written (see `testbed.net.profile`)::
+
+    trace:FILE                              a recording (`testbed.net.profile.recordings`), for each way its own columns
+    step:50mbit*10s+5mbit*5s                rates one after the other
+    sine:10mbit..50mbit*20s                 a rate that swings
+    outage:5s@10s    outage:5s@10s/60s      nothing for 5 s, 10 s from the beginning; and so every 60 s
+    flap:10s/1s                             up for 10 s, down for 1 s
+
+each with options: ``trace:FILE(scale=0.5,offset=10s,end=hold,column=down)``. The others stand beside fixed conditions:
+``delay=20ms,queue=100ms,trace:FILE`` or ``rate=50mbit,delay=20ms,outage:5s@10s``.
+
+A description reads no file until `Trace.schedule` or `Trace.recording` is asked for, so what names a file that is gone can
+still be printed, compared and taken down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import msgspec
+
+from testbed.errors import SpecError, UnitError
+from testbed.net.profile import lookup
+from testbed.net.profile.deliveries import Deliveries
+from testbed.net.profile.generators import Flap, Outage, Sine, Step, exact_time
+from testbed.net.profile.recordings.files import read_recording
+from testbed.net.profile.recordings.recording import (
+    MAX_SECONDS,
+    OPPORTUNITY_BYTES,
+    DeliveryTimes,
+    Recording,
+    Samples,
+)
+from testbed.net.profile.schedule import Schedule
+from testbed.strict_yaml import did_you_mean
+from testbed.units import format_rate, format_time, parse_time
+
+Way = Literal["up", "down"]
+_SHIPPED = Path(__file__).parents[2] / "scenarios"
+_OPTIONS = ("scale", "offset", "end", "column")
+_COLUMNS = {"up": "up", "ul": "up", "down": "down", "dl": "down"}
+_UNWRITABLE = set(",;()\n\r\t")
+_MAX_SCALE = 1e6
+_SHORT_S = 1.0
+
+
+class File(msgspec.Struct, frozen=True, tag="file"):
+    """A recording, by the path of its file: as written. *at*: where it is, as was found beside the file that names it
+    (`testbed.net.profile.lookup`); else it is looked for from the working directory, and among the shipped scenarios."""
+
+    path: str
+    at: str = ""
+    kind: ClassVar[str] = "trace"
+
+    @classmethod
+    def parse(cls, text: str) -> File:
+        """Raises SpecError."""
+        if not text or _UNWRITABLE & set(text):
+            raise SpecError(
+                f"{text[:40]!r} cannot be a trace's file: give one without brackets, commas and semicolons"
+            )
+        return cls(text, lookup.find(text))
+
+    def __str__(self) -> str:
+        return f"trace:{self.path}"
+
+    def found(self) -> Path:
+        """Where the file is. Raises SpecError where it is not."""
+        if self.at:
+            return Path(self.at)  # `read_recording` says if it has gone
+        for path in (Path(self.path), _SHIPPED / self.path):
+            if path.exists():
+                return path
+        raise SpecError(f"trace {self.path}: no such file")
+
+
+_KINDS: dict[str, type[File | Step | Sine | Outage | Flap]] = {
+    kind.kind: kind for kind in (File, Step, Sine, Outage, Flap)
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A recording or a rule, and how it is used.
+
+    *scale* multiplies rates (of deliveries: what one carries); *offset_s*: where in it to start; *end*: whether it begins
+    again or its last values hold; *column*: the way whose columns of the file are used, empty for the direction's own.
+    """
+
+    source: File | Step | Sine | Outage | Flap
+    scale: float = 1.0
+    offset_s: float = 0.0
+    end: Literal["loop", "hold"] = "loop"
+    column: Literal["", "up", "down"] = ""
+
+    def __str__(self) -> str:
+        options = []
+        if self.scale != 1:
+            options.append(
+                f"scale={self.scale:g}" if float(f"{self.scale:g}") == self.scale else f"scale={self.scale!r}"
+            )
+        if self.offset_s:
+            options.append(f"offset={exact_time(self.offset_s)}")
+        if self.end != "loop":
+            options.append(f"end={self.end}")
+        if self.column:
+            options.append(f"column={self.column}")
+        return str(self.source) + (f"({','.join(options)})" if options else "")
+
+    @property
+    def sets_rate(self) -> bool:
+        """Whether a fixed rate beside it would be a contradiction, as far as is known without reading a file."""
+        return isinstance(self.source, (Step, Sine))
+
+    def recording(self, way: Way, rate_bps: float | None) -> Recording:
+        """What changes over one way's time. Raises SpecError where the file is missing or wrong, or has a rate where
+        *rate_bps* is given, too."""
+        if not isinstance(self.source, File):
+            return self.source.samples(rate_bps)
+        found = read_recording(self.source.found(), self.column or way)
+        if rate_bps is not None and (isinstance(found, DeliveryTimes) or found.rates is not None):
+            raise SpecError(f"{self}: it gives the rate; leave rate= away, or change it with scale")
+        return found
+
+    def schedule(self, way: Way, rate_bps: float | None, origin_s: float = 0.0) -> Schedule | Deliveries:
+        """What an emulator follows from *origin_s* on; `recording` says what is raised, and so does an option that cannot be."""
+        found = self.recording(way, rate_bps)
+        if isinstance(found, DeliveryTimes):
+            if self.end == "hold":
+                raise SpecError(f"{self}: packet deliveries have no last value to hold; they can loop")
+            return Deliveries(
+                found.times_ms, OPPORTUNITY_BYTES * self.scale, offset_s=self.offset_s, origin_s=origin_s
+            )
+        return Schedule(
+            found.times,
+            found.length_s,
+            rates=found.rates,
+            delays=found.delays,
+            losses=found.losses,
+            scale=self.scale,
+            loop=self.end == "loop" and not self._once,
+            offset_s=self.offset_s,
+            origin_s=origin_s,
+        )
+
+    @property
+    def _once(self) -> bool:
+        """Whether it is an outage that does not come again: it is over soon, and what it interrupts goes on for good."""
+        return isinstance(self.source, Outage) and self.source.every_s is None
+
+    def rates_bps(self, way: Way, rate_bps: float | None) -> tuple[float | None, float | None]:
+        """The mean (see `means`) and the largest rate, bits per second; None: not limited, or no business of this trace's.
+
+        One outage that does not come again is left out of the mean: over a long time it is nothing.
+        """
+        found = self.recording(way, rate_bps)
+        if isinstance(found, DeliveryTimes):
+            return found.mean_rate * 8 * self.scale, found.peak_rate * 8 * self.scale
+        if found.rates is None or found.peak_rate == float("inf"):
+            return rate_bps, rate_bps
+        peak = found.peak_rate * 8 * self.scale
+        return peak if self._once else self._mean(found, "rates") * 8 * self.scale, peak
+
+    def means(self, way: Way, rate_bps: float | None) -> dict[str, float]:
+        """The mean ``delays`` (seconds) and ``losses`` (fractions) of what gives them, weighted by time: over the whole trace
+        where it loops, over what there is from the offset on where its last values hold in the end."""
+        found = self.recording(way, rate_bps)
+        columns = [name for name in ("delays", "losses") if getattr(found, name, None) is not None]
+        return {name: self._mean(found, name) for name in columns if isinstance(found, Samples)}
+
+    def _mean(self, found: Samples, column: str) -> float:
+        return found.mean(column, 0.0 if self.end == "loop" else self.offset_s)
+
+    def remarks(self, way: Way, rate_bps: float | None) -> list[str]:
+        """What is to be seen before a recording is used: its length, its mean rate, and what is odd. Nothing of a rule."""
+        if not isinstance(self.source, File):
+            return []
+        found, rate = self.recording(way, rate_bps), self.rates_bps(way, rate_bps)[0]
+        said = f"{self}: {format_time(found.length_s)} long"
+        said += "" if rate is None else f", {format_rate(rate)} on average"
+        if isinstance(found, DeliveryTimes) and found.length_s < _SHORT_S:
+            return [
+                f"{said}; shorter than a second, again and again: are these delays, and no times of deliveries?"
+            ]
+        return [said + ("; shorter than a second, again and again" if found.length_s < _SHORT_S else "")]
+
+
+def is_trace(text: str) -> bool:
+    """Whether this text is meant to be a trace: it begins with a kind's name and a colon."""
+    return text.partition(":")[0].strip() in _KINDS and ":" in text
+
+
+def parse_trace(text: str) -> Trace:
+    """The trace a text stands for; without a kind's name in front it is a file. Raises SpecError."""
+    text = text.strip()
+    if not is_trace(text):
+        text = f"trace:{text}"
+    kind, _, rest = text.partition(":")
+    options: dict[str, str] = {}
+    if rest.rstrip().endswith(")"):
+        rest, bracket, inside = rest.rstrip().removesuffix(")").partition("(")
+        if not bracket:
+            raise SpecError(f"{text[:60]!r}: a bracket is missing")
+        options = _options(inside)
+    return Trace(_KINDS[kind.strip()].parse(rest.strip()), **_values(options))  # type: ignore[arg-type]
+
+
+def _options(text: str) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for part in text.split(","):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not key or not value:
+            raise SpecError(f"{part.strip()[:40]!r} is not key=value, such as scale=0.5")
+        if key not in _OPTIONS:
+            raise SpecError(f"a trace has no option {key[:40]!r}" + did_you_mean(key[:40], list(_OPTIONS)))
+        if key in options:
+            raise SpecError(f"{key!r} is given twice")
+        options[key] = value
+    return options
+
+
+def _values(options: dict[str, str]) -> dict[str, float | str]:
+    values: dict[str, float | str] = {}
+    if "scale" in options:
+        values["scale"] = _scale(options["scale"])
+    if "offset" in options:
+        try:
+            values["offset_s"] = parse_time(options["offset"])
+        except UnitError as error:
+            raise SpecError(f"offset: {error}") from None
+        if float(values["offset_s"]) > MAX_SECONDS:
+            raise SpecError(f"offset {options['offset']} is more than {MAX_SECONDS / 86400:g} days")
+    if "end" in options:
+        if options["end"] not in ("loop", "hold"):
+            raise SpecError(f"end={options['end'][:20]}: a trace's end is loop or hold")
+        values["end"] = options["end"]
+    if "column" in options:
+        if options["column"].lower() not in _COLUMNS:
+            raise SpecError(f"column={options['column'][:20]}: it is up (ul) or down (dl)")
+        values["column"] = _COLUMNS[options["column"].lower()]
+    return values
+
+
+def _scale(text: str) -> float:
+    try:
+        scale = float(text)
+    except ValueError:
+        raise SpecError(f"scale {text[:20]!r} is no number") from None
+    if not 1 / _MAX_SCALE <= scale <= _MAX_SCALE:  # also false for NaN
+        raise SpecError(f"scale {text[:20]} lies outside {1 / _MAX_SCALE:g}..{_MAX_SCALE:g}")
+    return scale

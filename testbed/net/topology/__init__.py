@@ -1,0 +1,1 @@
+"""Nodes and links as descriptions: read from files, unfolded from shapes, given addresses and routes."""

@@ -1,0 +1,1 @@
+"""Background traffic beside the trials."""

@@ -1,0 +1,31 @@
+"""What the rows can say, and how surely: estimates with intervals, paired comparisons, families of tests.
+
+Everything is seeded: the same rows give the same numbers. The unit is the example, always.
+"""
+
+from testbed.stats.counts import McNemar, holm, mcnemar, share_above
+from testbed.stats.estimates import CONFIDENCE, NOTHING, RESAMPLES, Estimate, mean, median, quantile
+from testbed.stats.front import pareto_front
+from testbed.stats.kept import kept
+from testbed.stats.paired import Difference, difference, ratio, signed_rank, smallest_detectable
+
+__all__ = [
+    "CONFIDENCE",
+    "NOTHING",
+    "RESAMPLES",
+    "Difference",
+    "Estimate",
+    "McNemar",
+    "difference",
+    "holm",
+    "kept",
+    "mcnemar",
+    "mean",
+    "median",
+    "pareto_front",
+    "quantile",
+    "ratio",
+    "share_above",
+    "signed_rank",
+    "smallest_detectable",
+]

@@ -1,0 +1,183 @@
+"""Two measurements of the same examples: their difference and their ratio, tested and with intervals.
+
+What is compared has met the same examples, so that an example's difficulty cancels out. Two tests say
+whether the difference is there: Wilcoxon's signed-rank test (F. Wilcoxon, "Individual Comparisons by Ranking
+Methods", Biometrics Bulletin 1(6), 1945) over examples, and the bootstrap interval of the mean difference.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import optimize, special
+from scipy import stats as scipy_stats
+
+from testbed.stats.estimates import (
+    CONFIDENCE,
+    NOTHING,
+    RESAMPLES,
+    Estimate,
+    Floats,
+    _clean,
+    by_example,
+    expanded,
+    mean,
+)
+
+POWER = 0.8
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean paired difference with its interval over `n` examples.
+
+    `p`: Wilcoxon's signed-rank test, two-sided, 1 where no example differs, NaN below two examples;
+    `detectable`: the smallest mean difference that this many examples, as spread as these, show at 5 % with
+    a probability of 80 %; NaN where the data does not say.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    p: float
+    detectable: float
+
+    @property
+    def estimate(self) -> Estimate:
+        """The same without the tests."""
+        return Estimate(self.value, self.low, self.high, self.n)
+
+
+def difference(
+    values: npt.ArrayLike,
+    baseline: npt.ArrayLike,
+    clusters: npt.ArrayLike | None = None,
+    strata: npt.ArrayLike | None = None,
+    *,
+    bounds: tuple[float, float] | None = None,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Difference:
+    """Mean of `values` − `baseline`, whose elements belong together pair by pair.
+
+    `clusters` and `strata` as in `mean`: examples are averaged first and count once, tasks count equally.
+    `bounds`: the least and largest possible value of either side; where all examples differ alike (mostly:
+    not at all), the interval is that of another outcome so rare that it stayed unseen. Pairs with a value
+    that is not finite are left out.
+    """
+    change = np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
+    estimate = mean(
+        change, clusters, strata, skewed=bounds is None, confidence=confidence, resamples=resamples, seed=seed
+    )
+    labels = np.arange(np.size(change)) if clusters is None else clusters
+    data, (examples, tasks) = _clean(change, labels, strata)
+    if not len(data):
+        return Difference(NAN, NAN, NAN, 0, NAN, NAN)
+    groups = [own for (own,) in by_example([data], examples, tasks)]
+    averaged = np.concatenate(groups)
+    n = estimate.n
+    if n < 2:
+        return Difference(estimate.value, NAN, NAN, n, NAN, NAN)
+    p = signed_rank(averaged)
+    if bounds is not None and np.ptp(averaged) == 0:
+        unseen, most = _unseen(bounds, confidence, n), bounds[1] - bounds[0]
+        ends = max(-most, estimate.value - unseen), min(most, estimate.value + unseen)
+        return Difference(estimate.value, *ends, n, p, unseen)
+    detectable = smallest_detectable(_spread(groups), n)
+    return Difference(estimate.value, estimate.low, estimate.high, n, p, detectable)
+
+
+def _unseen(bounds: tuple[float, float], confidence: float, n: int) -> float:
+    """How much the mean may still have changed where none of `n` examples did: the share of examples that
+    change could be this large (Clopper and Pearson for 0 of n), each by all that the bounds allow.
+    """
+    return float((bounds[1] - bounds[0]) * (1 - ((1 - confidence) / 2) ** (1 / n)))
+
+
+def _spread(groups: list[Floats]) -> float:
+    """Standard deviation of the examples' differences, within their strata."""
+    squares = sum(float(((own - own.mean()) ** 2).sum()) for own in groups)
+    return float(np.sqrt(squares / max(1, sum(map(len, groups)) - len(groups))))
+
+
+def signed_rank(differences: npt.ArrayLike) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test; examples without a difference are dropped, and 1 is
+    returned where none is left. Exact where there are no ties and at most 50 pairs.
+    """
+    data = np.asarray(differences, dtype=np.float64)
+    data = data[np.isfinite(data) & (data != 0)]
+    if not len(data):
+        return 1.0
+    ties = len(np.unique(np.abs(data))) < len(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy warns of small samples; n is beside every p of ours
+        exact = len(data) <= 50 and not ties
+        return float(scipy_stats.wilcoxon(data, method="exact" if exact else "approx").pvalue)
+
+
+def smallest_detectable(spread: float, n: int, power: float = POWER, alpha: float = 0.05) -> float:
+    """The mean difference that a two-sided paired t-test of `n` pairs whose differences have the standard
+    deviation `spread` finds with probability `power`. NaN where n < 3 or the spread is 0 or unknown.
+    """
+    if n < 3 or not spread > 0:
+        return NAN
+    freedom = n - 1
+    critical = -special.stdtrit(freedom, alpha / 2)
+
+    def excess(effect: float) -> float:
+        within = special.nctdtr(freedom, effect, critical) - special.nctdtr(freedom, effect, -critical)
+        return float(1 - np.nan_to_num(within) - power)  # NaN where it is too small to compute
+
+    effect = optimize.brentq(excess, 1e-6, critical + 12, xtol=1e-6)
+    return float(effect * spread / np.sqrt(n))
+
+
+def ratio(
+    values: npt.ArrayLike,
+    baseline: npt.ArrayLike,
+    clusters: npt.ArrayLike | None = None,
+    strata: npt.ArrayLike | None = None,
+    *,
+    bounds: tuple[float, float] | None = None,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of `values` over mean of `baseline` (1.3: 30 % more), whose elements belong together pair by
+    pair.
+
+    Examples are resampled with both of their values, within their stratum; tasks count equally in both
+    means. The interval is the bootstrap's, expanded as that of `mean`; where no example differs and `bounds`
+    are given, it is that of a change so rare that it stayed unseen, as in `difference`. An end is infinite where resampled
+    baselines reach 0; NaN where the baseline's mean is not positive.
+    """
+    above, below = np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
+    labels = np.arange(np.size(above)) if clusters is None else np.asarray(clusters)
+    groups = np.zeros(np.size(above), dtype=int) if strata is None else np.asarray(strata)
+    both = np.isfinite(above) & np.isfinite(below)
+    if not both.any():
+        return NOTHING
+    above, below = above[both], below[both]
+    pairs = by_example([above, below], labels[both], groups[both])
+    generator = np.random.default_rng(seed)
+    points, draws, sizes = np.zeros(2), np.zeros((2, resamples)), [pair.shape[1] for pair in pairs]
+    for pair, size in zip(pairs, sizes, strict=True):
+        points += pair.mean(axis=1) / len(pairs)
+        draws += pair[:, generator.integers(0, size, (resamples, size))].mean(axis=2) / len(pairs)
+    if not points[1] > 0:
+        return Estimate(NAN, NAN, NAN, sum(sizes))
+    point = float(points[0] / points[1])
+    if min(sizes) < 2:
+        return Estimate(point, NAN, NAN, sum(sizes))
+    if bounds is not None and np.array_equal(above, below):
+        unseen = _unseen(bounds, confidence, sum(sizes)) / points[1]
+        return Estimate(point, 1 - unseen, 1 + unseen, sum(sizes))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn = np.where(draws[1] > 0, draws[0] / draws[1], np.inf)
+    return Estimate(point, *expanded(point, drawn, min(sizes), confidence, "nearest"), sum(sizes))
