@@ -22,6 +22,7 @@ TEXTS = (
     *({"mixed": "mixed(low=2, high=8, protect=K0.V1)"}.get(name, name) for name in registry.QUANTIZERS),
     *INTEGERS,
     "turbo(bits=1)",
+    "turbo(outliers=0)",
     "kvquant(bits=1, outliers=0)",
     "normsep(bits=2)",
     "kivi(residual=0)",
