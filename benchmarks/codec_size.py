@@ -48,6 +48,10 @@ def every_method() -> list[str]:
     more = [
         "kivi(residual=32)",
         "turbo(bits=3)",
+        "turbo(outliers=0)",
+        "turbo(extra=2)",
+        "turbo(outliers=0.125, extra=3)",
+        "turbo(bits=3, extra=2)",
         "fp16+ans",
         "int4+ans(tables=part)",
         "int2+ans",
