@@ -107,7 +107,7 @@ def differences(first: Run, second: Run) -> list[str]:
         values = [", ".join(sorted(map(_shown, set(run.rows[key].dropna())))) for run in (first, second)]
         if values[0] != values[1]:
             said.append(f"{key}: {values[0]} → {values[1]}")
-    return said
+    return list(dict.fromkeys(said))  # what was asked for and what was, often the same
 
 
 def _shown(value: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class Run:
             batches = self.pair.prepare()
             self._expect(batches)
             self.pair.serve(self.fabric.address(self.scenario.cloud), loaded["edge"]["kv_bytes_per_token"])
-            self._threads, self._unlike = threads_of(self.directory.manifest(), loaded)
+            self._threads, self._unlike = threads_of(self.directory.rows(), loaded)
             if self._unlike:
                 self._tally.say(self._unlike)
             self._write_manifest(loaded)
@@ -284,12 +284,13 @@ class Run:
         return row
 
 
-def threads_of(manifest: dict[str, Any], loaded: dict[str, Any]) -> tuple[int, str]:
-    """The edge's threads, and a sentence where an earlier start of the run had another number; else empty."""
+def threads_of(rows: Iterable[dict[str, Any]], loaded: dict[str, Any]) -> tuple[int, str]:
+    """The edge's threads, and a sentence where these rows of earlier trials say another number; else empty."""
     threads = int(loaded["edge"]["threads"])
-    earlier = manifest.get("endpoints", {}).get("edge", {}).get("threads", threads)
-    if earlier == threads:
+    others = {int(row["threads"]) for row in rows if row.get("threads") is not None} - {threads}
+    if not others:
         return threads, ""
+    earlier = " and ".join(map(str, sorted(others)))
     return (
         threads,
         f"computed in {threads} threads, earlier trials of this run in {earlier}: last bits may differ",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,18 @@ def test_runs_that_were_computed_in_unlike_numbers_of_threads_are_said_to_be(
 
 def test_a_run_that_goes_on_in_another_number_of_threads_says_so() -> None:
     now = {"edge": {"threads": 2}}
-    assert threads_of({}, now) == threads_of({"endpoints": now}, now) == (2, "")
-    threads, said = threads_of({"endpoints": {"edge": {"threads": 1}}}, now)
-    assert threads == 2 and said.startswith("computed in 2 threads, earlier trials of this run in 1")
+    assert threads_of([], now) == threads_of([{"threads": 2}, {"threads": None}, {}], now) == (2, "")
+    threads, said = threads_of(
+        [{"threads": 1}, {"threads": 2}], now
+    )  # also when it was so at the start before
+    assert threads == 2 and said.startswith("computed in 2 threads, earlier trials of this run in 1:")
+
+
+def test_what_was_set_and_used_alike_is_said_once(run: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "b", ("lte",), ("int8",), tasks=("needle",), examples=4)
+    for path, threads in ((run, 1), (other, 2)):
+        rewrite(path, [r | {"threads": threads} for r in lines(path)])
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["settings"] = {"threads": threads}
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    assert compare.differences(load(run), load(other)).count("threads: 1 → 2") == 1
