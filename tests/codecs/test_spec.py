@@ -119,6 +119,7 @@ def _values(name: str, kind: str, choices: tuple[str, ...]) -> st.SearchStrategy
         "group": st.integers(2, 4096),
         "bits": st.sampled_from([2, 3, 4, 8]),
         "outliers": st.floats(0, 0.5),
+        "extra": st.integers(0, 7),
         "low": st.sampled_from([2, 3]),
         "high": st.sampled_from([4, 8, 16]),
         "table": st.sampled_from(["none", "0f" * 16, "some/where.tables"]),
