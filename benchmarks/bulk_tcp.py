@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from testbed.hosts.namespace import inside
+from testbed.hosts.namespaces import call_inside
 from testbed.net.fabric.fabric import Fabric
 
 BIN_S = 0.1
@@ -52,8 +52,8 @@ class Bulk:
 
 def bulk(fabric: Fabric, source: str, target: str, seconds: float) -> Bulk:
     """Sends from *source* to *target* until *seconds* after the first byte arrived."""
-    listener = inside(fabric.namespace(target), partial(_listen, fabric.address(target)))
-    sender = inside(fabric.namespace(source), lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+    listener = call_inside(fabric.namespace(target), partial(_listen, fabric.address(target)))
+    sender = call_inside(fabric.namespace(source), lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
     with listener, sender:
         sender.connect(listener.getsockname())
         receiver, _ = listener.accept()

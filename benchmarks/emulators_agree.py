@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.errors import TestbedError
-from testbed.hosts.namespace import inside
+from testbed.hosts.namespaces import call_inside
 from testbed.net.fabric.fabric import Fabric
 from testbed.net.profile.profile import Profile, parse_profile
 from testbed.net.topology.topology import Link, Node, Topology
@@ -59,8 +59,8 @@ def sizes(number: int, transfers: int, seed: int) -> list[int]:
 
 def transfer(fabric: Fabric, size: int) -> float:
     """Seconds that so many bytes take from a to b, on a connection of their own."""
-    listener = inside(fabric.namespace("b"), partial(_listen, fabric.address("b")))
-    sender = inside(fabric.namespace("a"), lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+    listener = call_inside(fabric.namespace("b"), partial(_listen, fabric.address("b")))
+    sender = call_inside(fabric.namespace("a"), lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
     arrived: list[float] = []
 
     def receive(sock: socket.socket) -> None:

@@ -1,8 +1,8 @@
 """Network namespaces as `ip netns` knows them: named by a mount under /run/netns. See ip-netns(8), setns(2),
 unshare(2).
 
-Creating and entering never moves a thread of the caller for longer than asked: a namespace is made by a
-thread of its own, and `inside` always brings its thread back.
+Creating and entering never moves a thread of the caller for longer than asked: namespaces are made, and calls made in them, by
+a thread of its own, and `inside` always brings its thread back.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from testbed.errors import NetworkError, UsageError
+
+T = TypeVar("T")
 
 DIRECTORY = Path("/run/netns")
 
@@ -79,7 +81,7 @@ def create_all(names: Iterable[str], furnish: Callable[[str], None]) -> None:
             _name_new_namespace(name)
             furnish(name)
 
-    _in_own_thread(make, stop)
+    _in_own_thread(make, stop.set)
 
 
 def _name_new_namespace(name: str) -> None:
@@ -136,13 +138,37 @@ def inside(name: str) -> Iterator[None]:
 
 
 def enter(name: str) -> None:
-    """Moves this thread into the namespace for good: what a freshly forked child does before it runs a
-    command."""
+    """Moves this thread into the namespace for good: what a freshly forked child does before it runs a command.
+
+    Raises NetworkError where there is no such namespace, UsageError without the right to enter it.
+    """
     there = _open(name)
     try:
-        _setns(there, _CLONE_NEWNET)
+        _move(lambda: _setns(there, _CLONE_NEWNET))
     finally:
         os.close(there)
+
+
+def call_inside(name: str, call: Callable[[], T]) -> T:
+    """What `call` returns, or raises, in a thread within the namespace `name`: sockets, devices and processes that it opens stay
+    there, and the caller's thread is not moved. Raises as `enter` does.
+    """
+
+    def work() -> T:
+        enter(name)
+        return call()
+
+    return _in_own_thread(work)
+
+
+def call_in_scratch(call: Callable[[], T]) -> T:
+    """What `call` returns within a new, nameless namespace, which ends with the last thing open in it."""
+
+    def work() -> T:
+        _move(lambda: _unshare(_CLONE_NEWNET))
+        return call()
+
+    return _in_own_thread(work)
 
 
 def end_with_parent(number: int) -> None:
@@ -231,14 +257,15 @@ def _open(name: str) -> int:
         raise NetworkError(f"network namespace {name}: {error.strerror}") from None
 
 
-def _in_own_thread(call: Callable[[], None], stop: threading.Event) -> None:
-    # Where the wait is interrupted (Ctrl-C), `stop` is set and the thread awaited all the same: nothing may be made while its
-    # maker's caller takes it away already.
+def _in_own_thread(call: Callable[[], T], interrupted: Callable[[], None] = lambda: None) -> T:
+    # Where the wait is interrupted (Ctrl-C), the thread is told and awaited all the same: nothing may be made while its maker's
+    # caller takes it away already.
+    results: list[T] = []
     failures: list[BaseException] = []
 
     def work() -> None:
         try:
-            call()
+            results.append(call())
         except BaseException as error:
             failures.append(error)
 
@@ -247,11 +274,21 @@ def _in_own_thread(call: Callable[[], None], stop: threading.Event) -> None:
     try:
         thread.join()
     except BaseException:
-        stop.set()
+        interrupted()
         thread.join()
         raise
     if failures:
         raise failures[0]
+    return results[0]
+
+
+def _move(change: Callable[[], None]) -> None:
+    try:
+        change()
+    except PermissionError:
+        raise UsageError("network namespaces need root; run it with sudo") from None
+    except OSError as error:
+        raise NetworkError(str(error.strerror)) from None
 
 
 def _check(status: int, what: str) -> None:

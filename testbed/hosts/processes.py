@@ -1,4 +1,5 @@
-"""Processes by identity: a pid is only ever signalled together with the start time that makes it one process.
+"""Processes by identity: a pid is only ever signalled together with the start time that makes it one process; and waiting for a
+child as a shell does.
 
 See proc_pid_stat(5) (field 22) and pidfd_open(2).
 """
@@ -16,6 +17,10 @@ from pathlib import Path
 
 from testbed.hosts import namespaces
 
+#: What somebody who ends or asks a command sends to the process that started it.
+PASSED_ON = frozenset(
+    {signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+)
 _GRACE_S = 2.0
 
 
@@ -84,6 +89,25 @@ def end(pid: int, started: int) -> bool:
         return True
     finally:
         os.close(handle)
+
+
+def passed_on() -> frozenset[signal.Signals]:
+    """The signals that `await_child` takes note of; block them before the child is made."""
+    return PASSED_ON | {signal.SIGCHLD}
+
+
+def await_child(child: int) -> int:
+    """The exit status of a child (128 + n where signal n ended it). Signals that come meanwhile are handed on to it."""
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+        arrived = signal.sigwaitinfo(passed_on())
+        # What is typed at the terminal (si_code > 0, from the kernel) the command has had itself, being in the same group; but
+        # that the terminal is gone is told to the session's leader alone, which this process may be.
+        if arrived.si_signo == signal.SIGHUP or (arrived.si_signo != signal.SIGCHLD and arrived.si_code <= 0):
+            os.kill(child, arrived.si_signo)
 
 
 def running_inside(names: Iterable[str]) -> list[tuple[int, int]]:

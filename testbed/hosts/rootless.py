@@ -13,12 +13,12 @@ import signal
 from pathlib import Path
 
 from testbed.errors import UsageError
+from testbed.hosts import namespaces
+from testbed.hosts.processes import await_child, passed_on
 from testbed.identity import INSIDE, give_up_root
-from testbed.net.fabric.execute import await_child, passed_on
 
 _NEWNS, _NEWUSER, _NEWPID, _NEWNET = 0x0002_0000, 0x1000_0000, 0x2000_0000, 0x4000_0000
 _MS_REC, _MS_PRIVATE = 1 << 14, 1 << 18
-_PR_SET_PDEATHSIG = 1
 _SWITCHES = {
     # a file that forbids user namespaces, where it says so -> the remedy
     "/proc/sys/user/max_user_namespaces": ("0", "sysctl user.max_user_namespaces=10000"),
@@ -53,7 +53,7 @@ def enter() -> None:
     if first:
         os._exit(await_child(first))
     # The first process of a process namespace: signals without a handler do not reach it, and all others end with it.
-    _end_with_parent()
+    namespaces.end_with_parent(signal.SIGKILL)
     worker = os.fork()
     if worker:
         os._exit(await_child(worker))
@@ -122,7 +122,3 @@ def _private_file_systems() -> None:
             raise UsageError(
                 f"rootless: cannot mount {target} anew ({problem}), as in many containers; use sudo"
             )
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import NetworkError, UsageError
-from testbed.hosts.namespace import inside
+from testbed.hosts.namespaces import call_inside
 from testbed.net import emulators
 from testbed.net.calibration.calibrate import Calibration, calibrate
 from testbed.net.emulators import Attachment
@@ -91,7 +91,7 @@ def test_the_two_ways_are_told_apart_and_counted(net: Wire, emulator: str):
 def test_a_full_queue_drops_and_says_so(net: Wire, emulator: str):
     attachment = attach(net, emulator, "rate=1mbit,delay=1ms,queue=5p")
     net.exec("a", "ping", "-c", "1", "10.99.0.2")  # ARP is done
-    sock = inside(net.namespace("a"), lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    sock = call_inside(net.namespace("a"), lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     with sock:
         for _ in range(40):
             sock.sendto(bytes(1472), (net.address("b"), 9))
@@ -107,7 +107,7 @@ def test_a_full_queue_drops_and_says_so(net: Wire, emulator: str):
 def test_a_connection_survives_changes_of_the_conditions(net: Wire, emulator: str):
     attachment = attach(net, emulator, "rate=20mbit,delay=5ms")
     total = 3_000_000
-    listener = inside(net.namespace("b"), lambda: socket.create_server((net.address("b"), 5001)))
+    listener = call_inside(net.namespace("b"), lambda: socket.create_server((net.address("b"), 5001)))
     received: list[int] = []
 
     def receive() -> None:
@@ -118,7 +118,7 @@ def test_a_connection_survives_changes_of_the_conditions(net: Wire, emulator: st
 
     thread = threading.Thread(target=receive)
     thread.start()
-    client = inside(net.namespace("a"), lambda: socket.create_connection((net.address("b"), 5001), 20))
+    client = call_inside(net.namespace("a"), lambda: socket.create_connection((net.address("b"), 5001), 20))
     changes = ["rate=5mbit,delay=60ms,jitter=3ms,loss=1%", "delay=1ms", "rate=30mbit,delay=20ms"]
     with client:
         for part, change in enumerate([*changes, changes[-1]]):
@@ -137,13 +137,13 @@ def handshake_s(net: Wire, listener: socket.socket) -> float:
         socket.create_connection(listener.getsockname(), 20).close()
         return time.monotonic() - began
 
-    return inside(net.namespace("a"), connect)
+    return call_inside(net.namespace("a"), connect)
 
 
 @pytest.mark.parametrize("emulator", EMULATORS)
 def test_a_connection_does_not_meet_the_packets_of_the_link_before(net: Wire, emulator: str):
     attachment = attach(net, emulator, "delay=300ms")
-    with inside(net.namespace("b"), lambda: socket.create_server((net.address("b"), 5001))) as listener:
+    with call_inside(net.namespace("b"), lambda: socket.create_server((net.address("b"), 5001))) as listener:
         behind = []
         for _ in range(3):
             attachment.apply(parse_profile("rate=2mbit,delay=300ms"), fresh=True)

@@ -20,7 +20,7 @@ import pytest
 
 from testbed.errors import NetworkError, SpecError, UsageError
 from testbed.hosts import namespaces, processes
-from testbed.hosts.namespace import inside
+from testbed.hosts.namespaces import call_inside
 from testbed.net.fabric import removal, state
 from testbed.net.fabric.description import describe
 from testbed.net.fabric.execute import execute
@@ -359,7 +359,9 @@ def test_a_link_settles_when_its_last_packets_have_left_and_not_while_traffic_go
     link = EDGE_CLOUD.links[0].name
     with Fabric.build(EDGE_CLOUD.with_profiles({link: slow}), "userspace") as fabric:
         address = fabric.address("cloud")
-        datagrams = inside(fabric.namespace("edge"), lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        datagrams = call_inside(
+            fabric.namespace("edge"), lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        )
         with datagrams:
             datagrams.sendto(b"x", (address, 9))
             began = time.monotonic()

@@ -30,7 +30,7 @@ class Loopback:
 
 @pytest.fixture
 def loopback(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(traffic, "inside", lambda namespace, call: call())
+    monkeypatch.setattr(traffic, "call_inside", lambda namespace, call: call())
     return Loopback()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import NetworkError
-from testbed.hosts.namespace import inside
+from testbed.hosts.namespaces import call_inside
 from testbed.net import emulators
 from testbed.net.calibration.calibrate import calibrate
 from testbed.net.emulators import Attachment
@@ -47,8 +47,8 @@ def attach(net: Wire, profile: str, keep: Path | None = None) -> Attachment:
 
 def sockets(net: Wire) -> tuple[socket.socket, socket.socket]:
     """A sender in a, a receiver in b, of datagrams."""
-    receiver = inside(net.namespace("b"), lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-    sender = inside(net.namespace("a"), lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    receiver = call_inside(net.namespace("b"), lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    sender = call_inside(net.namespace("a"), lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     receiver.setsockopt(socket.SOL_SOCKET, 33, 8 << 20)  # SO_RCVBUFFORCE
     receiver.bind((net.address("b"), 7000))
     sender.connect((net.address("b"), 7000))

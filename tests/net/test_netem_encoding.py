@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import NetworkError, UsageError
-from testbed.hosts.namespace import inside
+from testbed.hosts.namespaces import call_inside
 from testbed.net.emulators import Attachment
 from testbed.net.emulators.netem import netem, netem_support
 from testbed.net.emulators.netem import options as netem_options
@@ -438,8 +438,8 @@ def _arrived(net: Wire, count: int, tos: int = 0) -> list[bool]:
 
 def _order(net: Wire, count: int, tos: int = 0) -> list[int]:
     """The numbers of *count* datagrams from a to b, in the order of their arrival."""
-    receiver = inside(net.namespace("b"), lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-    sender = inside(net.namespace("a"), lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    receiver = call_inside(net.namespace("b"), lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    sender = call_inside(net.namespace("a"), lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     order: list[int] = []
     with receiver, sender:
         receiver.bind((net.address("b"), 7000))

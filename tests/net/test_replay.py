@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from testbed.hosts.namespace import inside
+from testbed.hosts.namespaces import call_inside
 from testbed.net import emulators
 from testbed.net.calibration.calibrate import calibrate
 from testbed.net.profile.profile import parse_profile
@@ -47,7 +47,7 @@ def test_a_link_follows_its_trace_and_calibration_keeps_both_curves(net: Wire):
 def test_a_transfer_survives_an_outage_of_five_seconds(net: Wire, emulator: str):
     profile = parse_profile("rate=20mbit,delay=5ms,outage:5s@1s")
     attachment = emulators.choose(emulator).attach(net.wire, "l0", "l0a", "l0b", parse_profile("delay=5ms"))
-    listener = inside(net.namespace("b"), lambda: socket.create_server((net.address("b"), 5001)))
+    listener = call_inside(net.namespace("b"), lambda: socket.create_server((net.address("b"), 5001)))
     arrivals: list[tuple[float, int]] = []
 
     def receive() -> None:
@@ -58,7 +58,7 @@ def test_a_transfer_survives_an_outage_of_five_seconds(net: Wire, emulator: str)
 
     thread = threading.Thread(target=receive)
     thread.start()
-    client = inside(net.namespace("a"), lambda: socket.create_connection((net.address("b"), 5001), 20))
+    client = call_inside(net.namespace("a"), lambda: socket.create_connection((net.address("b"), 5001), 20))
     origin = time.monotonic()
     attachment.apply(profile, origin)
     with client:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from testbed.errors import NetworkError
-from testbed.hosts.namespace import inside
+from testbed.hosts.namespaces import call_inside
 from testbed.net.calibration import prober
 
 WAYS = ("up", "down")
@@ -66,7 +66,7 @@ class Prober:
         """*urgent*: with real-time scheduling where that is permitted. Raises NetworkError when a node is gone."""
         self._phase = 0
         ends = [(network.namespace(node), network.address(node, link)) for node in (a, b)]
-        sockets = [inside(namespace, partial(_open, address)) for namespace, address in ends]
+        sockets = [call_inside(namespace, partial(_open, address)) for namespace, address in ends]
         with contextlib.ExitStack() as opened:
             for sock, peer in zip(sockets, reversed(sockets), strict=True):
                 opened.enter_context(sock)

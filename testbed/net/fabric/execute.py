@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from testbed.errors import NetworkError, UsageError
-from testbed.hosts import namespaces
+from testbed.hosts import namespaces, processes
 from testbed.identity import as_root, resume_root
 from testbed.net.fabric.state import State
-
-_PASSED_ON = {signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 
 
 def execute(network: State, node: str, argv: Sequence[str]) -> int:
@@ -39,7 +37,7 @@ def execute(network: State, node: str, argv: Sequence[str]) -> int:
     sys.stderr.flush()
     # Blocked, not handled: they stay pending until they are waited for, so none slips through while the child
     # starts.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON | {signal.SIGCHLD})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, processes.passed_on())
     reading, writing = os.pipe2(os.O_CLOEXEC)
     try:
         child = os.fork()
@@ -49,7 +47,7 @@ def execute(network: State, node: str, argv: Sequence[str]) -> int:
         os.close(writing)
         with os.fdopen(reading, "rb") as pipe:
             trouble = pipe.read().decode(errors="replace")
-        status = await_child(child)
+        status = processes.await_child(child)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if trouble:
@@ -72,7 +70,7 @@ def _become(
         for number in (
             signal.SIGPIPE,
             signal.SIGXFSZ,
-            *_PASSED_ON,
+            *processes.PASSED_ON,
         ):  # Python ignores the first two, a child inherits it
             if signal.getsignal(number) is not signal.SIG_IGN or number in (signal.SIGPIPE, signal.SIGXFSZ):
                 signal.signal(number, signal.SIG_DFL)
@@ -83,22 +81,3 @@ def _become(
     except BaseException as error:
         os.write(trouble, str(error).encode())
     os._exit(127)
-
-
-def passed_on() -> set[signal.Signals]:
-    """The signals that `await_child` takes note of; block them before the child is made."""
-    return _PASSED_ON | {signal.SIGCHLD}
-
-
-def await_child(child: int) -> int:
-    """The exit status of a child (128 + n where signal n ended it). Signals that come meanwhile are handed on to it."""
-    while True:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            code = os.waitstatus_to_exitcode(status)
-            return code if code >= 0 else 128 - code
-        arrived = signal.sigwaitinfo(_PASSED_ON | {signal.SIGCHLD})
-        # What is typed at the terminal (si_code > 0, from the kernel) the command has had itself, being in the same group; but
-        # that the terminal is gone is told to the session's leader alone, which this process may be.
-        if arrived.si_signo == signal.SIGHUP or (arrived.si_signo != signal.SIGCHLD and arrived.si_code <= 0):
-            os.kill(child, arrived.si_signo)

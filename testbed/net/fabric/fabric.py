@@ -122,7 +122,7 @@ class Fabric:
                 self._state = state.add_processes(self.state, helpers)
 
     def _capture(self, directory: Path | None, persistent: bool) -> None:
-        from testbed.hosts.namespace import inside
+        from testbed.hosts.namespaces import call_inside
         from testbed.net.fabric import capture, wiring
 
         named = {
@@ -146,7 +146,7 @@ class Fabric:
             argv = [sys.executable, "-I", "-S", capture.__file__, "0" if persistent else str(os.getpid())]
             argv += [str(capture.SNAP_BYTES), str(capture.LIMIT_BYTES)]
             argv += [f"{end}={descriptor}" for end, descriptor in opened.items()]
-            self._capturing = inside(
+            self._capturing = call_inside(
                 self.state.wire,
                 lambda: subprocess.Popen(
                     argv,

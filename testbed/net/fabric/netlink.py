@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from testbed.errors import NetworkError
-from testbed.hosts.namespace import inside, inside_scratch
+from testbed.hosts.namespaces import call_in_scratch, call_inside
 
 RTM_GETLINK = 18
 RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC = 36, 37, 38
@@ -92,7 +92,7 @@ class Netlink:
         *connection*: one that is open already; the namespace is then its own.
         """
         if connection is None:
-            connection = inside(namespace, _open) if namespace is not None else inside_scratch(_open)
+            connection = call_inside(namespace, _open) if namespace is not None else call_in_scratch(_open)
         self._socket = connection
         self._sequence = 0
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from testbed import strict_yaml
 from testbed.errors import NetworkError, SpecError, UsageError
-from testbed.hosts.namespace import inside
+from testbed.hosts.namespaces import call_inside
 from testbed.net.traffic import flow
 from testbed.units import parse_rate, parse_time
 
@@ -115,7 +115,7 @@ def _result(one: Flow, sent: dict[str, float], received: dict[str, float]) -> di
 
 def _start(fabric: Fabric, node: str, *arguments: str) -> subprocess.Popen[str]:
     argv = [sys.executable, "-I", "-S", flow.__file__, *arguments]
-    process = inside(
+    process = call_inside(
         fabric.namespace(node),
         lambda: subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, cwd="/"

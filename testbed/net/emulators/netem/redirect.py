@@ -6,7 +6,7 @@ import errno
 import struct
 from pathlib import Path
 
-from testbed.hosts.namespace import inside
+from testbed.hosts.namespaces import call_inside
 from testbed.net.fabric.netlink import (
     CREATE,
     EXCLUSIVE,
@@ -41,7 +41,7 @@ def quieten(wire: str) -> None:
             if switch.exists():
                 switch.write_text("1")
 
-    inside(wire, write)
+    call_inside(wire, write)
 
 
 def redirect(netlink: Netlink, source: int, target: int) -> None:

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from testbed.errors import NetworkError
 from testbed.hosts import processes
-from testbed.hosts.namespace import inside
+from testbed.hosts.namespaces import call_inside
 from testbed.identity import as_root
 from testbed.net.emulators.relay.control import LARGEST
 
@@ -67,7 +67,7 @@ def start(
         def launch() -> subprocess.Popen[bytes]:
             return _launch(program, orders.fileno(), passed, log)
 
-        process = launch() if namespace is None else inside(namespace, launch)
+        process = launch() if namespace is None else call_inside(namespace, launch)
         _CHILDREN[process.pid] = process
         identity = (process.pid, start_time(process.pid))
         if keep is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from testbed.errors import NetworkError, UsageError
-from testbed.hosts.namespace import inside, inside_scratch
+from testbed.hosts.namespaces import call_in_scratch, call_inside
 from testbed.net.emulators.emulator import Attachment, Counters, Wanted
 from testbed.net.emulators.netem.redirect import quieten
 from testbed.net.emulators.refusal import refuse_unknown
@@ -42,7 +42,7 @@ PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop(1)); from testbed.net.emu
 def require_packet_sockets() -> None:
     """Raises UsageError when this machine cannot run the userspace emulator."""
     try:
-        inside_scratch(lambda: _open("lo")).close()
+        call_in_scratch(lambda: _open("lo")).close()
     except UsageError as error:
         raise UsageError(f"emulator userspace: {error}") from None
 
@@ -97,7 +97,9 @@ class Userspace:
 
     def _attach(self, wire: str, wanted: Sequence[Wanted], keep: Path | None) -> list[RelayAttachment]:
         with contextlib.ExitStack() as undo:
-            ports = inside(wire, lambda: _open_ports([name for one in wanted for name in (one.a, one.b)]))
+            ports = call_inside(
+                wire, lambda: _open_ports([name for one in wanted for name in (one.a, one.b)])
+            )
             for port in ports.values():
                 undo.callback(port.close)
             links: dict[str, dict[str, Any]] = {}
