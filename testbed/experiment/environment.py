@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from testbed import __version__
+
 _PACKAGES = ("torch", "transformers", "pyroute2", "numpy", "pandas", "msgspec", "zstandard", "safetensors")
 
 
 def describe_host() -> dict[str, Any]:
     """Versions, kernel and processor, without importing anything heavy."""
-    packages = {}
-    for name in ("testbed", *_PACKAGES):
+    packages = {"testbed": __version__}
+    for name in _PACKAGES:
         try:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

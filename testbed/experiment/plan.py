@@ -38,8 +38,8 @@ def scenario_path(name: str) -> Path:
             return path
     if Path(name).exists():
         raise UsageError(f"{name}: not a regular file, so no scenario")
-    known = sorted(p.stem for p in shipped.glob("*.yaml"))
-    near = difflib.get_close_matches(Path(name).stem, known, 1)
+    known = sorted(str(p.relative_to(shipped).with_suffix("")) for p in shipped.rglob("*.yaml"))
+    near = difflib.get_close_matches(name.removesuffix(".yaml"), known, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"shipped ones: {', '.join(known) or 'none'}"
     raise UsageError(f"no scenario file {name}; {hint}")
 
