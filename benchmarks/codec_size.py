@@ -23,8 +23,7 @@ from typing import Any
 from testbed.codecs import registry
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.entropy.measure import entropy
-from testbed.codecs.evidence import Evidence
-from testbed.codecs.kept import Kept
+from testbed.codecs.evidence import Evidence, Kept
 from testbed.codecs.layout import packed_bytes
 from testbed.diagnosis.choose import interval
 from testbed.endpoints.gathering import gather

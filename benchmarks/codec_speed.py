@@ -24,11 +24,10 @@ from typing import Any
 import torch
 
 from benchmarks.quantized_cache import BACKENDS, missing, round_trip
-from testbed.codecs.cache_format import Header
+from testbed.codecs.cache_format import Header, describe, dtype_name
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.fast.beginnings import Reader, Writer
 from testbed.codecs.layout import lay_out
-from testbed.codecs.shapes import describe, dtype_name
 from testbed.models.kvcache import KVCache, KVLayer
 
 SHAPES = {"smollm2": (30, 3, 64), "llama3-8b": (32, 8, 128)}  # layers, KV heads, head_dim

@@ -21,8 +21,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from testbed.codecs.codec import Codec, decode
-from testbed.codecs.evidence import Needs
-from testbed.codecs.kept import Kept
+from testbed.codecs.evidence import Kept, Needs
 from testbed.diagnosis.choose import interval
 from testbed.endpoints.gathering import gather, prefill_for
 from testbed.models.kvcache import KVCache

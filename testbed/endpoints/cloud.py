@@ -305,8 +305,8 @@ class Cloud(InferenceSide):
 
     def _decode(self, received: Received, request: wire.Request, prefix: Prefix) -> Rebuilt:
         """The past from the codec's bytes."""
+        from testbed.codecs.cache_format import CacheShape
         from testbed.codecs.codec import decode
-        from testbed.codecs.shapes import CacheShape
 
         shapes = tuple((s.kv_heads, s.head_dim, s.value_dim, s.window) for s in self.model.shapes)
         cache = decode(received.payload, self.model.device, CacheShape(shapes, self.model.max_positions))

@@ -11,7 +11,7 @@ import torch
 
 from testbed.codecs import registry
 from testbed.codecs.codec import Codec, decode
-from testbed.codecs.kept import Kept
+from testbed.codecs.evidence import Kept
 from testbed.errors import PayloadError
 from testbed.models.kvcache import KVCache
 from tests.codecs.caches import SHAPES, make_cache, ragged_cache, same_cache, uneven_cache

@@ -20,11 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.codecs import cache_format
-from testbed.codecs.cache_format import Header, LayerGroup
+from testbed.codecs.cache_format import CacheShape, Header, LayerGroup, PositionList
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.layout import lay_out
-from testbed.codecs.positions import PositionList
-from testbed.codecs.shapes import CacheShape
 from testbed.errors import PayloadError
 from testbed.models.kvcache import EMPTY, KVCache
 from tests.codecs.caches import make_cache, ragged_cache, same_cache, uneven_cache

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from testbed.codecs import CodecError, registry
 from testbed.codecs.codec import Codec, decode
-from testbed.codecs.evidence import Evidence, Needs
-from testbed.codecs.kept import Kept
+from testbed.codecs.evidence import Evidence, Kept, Needs
 from testbed.codecs.select.pyramid import Pyramid
 from testbed.codecs.spec import parse
 from testbed.models.kvcache import KVCache, KVLayer

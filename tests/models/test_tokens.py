@@ -10,9 +10,9 @@ import transformers
 
 from testbed.endpoints.cloud import Cloud
 from testbed.endpoints.edge import Edge
+from testbed.models.language import Tokens
 from testbed.models.loading import _tokenizer, load_model
 from testbed.models.sources import find
-from testbed.models.tokens import Tokens
 from tests.tiny_models import END, START, tiny_model_directory, tiny_tokenizer
 
 Tiny = Callable[[str], Path]

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from testbed.codecs import CodecError
-from testbed.codecs.evidence import Needs
-from testbed.codecs.kept import Kept
+from testbed.codecs.evidence import Kept, Needs
 from testbed.codecs.method import Method
 
 if TYPE_CHECKING:
