@@ -67,6 +67,7 @@ def test_a_chats_layout_has_its_special_tokens_on_both_sides_and_its_texts_have_
     start, end = (tokenizer.convert_tokens_to_ids(t) for t in (START, END))
     assert [t for t in edge.model.tokenize(made["prefix_text"], start=True) if t in (start, end)] == [start]
     assert not {start, end} & set(held.ids) and "<|end|> twice" in edge.model.text(held.ids)
-    assert [t for t in held.question_ids if t in (start, end)] == [end, start]
+    question = edge.model.tokenize(held.question, closing=held.prefix.closing)
+    assert [t for t in question if t in (start, end)] == [end, start]
     assert held.prefix.digest == known
-    assert cloud.model.tokenize(held.question_text, closing=cloud.under(known).closing) == held.question_ids
+    assert cloud.model.tokenize(held.question, closing=cloud.under(known).closing) == question
