@@ -47,11 +47,11 @@ class Uplink:
         before = interface_bytes()
         started = time.monotonic()
         connection, fresh = self._connect(link)
-        connected = time.monotonic()
         already = 0 if fresh else connection.retransmits()
         keep = False
         try:
             sent_at = connection.send(request, payload, deadline)
+            began = started if fresh else sent_at  # no instant lies between two stages: they sum to the whole
             first, first_at = _expect(connection, wire.FirstToken, request.id, deadline)
             answer, answered_at = _expect(connection, wire.Answer, request.id, deadline)
             _check_times(sent_at, first, first_at, answer, answered_at)
@@ -69,7 +69,7 @@ class Uplink:
                 connection.finish()
         rebuilt_at = answer.received_at + answer.queue_s + answer.prefill_s + answer.decode_s
         stages = {
-            "connect_s": connected - started if fresh else 0.0,
+            "connect_s": sent_at - began,
             "transmit_s": answer.received_at - sent_at,
             "queue_s": answer.queue_s,
             "decode_s": answer.decode_s,
@@ -80,7 +80,7 @@ class Uplink:
             stages["prefill_s"] = answer.prefill_s
         return Answered(
             stages=stages,
-            elapsed_s=answered_at - started,
+            elapsed_s=answered_at - began,
             reused=answer.reused,
             text=answer.text,
             tokens=answer.tokens,

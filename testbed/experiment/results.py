@@ -79,7 +79,9 @@ class Row:
     prefill_s: float | None = None
     select_s: float | None = None
     encode_s: float | None = None
-    connect_s: float | None = None  #: opening the request's connection; 0 when one is reused
+    connect_s: float | None = (
+        None  #: opening the request's connection, until its first byte is handed over; 0 when one is reused
+    )
     transmit_s: float | None = None  #: first byte handed to the socket -> last byte received, on one clock
     queue_s: float | None = (
         None  #: last byte received -> this request's turn: the cloud answers one at a time
@@ -269,7 +271,7 @@ class RunDirectory:
         path = self.path / "trials.jsonl"
         if not path.exists():
             return 0
-        with files.storing(path), open(files.open_regular(path, os.O_RDWR), "r+b") as rows:
+        with files.storing(path), open(files.open_own(path, os.O_RDWR), "r+b") as rows:
             data = rows.read()
             whole = data.rfind(b"\n") + 1
             rows.truncate(whole)
