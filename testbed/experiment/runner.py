@@ -11,7 +11,7 @@ from typing import Any
 
 from testbed.endpoints.deployment import Batch, Pair
 from testbed.errors import EndpointError, NetworkError
-from testbed.experiment import kept_traces
+from testbed.experiment import inputs, kept_traces
 from testbed.experiment.compute import Gate
 from testbed.experiment.environment import describe_host
 from testbed.experiment.guards import interruptible, locked
@@ -323,6 +323,7 @@ def start(plan: Plan, out: Path, watch: Watcher, accept_uncalibrated: bool) -> R
             "asked": plan.asked,
             "created": utc_now(),
             "traces": kept_traces.keep(plan, directory),
+            "inputs": inputs.described(plan),
         },
     )
     return Run(plan, directory, watch, accept_uncalibrated)
@@ -338,6 +339,7 @@ def resume(path: Path, watch: Watcher, accept_uncalibrated: bool) -> Run:
     with lookup.among(kept_traces.copies(directory.manifest().get("traces"), path.absolute())):
         plan = make_plan(directory.settings(), str(path / "manifest.json"))
     check_ready(plan)
+    inputs.check_unchanged(directory.manifest().get("inputs"), plan)
     run = Run(plan, directory, watch, accept_uncalibrated)
     run.resumed = True
     return run
