@@ -214,11 +214,10 @@ def differs_between_models(
         return None
     # The mean over all strata of twice a model's change, and of minus twice the other's, is the difference of the means.
     change = [2 * (pairs["nll"] - pairs["nll_base"]) for pairs in found]
-    strata = [model + "\0" + pairs["task"] for model, pairs in zip(models, found, strict=True)]
-    examples = [part + "\0" + pairs["example"] for part, pairs in zip(strata, found, strict=True)]
-    estimate = stats.mean(
-        np.concatenate([change[0], -change[1]]), np.concatenate(examples), np.concatenate(strata)
+    both = pd.concat(
+        [pairs.assign(task=f"{model}: " + pairs["task"]) for model, pairs in zip(models, found, strict=True)]
     )
+    estimate = stats.mean(np.concatenate([change[0], -change[1]]), settings.clusters(both), both["task"])
     own = [
         comparisons.compare(pairs, model, "", setting, FULL)
         for model, pairs in zip(models, found, strict=True)
@@ -247,7 +246,8 @@ def slope(claim: str, table: pd.DataFrame, model: str, setting: str, baseline: s
         found = comparisons.pairs(table, setting, baseline)
         gain = (found["nll_base"] - found["nll"]).to_numpy()
     length = np.log2(found["context_tokens"].to_numpy(dtype=np.float64))
-    question = (found["task"].str.rsplit("@", n=1).str[0] + "\0" + found["example"]).to_numpy()
+    tasks = found["task"].str.rsplit("@", n=1).str[0]
+    question = settings.clusters(found.assign(task=tasks)).to_numpy()
     slopes = []
     for one in pd.unique(question):
         own = (question == one) & np.isfinite(gain)
@@ -294,7 +294,7 @@ def saving(rows: pd.DataFrame, setting: str, baseline: str) -> stats.Estimate:
     table = comparisons.by_example(rows)
     found = comparisons.pairs(table, setting, baseline)
     share = 1 - found["payload_bytes"] / found["payload_bytes_base"]
-    return stats.mean(share, found["task"] + "\0" + found["example"])
+    return stats.mean(share, settings.clusters(found))
 
 
 def transmission_share(rows: pd.DataFrame, stages: tuple[str, ...] = EDGE_COMPUTE) -> stats.Estimate:
