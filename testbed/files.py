@@ -1,8 +1,11 @@
-"""Files that appear whole or not at all, and that are files: no link is followed, no pipe waited for, no name foreseen."""
+"""Files that are files: no pipe or device is waited for. Those of the testbed's own (`open_own`) appear whole or not at all, and
+no link to them is followed; those that a user names (`open_named`) may be links.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import tempfile
@@ -51,8 +54,8 @@ def replace(path: Path, data: bytes, mode: int = 0o644) -> None:
         temporary.write_bytes(data)
 
 
-def open_regular(path: Path, flags: int, mode: int = 0o644) -> int:
-    """A descriptor of a file that is one. Raises OSError; StorageError where `path` is a link, a pipe or a device."""
+def open_own(path: Path, flags: int, mode: int = 0o644) -> int:
+    """A descriptor of a file of the testbed's own. Raises OSError; StorageError where `path` is a link, a pipe or a device."""
     try:
         handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
     except OSError:
@@ -69,14 +72,14 @@ def open_regular(path: Path, flags: int, mode: int = 0o644) -> int:
 
 def read(path: Path) -> bytes:
     """What a file that is one has in it. Raises OSError, StorageError."""
-    with open(open_regular(path, os.O_RDONLY), "rb") as file:
+    with open(open_own(path, os.O_RDONLY), "rb") as file:
         return file.read()
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[TextIO]:
     """A file that is one, as UTF-8 text; what is none reads as a replacement character. Raises OSError, StorageError."""
-    with open(open_regular(path, os.O_RDONLY), encoding="utf-8", errors="replace") as file:
+    with open(open_own(path, os.O_RDONLY), encoding="utf-8", errors="replace") as file:
         yield file
 
 
@@ -87,7 +90,7 @@ def writing(path: Path, more: int = os.O_TRUNC) -> Iterator[BinaryIO]:
     `more`: os.O_TRUNC for one that is empty at first, os.O_APPEND for adding to it.
     """
     with storing(path):
-        handle = open_regular(path, os.O_WRONLY | os.O_CREAT | more)
+        handle = open_own(path, os.O_WRONLY | os.O_CREAT | more)
     with open(handle, "wb") as file:
         yield file
 
@@ -98,7 +101,7 @@ def append(path: Path, data: bytes) -> None:
     Raises StorageError.
     """
     with storing(path):
-        handle = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        handle = open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
             before = os.fstat(handle).st_size
             try:
@@ -112,3 +115,27 @@ def append(path: Path, data: bytes) -> None:
                 raise
         finally:
             os.close(handle)
+
+
+def open_named(path: str | Path) -> BinaryIO:
+    """A file that a user names, open for reading bytes. Raises OSError, whose `strerror` says so where it is no regular file."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not hold us up
+    try:
+        kind = os.fstat(handle).st_mode
+        if stat.S_ISDIR(kind):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(kind):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return open(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_at_most(path: str | Path, most_bytes: int) -> bytes:
+    """All of a file that a user names. Raises OSError, whose `strerror` says so where it is larger than *most_bytes*."""
+    with open_named(path) as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise OSError(errno.EFBIG, f"larger than {most_bytes} bytes", str(path))
+    return data

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from testbed.errors import SpecError
-from testbed.user_files import read_at_most
+from testbed.files import read_at_most
 
 MAX_BYTES = 1_000_000
 _MAX_DEPTH = 50

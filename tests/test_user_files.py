@@ -12,10 +12,10 @@ from testbed.codecs.diagnosed import load_diagnosis
 from testbed.codecs.entropy.tables import load as load_tables
 from testbed.errors import UsageError
 from testbed.experiment.plan import load_plan
+from testbed.files import read_at_most
 from testbed.net.profile.profile import parse_profile
 from testbed.net.topology.topology import load_topology
 from testbed.tasks.jsonl import read_rows
-from testbed.user_files import read_at_most
 
 READERS: dict[str, Callable[[Path], object]] = {
     "scenario": lambda path: load_plan(str(path)),

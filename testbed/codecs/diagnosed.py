@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from testbed.errors import SpecError
-from testbed.user_files import read_at_most
+from testbed.files import read_at_most
 
 FORMAT = "testbed-diagnosis-1"
 Kind = Literal["keys", "values"]

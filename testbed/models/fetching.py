@@ -21,7 +21,7 @@ from typing import IO
 
 from testbed import programs
 from testbed.errors import TestbedError, UsageError
-from testbed.files import open_regular, replace
+from testbed.files import open_own, replace
 from testbed.identity import of_user
 from testbed.models import sources
 from testbed.models.sources import Preset, Wheel
@@ -85,7 +85,7 @@ def _building(name: str) -> Iterator[Path | None]:
     target = sources.model_directory(name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.fdopen(open_regular(target.parent / f".{name}.lock", os.O_WRONLY | os.O_CREAT), "w")
+        lock = os.fdopen(open_own(target.parent / f".{name}.lock", os.O_WRONLY | os.O_CREAT), "w")
     except OSError as error:
         raise UsageError(f"cannot write to the model cache {target.parent}: {error.strerror}") from error
     with lock:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.errors import UsageError
-from testbed.user_files import open_regular
+from testbed.files import open_named
 
 _LONGEST_LINE = 4 * 2**20  # bytes
 _LARGEST_FILE = 2**30  # bytes
@@ -59,7 +59,7 @@ def read_rows(path: Path) -> tuple[Row, ...]:
 
 def _read(path: Path) -> Iterator[Row]:
     seen: dict[str, int] = {}
-    with open_regular(path) as file:
+    with open_named(path) as file:
         for number in itertools.count(1):
             line = file.readline(_LONGEST_LINE + 1)
             if not line:

@@ -22,7 +22,7 @@ from msgspec import Meta
 from testbed import files
 from testbed.codecs.layout import Part, Piece
 from testbed.errors import SpecError
-from testbed.user_files import read_at_most
+from testbed.files import read_at_most
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from testbed.errors import SpecError
-from testbed.user_files import read_at_most
+from testbed.files import read_at_most
 
 TABLE_SIZE, TABLE_SCALE = 4096, 8192
 """Entries of a table, and the entry that stands for one jitter. Entries are 16-bit: four jitters at most."""

@@ -9,11 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from testbed.errors import SpecError
+from testbed.files import open_named
 from testbed.net.profile.recordings.deliveries import read_delivery_times
 from testbed.net.profile.recordings.lines import first_line
 from testbed.net.profile.recordings.recording import DeliveryTimes, Recording, Samples
 from testbed.net.profile.recordings.tables import headless, read_headless_table, read_table
-from testbed.user_files import open_regular
 
 MAX_FILE_BYTES = 1 << 30
 
@@ -24,7 +24,7 @@ def read_recording(path: Path, way: str) -> Recording:
     The last few are kept, until their file changes.
     """
     try:
-        with open_regular(path) as file:
+        with open_named(path) as file:
             status = os.fstat(file.fileno())
     except OSError as error:
         raise SpecError(f"trace {path}: {error.strerror}") from None
@@ -64,7 +64,7 @@ def _equal(one: Iterable[float], other: Iterable[float]) -> bool:
 
 def _read(path: Path, way: str) -> Recording:
     try:
-        with open_regular(path) as file:
+        with open_named(path) as file:
             first = first_line(file, path)
             file.seek(0)
             if first.isdigit():
