@@ -10,6 +10,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
@@ -117,7 +118,7 @@ def append(path: Path, data: bytes) -> None:
             os.close(handle)
 
 
-def open_named(path: str | Path) -> BinaryIO:
+def open_named(path: str | Path) -> BufferedReader:
     """A file that a user names, open for reading bytes. Raises OSError, whose `strerror` says so where it is no regular file."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not hold us up
     try:
