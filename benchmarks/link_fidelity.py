@@ -25,8 +25,7 @@ from typing import Any
 from benchmarks.bulk_tcp import bulk, start_up_s
 from benchmarks.fidelity_table import burst_errors, line, merge, report
 from testbed.errors import SpecError, TestbedError
-from testbed.net.calibration.busy import busy_cores
-from testbed.net.calibration.calibrate import calibrate
+from testbed.net.calibration.calibrate import busy_cores, calibrate
 from testbed.net.calibration.probes import WAYS, Flow, Prober
 from testbed.net.fabric.fabric import Fabric
 from testbed.net.profile.loss import GilbertElliott

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from time import monotonic, process_time
 from typing import Any
 
-from testbed.net.calibration.busy import busy_cores
+from testbed.net.calibration.calibrate import busy_cores
 
 NEAREST_S, FARTHEST_S = 0.1e-3, 1e-3
 PRIORITY = 2  # as the relay's

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from testbed.net.emulators import choose
-from testbed.net.emulators.netem.netem_support import available
+from testbed.net.emulators.netem.support import available
 from testbed.net.fabric import removal
 from testbed.net.fabric.fabric import Fabric
 from testbed.net.profile.profile import parse_profile

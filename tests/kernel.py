@@ -31,11 +31,11 @@ def lacks_namespaces() -> str:
 @functools.cache
 def lacks_netem() -> str:
     """Why real netem cannot be tried directly."""
-    from testbed.net.emulators.netem import netem_support
+    from testbed.net.emulators.netem import support
 
     if reason := lacks_root():
         return reason
-    return "" if netem_support.available() else "this kernel has no sch_netem"
+    return "" if support.available() else "this kernel has no sch_netem"
 
 
 @functools.cache

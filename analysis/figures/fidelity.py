@@ -28,8 +28,7 @@ from testbed.analysis.figures.style import (
 )
 from testbed.analysis.run import Run
 from testbed.errors import TestbedError
-from testbed.net.calibration.following_values import Track
-from testbed.net.calibration.traces import Curve
+from testbed.net.calibration.traces import Curve, Track
 from testbed.units import parse_fraction, parse_time
 
 #: way -> its mark, where it stands beside the profile's middle, and its name

@@ -14,8 +14,7 @@ from testbed.analysis.figures import NotInThisRun
 from testbed.analysis.figures.fidelity import WAYS, Measured, measured_links, notes, spaced, subject
 from testbed.analysis.figures.style import BLUE, VERMILLION, Frame, bottom_legend, panel_title
 from testbed.analysis.run import Run
-from testbed.net.calibration.following_values import Track
-from testbed.net.calibration.traces import Curve
+from testbed.net.calibration.traces import Curve, Track
 
 _ASKED = "#CFCFCF"
 _LOOK = {"up": (BLUE, "-"), "down": (VERMILLION, "--")}

@@ -32,7 +32,7 @@ def calibrate(
 ) -> Any:
     """Build a link under each PROFILE, measure it, and print what was asked beside what was measured."""
     from testbed.net.calibration import calibrate as calibration
-    from testbed.net.calibration.busy import busy_cores
+    from testbed.net.calibration.calibrate import busy_cores
     from testbed.net.fabric.fabric import Fabric
     from testbed.net.profile.profile import PRESETS, parse_profile
     from testbed.net.profile.trace import is_trace

@@ -105,11 +105,11 @@ def _packet_sockets() -> Finding:
 
 
 def _netem() -> Finding:
-    from testbed.net.emulators.netem import netem_support
+    from testbed.net.emulators.netem import support
 
     if os.geteuid() != 0:
         return Finding("netem", False, "unknown without root", False)
-    ok = netem_support.available()
+    ok = support.available()
     return Finding(
         "netem",
         ok,

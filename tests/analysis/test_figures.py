@@ -21,7 +21,7 @@ from testbed.analysis.figures.style import WIDTH, marks, style
 from testbed.analysis.run import load
 from testbed.errors import UsageError
 from testbed.net.calibration.checks import Check
-from testbed.net.calibration.following_values import Track
+from testbed.net.calibration.traces import Track
 from tests.analysis.make_run import CODECS, PROFILES, SWEEP, make_run, write_calibration, write_diagnosis
 from tests.analysis.test_run_directory import lines, rewrite
 

@@ -17,8 +17,7 @@ import pytest
 from testbed.errors import NetworkError, SpecError, UsageError
 from testbed.net import emulators
 from testbed.net.calibration import checks as measure
-from testbed.net.calibration.busy import busy_cores
-from testbed.net.calibration.calibrate import calibrate, foretell
+from testbed.net.calibration.calibrate import busy_cores, calibrate, foretell
 from testbed.net.calibration.probes import Arrived, Flow, Prober, _batch
 from testbed.net.profile.profile import Direction, parse_profile
 from tests.net.wire import Conditioned, wire

@@ -269,9 +269,9 @@ def test_a_namespace_that_is_not_there_is_an_error_that_names_it():
 
 @pytest.mark.netns
 def test_auto_takes_netem_where_the_kernel_has_it():
-    from testbed.net.emulators.netem import netem_support
+    from testbed.net.emulators.netem import support
 
-    assert emulators.choose("auto").name == ("netem" if netem_support.available() else "userspace")
+    assert emulators.choose("auto").name == ("netem" if support.available() else "userspace")
 
 
 def test_an_unknown_emulator_is_refused_with_the_known_ones():
@@ -281,8 +281,8 @@ def test_an_unknown_emulator_is_refused_with_the_known_ones():
 
 @pytest.mark.netns
 def test_a_kernel_without_netem_gets_the_remedy(monkeypatch):
-    from testbed.net.emulators.netem import netem_support
+    from testbed.net.emulators.netem import support
 
-    monkeypatch.setattr(netem_support, "available", lambda: False)
+    monkeypatch.setattr(support, "available", lambda: False)
     with pytest.raises(UsageError, match="use --emulator userspace or auto"):
         emulators.choose("netem")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.emulators_agree import PROFILES, merge, sizes, summary
-from testbed.net.emulators.netem.netem_support import HONOURED
+from testbed.net.emulators.netem.support import HONOURED
 from testbed.net.profile.profile import parse_profile
 
 

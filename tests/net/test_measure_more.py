@@ -11,11 +11,16 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from testbed.errors import SpecError
-from testbed.net.calibration.checks import delay_check, loss_check
-from testbed.net.calibration.following_values import Probe, delay_track_check, expected, loss_track_checks
-from testbed.net.calibration.measure_bursts import burst_check, burst_lengths
-from testbed.net.calibration.measure_jitter import distance, jitter_checks
+from testbed.net.calibration.checks import (
+    burst_check,
+    burst_lengths,
+    delay_check,
+    distance,
+    jitter_checks,
+    loss_check,
+)
 from testbed.net.calibration.probes import Arrived
+from testbed.net.calibration.traces import Probe, delay_track_check, expected, loss_track_checks
 from testbed.net.emulators.relay.jitter import Jitter
 from testbed.net.emulators.relay.loss import loss_of
 from testbed.net.emulators.relay.orders import plain_conditions

@@ -15,12 +15,12 @@ import pytest
 from testbed.errors import NetworkError, UsageError
 from testbed.hosts.namespaces import call_inside
 from testbed.net.emulators import Attachment
-from testbed.net.emulators.netem import netem, netem_support
+from testbed.net.emulators.netem import netem, support
 from testbed.net.emulators.netem import options as netem_options
 from testbed.net.emulators.netem.options import Options, distribution
-from testbed.net.emulators.netem.shaping import TokenBucket, size_offset
+from testbed.net.emulators.netem.qdiscs import TokenBucket, size_offset
 from testbed.net.emulators.netem.trace_follower import patched
-from testbed.net.fabric.netlink import Interface, Netlink, TrafficObject, attribute, attributes
+from testbed.net.netlink import Interface, Netlink, TrafficObject, attribute, attributes
 from testbed.net.profile.profile import parse_profile
 from tests.net.wire import Wire, wire
 
@@ -172,7 +172,7 @@ def test_what_netem_cannot_honour_together_is_refused_by_name(text: str, tmp_pat
     with pytest.raises(
         UsageError, match=r"emulator netem cannot honour '.*' beside .*use --emulator userspace"
     ):
-        netem_support.refuse(parse_profile(text))
+        support.refuse(parse_profile(text))
 
 
 def test_a_token_bucket_is_laid_out_as_the_kernel_has_it():
@@ -218,12 +218,12 @@ def test_a_seed_that_a_newer_kernel_says_back_is_compared_and_honoured(monkeypat
     assert Options(delay_ns=1_000_000, limit_packets=1000, seed=8).differences(dump) == [
         "seed: asked 8, has 7"
     ]
-    monkeypatch.setattr(netem_support, "Netlink", lambda _: contextlib.nullcontext(_Kernel(dump)))
-    netem_support.refuse(parse_profile("delay=1ms,loss=1%,seed=7"))
+    monkeypatch.setattr(support, "Netlink", lambda _: contextlib.nullcontext(_Kernel(dump)))
+    support.refuse(parse_profile("delay=1ms,loss=1%,seed=7"))
     before_6_6 = dump[: -len(bytes.fromhex("0c000e000700000000000000"))]
-    monkeypatch.setattr(netem_support, "Netlink", lambda _: contextlib.nullcontext(_Kernel(before_6_6)))
+    monkeypatch.setattr(support, "Netlink", lambda _: contextlib.nullcontext(_Kernel(before_6_6)))
     with pytest.raises(UsageError, match=r"cannot honour 'seed=7' \(up, seed\)"):
-        netem_support.refuse(parse_profile("delay=1ms,loss=1%,seed=7"))
+        support.refuse(parse_profile("delay=1ms,loss=1%,seed=7"))
 
 
 class _Kernel:
@@ -345,7 +345,7 @@ def test_a_netem_that_says_something_else_is_an_error_that_names_the_field(monke
 def test_a_seed_is_refused_where_the_kernel_does_not_say_it_back():
     with wire() as net:
         profile = parse_profile("delay=1ms,loss=1%,seed=7")
-        if netem_support.knows_seeds():
+        if support.knows_seeds():
             netem.Netem().attach(net.wire, "l0", "l0a", "l0b", profile)
             assert any("seed 7" in line for line in _tc(net.wire, "l0b"))
         else:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.net.emulators.netem.pacing import Pace, Pacer
+from testbed.net.emulators.netem.trace_follower import Pace, Pacer
 from testbed.net.profile.deliveries import Deliveries
 from testbed.net.profile.schedule import Schedule
 

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.errors import SpecError, UsageError
-from testbed.net.emulators.refusal import refuse_unknown
+from testbed.net.emulators.emulator import refuse_unknown
 from testbed.net.profile import jitter
+from testbed.net.profile.conditions import CoDel
 from testbed.net.profile.jitter import LAWS
 from testbed.net.profile.loss import FourState, GilbertElliott, LossModel
 from testbed.net.profile.profile import PRESETS, Direction, Profile, Queue, parse_profile, profile_from
-from testbed.net.profile.queues import CoDel
 
 
 def test_inline_conditions_hold_both_ways() -> None:

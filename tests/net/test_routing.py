@@ -91,7 +91,7 @@ def test_a_network_without_circles_is_routed_at_once_as_it_is_node_by_node(topol
     for node in topology.nodes:
         one_by_one = {
             number: way
-            for first, last, way in routing._runs(node.name, topology)
+            for first, last, way in routing._runs(node.name, topology.ends)
             for number in range(first, last + 1)
         }
         at_once = {

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.net.profile.deliveries import Deliveries
-from testbed.net.profile.packed import unpack
-from testbed.net.profile.schedule import Schedule
+from testbed.net.profile.schedule import Schedule, unpack
 
 # Segments of whole milliseconds with whole bytes per millisecond: what the walk adds up, it adds up exactly.
 segments = st.lists(

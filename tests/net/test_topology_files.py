@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from testbed import strict_yaml
 from testbed.errors import SpecError
 from testbed.net.profile.profile import PRESETS
-from testbed.net.topology import shapes, topology
+from testbed.net.topology import topology
 from testbed.net.topology.prefixes import aggregate, runs
 from testbed.net.topology.topology import to_mapping, topology_from
 
@@ -49,7 +49,7 @@ listed = st.fixed_dictionaries(
 )
 kinds = st.fixed_dictionaries(
     {
-        "kind": mostly(st.sampled_from([*shapes.KINDS, "ring"])),
+        "kind": mostly(st.sampled_from([*topology.KINDS, "ring"])),
         "nodes": mostly(st.integers(-1, 40)),
         "profile": mostly(profiles),
     },
@@ -148,7 +148,7 @@ def test_a_thousand_nodes_have_addresses_of_their_own_and_few_routes(kind: str) 
 
 def test_the_schema_knows_the_keys_that_files_may_have() -> None:
     schema = json.loads((Path(__file__).parents[2] / "topologies/schema.json").read_text())["$defs"]
-    assert set(schema["generated"]["properties"]) == shapes.KEYS
+    assert set(schema["generated"]["properties"]) == topology.REPEATED_KEYS
     assert set(schema["listed"]["properties"]) == topology.KEYS
     assert set(schema["link"]["properties"]) == topology.LINK_KEYS
-    assert set(schema["generated"]["properties"]["kind"]["enum"]) == set(shapes.KINDS)
+    assert set(schema["generated"]["properties"]["kind"]["enum"]) == set(topology.KINDS)

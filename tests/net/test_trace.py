@@ -12,15 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.errors import SpecError
-from testbed.net.profile.columns import Milliseconds
+from testbed.net.profile.deliveries import Milliseconds
 from testbed.net.profile.generators import Flap, Outage, Sine, Step
-from testbed.net.profile.packed import unpack
 from testbed.net.profile.profile import parse_profile
-from testbed.net.profile.recordings import deliveries
+from testbed.net.profile.recordings import files as deliveries
 from testbed.net.profile.recordings import files as recording_files
 from testbed.net.profile.recordings.files import read_recording
 from testbed.net.profile.recordings.recording import DeliveryTimes, Samples
-from testbed.net.profile.schedule import Schedule
+from testbed.net.profile.schedule import Schedule, unpack
 from testbed.net.profile.trace import File, Trace, parse_trace
 
 rates = st.floats(0, 100e9) | st.integers(0, 1000).map(lambda mbit: mbit * 1e6)

@@ -7,19 +7,32 @@ the receiver; bytes are the network layer's.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 from testbed.errors import SpecError, UsageError
-from testbed.net.calibration.checks import Check, delay_check, loss_check, rate_check
-from testbed.net.calibration.following_values import Track, follow_values
-from testbed.net.calibration.measure_bursts import burst_check
-from testbed.net.calibration.measure_jitter import jitter_checks
-from testbed.net.calibration.probe_flows import (
+from testbed.net.calibration.checks import (
+    Check,
+    burst_check,
+    delay_check,
+    jitter_checks,
+    loss_check,
+    rate_check,
+)
+from testbed.net.calibration.probes import (
     PROBE_BYTES,
     SLACK_S,
     UNLIMITED_BPS,
+    WAYS,
+    Arrived,
+    Network,
+    Prober,
     delay_flow,
     loss_flow,
     measuring_s,
@@ -27,8 +40,7 @@ from testbed.net.calibration.probe_flows import (
     rate_flow,
     settle_s,
 )
-from testbed.net.calibration.probes import WAYS, Arrived, Network, Prober
-from testbed.net.calibration.traces import STRETCH_S, Curve, follow
+from testbed.net.calibration.traces import STRETCH_S, Curve, Track, follow, follow_values
 from testbed.net.emulators.emulator import Counters
 from testbed.net.profile.profile import Direction, Profile
 from testbed.units import format_duration, format_rate, format_time
@@ -230,3 +242,16 @@ def _offered_bps(flow: Arrived, size: int) -> float:
 def _emulator_causes(counters: dict[str, Counters]) -> list[str]:
     said = [said for way in WAYS for said in counters[way].complaints(way, _LATE_S)]
     return [f"{cause}: the processor is too slow or busy" for cause in said]
+
+
+@contextlib.contextmanager
+def busy_cores(wanted: bool = True) -> Iterator[None]:
+    """Keeps every core busy while the block runs, where *wanted*, by processes of ordinary priority."""
+    spin = [sys.executable, "-I", "-S", "-c", "while True: pass"]
+    processes = [subprocess.Popen(spin) for _ in range(os.cpu_count() or 1)] if wanted else []
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

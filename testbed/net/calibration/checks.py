@@ -1,14 +1,19 @@
-"""From probe packets to figures: rate, one-way delay and loss with their 99 % intervals, and whether they are in tolerance."""
+"""From probe packets to figures with their 99 % intervals, and whether they are in tolerance: rate, one-way delay and loss; under
+jitter the delay's standard deviation and law, under a loss model the length of bursts.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from itertools import pairwise
+from statistics import mean, median, stdev
 
 from testbed.net.calibration.probes import Arrived
 from testbed.net.profile.jitter import spread
+from testbed.net.profile.loss import LossModel
 from testbed.net.profile.profile import Direction
 from testbed.units import format_fraction, format_rate, format_size, format_time
 
@@ -178,3 +183,116 @@ def _parts_interval(times: list[float], packet_bytes: int, rate: float) -> tuple
     deviation = math.sqrt(sum((r - mean) ** 2 for r in rates) / (parts - 1))
     half = float(stdtrit(parts - 1, (1 + CONFIDENCE) / 2)) * deviation / math.sqrt(parts)
     return rate - half, rate + half
+
+
+LEAST_BURSTS = 20  # bursts; fewer tell too little to judge by
+BURST_TOLERANCE = 0.1  # beyond what the interval allows for
+
+
+def burst_lengths(flow: Arrived) -> list[int]:
+    """How many probes in a row were lost, for each row of them."""
+    numbers = [-1, *sorted(set(flow.numbers)), flow.sent]
+    return [after - before - 1 for before, after in pairwise(numbers) if after - before > 1]
+
+
+def burst_check(way: str, model: LossModel, flow: Arrived) -> Check:
+    """The mean length of a burst, with the interval of a mean. Judged where there are `LEAST_BURSTS` bursts."""
+    lengths, asked = burst_lengths(flow), model.burst
+    tolerance = f"±{BURST_TOLERANCE:.0%}"
+    n = len(lengths)
+    if n < 2 or asked is None:
+        measured = float(lengths[0]) if n else None
+        return Check(way, "burst", asked, measured, None, None, n, None, tolerance)
+    measured = mean(lengths)
+    half = _student(n) * stdev(lengths) / math.sqrt(n)
+    fits = abs(measured - asked) <= half + BURST_TOLERANCE * asked
+    return Check(
+        way,
+        "burst",
+        asked,
+        measured,
+        max(1.0, measured - half),
+        measured + half,
+        n,
+        fits if n >= LEAST_BURSTS else None,
+        tolerance,
+    )
+
+
+def _student(n: int) -> float:
+    from scipy.special import stdtrit
+
+    return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2))
+
+
+LEAST_DELAYS = 50  # probes; fewer tell too little to judge by
+SPREAD_TOLERANCE = 0.1  # of the standard deviation, beyond what its interval allows for
+TIMING_S = 0.2e-3  # what the emulator's and the time stamps' own precision may add
+_KOLMOGOROV = (
+    1.628  # over the root of n: the distance that 1 % of samples exceed (Kolmogorov 1933; Smirnov 1948)
+)
+
+
+def jitter_checks(way: str, direction: Direction, flow: Arrived, packet_bytes: int) -> list[Check]:
+    """``jitter``: the standard deviation; ``law``: the largest distance between both distributions, each around its median (how
+    far the median is off is the delay's business). Nothing where no jitter is asked for.
+
+    A few packets that the machine held up are the emulator's lateness, which is counted, and no jitter: what is beyond all that
+    the law can give counts as its extreme. Probes must be so far apart that they do not meet. Judged where there are
+    `LEAST_DELAYS` of them and no packet skips the delay.
+    """
+    if not direction.jitter_s:
+        return []
+    law = spread(direction.jitter_law, direction.jitter_s, direction.delay_s)
+    own = packet_bytes * 8 / direction.rate_bps if direction.rate_bps else 0.0
+    first, last = law.delays[0] - TIMING_S, law.delays[-1] + TIMING_S
+    delays = [min(last, max(first, a - s - own)) for s, a in zip(flow.sent_s, flow.arrived_s, strict=True)]
+    n = len(delays)
+    tolerance = f"±{SPREAD_TOLERANCE:.0%}"
+    if n < 2:
+        return [Check(way, "jitter", law.deviation_s, None, None, None, n, None, tolerance)]
+    judged = n >= LEAST_DELAYS and not direction.reorder
+    # The law says how much a standard deviation of n delays varies; few delays hardly know their own tails.
+    half = _NORMAL * law.deviation_s * math.sqrt(max(0.0, law.kurtosis - 1) / n) / 2
+    measured = stdev(delays)
+    slack = SPREAD_TOLERANCE * law.deviation_s + TIMING_S / 2
+    fits = abs(measured - law.deviation_s) <= half + slack
+    around = median(delays)
+    apart = distance([d - around for d in delays], [d - law.median_s for d in law.delays], TIMING_S)
+    limit = _KOLMOGOROV / math.sqrt(n)
+    low = max(0.0, measured - half)
+    return [
+        Check(
+            way,
+            "jitter",
+            law.deviation_s,
+            measured,
+            low,
+            measured + half,
+            n,
+            fits if judged else None,
+            tolerance,
+        ),
+        Check(way, "law", 0.0, apart, None, None, n, apart <= limit if judged else None, f"≤ {limit:.3f}"),
+    ]
+
+
+def distance(sample: Sequence[float], law: Sequence[float], within: float) -> float:
+    """The Kolmogorov-Smirnov distance of a sample from a law, whose quantiles are ascending; what would be less with every value
+    of the sample *within* so much of where it is does not count."""
+    ordered, n, m = sorted(sample), len(sample), len(law)
+    most = 0.0
+    for place, value in enumerate(ordered):
+        above = (place + 1) / n - bisect_right(law, value + within) / m
+        below = bisect_left(law, value - within) / m - place / n
+        most = max(most, above, below)
+    return most
+
+
+def _quantile() -> float:
+    from statistics import NormalDist
+
+    return NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+
+
+_NORMAL = _quantile()

@@ -48,7 +48,7 @@ def choose(name: str = "auto", *, seed: int | None = None) -> Emulator:
     *seed* fixes the random losses and delays (netem: since Linux 6.6). Raises UsageError when this machine cannot run it.
     """
     from testbed.net.emulators.netem.netem import Netem
-    from testbed.net.emulators.netem.netem_support import available, require
+    from testbed.net.emulators.netem.support import available, require
     from testbed.net.emulators.relay.userspace import Userspace, require_packet_sockets
 
     if name not in NAMES:

@@ -1,11 +1,13 @@
-"""What every link emulator provides."""
+"""What every link emulator provides, and the refusal of what one does not know of: no approximation in silence."""
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from testbed.errors import UsageError
 from testbed.units import format_time
 
 if TYPE_CHECKING:
@@ -124,3 +126,16 @@ class Emulator(Protocol):
 
     def reattach(self, wire: str, link: str, a: str, b: str, *, keep: Path) -> Attachment:
         """The attachment that an earlier `attach` with the same arguments made. Raises NetworkError when it is gone."""
+
+
+def refuse_unknown(emulator: str, profile: Profile, honoured: Set[str], remedy: str = "") -> None:
+    """Raises UsageError that names the first thing in *profile* that is not in *honoured*.
+
+    See `Direction.beyond_the_basics` for the names.
+    """
+    for way, direction in (("up", profile.up), ("down", profile.down)):
+        for name, written in direction.beyond_the_basics().items():
+            if name not in honoured:
+                raise UsageError(
+                    f"emulator {emulator} cannot honour {written!r} ({way}, {name}){remedy and '; ' + remedy}"
+                )

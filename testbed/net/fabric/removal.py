@@ -8,7 +8,6 @@ import shutil
 
 from testbed.errors import TestbedError, UsageError
 from testbed.hosts import namespaces, processes
-from testbed.net.fabric.netlink import Netlink
 from testbed.net.fabric.state import (
     Process,
     State,
@@ -21,6 +20,7 @@ from testbed.net.fabric.state import (
     netns_marker,
     place,
 )
+from testbed.net.netlink import Netlink
 
 _NAME = re.compile(r"tb-([0-9a-f]{4})-[a-z0-9-]+")
 _MARK = re.compile(r"testbed ([0-9a-f]+) ([0-9a-f]{4}) (\d{1,10}) (\d{1,20})")  # `State.mark`

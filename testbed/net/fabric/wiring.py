@@ -15,8 +15,8 @@ from pathlib import Path
 from testbed.errors import NetworkError, UsageError
 from testbed.hosts import namespaces
 from testbed.net.fabric.offloads import Ethtool
-from testbed.net.fabric.requests import Batch, Peer
 from testbed.net.fabric.state import State
+from testbed.net.netlink import Batch, Peer
 from testbed.net.profile.presets import PRESETS
 from testbed.net.profile.profile import MTU
 from testbed.net.topology.routing import PREFIX_BITS, Interface

@@ -1,18 +1,18 @@
-"""A link's conditions: one direction, and a profile of two. `testbed.net.profile` reads them from text; the queue of a
-direction is in `testbed.net.profile.queues`."""
+"""A link's conditions: the queue in front of a bottleneck, one direction, and a profile of two. `testbed.net.profile.profile`
+reads them from text.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from testbed.errors import SpecError
-from testbed.net.profile.bounds import LARGEST_MTU, LEAST_MTU, bounded
 from testbed.net.profile.deliveries import Deliveries
 from testbed.net.profile.jitter import LAWS, JitterTable
 from testbed.net.profile.loss import LossModel
-from testbed.net.profile.queues import MIN_QUEUE_BYTES, Queue, time_text
 from testbed.net.profile.schedule import Schedule
 from testbed.net.profile.trace import Trace
 from testbed.units import (
@@ -23,7 +23,77 @@ from testbed.units import (
     format_size,
     format_time,
     parse_rate,
+    parse_size,
+    parse_time,
 )
+
+LEAST_MTU, LARGEST_MTU = 576, 9000
+
+
+def bounded(what: str, value: float, low: float, high: float, show: Callable[[float], str]) -> None:
+    """Raises SpecError where *value* lies outside; *what* it is and how *show* writes it are in the message."""
+    if not low <= value <= high:  # also false for NaN
+        raise SpecError(f"{what} {show(value)} lies outside {show(low)}..{show(high)}")
+
+
+MIN_QUEUE_BYTES = 64_000
+"""The least a queue in BDPs holds: a short link's product is a few packets, less than a real port has."""
+
+_LIMITS = {"s": 60.0, "bytes": 1e9, "packets": 1e6, "bdp": 100.0}
+
+
+@dataclass(frozen=True)
+class CoDel:
+    """Controlled delay, RFC 8289: what has waited longer than `target_s` for all of `interval_s` is dropped (or
+    marked), ever more often until the wait is below it again. The queue's size remains its limit."""
+
+    target_s: float = 0.005
+    interval_s: float = 0.1
+
+    def __post_init__(self) -> None:
+        bounded("queue: CoDel's target", self.target_s, 1e-5, 10.0, format_time)
+        bounded("queue: CoDel's interval", self.interval_s, 1e-4, 60.0, format_time)
+
+
+@dataclass(frozen=True)
+class Queue:
+    """The bottleneck's buffer beyond the packets in flight. Raises SpecError outside of its bounds."""
+
+    amount: float = 1.0
+    unit: Literal["s", "bytes", "packets", "bdp"] = "bdp"
+    codel: CoDel | None = None
+    """None: drop-tail."""
+
+    def __post_init__(self) -> None:
+        least = {"s": 0.0, "bytes": float(LEAST_MTU), "packets": 1.0, "bdp": 0.0}
+        if self.unit not in least:
+            raise SpecError(f"queue: unknown unit {self.unit!r}")
+        bounded("queue", self.amount, least[self.unit], _LIMITS[self.unit], self._show)
+
+    def _show(self, amount: float) -> str:
+        return _queue_text(amount, self.unit)
+
+    def __str__(self) -> str:
+        size = self._show(self.amount)
+        if self.codel is None:
+            return size
+        target, interval = time_text(self.codel.target_s), time_text(self.codel.interval_s)
+        return f"codel({size},target={target},interval={interval})"
+
+
+def time_text(seconds: float) -> str:
+    """A time, reading back as the same number."""
+    return exact(seconds, format_time, parse_time, "s")
+
+
+def _queue_text(amount: float, unit: str) -> str:
+    if unit == "s":
+        return time_text(amount)
+    if unit == "bytes":
+        return exact(amount, format_size, parse_size, "b")
+    number = f"{amount:g}" if float(f"{amount:g}") == amount else repr(amount)
+    return number + ("p" if unit == "packets" else "bdp")
+
 
 MTU = 1500
 """Bytes of the network layer in the largest packet, unless a profile says otherwise."""

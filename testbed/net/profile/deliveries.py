@@ -1,4 +1,5 @@
-"""Opportunities to send at given times, as Mahimahi's mm-link(1) replays them. It has the methods of a `Schedule`.
+"""Opportunities to send at given times, as Mahimahi's mm-link(1) replays them (with the methods of a `Schedule`), and the columns
+of numbers that schedules hold.
 
 At each time, up to so many bytes of what waits leave; what is not used is lost; a packet larger than what is left takes the next
 opportunities, too. Standard library alone: the relay imports it.
@@ -6,12 +7,12 @@ opportunities, too. Standard library alone: the relay imports it.
 
 from __future__ import annotations
 
+import sys
+from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 from math import floor, inf
 from typing import Any, BinaryIO
-
-from testbed.net.profile.columns import write
 
 MILLISECOND = 1e-3
 
@@ -121,3 +122,33 @@ class Deliveries:
             "offset_s": self.offset_s,
             "origin_s": self.origin_s,
         }
+
+
+class Milliseconds(Sequence[float]):
+    """Times in seconds that are held as whole milliseconds, in half the space: *ms* are unsigned numbers of four bytes."""
+
+    __slots__ = ("ms",)
+
+    def __init__(self, ms: Sequence[int]) -> None:
+        self.ms = ms
+
+    def __len__(self) -> int:
+        return len(self.ms)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Seconds; of a slice, a list of them."""
+        found = self.ms[index]
+        return found / 1000 if isinstance(found, int) else [ms / 1000 for ms in found]
+
+
+def write(file: BinaryIO, code: str, numbers: Sequence[float]) -> None:
+    """Appends *numbers* as the machine holds them, of the type *code* (see `array`)."""
+    if isinstance(numbers, array) and numbers.typecode == code:
+        numbers.tofile(file)
+    elif isinstance(numbers, memoryview) and numbers.format == code:
+        file.write(numbers)
+    else:
+        array(code, numbers).tofile(file)
+
+
+assert array("I").itemsize == 4 and array("d").itemsize == 8, sys.platform

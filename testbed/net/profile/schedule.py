@@ -1,7 +1,7 @@
 """Conditions that change over time, as an emulator follows them: when will these bytes have been sent?
 
 Standard library alone: the relay imports this file. Nothing here reads files or knows what a profile is; `trace`
-makes schedules out of traces, and `pack` and `packed.unpack` take them to another process without a copy.
+makes schedules out of traces, and `pack` and `unpack` take them to another process without a copy.
 
 Two kinds, with the same methods. A `Schedule` has a rate, delay or loss that holds from one time to the next. `Deliveries`
 (`testbed.net.profile.deliveries`) are opportunities of a fixed size at given milliseconds.
@@ -11,12 +11,13 @@ All times are seconds of one clock. `origin_s` is when the trace begins; before 
 
 from __future__ import annotations
 
+import mmap
 from bisect import bisect_right
 from collections.abc import Sequence
 from math import ceil, floor, inf
 from typing import Any, BinaryIO
 
-from testbed.net.profile.columns import Milliseconds, write
+from testbed.net.profile.deliveries import Deliveries, Milliseconds, write
 
 _NOTHING = 1e-9  # bytes: what rounding leaves of a packet that has been sent
 _COLUMNS = ("rates", "delays", "losses")
@@ -134,7 +135,7 @@ class Schedule:
         return self._looking.ends + self._zero
 
     def pack(self, file: BinaryIO) -> dict[str, Any]:
-        """Writes the numbers to *file*; what is returned (plain values for JSON) and the file are what `packed.unpack` takes."""
+        """Writes the numbers to *file*; what is returned (plain values for JSON) and the file are what `unpack` takes."""
         columns = [name for name in _COLUMNS if getattr(self, name) is not None]
         whole = isinstance(self.times, Milliseconds)
         write(
@@ -200,3 +201,24 @@ class _Cursor:
             self.ends = self.base + self.times[self.index + 1]
         else:
             self.ends = self.base + self.length if self.loop else inf
+
+
+def unpack(description: dict[str, Any], file: int) -> Schedule | Deliveries:
+    """The schedule that a `pack` wrote to the file with this descriptor. The numbers stay in the file, which may be closed."""
+    count = description["count"]
+    mapped = memoryview(mmap.mmap(file, 0, prot=mmap.PROT_READ))
+    if description["kind"] == "deliveries":
+        return Deliveries(
+            mapped[: 4 * count].cast("I"),
+            description["opportunity_bytes"],
+            offset_s=description["offset_s"],
+            origin_s=description["origin_s"],
+        )
+    size = 4 if description["milliseconds"] else 8
+    times = mapped[: size * count]
+    columns: dict[str, Any] = {
+        name: mapped[(size + 4 * i) * count : (size + 4 + 4 * i) * count].cast("f")
+        for i, name in enumerate(description["columns"])
+    }
+    rest = {key: description[key] for key in ("length_s", "scale", "loop", "offset_s", "origin_s")}
+    return Schedule(Milliseconds(times.cast("I")) if size == 4 else times.cast("d"), **columns, **rest)

@@ -1,4 +1,4 @@
-"""Nodes and the links between them, and how packets get from any node to any other.
+"""Nodes and the links between them.
 
 A topology file (see ``topologies/``)::
 
@@ -10,14 +10,32 @@ A link's *up* direction runs from ``a`` to ``b``. ``name`` of a link is ``a-b`` 
 the topology the file's. ``congestion`` names the TCP congestion control of connections that leave a node by
 that link.
 
-What repeats itself need not be listed: ``kind: star`` and the like stand for nodes and links (see `testbed.net.topology.shapes`).
+What repeats itself need not be listed::
+
+    kind: line                       n1 ═ n2 ═ n3 ═ …            links n1-n2, n2-n3, …; up: towards the higher number
+    nodes: 10
+    profile: wan
+
+    kind: star                       n1 ═╗                       links n1-hub, n2-hub, …; up: towards the hub
+    nodes: 100                       n2 ═╬═ hub                  `nodes` counts the hub, too
+    profile: 5g-mid                  n3 ═╝
+
+    kind: shared-bottleneck          edge1 ═╗                    links access-1, access-2, … and bottleneck;
+    nodes: 12                        edge2 ═╬═ router ═ cloud    up: towards the cloud; `nodes` counts router and cloud, too
+    profile: 5g-good                 edge3 ═╝
+    bottleneck: "rate=60mbit,delay=5ms"
+
+There, `profile` is every link's; ``profiles: {n3-hub: lte}`` puts some under others. ``congestion`` is every link's congestion
+control; ``pcap: [n3-hub]`` names links whose packets are captured.
+
 Addresses and routes follow from the links (see `testbed.net.topology.routing`); ``ipv6: false`` leaves IPv6 out.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,10 +45,85 @@ from testbed import strict_yaml
 from testbed.errors import SpecError
 from testbed.net.profile import lookup
 from testbed.net.profile.profile import Profile, profile_from
-from testbed.net.topology import routing, shapes
-from testbed.net.topology.routing import Interface, Route
-from testbed.net.topology.trees import Tree
+from testbed.net.topology import routing
+from testbed.net.topology.routing import Interface, Route, Tree
 from testbed.strict_yaml import did_you_mean
+
+Listed = tuple[list[str], list[tuple[str, str, str]]]
+"""Names of nodes, and links as (name, a, b)."""
+
+
+def line(nodes: int) -> Listed:
+    """n1 - n2 - n3 - …"""
+    names = [f"n{number}" for number in range(1, nodes + 1)]
+    return names, [(f"{a}-{b}", a, b) for a, b in itertools.pairwise(names)]
+
+
+def star(nodes: int) -> Listed:
+    """A hub, and everybody else on a link of its own to it."""
+    leaves = [f"n{number}" for number in range(1, nodes)]
+    return ["hub", *leaves], [(f"{leaf}-hub", leaf, "hub") for leaf in leaves]
+
+
+def shared_bottleneck(nodes: int) -> Listed:
+    """Edges on access links of their own to a router, from which one link leads to the cloud."""
+    edges = [f"edge{number}" for number in range(1, nodes - 1)]
+    access = [(f"access-{number}", edge, "router") for number, edge in enumerate(edges, 1)]
+    return [*edges, "router", "cloud"], [*access, ("bottleneck", "router", "cloud")]
+
+
+KINDS: dict[str, tuple[Callable[[int], Listed], int]] = {
+    "line": (line, 2),
+    "star": (star, 2),
+    "shared-bottleneck": (shared_bottleneck, 3),
+}
+"""Name -> the shape, and the fewest nodes it has."""
+
+REPEATED_KEYS = {"name", "kind", "nodes", "profile", "bottleneck", "profiles", "congestion", "pcap", "ipv6"}
+
+
+def unfold(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping with every node and link listed, as `topology_from` takes it. Raises SpecError."""
+    strict_yaml.mapping(value, "", REPEATED_KEYS, {"kind", "nodes", "profile"})
+    kind = strict_yaml.text(value["kind"], "kind")
+    if kind not in KINDS:
+        raise SpecError(f"kind: unknown kind {kind[:40]!r}{did_you_mean(kind, list(KINDS))}")
+    shape, least = KINDS[kind]
+    names, links = shape(strict_yaml.whole(value["nodes"], "nodes", least, MAX_NODES))
+    profiles = _profiles(value, kind, [name for name, _, _ in links])
+    common = {key: value[key] for key in ("congestion",) if key in value}
+    captured = _captured(value, [name for name, _, _ in links])
+    listed = [
+        {"name": name, "a": a, "b": b, "profile": profiles.get(name, value["profile"]), **common}
+        | ({"pcap": True} if name in captured else {})
+        for name, a, b in links
+    ]
+    rest = {key: value[key] for key in ("name", "ipv6") if key in value}
+    return {"nodes": names, "links": listed, **rest}
+
+
+def _captured(value: Mapping[str, Any], known: list[str]) -> set[str]:
+    names = {strict_yaml.text(name, "pcap") for name in strict_yaml.items(value.get("pcap", []), "pcap")}
+    for name in sorted(names.difference(known)):
+        raise SpecError(f"pcap: no link {name[:40]!r}{did_you_mean(name, known)}")
+    return names
+
+
+def _profiles(value: Mapping[str, Any], kind: str, known: list[str]) -> dict[str, Any]:
+    given = value.get("profiles", {})
+    if not isinstance(given, Mapping):
+        raise SpecError("profiles: expected a mapping of links' names to profiles")
+    for name in given:
+        if name not in known:
+            raise SpecError(f"profiles: no link {str(name)[:40]!r}{did_you_mean(str(name), known)}")
+    if "bottleneck" in value:
+        if kind != "shared-bottleneck":
+            raise SpecError(f"bottleneck: a {kind} has none")
+        if "bottleneck" in given:
+            raise SpecError("profiles.bottleneck: given as bottleneck, too")
+        return {"bottleneck": value["bottleneck"], **given}
+    return dict(given)
+
 
 MAX_NODES = 1000
 MAX_LINKS = 4000
@@ -108,7 +201,9 @@ class Topology:
     @cached_property
     def ends(self) -> dict[str, tuple[Interface, ...]]:
         """Every node's ends of its links, in the order of the links: eth0, eth1, …"""
-        return routing.interfaces((node.name for node in self.nodes), self.links, self.ipv6)
+        return routing.interfaces(
+            (node.name for node in self.nodes), [(link.a, link.b) for link in self.links], self.ipv6
+        )
 
     @cached_property
     def tree(self) -> Tree | None:
@@ -142,7 +237,7 @@ class Topology:
 
     def routes(self, node: str) -> tuple[Route, ...]:
         """The node's routes to all links it is not on itself; one for everything where it has a single link."""
-        return routing.routes(self.require_node(node), self)
+        return routing.routes(self.require_node(node), self.ends, self.tree, self.ipv6)
 
     def links_named(self, name: str) -> list[int]:
         """The numbers of the links that a link's name, or that of a node on them, stands for. Raises SpecError."""
@@ -153,7 +248,7 @@ class Topology:
     def hosts(self, node: str) -> str:
         """The text of /etc/hosts as `node` should see it: every node by the addresses at which its packets
         arrive there."""
-        return routing.hosts(self.require_node(node), self)
+        return routing.hosts(self.require_node(node), self.ends)
 
 
 def _validate(topology: Topology) -> None:
@@ -254,7 +349,7 @@ def topology_from(value: Any, where: str, name: str) -> Topology:
     """The topology a YAML mapping describes. Raises SpecError beginning with `where`."""
     try:
         if isinstance(value, Mapping) and "kind" in value:
-            value = shapes.unfold(value)
+            value = unfold(value)
         strict_yaml.mapping(value, "", KEYS, {"nodes", "links"})
         nodes = tuple(
             Node(strict_yaml.text(node, f"nodes[{place}]"))

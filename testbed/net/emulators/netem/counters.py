@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from testbed.errors import NetworkError
 from testbed.net.emulators.emulator import Counters
-from testbed.net.emulators.netem.netem_qdiscs import find, get
+from testbed.net.emulators.netem.hierarchy import BOTTLENECKS
 from testbed.net.emulators.netem.options import ECN, QOPT
-from testbed.net.emulators.netem.qdiscs import BOTTLENECKS, BUCKET, CODEL, OUTER
+from testbed.net.emulators.netem.qdiscs import BUCKET, CODEL, OUTER, find, get
 from testbed.net.emulators.netem.redirect import counted
-from testbed.net.fabric.netlink import Netlink, TrafficObject, attributes
+from testbed.net.netlink import Netlink, TrafficObject, attributes
 
 _STATS_OWN = 4  # TCA_STATS_APP
 

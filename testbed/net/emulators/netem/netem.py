@@ -32,13 +32,25 @@ from testbed.net.emulators.netem.counters import (
     outer_and_bottleneck,
     waiting,
 )
-from testbed.net.emulators.netem.netem_qdiscs import find, get, put
-from testbed.net.emulators.netem.netem_support import refuse
-from testbed.net.emulators.netem.qdiscs import BUCKET, CLOSED, OUTER, PLUG, ROOT, Part, Plan, plan
+from testbed.net.emulators.netem.hierarchy import Plan, plan
+from testbed.net.emulators.netem.qdiscs import (
+    BUCKET,
+    CLOSED,
+    OUTER,
+    PLUG,
+    RELEASE,
+    ROOT,
+    Fifo,
+    Part,
+    Plug,
+    find,
+    get,
+    put,
+)
 from testbed.net.emulators.netem.redirect import end_redirect, quieten, redirect, redirected
-from testbed.net.emulators.netem.shaping import RELEASE, Fifo, Plug
+from testbed.net.emulators.netem.support import refuse
 from testbed.net.emulators.relay.serving import Connection, recorded, start
-from testbed.net.fabric.netlink import CREATE, EXCLUSIVE, REPLACE, RTM_DELQDISC, Interface, Netlink
+from testbed.net.netlink import CREATE, EXCLUSIVE, REPLACE, RTM_DELQDISC, Interface, Netlink
 
 if TYPE_CHECKING:
     from testbed.net.profile.conditions import Profile
@@ -110,7 +122,7 @@ class NetemAttachment:
                 redirect(netlink, netlink.interface(source).index, netlink.interface(target).index)
 
     def apply(self, profile: Profile, origin_s: float | None = None, *, fresh: bool = False) -> None:
-        """See `Attachment.apply`. What waits is lost where a bottleneck of another kind takes its place (`netem_plan`)."""
+        """See `Attachment.apply`. What waits is lost where a bottleneck of another kind takes its place (`hierarchy`)."""
         refuse(profile)
         # A netem that holds nothing keeps no order with what was.
         fresh = fresh and self.under_way() > 0
@@ -239,7 +251,7 @@ class NetemAttachment:
 
 
 def _orders(planned: Plan, target: Interface) -> dict[str, Any]:
-    """What the following process has to know of one way, beside the schedule (`following.Way`)."""
+    """What the following process has to know of one way, beside the schedule (`trace_follower.Way`)."""
     plugs = [part.told.limit_bytes for part in planned.inner if isinstance(part.told, Plug)]
     return {
         "ifindex": target.index,

@@ -6,7 +6,7 @@ import struct
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from testbed.net.fabric.netlink import attribute, attributes, nested
+from testbed.net.netlink import attribute, attributes, nested
 from testbed.net.profile.jitter import JitterTable, table
 from testbed.net.profile.loss import GilbertElliott, LossModel
 

@@ -1,30 +1,49 @@
-"""Which queueing disciplines a direction gets: the outer netem, and the bottleneck inside of it.
+"""Queueing disciplines of netem's links: the kernel's token bucket, tc-tbf(8), and the queues that it serves; what they are told,
+where their read-back differs, and how any is put in place and read back.
 
-1: netem  delay, jitter, loss, duplication, corruption, reordering
-└ 2: netem  rate, queue                                            where that can do it: it is the most exact
-└ 3: tbf  rate                                                     else
-  └ 4: plug | 5: codel | 6: bfifo  queue                           of a trace's rate | CoDel | otherwise
-└ 7: pfifo                                                         nothing to limit, and no netem allowed
+A token bucket is a bottleneck for what two nested netems cannot do. A netem's rate gives every packet its time of leaving when it
+arrives, which no later change moves, and it holds no other queue; newer kernels refuse a netem that duplicates where there is
+another below it. A token bucket looks at the head of its queue when it may send, so its rate changes for what waits, too. Its
+price: what finds it idle leaves without its own time on the wire, up to a bucket early.
+
+Standard library alone: the process that follows traces loads this file. linux/pkt_sched.h.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+import struct
+from dataclasses import dataclass
+from typing import Protocol
 
-from testbed.net.emulators.netem import options, shaping
-from testbed.net.emulators.netem.options import Options
-
-if TYPE_CHECKING:
-    from testbed.net.profile.deliveries import Deliveries
-    from testbed.net.profile.profile import Profile
-    from testbed.net.profile.schedule import Schedule
+from testbed.errors import NetworkError
+from testbed.net.netlink import (
+    RTM_NEWQDISC,
+    TCA_KIND,
+    TCA_OPTIONS,
+    Netlink,
+    TrafficObject,
+    attribute,
+    attributes,
+    nested,
+    text,
+)
 
 ROOT = 0xFFFFFFFF
 OUTER, NETEM, BUCKET, PLUG, CODEL, BFIFO, PFIFO, CLOSED = (number << 16 for number in range(1, 9))  # handles
-BOTTLENECKS = {NETEM: "netem", BUCKET: "tbf", PFIFO: "pfifo"}
-"""What may be inside of the outer netem, one at a time."""
-_UNLIMITED_BYTES = 1 << 30
+ETHERNET_HEADER = 14
+SLACK_S = 1e-3
+"""Beside a full-sized packet the bucket holds what the rate gives in this time: a timer's lateness must not cost rate."""
+HOLD, RELEASE = 0, 2  # TCQ_PLUG_BUFFER, TCQ_PLUG_RELEASE_INDEFINITE
+_PLUG_LIMIT = 3
+_STAB = 8
+_TBF_PARAMETERS, _TBF_RATE64, _TBF_BURST = 1, 4, 6
+_RATE_SPEC = struct.Struct(
+    "=BBHhHI"
+)  # struct tc_ratespec: cell_log, linklayer, overhead, cell_align, mpu, rate
+_TBF = struct.Struct("=III")  # the rest of struct tc_tbf_qopt, behind two rates: limit, buffer, mtu
+_ETHERNET = 1  # TC_LINKLAYER_ETHERNET: no tables
+_FULL32 = 0xFFFFFFFF
+_NS_PER_TICK = 64
 
 
 class Encodable(Protocol):
@@ -44,65 +63,137 @@ class Part:
     told: Encodable
 
 
+def size_offset(overhead: int) -> bytes:
+    """TCA_STAB: packets count as *overhead* bytes longer than their frames, in all of the qdiscs below, too (tc-stab(8)).
+
+    The kernel takes it for a root qdisc only.
+    """
+    # struct tc_sizespec: cell_log, size_log, cell_align, overhead, linklayer, mpu, mtu, tsize
+    return nested(_STAB, attribute(1, struct.pack("=BBhiIIII", 0, 0, 0, overhead, _ETHERNET, 0, 0, 0)))
+
+
 @dataclass(frozen=True)
-class Plan:
-    """One direction's qdiscs. *stab*: what goes with the outer one, beside its options."""
+class TokenBucket:
+    """A rate, and what may leave at once after a pause. The queue is the qdisc inside."""
 
-    outer: Options
-    stab: bytes
-    inner: tuple[Part, ...]
+    rate_bytes_per_s: int
+    burst_bytes: int
 
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """All, from the outside in."""
-        return (Part(OUTER, ROOT, "netem", self.outer), *self.inner)
-
-
-def gives_rate(schedule: Schedule | Deliveries | None) -> bool:
-    """Whether a trace is one of rates."""
-    return schedule is not None and bool(schedule.opportunity_bytes or schedule.rates is not None)
-
-
-def plan(
-    profile: Profile,
-    way: Literal["up", "down"],
-    mtu: int,
-    seed: int | None,
-    schedule: Schedule | Deliveries | None,
-    now: float,
-) -> Plan:
-    """What one direction is to be, under *schedule* as it is at *now*. *mtu*: network-layer bytes of a full-sized packet."""
-    direction = profile.up if way == "up" else profile.down
-    outer, inner = options.options(profile, way, mtu, seed)
-    if schedule is not None:
-        delay, loss = schedule.delay_at(now), schedule.loss_at(now)
-        if delay is not None or loss is not None:
-            outer = options.ordered(replace(outer, seed=None))
-            outer = options.at_present(outer, delay, loss)
-    rate_bps = direction.rate_bps
-    if gives_rate(schedule):
-        rate_bps = getattr(profile.steady(peak=True), way).rate_bps or 8.0 * _UNLIMITED_BYTES
-    elif direction.queue.codel is None and not direction.duplicate:
-        return Plan(outer, b"", (Part(NETEM, OUTER + 1, "netem", inner),))
-    elif rate_bps is None:  # nothing ever waits
-        return Plan(outer, b"", (Part(PFIFO, OUTER + 1, "pfifo", shaping.Fifo(inner.limit_packets)),))
-    stab = shaping.size_offset(direction.overhead_bytes - shaping.ETHERNET_HEADER)
-    bucket = Part(BUCKET, OUTER + 1, "tbf", shaping.bucket(rate_bps, mtu))
-    return Plan(outer, stab, (bucket, _queue(profile, way, mtu, gives_rate(schedule))))
-
-
-def _queue(profile: Profile, way: Literal["up", "down"], mtu: int, held: bool) -> Part:
-    """The queue inside of a token bucket. One packet more than the profile's: the one that is being sent is in it, too."""
-    direction = profile.up if way == "up" else profile.down
-    waiting = profile.queue_bytes(way)
-    packets = _UNLIMITED_BYTES // mtu if waiting is None else -(-waiting // mtu) + 1
-    if held:
-        return Part(PLUG, BUCKET + 1, "plug", shaping.Plug(packets * (mtu + shaping.ETHERNET_HEADER)))
-    codel = direction.queue.codel
-    if codel is not None:
-        told = shaping.CoDelQueue(
-            round(codel.target_s * 1e6), round(codel.interval_s * 1e6), packets, direction.ecn
+    def encode(self) -> bytes:
+        """TCA_OPTIONS."""
+        rate = _RATE_SPEC.pack(0, _ETHERNET, 0, 0, 0, min(self.rate_bytes_per_s, _FULL32))
+        return b"".join(
+            [
+                attribute(_TBF_PARAMETERS, rate + bytes(_RATE_SPEC.size) + _TBF.pack(0, 0, 0)),
+                attribute(_TBF_RATE64, struct.pack("=Q", self.rate_bytes_per_s)),
+                attribute(_TBF_BURST, struct.pack("=I", self.burst_bytes)),
+            ]
         )
-        return Part(CODEL, BUCKET + 1, "codel", told)
-    overhead = direction.overhead_bytes * packets
-    return Part(BFIFO, BUCKET + 1, "bfifo", shaping.Fifo((waiting or _UNLIMITED_BYTES) + mtu + overhead))
+
+    def differences(self, kernel: bytes) -> list[str]:
+        """See `options.Options.differences`. The kernel says the bucket as a time, to 64 ns."""
+        found = attributes(kernel)
+        parameters = found.get(_TBF_PARAMETERS, bytes(2 * _RATE_SPEC.size + _TBF.size))
+        rate = _RATE_SPEC.unpack_from(parameters)[5]
+        if _TBF_RATE64 in found:
+            rate = struct.unpack("=Q", found[_TBF_RATE64])[0]
+        ticks = _TBF.unpack_from(parameters, 2 * _RATE_SPEC.size)[1]
+        asked_ticks = self.burst_bytes * 1e9 / self.rate_bytes_per_s / _NS_PER_TICK
+        said = []
+        if rate != self.rate_bytes_per_s:
+            said.append(f"rate: asked {self.rate_bytes_per_s}, has {rate}")
+        elif abs(ticks - min(asked_ticks, _FULL32)) > 2 + 1e-6 * asked_ticks:
+            said.append(f"burst: asked {asked_ticks:.0f} ticks, has {ticks}")
+        return said
+
+
+def bucket(rate_bps: float, mtu: int) -> TokenBucket:
+    """The token bucket for a rate, whose bucket holds a full-sized packet of *mtu* bytes and a little more."""
+    rate = max(1, round(rate_bps / 8))
+    return TokenBucket(rate, mtu + ETHERNET_HEADER + round(rate * SLACK_S))
+
+
+@dataclass(frozen=True)
+class Fifo:
+    """Drop-tail, tc-bfifo(8) in bytes or tc-pfifo(8) in packets."""
+
+    limit: int
+
+    def encode(self) -> bytes:
+        """TCA_OPTIONS: struct tc_fifo_qopt."""
+        return struct.pack("=I", self.limit)
+
+    def differences(self, kernel: bytes) -> list[str]:
+        """See `options.Options.differences`."""
+        has = struct.unpack_from("=I", kernel)[0]
+        return [] if has == self.limit else [f"limit: asked {self.limit}, has {has}"]
+
+
+@dataclass(frozen=True)
+class Plug:
+    """A drop-tail queue that can be held, tc's ``plug`` (linux/net/sched/sch_plug.c). Its frames count with their headers.
+
+    Held from its beginning. Releasing it makes the kernel look at the whole device's queue at once, which a change of rate does
+    not: the bucket would sleep until it could have sent at its old one. It says nothing about itself.
+    """
+
+    limit_bytes: int
+    action: int = _PLUG_LIMIT
+
+    def encode(self) -> bytes:
+        """TCA_OPTIONS: struct tc_plug_qopt."""
+        return struct.pack("=iI", self.action, self.limit_bytes)
+
+    def differences(self, kernel: bytes) -> list[str]:
+        """None: the kernel does not tell."""
+        return []
+
+
+@dataclass(frozen=True)
+class CoDelQueue:
+    """tc-codel(8): controlled delay, with a limit in packets."""
+
+    target_us: int
+    interval_us: int
+    limit_packets: int
+    ecn: bool
+
+    def encode(self) -> bytes:
+        """TCA_OPTIONS."""
+        values = (self.target_us, self.limit_packets, self.interval_us, int(self.ecn))  # TCA_CODEL_*, from 1
+        return b"".join(attribute(i, struct.pack("=I", value)) for i, value in enumerate(values, 1))
+
+    def differences(self, kernel: bytes) -> list[str]:
+        """See `options.Options.differences`. The kernel keeps times in units of 1024 ns."""
+        found = {kind: struct.unpack("=I", value)[0] for kind, value in attributes(kernel).items()}
+        said = []
+        for kind, name, asked, off in (
+            (1, "target", self.target_us, 2),
+            (3, "interval", self.interval_us, 2),
+            (2, "limit", self.limit_packets, 0),
+            (4, "ecn", int(self.ecn), 0),
+        ):
+            if abs(found.get(kind, -1) - asked) > off:
+                said.append(f"{name}: asked {asked}, has {found.get(kind)}")
+        return said
+
+
+def put(netlink: Netlink, ifindex: int, part: Part, flags: int, stab: bytes = b"") -> None:
+    """Asks for a qdisc. *flags*: whether it is made, replaced or changed (rtnetlink(7)); *stab*: its size table, encoded.
+    Raises NetworkError where the kernel refuses."""
+    told = (text(TCA_KIND, part.kind), attribute(TCA_OPTIONS, part.told.encode()), stab)
+    netlink.traffic(RTM_NEWQDISC, flags, ifindex, part.handle, part.parent, 0, *told, what=f"tc {part.kind}")
+
+
+def find(netlink: Netlink, ifindex: int, handle: int) -> TrafficObject | None:
+    """The qdisc with that handle; None where there is none, or what is outermost is no netem."""
+    found = netlink.qdisc(ifindex, handle)
+    return found if found is not None and (handle != OUTER or found.kind == "netem") else None
+
+
+def get(netlink: Netlink, ifindex: int, handle: int) -> TrafficObject:
+    """The same. Raises NetworkError where there is none."""
+    found = find(netlink, ifindex, handle)
+    if found is None:
+        raise NetworkError(f"interface {ifindex}: its qdisc {handle >> 16}: is gone")
+    return found

@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 
 from testbed.hosts.namespaces import call_inside
-from testbed.net.fabric.netlink import (
+from testbed.net.netlink import (
     CREATE,
     EXCLUSIVE,
     RTM_DELQDISC,

@@ -22,7 +22,7 @@ from typing import Any
 from testbed.net.emulators.relay.control import Control
 from testbed.net.emulators.relay.line import Line
 from testbed.net.emulators.relay.port import BATCH, Port, Receiver
-from testbed.net.profile.packed import unpack
+from testbed.net.profile.schedule import unpack
 
 PRIORITY = 2  # real-time, just above the probers' (probe.py), which must not hold up the link they measure
 NOBODY = 65534

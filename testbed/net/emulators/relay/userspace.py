@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from testbed.errors import NetworkError, UsageError
 from testbed.hosts.namespaces import call_in_scratch, call_inside
-from testbed.net.emulators.emulator import Attachment, Counters, Wanted
+from testbed.net.emulators.emulator import Attachment, Counters, Wanted, refuse_unknown
 from testbed.net.emulators.netem.redirect import quieten
-from testbed.net.emulators.refusal import refuse_unknown
 from testbed.net.emulators.relay.orders import relay_orders
 from testbed.net.emulators.relay.port import open_port
 from testbed.net.emulators.relay.serving import Connection, recorded, start

@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from testbed.errors import SpecError
-from testbed.net.profile.columns import Milliseconds
-from testbed.net.profile.recordings.lines import comma_separated, lines_that_say, wrong
-from testbed.net.profile.recordings.recording import MAX_SECONDS, Samples
+from testbed.net.profile.deliveries import Milliseconds
+from testbed.net.profile.recordings.recording import (
+    MAX_SECONDS,
+    Samples,
+    comma_separated,
+    lines_that_say,
+    wrong,
+)
 from testbed.strict_yaml import did_you_mean
 
 _PLURAL = {"rate": "rates", "delay": "delays", "loss": "losses"}

@@ -7,12 +7,21 @@ import functools
 from typing import TYPE_CHECKING, Literal
 
 from testbed.errors import UsageError
-from testbed.net.emulators.netem.netem_qdiscs import get, put
+from testbed.net.emulators.emulator import refuse_unknown
+from testbed.net.emulators.netem.hierarchy import gives_rate, plan
 from testbed.net.emulators.netem.options import PRNG_SEED, QOPT, Options
-from testbed.net.emulators.netem.qdiscs import OUTER, ROOT, Encodable, Part, gives_rate, plan
-from testbed.net.emulators.netem.shaping import CoDelQueue, Plug, TokenBucket
-from testbed.net.emulators.refusal import refuse_unknown
-from testbed.net.fabric.netlink import CREATE, EXCLUSIVE, Netlink, RefusedError, attributes
+from testbed.net.emulators.netem.qdiscs import (
+    OUTER,
+    ROOT,
+    CoDelQueue,
+    Encodable,
+    Part,
+    Plug,
+    TokenBucket,
+    get,
+    put,
+)
+from testbed.net.netlink import CREATE, EXCLUSIVE, Netlink, RefusedError, attributes
 from testbed.net.profile.conditions import MTU
 
 if TYPE_CHECKING:
