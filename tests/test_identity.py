@@ -111,26 +111,26 @@ def all_users(directory: Path) -> bool:
 
 
 START = """
-import contextlib
 from pathlib import Path
-from testbed.endpoints.deployment import launch
+from testbed.experiment.plan import load_plan
 from testbed.experiment.results import RunDirectory
-with contextlib.ExitStack() as stack:
-    launch("edge", None, RunDirectory(Path(sys.argv[1])), stack)
+from testbed.experiment.session import in_one_process
+with in_one_process(load_plan("quick"), RunDirectory(Path(sys.argv[1])), print):
+    pass
 """
 
 
 def test_an_endpoints_log_that_is_a_link_is_not_followed(run: Path, secret: Path) -> None:
     (run / "logs").mkdir()
     os.chown(run / "logs", USER, USER)
-    (run / "logs" / "edge.log").symlink_to(secret)
+    (run / "logs" / "both.log").symlink_to(secret)
     done = behind_sudo(START, str(run))
-    assert "edge.log is a link" in done.stderr
+    assert "both.log is a link" in done.stderr
 
 
 def test_an_endpoints_log_is_the_users(run: Path) -> None:
     assert behind_sudo(START, str(run)).returncode == 0
-    assert (run / "logs" / "edge.log").is_file()
+    assert (run / "logs" / "both.log").is_file()
     assert all_users(run)
 
 

@@ -1,20 +1,16 @@
-"""Both endpoints, as a run drives them: started on their nodes, loaded, told the tasks, asked for one trial after another."""
+"""Both endpoints, as a run drives them: loaded, told the tasks, asked for one trial after another."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from testbed import files
 from testbed.endpoints.answers import Computed, Loaded, Made, Outcome, Port, Reference, Served, checked
 from testbed.errors import EndpointError
-from testbed.experiment.results import RunDirectory
 from testbed.experiment.scenario import Plan
 from testbed.experiment.trial import Trial
 from testbed.hosts.local import CALL_S, Endpoint
-from testbed.net.fabric.fabric import Fabric
 
 #: What calls may take: loading, or preparing, of large models; what computes for one example or trial, its request's timeout
 #: aside; what only hands something over. An endpoint that has died, or been stopped, is noticed at once.
@@ -36,18 +32,6 @@ class Batch:
     examples: list[dict[str, Any]]
 
 
-def launch(
-    role: str, namespace: str | None, directory: RunDirectory, stack: contextlib.ExitStack
-) -> Endpoint:
-    """Start an endpoint whose log is in the run's directory; `stack` ends it. Raises EndpointError."""
-    logs = directory.path / "logs"
-    with files.storing(logs):
-        logs.mkdir(exist_ok=True)
-    endpoint = Endpoint.start(role, namespace, logs / f"{role}.log")
-    stack.callback(endpoint.stop)
-    return endpoint
-
-
 class Pair:
     """The edge and the cloud of one run. Every method raises EndpointError where an endpoint fails, has ended or gives an
     answer that cannot be, and NetworkError where a process that the link needs has ended.
@@ -62,13 +46,6 @@ class Pair:
         self._check_network = check
         self._link: dict[str, Any] = {}
         self._longest = 0
-
-    @classmethod
-    def start(cls, plan: Plan, fabric: Fabric, directory: RunDirectory, stack: contextlib.ExitStack) -> Pair:
-        """Start both processes on their nodes; `stack` ends them."""
-        edge = launch("edge", fabric.namespace(plan.scenario.edge), directory, stack)
-        cloud = launch("cloud", fabric.namespace(plan.scenario.cloud), directory, stack)
-        return cls(plan, edge, cloud, fabric.check)
 
     @property
     def alive(self) -> bool:

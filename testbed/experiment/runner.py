@@ -1,4 +1,4 @@
-"""A run: builds the network, starts the endpoints, proves the links, walks the cells, and keeps whole rows whatever happens."""
+"""A run: opens a session, proves links and compute, makes the trials of each cell, and keeps whole rows whatever happens."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from testbed.endpoints.deployment import Batch, Pair
+from testbed.endpoints.deployment import Batch
 from testbed.errors import EndpointError, NetworkError
 from testbed.experiment import inputs, kept_traces
 from testbed.experiment.compute import Gate
@@ -18,14 +19,12 @@ from testbed.experiment.guards import interruptible, locked
 from testbed.experiment.progress import Tally, Watcher
 from testbed.experiment.results import FORMAT, Row, RunDirectory
 from testbed.experiment.scenario import Cell, Plan
+from testbed.experiment.session import Opening, across_links
 from testbed.experiment.trial import Trial, fill, new_row, utc_now
 from testbed.models.sources import resolve
-from testbed.net.fabric.accounting import Account
-from testbed.net.fabric.fabric import Fabric
 from testbed.net.profile import lookup
 from testbed.net.profile.profile import Profile
-from testbed.net.topology.topology import Topology
-from testbed.net.traffic.traffic import require_tools, running
+from testbed.net.traffic.traffic import require_tools
 from testbed.tasks.task import Example, Task
 
 #: Files to which every start of a run adds.
@@ -33,13 +32,19 @@ _CONTINUED = ("calibration.json", "compute.json", "counters.json", "traffic.json
 
 
 class Run:
-    """One execution of a plan into a run directory."""
+    """One execution of a plan into a run directory: `execute`, or `measure` while it is `on`."""
 
     def __init__(
-        self, plan: Plan, directory: RunDirectory, watch: Watcher, accept_uncalibrated: bool = False
+        self,
+        plan: Plan,
+        directory: RunDirectory,
+        watch: Watcher,
+        accept_uncalibrated: bool = False,
+        opening: Opening = across_links,
     ) -> None:
         self.plan, self.scenario, self.directory, self.watch = plan, plan.scenario, directory, watch
         self.accept_uncalibrated = accept_uncalibrated
+        self._opening = opening
         self.failures = 0
         self._tally = Tally(plan, watch)
         self._identities: dict[Cell, str] = {}
@@ -47,6 +52,8 @@ class Run:
         self._expected = 0  #: trials, of which some may be done
         self.resumed = False  #: that all are done already is an end
         self.settled = False  #: they were
+        self._batches: list[Batch] = []
+        self._gate: Gate | None = None
         self._uncalibrated: set[str] = set()
         self._threads: int | None = None  #: of the edge's compute
         self._unlike = ""  #: that an earlier start of this run computed in another number
@@ -55,39 +62,56 @@ class Run:
 
     def execute(self) -> None:
         """Run every trial that has not finished. Raises KeyboardInterrupt, NetworkError, EndpointError: the rows so far stay."""
+        with self.on():
+            if not self.settled:
+                self._make_trials()
+
+    def measure(self, codec: str) -> None:
+        """Run every trial with this codec, whichever the plan has. Raises as `execute` does."""
+        self.plan = replace(self.plan, scenario=self.scenario.model_copy(update={"codecs": [codec]}))
+        self._tally = Tally(self.plan, self.watch)  # what is told of the time left begins anew
+        self._expect()
+        self._make_trials()
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        """Everything that trials need is there, and measured as fit; unless the run is `settled`. Raises as `execute` does."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(interruptible())
             stack.enter_context(locked(self.directory.path))
             self._take_up()
             if self.settled:
+                yield
                 return
-            self._tally.say("building the network")
-            self.fabric = stack.enter_context(self._build(self.plan.under(self.plan.profiles[0])))
-            self._tally.say(f"loading {self.scenario.model} on both sides")
-            self.pair = self._pair(stack)
-            loaded = self.pair.load()
-            batches = self.pair.prepare()
-            self._expect(batches)
-            self.pair.serve(self.fabric.address(self.scenario.cloud), loaded["edge"]["kv_bytes_per_token"])
-            self._threads, self._unlike = threads_of(self.directory.rows(), loaded)
-            if self._unlike:
-                self._tally.say(self._unlike)
-            self._write_manifest(loaded)
-            self._gate = self._prove_compute(loaded)
-            self._calibrate(self._profiles_ahead(batches))
-            self._account = Account(self.fabric, self.plan.link)
-            traffic: list[dict[str, Any]] = []
+            self.session = stack.enter_context(self._opening(self.plan, self.directory, self._tally.say))
+            loaded = self._load()
+            if self.session.linked:
+                self._gate = self._prove_compute(loaded)
+                self._calibrate(self._profiles_ahead())
             try:
-                with running(self.fabric, self.plan.flows()) as traffic:
-                    self._walk(batches)
+                with self.session.traffic():
+                    yield
                 if self._gate is not None:
                     self._gate.close()
             finally:
-                self._write_stretch(
-                    "counters.json", {"link": self.plan.link}, profiles=self._account.record()
-                )
-                self._write_stretch("traffic.json", {}, flows=traffic)
+                account = self.session.account.record()
+                self._write_stretch("counters.json", {"link": self.plan.link}, profiles=account)
+                self._write_stretch("traffic.json", {}, flows=self.session.flows)
         self.directory.write_parquet()
+
+    def _load(self) -> dict[str, Any]:
+        """Has both sides load the model and learn the examples, and writes what they say into the manifest."""
+        self._tally.say(f"loading {self.scenario.model} on both sides")
+        pair, address = self.session.pair, self.session.network.address(self.scenario.cloud)
+        loaded = pair.load()
+        self._batches = pair.prepare()
+        self._expect()
+        pair.serve(address, loaded["edge"]["kv_bytes_per_token"])
+        self._threads, self._unlike = threads_of(self.directory.rows(), loaded)
+        if self._unlike:
+            self._tally.say(self._unlike)
+        self._write_manifest(loaded)
+        return loaded
 
     def _take_up(self) -> None:
         # Only now does nobody else add rows.
@@ -98,8 +122,8 @@ class Run:
         if self.settled and not (self.directory.path / "trials.parquet").exists():
             self.directory.write_parquet()
 
-    def _expect(self, batches: list[Batch]) -> None:
-        for batch in batches:
+    def _expect(self) -> None:
+        for batch in self._batches:
             for cell in self.plan.cells(batch.task, batch.context_tokens):
                 trials = len(batch.examples) * self.scenario.repeats
                 self._tally.expect(cell, trials)
@@ -111,13 +135,6 @@ class Run:
             before = self.directory.entries(name, "starts")
             ended = {"ended_at": utc_now(), **found}
             self.directory.write(name, {"format": FORMAT, **about, "starts": [*before, ended]})
-
-    def _build(self, topology: Topology) -> Fabric:
-        captures = self.directory.path / "captures"
-        return Fabric.build(topology, self.scenario.emulator, captures=captures)
-
-    def _pair(self, stack: contextlib.ExitStack) -> Pair:
-        return Pair.start(self.plan, self.fabric, self.directory, stack)
 
     def _write_manifest(self, loaded: dict[str, Any]) -> None:
         before = self.directory.manifest()
@@ -132,7 +149,7 @@ class Run:
                 "topology": self.plan.topology.name,
                 "link": self.plan.link,
                 "profiles": {p.name: {"text": p.text(), "source": p.source} for p in self.plan.profiles},
-                "emulator": self.fabric.emulator.name,
+                "emulator": self.session.network.emulation,
                 "endpoints": loaded,
                 "trials": self._expected,
                 "starts": [*self.directory.entries("manifest.json", "starts"), utc_now()],
@@ -141,11 +158,11 @@ class Run:
             },
         )
 
-    def _profiles_ahead(self, batches: list[Batch]) -> list[Profile]:
+    def _profiles_ahead(self) -> list[Profile]:
         """The profiles under which trials are still to be made, in the plan's order."""
         ahead = {
             trial.cell.profile
-            for batch in batches
+            for batch in self._batches
             for number in range(len(batch.examples))
             for trial in self._trials(batch, number)
             if trial.id not in self._done
@@ -154,7 +171,7 @@ class Run:
 
     def _calibrate(self, profiles: list[Profile]) -> None:
         """Measure these profiles before the first trial; out of tolerance stops the run unless told to go on."""
-        from testbed.net.calibration.calibrate import calibrate, foretell
+        from testbed.net.calibration.calibrate import foretell
 
         history = self.directory.entries("calibration.json", "measurements")
         for number, profile in enumerate(profiles):
@@ -162,7 +179,7 @@ class Run:
                 f"measuring the link: {profile.name} ({number + 1} of {len(profiles)}){foretell(profile)}"
             )
             self._apply(profile)
-            measured = calibrate(self.fabric, self.plan.link, profile)
+            measured = self.session.network.calibrate(self.plan.link, profile)
             record = measured.to_dict()
             history = [*history, {"profile": profile.name, "measured_at": utc_now(), **record}]
             self.directory.write("calibration.json", {"format": FORMAT, "measurements": history})
@@ -174,7 +191,7 @@ class Run:
                         "continue all the same with --accept-uncalibrated"
                     )
 
-    def _prove_compute(self, loaded: dict[str, Any]) -> Gate | None:
+    def _prove_compute(self, loaded: dict[str, Any]) -> Gate:
         """Measure how the sides compute before the first trial; a machine far from fit stops the run unless told to go on."""
         self._tally.say("measuring compute on both sides")
         alike = all(loaded["edge"][what] == loaded["cloud"][what] for what in ("device", "dtype", "threads"))
@@ -183,15 +200,16 @@ class Run:
         def write(record: dict[str, Any]) -> None:
             self.directory.write("compute.json", {"format": FORMAT, "starts": [*before, record]})
 
-        gate = Gate(self.pair, alike, write)
+        gate = Gate(self.session.pair, alike, write)
         gate.open(self.accept_uncalibrated)
         return gate
 
     def _apply(self, profile: Profile, restart: bool = False) -> None:
         if restart or profile != self._current:
-            self.fabric.settle(self.plan.link)
+            network = self.session.network
+            network.settle(self.plan.link)
             self._origin = time.monotonic() if restart else self._origin
-            self.fabric.apply(self.plan.link, profile, self._origin)
+            network.apply(self.plan.link, profile, self._origin)
             self._current = profile
 
     def _align(self, profile: Profile) -> float | None:
@@ -199,10 +217,10 @@ class Run:
         self._apply(profile, restart=profile.changes and self.scenario.at == "trial")
         return time.monotonic() - self._origin if profile.changes else None
 
-    def _walk(self, batches: list[Batch]) -> None:
+    def _make_trials(self) -> None:
         self._tally.begin()
         self._origin, self._current = time.monotonic(), None
-        for batch in batches:
+        for batch in self._batches:
             task = self.plan.tasks[batch.task]
             for number in range(len(batch.examples)):
                 todo = self._todo(batch, number)
@@ -218,9 +236,9 @@ class Run:
     def _reference(self, batch: Batch, number: int, task: Task, example: Example) -> dict[str, Any]:
         """The full cache's answer, scored. What went wrong with it is its `error`, which every trial of the example meets."""
         try:
-            found = self.pair.reference(batch, number)
+            found = self.session.pair.reference(batch, number)
         except EndpointError as error:
-            if not self.pair.alive:
+            if not self.session.pair.alive:
                 raise
             nothing = {"answer": "", "score": None, "nll": None}
             return {"context_tokens": 0, "kv_bytes": 0, **nothing, "error": f"full cache: {error}"}
@@ -253,7 +271,7 @@ class Run:
         """One request, and its row; what fails is in the row's `error`."""
         profile = trial.cell.profile
         calibrated = profile.text() not in self._uncalibrated
-        row = new_row(trial, self.plan, self.fabric.emulator.name, reference, calibrated)
+        row = new_row(trial, self.plan, self.session.network.emulation, reference, calibrated)
         complaints = self._gate.complaints if self._gate is not None else []
         row.compute_steady = not complaints
         row.threads = self._threads
@@ -265,15 +283,15 @@ class Run:
             return row
         try:
             if trial.cell.placement == "edge":
-                result = self.pair.local(trial)
+                result = self.session.pair.local(trial)
                 outcome = {"tokens_kept": reference["context_tokens"], "nll": reference["nll"], "kl": 0.0}
             else:
                 row.trace_s = self._align(profile)
-                with self._account.trial(profile.name) as told:
-                    result = self.pair.request(trial)
-                outcome = self.pair.outcome(result["request"], trial.gold)
+                with self.session.account.trial(profile.name) as told:
+                    result = self.session.pair.request(trial)
+                outcome = self.session.pair.outcome(result["request"], trial.gold)
         except EndpointError as error:
-            if not self.pair.alive:
+            if not self.session.pair.alive:
                 raise
             row.error = str(error)
             self.failures += 1
@@ -281,6 +299,8 @@ class Run:
         finally:
             row.warnings = "; ".join([*filter(None, [row.warnings]), *told])
         fill(row, result, outcome, task.score(result["answer"], trial.example))
+        if not self.session.linked:
+            row.wire_bytes = 0  # the endpoints count the interfaces' bytes, which here are other programs'
         return row
 
 

@@ -1,10 +1,10 @@
-"""The procedure on a model: measurements of a bench go into a run directory, and its rows answer each step."""
+"""The procedure on a model: a run without a network measures one codec after the other, and its rows answer each step."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,16 @@ from testbed.analysis.guide import UNFIT, YES, Step, judge
 from testbed.analysis.run import load
 from testbed.diagnosis import launch
 from testbed.errors import SpecError, UsageError
+from testbed.experiment.plan import make_plan
 from testbed.experiment.progress import Watcher
 from testbed.experiment.results import FORMAT, RunDirectory
+from testbed.experiment.runner import Run
+from testbed.experiment.scenario import Plan
+from testbed.experiment.session import in_one_process
 from testbed.experiment.trial import utc_now
-from testbed.guide.bench import Bench, bench_plan
 from testbed.guide.procedure import FORMS, HIGH, RATIOS, Diagnosed, walk
 from testbed.models.sources import resolve
+from testbed.net.loopback import LOOPBACK
 from testbed.tasks.task import parse_task
 
 _DIAGNOSIS = "diagnosis.json"
@@ -69,28 +73,35 @@ def measured(
     directory that other settings were measured into, EndpointError where a process fails, KeyboardInterrupt; the rows so far
     stay.
     """
-    plan = bench_plan(asked.settings(), "guide")
+    plan = unlinked(asked.settings(), "guide")
     directory = _open(path, plan.scenario.model_dump(mode="json"))
+    run = Run(plan, directory, watch, opening=in_one_process)
     steps: list[Step] = []
 
-    def procedure(bench: Bench) -> None:
-        def measure(question: str, codecs: Sequence[str]) -> Step:
-            for number, codec in enumerate(codecs, 1):
-                bench.measure(codec)
-                step = judge(load(path), question, codecs[:number])
-                if step.answer in (YES, UNFIT):
-                    break
-            return step
+    def measure(question: str, codecs: Sequence[str]) -> Step:
+        for number, codec in enumerate(codecs, 1):
+            run.measure(codec)
+            step = judge(load(path), question, codecs[:number])
+            if step.answer in (YES, UNFIT):
+                break
+        return step
 
-        for step in walk(
-            measure, lambda scale: _diagnosis(asked, scale, path, directory, say), asked.smaller
-        ):
+    def diagnose(scale: str) -> Diagnosed:
+        return _diagnosis(asked, scale, path, directory, say)
+
+    with run.on():
+        for step in walk(measure, diagnose, asked.smaller):
             steps.append(step)
             told(step)
+    return steps, run.failures
 
-    bench = Bench(plan, directory, watch, procedure)
-    bench.execute()
-    return steps, bench.failures
+
+def unlinked(settings: dict[str, Any], place: str) -> Plan:
+    """The plan of these scenario settings, on no link. Raises UsageError naming `place`."""
+    plan = make_plan({**settings, "profiles": ["delay=0ms"]}, place)
+    # Loopback is the host's: which congestion controls it permits is not for us to say.
+    links = tuple(replace(link, congestion=None) for link in plan.topology.links)
+    return replace(plan, profiles=(LOOPBACK,), topology=replace(plan.topology, links=links))
 
 
 def _open(path: Path, settings: dict[str, Any]) -> RunDirectory:

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from testbed.errors import NotFiniteError, UsageError
 from testbed.experiment.results import RunDirectory
-from testbed.guide.bench import Bench, bench_plan
+from testbed.experiment.runner import Run
+from testbed.experiment.session import in_one_process
+from testbed.guide.guide import unlinked
 from testbed.models.kvcache import KVCache
 from testbed.models.likelihood import log_probabilities, mean_kl
 from testbed.models.loading import load_model
@@ -153,8 +155,8 @@ def test_an_example_that_overflows_leaves_rows_that_say_why_and_the_others_are_m
     }  # fmt: skip
     directory = RunDirectory.create(tmp_path / "run")
     directory.write("manifest.json", {})
-    bench = Bench(bench_plan(settings, "test"), directory, lambda *_: None, lambda b: b.measure("int8"))
-    bench.execute()
+    started = Run(unlinked(settings, "test"), directory, lambda *_: None, opening=in_one_process)
+    started.execute()
     rows = {
         row["example"]: row
         for row in map(json.loads, (tmp_path / "run" / "trials.jsonl").read_text().split("\n")[:-1])
@@ -164,7 +166,7 @@ def test_an_example_that_overflows_leaves_rows_that_say_why_and_the_others_are_m
     assert (
         failed["answer"] == "" and failed["nll"] is None and failed["kl"] is None and failed["score"] is None
     )
-    assert bench.failures == 1 and len(rows) == 2
+    assert started.failures == 1 and len(rows) == 2
     assert all(
         not row["error"] and math.isfinite(row["nll"]) and math.isfinite(row["kl"]) for row in rows.values()
     )

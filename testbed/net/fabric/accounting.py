@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -15,9 +15,9 @@ LATE_S = 5e-3
 
 
 class Counted(Protocol):
-    """What is needed of a `Fabric`."""
+    """What is needed of a `Network`."""
 
-    def counters(self, link: str) -> dict[str, Counters]: ...
+    def counters(self, link: str) -> Mapping[str, Counters]: ...
 
 
 class Account:
@@ -29,7 +29,7 @@ class Account:
         self._totals: dict[str, dict[str, Counters]] = {}
         self._trials: dict[str, int] = {}
         self._late: dict[str, int] = {}
-        self._last: tuple[str, dict[str, Counters]] | None = None  # the last trial's profile, and its end
+        self._last: tuple[str, Mapping[str, Counters]] | None = None  # the last trial's profile, and its end
 
     @contextlib.contextmanager
     def trial(self, profile: str) -> Iterator[list[str]]:
@@ -46,8 +46,10 @@ class Account:
             raise
         self._close(profile, before, warnings)
 
-    def _close(self, profile: str, before: dict[str, Counters], warnings: list[str]) -> None:
+    def _close(self, profile: str, before: Mapping[str, Counters], warnings: list[str]) -> None:
         after = self._fabric.counters(self._link)
+        if not after:  # nobody counts
+            return
         self._last = (profile, after)
         totals = self._totals.get(profile, {})
         for way, counted in after.items():
@@ -58,7 +60,7 @@ class Account:
         self._trials[profile] = self._trials.get(profile, 0) + 1
         self._late[profile] = self._late.get(profile, 0) + bool(warnings)
 
-    def _add_cleared(self, now: dict[str, Counters]) -> None:
+    def _add_cleared(self, now: Mapping[str, Counters]) -> None:
         if self._last is None:
             return
         profile, then = self._last

@@ -23,6 +23,7 @@ from testbed.net.profile.profile import MTU, Profile
 from testbed.net.topology.topology import Topology
 
 if TYPE_CHECKING:
+    from testbed.net.calibration.calibrate import Calibration
     from testbed.net.emulators import Attachment, Counters, Emulator
 
 _LOOK_S, _QUIET_S = 2e-3, 10e-3  # what a packet brings about at the other end is sent within the latter
@@ -179,6 +180,15 @@ class Fabric:
         """The topology with the profiles that are in force."""
         return self.state.topology
 
+    @property
+    def emulation(self) -> str:
+        """The emulator's name, as rows have it."""
+        return self.emulator.name
+
+    def host(self, node: str) -> str:
+        """Where the node's processes are started: its namespace. Raises SpecError: no such node."""
+        return self.namespace(node)
+
     def namespace(self, node: str) -> str:
         """The node's namespace, ``tb-<id>-<node>``, to be found under /run/netns. Raises SpecError: no such
         node."""
@@ -255,6 +265,12 @@ class Fabric:
     def counters(self, link: str) -> dict[str, Counters]:
         """``{"up": …, "down": …}`` of the link since it was built. Raises SpecError: no such link."""
         return self._attachments[self.topology.link_number(link)].counters()
+
+    def calibrate(self, link: str, profile: Profile) -> Calibration:
+        """Measures the link, which is under this profile and idle; see `calibration.calibrate`."""
+        from testbed.net.calibration.calibrate import calibrate
+
+        return calibrate(self, link, profile)
 
     def record_process(self, pid: int, started: int | None = None, what: str = "helper") -> None:
         """Notes a helper process, which `clean` ends should this process die. `started`: its start time, if

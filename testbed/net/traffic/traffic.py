@@ -18,7 +18,7 @@ from testbed.net.traffic import flow
 from testbed.units import parse_rate, parse_time
 
 if TYPE_CHECKING:
-    from testbed.net.fabric.fabric import Fabric
+    from testbed.net.network import Network
 
 _KINDS = ("tcp", "udp", "iperf3")
 _KEYS = {"from", "to", "kind", "rate", "start", "stop"}
@@ -71,7 +71,7 @@ def require_tools(flows: Sequence[Flow]) -> None:
 
 
 @contextlib.contextmanager
-def running(fabric: Fabric, flows: Sequence[Flow]) -> Iterator[list[dict[str, Any]]]:
+def running(network: Network, flows: Sequence[Flow]) -> Iterator[list[dict[str, Any]]]:
     """The flows, while the block runs. Afterwards the list holds one entry each: the flow, ``sent_bytes``, ``received_bytes`` and
     ``goodput_bps`` at the receiver; also where the block is left by an exception, of what was done until then. Raises UsageError
     where iperf3 is asked for and missing, NetworkError where a flow cannot be started."""
@@ -80,15 +80,15 @@ def running(fabric: Fabric, flows: Sequence[Flow]) -> Iterator[list[dict[str, An
     pairs: list[tuple[Flow, subprocess.Popen[str], subprocess.Popen[str]]] = []
     with contextlib.ExitStack() as ending:
         for one in flows:
-            receiver = _start(fabric, one.target, "receive", one.kind)
+            receiver = _start(network, one.target, "receive", one.kind)
             ending.callback(_kill, receiver)
             assert receiver.stdout is not None
             port = receiver.stdout.readline().strip()
             if not port:
                 raise NetworkError(f"traffic from {one.source} to {one.target}: its receiver does not start")
             numbers = (one.rate_bps or 0, one.start_s, one.stop_s or 0)
-            address = fabric.address(one.target)
-            sender = _start(fabric, one.source, "send", one.kind, address, port, *map(str, numbers))
+            address = network.address(one.target)
+            sender = _start(network, one.source, "send", one.kind, address, port, *map(str, numbers))
             ending.callback(_kill, sender)
             pairs.append((one, sender, receiver))
         try:
@@ -113,15 +113,16 @@ def _result(one: Flow, sent: dict[str, float], received: dict[str, float]) -> di
     return asdict(one) | counted
 
 
-def _start(fabric: Fabric, node: str, *arguments: str) -> subprocess.Popen[str]:
+def _start(network: Network, node: str, *arguments: str) -> subprocess.Popen[str]:
     argv = [sys.executable, "-I", "-S", flow.__file__, *arguments]
-    process = call_inside(
-        fabric.namespace(node),
-        lambda: subprocess.Popen(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, cwd="/"
-        ),
-    )
-    fabric.record_process(process.pid, what=f"traffic at {node}")
+
+    def start() -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, start_new_session=True, cwd="/")
+
+    namespace = network.host(node)
+    process = start() if namespace is None else call_inside(namespace, start)
+    network.record_process(process.pid, what=f"traffic at {node}")
     return process
 
 

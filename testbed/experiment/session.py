@@ -1,0 +1,77 @@
+"""What a run holds while it is on: the network, both endpoints, the traffic beside them, the account of what crossed the link."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from testbed import files
+from testbed.endpoints.deployment import Pair
+from testbed.experiment.results import RunDirectory
+from testbed.experiment.scenario import Plan
+from testbed.hosts.local import Endpoint
+from testbed.net.fabric.accounting import Account
+from testbed.net.fabric.fabric import Fabric
+from testbed.net.loopback import Loopback
+from testbed.net.network import Network
+from testbed.net.traffic.traffic import running
+
+
+class Session:
+    """A network that is there, and the endpoints that run on it. `flows`: what the traffic came to, once it has ended."""
+
+    def __init__(self, plan: Plan, network: Network, pair: Pair) -> None:
+        self.plan, self.network, self.pair = plan, network, pair
+        self.account = Account(network, plan.link)
+        self.flows: list[dict[str, Any]] = []
+
+    @property
+    def linked(self) -> bool:
+        """Whether requests cross a link: that has to be measured, and whose interfaces count the run's bytes alone."""
+        return self.network.emulation != "none"
+
+    @contextlib.contextmanager
+    def traffic(self) -> Iterator[None]:
+        """The scenario's background traffic, while the block runs. Raises UsageError, NetworkError where it cannot be started."""
+        with running(self.network, self.plan.flows()) as self.flows:
+            yield
+
+
+#: Opens the session of a plan whose logs are to be in a run's directory; what it does is told to the function.
+Opening = Callable[[Plan, RunDirectory, Callable[[str], None]], contextlib.AbstractContextManager[Session]]
+
+
+@contextlib.contextmanager
+def across_links(plan: Plan, directory: RunDirectory, say: Callable[[str], None]) -> Iterator[Session]:
+    """The scenario's topology in namespaces, edge and cloud each a process on its node. Raises UsageError, NetworkError,
+    EndpointError."""
+    say("building the network")
+    captures = directory.path / "captures"
+    topology = plan.under(plan.profiles[0])
+    with contextlib.ExitStack() as stack:
+        network = stack.enter_context(Fabric.build(topology, plan.scenario.emulator, captures=captures))
+        edge = stack.enter_context(_endpoint("edge", network.host(plan.scenario.edge), directory))
+        cloud = stack.enter_context(_endpoint("cloud", network.host(plan.scenario.cloud), directory))
+        yield Session(plan, network, Pair(plan, edge, cloud, network.check))
+
+
+@contextlib.contextmanager
+def in_one_process(plan: Plan, directory: RunDirectory, say: Callable[[str], None]) -> Iterator[Session]:
+    """Edge and cloud in one process that share one model, over loopback: what a codec does to the answers needs no link. Raises
+    EndpointError."""
+    with Loopback() as network, _endpoint("both", None, directory) as both:
+        yield Session(plan, network, Pair(plan, both, both))
+
+
+@contextlib.contextmanager
+def _endpoint(role: str, namespace: str | None, directory: RunDirectory) -> Iterator[Endpoint]:
+    """An endpoint whose log is in the run's directory."""
+    logs = directory.path / "logs"
+    with files.storing(logs):
+        logs.mkdir(exist_ok=True)
+    endpoint = Endpoint.start(role, namespace, logs / f"{role}.log")
+    try:
+        yield endpoint
+    finally:
+        endpoint.stop()
