@@ -12,10 +12,23 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from testbed.analysis.guide import DIAGNOSIS, INT4, MIXED, NO, SKIPPED, UNDECIDED, UNFIT, YES, Step, chosen
 from testbed.analysis.run import load
 from testbed.cli import cli
-from testbed.guide.procedure import Diagnosed, walk
+from testbed.guide.procedure import (
+    DIAGNOSIS,
+    INT4,
+    MIXED,
+    NO,
+    SKIPPED,
+    UNDECIDED,
+    UNFIT,
+    YES,
+    Diagnosed,
+    Question,
+    Step,
+    chosen,
+)
+from testbed.guide.procedure import steps as procedure_steps
 
 BY_TOKEN, SYMMETRIC = "int4(group=0, symmetric=true)", "int4(symmetric=true)"
 FORMS = {BY_TOKEN: 3.7, SYMMETRIC: 3.5, "int4": 3.2}
@@ -30,12 +43,12 @@ def walked(
     """The steps where the settings have these answers (others: yes), and what was measured."""
     asked: list[str] = []
 
-    def measure(question: str, codecs: Sequence[str]) -> Step:
+    def measure(question: Question, codecs: Sequence[str]) -> Step:
         for codec in codecs:
             asked.append(codec)
             kept = float(codec[4:].split("+")[0]) if codec.startswith("q2c") else 1.0
             size = SIZES.get(codec.split("+", 1)[-1], 1.0) / kept
-            step = Step(question, codec, answers.get(codec, YES), smaller=size)
+            step = Step(question.text, codec, answers.get(codec, YES), smaller=size)
             if step.answer == YES:
                 break
         return step
@@ -44,13 +57,13 @@ def walked(
         asked.append(f"diagnosis of {scale}")
         return Diagnosed("K3", bottleneck, "bottleneck: K3" if bottleneck else "no bottleneck", 8)
 
-    return list(walk(measure, diagnose, smaller)), asked
+    return list(procedure_steps(measure, diagnose, smaller)), asked
 
 
 def test_where_int4_is_enough_no_layers_are_diagnosed() -> None:
     steps, asked = walked({BY_TOKEN: NO, f"q2c@0.5+{SYMMETRIC}": NO})
     assert asked == ["int8", BY_TOKEN, SYMMETRIC, f"q2c@0.75+{SYMMETRIC}", f"q2c@0.5+{SYMMETRIC}"]
-    assert [s.answer for s in steps if s.question in (DIAGNOSIS, MIXED)] == [SKIPPED, SKIPPED]
+    assert [s.answer for s in steps if s.question in (DIAGNOSIS.text, MIXED.text)] == [SKIPPED, SKIPPED]
     best = chosen(steps)
     assert best is not None
     assert best.setting == f"q2c@0.75+{SYMMETRIC}"
@@ -65,13 +78,13 @@ def test_a_bottleneck_is_protected_and_tokens_are_selected_on_top() -> None:
 def test_without_a_bottleneck_tokens_are_selected_on_top_of_int8() -> None:
     steps, asked = walked(dict.fromkeys(FORMS, UNDECIDED) | {"q2c@0.25+int8": UNDECIDED}, bottleneck=False)
     assert asked == ["int8", *FORMS, "diagnosis of group", "q2c@0.75+int8", "q2c@0.5+int8", "q2c@0.25+int8"]
-    assert next(s.answer for s in steps if s.question == MIXED) == SKIPPED
+    assert next(s.answer for s in steps if s.question == MIXED.text) == SKIPPED
 
 
 def test_what_int8_loses_int4_is_not_asked_for() -> None:
     steps, asked = walked({"int8": NO, "q2c@0.75": NO})
     assert asked == ["int8", "q2c@0.75"]
-    assert next(s.answer for s in steps if s.question == INT4) == SKIPPED
+    assert next(s.answer for s in steps if s.question == INT4.text) == SKIPPED
     assert chosen(steps) is None
 
 

@@ -43,13 +43,13 @@ def guide(subjects: tuple[str, ...], out: Path | None, **options: Any) -> Any:
     With MODEL each step is measured, without a network and without root, until one is not enough; a second call goes on from
     the rows that are there. With RUN... the rows of these runs answer.
     """
-    from testbed.analysis import guide as guiding
+    from testbed.guide import procedure
 
     runs = [Path(subject) for subject in subjects if _is_run(Path(subject))]
     if len(runs) == len(subjects):
-        found, said = guiding.walk([open_run(path) for path in runs])
+        found, said = procedure.answered([open_run(path) for path in runs])
         value = {"models": {m: [s.to_dict() for s in steps] for m, steps in found.items()}, "left_out": said}
-        return value, guiding.text(found, said), 0
+        return value, procedure.text(found, said), 0
     if len(subjects) > 1:
         raise UsageError("name one model to measure, or the directories of runs, and not both")
     return _measured(subjects[0], out, **options)
@@ -61,7 +61,7 @@ def _is_run(path: Path) -> bool:
 
 def _measured(model: str, out: Path | None, task: str, **options: Any) -> tuple[dict[str, Any], str, int]:
     from testbed import strict_yaml
-    from testbed.analysis import guide as guiding
+    from testbed.guide import procedure
     from testbed.guide.guide import Asked, measured
 
     asked = Asked(model, task=strict_yaml.parse(task, "--task"), **options)
@@ -69,10 +69,10 @@ def _measured(model: str, out: Path | None, task: str, **options: Any) -> tuple[
     show = Console()
     count = 0
 
-    def told(step: guiding.Step) -> None:
+    def told(step: procedure.Step) -> None:
         nonlocal count
         count += 1
-        show.line("\n".join(guiding.told(count, step)))
+        show.line("\n".join(procedure.told(count, step)))
 
     try:
         steps, failures = measured(asked, path, show, show.line, told)
@@ -92,4 +92,4 @@ def _measured(model: str, out: Path | None, task: str, **options: Any) -> tuple[
             f"testbed: {failures} trials failed; their rows say why, and the same command repeats them",
             err=True,
         )
-    return value, f"{guiding.text({model: steps}, [])}\nrows in {path}", 1 if failures else 0
+    return value, f"{procedure.text({model: steps}, [])}\nrows in {path}", 1 if failures else 0

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from testbed.analysis import claim_rules
-from testbed.analysis.guide import UNFIT, YES, Step, judge
 from testbed.analysis.run import load
 from testbed.diagnosis import launch
 from testbed.errors import SpecError, UsageError
@@ -20,7 +19,7 @@ from testbed.experiment.runner import Run
 from testbed.experiment.scenario import Plan
 from testbed.experiment.session import in_one_process
 from testbed.experiment.trial import utc_now
-from testbed.guide.procedure import FORMS, HIGH, RATIOS, Diagnosed, walk
+from testbed.guide.procedure import FORMS, HIGH, RATIOS, UNFIT, YES, Diagnosed, Question, Step, judge, steps
 from testbed.models.sources import resolve
 from testbed.net.loopback import LOOPBACK
 from testbed.tasks.task import parse_task
@@ -30,7 +29,7 @@ _DIAGNOSIS = "diagnosis.json"
 
 @dataclass(frozen=True)
 class Asked:
-    """What the procedure is to be walked with. `task`: as a scenario writes it; `diagnosed`: examples that rank the layers (as
+    """What the procedure is to be followed with. `task`: as a scenario writes it; `diagnosed`: examples that rank the layers (as
     many more choose); `smaller`: how many times smaller is small enough (None: as small as holds).
     """
 
@@ -76,9 +75,9 @@ def measured(
     plan = unlinked(asked.settings(), "guide")
     directory = _open(path, plan.scenario.model_dump(mode="json"))
     run = Run(plan, directory, watch, opening=in_one_process)
-    steps: list[Step] = []
+    answers: list[Step] = []
 
-    def measure(question: str, codecs: Sequence[str]) -> Step:
+    def measure(question: Question, codecs: Sequence[str]) -> Step:
         for number, codec in enumerate(codecs, 1):
             run.measure(codec)
             step = judge(load(path), question, codecs[:number])
@@ -90,10 +89,10 @@ def measured(
         return _diagnosis(asked, scale, path, directory, say)
 
     with run.on():
-        for step in walk(measure, diagnose, asked.smaller):
-            steps.append(step)
+        for step in steps(measure, diagnose, asked.smaller):
+            answers.append(step)
             told(step)
-    return steps, run.failures
+    return answers, run.failures
 
 
 def unlinked(settings: dict[str, Any], place: str) -> Plan:

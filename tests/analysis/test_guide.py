@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from testbed.analysis import guide
 from testbed.analysis.run import load
 from testbed.cli import main
+from testbed.guide import procedure
 from tests.analysis.test_claims import _made
 from tests.analysis.test_run_directory import lines, rewrite
 
@@ -18,7 +18,7 @@ def test_the_walk_ends_at_the_smallest_setting_that_is_enough(
 ) -> None:
     codecs = ("int8", "int4", "mixed(protect=3)")
     path = _made(tmp_path / "run", codecs, {"int8": 0.001, "int4": 0.3, "mixed(protect=3)": 0.004})
-    found, _ = guide.walk([load(path)])
+    found, _ = procedure.answered([load(path)])
     steps = found["smollm2-135m"]
     assert [s.answer for s in steps] == ["yes", "no", "yes", "not measured"]
     with pytest.raises(SystemExit) as ended:
@@ -34,7 +34,7 @@ def test_int4_is_judged_in_every_form_and_the_smallest_that_holds_is_taken(tmp_p
     rise = dict(zip(sizes, (0.4, 0.004, 0.001), strict=True))
     path = _made(tmp_path / "run", tuple(sizes), rise)
     rewrite(path, [r | {"payload_bytes": sizes[r["codec"]], "kv_bytes": 1000} for r in lines(path)])
-    found, _ = guide.walk([load(path)])
+    found, _ = procedure.answered([load(path)])
     step = found["smollm2-135m"][1]
     assert (step.setting, step.answer) == ("int4(symmetric=true)", "yes")
     assert step.smaller == pytest.approx(1000 / 281)
@@ -44,5 +44,5 @@ def test_int4_is_judged_in_every_form_and_the_smallest_that_holds_is_taken(tmp_p
 
 def test_too_few_examples_leave_a_step_undecided(tmp_path: Path) -> None:
     path = _made(tmp_path / "run", ("int8",), {"int8": 0.001}, n=20)
-    found, _ = guide.walk([load(path)])
+    found, _ = procedure.answered([load(path)])
     assert found["smollm2-135m"][0].answer == "undecided"
