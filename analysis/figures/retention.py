@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
 import pandas as pd
@@ -19,8 +18,9 @@ from testbed.analysis.figures.names import short
 from testbed.analysis.figures.style import Frame, Mark, bottom_legend, legend_columns, marks, panel_title
 from testbed.analysis.run import Run
 from testbed.analysis.settings import DELTA_NLL, SCORE, Metric
+from testbed.codecs.spec import written
+from testbed.errors import SpecError
 
-_SELECTION = re.compile(r"(?P<name>[a-z0-9_-]+)@(?P<ratio>[0-9.]+)(?P<settings>\([^)]*\))?\+?(?P<rest>.*)")
 _STYLES: list[str | tuple[int, tuple[float, ...]]] = [
     "-",
     (0, (5, 2)),
@@ -41,14 +41,14 @@ class Curve:
 
 def split_selection(codec: str) -> tuple[str, float, str] | None:
     """(selector with its settings, ratio, the rest of the codec) of a codec's text; None without selector."""
-    match = _SELECTION.fullmatch(codec)
-    if match is None:
-        return None
     try:
-        ratio = float(match["ratio"])
-    except ValueError:
+        selector, *rest = written(codec).values()
+    except (SpecError, ValueError):
         return None
-    return match["name"] + (match["settings"] or ""), ratio, match["rest"] or "fp16"
+    if selector.ratio is None:
+        return None
+    name = selector.name + (f"({selector.arguments})" if selector.arguments else "")
+    return name, selector.ratio, "+".join(part.text for part in rest) or "fp16"
 
 
 def draw(run: Run) -> Figure:

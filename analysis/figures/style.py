@@ -4,7 +4,6 @@ black-and-white print.
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -15,6 +14,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from testbed.codecs.spec import parse, written
+from testbed.errors import SpecError
 
 # M. Okabe and K. Ito, "Color Universal Design", 2008: eight colours told apart with every common colour
 # vision.
@@ -96,8 +98,7 @@ _SELECTORS = {
 }
 _SPARE = [("P", BLUE), ("h", ORANGE), ("<", GREEN), (">", PURPLE), ("d", SKY), ("8", GREY)]
 _FILLS = {16: "full", 8: "left", 4: "none"}
-_SELECTOR = re.compile(r"([a-z0-9_-]+)@([0-9.]+)")
-_BITS = re.compile(r"(?:fp|bf|int|bits=)(\d+)")
+_PLAIN = {"fp16": 16, "fp8": 8, "int8": 8, "int4": 4, "int3": 3, "int2": 2}
 
 
 def marks(settings: Iterable[tuple[str, str, str]]) -> dict[str, Mark]:
@@ -119,17 +120,29 @@ def marks(settings: Iterable[tuple[str, str, str]]) -> dict[str, Mark]:
 
 
 def _codec_mark(codec: str, shapes: dict[str, tuple[str, str]], spare: Any) -> Mark:
-    selector, bits = _SELECTOR.match(codec), _BITS.search(codec)
-    quantizer = codec.split("+")[0].split("(")[0]
-    name = selector[1] if selector else "" if re.fullmatch(r"(?:fp|bf|int)\d+", quantizer) else quantizer
+    try:
+        parts = written(codec)
+    except SpecError:  # of a version that has other methods
+        parts = {}
+    selector, quantizer = parts.get("selector"), parts.get("quantizer")
+    bits = _bits(quantizer.text) if quantizer else 16 if parts else None
+    told = selector or parts.get("transform") or quantizer
+    name = codec if told is None else "" if told.name in _PLAIN else told.name
     if name not in shapes:
         shapes[name] = next(spare)
     marker, color = shapes[name]
-    kept = float(selector[2]) if selector and selector[2].count(".") <= 1 else 1.0
+    kept = 1.0 if selector is None or selector.ratio is None else selector.ratio
     size = 5.2 + 3.2 * min(1.0, max(0.0, kept)) ** 0.75 if selector else 7.5
-    # Without a quantizer 16 bits stay; one whose bits the name does not say, such as mixed precision, is "other".
-    plain = 16 if selector and "+" not in codec else 0
-    return Mark(marker, color, _FILLS.get(int(bits[1]) if bits else plain, "bottom"), size)
+    return Mark(marker, color, _FILLS.get(bits or 0, "bottom"), size)
+
+
+def _bits(quantizer: str) -> int | None:
+    """Of an element, as the method's name or its parameter says; None where neither does, as of mixed precision."""
+    try:
+        method = parse(quantizer).quantizer
+    except SpecError:
+        return None
+    return _PLAIN.get(method.name) or getattr(method, "bits", None)
 
 
 @dataclass(frozen=True)

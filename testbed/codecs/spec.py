@@ -65,6 +65,27 @@ def parse(text: str) -> CodecSpec:
         raise SpecError(f"codec {_clip(text)}: {error}") from None
 
 
+@dataclass(frozen=True)
+class Written:
+    """A codec's part as its text has it: nothing of it is looked up but its stage."""
+
+    text: str
+    name: str
+    ratio: float | None
+    arguments: str  #: what stands in parentheses
+
+
+def written(text: str) -> dict[str, Written]:
+    """A codec's parts by stage, in their order: also of one whose methods are not installed here. Raises SpecError."""
+    found: dict[str, Written] = {}
+    for part in _split(text):
+        if (stage := registry.stage_of(part[1])) is None or stage in found:
+            raise SpecError(f"codec {_clip(text)}: unknown method or second {stage}: {_clip(part[1])}")
+        ratio = None if part[2] is None else _ratio(part[1], part[2])
+        found[stage] = Written(part[0].strip(), part[1], ratio, (part[3] or "").strip())
+    return found
+
+
 def _parse(text: str) -> CodecSpec:
     if len(text) > LONGEST:
         raise SpecError(f"{len(text)} characters, but a codec has at most {LONGEST}")

@@ -17,6 +17,7 @@ from matplotlib.text import Text
 
 from testbed import analysis
 from testbed.analysis.figures import FIGURES, figure
+from testbed.analysis.figures.retention import split_selection
 from testbed.analysis.figures.style import WIDTH, marks, style
 from testbed.analysis.run import load
 from testbed.errors import UsageError
@@ -494,3 +495,18 @@ def test_links_that_change_have_no_place_on_the_axis_of_a_sweep(tmp_path: Path) 
     assert [float(t) for t in figure.axes[0].get_xticks()] == [5.0, 20.0, 80.0]  # of the links with 40 ms
     assert "at 40 ms one way" in said
     assert any("means of a trace" in t.get_text() for t in texts(drawn("regimes", run)))
+
+
+def test_a_codec_is_drawn_by_what_it_is_also_where_its_method_is_not_installed() -> None:
+    assert split_selection("kvpress:SnapKV@0.5(window=32)+int4+zstd") == (
+        "kvpress:SnapKV(window=32)",
+        0.5,
+        "int4+zstd",
+    )
+    assert split_selection("q2c@5e-05") == ("q2c", 5e-05, "fp16")
+    assert split_selection("int4+zstd") is None and split_selection("unheard@0.5+int4") is None
+    codecs = ("int4", "turbo", "mixed(protect=none)", "kvpress:SnapKV@0.5+int8", "kvpress:Knorm@0.5+int8")
+    drawn = marks((codec, "split", codec) for codec in codecs)
+    assert drawn["turbo"].fill == drawn["int4"].fill == "none"  # 4 bits, whoever says so
+    assert drawn["kvpress:SnapKV@0.5+int8"].size < drawn["int4"].size
+    assert len({mark.marker for mark in drawn.values()}) == len(codecs)
