@@ -365,3 +365,16 @@ def test_the_forecast_knows_that_what_is_replayed_takes_its_time() -> None:
         for more in ({"reuse": "all"}, {"reuse": "all", "connection": "reuse"}, {"reuse": "none"})
     )
     assert shared < replayed == none
+
+
+def test_the_forecast_takes_a_slow_traces_mean_and_ends_a_request_at_its_timeout(tmp_path: Path) -> None:
+    took = {}
+    for bps in (1600, 400, 4):
+        trace = tmp_path / f"{bps}.csv"
+        trace.write_text(f"time_s,rate_mbps\n0,{bps / 1e6:f}\n1,{bps / 1e6:f}\n")
+        made = plan(profiles=[f"trace:{trace}"], placements=["cloud"], context_tokens=64, timeout="300s")
+        cell = made.cells(0, 64)[0]
+        took[bps] = Estimator(made).transmit_s(cell), Estimator(made).payload_bytes(cell) * 8 / bps
+    for bps in (1600, 400):
+        assert took[bps][0] == pytest.approx(took[bps][1], rel=0.1)
+    assert took[4][0] == 300.0

@@ -94,18 +94,23 @@ class Estimator:
         return float(expected_bytes(spec, layers, tokens))
 
     def transmit_s(self, cell: Cell) -> float:
-        """Serialisation at the rate, one round trip for the handshake, and those that slow start spends to fill the link."""
+        """Serialisation at the (mean) rate, one round trip for the handshake, and those that slow start spends to fill the link;
+        at most the request's timeout, which ends it."""
         steady = cell.profile.steady()
         up, down = steady.up, steady.down
         payload = self.payload_bytes(cell)
         if not payload:
             return 0.0
         rtt = up.delay_s + down.delay_s
-        rate = up.rate_bps or 1e10
+        mean, timeout = cell.profile.up.mean_rate_bps("up"), self.plan.scenario.timeout
+        rate = 1e10 if mean is None else mean
+        if rate * timeout < 8 * payload:
+            return timeout
         window, sent, rounds = _INITIAL_WINDOW * _MSS_BYTES, 0.0, 0
         while rtt > 0 and sent + window < payload and window * 8 / rtt < rate:
             sent, window, rounds = sent + window, window * 2, rounds + 1
-        return rounds * rtt + (payload - sent) * 8 / (rate * _MSS_BYTES / 1500) + 2 * rtt
+        serial_s = (payload - sent) * 8 / (rate * _MSS_BYTES / 1500)
+        return min(timeout, rounds * rtt + serial_s + 2 * rtt)
 
     def compute_s(self, cell: Cell) -> float:
         """A trial's own compute, and its waits for what it takes over of an earlier one.

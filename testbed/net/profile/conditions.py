@@ -256,6 +256,10 @@ class Direction:
             loss=self.loss or means.get("losses", 0.0),
         )
 
+    def mean_rate_bps(self, way: Literal["up", "down"]) -> float | None:
+        """Bits per second over time, also below the least that a steady link can have; None: not limited."""
+        return self.rate_bps if self.trace is None else self.trace.rates_bps(way, self.rate_bps)[0]
+
     def queue_bytes(self, round_trip_s: float) -> int | None:
         """Bytes the queue holds, at least one packet; `round_trip_s` is the sum of both ways' delays.
 
