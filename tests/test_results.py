@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from testbed.analysis.run import load
-from testbed.experiment.results import MEASURED, RunDirectory
+from testbed.experiment.results import FORMAT, MEASURED, READABLE, RunDirectory, as_now
 from tests.analysis.make_run import make_run
 
 
@@ -47,3 +47,11 @@ def test_a_mean_over_all_rows_leaves_the_failed_ones_out(directory: Path, lost: 
     assert (run.rows["e2e_s"] > 0).all() and run.rows["payload_bytes"].notna().all()
     assert run.failed[list(MEASURED)].isna().all(axis=None)
     assert run.rows["answer_tokens"].isna().all()
+
+
+def test_every_format_up_to_this_one_has_a_migration_that_leaves_rows_of_this_one_alone(
+    directory: Path,
+) -> None:
+    assert tuple(range(1, FORMAT + 1)) == READABLE
+    for row in RunDirectory(directory).rows():
+        assert as_now(row) == row

@@ -25,9 +25,6 @@ from testbed.errors import StorageError, UsageError
 from testbed.units import exact, format_time, parse_time
 
 FORMAT = 3
-#: Formats that this version reads. 1 has no `kl` (unknown there) and no slowdowns (there were none). Up to 2, times and counts of
-#: failed trials are zeros, and `decode_s` has in it what 3 calls `queue_s`.
-READABLE = (1, 2, 3)
 
 #: The stages of a request in the order in which they happen; their sum is `e2e_s`.
 STAGES = (
@@ -158,11 +155,28 @@ MEASURED = (
 _IDENTITY = ("trial", "task", "example", "placement")
 
 
+def _slowdowns_came(row: dict[str, Any]) -> dict[str, Any]:
+    """1 → 2: a `kl`, unknown before, and slowdowns, of which there were none."""
+    return {"kl": None, "edge_slowdown": 1.0, "cloud_slowdown": 1.0, **row}
+
+
+def _failures_measured_nothing(row: dict[str, Any]) -> dict[str, Any]:
+    """2 → 3: what a failed trial measured was zeros, and is None; `decode_s` had in it what is `queue_s` now."""
+    return row | dict.fromkeys(MEASURED) if row.get("error") else {"queue_s": 0.0, **row}
+
+
+#: By format, what makes a row of it one of the next. A resumed run has rows of several formats under one manifest, so each leaves
+#: alone what is of its result's format already.
+_MIGRATIONS = {1: _slowdowns_came, 2: _failures_measured_nothing}
+#: Formats that this version reads.
+READABLE = (*_MIGRATIONS, FORMAT)
+
+
 def as_now(row: dict[str, Any]) -> dict[str, Any]:
     """A row of any format that is read, as this one has it."""
-    if row.get("error"):
-        return row | dict.fromkeys(MEASURED)
-    return {"queue_s": 0.0, **row}
+    for migrate in _MIGRATIONS.values():
+        row = migrate(row)
+    return row
 
 
 def check_format(found: object, path: Path) -> None:
