@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from testbed.experiment import inputs
 from testbed.experiment.plan import make_plan
 from testbed.experiment.results import RunDirectory, write_json
 from testbed.experiment.runner import resume
+from testbed.net.profile import lookup
 
 ROW = {"context": "The mill stands in Oslo.", "question": "Where is it?", "answers": ["Oslo"]}
 
@@ -25,9 +27,19 @@ def began(tmp_path: Path) -> Path:
     (model / "config.json").write_text("{}")
     (model / "model.safetensors").write_bytes(bytes(8 << 20))
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
-    task = {"task": "qa", "path": str(tmp_path / "rows.jsonl")}
-    settings = {"name": "own", "profiles": "wifi", "model": str(model), "tasks": task}
-    plan = make_plan(settings, "own.yaml")
+    (tmp_path / "table.dist").write_text("-8192 0 8192\n")
+    shutil.copy(Path(__file__).parents[1] / "topologies" / "edge-cloud.yaml", tmp_path / "own-topology.yaml")
+    task = {"task": "qa", "path": "rows.jsonl"}
+    profile = f"delay=20ms,jitter=table(1ms,file={tmp_path / 'table.dist'})"
+    settings = {
+        "name": "own",
+        "topology": "own-topology.yaml",
+        "profiles": profile,
+        "model": str(model),
+        "tasks": task,
+    }
+    with lookup.beside(tmp_path / "own.yaml"):
+        plan = make_plan(settings, "own.yaml")
     run = RunDirectory.create(tmp_path / "run")
     settings = plan.scenario.model_dump(mode="json")
     run.write("manifest.json", {"format": 3, "settings": settings, "inputs": inputs.described(plan)})
@@ -66,3 +78,14 @@ def test_a_run_from_before_its_inputs_were_kept_goes_on(began: Path) -> None:
     write_json(began / "manifest.json", manifest)
     (began.parent / "rows.jsonl").write_text(json.dumps({**ROW, "answers": ["Rome"]}) + "\n")
     assert taken_up(began)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("own-topology.yaml", "topology"), ("table.dist", "jitter table"), ("rows.jsonl", "task file")],
+)
+def test_a_run_does_not_go_on_with_another_file(began: Path, name: str, what: str) -> None:
+    path = began.parent / name
+    path.write_text(path.read_text() + ("" if name == "rows.jsonl" else "# another\n") + "\n")
+    with pytest.raises(UsageError, match=rf"{what} .*{name}: has changed since this run began"):
+        taken_up(began)

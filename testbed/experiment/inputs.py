@@ -1,6 +1,7 @@
-"""What a run reads by name and somebody may change: the files of its tasks, its model. Rows of two of them are no one run's.
+"""What a run reads by name and somebody may change: files of tasks, of its topology and of jitter tables, its model. Rows of
+two of them are no one run's. (Traces are copied instead, see `kept_traces`.)
 
-In the manifest, `inputs` has for each what it was when the run began: of a task's file the SHA-256; of a model that lies in a
+In the manifest, `inputs` has for each what it was when the run began: of a file the SHA-256; of a model that lies in a
 directory the SHA-256 over its JSON files and, of each file of weights, its size and 64 KiB at 64 places, so that a model of
 many gigabytes is known in no time and another training of it is told apart.
 """
@@ -16,6 +17,7 @@ from testbed import files
 from testbed.errors import UsageError
 from testbed.experiment.scenario import Plan
 from testbed.models.sources import resolve
+from testbed.net.profile.jitter import JitterTable
 from testbed.tasks.rows import HUB
 
 _PLACES, _PIECE_BYTES = 64, 64 << 10
@@ -27,6 +29,12 @@ def described(plan: Plan) -> dict[str, str]:
     paths = [str(path) for task in plan.tasks if (path := getattr(task, "path", ""))]
     for path in dict.fromkeys(p for p in paths if not p.startswith(HUB)):
         found[f"task file {path}"] = _digest(Path(path))
+    if Path(plan.scenario.topology).is_file():
+        found[f"topology {plan.scenario.topology}"] = _digest(Path(plan.scenario.topology))
+    for profile in [*plan.profiles, *(link.profile for link in plan.topology.links)]:
+        for law in (profile.up.jitter_law, profile.down.jitter_law):
+            if isinstance(law, JitterTable):
+                found[f"jitter table {law.path}"] = _digest(Path(law.path))
     if (directory := resolve(plan.scenario.model).path) is not None:
         found[f"model {plan.scenario.model}"] = _digest(directory)
     return found
@@ -51,13 +59,13 @@ def _digest(path: Path) -> str:
         if path.is_file():
             with files.open_named(path) as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        for part in sorted(p for p in path.iterdir() if p.suffix in {".json", ".safetensors"}):
+        for part in sorted(p for p in path.iterdir() if p.suffix in {".json", ".jinja", ".safetensors"}):
             if part.name == "source.json":  # whence and when it was converted, which changes nothing
                 continue
             with files.open_named(part) as file:
                 size = os.fstat(file.fileno()).st_size
                 found.update(f"{part.name} {size}\n".encode())
-                whole = part.suffix == ".json" or size <= _PLACES * _PIECE_BYTES
+                whole = part.suffix != ".safetensors" or size <= _PLACES * _PIECE_BYTES
                 places = [0] if whole else [size * n // _PLACES for n in range(_PLACES)]
                 for place in places:
                     file.seek(place)

@@ -123,6 +123,7 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     scenario = _check(settings, place)
     if beside := lookup.find(scenario.topology):  # and so it is found again when the run is resumed
         scenario = scenario.model_copy(update={"topology": beside})
+    scenario = scenario.model_copy(update={"tasks": [_beside(task) for task in scenario.tasks]})
     topology = _at(f"{place}: topology", lambda: load_topology(scenario.topology))
     _check_nodes(scenario, topology, place)
     link = _swept_link(scenario, topology, place)
@@ -139,6 +140,12 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     plan = Plan(scenario, _under(topology, scenario, place), link, profiles, _tasks(scenario, place), asked)
     _check_extent(plan, place)
     return plan
+
+
+def _beside(task: dict[str, Any]) -> dict[str, Any]:
+    """The task with its file where it is: beside the scenario, or else as it is written."""
+    found = lookup.find(path) if isinstance(path := task.get("path"), str) and path else ""
+    return {**task, "path": found} if found else task
 
 
 def _check_nodes(scenario: Scenario, topology: Topology, place: str) -> None:
