@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 LEFT_OUT = shutil.ignore_patterns(
     ".*", "__pycache__", "*.egg-info", "build", "dist", "results", "tests", "benchmarks"
 )
-OPTIONAL = {"datasets", "kvpress", "triton"}
+OPTIONAL = {"datasets", "kvpress"}
 """What is imported only where it is installed: each refusal names it."""
 INDIRECT = {"pyarrow", "safetensors", "paramiko", "pyroute2"}
 """What is declared and imported by nothing of ours: pandas' and transformers' file formats, and what is to be used later."""

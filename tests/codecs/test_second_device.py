@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from testbed.codecs import CodecError
 from testbed.codecs.codec import Codec, decode
 from tests.codecs.caches import make_cache, ragged_cache, same_cache
 from tests.codecs.second_device import OTHER, second_device
@@ -49,3 +50,17 @@ def test_a_cache_on_another_device_gives_the_same_payload_and_a_payload_the_same
             back = decoded.to("cpu")
         assert bytes(ours) == bytes(payload)
         assert same_cache(back, decode(payload))
+
+
+@pytest.mark.parametrize("text", ["int8", "int4+zstd", "int3(symmetric=true)"])
+def test_parts_together_are_refused_by_layer_and_large_numbers_are_their_parts_own(text: str) -> None:
+    cache = make_cache("grouped")
+    cache.layers[2].values.fill_(65504)[0, 0, 0] = -65504
+    payload = Codec(text).encode(cache)
+    with second_device():
+        assert bytes(Codec(text).encode(cache.to(OTHER))) == bytes(payload)
+        back = decode(payload, OTHER).to("cpu")
+    assert same_cache(back, decode(payload))
+    cache.layers[1].values[1, 4, 63] = float("nan")
+    with second_device(), pytest.raises(CodecError, match="values of layer 1 hold NaN, infinity"):
+        Codec(text).encode(cache.to(OTHER))

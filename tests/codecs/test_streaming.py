@@ -40,8 +40,7 @@ def test_any_symbols_and_scales_decode_to_the_same_values_wherever_they_are_writ
         table = np.array([batch.row_of(piece, quantizer)])
         addresses = [values.ctypes.data, side.ctypes.data, symbols.ctypes.data]
         table[0, [batch.VALUES, batch.SIDE, batch.PACKED]] = addresses
-        fits = np.empty(1, dtype=np.float32)
-        batch.DECODE[dtype](table, fits)
+        fits = batch.decode(dtype, table)
         largest = 0x7C00 if dtype == "float16" else 0x7F80
         nan = (values & 0x7FFF) > largest  # of which there are many
         found.append((fits[0], np.where(nan, 0xFFFF, values)))

@@ -62,19 +62,26 @@ def pack(symbols: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
     at once. Widths that do not divide a byte are cut into ones that do (`layout.stretches`), one behind the other.
     Writes to `out` where given.
     """
+    return pack_rows(symbols.flatten(), bits, out)
+
+
+def pack_rows(symbols: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
+    """`pack` of each row: [..., symbols] -> [..., bytes]."""
     import torch
 
-    size = packed_bytes(symbols.numel(), bits)
-    out = torch.empty(size, dtype=torch.uint8, device=symbols.device) if out is None else out
-    flat = symbols.view(torch.uint8).flatten() if bits == 16 else symbols.flatten()
+    count = symbols.shape[-1]
+    if out is None:
+        shape = (*symbols.shape[:-1], packed_bytes(count, bits))
+        out = torch.empty(shape, dtype=torch.uint8, device=symbols.device)
+    flat = symbols.view(torch.uint8) if bits == 16 else symbols
     widths = stretches(bits)
     if len(widths) == 1:
         return _pack_even(flat, widths[0], out)
     start = shift = 0
     for width in widths:
-        stop = start + packed_bytes(symbols.numel(), width)
+        stop = start + packed_bytes(count, width)
         part = (flat >> shift).bitwise_and_((1 << width) - 1)
-        _pack_even(part, width, out[start:stop])
+        _pack_even(part, width, out[..., start:stop])
         start, shift = stop, shift + width
     return out
 
@@ -84,11 +91,11 @@ def _pack_even(flat: Tensor, bits: int, out: Tensor) -> Tensor:
     share = 8 // min(bits, 8)
     if share == 1:
         return out.copy_(flat)
-    size = len(out)
-    out.copy_(flat[:size])
+    size = out.shape[-1]
+    out.copy_(flat[..., :size])
     for i in range(1, share):
-        stretch = flat[i * size : (i + 1) * size]
-        head = out[: len(stretch)]
+        stretch = flat[..., i * size : (i + 1) * size]
+        head = out[..., : stretch.shape[-1]]
         head.add_(
             stretch, alpha=1 << (bits * i)
         )  # an addition, since no bits overlap: a pass less than shift and or
@@ -96,7 +103,7 @@ def _pack_even(flat: Tensor, bits: int, out: Tensor) -> Tensor:
 
 
 def unpack(data: Tensor, count: int, bits: int) -> Tensor:
-    """The inverse of `pack`: uint8 bytes -> `count` flat symbols, uint8 (int16 for 16 bits). May share `data`'s memory."""
+    """The inverse of `pack_rows`: uint8 [..., bytes] -> [..., count], uint8 (int16 for 16 bits). May share `data`'s memory."""
     import torch
 
     if bits == 16:
@@ -104,11 +111,11 @@ def unpack(data: Tensor, count: int, bits: int) -> Tensor:
     widths = stretches(bits)
     if len(widths) == 1:
         return _unpack_even(data, count, bits)
-    symbols = torch.zeros(count, dtype=torch.uint8, device=data.device)
+    symbols = torch.zeros((*data.shape[:-1], count), dtype=torch.uint8, device=data.device)
     start = shift = 0
     for width in widths:
         stop = start + packed_bytes(count, width)
-        symbols.add_(_unpack_even(data[start:stop], count, width), alpha=1 << shift)
+        symbols.add_(_unpack_even(data[..., start:stop], count, width), alpha=1 << shift)
         start, shift = stop, shift + width
     return symbols
 
@@ -120,11 +127,12 @@ def _unpack_even(data: Tensor, count: int, bits: int) -> Tensor:
     share = 8 // bits
     if share == 1:
         return data
-    symbols = torch.empty(share * len(data), dtype=torch.uint8, device=data.device)
+    size = data.shape[-1]
+    symbols = torch.empty((*data.shape[:-1], share * size), dtype=torch.uint8, device=data.device)
     for i in range(share):
-        target = symbols[i * len(data) : (i + 1) * len(data)]
+        target = symbols[..., i * size : (i + 1) * size]
         if i == share - 1:
             torch.bitwise_right_shift(data, bits * i, out=target)
         else:
             torch.bitwise_and(data if i == 0 else data >> (bits * i), (1 << bits) - 1, out=target)
-    return symbols[:count]
+    return symbols[..., :count]

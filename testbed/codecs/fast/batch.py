@@ -1,7 +1,7 @@
 """Parts of a cache in one compiled call: quantized and packed to where they lie in the payload, and back.
 
 A small model's cache is dozens of small parts. What Python does for each of them (views, allocations, calls) takes longer
-than the arithmetic, so the loops of `fused` and `streaming` are given a table of addresses, a row a part.
+than the arithmetic, so the loops of `uniform` and `streaming` are given a table of addresses, a row a part.
 """
 
 from __future__ import annotations
@@ -145,6 +145,18 @@ def _files() -> int:
     return 1 + zlib.crc32(text.encode())
 
 
-#: ENCODE: table, float32 [rows] -> None: reads values, writes symbols and side information, and each part's largest step (see
-#: `fused`). DECODE: the same -> None: reads symbols and side information, writes values; 0 for a part that `fused` cannot decode.
-ENCODE, DECODE = _loops(_files())
+_ENCODE, _DECODE = _loops(_files())
+
+
+def encode(dtype: str, table: Table) -> npt.NDArray[np.float32]:
+    """Values -> symbols and side information. dtype: "float16" or "bfloat16". Returns each part's largest step (`uniform`)."""
+    worst = np.empty(len(table), dtype=np.float32)
+    _ENCODE[dtype](table, worst)
+    return worst
+
+
+def decode(dtype: str, table: Table) -> npt.NDArray[np.bool_]:
+    """Symbols and side information -> values. Returns whether each part could be decoded; what could not is left to torch."""
+    fits = np.empty(len(table), dtype=np.float32)
+    _DECODE[dtype](table, fits)
+    return fits != 0

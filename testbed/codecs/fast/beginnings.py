@@ -1,6 +1,7 @@
 """All parts of a cache through a quantizer: to side information and packed symbols where they lie in the payload, and back.
 
-Parts that are quantized token by token in equal groups go through compiled loops, many at once (`quantize.loops`); others
+Parts that are quantized token by token in equal groups go through compiled loops on the processor, many at once (`batch`). On
+another device those of one shape go through torch together: a launch takes as long for a small part as for sixty. Others go
 through their quantizer, one by one.
 """
 
@@ -9,15 +10,16 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from testbed.codecs.entropy import pack, unpack
+from testbed.codecs import CodecError
+from testbed.codecs.entropy import pack, pack_rows, unpack
 from testbed.codecs.fast.threads import bytes_for
-from testbed.codecs.layout import ALIGNMENT, Layout, Piece, aligned
-from testbed.codecs.quantize.loops import loops_for
+from testbed.codecs.layout import ALIGNMENT, Layout, Part, Piece, aligned
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 #: Bytes of a block of decoded values. The C library gives larger ones back to the kernel when they are freed (`parallel`), and
 #: the next ones are cleared page by page, which takes as long as decoding.
 _BLOCK = 16 << 20
+_TOGETHER = 1 << 26  #: elements that torch is given at once; it holds them in float32 several times
 
 
 class Writer:
@@ -51,9 +54,12 @@ class Writer:
         """Side information and packed symbols of these pieces. Raises CodecError where one cannot be quantized."""
         self._write_fitting(which)
         pieces = self.pieces[which.start : which.stop]
-        for i, piece in zip(which, pieces, strict=True):
-            if not self._table.fits(i):
-                pack(self.symbols(i), piece.bits, out=_cut(self.packed, piece))
+        for group in _alike(self.quantizer, self.pieces, self._table.left(which), self.side.device):
+            if len(group) > 1:
+                self._write_together(group)
+            else:
+                piece = self.pieces[group[0]]
+                pack(self.symbols(group[0]), piece.bits, out=_cut(self.packed, piece))
         _zero_gaps(self.side, [piece.side_at + piece.side_bytes for piece in pieces])
         _zero_gaps(self.packed, [piece.symbols_at + piece.symbol_bytes for piece in pieces])
 
@@ -68,17 +74,40 @@ class Writer:
             self.side[piece.side_at : end] = numbers.contiguous().flatten().view(torch.uint8)
         return symbols
 
+    def _write_together(self, group: list[int]) -> None:
+        import torch
+
+        integer, part = _as_one(self.quantizer, [self.pieces[i] for i in group])
+        try:
+            symbols, numbers = integer.encode(part, torch.cat([self._values[i] for i in group]))
+        except CodecError:
+            self._refuse(group)
+            raise
+        assert numbers is not None
+        packed = pack_rows(symbols.view(len(group), -1), integer.width)
+        side = numbers.contiguous().view(len(group), -1).view(torch.uint8)
+        for row, i in enumerate(group):
+            piece = self.pieces[i]
+            self.side[piece.side_at : piece.side_at + piece.side_bytes] = side[row]
+            _cut(self.packed, piece).copy_(packed[row])
+
+    def _refuse(self, which: Sequence[int]) -> None:
+        """Raises CodecError for the first of these parts that cannot be quantized, which says what is wrong where."""
+        for i in which:
+            self.quantizer.encode(self.pieces[i].part, self._values[i])
+
     def _write_fitting(self, which: range) -> None:
         import torch
 
         rows = self._table.of(which)
         if not len(rows):
             return
+        from testbed.codecs.fast import batch
+
         dtype = self.pieces[which[0]].part.dtype
-        worst = self._table.loops.encode(dtype, rows)
+        worst = batch.encode(dtype, rows)
         if not worst.max() <= torch.finfo(getattr(torch, dtype)).max:  # NaN is not, either
-            for i in which:  # which says what is wrong where
-                self.quantizer.encode(self.pieces[i].part, self._values[i])
+            self._refuse(which)
 
 
 class Reader:
@@ -122,30 +151,78 @@ class Reader:
         """Those of the pieces that fit by the loops; those that do not, or could not be decoded so, one by one."""
         done: set[int] = set()
         if len(rows):
-            whole = self._table.loops.decode(self.pieces[which[0]].part.dtype, rows)
+            from testbed.codecs.fast import batch
+
+            whole = batch.decode(self.pieces[which[0]].part.dtype, rows)
             fitting = self._table.fitting(which)
             done = set(fitting if whole.all() else itertools.compress(fitting, whole))
-        for i in which:
-            if i not in done:
-                piece, (data, packed) = self.pieces[i], symbols_of(i)
-                symbols = unpack(data, piece.symbols, piece.bits) if packed else data
-                own = self._numbers[piece.side_at : piece.side_at + piece.side_bytes]
-                self.quantizer.decode_into(piece.part, symbols, own, self.targets[i])
+        left = [i for i in which if i not in done]
+        for group in _alike(self.quantizer, self.pieces, left, self._numbers.device):
+            if len(group) == 1 or not self._read_together(group, symbols_of):
+                for i in group:
+                    symbols = self._unpacked(i, symbols_of)
+                    self.quantizer.decode_into(self.pieces[i].part, symbols, self._side(i), self.targets[i])
+
+    def _side(self, i: int) -> Tensor:
+        piece = self.pieces[i]
+        return self._numbers[piece.side_at : piece.side_at + piece.side_bytes]
+
+    def _unpacked(self, i: int, symbols_of: Callable[[int], tuple[Tensor, bool]]) -> Tensor:
+        data, packed = symbols_of(i)
+        return unpack(data, self.pieces[i].symbols, self.pieces[i].bits) if packed else data
+
+    def _read_together(self, group: list[int], symbols_of: Callable[[int], tuple[Tensor, bool]]) -> bool:
+        """Whether these parts' values are written: not where those of one are beyond 16 bits, which is then its alone."""
+        import torch
+
+        integer, part = _as_one(self.quantizer, [self.pieces[i] for i in group])
+        side = torch.cat([self._side(i) for i in group])
+        if not integer.fits(part, side):
+            return False
+        data, packed = zip(*map(symbols_of, group), strict=True)
+        if all(packed):
+            symbols = unpack(torch.stack(data), self.pieces[group[0]].symbols, integer.width)
+        else:
+            symbols = torch.stack([self._unpacked(i, symbols_of) for i in group])
+        values = integer.decode(part, symbols.flatten(), side).unflatten(0, (len(group), -1))
+        for row, i in enumerate(group):
+            self.targets[i].copy_(values[row])
+        return True
+
+
+def _alike(
+    quantizer: Quantizer, pieces: Sequence[Piece], which: Sequence[int], device: torch.device
+) -> Iterator[list[int]]:
+    """These parts by what is quantized together. Threads of the processor take them one by one, close to their cores."""
+    groups: dict[object, list[int]] = {}
+    for i in which:
+        part = pieces[i].part
+        integer = quantizer.uniform(part) if device.type != "cpu" and part.elements else None
+        groups.setdefault(i if integer is None else (integer, part.shape), []).append(i)
+    for group in groups.values():
+        size = max(1, _TOGETHER // max(1, pieces[group[0]].part.elements))
+        yield from (group[at : at + size] for at in range(0, len(group), size))
+
+
+def _as_one(quantizer: Quantizer, pieces: Sequence[Piece]) -> tuple[Integer, Part]:
+    """Parts of one shape as one that has all their heads, and the integers that it is quantized to, token by token."""
+    part = pieces[0].part
+    integer = quantizer.uniform(part)
+    assert integer is not None
+    return integer, replace(part, kv_heads=len(pieces) * part.kv_heads)
 
 
 class _Table:
-    """Addresses and settings of those parts of a layout that the device's loops take."""
+    """Addresses and settings of those parts of a layout that the processor's loops take."""
 
     def __init__(self, quantizer: Quantizer, layout: Layout, values: Sequence[Tensor]) -> None:
         self._pieces = layout.pieces
         self._row = [-1] * len(layout.pieces)
         self._kept: list[Tensor] = []  # alive while their addresses are in use
         rows: list[list[int]] = []
-        loops = loops_for(values[0].device) if values else None
-        if loops is not None:
+        if values and values[0].device.type == "cpu":
             from testbed.codecs.fast import batch
 
-            self.loops = loops
             dtype = str(values[0].dtype).removeprefix("torch.")  # a cache has one
             before: tuple[tuple[int, int, int], Integer] | None = None
             for i, piece in enumerate(layout.pieces):
@@ -153,10 +230,8 @@ class _Table:
                 if integer is not None and piece.part.dtype == dtype:
                     if before is None or before[0] != piece.part.shape or before[1] is not integer:
                         row, before = batch.row_of(piece, integer), (piece.part.shape, integer)
-                        taken = loops.takes(dtype, row)
-                    if taken:
-                        self._row[i] = len(rows)
-                        rows.append(row)
+                    self._row[i] = len(rows)
+                    rows.append(row)
         self._rows = np.array(rows, dtype=np.int64)
         self._fitting = [i for i, at in enumerate(self._row) if at >= 0]
 
@@ -173,9 +248,9 @@ class _Table:
         if packed is not None:
             self._rows[:, batch.PACKED] = np.array([piece.symbols_at for piece in pieces]) + packed.data_ptr()
 
-    def fits(self, i: int) -> bool:
-        """Whether the loops take part `i`."""
-        return self._row[i] >= 0
+    def left(self, which: range) -> list[int]:
+        """Those of these parts that the loops do not take."""
+        return [i for i in which if self._row[i] < 0]
 
     def of(self, which: range) -> Table:
         """The rows of those of these parts that fit, to be changed at will."""
@@ -183,7 +258,7 @@ class _Table:
 
     def fitting(self, which: range) -> list[int]:
         """Those of these parts that fit."""
-        return self._fitting if len(which) == len(self._row) else [i for i in which if self.fits(i)]
+        return self._fitting if len(which) == len(self._row) else [i for i in which if self._row[i] >= 0]
 
 
 def _targets(layout: Layout, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The arithmetic of uniform quantization in torch, for any device and any stretch of a part; `fused` is the same, compiled."""
+"""The arithmetic of uniform quantization in torch, for any device and any stretch of a part; `uniform` is it compiled."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class Integer(Quantizer):
         return symbols, numbers[0] if len(numbers) == 1 else torch.cat(numbers, -1)
 
     def _fusible(self, part: Part, values: Tensor) -> bool:
-        """Whether `fused` takes values like these: 16 bits, on the processor, in groups of equal size that lie together."""
+        """Whether `uniform` takes values like these: 16 bits, on the processor, in groups of equal size that lie together."""
         import torch
 
         return (
@@ -152,7 +152,7 @@ class Integer(Quantizer):
         x = signed.view(part.shape).to(torch.float32)
         if self.offset:
             x.sub_(self.offset)
-        fits = grid.fits(numbers, self.levels, dtype)
+        fits = self.fits(part, side)
         if not fits:
             numbers.mul_(0.5)  # L · s may be beyond float32 where L · s + z is not
         rows = self._turned(x)
@@ -181,6 +181,12 @@ class Integer(Quantizer):
             if fits:
                 return out
         return super().decode_into(part, symbols, side, out)
+
+    def fits(self, part: Part, side: Tensor) -> bool:
+        """Whether every number from a part's symbols to its values is finite in the part's 16 bits."""
+        import torch
+
+        return grid.fits(self._numbers(part, side), self.levels, getattr(torch, part.dtype))
 
     def _numbers(self, part: Part, side: Tensor) -> Tensor:
         """Scales and zero points as they were sent, [kv_heads, rows, kinds, groups] in float32."""

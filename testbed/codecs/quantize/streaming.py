@@ -3,7 +3,7 @@
 What is decoded is written once, and is larger than the processor's caches. An ordinary store first fetches the line that it
 writes to, so that much of what crosses the memory bus is what was there before; a non-temporal store fetches nothing. It must
 be asked for at the store itself, which a loop in Python has no words for: hence instructions of LLVM, which it has for every
-processor. The arithmetic is that of `fused`, operation by operation, so the values are the same.
+processor. The arithmetic is that of `uniform`, operation by operation, so the values are the same.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _generate(
     x = builder.fadd(builder.fmul(x, same(by)), same(plus))
     if half:
         narrow = builder.bitcast(builder.fptrunc(x, lanes_of(ir.HalfType())), lanes_of(int16))
-    else:  # to the nearest, ties to even, as `fused.narrow` does
+    else:  # to the nearest, ties to even, as `uniform` does
         bits = builder.bitcast(x, lanes_of(int32))
         odd = builder.and_(builder.lshr(bits, same(int32(16))), same(int32(1)))
         bits = builder.add(builder.add(bits, same(int32(0x7FFF))), odd)
@@ -141,7 +141,7 @@ def _of_known_width(
 def dequantize_float16(
     source: Any, bits: Any, shape: Any, symmetric: Any, levels: Any, offset: Any, side: Any, target: Any
 ) -> Any:
-    """As `fused.dequantize_float16`, from symbols at the address `source` to values [rows, groups, size] at `target`.
+    """As `uniform.dequantize_float16`, from symbols at the address `source` to values [rows, groups, size] at `target`.
 
     bits: 8, 4 or 2 of a symbol, packed as `packing` says. Only for what `takes` takes.
     """
