@@ -16,7 +16,7 @@ import threading
 import time
 from typing import Any
 
-from testbed.endpoints.deadline import Deadline
+from testbed.deadline import Deadline
 from testbed.hosts.namespaces import inside
 from testbed.net.fabric.fabric import Fabric
 from testbed.net.profile.profile import parse_profile

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from testbed.deadline import Deadline
 from testbed.endpoints.admission import Admission
-from testbed.endpoints.deadline import Deadline
 from testbed.endpoints.pace import wait_until
 from testbed.endpoints.side import InferenceSide, Prefix, digest, main, per_token
 from testbed.errors import EndpointError, NotFiniteError, PayloadError, TestbedError, WireError

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from testbed.endpoints.deadline import Deadline
+from testbed.deadline import Deadline
 from testbed.errors import EndpointError
 from testbed.transport import wire
 from testbed.transport.tcp import Connection

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-from testbed.endpoints.deadline import Deadline
+from testbed.deadline import Deadline
 from testbed.errors import EndpointError, TestbedError, UsageError
 
 _LENGTH = struct.Struct("!I")

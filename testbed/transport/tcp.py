@@ -8,7 +8,7 @@ import struct
 import time
 from dataclasses import dataclass
 
-from testbed.endpoints.deadline import Deadline
+from testbed.deadline import Deadline
 from testbed.errors import EndpointError, UsageError, WireError
 from testbed.transport import wire
 

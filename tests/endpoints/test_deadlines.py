@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from testbed.deadline import Deadline
 from testbed.endpoints.answers import Outcome, Served, checked
-from testbed.endpoints.deadline import Deadline
 from testbed.endpoints.deployment import Pair
 from testbed.endpoints.uplink import Uplink
 from testbed.errors import EndpointError, NetworkError, TestbedError

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from testbed.deadline import Deadline
 from testbed.endpoints import cloud, uplink
 from testbed.endpoints.both import Both
 from testbed.endpoints.cloud import replace_struct
-from testbed.endpoints.deadline import Deadline
 from testbed.errors import EndpointError, UsageError
 from testbed.experiment.results import STAGES
 from testbed.hosts.local import Endpoint, command

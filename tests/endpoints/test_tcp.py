@@ -9,7 +9,7 @@ import zlib
 
 import pytest
 
-from testbed.endpoints.deadline import Deadline
+from testbed.deadline import Deadline
 from testbed.errors import EndpointError, UsageError, WireError
 from testbed.transport import wire
 from testbed.transport.tcp import Connection, listen, set_congestion
