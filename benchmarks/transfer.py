@@ -22,19 +22,18 @@ from testbed.net.fabric.fabric import Fabric
 from testbed.net.profile.profile import parse_profile
 from testbed.net.topology.topology import load_topology
 from testbed.transport import wire
-from testbed.transport.tcp import Connection, listen
+from testbed.transport.tcp import Tcp
 from testbed.units import parse_size
 
 
 def ours(fabric: Fabric, payload: bytes, congestion: str | None) -> float:
     """Seconds from the first byte handed to the socket to the last byte received."""
     with inside(fabric.namespace("cloud")):
-        listener = listen(congestion=congestion)
+        listener = Tcp().listen(congestion=congestion)
     arrived: list[float] = []
 
     def serve() -> None:
-        sock, _ = listener.accept()
-        connection = Connection(sock)
+        connection = listener.accept()
         received = connection.receive(len(payload), Deadline(60.0))
         if received is not None:
             arrived.append(received.at)
@@ -43,7 +42,7 @@ def ours(fabric: Fabric, payload: bytes, congestion: str | None) -> float:
     server = threading.Thread(target=serve)
     server.start()
     with inside(fabric.namespace("edge")):
-        connection = Connection.open(fabric.address("cloud"), listener.getsockname()[1], congestion, 60.0)
+        connection = Tcp().connect(fabric.address("cloud"), listener.port, congestion, 60.0)
     header = wire.Request(1, "split", "fp16", "", "Q?", "\n", 1, 0)
     started = connection.send(header, payload)
     server.join()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from testbed.transport.tcp import Connection
+from testbed.transport.transport import Stream
 
 
 class Admission:
@@ -13,9 +13,9 @@ class Admission:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._lock = threading.Lock()
-        self._open: set[Connection] = set()
+        self._open: set[Stream] = set()
 
-    def admit(self, connection: Connection) -> bool:
+    def admit(self, connection: Stream) -> bool:
         """Let a connection in, in another's place where there is no room; False: nobody is silent."""
         with self._lock:
             if len(self._open) >= self.limit:
@@ -28,7 +28,7 @@ class Admission:
             self._open.add(connection)
         return True
 
-    def leave(self, connection: Connection) -> None:
+    def leave(self, connection: Stream) -> None:
         """The conversation has ended."""
         with self._lock:
             self._open.discard(connection)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 import zlib
@@ -18,7 +17,7 @@ from testbed.endpoints.side import InferenceSide, Prefix, digest, main, per_toke
 from testbed.errors import EndpointError, NotFiniteError, PayloadError, TestbedError, WireError
 from testbed.models.kvcache import EMPTY
 from testbed.transport import wire
-from testbed.transport.tcp import Connection, Received, listen
+from testbed.transport.transport import Listener, Received, Stream, find
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,17 +88,18 @@ class Cloud(InferenceSide):
         with self._computing, ThreadPoolExecutor(1) as thread:
             return thread.submit(super().compute).result()
 
-    def serve(self, max_payload: int, congestion: str | None, request_s: float = 120.0) -> int:
-        """Open a listening socket and answer requests on it from now on; returns its port.
+    def serve(
+        self, max_payload: int, congestion: str | None, request_s: float = 120.0, transport: str = "tcp"
+    ) -> int:
+        """Listen, and answer requests from now on; returns the port.
 
         `max_payload` bounds what a request may make this process allocate, in bytes, and `request_s` what its bytes may take to
         come, in seconds.
         """
         self.max_payload, self._request_s = max_payload, request_s
-        listener = listen(congestion=congestion)
+        listener = find(transport).listen(congestion=congestion)
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
-        port: int = listener.getsockname()[1]
-        return port
+        return listener.port
 
     def forget(self) -> None:
         """Drop the remembered answers (a new example begins: none of them can come again)."""
@@ -142,12 +142,11 @@ class Cloud(InferenceSide):
             measured["kl"] = mean_kl(self._full, found)
         return measured
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: Listener) -> None:
         while True:
-            sock, _ = listener.accept()
-            threading.Thread(target=self._welcome, args=(Connection(sock),), daemon=True).start()
+            threading.Thread(target=self._welcome, args=(listener.accept(),), daemon=True).start()
 
-    def _welcome(self, connection: Connection) -> None:
+    def _welcome(self, connection: Stream) -> None:
         if not self._admission.admit(connection):
             self._complain(
                 connection, 0, f"{self._admission.limit} requests are under way: no more are taken"
@@ -160,7 +159,7 @@ class Cloud(InferenceSide):
             connection.finish()
             self._admission.leave(connection)
 
-    def _converse(self, connection: Connection) -> None:
+    def _converse(self, connection: Stream) -> None:
         """Answer requests until the peer closes. A malformed frame ends the conversation: nothing after it can be trusted."""
         try:
             patience = self._request_s  # of a peer that has not asked for anything yet
@@ -179,13 +178,13 @@ class Cloud(InferenceSide):
             raise
 
     @staticmethod
-    def _complain(connection: Connection, id: int, message: str) -> None:
+    def _complain(connection: Stream, id: int, message: str) -> None:
         try:
             connection.send(wire.Failure(id=id, message=message[:2000]))
         except TestbedError:
             pass
 
-    def _answer(self, connection: Connection, received: Received, request: wire.Request) -> None:
+    def _answer(self, connection: Stream, received: Received, request: wire.Request) -> None:
         """Answer one request when its turn comes. What is counted and hashed is so behind the answer, as part of no stage."""
         with self._computing:
             turn_at = time.monotonic()
@@ -202,7 +201,7 @@ class Cloud(InferenceSide):
 
     def _repeat(
         self,
-        connection: Connection,
+        connection: Stream,
         received: Received,
         request: wire.Request,
         known: Outcome,
@@ -228,7 +227,7 @@ class Cloud(InferenceSide):
             skipped_s=max(0.0, last_at - now),
             sent_at=time.monotonic(),
             reused=True,
-            retransmits=connection.retransmits(),
+            retransmits=connection.stats().sent_again,
         )
         connection.send(answer)
         if digest(received.payload) == known.details["payload_digest"]:
@@ -236,7 +235,7 @@ class Cloud(InferenceSide):
         mistaken = f"request {request.id} is unlike request {request.same_as}, whose answer it was to get"
         return replace(known, mistaken=mistaken)
 
-    def _compute(self, connection: Connection, received: Received, request: wire.Request) -> Outcome:
+    def _compute(self, connection: Stream, received: Received, request: wire.Request) -> Outcome:
         if request.prefix not in self.prefixes:
             raise WireError(
                 f"the request names a prefix {request.prefix[:64]!r} that this side does not know"
@@ -278,7 +277,7 @@ class Cloud(InferenceSide):
             skipped_s=0.0,
             sent_at=time.monotonic(),
             reused=False,
-            retransmits=connection.retransmits(),
+            retransmits=connection.stats().sent_again,
         )
         connection.send(answer)
         if self._latest is not None:

@@ -108,13 +108,16 @@ class Pair:
         congestion = self.scenario.congestion or self.plan.swept.congestion
         bound = 2 * self._longest * kv_bytes_per_token + _PAYLOAD_SLACK
         timeout = self.scenario.timeout
+        transport, _, kept = self.scenario.transport.partition("+")
         settings = {"max_payload": bound, "congestion": congestion, "request_s": timeout}
+        settings["transport"] = transport
         self._link = {
+            "transport": transport,
             "address": address,
             "port": self._call(self.cloud, Port, "serve", _SHORT_S, **settings),
             "congestion": congestion,
             "timeout": timeout,
-            "reuse": self.scenario.connection == "reuse",
+            "reuse": kept == "reuse",
         }
 
     def reference(self, batch: Batch, number: int) -> dict[str, Any]:

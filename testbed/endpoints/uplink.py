@@ -9,10 +9,11 @@ from typing import Any
 from testbed.deadline import Deadline
 from testbed.errors import EndpointError
 from testbed.transport import wire
-from testbed.transport.tcp import Connection
+from testbed.transport.transport import Stats, Stream, Transport, find
 
 #: A cloud's answer holds no payload.
 _NO_PAYLOAD = 0
+_NOTHING = Stats(0, 0, 0, "")
 #: What times, added and taken off one another, may be wrong by.
 _ROUNDING_S = 1e-5
 
@@ -36,18 +37,17 @@ class Uplink:
     """The edge's connections to the cloud, one a link where the run keeps them."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, Connection] = {}
+        self._kept: dict[str, Stream] = {}
 
     def ask(
         self, request: wire.Request, payload: bytes | bytearray | memoryview, link: dict[str, Any]
     ) -> Answered:
-        """Send a request and wait for its answer. `link`: address, port, congestion, timeout (seconds for all of it), whether
-        to reuse its connection, and its name. Raises EndpointError."""
+        """Send a request and wait for its answer; `link` as `Pair.serve` makes it. Raises EndpointError."""
         deadline = Deadline(link["timeout"])
-        before = interface_bytes()
+        transport = find(link.get("transport", "tcp"))
         started = time.monotonic()
-        connection, fresh = self._connect(link)
-        already = 0 if fresh else connection.retransmits()
+        connection, fresh = self._connect(transport, link)
+        before = _NOTHING if fresh else connection.stats()
         keep = False
         try:
             sent_at = connection.send(request, payload, deadline)
@@ -58,8 +58,6 @@ class Uplink:
             answered_at += answer.skipped_s
             if deadline.passed(answered_at):  # as it would have been had the cloud computed it again
                 raise EndpointError(f"nothing arrived within {deadline}")
-            retransmits = connection.retransmits() - already + answer.retransmits
-            congestion = connection.congestion()
             keep = bool(link["reuse"])
         finally:
             if keep:
@@ -67,6 +65,7 @@ class Uplink:
             else:
                 self._kept.pop(link["name"], None)
                 connection.finish()
+        cost = connection.stats()
         rebuilt_at = answer.received_at + answer.queue_s + answer.prefill_s + answer.decode_s
         stages = {
             "connect_s": sent_at - began,
@@ -85,20 +84,19 @@ class Uplink:
             text=answer.text,
             tokens=answer.tokens,
             token_s=answer.token_s,
-            wire_bytes=interface_bytes() - before,
-            retransmits=retransmits,
-            congestion=congestion,
+            wire_bytes=cost.sent + cost.received - before.sent - before.received,
+            retransmits=cost.sent_again - before.sent_again + answer.retransmits,
+            congestion=cost.congestion,
         )
 
-    def _connect(self, link: dict[str, Any]) -> tuple[Connection, bool]:
+    def _connect(self, transport: Transport, link: dict[str, Any]) -> tuple[Stream, bool]:
         """A connection for this request, and whether it was opened for it."""
         if link["reuse"] and link["name"] in self._kept:
             return self._kept[link["name"]], False
-        opened = Connection.open(link["address"], link["port"], link["congestion"], link["timeout"])
-        return opened, True
+        return transport.connect(link["address"], link["port"], link["congestion"], link["timeout"]), True
 
 
-def _expect(connection: Connection, kind: type[Any], id: int, deadline: Deadline) -> tuple[Any, float]:
+def _expect(connection: Stream, kind: type[Any], id: int, deadline: Deadline) -> tuple[Any, float]:
     received = connection.receive(_NO_PAYLOAD, deadline)
     if received is None:
         raise EndpointError("the cloud closed the connection without an answer")
@@ -125,15 +123,3 @@ def _check_times(
             f"the cloud's answer has times that cannot be: of a request of {sent_at:.6f} to {answered_at:.6f} s it says "
             f"received at {arrived:.6f}, first token at {first.sent_at:.6f}, sent at {done:.6f}, took {took:.6f} s"
         )
-
-
-def interface_bytes() -> int:
-    """Bytes that this namespace's interfaces (without lo) have received and sent so far (/proc/net/dev, proc_net(5))."""
-    total = 0
-    with open("/proc/self/net/dev", encoding="ascii") as file:
-        for line in file.readlines()[2:]:
-            name, _, figures = line.partition(":")
-            if name.strip() != "lo":
-                fields = figures.split()
-                total += int(fields[0]) + int(fields[8])
-    return total

@@ -101,7 +101,9 @@ class Row:
     kv_bytes: int = 0
     payload_bytes: int | None = None
     shared_bytes: int = 0  #: what both sides must have had beforehand to read the payload: a coder's tables
-    wire_bytes: int | None = None
+    wire_bytes: int | None = (
+        None  #: of the request's connection, both ways, headers of packets and what was sent again included
+    )
     retransmits: int | None = None
     tokens_kept: int | None = None
     answer_tokens: int | None = None  #: of the answer, without the end token; of a choice, those of its text

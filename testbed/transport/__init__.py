@@ -1,1 +1,1 @@
-"""How frames move between edge and cloud. One transport, one file."""
+"""How frames move between edge and cloud. `transport.py` is the contract, `wire.py` the frames, any other file one transport."""

@@ -24,7 +24,7 @@ from testbed.errors import EndpointError, NetworkError, TestbedError
 from testbed.hosts.channel import Channel, Result
 from testbed.hosts.local import Endpoint
 from testbed.transport import wire
-from testbed.transport.tcp import Connection, listen
+from testbed.transport.tcp import Tcp, TcpStream
 from tests.endpoints.test_endpoints import Pair as Loaded
 from tests.tiny_models import tiny_model_directory
 
@@ -63,10 +63,10 @@ def request(**changes: Any) -> wire.Request:
     return msgspec.structs.replace(wire.Request(7, "split", "int8", "unknown", "Q?", "\n", 4, 0), **changes)
 
 
-def connected() -> tuple[Connection, Connection]:
-    with listen("127.0.0.1") as listener:
-        client = Connection.open("127.0.0.1", listener.getsockname()[1], None, 5.0)
-        return client, Connection(listener.accept()[0])
+def connected() -> tuple[TcpStream, TcpStream]:
+    with Tcp().listen("127.0.0.1") as listener:
+        client = Tcp().connect("127.0.0.1", listener.port, None, 5.0)
+        return client, listener.accept()
 
 
 def test_a_frame_that_comes_byte_by_byte_is_given_up_when_its_time_is_over() -> None:
@@ -158,7 +158,7 @@ def test_the_cloud_serves_whoever_asks_however_many_are_silent(tmp_path: Path) -
             if number % 2:
                 held[-1].send(wire.pack(request())[:9])  # a header that does not go on
         with noticed(30):
-            connection = Connection.open("127.0.0.1", port, None, 5.0)
+            connection = Tcp().connect("127.0.0.1", port, None, 5.0)
             connection.send(request())
             received = connection.receive(0, Deadline(20.0))
             assert received is not None and isinstance(received.header, wire.Failure)
@@ -179,7 +179,7 @@ def test_a_cloud_that_is_busy_with_as_many_as_it_takes_says_so(tmp_path: Path) -
             held.append(socket.create_connection(("127.0.0.1", port), timeout=5))
             held[-1].sendall(wire.pack(request(), 1000))  # a payload that does not come
         time.sleep(1.0)
-        connection = Connection.open("127.0.0.1", port, None, 5.0)
+        connection = Tcp().connect("127.0.0.1", port, None, 5.0)
         received = connection.receive(0, Deadline(10.0))
         assert received is not None and isinstance(received.header, wire.Failure)
         assert "64 requests are under way" in received.header.message
@@ -195,7 +195,7 @@ def test_a_cloud_that_is_busy_with_as_many_as_it_takes_says_so(tmp_path: Path) -
 
 
 def _failure(port: int) -> str:
-    connection = Connection.open("127.0.0.1", port, None, 5.0)
+    connection = Tcp().connect("127.0.0.1", port, None, 5.0)
     try:
         connection.send(request())
         received = connection.receive(0, Deadline(10.0))
@@ -240,10 +240,10 @@ Answering = Callable[[float], tuple[dict[str, Any], dict[str, Any]]]
 
 def ask(answering: Answering) -> Any:
     """A request to a cloud whose answer is made up: `answering(now)` changes its first token and its end."""
-    with listen("127.0.0.1") as listener:
+    with Tcp().listen("127.0.0.1") as listener:
 
         def answer() -> None:
-            connection = Connection(listener.accept()[0])
+            connection = listener.accept()
             received = connection.receive(1 << 20, Deadline(5.0))
             assert received is not None
             now = time.monotonic()
@@ -255,7 +255,7 @@ def ask(answering: Answering) -> Any:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        link = {"address": "127.0.0.1", "port": listener.getsockname()[1], "congestion": None, "timeout": 5.0}
+        link = {"address": "127.0.0.1", "port": listener.port, "congestion": None, "timeout": 5.0}
         try:
             return Uplink().ask(request(), b"payload", {**link, "reuse": False, "name": "lo"})
         finally:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from testbed.deadline import Deadline
-from testbed.endpoints import cloud, uplink
+from testbed.endpoints import cloud
 from testbed.endpoints.both import Both
 from testbed.endpoints.cloud import replace_struct
 from testbed.errors import EndpointError, UsageError
@@ -23,7 +23,7 @@ from testbed.hosts.local import Endpoint, command
 from testbed.identity import User, invoking_user
 from testbed.tasks.rows import choice_rows
 from testbed.transport import wire
-from testbed.transport.tcp import Connection
+from testbed.transport.tcp import Tcp
 from tests.tiny_models import tiny_model_directory
 
 CODECS = [
@@ -227,7 +227,7 @@ def test_a_reused_answer_that_came_too_late_comes_too_late_again(slow: Pair) -> 
 
 def test_waiting_for_another_clients_request_is_queueing_and_not_decoding(slow: Pair) -> None:
     prefix = slow.cloud.call("learn_prefix", 60, text=slow.prefix_text)
-    other = Connection.open("127.0.0.1", slow.port, None, 20.0)
+    other = Tcp().connect("127.0.0.1", slow.port, None, 20.0)
     alone = slow.split(1, "int8", reuse="prefill")
     text = b"What the other client has to say is long. " * 8
     other.send(wire.Request(1 << 20, "cloud", "", prefix, "Q?", "", 8, zlib.crc32(text)), text)
@@ -266,7 +266,6 @@ def test_hashing_and_counting_are_part_of_no_request(
 
     for module, name in ((cloud, "digest"), (cloud, "kept_tokens"), (cloud, "kept_digest")):
         monkeypatch.setattr(module, name, slowly(getattr(module, name)))
-    monkeypatch.setattr(uplink, "interface_bytes", slowly(uplink.interface_bytes))
     extra = {"codec": "int8"} if placement == "split" else {}
     for _ in range(2):
         told = both[placement](batch=0, example=0, repeat=0, reuse="all", link=link, **extra)
@@ -277,7 +276,7 @@ def test_hashing_and_counting_are_part_of_no_request(
 
 def test_an_answer_that_was_another_payloads_has_no_outcome(pair: Pair) -> None:
     prefix = pair.cloud.call("learn_prefix", 60, text=pair.prefix_text)
-    connection = Connection.open("127.0.0.1", pair.port, None, 5.0)
+    connection = Tcp().connect("127.0.0.1", pair.port, None, 5.0)
     first = wire.Request(1 << 30, "cloud", "", prefix, "Q?", "", 2, zlib.crc32(b"one text"))
     for request, text in (
         (first, b"one text"),
@@ -391,7 +390,7 @@ def test_a_payload_that_is_no_codecs_is_an_error_of_that_request_only(pair: Pair
         max_new_tokens=4,
     )
     digest = pair.cloud.call("learn_prefix", 60, text=prefix["prefix_text"])
-    connection = Connection.open("127.0.0.1", pair.port, None, 5.0)
+    connection = Tcp().connect("127.0.0.1", pair.port, None, 5.0)
     for _ in range(2):
         connection.send(wire.Request(1, "split", "int8", digest, "Q?\n", "\n", 4, 0), b"\x00" * 5000)
         received = connection.receive(0, Deadline(10.0))
@@ -401,7 +400,7 @@ def test_a_payload_that_is_no_codecs_is_an_error_of_that_request_only(pair: Pair
 
 
 def test_an_oversized_request_is_refused_unread(pair: Pair) -> None:
-    connection = Connection.open("127.0.0.1", pair.port, None, 5.0)
+    connection = Tcp().connect("127.0.0.1", pair.port, None, 5.0)
     connection.socket.sendall(wire.pack(wire.Request(1, "split", "int8", "x", "Q?", "\n", 4, 0), 1 << 30))
     received = connection.receive(0, Deadline(10.0))
     assert received is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 import zlib
 
 import pytest
@@ -12,16 +13,15 @@ import pytest
 from testbed.deadline import Deadline
 from testbed.errors import EndpointError, UsageError, WireError
 from testbed.transport import wire
-from testbed.transport.tcp import Connection, listen, set_congestion
+from testbed.transport.tcp import Tcp, TcpStream, set_congestion
 from tests.endpoints.test_wire import request
 
 
-def pair() -> tuple[Connection, Connection]:
-    listener = listen("127.0.0.1")
+def pair() -> tuple[TcpStream, TcpStream]:
+    listener = Tcp().listen("127.0.0.1")
     with listener:
-        client = Connection.open("127.0.0.1", listener.getsockname()[1], None, 5.0)
-        accepted, _ = listener.accept()
-    return client, Connection(accepted)
+        client = Tcp().connect("127.0.0.1", listener.port, None, 5.0)
+        return client, listener.accept()
 
 
 def test_a_large_payload_arrives_as_it_was_sent() -> None:
@@ -76,7 +76,7 @@ def test_nobody_listening_is_one_clear_error() -> None:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
         with pytest.raises(EndpointError, match=f"127.0.0.1:{port}"):
-            Connection.open("127.0.0.1", port, None, 1.0)
+            Tcp().connect("127.0.0.1", port, None, 1.0)
 
 
 def test_an_unknown_congestion_control_is_named_with_those_that_exist() -> None:
@@ -85,17 +85,39 @@ def test_an_unknown_congestion_control_is_named_with_those_that_exist() -> None:
 
 
 def test_the_congestion_control_that_was_asked_for_is_used() -> None:
-    listener = listen("127.0.0.1")
+    listener = Tcp().listen("127.0.0.1")
     with listener:
-        client = Connection.open("127.0.0.1", listener.getsockname()[1], "reno", 5.0)
-        assert client.congestion() == "reno"
-        assert client.retransmits() == 0
+        client = Tcp().connect("127.0.0.1", listener.port, "reno", 5.0)
+        assert client.stats().congestion == "reno"
+        assert client.stats().sent_again == 0
         client.close()
+
+
+def test_each_connections_bytes_are_its_own_with_the_headers_of_its_segments() -> None:
+    one, other = pair(), pair()
+    payload = bytes(1 << 20)
+    frame = len(wire.pack(request(payload), len(payload))) + len(payload)
+    sender = threading.Thread(target=one[0].send, args=(request(payload), payload))
+    sender.start()
+    assert one[1].receive(len(payload), Deadline(10.0)) is not None
+    sender.join()
+    for _ in range(100):
+        if one[0].acknowledged():
+            break
+        time.sleep(0.01)
+    there, here = one[0].stats(), one[1].stats()
+    assert frame < there.sent < 1.02 * frame  # the segments of loopback are large
+    assert here.received == pytest.approx(there.sent, abs=2 * 66)
+    assert there.received % 66 == 0 < there.received  # acknowledgements alone
+    assert other[0].stats().sent <= 2 * 66  # of its handshake
+    for stream in (*one, *other):
+        stream.close()
+    assert one[0].stats().sent == there.sent
 
 
 def test_what_a_failed_request_had_still_to_send_is_given_up_when_it_is_over() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        connection = Connection.open("127.0.0.1", listener.getsockname()[1], None, 5.0)
+        connection = Tcp().connect("127.0.0.1", listener.getsockname()[1], None, 5.0)
         peer, _ = listener.accept()
         with peer:
             peer.settimeout(5)
