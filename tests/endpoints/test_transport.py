@@ -1,0 +1,37 @@
+"""What one more transport takes: a file, and a line in the table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from testbed.endpoints.cloud import Cloud
+from testbed.endpoints.uplink import Uplink
+from testbed.errors import EndpointError, UsageError
+from testbed.transport.transport import TRANSPORTS, find
+from tests.endpoints.test_wire import request
+
+#: Long enough for several pieces.
+PAYLOAD = bytes(range(256)) * 10_000
+
+
+@pytest.fixture(params=["tcp", "xor"])
+def transport(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(TRANSPORTS, "xor", "tests.endpoints.xor_transport:Xor")
+    name: str = request.param
+    return name
+
+
+def test_edge_and_cloud_speak_over_whichever_transport_the_link_names(transport: str) -> None:
+    port = Cloud().serve(max_payload=1 << 22, congestion=None, request_s=20.0, transport=transport)
+    link = {"transport": transport, "address": "127.0.0.1", "port": port, "congestion": None}
+    link |= {"timeout": 20.0, "reuse": False, "name": "lo"}
+    for asked in (request(PAYLOAD, prefix="of nobody"), request(PAYLOAD, prefix="of nobody", id=8)):
+        with pytest.raises(EndpointError, match="'of nobody' that this side does not know"):
+            Uplink().ask(asked, PAYLOAD, link)
+
+
+def test_an_unknown_transport_is_named_with_those_that_exist() -> None:
+    with pytest.raises(UsageError, match=r"'pigeon': unknown; there is tcp"):
+        find("pigeon")
