@@ -7,14 +7,15 @@ import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from testbed.deadline import Deadline
 from testbed.endpoints.admission import Admission
 from testbed.endpoints.pace import wait_until
+from testbed.endpoints.sessions import Outcome, Session, Sessions
 from testbed.endpoints.side import InferenceSide, Prefix, digest, main, per_token
-from testbed.errors import EndpointError, NotFiniteError, PayloadError, TestbedError, WireError
+from testbed.errors import NotFiniteError, PayloadError, TestbedError, WireError
 from testbed.models.kvcache import EMPTY
 from testbed.transport import wire
 from testbed.transport.transport import Listener, Received, Stream, find
@@ -39,25 +40,6 @@ class Rebuilt:
     kept: list[tuple[Tensor, int | None]]  #: positions and window of each layer of the cache that came
 
 
-@dataclass
-class Outcome:
-    """One computed answer: what is sent back, and what the orchestrator may ask about it afterwards."""
-
-    request: wire.Request
-    answer: wire.Answer
-    first: wire.FirstToken
-    question_ids: list[int]
-    details: dict[str, Any] = field(default_factory=dict)
-    past: KVCache | None = None  #: prefix and context as they arrived; held for the latest request only
-    likelihoods: dict[str, dict[str, float]] = field(default_factory=dict)
-    mistaken: str = ""  #: why this was no answer to the request that it was given to
-
-    def answers(self, request: wire.Request) -> bool:
-        """Whether that request asks the same, as far as can be told without its payload."""
-        unlike = {"id": 0, "same_as": 0, "replay": False}
-        return replace_struct(request, **unlike) == replace_struct(self.request, **unlike)
-
-
 class Cloud(InferenceSide):
     """Serves the link in threads of its own; calls from the orchestrator come in on the main thread."""
 
@@ -65,10 +47,7 @@ class Cloud(InferenceSide):
         super().__init__()
         self.max_payload = 0
         self._request_s = 0.0
-        self._computing = threading.Lock()
-        self._by_request: dict[int, Outcome] = {}
-        self._latest: Outcome | None = None
-        self._full: Tensor | None = None
+        self._sessions = Sessions()
         self._admission = Admission(_MAX_CONNECTIONS)
 
     def handlers(self) -> dict[str, Callable[..., Any]]:
@@ -85,7 +64,7 @@ class Cloud(InferenceSide):
 
     def compute(self) -> dict[str, Any]:
         """As a request is computed: on a thread that has just begun, while no other computes."""
-        with self._computing, ThreadPoolExecutor(1) as thread:
+        with self._sessions.turn(""), ThreadPoolExecutor(1) as thread:
             return thread.submit(super().compute).result()
 
     def serve(
@@ -101,45 +80,38 @@ class Cloud(InferenceSide):
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
         return listener.port
 
-    def forget(self) -> None:
-        """Drop the remembered answers (a new example begins: none of them can come again)."""
-        self._by_request.clear()
-        self._full = None
+    def forget(self, client: str = "") -> None:
+        """Drop the answers that a client had (a new example begins: none of them can come again)."""
+        self._sessions.of(client).forget()
 
-    def compare(self, distributions: bytes, vocabulary: int) -> None:
-        """Take the full cache's next-token distributions along the gold answer, which `outcome` compares with."""
+    def compare(self, distributions: bytes, vocabulary: int, client: str = "") -> None:
+        """Take the full cache's next-token distributions along the gold answer, which a client's `outcome`s are compared with."""
         from testbed.models.likelihood import from_bytes
 
-        self._full = from_bytes(distributions, vocabulary)
+        self._sessions.of(client).full = from_bytes(distributions, vocabulary)
 
-    def outcome(self, id: int, gold: str) -> dict[str, Any]:
-        """What became of request `id`, asked after its clock has stopped.
+    def outcome(self, id: int, gold: str, client: str = "") -> dict[str, Any]:
+        """What became of a client's request `id`, asked after its clock has stopped.
 
         Digests, tokens kept, the gold answer's NLL, and the KL divergence from the distributions given to `compare`.
         """
-        with self._computing:  # which a request keeps until all is known of it
-            outcome = self._by_request.get(id)
-            if outcome is None:
-                raise EndpointError(f"request {id} was never answered here")
-            if outcome.mistaken:
-                raise EndpointError(outcome.mistaken)
+        with self._sessions.turn(client):  # which a request keeps until all is known of it
+            session = self._sessions.of(client)
+            outcome = session.outcome(id)
             if gold not in outcome.likelihoods:
-                outcome.likelihoods[gold] = self._likelihood(outcome, gold)
+                outcome.likelihoods[gold] = self._likelihood(session, outcome, gold)
         return {**outcome.details, **outcome.likelihoods[gold]}
 
-    def _likelihood(self, outcome: Outcome, gold: str) -> dict[str, float]:
+    def _likelihood(self, session: Session, outcome: Outcome, gold: str) -> dict[str, float]:
         from testbed.models.likelihood import mean_kl, mean_nll
 
-        if outcome is not self._latest:
-            raise EndpointError(
-                "the cache of that request was given up for a later one's; ask for its outcome first"
-            )
+        past = session.past(outcome)
         self.under(outcome.request.prefix)
         ids = self.model.tokenize(gold)
-        found = self.model.likelihood(outcome.question_ids, ids, outcome.past)
+        found = self.model.likelihood(outcome.question_ids, ids, past)
         measured = {"nll": mean_nll(found, ids)}
-        if self._full is not None:
-            measured["kl"] = mean_kl(self._full, found)
+        if session.full is not None:
+            measured["kl"] = mean_kl(session.full, found)
         return measured
 
     def _accept(self, listener: Listener) -> None:
@@ -186,18 +158,19 @@ class Cloud(InferenceSide):
 
     def _answer(self, connection: Stream, received: Received, request: wire.Request) -> None:
         """Answer one request when its turn comes. What is counted and hashed is so behind the answer, as part of no stage."""
-        with self._computing:
+        with self._sessions.turn(request.client):
             turn_at = time.monotonic()
-            known = self._by_request.get(request.same_as)
+            session = self._sessions.of(request.client)
+            known = session.known(request)
             try:
-                if known is not None and known.answers(request):
+                if known is not None:
                     outcome = self._repeat(connection, received, request, known, turn_at)
                 else:
-                    outcome = self._compute(connection, received, request)
+                    outcome = self._compute(connection, received, request, session)
             except (NotFiniteError, PayloadError, WireError) as error:
                 self._complain(connection, request.id, str(error))
                 return
-            self._by_request[request.id] = outcome
+            session.remember(request.id, outcome)
 
     def _repeat(
         self,
@@ -235,7 +208,9 @@ class Cloud(InferenceSide):
         mistaken = f"request {request.id} is unlike request {request.same_as}, whose answer it was to get"
         return replace(known, mistaken=mistaken)
 
-    def _compute(self, connection: Stream, received: Received, request: wire.Request) -> Outcome:
+    def _compute(
+        self, connection: Stream, received: Received, request: wire.Request, session: Session
+    ) -> Outcome:
         if request.prefix not in self.prefixes:
             raise WireError(
                 f"the request names a prefix {request.prefix[:64]!r} that this side does not know"
@@ -280,15 +255,14 @@ class Cloud(InferenceSide):
             retransmits=connection.stats().sent_again,
         )
         connection.send(answer)
-        if self._latest is not None:
-            self._latest.past = None
         details = {
             "payload_digest": digest(received.payload),
             "tokens_kept": kept_tokens(rebuilt.kept) or rebuilt.tokens,
             "kept_digest": kept_digest(rebuilt.kept),
         }
-        self._latest = Outcome(request, answer, firsts[0], question_ids, details, rebuilt.past)
-        return self._latest
+        outcome = Outcome(request, answer, firsts[0], question_ids, details, rebuilt.past)
+        session.hold(outcome)
+        return outcome
 
     def _prefill(self, received: Received, request: wire.Request, prefix: Prefix) -> Rebuilt:
         """The past by prefilling the context's text."""

@@ -303,6 +303,7 @@ class Edge(InferenceSide):
             choices=held.choices,
             same_as=held.answered.get(key, 0) if reuse == "all" else 0,
             replay=replay,
+            client=link.get("client", ""),
         )
         answered = self._uplink.ask(request, payload, link)
         if reuse == "all" and not answered.reused:

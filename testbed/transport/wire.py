@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from testbed.errors import WireError
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"TBED"
 PREFIX = struct.Struct("!4sBBHIQI")
 MAX_HEADER = 64 * 1024
@@ -52,6 +52,7 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         0  #: an earlier request, equal to the last byte, whose answer may be given again; 0: none
     )
     replay: bool = False  #: such an answer comes as late as it was computed, even where nobody could tell
+    client: Name = ""  #: whose request it is; its `id` and `same_as` are that client's numbers
 
 
 class FirstToken(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

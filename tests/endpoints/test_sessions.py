@@ -1,0 +1,128 @@
+"""Clients at the cloud: each with a memory of its own, and all with their turns."""
+
+from __future__ import annotations
+
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from testbed.deadline import Deadline
+from testbed.endpoints.both import Both
+from testbed.endpoints.sessions import MAX_CLIENTS, Sessions
+from testbed.errors import EndpointError
+from testbed.transport import wire
+from testbed.transport.transport import find
+from tests.tiny_models import tiny_model_directory
+
+Handlers = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Handlers:
+    """Edge and cloud, loaded; `link` is the link between them, `prefix` the digest of theirs."""
+    handlers: Handlers = dict(Both().handlers())
+    directory: Path = tmp_path_factory.mktemp("sessions")
+    handlers["load"](
+        model=str(tiny_model_directory("llama", directory)), device="cpu", dtype="auto", threads=1
+    )
+    about = {"task": "needle", "parameters": {}, "count": 1, "context_tokens": 120, "seed": 0}
+    made = handlers["prepare"](**about, codecs=["int8"], max_new_tokens=4)
+    handlers["prefix"] = handlers["learn_prefix"](text=made["prefix_text"])
+    handlers["link"] = {
+        "address": "127.0.0.1",
+        "port": handlers["serve"](max_payload=1 << 22, congestion=None),
+    }
+    handlers["link"] |= {"congestion": None, "timeout": 60.0, "reuse": False, "name": "lo"}
+    return handlers
+
+
+def split(both: Handlers, client: str, codec: str) -> dict[str, Any]:
+    link = both["link"] | {"client": client}
+    result: dict[str, Any] = both["split"](batch=0, example=0, codec=codec, repeat=0, reuse="all", link=link)
+    return result
+
+
+def test_one_clients_memory_is_no_other_ones(both: Handlers) -> None:
+    reference = both["reference"](batch=0, example=0)
+    given = {name: reference[name] for name in ("distributions", "vocabulary")}
+    both["compare"](**given, client="ann")
+    first = split(both, "ann", "int8")
+    other = split(both, "bob", "fp16")
+    # Ann's cache is still hers, though Bob's came after it; and only she has something to compare with.
+    hers = both["outcome"](id=first["request"], gold="x", client="ann")
+    assert hers["kl"] > 0
+    assert "kl" not in both["outcome"](id=other["request"], gold="x", client="bob")
+    both["forget"](client="bob")
+    with pytest.raises(EndpointError, match="never answered"):
+        both["outcome"](id=other["request"], gold="x", client="bob")
+    with pytest.raises(EndpointError, match="never answered"):
+        both["outcome"](id=first["request"], gold="x", client="bob")
+    again = split(both, "ann", "int8")
+    assert "decode" in again["reused"]
+    assert both["outcome"](id=again["request"], gold="x", client="ann") == hers
+
+
+def test_two_clients_at_once_each_get_their_own_answer_under_the_same_number(both: Handlers) -> None:
+    texts = {"ann": b"The sky was blue that day. " * 4, "bob": b"Nobody has ever read 17 books. " * 9}
+
+    def ask(client: str) -> str:
+        request = wire.Request(
+            99, "cloud", "", both["prefix"], "Q?", "", 4, zlib.crc32(texts[client]), client=client
+        )
+        stream = find("tcp").connect("127.0.0.1", both["link"]["port"], None, 60.0)
+        stream.send(request, texts[client])
+        frames = [stream.receive(0, Deadline(60.0)) for _ in range(2)]
+        stream.close()
+        answer = frames[1].header if frames[1] else None
+        assert isinstance(answer, wire.Answer) and answer.id == 99
+        return answer.text
+
+    alone = {client: ask(client) for client in texts}
+    digests = {c: both["outcome"](id=99, gold="x", client=c)["payload_digest"] for c in texts}
+    assert digests["ann"] != digests["bob"]
+    with ThreadPoolExecutor(2) as pool:
+        together = dict(zip(texts, pool.map(ask, texts), strict=True))
+    assert together == alone
+    for client in texts:
+        assert both["outcome"](id=99, gold="x", client=client)["payload_digest"] == digests[client]
+
+
+def test_clients_take_turns_and_each_ones_requests_keep_their_order() -> None:
+    sessions, served = Sessions(), list[str]()
+
+    def compute(client: str, name: str) -> None:
+        with sessions.turn(client):
+            served.append(name)
+
+    threads = []
+    with sessions.turn("first"):
+        for name in ("a1", "a2", "a3", "b1", "c1", "b2"):
+            threads.append(threading.Thread(target=compute, args=(name[0], name)))
+            threads[-1].start()
+            while sum(map(len, sessions._waiting.values())) < len(threads):
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert served == ["a1", "b1", "c1", "a2", "b2", "a3"]
+
+
+def test_a_turn_that_fails_is_over() -> None:
+    sessions = Sessions()
+    with pytest.raises(EndpointError), sessions.turn("a"):
+        raise EndpointError("no")
+    with sessions.turn("b"):
+        pass
+
+
+def test_only_so_many_clients_are_remembered() -> None:
+    sessions = Sessions()
+    kept = sessions.of("kept")
+    for number in range(2 * MAX_CLIENTS):
+        sessions.of(f"passing {number}")
+        assert sessions.of("kept") is kept
+    assert len(sessions._of) == MAX_CLIENTS
