@@ -106,8 +106,9 @@ def test_each_connections_bytes_are_its_own_with_the_headers_of_its_segments() -
             break
         time.sleep(0.01)
     there, here = one[0].stats(), one[1].stats()
-    assert frame < there.sent < 1.02 * frame  # the segments of loopback are large
-    assert here.received == pytest.approx(there.sent, abs=2 * 66)
+    # The segments of loopback are large; what a busy machine sends again is sent, and arrives once.
+    assert frame < here.received < 1.02 * frame
+    assert here.received - 2 * 66 <= there.sent < 1.5 * frame
     assert there.received % 66 == 0 < there.received  # acknowledgements alone
     assert other[0].stats().sent <= 2 * 66  # of its handshake
     for stream in (*one, *other):
