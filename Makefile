@@ -1,4 +1,5 @@
 # The two commands: `make run` (the default experiment, from nothing) and `make test` (lint, types, all tests).
+# `make check` is for who moves code: lint, types, and the tests that are fast and need neither a network nor a fetched model.
 
 PYTHON ?= python3
 MODEL ?= smollm2-135m
@@ -10,7 +11,7 @@ STAMPS := .make
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 export PYTHONDONTWRITEBYTECODE = 1
 
-.PHONY: run quick test lint types unit bench setup clean
+.PHONY: run quick test check lint types unit bench setup clean
 
 run: setup
 	$(AS_ROOT) $(BIN)/testbed run $(SCENARIO)
@@ -19,6 +20,9 @@ quick: setup
 	$(AS_ROOT) $(BIN)/testbed run scenarios/quick.yaml
 
 test: setup lint types unit
+
+check: lint types
+	$(BIN)/python -m pytest -q -p no:cacheprovider -m 'not slow and not full and not netns and not netem and not model' $(PYTEST_FLAGS)
 
 lint: $(STAMPS)/venv
 	$(BIN)/ruff check .

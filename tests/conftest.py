@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,7 +21,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 MODEL = "smollm2-135m"
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m deselects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _mark_products(items)
     reasons: dict[str, str | None] = {}
     for item in items:
         for marker in ("netns", "netem", "model"):
@@ -28,6 +32,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                     reasons[marker] = _missing(marker)
                 if reasons[marker]:
                     item.add_marker(pytest.mark.skip(reason=reasons[marker] or ""))
+
+
+def _mark_products(items: list[pytest.Item]) -> None:
+    """Mark as `full`, of a test with the product of several parameters, all but a diagonal on which each value stands once.
+    Of a part of a product those stay that bring a value which no earlier one has."""
+    tests: dict[Any, list[pytest.Item]] = {}
+    for item in items:
+        if len(getattr(getattr(item, "callspec", None), "params", ())) > 1:
+            tests.setdefault((item.parent, getattr(item, "originalname", "")), []).append(item)
+    for cases in tests.values():
+        seen: dict[str, dict[str, int]] = {}
+        places, brings = [], []
+        for case in cases:
+            before = sum(map(len, seen.values()))
+            values = getattr(case, "callspec").params.items()  # noqa: B009
+            places.append(
+                [(known := seen.setdefault(name, {})).setdefault(repr(v), len(known)) for name, v in values]
+            )
+            brings.append(sum(map(len, seen.values())) > before)
+        sizes = [len(known) for known in seen.values()]
+        if len(cases) == math.prod(sizes):
+            diagonal = [[i % size for size in sizes] for i in range(max(sizes))]
+            brings = [place in diagonal for place in places]
+        for case, stays in zip(cases, brings, strict=True):
+            if not stays:
+                case.add_marker(pytest.mark.full)
 
 
 def _missing(marker: str) -> str | None:

@@ -38,6 +38,7 @@ def told(arguments: list[str], run: Path, capsys: pytest.CaptureFixture[str]) ->
     return int(ended.value.code or 0), out, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_says_what_is_missing_and_goes_on(
     command: str, run: Path, capsys: pytest.CaptureFixture[str]
@@ -58,6 +59,7 @@ def test_every_command_says_what_is_missing_and_goes_on(
         assert f"testbed: {run}: {gap}\n" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_manifest_that_says_nothing_stops_no_command(
     command: str, run: Path, capsys: pytest.CaptureFixture[str]

@@ -77,6 +77,7 @@ def drawn(name: str, path: Path) -> Figure:
     return made
 
 
+@pytest.mark.slow
 def test_all_figures_are_written_as_picture_and_vector(small: Path) -> None:
     run = small
     paths = analysis.draw(run)
@@ -99,6 +100,7 @@ def test_all_figures_are_written_as_picture_and_vector(small: Path) -> None:
             assert path.read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.slow
 def test_the_same_rows_give_the_same_bytes(small: Path) -> None:
     first = [p.read_bytes() for p in analysis.draw(small, ["stages"])]
     assert [p.read_bytes() for p in analysis.draw(small, ["stages"])] == first
@@ -108,6 +110,7 @@ def texts(made: Figure) -> list[Text]:
     return [t for t in made.findobj(Text) if isinstance(t, Text) and t.get_visible() and t.get_text().strip()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 @pytest.mark.parametrize("which", ["run", "wide"])
 def test_no_text_leaves_the_picture(name: str, which: str, request: pytest.FixtureRequest) -> None:
@@ -135,6 +138,7 @@ def test_one_setting_that_loses_nothing_is_drawn_whole_and_counted_as_one(tmp_pa
     assert any(t.get_text().startswith("1 setting on 2 emulated links") for t in texts(made))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["latency_quality", "latency_nll", "latency_quality_by_task"])
 def test_labels_in_a_panel_cover_neither_each_other_nor_a_mark(name: str, run: Path) -> None:
     made = drawn(name, run)
@@ -207,6 +211,7 @@ def test_one_row_is_refused_in_words(tmp_path: Path) -> None:
     assert not (path / "figures").exists()
 
 
+@pytest.mark.slow
 def test_two_rows_are_drawn_without_intervals(tmp_path: Path) -> None:
     path = make_run(
         tmp_path / "run",
@@ -225,6 +230,7 @@ def test_two_rows_are_drawn_without_intervals(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_figures_that_the_run_has_no_data_for_are_left_out_or_refused(tmp_path: Path) -> None:
     path = make_run(
         tmp_path / "run", profiles=("lte",), codecs=("int8",), tasks=("needle",), examples=3, nll=None

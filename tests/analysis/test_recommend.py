@@ -103,6 +103,7 @@ def test_links_that_were_left_out_are_predicted(run: Path) -> None:
     assert all(h.chosen_within <= 0.05 for h in found)
 
 
+@pytest.mark.slow
 def test_the_fastest_setting_that_holds_is_chosen(run: Path) -> None:
     loaded = load(run)
     found = recommend.recommend(loaded, Link(40e6, 0.02, 0.02), 0.95)
@@ -120,6 +121,7 @@ def test_the_fastest_setting_that_holds_is_chosen(run: Path) -> None:
     assert loose.choice.setting == "q2c@0.25+int8"
 
 
+@pytest.mark.slow
 def test_the_error_of_every_held_out_cell_is_printed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["recommend", str(run), "--rate", "40mbit", "--delay", "20ms", "--held-out"])

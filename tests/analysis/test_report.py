@@ -30,6 +30,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return report.write(load(run))
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_from_outside(page: Path) -> None:
     text = page.read_text()
     outside = re.findall(r"""(?:src|href)=["']?(?!data:)[^"'>]+""", text)
@@ -37,6 +38,7 @@ def test_the_page_needs_nothing_from_outside(page: Path) -> None:
     assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
 
 
+@pytest.mark.slow
 def test_the_page_says_what_was_run_and_what_to_know(page: Path) -> None:
     text = html.unescape(page.read_text())
     for words in (
@@ -62,6 +64,7 @@ def test_names_cannot_become_markup(tmp_path: Path) -> None:
     assert "&lt;img src=x" in text
 
 
+@pytest.mark.slow
 def test_what_is_missing_in_the_directory_is_said(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ("lte",), ("fp16", "int8"), tasks=("needle",), examples=4)
     failed = [r | {"error": "the cloud died"} if i == 0 else r for i, r in enumerate(lines(run))]
@@ -80,6 +83,7 @@ def test_what_is_missing_in_the_directory_is_said(tmp_path: Path) -> None:
     assert (run / "comparisons.csv").is_file()
 
 
+@pytest.mark.slow
 def test_a_page_of_one_row_is_written(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ("lte",), ("int8",), ("split",), ("needle",), examples=1)
     assert "This run has no data for: latency_quality" in report.write(load(run)).read_text()

@@ -108,6 +108,7 @@ def _normal(rng: np.random.Generator, n: int) -> np.ndarray:
     return rng.normal(1, 1, n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("draw", "truth", "n", "bounds"),
     [(_normal, 1.0, 20, None), (_beta, 2 / 3, 30, (0, 1)), (_binary, 0.7, 50, (0, 1))],
@@ -122,6 +123,7 @@ def test_a_95_percent_interval_of_the_mean_covers_the_truth_95_times_of_100(
     assert 0.93 <= covered <= 0.97
 
 
+@pytest.mark.slow
 def test_an_interval_over_two_tasks_covers_their_mean() -> None:
     rng = np.random.default_rng(10)
     tasks = np.repeat(["f1", "exact"], 25)
@@ -139,6 +141,7 @@ def test_an_interval_over_two_tasks_covers_their_mean() -> None:
     assert 0.93 <= np.mean([i.low <= (2 / 3 + 0.7) / 2 <= i.high for i in found]) <= 0.97
 
 
+@pytest.mark.slow
 def test_an_interval_of_the_median_covers_the_truth() -> None:
     rng = np.random.default_rng(11)
     found = [stats.median(rng.lognormal(0, 0.5, 40), resamples=1000, seed=i) for i in range(2000)]

@@ -28,6 +28,7 @@ def test_an_interval_over_clusters_is_scipys_over_the_examples_means() -> None:
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.04 * width)
 
 
+@pytest.mark.slow
 def test_an_interval_over_clusters_covers_the_truth_and_one_over_rows_does_not() -> None:
     rng = np.random.default_rng(3)
     drawn = [_clustered(rng, 30) for _ in range(2000)]
@@ -37,6 +38,7 @@ def test_an_interval_over_clusters_covers_the_truth_and_one_over_rows_does_not()
     assert np.mean([i.low <= 0 <= i.high for i in rows]) < 0.85
 
 
+@pytest.mark.slow
 def test_an_interval_over_clusters_of_two_tasks_covers_the_truth() -> None:
     rng = np.random.default_rng(4)
     covered = 0

@@ -148,6 +148,7 @@ def _scores(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
     return (easy < 0.6).astype(float), (easy + rng.choice([-0.1, 0.1], n) < 0.4).astype(float)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [25, 60])
 def test_a_95_percent_interval_of_a_difference_covers_the_truth_95_times_of_100(n: int) -> None:
     rng = np.random.default_rng(8)
@@ -158,12 +159,14 @@ def test_a_95_percent_interval_of_a_difference_covers_the_truth_95_times_of_100(
     assert 0.93 <= np.mean([i.low <= 0.2 <= i.high for i in found]) <= 0.97
 
 
+@pytest.mark.slow
 def test_a_95_percent_interval_of_a_ratio_covers_the_truth_95_times_of_100() -> None:
     rng = np.random.default_rng(9)
     found = [stats.ratio(*_scores(rng, 60), resamples=500, seed=seed) for seed in range(2000)]
     assert 0.93 <= np.mean([i.low <= 1.5 <= i.high for i in found]) <= 0.97
 
 
+@pytest.mark.slow
 def test_an_interval_of_the_95th_percentile_covers_the_truth() -> None:
     rng = np.random.default_rng(10)
     truth = float(np.exp(0.5 * reference.norm.ppf(0.95)))

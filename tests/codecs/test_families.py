@@ -271,6 +271,7 @@ def test_expected_attention_is_the_exponential_of_a_gaussian_query_at_each_posit
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     ["q2c@0.5", "random@0.4(scope=layer)", "random@0.4(scope=head)", "adaptive@0.4(by=keynorm, floor=0)"],

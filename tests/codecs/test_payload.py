@@ -246,6 +246,7 @@ def test_a_constant_cache_shrinks_only_as_far_as_decoders_accept() -> None:
     assert same_cache(decode(Codec("int4+zstd").encode(cache)), decode(Codec("int4").encode(cache)))
 
 
+@pytest.mark.slow
 def test_decoding_takes_memory_in_proportion_to_the_cache() -> None:
     """In a process of its own: peak resident memory while 40 MB of forged and true payloads are decoded."""
     program = (

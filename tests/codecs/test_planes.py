@@ -56,6 +56,7 @@ def test_a_whole_payload_is_as_good_as_the_integers(bits: int, name: str) -> Non
         assert (whole.planes, whole.of, whole.missing) == (bits, bits, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_payload_cut_at_every_byte_decodes_or_says_what_is_missing(text: str) -> None:
     cache = small_cache()

@@ -154,6 +154,7 @@ def test_a_cache_with_fewer_tokens_gives_distributions_further_from_the_full_one
     assert 0 < kl["int8"] < kl["random@0.5+int8+zstd"]
 
 
+@pytest.mark.slow
 def test_a_choice_is_made_in_the_cloud_by_likelihood_and_is_the_single_machines(tmp_path: Path) -> None:
     pair = Pair(tmp_path, tiny_model_directory("llama", tmp_path / "model"), task="choice")
     try:
@@ -182,6 +183,7 @@ def test_an_outcome_is_not_made_up_from_a_cache_that_is_gone(pair: Pair) -> None
         pair.outcome(first, 1)
 
 
+@pytest.mark.slow
 def test_a_slower_machine_stretches_compute_stages_and_leaves_the_answer(tmp_path: Path) -> None:
     model = tiny_model_directory("llama", tmp_path / "model")
     plain, slow = Pair(tmp_path, model), Pair(tmp_path, model, edge=3.0, cloud=6.0)
