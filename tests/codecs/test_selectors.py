@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from testbed.codecs import CodecError, registry
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.evidence import Evidence, Kept, Needs
 from testbed.codecs.select.pyramid import Pyramid
-from testbed.codecs.spec import parse
 from testbed.models.kvcache import KVCache, KVLayer
 from testbed.models.rotary import unrotated
 from tests.codecs.caches import random_layer, same_cache
@@ -383,24 +380,3 @@ def test_adaptive_heads_share_the_budget_of_their_layer_by_their_scores() -> Non
     free = ~dropped
     free.scatter_(1, safe, False)
     assert float(scores[free].min()) >= float(scores[dropped].max())
-
-
-def test_a_newcomers_selector_is_one_file_and_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "codecs.md").read_text()
-    shown = re.search(r"```python\n(.*?)```", page, re.DOTALL)
-    line = re.search(r'`"(\w+)": "testbed\.codecs\.select\.\w+:(\w+)"`', page)
-    assert shown is not None and line is not None
-    assert len(shown[1].splitlines()) <= 40
-    (tmp_path / "newcomer.py").write_text(shown[1])
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(registry.SELECTORS, line[1], f"newcomer:{line[2]}")
-    codec = Codec(f"{line[1]}@0.25+int8")
-    assert str(parse(str(codec))) == str(codec)
-    assert any(found.name == line[1] and found.summary for found in registry.describe())
-    evidence = make_evidence()
-    kept = codec.select(evidence)
-    assert kept.tokens == 15
-    decoded = decode(codec.encode(evidence.cache.to(dtype=torch.float16), kept))
-    assert decoded.layers[0].tokens == 15

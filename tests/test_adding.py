@@ -1,0 +1,77 @@
+"""docs/adding.md as a newcomer follows it: its files and its lines, and what they then give."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from testbed.analysis import figures
+from testbed.analysis.run import load
+from testbed.codecs import registry
+from testbed.codecs.codec import Codec, decode
+from testbed.codecs.spec import parse
+from testbed.tasks import task as tasks
+from tests.analysis.make_run import make_run
+from tests.codecs.caches import make_cache
+from tests.codecs.test_selectors import make_evidence
+
+PAGE = (Path(__file__).parents[1] / "docs/adding.md").read_text()
+REGISTRIES: dict[str, dict[str, Any]] = {
+    "SELECTORS": registry.SELECTORS, "QUANTIZERS": registry.QUANTIZERS, "TASKS": tasks.TASKS, "FIGURES": figures.FIGURES,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file that the page shows is a module, and each line stands in its registry."""
+    shown = r'```python\n(.*?)```\n\nand one line in `(\w+)` of `.+?`: `"(\w+)": "(.+?)"`'
+    added = re.findall(shown, PAGE, re.DOTALL)
+    assert {table for _, table, _, _ in added} == set(REGISTRIES)
+    for code, table, name, target in added:
+        assert name not in REGISTRIES[table]
+        assert len(code.splitlines()) <= 45
+        module = target.partition(":")[0]
+        made = types.ModuleType(module)
+        monkeypatch.setitem(sys.modules, module, made)
+        exec(compile(code, module, "exec"), made.__dict__)
+        monkeypatch.setitem(REGISTRIES[table], name, target)
+
+
+def test_a_newcomers_selector_is_a_codecs() -> None:
+    codec = Codec("first@0.25+int8")
+    assert str(parse(str(codec))) == str(codec)
+    assert any(found.name == "first" and found.summary for found in registry.describe())
+    evidence = make_evidence()
+    kept = codec.select(evidence)
+    assert kept.tokens == 15
+    assert decode(codec.encode(evidence.cache.to(dtype=torch.float16), kept)).layers[0].tokens == 15
+
+
+@pytest.mark.parametrize("codec", ["sign", "sign+zstd"])
+@pytest.mark.parametrize("shape", ["grouped", "odd dimensions", "no tokens"])
+def test_a_newcomers_quantizer_codes_every_shape(codec: str, shape: str) -> None:
+    cache = make_cache(shape)
+    for ours, theirs in zip(decode(Codec(codec).encode(cache)).layers, cache.layers, strict=True):
+        assert ours.keys.dtype == theirs.keys.dtype
+        assert torch.equal(ours.keys > 0, theirs.keys > 0)
+
+
+def test_a_newcomers_task_asks_for_what_its_context_says() -> None:
+    made = tasks.parse_task("years")
+    for example in made.examples(3, 80, lambda text: len(text.split()), 0):
+        assert example.answers[0] in example.context
+        assert made.score(example.answers[0], example)["score"] == 1
+
+
+def test_a_newcomers_figure_is_drawn_with_the_others(tmp_path: Path) -> None:
+    run = load(
+        make_run(tmp_path / "run", profiles=("lte",), codecs=("fp16", "int8"), tasks=("needle",), examples=3)
+    )
+    written = figures.draw_all(run, ["sizes"])
+    assert {path.name for path in written} == {"sizes.png", "sizes.pdf"}
