@@ -186,6 +186,7 @@ def test_an_emulated_slower_machine_is_another_cell_and_none_is_the_cell_it_alwa
         ({"links": {"moon": "lte"}}, r"no link 'moon'"),
         ({"device": {"edge": "cpu", "fog": "cpu"}}, r"device.*fog: unknown key"),
         ({"name": "../../etc"}, r"t.yaml: name"),
+        ({"codecs": ["delta+kivi"]}, r"codecs: delta: a closed loop needs .* kivi does not. Use loop=open"),
     ],
 )
 def test_a_mistake_is_named_with_its_place(changes: dict[str, object], message: str) -> None:

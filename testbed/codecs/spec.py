@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from testbed.codecs import registry
 from testbed.codecs.method import Method, Parameter, Value, parameters, read_value
 from testbed.errors import SpecError, UnitError
 from testbed.units import parse_fraction
+
+if TYPE_CHECKING:
+    from testbed.codecs.quantize import Quantizer
+    from testbed.codecs.transform import Transform
 
 LONGEST = 400  # characters; the longest sensible codec has a quarter of them
 _ORDER = tuple(registry.STAGES)
@@ -50,6 +55,12 @@ class CodecSpec:
             return self
         chain = (self.selector, self.transform, self.quantizer, self.coder)
         return CodecSpec(*(method and method.bound(model) for method in chain))  # type: ignore[arg-type]
+
+    @property
+    def unfit(self) -> str:
+        """Why its parts cannot work together, though each is right; empty where they can."""
+        transform, quantizer = cast("Transform | None", self.transform), cast("Quantizer", self.quantizer)
+        return "" if transform is None else transform.unfit(quantizer)
 
     def __str__(self) -> str:
         return "+".join(str(method) for method in self.methods)

@@ -219,6 +219,8 @@ def _bound(scenario: Scenario, place: str) -> tuple[Scenario, dict[str, str]]:
     for text in scenario.codecs:
         spec = parse_codec(text)
         bound = text
+        if spec.unfit:
+            raise SpecError(f"{place}: codecs: {spec.unfit}")
         if spec.refers:
             bound = _at(f"{place}: codecs", lambda s=spec: str(s.bound(find_model(scenario.model).name)))
         if bound in found:

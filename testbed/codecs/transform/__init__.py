@@ -34,6 +34,10 @@ class Transform(Method):
         """Whether it turns keys back from their positions, so that the cache should know how (`KVLayer.rope`)."""
         return False
 
+    def unfit(self, quantizer: Quantizer) -> str:
+        """Why it cannot stand before that quantizer; empty where it can."""
+        return ""
+
     def encode(self, cache: KVCache, quantizer: Quantizer) -> tuple[KVCache, bytes]:
         """The cache to quantize, and bytes that `decode` needs beside it (counted in the payload).
 

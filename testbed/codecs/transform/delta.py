@@ -71,17 +71,19 @@ class Delta(Transform):
             raise PayloadError("delta: bytes beside the differences")
         return cache
 
+    def unfit(self, quantizer: Quantizer) -> str:
+        if self.loop == "open" or quantizer.by_token:
+            return ""
+        return f"delta: a closed loop needs a quantizer that codes each token by itself; {quantizer} does not. Use loop=open"
+
     def _loop(
         self, quantizer: Quantizer, kind: Literal["keys", "values"], layer: int, layers: int, dtype: str
     ) -> Decoded:
         """What the decoder makes of some tokens [kv_heads, tokens, head_dim]; themselves where the loop is open."""
         if self.loop == "open":
             return lambda x: x
-        if not quantizer.by_token:
-            raise CodecError(
-                f"delta: a closed loop needs a quantizer that codes each token by itself; "
-                f"{quantizer} does not. Use loop=open"
-            )
+        if why := self.unfit(quantizer):
+            raise CodecError(why)
 
         def decoded(x: Tensor) -> Tensor:
             import torch
