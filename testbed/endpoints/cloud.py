@@ -136,13 +136,11 @@ class Cloud(InferenceSide):
         try:
             patience = self._request_s  # of a peer that has not asked for anything yet
             while True:
-                received = connection.receive(self.max_payload, Deadline(patience), self._request_s)
+                asked = connection.receive_request(self.max_payload, Deadline(patience), self._request_s)
                 patience = _IDLE_S
-                if received is None:
+                if asked is None:
                     break
-                if not isinstance(received.header, wire.Request):
-                    raise WireError(f"a {type(received.header).__name__} frame where a request was expected")
-                self._answer(connection, received, received.header)
+                self._answer(connection, *asked)
         except TestbedError as error:
             self._complain(connection, 0, str(error))
         except Exception as error:
@@ -156,7 +154,7 @@ class Cloud(InferenceSide):
         except TestbedError:
             pass
 
-    def _answer(self, connection: Stream, received: Received, request: wire.Request) -> None:
+    def _answer(self, connection: Stream, request: wire.Request, received: Received) -> None:
         """Answer one request when its turn comes. What is counted and hashed is so behind the answer, as part of no stage."""
         with self._sessions.turn(request.client):
             turn_at = time.monotonic()

@@ -52,8 +52,8 @@ class Stream(ABC):
     """One connection that carries frames. Not shared between threads, but for `abort`."""
 
     def __init__(self) -> None:
-        self.since = time.monotonic()  #: when the last frame began to be waited for
-        self.engaged = False  #: whether a frame's header has come, whose payload or answer is due
+        self.since = time.monotonic()  #: when the last request began to be waited for
+        self.engaged = False  #: whether its header has come, whose context or answer is due
 
     def send(self, header: wire.Header, payload: Bytes = b"", deadline: Deadline | None = None) -> float:
         """Send a frame from where it lies; returns when its first byte was handed over (monotonic seconds).
@@ -71,7 +71,8 @@ class Stream(ABC):
         It is whole by the `deadline`; with `frame_s` that is when its first byte is there, and `frame_s` seconds later it is
         whole. Raises WireError for a malformed frame and EndpointError where the connection breaks or time is up.
         """
-        self.since, self.engaged = time.monotonic(), False
+        if frame_s is not None:
+            self.since, self.engaged = time.monotonic(), False
         fixed = memoryview(bytearray(wire.PREFIX.size))
         if not self._fill(fixed[:1], deadline, may_end=True):
             return None
@@ -86,6 +87,29 @@ class Stream(ABC):
         payload = memoryview(bytearray(prefix.payload_length))
         self._fill(payload, deadline)
         return Received(header, payload, time.monotonic())
+
+    def receive_request(
+        self, max_payload: int, deadline: Deadline, request_s: float
+    ) -> tuple[wire.Request, Received] | None:
+        """The next request, and all of its context though it come in chunks; None where the peer closed before it.
+
+        It begins by the `deadline`, and is whole `request_s` seconds later. Raises as `receive` does.
+        """
+        received = self.receive(max_payload, deadline, request_s)
+        if received is None:
+            return None
+        request = received.header
+        if not isinstance(request, wire.Request):
+            raise WireError(f"a {type(request).__name__} frame where a request was expected")
+        if not request.chunked:
+            return request, received
+        if len(received.payload):
+            raise WireError("a request with a context both in its own frame and in chunks")
+        deadline, context = Deadline(request_s), wire.Assembly(request.id, max_payload)
+        while (frame := self.receive(context.room, deadline)) is not None:
+            if context.take(frame.header, frame.payload):
+                return request, Received(request, context.payload(), frame.at)
+        raise WireError("the connection closed inside a request")
 
     def _fill(self, buffer: memoryview, deadline: Deadline, may_end: bool = False) -> bool:
         filled = 0

@@ -24,6 +24,7 @@ VERSION = 2
 MAGIC = b"TBED"
 PREFIX = struct.Struct("!4sBBHIQI")
 MAX_HEADER = 64 * 1024
+MAX_CHUNKS = 1 << 16
 MAX_PAYLOAD = 1 << 36  #: what a frame may declare at all; a receiver sets its own, lower bound
 
 Count = Annotated[int, Meta(ge=0, le=1 << 40)]
@@ -53,6 +54,26 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     )
     replay: bool = False  #: such an answer comes as late as it was computed, even where nobody could tell
     client: Name = ""  #: whose request it is; its `id` and `same_as` are that client's numbers
+    chunked: bool = (
+        False  #: the context comes behind it, in `Chunk` frames up to an `End`; its own payload is empty
+    )
+
+
+class Chunk(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Edge to cloud: the next piece of a request's context, as the payload. How many there will be need not be known yet."""
+
+    id: Count
+    index: Count  #: 0, 1, …
+    last: bool  #: nothing but the `End` follows
+    crc: Count | None  #: of the payload; None: what it holds has a checksum of its own
+
+
+class End(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Edge to cloud: the request is whole, of so many chunks and bytes."""
+
+    id: Count
+    chunks: Count
+    length: Count
 
 
 class FirstToken(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -89,12 +110,14 @@ class Failure(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     message: Text
 
 
-Header = Request | FirstToken | Answer | Failure
-KINDS: dict[int, type[Request] | type[FirstToken] | type[Answer] | type[Failure]] = {
+Header = Request | FirstToken | Answer | Failure | Chunk | End
+KINDS: dict[int, type[Header]] = {
     1: Request,
     2: FirstToken,
     3: Answer,
     4: Failure,
+    5: Chunk,
+    6: End,
 }
 _KIND_OF = {struct_type: kind for kind, struct_type in KINDS.items()}
 _ENCODER = msgspec.msgpack.Encoder()
@@ -163,3 +186,44 @@ def unpack(data: bytes, max_payload: int = MAX_PAYLOAD) -> tuple[Header, bytes]:
     if isinstance(header, Request) and zlib.crc32(payload) != header.payload_crc:
         raise WireError("a frame's payload does not match its checksum")
     return header, payload
+
+
+class Assembly:
+    """A chunked request's context as it comes: in order, complete, and never more than its bounds."""
+
+    def __init__(self, id: int, bound: int) -> None:
+        self.id = id
+        self.room = bound  #: bytes that may still come
+        self._chunks: list[memoryview] = []
+        self._length = 0
+        self._last = False
+
+    def take(self, header: Header, payload: memoryview) -> bool:
+        """The next frame; returns whether the context is whole. Raises WireError where it is not what has to come now."""
+        if isinstance(header, End) and header.id == self.id:
+            if (header.chunks, header.length) != (len(self._chunks), self._length):
+                raise WireError(
+                    f"a request ends with {header.chunks} chunks of {header.length} bytes; "
+                    f"{len(self._chunks)} of {self._length} have come"
+                )
+            return True
+        if not isinstance(header, Chunk) or header.id != self.id:
+            raise WireError(f"a {type(header).__name__} frame inside another request's chunks")
+        if self._last or header.index != len(self._chunks):
+            expected = "nothing but its end" if self._last else f"chunk {len(self._chunks)}"
+            raise WireError(f"chunk {header.index} of a request where {expected} was expected")
+        if len(self._chunks) == MAX_CHUNKS or len(payload) > self.room:
+            raise WireError(
+                f"a request of more than {MAX_CHUNKS} chunks, or of more bytes than are accepted here"
+            )
+        if header.crc is not None and zlib.crc32(payload) != header.crc:
+            raise WireError(f"chunk {header.index} of a request does not match its checksum")
+        self._chunks.append(payload)
+        self._length += len(payload)
+        self.room -= len(payload)
+        self._last = header.last
+        return False
+
+    def payload(self) -> memoryview:
+        """All of it; one chunk lies where it was received."""
+        return self._chunks[0] if len(self._chunks) == 1 else memoryview(b"".join(self._chunks))

@@ -48,6 +48,26 @@ def test_a_frame_larger_than_the_receiver_allows_is_refused_before_it_is_read() 
     server.close()
 
 
+def test_a_request_in_chunks_is_bounded_by_their_sum_and_arrives_with_its_end() -> None:
+    client, server = pair()
+    head = request(b"", chunked=True)
+    pieces = [b"one ", b"", b"two"]
+    client.send(head)
+    for index, piece in enumerate(pieces):
+        client.send(wire.Chunk(head.id, index, index == 2, zlib.crc32(piece)), piece)
+    ended = client.send(wire.End(head.id, 3, 7))
+    asked = server.receive_request(7, Deadline(5.0), 5.0)
+    assert asked is not None and asked[0] == head
+    assert bytes(asked[1].payload) == b"one two" and asked[1].at >= ended
+    client.send(head)
+    client.send(wire.Chunk(head.id, 0, False, None), bytes(5))
+    client.send(wire.Chunk(head.id, 1, False, None), bytes(5))
+    with pytest.raises(WireError, match="payload of 5 bytes; at most 2"):
+        server.receive_request(7, Deadline(5.0), 5.0)
+    client.close()
+    server.close()
+
+
 def test_a_connection_that_closes_inside_a_frame_is_an_error_and_between_frames_is_not() -> None:
     client, server = pair()
     client.send(request(b""))
