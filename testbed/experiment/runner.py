@@ -300,7 +300,7 @@ class Run:
             row.warnings = "; ".join([*filter(None, [row.warnings]), *told])
         fill(row, result, outcome, task.score(result["answer"], trial.example))
         if not self.session.linked:
-            row.wire_bytes = 0  # the endpoints count the interfaces' bytes, which here are other programs'
+            row.wire_bytes = 0  # its connection's bytes crossed none
         return row
 
 
