@@ -117,6 +117,7 @@ def _passes(draw: Draw, n: int, samples: int = 300) -> float:
     return passed / samples
 
 
+@pytest.mark.slow
 def test_rare_large_losses_pass_as_lossless_only_where_the_sample_holds_none_or_next_to_none() -> None:
     """Of losses with a mean above the margin: one in 25 examples loses a nat, or one in 10 a quarter of one."""
 
@@ -132,6 +133,7 @@ def test_rare_large_losses_pass_as_lossless_only_where_the_sample_holds_none_or_
     assert _passes(_rare, 100) <= 0.98**100 + 0.05
 
 
+@pytest.mark.slow
 def test_a_codec_that_only_rounds_is_shown_to_be_lossless_by_fifty_examples_and_not_by_thirty() -> None:
     def rounds(rng: np.random.Generator, n: int) -> np.ndarray:
         return rng.normal(0.002, 0.015, n)
