@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 from testbed.errors import NetworkError
-from testbed.net.emulators.emulator import Counters
+from testbed.net.emulators.emulator import Attachment, Counters, Emulator
 from testbed.net.profile.profile import Profile
 
 
@@ -14,9 +14,7 @@ def tc(wire: str, *arguments: str) -> None:
     subprocess.run(["ip", "netns", "exec", wire, "tc", *arguments], check=True, capture_output=True)
 
 
-class DirectLink:
-    process: tuple[int, int] | None = None
-
+class DirectLink(Attachment):
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
         self.detached = 0
@@ -27,9 +25,6 @@ class DirectLink:
     def under_way(self) -> int:
         return 0
 
-    def fate(self) -> str | None:
-        return None
-
     def counters(self) -> dict[str, Counters]:
         return {way: Counters(0, 0, 0, 0, 0.0) for way in ("up", "down")}
 
@@ -37,7 +32,7 @@ class DirectLink:
         self.detached += 1
 
 
-class Direct:
+class Direct(Emulator):
     """Redirects each end's arrivals to the other. `failing_at`: the link whose attachment fails."""
 
     name = "direct"

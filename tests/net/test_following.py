@@ -11,6 +11,8 @@ import pytest
 from testbed.net.calibration import prober
 from testbed.net.calibration.probes import Flow, _plan
 from testbed.net.calibration.traces import Curve, _applied, _flow
+from testbed.net.emulators.netem.netem import Netem
+from testbed.net.emulators.relay.userspace import Userspace
 from testbed.net.profile.profile import parse_profile
 from testbed.net.profile.schedule import Schedule
 
@@ -28,14 +30,14 @@ def test_the_correlation_is_pearsons():
 
 def test_shape_and_sum_are_judged_apart_and_by_emulator():
     late = curve([1000, 5000, 1000, 5000], [5000, 1000, 5000, 1000])
-    assert [check.ok for check in late.checks("userspace")] == [False, True]
+    assert [check.ok for check in late.checks(Userspace)] == [False, True]
     short = curve([1000, 5000, 1000, 5000], [975, 4875, 975, 4875])
-    assert [check.ok for check in short.checks("userspace")] == [True, False]
-    assert [check.ok for check in short.checks("netem")] == [True, True]
+    assert [check.ok for check in short.checks(Userspace)] == [True, False]
+    assert [check.ok for check in short.checks(Netem)] == [True, True]
 
 
 def test_a_constant_stretch_has_no_shape_to_judge():
-    assert [check.ok for check in curve([1000, 1000, 1000], [1200, 800, 1000]).checks("netem")] == [
+    assert [check.ok for check in curve([1000, 1000, 1000], [1200, 800, 1000]).checks(Netem)] == [
         None,
         True,
     ]

@@ -166,9 +166,7 @@ def calibrate(
         known = ", ".join(item.name for item in fabric.topology.links)
         raise SpecError(f"there is no link {link!r}; there is {known}")
     made: list[Attempt] = []
-    # The relay outranks the probers; netem lives in kernel threads, which they would outrank.
-    urgent = fabric.emulator.name == "userspace"
-    with Prober(fabric, link, ends.a, ends.b, urgent=urgent) as prober:
+    with Prober(fabric, link, ends.a, ends.b, urgent=fabric.emulator.served_by_processes) as prober:
         while not made or (not made[-1].ok and len(made) < attempts):
             before = fabric.counters(link)
             if profile.changes:
@@ -178,7 +176,7 @@ def calibrate(
             tracks: list[Track] = []
             if profile.changes:
                 curves = follow(prober, profile, partial(fabric.apply, link, profile), stretch_s)
-                checks += [check for curve in curves for check in curve.checks(fabric.emulator.name)]
+                checks += [check for curve in curves for check in curve.checks(fabric.emulator)]
                 tracks, followed = follow_values(
                     prober, profile, partial(fabric.apply, link, profile), stretch_s
                 )

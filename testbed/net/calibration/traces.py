@@ -13,6 +13,7 @@ from statistics import median
 
 from testbed.net.calibration.checks import CONFIDENCE, DELAY_TOLERANCE_S, Check, clopper_pearson
 from testbed.net.calibration.probes import PROBE_BYTES, SLACK_S, WAYS, Arrived, Flow, Prober
+from testbed.net.emulators.emulator import Emulator
 from testbed.net.profile.deliveries import Deliveries
 from testbed.net.profile.profile import Direction, Profile
 from testbed.net.profile.schedule import Schedule
@@ -20,7 +21,6 @@ from testbed.units import format_fraction, format_time
 
 BIN_S = 0.1
 STRETCH_S = 8.0
-_TOLERANCES = {"userspace": (0.99, 0.02), "netem": (0.98, 0.03)}  # correlation, total
 _LEAD_S = 1.0  # the flow is there before the stretch begins: the queue stands when it does
 _READY_S = 0.7  # so much of that has to be left when the link is under the trace, to tell the senders
 _TRIES = 3
@@ -62,9 +62,9 @@ class Curve:
         """Bytes asked and delivered over the whole stretch."""
         return sum(self.asked_bytes), sum(self.delivered_bytes)
 
-    def checks(self, emulator: str) -> list[Check]:
-        """The verdict for shape and sum."""
-        least, most_off = _TOLERANCES.get(emulator, _TOLERANCES["userspace"])
+    def checks(self, emulator: type[Emulator] | Emulator) -> list[Check]:
+        """The verdict for shape and sum, in the emulator's tolerances."""
+        least, most_off = emulator.least_correlation, emulator.most_off
         asked, delivered = self.totals
         n, shape = len(self.asked_bytes), self.correlation
         fits = None if shape is None else shape >= least

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from testbed.errors import UsageError
 from testbed.units import format_time
@@ -77,13 +79,13 @@ class Wanted:
     profile: Profile
 
 
-class Attachment(Protocol):
+class Attachment(ABC):
     """One link with conditions imposed on it."""
 
-    process: (
-        tuple[int, int] | None
-    )  # pid and start time (clock ticks since boot) of the process behind it, if there is one
+    process: tuple[int, int] | None = None
+    """Pid and start time (clock ticks since boot) of the process behind it, if there is one."""
 
+    @abstractmethod
     def apply(self, profile: Profile, origin_s: float | None = None, *, fresh: bool = False) -> None:
         """Changes the conditions of what enters from now on; packets under way stay and keep their order, connections survive.
 
@@ -91,31 +93,54 @@ class Attachment(Protocol):
         *fresh*: packets under way are dropped (`Counters.cleared`), so that nothing of before is met.
         """
 
+    @abstractmethod
     def under_way(self) -> int:
         """How many packets are on the link, both ways."""
 
+    @abstractmethod
     def counters(self) -> dict[str, Counters]:
         """``{"up": …, "down": …}``."""
 
     def fate(self) -> str | None:
         """What has become of a process behind the link that serves it no longer, for a sentence; None: all is well."""
+        return None
 
     def super_packets(self, profile: Profile) -> dict[str, int]:
         """How many TCP segments may enter as one packet under *profile*, each way; 1: only real packets."""
+        return {"up": 1, "down": 1}
 
+    @abstractmethod
     def detach(self) -> None:
         """Ends the emulation: nothing crosses the link any more, and nothing of the emulator is left. May be called twice."""
 
 
-class Emulator(Protocol):
-    """A way of imposing a profile on a link.
+class Emulator(ABC):
+    """A way of imposing a profile on a link."""
 
-    One that serves many links better together than one by one has ``attach_all(wire, wanted, *, keep=None)``, too, which returns
-    the attachments in the order of what is wanted, and ``release_all(attachments)`` for when their wire is about to be removed.
-    """
+    name: ClassVar[str]
+    served_by_processes: ClassVar[bool] = False
+    """Whether ordinary processes carry the packets, so that those who measure the link may be urgent, too; else the kernel's own
+    threads do, which an urgent process would hold up."""
+    least_correlation: ClassVar[float] = 0.99
+    """Of what arrives in each tenth of a second with the trace that it follows, at least; see `Curve.checks`."""
+    most_off: ClassVar[float] = 0.02
+    """Of what arrives over a stretch of a trace, the fraction that may be too much or too little."""
 
-    name: str
+    def __init__(self, seed: int | None = None) -> None:
+        """*seed* fixes the random losses and delays."""
+        self._seed = seed
 
+    @classmethod
+    def require(cls) -> None:
+        """Raises UsageError when this machine cannot run it."""
+        return
+
+    @classmethod
+    def available(cls) -> bool:
+        """Whether this machine can run it. Raises UsageError where that takes root to find out."""
+        return True
+
+    @abstractmethod
     def attach(
         self, wire: str, link: str, a: str, b: str, profile: Profile, *, keep: Path | None = None
     ) -> Attachment:
@@ -124,8 +149,34 @@ class Emulator(Protocol):
         With *keep* (a directory) whatever runs outlives this process and `reattach` finds it there.
         """
 
+    @abstractmethod
     def reattach(self, wire: str, link: str, a: str, b: str, *, keep: Path) -> Attachment:
         """The attachment that an earlier `attach` with the same arguments made. Raises NetworkError when it is gone."""
+
+    def attach_all(
+        self, wire: str, wanted: Sequence[Wanted], *, keep: Path | None = None
+    ) -> Sequence[Attachment]:
+        """An attachment for each link that is wanted, in that order; when one fails, none stays. See `attach`."""
+        made: list[Attachment] = []
+        try:
+            for one in wanted:
+                made.append(self.attach(wire, one.link, one.a, one.b, one.profile, keep=keep))
+        except BaseException:
+            for attachment in made:
+                with contextlib.suppress(Exception):  # the first failure is the one to tell
+                    attachment.detach()
+            raise
+        return made
+
+    def release_all(self, attachments: Sequence[Attachment]) -> None:
+        """Ends the emulation of links whose wire is about to be removed, and takes everything on it along."""
+        for attachment in attachments:
+            with contextlib.suppress(Exception):
+                attachment.detach()
+
+    def super_packets(self, profile: Profile) -> dict[str, int]:
+        """See `Attachment.super_packets`."""
+        return {"up": 1, "down": 1}
 
 
 def refuse_unknown(emulator: str, profile: Profile, honoured: Set[str], remedy: str = "") -> None:

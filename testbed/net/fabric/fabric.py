@@ -86,10 +86,10 @@ class Fabric:
             topology = replace(topology, ipv6=False)
         # Not marked persistent before it is whole: what a killed `testbed up` leaves is a dead run like any
         # other.
-        allowed = getattr(self.emulator, "super_packets", None)
-        if allowed is not None:
-            found = {number: allowed(link.profile) for number, link in enumerate(topology.links)}
-            self._super_packets = {number: each for number, each in found.items() if max(each.values()) > 1}
+        found = {
+            number: self.emulator.super_packets(link.profile) for number, link in enumerate(topology.links)
+        }
+        self._super_packets = {number: each for number, each in found.items() if max(each.values()) > 1}
         with state.locked():
             self._state = state.new(topology, self.emulator.name, persistent=False, run_id=run_id)
             namespaces.prepare_directory(state.netns_marker())
@@ -107,12 +107,12 @@ class Fabric:
             emulators.Wanted(f"l{number}", *wiring.wire_ends(number), link.profile)
             for number, link in enumerate(self.topology.links)
         ]
-        self._attachments = emulators.attach_all(self.emulator, self.state.wire, wanted, keep)
+        self._attachments = list(self.emulator.attach_all(self.state.wire, wanted, keep=keep))
         for number in range(len(wanted)):
             self._shape_packets(number, wanted[number].profile)
         serving: dict[tuple[int, int], list[str]] = {}  # process -> the links that it serves
         for attachment, link in zip(self._attachments, self.topology.links, strict=True):
-            if process := getattr(attachment, "process", None):
+            if process := attachment.process:
                 serving.setdefault(process, []).append(link.name)
         helpers = []
         for (pid, started), names in serving.items():
@@ -255,9 +255,7 @@ class Fabric:
         if profile.up.mtu != self._mtus.get(number, MTU):
             wiring.set_mtu(self.state, number, profile.up.mtu)
             self._mtus[number] = profile.up.mtu
-        segments = getattr(self._attachments[number], "super_packets", lambda _: {"up": 1, "down": 1})(
-            profile
-        )
+        segments = self._attachments[number].super_packets(profile)
         if segments != self._super_packets.get(number, {"up": 1, "down": 1}):
             wiring.allow_super_packets(self.state, number, segments)
             self._super_packets[number] = segments
@@ -293,9 +291,8 @@ class Fabric:
             self._capturing = None
         attachments, self._attachments = self._attachments, []
         if attachments:
-            from testbed.net import emulators
-
-            emulators.release_all(self.emulator, attachments)
+            with contextlib.suppress(Exception):  # what it leaves goes with its namespaces, or is on record
+                self.emulator.release_all(attachments)
         if self._state is not None:
             with state.locked():
                 removal.remove(self._state)

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from testbed.errors import NetworkError
-from testbed.net.emulators.emulator import Attachment, Counters
+from testbed.net.emulators.emulator import Attachment, Counters, Emulator
+from testbed.net.emulators.netem import support
 from testbed.net.emulators.netem.counters import (
     Dropped,
     dropped_by,
@@ -48,7 +49,6 @@ from testbed.net.emulators.netem.qdiscs import (
     put,
 )
 from testbed.net.emulators.netem.redirect import end_redirect, quieten, redirect, redirected
-from testbed.net.emulators.netem.support import refuse
 from testbed.net.emulators.relay.serving import Connection, recorded, start
 from testbed.net.netlink import CREATE, EXCLUSIVE, REPLACE, RTM_DELQDISC, Interface, Netlink
 
@@ -60,19 +60,27 @@ _NOTHING = Counters(0, 0, 0, 0, 0.0)
 _PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop(1)); from testbed.net.emulators.netem.trace_follower import main; main()"
 
 
-class Netem:
+class Netem(Emulator):
     """The emulator called ``netem``; see `testbed.net.emulators`."""
 
     name = "netem"
+    least_correlation, most_off = 0.98, 0.03  # it is told every few milliseconds
 
-    def __init__(self, seed: int | None = None) -> None:
-        self._seed = seed
+    @classmethod
+    def require(cls) -> None:
+        """See `Emulator.require`."""
+        support.require()
+
+    @classmethod
+    def available(cls) -> bool:
+        """See `Emulator.available`."""
+        return support.available()
 
     def attach(
         self, wire: str, link: str, a: str, b: str, profile: Profile, *, keep: Path | None = None
     ) -> Attachment:
         """See `Emulator.attach`. Raises NetworkError when the kernel refuses, or has set something else than was asked."""
-        refuse(profile)
+        support.refuse(profile)
         quieten(wire)
         attachment = NetemAttachment(wire, link, a, b, self._seed, keep)
         try:
@@ -97,7 +105,7 @@ class Netem:
         return NetemAttachment(wire, link, a, b, self._seed, keep)
 
 
-class NetemAttachment:
+class NetemAttachment(Attachment):
     """One link between two interfaces with netem on each."""
 
     def __init__(self, wire: str, link: str, a: str, b: str, seed: int | None, keep: Path | None) -> None:
@@ -123,7 +131,7 @@ class NetemAttachment:
 
     def apply(self, profile: Profile, origin_s: float | None = None, *, fresh: bool = False) -> None:
         """See `Attachment.apply`. What waits is lost where a bottleneck of another kind takes its place (`hierarchy`)."""
-        refuse(profile)
+        support.refuse(profile)
         # A netem that holds nothing keeps no order with what was.
         fresh = fresh and self.under_way() > 0
         self._configure(profile, time.monotonic() if origin_s is None else origin_s, fresh=fresh)
@@ -234,10 +242,6 @@ class NetemAttachment:
     def fate(self) -> str | None:
         """See `Attachment.fate`."""
         return self._follower.fate() if self._follower is not None else None
-
-    def super_packets(self, profile: Profile) -> dict[str, int]:
-        """See `Attachment.super_packets`: netem counts, loses and delays what the kernel hands it as one packet."""
-        return {"up": 1, "down": 1}
 
     def detach(self) -> None:
         self.follow_no_more()

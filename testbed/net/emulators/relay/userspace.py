@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from testbed.errors import NetworkError, UsageError
 from testbed.hosts.namespaces import call_in_scratch, call_inside
-from testbed.net.emulators.emulator import Attachment, Counters, Wanted, refuse_unknown
+from testbed.net.emulators.emulator import Attachment, Counters, Emulator, Wanted, refuse_unknown
 from testbed.net.emulators.netem.redirect import quieten
 from testbed.net.emulators.relay.orders import relay_orders
 from testbed.net.emulators.relay.port import open_port
@@ -63,13 +63,16 @@ def super_packet_segments(direction: Direction) -> int:
     return max(1, int(at_once / direction.mtu))
 
 
-class Userspace:
+class Userspace(Emulator):
     """The emulator called ``userspace``; see `testbed.net.emulators`."""
 
     name = "userspace"
+    served_by_processes = True
 
-    def __init__(self, seed: int | None = None) -> None:
-        self._seed = seed
+    @classmethod
+    def require(cls) -> None:
+        """See `Emulator.require`."""
+        require_packet_sockets()
 
     def attach(
         self, wire: str, link: str, a: str, b: str, profile: Profile, *, keep: Path | None = None
@@ -79,7 +82,7 @@ class Userspace:
 
     def attach_all(
         self, wire: str, wanted: Sequence[Wanted], *, keep: Path | None = None
-    ) -> list[Attachment]:
+    ) -> Sequence[Attachment]:
         """The same for many links, up to `LINKS_A_RELAY` of which share a relay process."""
         for one in wanted:
             refuse_unknown(self.name, one.profile, HONOURED)
@@ -143,7 +146,7 @@ class Userspace:
         return RelayAttachment(link, Connection(first, process, None, keep, set(links)))
 
 
-class RelayAttachment:
+class RelayAttachment(Attachment):
     """One link whose frames pass through a relay process."""
 
     def __init__(self, link: str, relay: Connection) -> None:
@@ -172,7 +175,7 @@ class RelayAttachment:
 
     def super_packets(self, profile: Profile) -> dict[str, int]:
         """See `Attachment.super_packets`."""
-        return Userspace().super_packets(profile)
+        return {"up": super_packet_segments(profile.up), "down": super_packet_segments(profile.down)}
 
     def detach(self) -> None:
         if self.process is None:
