@@ -263,7 +263,7 @@ def test_the_relay_runs_without_privileges(net: Wire):
 
 @pytest.mark.netns
 def test_a_namespace_that_is_not_there_is_an_error_that_names_it():
-    with pytest.raises(NetworkError, match="'tt-nowhere' does not exist"):
+    with pytest.raises(NetworkError, match="namespace tt-nowhere: No such file"):
         emulators.choose("userspace").attach("tt-nowhere", "l0", "l0a", "l0b", parse_profile("delay=1ms"))
 
 
