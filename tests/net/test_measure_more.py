@@ -23,7 +23,7 @@ from testbed.net.calibration.probes import Arrived
 from testbed.net.calibration.traces import Probe, delay_track_check, expected, loss_track_checks
 from testbed.net.emulators.relay.jitter import Jitter
 from testbed.net.emulators.relay.loss import loss_of
-from testbed.net.emulators.relay.orders import plain_conditions
+from testbed.net.emulators.relay.orders import direction_conditions
 from testbed.net.profile.jitter import LAWS, spread, table
 from testbed.net.profile.loss import FourState, GilbertElliott
 from testbed.net.profile.profile import Direction, parse_profile
@@ -120,7 +120,7 @@ CHAINS = (
 @pytest.mark.parametrize("model", CHAINS, ids=str)
 def test_bursts_and_the_spread_of_losses_are_those_of_the_relays_chain(model: GilbertElliott | FourState):
     profile = parse_profile(f"delay=1ms,loss={model}")
-    chain = loss_of(plain_conditions(profile, "up"), random.Random(5))
+    chain = loss_of(direction_conditions(profile, "up"), random.Random(5))
     assert chain is not None
     lost = [chain.lost() for _ in range(200_000)]
     bursts = [len(list(run)) for was_lost, run in groupby(lost) if was_lost]
@@ -148,7 +148,7 @@ def test_any_chain_has_a_burst_and_a_spread_or_none(
 def test_a_bursty_loss_is_judged_by_an_interval_that_knows_of_bursts():
     model = GilbertElliott.bursty(0.02, 10)
     asked = Direction(loss_model=model)
-    chain = loss_of(plain_conditions(parse_profile(f"delay=0ms,loss={model}"), "up"), random.Random(9))
+    chain = loss_of(direction_conditions(parse_profile(f"delay=0ms,loss={model}"), "up"), random.Random(9))
     assert chain is not None
     flows = [arrived([None if chain.lost() else 0.0 for _ in range(2000)]) for _ in range(200)]
     checks = [loss_check("up", asked, flow) for flow in flows]

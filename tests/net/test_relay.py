@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from testbed.net.emulators.relay.conditions import Conditions
 from testbed.net.emulators.relay.jitter import pack
 from testbed.net.emulators.relay.line import Line
 from testbed.net.emulators.relay.serving import PACKAGE
@@ -26,6 +27,11 @@ from testbed.net.profile.jitter import table
 from testbed.net.profile.schedule import Schedule
 
 FRAME = bytes(24 + 1250)  # 10,000 bits behind the headers: 1 ms at 10 Mbit/s
+
+
+def asked(schedule: Schedule | Deliveries | None = None, **changes: Any) -> Conditions:
+    """`conditions`, as a line takes them."""
+    return Conditions.from_plain(conditions(**changes), schedule)
 
 
 def conditions(**changes: Any) -> dict[str, Any]:
@@ -38,7 +44,7 @@ class Recorder:
     def __init__(self, seed: int = 1, **changes: Any) -> None:
         self.left: list[bytes] = []
         self.line = Line(self.left.append, seed)
-        self.line.apply(conditions(**changes), 0.0)
+        self.line.apply(asked(**changes), 0.0)
 
     def departures(self, arrivals: list[tuple[float, bytes]]) -> list[tuple[float, bytes]]:
         """(logical departure time, frame) of all that leave."""
@@ -129,9 +135,7 @@ def test_a_new_rate_holds_for_what_is_being_sent_and_what_waits():
     for _ in range(3):
         line.line.enter(FRAME, 0.0)  # 10 ms each
     line.line.advance(0.005)
-    line.line.apply(
-        conditions(rate_bps=10e6, queue_bytes=100_000), 0.005
-    )  # half of the first is left: 0.5 ms
+    line.line.apply(asked(rate_bps=10e6, queue_bytes=100_000), 0.005)  # half of the first is left: 0.5 ms
     assert line.line.leaves == pytest.approx(0.0055)
     line.line.advance(0.0076)
     assert line.line.delivered == 3
@@ -141,7 +145,7 @@ def test_a_shorter_delay_does_not_let_packets_overtake():
     first, other = (bytes(24) + word * 10 for word in (b"first", b"other"))
     line = Recorder(delay_s=0.1)
     line.line.enter(first, 0.0)
-    line.line.apply(conditions(delay_s=0.01), 0.0)
+    line.line.apply(asked(delay_s=0.01), 0.0)
     assert [frame for _, frame in line.departures([(0.02, other)])] == [first, other]
 
 
@@ -151,7 +155,7 @@ def test_what_a_line_is_cleared_of_is_counted_as_no_loss_and_delays_nothing_that
         line.enter(FRAME, 0.0)  # the last of them would leave at 303 ms
     assert line.under_way == 3
     line.clear()
-    line.apply(conditions(rate_bps=10e6, delay_s=0.015), 0.01)
+    line.apply(asked(rate_bps=10e6, delay_s=0.015), 0.01)
     line.enter(FRAME, 0.01)
     assert line.leaves == pytest.approx(0.01 + 0.015 + 0.001)
     line.advance(1.0)
@@ -214,13 +218,11 @@ def test_deliveries_let_packets_go_at_their_opportunities():
 def test_a_schedule_that_begins_or_ends_while_a_packet_is_sent_takes_over_what_is_left_of_it():
     line = Recorder(rate_bps=1e6)
     line.line.enter(FRAME, 0.0)  # 10 ms
-    line.line.apply(
-        conditions(schedule=Schedule([0.0, 0.01], 1.0, rates=[0.0, 1250e3], origin_s=0.004)), 0.004
-    )
+    line.line.apply(asked(schedule=Schedule([0.0, 0.01], 1.0, rates=[0.0, 1250e3], origin_s=0.004)), 0.004)
     assert line.line.leaves == pytest.approx(
         0.004 + 0.010 + 0.0006
     )  # 750 bytes are left, at ten times the rate
-    line.line.apply(conditions(rate_bps=1e6), 0.0143)
+    line.line.apply(asked(rate_bps=1e6), 0.0143)
     assert line.line.leaves == pytest.approx(0.0143 + 0.003)
 
 

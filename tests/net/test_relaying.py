@@ -16,7 +16,7 @@ from testbed.net.emulators.relay.codel import CoDel
 from testbed.net.emulators.relay.jitter import Jitter, pack, unpack
 from testbed.net.emulators.relay.line import Line
 from testbed.net.emulators.relay.loss import loss_of
-from testbed.net.emulators.relay.orders import plain_conditions
+from testbed.net.emulators.relay.orders import direction_conditions
 from testbed.net.emulators.relay.userspace import super_packet_segments
 from testbed.net.profile.jitter import table
 from testbed.net.profile.profile import parse_profile
@@ -94,7 +94,7 @@ def test_a_super_packets_segments_are_valid_packets_that_carry_the_same_bytes(
 def test_no_frame_however_broken_upsets_the_relay(frame: bytes) -> None:
     line = Line(lambda _: None, 1)
     line.apply(
-        plain_conditions(
+        direction_conditions(
             parse_profile("rate=1mbit,delay=1ms,ecn=yes,loss=50%,corrupt=50%,duplicate=50%"), "up"
         ),
         0.0,
@@ -139,7 +139,7 @@ def test_corruption_flips_one_bit_and_leaves_a_checksum_that_tells() -> None:
 )
 def test_losses_have_the_mean_and_the_bursts_of_their_model(text: str) -> None:
     direction = parse_profile(f"loss={text}").up
-    losing = loss_of(plain_conditions(parse_profile(f"loss={text}"), "up"), random.Random(3))
+    losing = loss_of(direction_conditions(parse_profile(f"loss={text}"), "up"), random.Random(3))
     assert losing is not None
     fates = [losing.lost() for _ in range(300_000)]
     bursts = sum(now and not before for now, before in zip(fates, [False, *fates[:-1]], strict=True))
@@ -181,7 +181,7 @@ def run_line(text: str, arrivals: list[float], size: int = 1000) -> tuple[Line, 
     """A line through which numbered packets went; the numbers that came out, in order."""
     left: list[int] = []
     line = Line(lambda frame: left.append(int.from_bytes(frame[-4:], "big")), 11)
-    line.apply(plain_conditions(parse_profile(text), "up"), 0.0)
+    line.apply(direction_conditions(parse_profile(text), "up"), 0.0)
     for number, arrival in enumerate(arrivals):
         line.advance(arrival)
         line.enter(bytes(24 + size - 4) + number.to_bytes(4, "big"), arrival)
@@ -225,8 +225,8 @@ def test_jitter_may_reorder_where_the_profile_says_so() -> None:
 
 def test_each_packets_overhead_takes_its_time() -> None:
     plain, dear = (Line(lambda _: None, 1) for _ in range(2))
-    plain.apply(plain_conditions(parse_profile("rate=1mbit"), "up"), 0.0)
-    dear.apply(plain_conditions(parse_profile("rate=1mbit,overhead=50b"), "up"), 0.0)
+    plain.apply(direction_conditions(parse_profile("rate=1mbit"), "up"), 0.0)
+    dear.apply(direction_conditions(parse_profile("rate=1mbit,overhead=50b"), "up"), 0.0)
     for line in (plain, dear):
         line.enter(bytes(24 + 100), 0.0)
     assert (plain.leaves, dear.leaves) == (pytest.approx(0.0008), pytest.approx(0.0012))
@@ -235,7 +235,7 @@ def test_each_packets_overhead_takes_its_time() -> None:
 def test_of_a_super_packet_what_the_queue_has_no_room_for_is_dropped() -> None:
     left: list[bytes] = []
     line = Line(left.append, 1)
-    line.apply(plain_conditions(parse_profile("rate=10mbit,queue=3p"), "up"), 0.0)
+    line.apply(direction_conditions(parse_profile("rate=10mbit,queue=3p"), "up"), 0.0)
     line.enter(bytes(24 + 1500), 0.0)
     line.enter(tcp_super_packet(bytes(14600), 1460), 0.0)  # ten of 1500 bytes, three of which fit
     line.advance(10.0)
@@ -248,7 +248,9 @@ def test_a_line_follows_a_schedule_across_an_outage() -> None:
     line = Line(lambda _: left.append(line.free), 1)
     schedule = Schedule([0.0, 1.0, 6.0], 10.0, rates=[125_000.0, 0.0, 250_000.0], loop=False)
     line.apply(
-        plain_conditions(parse_profile("rate=1mbit,delay=10ms,queue=10mb"), "up") | {"schedule": schedule},
+        direction_conditions(parse_profile("rate=1mbit,delay=10ms,queue=10mb"), "up")._replace(
+            schedule=schedule
+        ),
         0.0,
     )
     for number in range(200):

@@ -14,10 +14,11 @@ from collections import deque
 from collections.abc import Callable
 from math import inf
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from testbed.net.emulators.relay import packet
 from testbed.net.emulators.relay.codel import CoDel
+from testbed.net.emulators.relay.conditions import Conditions
 from testbed.net.emulators.relay.jitter import Jitter, unpack
 from testbed.net.emulators.relay.loss import Independent, Loss, loss_of
 
@@ -80,31 +81,27 @@ class Line:
         self.jitter_reorders = self.ecn = False
         self.duplicate = self.corrupt = self.reorder = 0.0
 
-    def apply(self, conditions: dict[str, Any], now: float) -> None:
-        """Changes the conditions; what is being sent goes on at the new rate, what is under way arrives as it would have.
-
-        ``schedule``, where it is there, gives what changes over time.
-        """
-        get = conditions.get
+    def apply(self, conditions: Conditions, now: float) -> None:
+        """Changes the conditions; what is being sent goes on at the new rate, what is under way arrives as it would have."""
         unsent = self._unsent(now) if self.queue else 0.0
-        if get("seed") is not None and get("seed") != self.seed:
-            self.seed = conditions["seed"]
+        if conditions.seed is not None and conditions.seed != self.seed:
+            self.seed = conditions.seed
             self.chance.seed(self.seed)
-        self.mean_delay = conditions["delay_s"]
+        self.mean_delay = conditions.delay_s
         self.losing = loss_of(conditions, self.chance)
-        table = get("jitter_table")
-        self.jitter = Jitter(conditions["jitter_s"], unpack(table), self.chance) if table else None
-        self.jitter_reorders, self.ecn = bool(get("jitter_reorders")), bool(get("ecn"))
-        self.duplicate, self.corrupt = get("duplicate", 0.0), get("corrupt", 0.0)
-        self.reorder = get("reorder", 0.0)
-        self.limit = inf if conditions["queue_bytes"] is None else conditions["queue_bytes"]
-        codel = get("codel")
-        self.codel = CoDel(codel["target_s"], codel["interval_s"], get("mtu", 1500)) if codel else None
-        schedule = get("schedule")
+        table = conditions.jitter_table
+        self.jitter = Jitter(conditions.jitter_s, unpack(table), self.chance) if table else None
+        self.jitter_reorders, self.ecn = conditions.jitter_reorders, conditions.ecn
+        self.duplicate, self.corrupt = conditions.duplicate, conditions.corrupt
+        self.reorder = conditions.reorder
+        self.limit = inf if conditions.queue_bytes is None else conditions.queue_bytes
+        codel = conditions.codel
+        self.codel = CoDel(codel.target_s, codel.interval_s, conditions.mtu) if codel else None
+        schedule = conditions.schedule
         chances = (self.losing, self.jitter, self.duplicate, self.corrupt, self.reorder, schedule)
         self.impaired = any(chances)
         before = (self.seconds_per_byte, self.overhead, self.sending)
-        self.seconds_per_byte, self.overhead = 8 / (conditions["rate_bps"] or inf), get("overhead_bytes", 0)
+        self.seconds_per_byte, self.overhead = 8 / (conditions.rate_bps or inf), conditions.overhead_bytes
         gives_rate = schedule is not None and (schedule.opportunity_bytes or schedule.rates is not None)
         self.sending = schedule if gives_rate else None
         self.changing = schedule if schedule is not None and (schedule.delays or schedule.losses) else None

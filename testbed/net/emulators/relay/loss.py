@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Any, Protocol
+from typing import Protocol
+
+from testbed.net.emulators.relay.conditions import Conditions
 
 
 class Loss(Protocol):
@@ -59,12 +61,12 @@ class FourState:
         return self._state >= 3
 
 
-def loss_of(conditions: dict[str, Any], chance: Random) -> Loss | None:
+def loss_of(conditions: Conditions, chance: Random) -> Loss | None:
     """What a direction's conditions ask for; None: nothing is lost."""
-    model = dict(conditions.get("loss_model") or {})
+    model = dict(conditions.loss_model or {})
     kind = model.pop("kind", None)
     if kind == "gilbert":
         return GilbertElliott(**model, chance=chance)
     if kind == "states":
         return FourState(**model, chance=chance)
-    return Independent(conditions["loss"], chance) if conditions["loss"] else None
+    return Independent(conditions.loss, chance) if conditions.loss else None

@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from msgspec import structs
 
+from testbed.net.emulators.relay.conditions import CoDelSettings, Conditions
 from testbed.net.emulators.relay.jitter import pack
 from testbed.net.profile.jitter import table
 from testbed.net.profile.loss import FourState, GilbertElliott
@@ -30,7 +30,7 @@ def relay_orders(profile: Profile, origin_s: float) -> Iterator[tuple[dict[str, 
     with contextlib.ExitStack() as closing:
         files: list[int] = []
         for way in WAYS:
-            conditions[way] = plain_conditions(profile, way)
+            conditions[way] = direction_conditions(profile, way).plain()
             direction = profile.up if way == "up" else profile.down
             if (schedule := direction.schedule(way, origin_s)) is not None:
                 file = closing.enter_context(open(os.memfd_create("schedule"), "wb"))
@@ -40,26 +40,26 @@ def relay_orders(profile: Profile, origin_s: float) -> Iterator[tuple[dict[str, 
         yield conditions, files
 
 
-def plain_conditions(profile: Profile, way: Literal["up", "down"]) -> dict[str, Any]:
-    """What does not change over time, in plain values."""
+def direction_conditions(profile: Profile, way: Literal["up", "down"]) -> Conditions:
+    """What does not change over time."""
     direction = profile.up if way == "up" else profile.down
     model, codel = direction.loss_model, direction.queue.codel
     kind = {GilbertElliott: "gilbert", FourState: "states"}
-    return {
-        "rate_bps": direction.rate_bps,
-        "delay_s": direction.delay_s,
-        "jitter_s": direction.jitter_s,
-        "jitter_table": pack(table(direction.jitter_law)) if direction.jitter_s else None,
-        "jitter_reorders": direction.jitter_reorders,
-        "loss": direction.loss,
-        "loss_model": model and {"kind": kind[type(model)]} | structs.asdict(model),
-        "duplicate": direction.duplicate,
-        "corrupt": direction.corrupt,
-        "reorder": direction.reorder,
-        "ecn": direction.ecn,
-        "queue_bytes": profile.queue_bytes(way),
-        "codel": codel and asdict(codel),
-        "overhead_bytes": direction.overhead_bytes,
-        "mtu": direction.mtu,
-        "seed": direction.seed,
-    }
+    return Conditions(
+        rate_bps=direction.rate_bps,
+        delay_s=direction.delay_s,
+        jitter_s=direction.jitter_s,
+        jitter_table=pack(table(direction.jitter_law)) if direction.jitter_s else None,
+        jitter_reorders=direction.jitter_reorders,
+        loss=direction.loss,
+        loss_model=None if model is None else {"kind": kind[type(model)]} | structs.asdict(model),
+        duplicate=direction.duplicate,
+        corrupt=direction.corrupt,
+        reorder=direction.reorder,
+        ecn=direction.ecn,
+        queue_bytes=profile.queue_bytes(way),
+        codel=None if codel is None else CoDelSettings(codel.target_s, codel.interval_s),
+        overhead_bytes=direction.overhead_bytes,
+        mtu=direction.mtu,
+        seed=direction.seed,
+    )

@@ -19,12 +19,13 @@ from math import inf
 from time import monotonic, sleep
 from typing import Any
 
+from testbed.net.emulators.relay.conditions import Conditions
 from testbed.net.emulators.relay.control import Control
 from testbed.net.emulators.relay.line import Line
 from testbed.net.emulators.relay.port import BATCH, Port, Receiver
 from testbed.net.profile.schedule import unpack
 
-PRIORITY = 2  # real-time, just above the probers' (probe.py), which must not hold up the link they measure
+PRIORITY = 2  # real-time, just above the probers' (prober.py), which must not hold up the link they measure
 NOBODY = 65534
 COALESCE_S = 120e-6  # no two wake-ups closer than this: waking is what costs most, and a busy link would have two a packet
 SPIN_S = 30e-6  # below this, waiting in select(2) costs more precision than polling costs processor
@@ -44,13 +45,14 @@ class Pair:
         """New conditions for both ways, without what is under way if they are to begin *fresh*; *files*: descriptors of what
         schedules are packed in. They are closed."""
         for way, line in self.lines.items():
-            packed = conditions[way].get("schedule")
+            values = dict(conditions[way])
+            packed = values.pop("schedule", None)
             schedule = None if packed is None else unpack(packed, files[packed["file"]])
             now = monotonic()
             line.advance(now)
             if fresh:
                 line.clear()
-            line.apply(conditions[way] | {"schedule": schedule}, now)
+            line.apply(Conditions.from_plain(values, schedule), now)
         for file in files:
             os.close(file)
 

@@ -1,7 +1,7 @@
 """A process of ours that serves links, as seen from outside: it is started, asked, found again and ended.
 
 The relay is one (`testbed.net.emulators.relay`), and what makes netem follow traces is another
-(`testbed.net.emulators.netem.trace_follower`). Inside, `relaying.control.Control` takes what is ordered here.
+(`testbed.net.emulators.netem.trace_follower`). Inside, `control.Control` takes what is ordered here.
 
 With a directory to keep its files in (*keep*), such a process outlives this one, listens on a socket there, and is found again by
 the JSON file beside it. Without one it has one end of a socket pair, and ends with this process, however that ends.
