@@ -25,9 +25,10 @@ MODULES = [
 ]
 START = """
 from pathlib import Path
-from testbed.hosts.local import Endpoint
+from testbed.endpoints.endpoint import Endpoint
+from testbed.hosts.local import Local
 from testbed.errors import EndpointError
-endpoint = Endpoint.start({role!r}, None, Path("log"))
+endpoint = Endpoint.start({role!r}, Local(), Path("log"))
 try:
     endpoint.call("load", 60, model="nowhere", device="cpu", dtype="auto", threads=1, slowdown=1.0)
 except EndpointError:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from testbed.endpoints.answers import Computed, Loaded, Made, Outcome, Port, Reference, Served, checked
+from testbed.endpoints.endpoint import CALL_S, Endpoint
 from testbed.errors import EndpointError
 from testbed.experiment.scenario import Plan
 from testbed.experiment.trial import Trial
-from testbed.hosts.local import CALL_S, Endpoint
 
 #: What calls may take: loading, or preparing, of large models; what computes for one example or trial, its request's timeout
 #: aside; what only hands something over. An endpoint that has died, or been stopped, is noticed at once.

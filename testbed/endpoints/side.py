@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -147,10 +145,7 @@ class InferenceSide:
 
 
 def main(make_handlers: Callable[[], dict[str, Callable[..., Any]]]) -> None:
-    """An endpoint process: answer the orchestrator's calls until it goes away."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--control-fd", type=int, required=True)
-    arguments = parser.parse_args()
-    channel = Channel(socket.socket(fileno=arguments.control_fd))
+    """An endpoint process: answer the orchestrator's calls, which come over standard input and output, until it goes away."""
+    channel = Channel.of_this_process()
     channel.serve(make_handlers())
     sys.stdout.flush()

@@ -8,9 +8,10 @@ from typing import Any
 
 from testbed import files
 from testbed.endpoints.deployment import Pair
+from testbed.endpoints.endpoint import Endpoint
 from testbed.experiment.results import RunDirectory
 from testbed.experiment.scenario import Plan
-from testbed.hosts.local import Endpoint
+from testbed.hosts.host import Host
 from testbed.net.fabric.accounting import Account
 from testbed.net.fabric.fabric import Fabric
 from testbed.net.loopback import Loopback
@@ -60,17 +61,17 @@ def across_links(plan: Plan, directory: RunDirectory, say: Callable[[str], None]
 def in_one_process(plan: Plan, directory: RunDirectory, say: Callable[[str], None]) -> Iterator[Session]:
     """Edge and cloud in one process that share one model, over loopback: what a codec does to the answers needs no link. Raises
     EndpointError."""
-    with Loopback() as network, _endpoint("both", None, directory) as both:
+    with Loopback() as network, _endpoint("both", network.host("edge"), directory) as both:
         yield Session(plan, network, Pair(plan, both, both))
 
 
 @contextlib.contextmanager
-def _endpoint(role: str, namespace: str | None, directory: RunDirectory) -> Iterator[Endpoint]:
+def _endpoint(role: str, host: Host, directory: RunDirectory) -> Iterator[Endpoint]:
     """An endpoint whose log is in the run's directory."""
     logs = directory.path / "logs"
     with files.storing(logs):
         logs.mkdir(exist_ok=True)
-    endpoint = Endpoint.start(role, namespace, logs / f"{role}.log")
+    endpoint = Endpoint.start(role, host, logs / f"{role}.log")
     try:
         yield endpoint
     finally:

@@ -1,4 +1,5 @@
-"""The orchestrator's word to its endpoints: calls and results over a socket pair that never touches the emulated link.
+"""The orchestrator's word to its endpoints: calls and results over any pair of byte streams, such as a process's standard input
+and output, which never touch the emulated link.
 
 A message is a four-byte length and a MessagePack map: a `Call` one way, a `Result` with its number the other. One call at a
 time; what comes of a call that was given up is passed over.
@@ -6,12 +7,12 @@ time; what comes of a call that was given up is passed over.
 
 from __future__ import annotations
 
+import os
 import select
-import socket
 import struct
 import traceback
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -53,12 +54,31 @@ class Refused(EndpointError):
     """The other end lives, and answered that it could not."""
 
 
-class Channel:
-    """One end of the socket pair."""
+class Stream(Protocol):
+    """An open file, pipe or socket."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.socket = sock
+    def fileno(self) -> int: ...
+    def close(self) -> None: ...
+
+
+class Channel:
+    """One end: reads from one stream and writes to another, which may be the same."""
+
+    def __init__(self, reading: Stream, writing: Stream) -> None:
+        self._reading, self._writing = reading, writing
+        os.set_blocking(writing.fileno(), False)
         self._number = 0
+
+    @classmethod
+    def of_this_process(cls) -> Channel:
+        """The end of the process that started this one, over standard input and output; what this one prints from now on goes
+        where its complaints go, and there is no more to read."""
+        reading, writing = (os.fdopen(os.dup(standard), mode) for standard, mode in ((0, "rb"), (1, "wb")))
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.close(nothing)
+        os.dup2(2, 1)
+        return cls(reading, writing)
 
     def send(
         self, message: Call | Result, deadline: Deadline | None = None, look: Callable[[], None] = _nobody
@@ -70,9 +90,9 @@ class Channel:
         data = memoryview(_LENGTH.pack(len(body)) + body)
         deadline = deadline or Deadline(None)
         while data:
-            self._await(select.POLLOUT, deadline, look)
+            self._await(self._writing, select.POLLOUT, deadline, look)
             try:
-                data = data[self.socket.send(data[: 1 << 20], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+                data = data[os.write(self._writing.fileno(), data[: 1 << 20]) :]
             except BlockingIOError:
                 continue
             except OSError as error:
@@ -96,9 +116,11 @@ class Channel:
     def _exactly(self, count: int, deadline: Deadline, look: Callable[[], None]) -> bytes:
         data = bytearray()
         while len(data) < count:
-            self._await(select.POLLIN, deadline, look)
+            self._await(self._reading, select.POLLIN, deadline, look)
             try:
-                piece = self.socket.recv(min(count - len(data), 1 << 20))
+                piece = os.read(self._reading.fileno(), min(count - len(data), 1 << 20))
+            except BlockingIOError:
+                continue
             except OSError as error:
                 raise EndpointError(f"the control channel broke: {error.strerror}") from error
             if not piece:
@@ -106,9 +128,9 @@ class Channel:
             data += piece
         return bytes(data)
 
-    def _await(self, event: int, deadline: Deadline, look: Callable[[], None]) -> None:
+    def _await(self, stream: Stream, event: int, deadline: Deadline, look: Callable[[], None]) -> None:
         poller = select.poll()
-        poller.register(self.socket, event)
+        poller.register(stream, event)
         while True:
             try:
                 left = deadline.left()

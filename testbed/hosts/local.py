@@ -1,4 +1,4 @@
-"""Starting an endpoint in its namespace, as the user who asked for the run, without capabilities, tied to our life.
+"""Processes on this machine: as the user who asked for the run, without capabilities, tied to our life; also in a namespace.
 
 `nsenter` and `setpriv` (util-linux) do the work, so the command line that runs is plain data and can be printed, tested
 and repeated by hand.
@@ -7,157 +7,164 @@ and repeated by hand.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import signal
-import socket
+import shutil
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from testbed import files, programs
-from testbed.errors import EndpointError, UsageError
+from testbed.errors import EndpointError
 from testbed.hosts import processes, rootless
-from testbed.hosts.channel import Channel, Refused
+from testbed.hosts.channel import Channel
 from testbed.identity import User, invoking_user
 
-#: What a call may take where nobody says otherwise: a long context on a slow machine.
-CALL_S = 1800.0
-#: A process that stands still for longer is given up.
-STOPPED_S = 1.0
+#: How long a process may take to leave, once its standard input has ended.
+_LEAVE_S = 3.0
 
 
-def command(module: str, namespace: str | None, user: User, control_fd: int) -> list[str]:
-    """The argument vector that runs `module` inside `namespace` as `user`, without a capability left to regain.
+class LocalProcess:
+    """A `Process` of this machine. A context manager: left by an exception, it kills."""
 
-    Without root there is nothing to enter and nothing to drop: the module runs as it is (namespace None).
-    """
-    argv = programs.module(module, "--control-fd", str(control_fd))
-    drop = ["setpriv", "--pdeathsig=KILL", "--no-new-privs"]
-    if os.geteuid() == 0:
-        groups = "--clear-groups" if user.uid == 0 or user.name.isdigit() else "--init-groups"
-        if rootless.inside():
-            groups = "--keep-groups"  # without root nobody can change them
-        drop += [f"--reuid={user.uid}", f"--regid={user.gid}", groups]
-        drop += ["--inh-caps=-all", "--bounding-set=-all", "--securebits=+noroot,+noroot_locked"]
-    enter = ["nsenter", f"--net=/run/netns/{namespace}", "--"] if namespace else []
-    return [*enter, *drop, "--", *argv]
-
-
-class Gone(EndpointError):
-    """An endpoint's process has ended, or stands still."""
-
-
-class Endpoint:
-    """A running endpoint: its process and the channel to call it by."""
-
-    def __init__(self, role: str, process: subprocess.Popen[bytes], channel: Channel, log: Path) -> None:
-        self.role, self.process, self.channel, self.log = role, process, channel, log
+    def __init__(self, process: subprocess.Popen[bytes], log: Path | None, printed: IO[bytes] | None) -> None:
+        self._process, self.log, self._printed = process, log, printed
+        self.pid = process.pid
+        self.stdin, self.stdout = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
         self._watch = processes.Watch(process.pid)
-        self._lost = False
 
-    @classmethod
-    def start(cls, role: str, namespace: str | None, log: Path, user: User | None = None) -> Endpoint:
-        """Start ``testbed.endpoints.<role>``; what it prints goes to `log`."""
-        user = user or invoking_user()
-        ours, theirs = socket.socketpair()
-        environment = {**programs.environment(), "HOME": user.home, "USER": user.name, "LOGNAME": user.name}
-        environment.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-        # OpenMP's threads would spin at barriers while another process has the core that the last of them needs; unless they
-        # are more than there are cores, which a side is that computes in two threads in turn, as the cloud does. So on a busy
-        # machine the edge took several times as long as the cloud. Who sleeps at once is treated alike.
-        environment["OMP_WAIT_POLICY"] = "PASSIVE"
-        environment.pop("GOMP_SPINCOUNT", None)
-        with files.writing(log, os.O_APPEND) as output:
+    def __enter__(self) -> LocalProcess:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.kill()
+        self.stop()
+
+    @functools.cached_property
+    def channel(self) -> Channel:
+        """Calls and results over its standard input and output."""
+        return Channel(self.stdout, self.stdin)
+
+    def status(self, within_s: float | None = 0.0) -> int | None:
+        """Its exit status, -n where signal n ended it; None: it still runs after so long (None: as long as it takes)."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(within_s)
+        return self._process.poll()
+
+    def stopped_s(self) -> float:
+        """For how long it has been seen standing still (SIGSTOP), in seconds, look after look."""
+        return self._watch.stopped_s()
+
+    def last_words(self) -> str:
+        """The last line of what it printed besides."""
+        try:
+            if self._printed is not None:
+                self._printed.seek(0)
+                data = self._printed.read()
+            else:
+                data = cast(Path, self.log).read_bytes()
+        except (OSError, ValueError):  # gone, or closed
+            return ""
+        lines = data.decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else ""
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+
+    def stop(self) -> None:
+        """End it: it leaves when its standard input ends, and is killed where it does not."""
+        for stream in (self.stdin, self.stdout):
+            with contextlib.suppress(OSError):
+                stream.close()
+        if self.status(_LEAVE_S) is None:
+            self._process.kill()
+            self._process.wait()
+        if self._printed is not None:
+            self._printed.close()
+
+
+class Local:
+    """This machine. `user`: as whom; None: the user who typed the command."""
+
+    def __init__(self, user: User | None = None) -> None:
+        self._user = user or invoking_user()
+
+    def command(self, argv: Sequence[str]) -> list[str]:
+        """The argument vector that runs `argv` as the user, without a capability left to regain.
+
+        Without root there is nothing to drop: the program runs as it is.
+        """
+        user = self._user
+        drop = ["setpriv", "--pdeathsig=KILL", "--no-new-privs"]
+        if os.geteuid() == 0:
+            groups = "--clear-groups" if user.uid == 0 or user.name.isdigit() else "--init-groups"
+            if rootless.inside():
+                groups = "--keep-groups"  # without root nobody can change them
+            drop += [f"--reuid={user.uid}", f"--regid={user.gid}", groups]
+            drop += ["--inh-caps=-all", "--bounding-set=-all", "--securebits=+noroot,+noroot_locked"]
+        return [*drop, "--", *argv]
+
+    def start(
+        self, argv: Sequence[str], env: Mapping[str, str | None], log: Path | None = None
+    ) -> LocalProcess:
+        """Start a program; see `Host.start`. The host's own environment is ours, and has the user's home and name."""
+        user = self._user
+        given = {"HOME": user.home, "USER": user.name, "LOGNAME": user.name, **env}
+        environment = {k: v for k, v in {**programs.environment(), **given}.items() if v is not None}
+        with contextlib.ExitStack() as closing:
+            if log is not None:
+                printed, kept = closing.enter_context(files.writing(log, os.O_APPEND)), None
+            else:
+                printed = kept = closing.enter_context(tempfile.TemporaryFile())
             try:
                 process = subprocess.Popen(
-                    command(f"testbed.endpoints.{role}", namespace, user, theirs.fileno()),
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    pass_fds=[theirs.fileno()],
+                    self.command(argv),
+                    bufsize=0,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=printed,
                     env=environment,
                     start_new_session=True,  # Ctrl-C is the orchestrator's affair
                 )
             except OSError as error:
-                ours.close()
-                raise EndpointError(f"cannot start the {role} process: {error}") from error
-            finally:
-                theirs.close()
-        return cls(role, process, Channel(ours), log)
+                raise EndpointError(f"cannot start {argv[0]}: {error}") from error
+            if kept is not None:
+                closing.pop_all()
+        return LocalProcess(process, log, kept)
 
-    def call(
-        self, name: str, timeout: float = CALL_S, besides: Callable[[], None] = lambda: None, **arguments: Any
-    ) -> Any:
-        """Call the endpoint; its answer is there within `timeout` seconds. Raises EndpointError naming the role, and the last
-        line of its log where it died.
+    def put(self, source: Path, target: Path) -> None:
+        """Copy a file of ours to the host: of one place on this machine to another. Raises StorageError."""
+        with files.storing(target):
+            shutil.copyfile(source, target)
 
-        besides: looked at while the answer is awaited, as is the process; what it raises ends the call.
-        """
+    def get(self, source: Path, target: Path) -> None:
+        """Copy a file of the host's here. Raises StorageError."""
+        self.put(source, target)
 
-        def look() -> None:
-            self.check()
-            besides()
+    def describe(self) -> dict[str, Any]:
+        """Its kind, and as whom programs run."""
+        return {"kind": "local", "user": self._user.name}
 
-        self._lost = True  # until it has answered
-        try:
-            result = self.channel.call(name, timeout, look, **arguments)
-        except (Refused, UsageError) as error:
-            self._lost = False
-            if isinstance(error, UsageError):
-                raise
-            raise EndpointError(f"{self.role}: {error}") from error
-        except Gone:
-            raise
-        except EndpointError as error:
-            # A broken channel and the end of the process reach us in either order.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(0.5)
-            if self.process.poll() is None:
-                raise EndpointError(
-                    f"the {self.role}, asked to `{name}`: {error} (its log: {self.log})"
-                ) from error
-            raise Gone(self._end()) from error
-        self._lost = False
-        return result
+    def clock(self) -> tuple[float, float]:
+        """By how much its monotonic clock is ahead of ours, and how far that may be off; seconds: they are one."""
+        return 0.0, 0.0
 
-    def check(self, within_s: float = 0.0) -> None:
-        """Raises Gone where the process has ended, or ends within so many seconds, or has stood still for one."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(within_s)
-        if self.process.poll() is not None:
-            raise Gone(self._end())
-        if (stopped_s := self._watch.stopped_s()) > STOPPED_S:
-            raise Gone(
-                f"the {self.role} process ({self.process.pid}) has been stopped for {stopped_s:.1f} s (SIGSTOP)"
-            )
 
-    @property
-    def alive(self) -> bool:
-        """Whether the process still runs, and owes no answer."""
-        return self.process.poll() is None and not self._lost
+class Namespace(Local):
+    """A network namespace of this machine, one under /run/netns. Entering it takes root, which the program has not."""
 
-    def _end(self) -> str:
-        return f"the {self.role} process ended ({self._fate()}): {self._last_words()}"
+    def __init__(self, name: str, user: User | None = None) -> None:
+        super().__init__(user)
+        self.name = name
 
-    def _fate(self) -> str:
-        code = self.process.poll()
-        if code is not None and code < 0:
-            return f"signal {signal.Signals(-code).name}"
-        return f"exit status {code}"
+    def command(self, argv: Sequence[str]) -> list[str]:
+        """As `Local.command`, within the namespace."""
+        return ["nsenter", f"--net=/run/netns/{self.name}", "--", *super().command(argv)]
 
-    def _last_words(self) -> str:
-        try:
-            lines = self.log.read_text(errors="replace").strip().splitlines()
-        except OSError:
-            lines = []
-        return f"{lines[-1][:300]} (see {self.log})" if lines else f"it printed nothing to {self.log}"
-
-    def stop(self) -> None:
-        """End the process: it leaves when the channel closes, and is killed where it does not."""
-        self.channel.socket.close()
-        try:
-            self.process.wait(timeout=3)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+    def describe(self) -> dict[str, Any]:
+        """Also the namespace's name."""
+        return {**super().describe(), "kind": "namespace", "name": self.name}

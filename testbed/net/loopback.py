@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from testbed.errors import NetworkError
+from testbed.hosts.host import Host, host
 from testbed.net.profile.profile import Direction, Profile
 
 if TYPE_CHECKING:
@@ -21,8 +22,9 @@ class Loopback:
 
     emulation = "none"
 
-    def host(self, node: str) -> None:
-        """Processes stay where they are."""
+    def host(self, node: str) -> Host:
+        """This machine."""
+        return host("local")
 
     def address(self, node: str, link: str | None = None) -> str:
         """Every node's."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from testbed.net.profile.profile import Profile
 
 if TYPE_CHECKING:
+    from testbed.hosts.host import Host
     from testbed.net.calibration.calibrate import Calibration
     from testbed.net.emulators.emulator import Counters
 
@@ -21,8 +22,8 @@ class Network(Protocol):
         """What imposes conditions on its links, as rows name it; ``none``: there are no links."""
         ...
 
-    def host(self, node: str) -> str | None:
-        """Where a node's processes are started: its namespace; None: where this one is. Raises SpecError: no such node."""
+    def host(self, node: str) -> Host:
+        """Where a node's processes run. Raises SpecError: no such node."""
         ...
 
     def address(self, node: str, link: str | None = None) -> str:

@@ -19,10 +19,11 @@ import pytest
 from testbed.deadline import Deadline
 from testbed.endpoints.answers import Outcome, Served, checked
 from testbed.endpoints.deployment import Pair
+from testbed.endpoints.endpoint import Endpoint
 from testbed.endpoints.uplink import Uplink
 from testbed.errors import EndpointError, NetworkError, TestbedError
 from testbed.hosts.channel import Channel, Result
-from testbed.hosts.local import Endpoint
+from testbed.hosts.local import Local
 from testbed.transport import wire
 from testbed.transport.tcp import Tcp, TcpStream
 from tests.endpoints.test_endpoints import Pair as Loaded
@@ -97,14 +98,14 @@ def test_closing_does_not_wait_for_a_peer_that_goes_on_sending() -> None:
 
 def test_an_answer_on_the_control_channel_is_whole_in_time_and_belongs_to_its_call() -> None:
     ours, theirs = socket.socketpair()
-    channel = Channel(ours)
+    channel = Channel(ours, ours)
     silence = pytest.raises(EndpointError, match=r"no answer within 0.4 s")
     with dribbling(theirs, bytes([0, 0, 1, 0]) + bytes(300)), noticed(), silence:
         channel.call("slow", 0.4)
     ours.close()
     theirs.close()
     ours, theirs = socket.socketpair()
-    channel, other = Channel(ours), Channel(theirs)
+    channel, other = Channel(ours, ours), Channel(theirs, theirs)
     with pytest.raises(EndpointError, match=r"no answer within 0.1 s"):
         channel.call("slow", 0.1)
     other.send(Result(1, "of the call that was given up"))
@@ -117,7 +118,7 @@ def test_an_answer_on_the_control_channel_is_whole_in_time_and_belongs_to_its_ca
 
 @pytest.mark.parametrize("role", ["edge", "cloud"])
 def test_an_endpoint_that_is_stopped_in_a_call_is_noticed_and_named(tmp_path: Path, role: str) -> None:
-    endpoint = Endpoint.start(role, None, tmp_path / "log")
+    endpoint = Endpoint.start(role, Local(), tmp_path / "log")
     try:
         with pytest.raises(EndpointError):
             endpoint.call("nonsense", 120)
@@ -135,7 +136,7 @@ def test_an_endpoint_that_is_stopped_in_a_call_is_noticed_and_named(tmp_path: Pa
 
 
 def test_what_a_call_depends_on_ends_it(tmp_path: Path) -> None:
-    endpoint = Endpoint.start("edge", None, tmp_path / "log")
+    endpoint = Endpoint.start("edge", Local(), tmp_path / "log")
 
     def gone() -> None:
         raise NetworkError("link access: its relay (process 7) ended (signal SIGKILL)")
@@ -149,7 +150,7 @@ def test_what_a_call_depends_on_ends_it(tmp_path: Path) -> None:
 
 
 def test_the_cloud_serves_whoever_asks_however_many_are_silent(tmp_path: Path) -> None:
-    cloud = Endpoint.start("cloud", None, tmp_path / "log")
+    cloud = Endpoint.start("cloud", Local(), tmp_path / "log")
     held: list[socket.socket] = []
     try:
         port = cloud.call("serve", 120, max_payload=1 << 20, congestion=None, request_s=60.0)
@@ -171,7 +172,7 @@ def test_the_cloud_serves_whoever_asks_however_many_are_silent(tmp_path: Path) -
 
 
 def test_a_cloud_that_is_busy_with_as_many_as_it_takes_says_so(tmp_path: Path) -> None:
-    cloud = Endpoint.start("cloud", None, tmp_path / "log")
+    cloud = Endpoint.start("cloud", Local(), tmp_path / "log")
     held: list[socket.socket] = []
     try:
         port = cloud.call("serve", 120, max_payload=1 << 20, congestion=None, request_s=4.0)

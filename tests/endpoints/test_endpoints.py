@@ -17,9 +17,10 @@ from testbed.deadline import Deadline
 from testbed.endpoints import cloud
 from testbed.endpoints.both import Both
 from testbed.endpoints.cloud import replace_struct
+from testbed.endpoints.endpoint import Endpoint
 from testbed.errors import EndpointError, UsageError
 from testbed.experiment.results import STAGES
-from testbed.hosts.local import Endpoint, command
+from testbed.hosts.local import Local, Namespace
 from testbed.identity import User, invoking_user
 from testbed.tasks.rows import choice_rows
 from testbed.transport import wire
@@ -42,8 +43,8 @@ class Pair:
     """Both endpoints, loaded and serving."""
 
     def __init__(self, directory: Path, model: Path, task: str = "needle", **slowdown: float) -> None:
-        self.edge = Endpoint.start("edge", None, directory / "edge.log")
-        self.cloud = Endpoint.start("cloud", None, directory / "cloud.log")
+        self.edge = Endpoint.start("edge", Local(), directory / "edge.log")
+        self.cloud = Endpoint.start("cloud", Local(), directory / "cloud.log")
         self.loaded = [
             side.call(
                 "load",
@@ -412,14 +413,14 @@ def test_an_oversized_request_is_refused_unread(pair: Pair) -> None:
 
 
 def test_a_model_that_does_not_exist_is_the_users_mistake(tmp_path: Path) -> None:
-    endpoint = Endpoint.start("cloud", None, tmp_path / "log")
+    endpoint = Endpoint.start("cloud", Local(), tmp_path / "log")
     with pytest.raises(UsageError, match="nowhere"):
         endpoint.call("load", 60, model=str(tmp_path / "nowhere"), device="cpu", dtype="auto", threads=1)
     endpoint.stop()
 
 
 def test_an_endpoint_that_dies_is_named_with_its_fate(tmp_path: Path) -> None:
-    endpoint = Endpoint.start("cloud", None, tmp_path / "log")
+    endpoint = Endpoint.start("cloud", Local(), tmp_path / "log")
     endpoint.process.kill()
     with pytest.raises(EndpointError, match=r"cloud process ended \(signal SIGKILL\)"):
         endpoint.call("forget", 20)
@@ -433,7 +434,7 @@ def test_threads_of_both_endpoints_sleep_where_they_wait_for_each_other(
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.setenv("GOMP_SPINCOUNT", "infinity")
     for role in ("edge", "cloud"):
-        endpoint = Endpoint.start(role, None, tmp_path / "log")
+        endpoint = Endpoint.start(role, Local(), tmp_path / "log")
         with pytest.raises(EndpointError, match="nonsense"):
             endpoint.call("nonsense", 60)
         told = Path(f"/proc/{endpoint.process.pid}/environ").read_text().split("\0")
@@ -445,8 +446,9 @@ def test_threads_of_both_endpoints_sleep_where_they_wait_for_each_other(
 def test_an_endpoint_leaves_when_the_orchestrator_is_killed(tmp_path: Path) -> None:
     code = (
         "import os, pathlib, signal, sys\n"
-        "from testbed.hosts.local import Endpoint\n"
-        f"endpoint = Endpoint.start('edge', None, pathlib.Path({str(tmp_path / 'log')!r}))\n"
+        "from testbed.endpoints.endpoint import Endpoint\n"
+        "from testbed.hosts.local import Local\n"
+        f"endpoint = Endpoint.start('edge', Local(), pathlib.Path({str(tmp_path / 'log')!r}))\n"
         "print(endpoint.process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -465,7 +467,7 @@ def test_an_endpoint_leaves_when_the_orchestrator_is_killed(tmp_path: Path) -> N
 
 def test_root_is_dropped_on_the_command_line_that_starts_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    argv = " ".join(command("testbed.endpoints.edge", "tb-1-edge", User(1000, 100, "ann", "/home/ann"), 5))
+    argv = " ".join(Namespace("tb-1-edge", User(1000, 100, "ann", "/home/ann")).command(["python"]))
     assert argv.startswith("nsenter --net=/run/netns/tb-1-edge")
     for part in (
         "--reuid=1000",
@@ -487,7 +489,7 @@ def test_behind_sudo_the_invoking_user_is_who_typed_it(monkeypatch: pytest.Monke
 
 @pytest.mark.netns
 def test_an_endpoint_has_no_capability_left(tmp_path: Path) -> None:
-    endpoint = Endpoint.start("edge", None, tmp_path / "log")
+    endpoint = Endpoint.start("edge", Local(), tmp_path / "log")
     status = {}
     for _ in range(200):
         if (

@@ -9,28 +9,15 @@ from typing import Any
 import pytest
 
 from testbed.errors import UsageError
+from testbed.net.loopback import Loopback
 from testbed.net.traffic import traffic
 from testbed.net.traffic.traffic import Flow, running
 
 iperf3 = pytest.mark.skipif(shutil.which("iperf3") is None, reason="there is no iperf3 on this machine")
 
 
-class Loopback:
-    """Every node is this machine."""
-
-    def namespace(self, node: str) -> str:
-        return node
-
-    def address(self, node: str) -> str:
-        return "127.0.0.1"
-
-    def record_process(self, pid: int, what: str) -> None:
-        pass
-
-
 @pytest.fixture
-def loopback(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(traffic, "call_inside", lambda namespace, call: call())
+def loopback() -> Loopback:
     return Loopback()
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from testbed import files
 from testbed.errors import NetworkError
+from testbed.hosts import host as hosts
 from testbed.hosts import namespaces, processes
 from testbed.identity import as_root
 from testbed.net.fabric import removal, state
@@ -23,6 +24,7 @@ from testbed.net.profile.profile import MTU, Profile
 from testbed.net.topology.topology import Topology
 
 if TYPE_CHECKING:
+    from testbed.hosts.host import Host
     from testbed.net.calibration.calibrate import Calibration
     from testbed.net.emulators import Attachment, Counters, Emulator
 
@@ -185,9 +187,9 @@ class Fabric:
         """The emulator's name, as rows have it."""
         return self.emulator.name
 
-    def host(self, node: str) -> str:
-        """Where the node's processes are started: its namespace. Raises SpecError: no such node."""
-        return self.namespace(node)
+    def host(self, node: str) -> Host:
+        """Where the node's processes run. Raises SpecError: no such node."""
+        return hosts.host("namespace", name=self.namespace(node))
 
     def namespace(self, node: str) -> str:
         """The node's namespace, ``tb-<id>-<node>``, to be found under /run/netns. Raises SpecError: no such

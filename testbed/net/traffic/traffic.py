@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from testbed import strict_yaml
 from testbed.errors import NetworkError, SpecError, UsageError
-from testbed.hosts.namespaces import call_inside
+from testbed.hosts.host import Process
 from testbed.net.traffic import flow
 from testbed.units import parse_rate, parse_time
 
@@ -77,13 +76,12 @@ def running(network: Network, flows: Sequence[Flow]) -> Iterator[list[dict[str, 
     where iperf3 is asked for and missing, NetworkError where a flow cannot be started."""
     require_tools(flows)
     results: list[dict[str, Any]] = []
-    pairs: list[tuple[Flow, subprocess.Popen[str], subprocess.Popen[str]]] = []
+    pairs: list[tuple[Flow, Process, Process]] = []
     with contextlib.ExitStack() as ending:
         for one in flows:
             receiver = _start(network, one.target, "receive", one.kind)
             ending.callback(_kill, receiver)
-            assert receiver.stdout is not None
-            port = receiver.stdout.readline().strip()
+            port = receiver.stdout.readline().decode().strip()
             if not port:
                 raise NetworkError(f"traffic from {one.source} to {one.target}: its receiver does not start")
             numbers = (one.rate_bps or 0, one.start_s, one.stop_s or 0)
@@ -101,7 +99,7 @@ def running(network: Network, flows: Sequence[Flow]) -> Iterator[list[dict[str, 
 
 
 def _collect(
-    pairs: Sequence[tuple[Flow, subprocess.Popen[str], subprocess.Popen[str]]], results: list[dict[str, Any]]
+    pairs: Sequence[tuple[Flow, Process, Process]], results: list[dict[str, Any]]
 ) -> None:
     for one, sender, receiver in pairs:
         results.append(_result(one, _finish(sender), _finish(receiver)))
@@ -113,31 +111,23 @@ def _result(one: Flow, sent: dict[str, float], received: dict[str, float]) -> di
     return asdict(one) | counted
 
 
-def _start(network: Network, node: str, *arguments: str) -> subprocess.Popen[str]:
-    argv = [sys.executable, "-I", "-S", flow.__file__, *arguments]
-
-    def start() -> subprocess.Popen[str]:
-        pipe = subprocess.PIPE
-        return subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, start_new_session=True, cwd="/")
-
-    namespace = network.host(node)
-    process = start() if namespace is None else call_inside(namespace, start)
+def _start(network: Network, node: str, *arguments: str) -> Process:
+    process = network.host(node).start([sys.executable, "-I", "-S", flow.__file__, *arguments], {})
     network.record_process(process.pid, what=f"traffic at {node}")
     return process
 
 
-def _finish(process: subprocess.Popen[str]) -> dict[str, float]:
+def _finish(process: Process) -> dict[str, float]:
+    process.stdin.close()
     try:
-        said, _ = process.communicate(timeout=_END_S)
-        return json.loads(said)
-    except (subprocess.TimeoutExpired, ValueError):
-        raise NetworkError(f"background traffic: process {process.pid} ended without a result") from None
+        if process.status(_END_S) == 0:
+            count: dict[str, float] = json.loads(process.stdout.read())
+            return count
+    except ValueError:
+        pass
+    raise NetworkError(f"background traffic: process {process.pid} ended without a result")
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
+def _kill(process: Process) -> None:
     process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(OSError):
-                pipe.close()
+    process.stop()

@@ -1,0 +1,78 @@
+"""A host: a place where processes of ours run. Who has one starts programs there, and never asks where it is, or how it is
+reached.
+
+Kinds are a registry, `KINDS`. One more is a file with a class that does what `Host` says, and a line there.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from testbed.hosts.channel import Channel
+
+
+class Process(Protocol):
+    """A program that runs on a host. Its standard input and output are ours: to talk over, by `channel` or as they are."""
+
+    pid: int  #: by which messages name it
+    log: Path | None  #: what it prints besides; None: kept for `last_words` alone
+    stdin: IO[bytes]
+    stdout: IO[bytes]
+
+    @property
+    def channel(self) -> Channel:
+        """Calls and results over its standard input and output."""
+
+    def status(self, within_s: float | None = 0.0) -> int | None:
+        """Its exit status, -n where signal n ended it; None: it still runs after so long (None: as long as it takes)."""
+
+    def stopped_s(self) -> float:
+        """For how long it has been seen standing still (SIGSTOP), in seconds, look after look."""
+
+    def last_words(self) -> str:
+        """The last line of what it printed besides."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+    def stop(self) -> None:
+        """End it: it leaves when its standard input ends, and is killed where it does not."""
+
+
+class Host(Protocol):
+    """Where processes run: as the invoking user, without capabilities, and no longer than whoever started them."""
+
+    def start(self, argv: Sequence[str], env: Mapping[str, str | None], log: Path | None = None) -> Process:
+        """Start a program. `env`: what its environment has besides the host's own; None takes a variable out.
+
+        log: a file of ours for what it prints besides; it is appended to. Raises EndpointError, StorageError.
+        """
+
+    def put(self, source: Path, target: Path) -> None:
+        """Copy a file of ours to the host. Raises StorageError."""
+
+    def get(self, source: Path, target: Path) -> None:
+        """Copy a file of the host's here. Raises StorageError."""
+
+    def describe(self) -> dict[str, Any]:
+        """What there is to say of it: its ``kind``, and what tells it from others of that kind."""
+
+    def clock(self) -> tuple[float, float]:
+        """By how much its monotonic clock is ahead of ours, and how far that may be off; seconds."""
+
+
+#: Kind -> the class, as ``module:name``; imported once such a host is asked for.
+KINDS = {
+    "local": "testbed.hosts.local:Local",
+    "namespace": "testbed.hosts.local:Namespace",
+}
+
+
+def host(kind: str, **settings: Any) -> Host:
+    """A host of a kind; the settings are what its class takes. Raises KeyError for a kind that there is not."""
+    module, _, name = KINDS[kind].partition(":")
+    made: Host = getattr(importlib.import_module(module), name)(**settings)
+    return made
