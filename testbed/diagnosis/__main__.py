@@ -1,4 +1,6 @@
-"""`testbed diagnose`'s own process: settings as JSON on standard input, the diagnosis as JSON on standard output."""
+"""`testbed diagnose`'s own process: settings as a line of JSON on standard input; on standard output an object a line: each
+``part`` that is done, in words, and in the end what was ``found``, or the ``error``.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +11,21 @@ from testbed.errors import TestbedError
 
 
 def main() -> int:
-    """Runs the diagnosis; progress and complaints go to standard error, one line each."""
+    """Runs the diagnosis; returns the exit status."""
     from testbed.diagnosis.run import diagnose
     from testbed.diagnosis.settings import Settings
 
     try:
-        settings = Settings(**json.load(sys.stdin))
-        found = diagnose(settings, lambda line: print(line, file=sys.stderr, flush=True))
+        settings = Settings(**json.loads(sys.stdin.readline()))
+        _tell(found=diagnose(settings, lambda line: _tell(part=line.rstrip())))
     except TestbedError as error:
-        print(f"error {error}".replace("\n", " "), file=sys.stderr)
+        _tell(error=str(error).replace("\n", " "))
         return error.exit_status
-    json.dump(found, sys.stdout)
     return 0
+
+
+def _tell(**message: object) -> None:
+    print(json.dumps(message), flush=True)
 
 
 if __name__ == "__main__":

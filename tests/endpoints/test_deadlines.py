@@ -288,7 +288,14 @@ def test_an_answer_whose_times_cannot_be_is_an_error(answering: Answering) -> No
 
 
 def test_what_an_endpoint_says_of_a_trial_is_looked_at() -> None:
-    good = {"stages": {"transmit_s": 1.0}, "e2e_s": 1.0, "reused": [], "answer": "", "wire_bytes": 0}
+    good = {
+        "stages": {"transmit_s": 1.0},
+        "e2e_s": 1.0,
+        "reused": [],
+        "answer": "",
+        "wire_bytes": 0,
+        "replayed": False,
+    }
     good |= {"retransmits": 0, "payload_bytes": 1, "congestion": "cubic", "more": "is passed on"}
     assert checked(Served, good, "the edge") is good
     for change, place in (
