@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from testbed import files, programs
-from testbed.errors import EndpointError
+from testbed.errors import EndpointError, StorageError
 from testbed.hosts import processes, rootless
 from testbed.hosts.channel import Channel
 from testbed.identity import User, invoking_user
@@ -65,8 +65,8 @@ class LocalProcess:
                 self._printed.seek(0)
                 data = self._printed.read()
             else:
-                data = cast(Path, self.log).read_bytes()
-        except (OSError, ValueError):  # gone, or closed
+                data = files.read(cast(Path, self.log))
+        except (OSError, ValueError, StorageError):  # gone, or closed
             return ""
         lines = data.decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else ""

@@ -295,6 +295,8 @@ def test_what_an_endpoint_says_of_a_trial_is_looked_at() -> None:
         "answer": "",
         "wire_bytes": 0,
         "replayed": False,
+        "answer_tokens": 1,
+        "token_s": None,
     }
     good |= {"retransmits": 0, "payload_bytes": 1, "congestion": "cubic", "more": "is passed on"}
     assert checked(Served, good, "the edge") is good
