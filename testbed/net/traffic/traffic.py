@@ -98,9 +98,7 @@ def running(network: Network, flows: Sequence[Flow]) -> Iterator[list[dict[str, 
         _collect(pairs, results)
 
 
-def _collect(
-    pairs: Sequence[tuple[Flow, Process, Process]], results: list[dict[str, Any]]
-) -> None:
+def _collect(pairs: Sequence[tuple[Flow, Process, Process]], results: list[dict[str, Any]]) -> None:
     for one, sender, receiver in pairs:
         results.append(_result(one, _finish(sender), _finish(receiver)))
 
