@@ -17,7 +17,6 @@ from testbed.analysis import settings
 from testbed.analysis.describe import caveats, conditions, counted, subject
 from testbed.analysis.figures import NotInThisRun
 from testbed.analysis.figures.axes import limit_seconds
-from testbed.analysis.figures.names import short
 from testbed.analysis.figures.style import (
     INK,
     Frame,
@@ -26,6 +25,7 @@ from testbed.analysis.figures.style import (
     legend_columns,
     marks,
     panel_title,
+    short,
     tell_missing,
 )
 from testbed.analysis.run import Run

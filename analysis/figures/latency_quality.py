@@ -20,7 +20,6 @@ from testbed.analysis import paired_latency, settings
 from testbed.analysis.describe import caveats, conditions, counted, subject
 from testbed.analysis.figures import NotInThisRun, labels
 from testbed.analysis.figures.axes import limit_losses, limit_scores, limit_seconds
-from testbed.analysis.figures.names import short
 from testbed.analysis.figures.style import (
     GREY,
     INK,
@@ -29,6 +28,7 @@ from testbed.analysis.figures.style import (
     legend_columns,
     marks,
     panel_title,
+    short,
     tell_missing,
 )
 from testbed.analysis.run import Run

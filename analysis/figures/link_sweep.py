@@ -13,7 +13,6 @@ from testbed.analysis import settings
 from testbed.analysis.describe import caveats, counted, subject
 from testbed.analysis.figures import NotInThisRun
 from testbed.analysis.figures.axes import aside, at_values, limit_scores, limit_seconds
-from testbed.analysis.figures.names import short
 from testbed.analysis.figures.style import (
     INK,
     Frame,
@@ -22,6 +21,7 @@ from testbed.analysis.figures.style import (
     legend_columns,
     marks,
     panel_title,
+    short,
     tell_missing,
 )
 from testbed.analysis.latency_model import steady

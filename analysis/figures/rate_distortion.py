@@ -18,7 +18,6 @@ from testbed.analysis import settings
 from testbed.analysis.describe import caveats, counted, subject
 from testbed.analysis.figures import NotInThisRun, labels
 from testbed.analysis.figures.axes import limit_losses
-from testbed.analysis.figures.names import short
 from testbed.analysis.figures.style import (
     GREY,
     Frame,
@@ -27,6 +26,7 @@ from testbed.analysis.figures.style import (
     legend_columns,
     marks,
     panel_title,
+    short,
 )
 from testbed.analysis.run import Run
 from testbed.analysis.settings import DELTA_NLL, KL, Metric

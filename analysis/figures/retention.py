@@ -14,8 +14,15 @@ from testbed.analysis import settings
 from testbed.analysis.describe import caveats, subject
 from testbed.analysis.figures import NotInThisRun
 from testbed.analysis.figures.axes import aside, at_values, limit_losses, limit_scores
-from testbed.analysis.figures.names import short
-from testbed.analysis.figures.style import Frame, Mark, bottom_legend, legend_columns, marks, panel_title
+from testbed.analysis.figures.style import (
+    Frame,
+    Mark,
+    bottom_legend,
+    legend_columns,
+    marks,
+    panel_title,
+    short,
+)
 from testbed.analysis.run import Run
 from testbed.analysis.settings import DELTA_NLL, SCORE, Metric
 from testbed.codecs.spec import written

@@ -14,7 +14,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from testbed import stats
 from testbed.analysis import settings
 from testbed.analysis.describe import caveats, conditions, counted, subject
-from testbed.analysis.figures.names import short
 from testbed.analysis.figures.style import (
     BLUE,
     GREEN,
@@ -26,6 +25,7 @@ from testbed.analysis.figures.style import (
     YELLOW,
     Frame,
     panel_title,
+    short,
 )
 from testbed.analysis.run import Run, stage_names
 

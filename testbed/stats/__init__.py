@@ -3,11 +3,28 @@
 Everything is seeded: the same rows give the same numbers. The unit is the example, always.
 """
 
-from testbed.stats.counts import McNemar, holm, mcnemar, share_above
-from testbed.stats.estimates import CONFIDENCE, NOTHING, RESAMPLES, Estimate, mean, median, quantile
-from testbed.stats.front import pareto_front
+from testbed.stats.estimates import (
+    CONFIDENCE,
+    NOTHING,
+    RESAMPLES,
+    Estimate,
+    mean,
+    median,
+    pareto_front,
+    quantile,
+    share_above,
+)
 from testbed.stats.kept import kept
-from testbed.stats.paired import Difference, difference, ratio, signed_rank, smallest_detectable
+from testbed.stats.paired import (
+    Difference,
+    McNemar,
+    difference,
+    holm,
+    mcnemar,
+    ratio,
+    signed_rank,
+    smallest_detectable,
+)
 
 __all__ = [
     "CONFIDENCE",

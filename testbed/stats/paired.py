@@ -2,7 +2,8 @@
 
 What is compared has met the same examples, so that an example's difficulty cancels out. Two tests say
 whether the difference is there: Wilcoxon's signed-rank test (F. Wilcoxon, "Individual Comparisons by Ranking
-Methods", Biometrics Bulletin 1(6), 1945) over examples, and the bootstrap interval of the mean difference.
+Methods", Biometrics Bulletin 1(6), 1945) over examples, and the bootstrap interval of the mean difference. Right
+and wrong answers have McNemar's, and a family of such comparisons is adjusted by Holm's procedure.
 """
 
 from __future__ import annotations
@@ -181,3 +182,42 @@ def ratio(
     with np.errstate(divide="ignore", invalid="ignore"):
         drawn = np.where(draws[1] > 0, draws[0] / draws[1], np.inf)
     return Estimate(point, *expanded(point, drawn, min(sizes), confidence, "nearest"), sum(sizes))
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Examples that only one of two settings answered right, and the exact two-sided p that the two are
+    equally good.
+    """
+
+    gained: int  #: wrong with the baseline, right with the other
+    lost: int  #: right with the baseline, wrong with the other
+    n: int
+    p: float
+
+
+def mcnemar(right: npt.ArrayLike, baseline: npt.ArrayLike) -> McNemar:
+    """McNemar's test in its exact form (Q. McNemar, "Note on the sampling error of the difference between
+    correlated proportions or percentages", Psychometrika 12(2), 1947): pairs of 0 and 1; pairs with a value
+    that is not finite are left out.
+    """
+    after, before = np.asarray(right, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
+    both = np.isfinite(after) & np.isfinite(before)
+    now, then = after[both] >= 0.5, before[both] >= 0.5
+    gained, lost = int((now & ~then).sum()), int((~now & then).sum())
+    p = float(scipy_stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return McNemar(gained, lost, int(both.sum()), p)
+
+
+def holm(p: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """The p-values of one family of comparisons, adjusted so that the chance of any false finding stays
+    below the level (S. Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal
+    of Statistics 6(2), 1979). NaN stays NaN and does not count as a comparison.
+    """
+    raw = np.asarray(p, dtype=np.float64)
+    adjusted = np.full(raw.shape, np.nan)
+    known = np.flatnonzero(np.isfinite(raw))
+    order = known[np.argsort(raw[known], kind="stable")]
+    steps = raw[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps)) if len(order) else steps
+    return adjusted

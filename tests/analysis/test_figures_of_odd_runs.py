@@ -8,7 +8,7 @@ import pytest
 
 from testbed import analysis
 from testbed.analysis.figures import figure
-from testbed.analysis.figures.names import LONGEST, short
+from testbed.analysis.figures.style import LONGEST, short
 from testbed.analysis.run import load
 from testbed.cli import main
 from testbed.errors import UsageError
