@@ -41,7 +41,7 @@ def test_a_damaged_directory_gives_figures_of_what_is_there_and_says_what_is_mis
 
 
 def test_a_newer_format_and_an_older_one_are_told_apart(run: Path) -> None:
-    (run / "manifest.json").write_text('{"format": 3}')
+    (run / "manifest.json").write_text('{"format": 99}')
     with pytest.raises(UsageError, match="a newer testbed wrote it"):
         load(run)
     (run / "manifest.json").write_text('{"format": 1}')
