@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from collections.abc import Iterator
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -27,9 +24,7 @@ from testbed.analysis.figures.style import (
     panel_title,
 )
 from testbed.analysis.run import Run
-from testbed.errors import TestbedError
-from testbed.net.calibration.traces import Curve, Track
-from testbed.units import parse_fraction, parse_time
+from testbed.net.calibration.outcome import Check, Outcome, outcomes
 
 #: way -> its mark, where it stands beside the profile's middle, and its name
 WAYS = {
@@ -43,50 +38,31 @@ _EXTRA = (
     "99 % interval of their mean. Both are in tolerance where the line reaches the band.",
 )
 _ROW, _LEAST_PANEL = 0.36, 0.75  # inches
-_RELATIVE = ("rate", "jitter", "burst")
 _NAME = 27  # characters of a profile's name
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A profile's last measurement. `checks` by way and what; `curves` of a trace."""
-
-    profile: str
-    ok: bool
-    emulator: str
-    checks: dict[tuple[str, str], dict[str, Any]]
-    curves: tuple[Curve, ...]
-    tracks: tuple[Track, ...] = ()
-
-    def error(self, way: str, what: str) -> tuple[float, float, float] | None:
-        """Measured and its interval, as drawn: delay minus asked in ms, loss in %, else the error in %. None: not known."""
-        check = self.checks.get((way, what), {})
-        values = [check.get(key) for key in ("measured", "low", "high")]
-        asked = check.get("asked")
-        measured = values[0]
-        if not _number(measured) or not _number(asked) or (what in _RELATIVE and not asked):
-            return None
-        points = [float(v) if _number(v) else float(measured) for v in values]
-        if what == "loss":
-            return points[0] * 100, points[1] * 100, points[2] * 100
-        scale = 100 / asked if what in _RELATIVE else 1e3
-        return (points[0] - asked) * scale, (points[1] - asked) * scale, (points[2] - asked) * scale
-
-    def band(self, way: str, what: str) -> tuple[float, float] | None:
-        """The tolerance of all but a loss in the units of `error`, as it was when it was measured."""
-        text = str(self.checks.get((way, what), {}).get("tolerance", ""))
-        try:
-            if what in _RELATIVE:
-                return -100 * parse_fraction(text.lstrip("±")), 100 * parse_fraction(text.lstrip("±"))
-            return (0.0, 1e3 * parse_time(text.lstrip("+"))) if what == "delay" else None
-        except TestbedError:
-            return None
+def _error(check: Check | None) -> tuple[float, float, float] | None:
+    """Measured and its interval, as drawn: delay minus asked in ms, loss in %, else the error in %. None: not known."""
+    if check is None or check.measured is None or check.asked is None or (check.relative and not check.asked):
+        return None
+    low, high = (check.measured if end is None else end for end in (check.low, check.high))
+    points = (check.measured, low, high)
+    if check.what == "loss":
+        return points[0] * 100, points[1] * 100, points[2] * 100
+    scale = 100 / check.asked if check.relative else 1e3
+    return (
+        (points[0] - check.asked) * scale,
+        (points[1] - check.asked) * scale,
+        (points[2] - check.asked) * scale,
+    )
 
 
 def draw(run: Run) -> Figure:
     """A line for each profile: rate, one-way delay and loss, both ways, with tolerances; jitter and bursts where there are."""
     found = [
-        m for m in measured_links(run) if any(m.error(w, q) for w in WAYS for q in ("rate", "delay", "loss"))
+        m
+        for m in measured_links(run)
+        if any(_error(m.check(w, q)) for w in WAYS for q in ("rate", "delay", "loss"))
     ]
     if not found:
         raise NotInThisRun(f"{run.path}: its calibration.json has no measured link")
@@ -98,7 +74,9 @@ def draw(run: Run) -> Figure:
         ("burst", "bursts", "mean length's error (%)"),
     ]
     panels = [
-        one for one in panels if one[0] in _ALWAYS or any(m.error(w, one[0]) for m in found for w in WAYS)
+        one
+        for one in panels
+        if one[0] in _ALWAYS or any(_error(m.check(w, one[0])) for m in found for w in WAYS)
     ]
     frame = Frame(
         title=_verdict([m for m in found if not m.ok], len(found), bool(uncalibrated(run.rows))),
@@ -132,18 +110,21 @@ def draw(run: Run) -> Figure:
     return figure
 
 
-def _panel(ax: Axes, found: list[Measured], what: str, ticks: int) -> None:
+def _panel(ax: Axes, found: list[Outcome], what: str, ticks: int) -> None:
     ends = [0.0]
     for row, one in enumerate(found):
         for way, (mark, shift, _) in WAYS.items():
             y = row + shift
-            if (band := one.band(way, what)) is not None and one.error(way, what) is not None:
+            check = one.check(way, what)
+            if check is None or (error := _error(check)) is None:
+                continue
+            if check.band is not None:
+                scale = 100 if check.relative else 1e3
+                band = scale * check.band[0], scale * check.band[1]
                 ax.fill_betweenx([y - 0.17, y + 0.17], *band, color=_BAND, lw=0, zorder=1)
                 ends += band
-            if (error := one.error(way, what)) is None:
-                continue
             value, low, high = error
-            asked = 100 * float(one.checks[way, what]["asked"]) if what == "loss" else 0.0
+            asked = 100 * (check.asked or 0.0) if what == "loss" else 0.0
             ax.plot([asked], [y], marker="|", ms=11, mew=1.8, color=INK, ls="none", zorder=2)
             ax.plot([low, high], [y, y], color=mark.color, lw=1.4, zorder=3)
             ax.plot([value], [y], zorder=4, **mark.options())
@@ -159,7 +140,7 @@ def _panel(ax: Axes, found: list[Measured], what: str, ticks: int) -> None:
         ax.axhline(row - 0.5, color="#E6E6E6", lw=0.7, zorder=0)
 
 
-def _verdict(out: list[Measured], n: int, off: bool) -> str:
+def _verdict(out: list[Outcome], n: int, off: bool) -> str:
     """`off`: some trials ran on a link that was then out of tolerance, whatever was measured later."""
     if not out and off:
         return f"Within tolerance when last measured; trials ran while {'a link' if n > 1 else 'it'} was not"
@@ -172,10 +153,10 @@ def _verdict(out: list[Measured], n: int, off: bool) -> str:
     return f"{len(out)} of {n} links {'was' if len(out) == 1 else 'were'} out of tolerance"
 
 
-def _worst(found: list[Measured]) -> str:
+def _worst(found: list[Outcome]) -> str:
     """The largest error of each, in words."""
     errors = {
-        what: [error[0] for m in found for way in WAYS if (error := m.error(way, what)) is not None]
+        what: [error[0] for m in found for way in WAYS if (error := _error(m.check(way, what))) is not None]
         for what in ("rate", "delay")
     }
     said = []
@@ -184,16 +165,15 @@ def _worst(found: list[Measured]) -> str:
         said.append(f"largest error of a rate {worst:+.2f} %")
     if errors["delay"]:
         said.append(f"of a delay {max(errors['delay'], key=abs):+.2f} ms")
-    losses = [check["ok"] for m in found for (_, what), check in m.checks.items() if what == "loss"]
+    losses = [check.ok for m in found for check in m.checks if check.what == "loss"]
     if losses:
         said.append(f"loss as asked in {sum(ok is True for ok in losses)} of {len(losses)} ways")
     return " · ".join(said)
 
 
-def subject(found: list[Measured]) -> str:
+def subject(found: list[Outcome]) -> str:
     emulators = ", ".join(dict.fromkeys(m.emulator for m in found if m.emulator))
-    known = [c for m in found for (_, what), c in m.checks.items() if what in ("rate", "delay", "loss")]
-    sizes = [check["n"] for check in known if _number(check.get("n"))]
+    sizes = [check.n for m in found for check in m.checks if check.what in _ALWAYS and check.n]
     links = f"{len(found)} link profile{'' if len(found) == 1 else 's'}"
     probes = [f"n = {min(sizes)} to {max(sizes)} probe packets a figure"] if sizes else []
     return " · ".join(
@@ -211,50 +191,10 @@ def notes(run: Run) -> Iterator[str]:
         yield f"Run directory: {'; '.join(run.notes)}."
 
 
-def measured_links(run: Run) -> list[Measured]:
-    """Each profile's last measurement, in the order in which they came; what is not one is passed over."""
-    latest = {str(one.get("profile")): one for one in _dicts(run.calibration.get("measurements"))}
-    wanted = set(map(str, run.rows["profile"])) if run.where else set(latest)
-    found = []
-    for profile, one in latest.items():
-        attempts = list(_dicts(one.get("attempts")))
-        if profile in wanted and attempts:
-            checks = {(str(c.get("way")), str(c.get("what"))): c for c in _dicts(attempts[-1].get("checks"))}
-            curves = tuple(c for raw in _dicts(attempts[-1].get("curves")) if (c := _read_curve(raw)))
-            tracks = tuple(t for raw in _dicts(attempts[-1].get("tracks")) if (t := _read_track(raw)))
-            ok = one.get("ok") is not False
-            found.append(Measured(profile, ok, str(one.get("emulator") or ""), checks, curves, tracks))
-    return found
-
-
-def _read_curve(raw: dict[str, Any]) -> Curve | None:
-    asked, delivered = raw.get("asked_bytes"), raw.get("delivered_bytes")
-    if not (isinstance(asked, list) and isinstance(delivered, list) and len(asked) == len(delivered) > 0):
-        return None
-    numbers = [*asked, *delivered, raw.get("begin_s"), raw.get("bin_s")]
-    if raw.get("way") not in WAYS or not all(map(_number, numbers)) or raw["bin_s"] <= 0:
-        return None
-    return Curve(raw["way"], raw["begin_s"], raw["bin_s"], tuple(asked), tuple(delivered))
-
-
-def _read_track(raw: dict[str, Any]) -> Track | None:
-    asked, measured = raw.get("asked"), raw.get("measured")
-    if not (isinstance(asked, list) and isinstance(measured, list) and len(asked) == len(measured) > 0):
-        return None
-    numbers = [*(v for v in (*asked, *measured) if v is not None), raw.get("begin_s"), raw.get("bin_s")]
-    if raw.get("way") not in WAYS or raw.get("what") not in ("delay", "loss"):
-        return None
-    if not all(map(_number, numbers)) or raw["bin_s"] <= 0:
-        return None
-    return Track(raw["way"], raw["what"], raw["begin_s"], raw["bin_s"], tuple(asked), tuple(measured))
-
-
-def _dicts(value: object) -> Iterable[dict[str, Any]]:
-    return (one for one in value if isinstance(one, dict)) if isinstance(value, list) else ()
-
-
-def _number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def measured_links(run: Run) -> list[Outcome]:
+    """The last measurement of each profile that the rows name."""
+    wanted = set(map(str, run.rows["profile"])) if run.where else None
+    return [one for one in outcomes(run.calibration) if wanted is None or one.profile in wanted]
 
 
 def spaced(profile: str) -> str:

@@ -11,10 +11,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from testbed.analysis.figures import NotInThisRun
-from testbed.analysis.figures.fidelity import WAYS, Measured, measured_links, notes, spaced, subject
+from testbed.analysis.figures.fidelity import WAYS, measured_links, notes, spaced, subject
 from testbed.analysis.figures.style import BLUE, VERMILLION, Frame, bottom_legend, panel_title
 from testbed.analysis.run import Run
-from testbed.net.calibration.traces import Curve, Track
+from testbed.net.calibration.outcome import Curve, Outcome, Track
 
 _ASKED = "#CFCFCF"
 _LOOK = {"up": (BLUE, "-"), "down": (VERMILLION, "--")}
@@ -25,7 +25,7 @@ def draw(run: Run) -> Figure:
     found = [m for m in measured_links(run) if m.curves or m.tracks]
     if not found:
         raise NotInThisRun(f"{run.path}: none of its links was measured along a trace")
-    drawn: list[tuple[Measured, Curve | Track]] = []
+    drawn: list[tuple[Outcome, Curve | Track]] = []
     for one in found:
         drawn += [(one, curve) for curve in one.curves] + [(one, track) for track in one.tracks]
     frame = Frame(
@@ -62,7 +62,7 @@ def draw(run: Run) -> Figure:
     return figure
 
 
-def _curve(ax: Axes, one: Measured, curve: Curve) -> None:
+def _curve(ax: Axes, one: Outcome, curve: Curve) -> None:
     shape = curve.correlation
     said = f"correlation {shape:.4f}" if shape is not None else "constant: no correlation"
     name = f"{WAYS[curve.way][2]}: {spaced(one.profile)}"
@@ -71,12 +71,11 @@ def _curve(ax: Axes, one: Measured, curve: Curve) -> None:
     ax.set_ylabel(f"kB per {curve.bin_s * 1e3:g} ms")
 
 
-def _track(ax: Axes, one: Measured, track: Track) -> None:
-    check = one.checks.get((track.way, f"{track.what} trace"), {})
+def _track(ax: Axes, one: Outcome, track: Track) -> None:
+    check = one.check(track.way, f"{track.what} trace")
     scale, label = (1e3, "one-way delay (ms)") if track.what == "delay" else (100.0, "lost probes (%)")
-    measured, asked = check.get("measured"), check.get("asked")
-    said = f"n = {check.get('n')}"
-    if isinstance(measured, float) and isinstance(asked, float):
+    said = f"n = {check.n if check else None}"
+    if check is not None and (measured := check.measured) is not None and (asked := check.asked) is not None:
         said = (
             f"median error {1e3 * measured:.2f} ms · {said}"
             if track.what == "delay"
@@ -108,7 +107,7 @@ def _total_error(curve: Curve) -> float:
     return 100 * (delivered - asked) / asked if asked else 0.0
 
 
-def _worst(drawn: list[tuple[Measured, Curve | Track]]) -> str:
+def _worst(drawn: list[tuple[Outcome, Curve | Track]]) -> str:
     curves = [line for _, line in drawn if isinstance(line, Curve)]
     said = []
     if shapes := [shape for curve in curves if (shape := curve.correlation) is not None]:
@@ -116,21 +115,21 @@ def _worst(drawn: list[tuple[Measured, Curve | Track]]) -> str:
     if curves:
         off = max((_total_error(curve) for curve in curves), key=abs)
         said.append(f"largest error of the total {off:+.2f} %")
-    errors = [m.checks.get((line.way, "delay trace"), {}).get("measured") for m, line in drawn]
-    if known := [error for error in errors if isinstance(error, float)]:
+    errors = [m.check(line.way, "delay trace") for m, line in drawn]
+    if known := [check.measured for check in errors if check is not None and check.measured is not None]:
         said.append(f"of a delay (median) {1e3 * max(known):.2f} ms")
     parts = sum(len(line.asked_bytes if isinstance(line, Curve) else line.asked) for _, line in drawn)
     return f"{', '.join(said)} · n = {parts} parts of {len(drawn)} stretches"
 
 
-def _followed(drawn: list[tuple[Measured, Curve | Track]]) -> str:
+def _followed(drawn: list[tuple[Outcome, Curve | Track]]) -> str:
     """Whether all of what each was judged by was in tolerance."""
     kinds = {"bytes": ("curve", "total"), "delay": ("delay trace",), "loss": ("loss trace", "loss shape")}
     off = [
         line
         for one, line in drawn
         if any(
-            one.checks.get((line.way, what), {}).get("ok") is False
+            (check := one.check(line.way, what)) is not None and check.ok is False
             for what in kinds["bytes" if isinstance(line, Curve) else line.what]
         )
     ]

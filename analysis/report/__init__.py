@@ -15,6 +15,7 @@ from testbed.analysis.describe import caveats, computing, subject
 from testbed.analysis.figures import FIGURES, draw_all
 from testbed.analysis.run import Run
 from testbed.analysis.summary import summarise, table
+from testbed.net.calibration.outcome import outcomes
 
 #: Columns of the table: name in the summary, heading, digits.
 COLUMNS = (
@@ -118,37 +119,25 @@ def _caveats(run: Run) -> list[str]:
 
 
 def _calibration(run: Run) -> list[dict[str, Any]]:
-    """Each profile's last measurement: asked, measured, interval, verdict."""
-    measured = run.calibration.get("measurements")
-    latest: dict[str, Any] = {}
-    for one in measured if isinstance(measured, list) else []:
-        if isinstance(one, dict):
-            latest[str(one.get("profile"))] = one
-    found = []
-    for name, one in latest.items():
-        attempts = one.get("attempts")
-        last = attempts[-1] if isinstance(attempts, list) and attempts else {}
-        checks = last.get("checks") if isinstance(last, dict) else None
-        for check in checks if isinstance(checks, list) else []:
-            if not isinstance(check, dict):
-                continue
-            found.append(
-                {
-                    "profile": name,
-                    "way": check.get("way"),
-                    "what": check.get("what"),
-                    "asked": _quantity(check.get("what"), check.get("asked")),
-                    "measured": _quantity(check.get("what"), check.get("measured")),
-                    "ok": "ok" if check.get("ok") is True else "OUT" if check.get("ok") is False else "–",
-                }
-            )
-    return found
+    """Each profile's last measurement: asked, measured, verdict."""
+    return [
+        {
+            "profile": outcome.profile,
+            "way": check.way,
+            "what": check.what,
+            "asked": _quantity(check.what, check.asked),
+            "measured": _quantity(check.what, check.measured),
+            "ok": "ok" if check.ok else "OUT" if check.ok is False else "–",
+        }
+        for outcome in outcomes(run.calibration)
+        for check in outcome.checks
+    ]
 
 
-def _quantity(what: object, value: object) -> str:
-    if not isinstance(value, int | float):
+def _quantity(what: str, value: float | None) -> str:
+    if value is None:
         return "–"
-    shown = _UNITS.get(str(what))
+    shown = _UNITS.get(what)
     return shown(value) if shown else f"{value:.4g}"
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from testbed.codecs.diagnosed import FORMAT as DIAGNOSIS_FORMAT
 from testbed.experiment.results import FORMAT, STAGES, Row
 from testbed.net.calibration.calibrate import Attempt, Calibration
-from testbed.net.calibration.checks import Check, delay_check, loss_check, rate_check
+from testbed.net.calibration.checks import delay_check, loss_check, rate_check
+from testbed.net.calibration.outcome import Check, Curve
 from testbed.net.calibration.probes import Arrived
-from testbed.net.calibration.traces import Curve
 from testbed.net.emulators.relay.userspace import Userspace
 from testbed.net.profile.profile import Direction
 

@@ -21,8 +21,7 @@ from testbed.analysis.figures.retention import split_selection
 from testbed.analysis.figures.style import WIDTH, marks, style
 from testbed.analysis.run import load
 from testbed.errors import UsageError
-from testbed.net.calibration.checks import Check
-from testbed.net.calibration.traces import Track
+from testbed.net.calibration.outcome import Check, Track
 from tests.analysis.make_run import CODECS, PROFILES, SWEEP, make_run, write_calibration, write_diagnosis
 from tests.analysis.test_run_directory import lines, rewrite
 

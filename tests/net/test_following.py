@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 from testbed.net.calibration import prober
+from testbed.net.calibration.outcome import Curve
 from testbed.net.calibration.probes import Flow, _plan
-from testbed.net.calibration.traces import Curve, _applied, _flow
+from testbed.net.calibration.traces import _applied, _flow
 from testbed.net.emulators.netem.netem import Netem
 from testbed.net.emulators.relay.userspace import Userspace
 from testbed.net.profile.profile import parse_profile

@@ -25,6 +25,7 @@ from testbed.net.calibration.checks import (
     loss_check,
     rate_check,
 )
+from testbed.net.calibration.outcome import Curve, Track
 from testbed.net.calibration.probes import (
     PROBE_BYTES,
     SLACK_S,
@@ -40,7 +41,7 @@ from testbed.net.calibration.probes import (
     rate_flow,
     settle_s,
 )
-from testbed.net.calibration.traces import STRETCH_S, Curve, Track, follow, follow_values
+from testbed.net.calibration.traces import STRETCH_S, follow, follow_values
 from testbed.net.emulators.emulator import Counters
 from testbed.net.profile.profile import Direction, Profile
 from testbed.units import format_duration, format_rate, format_time

@@ -6,78 +6,22 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
 from statistics import mean, median, stdev
 
+from testbed.net.calibration.outcome import Check
 from testbed.net.calibration.probes import Arrived
 from testbed.net.profile.jitter import spread
 from testbed.net.profile.loss import LossModel
 from testbed.net.profile.profile import Direction
-from testbed.units import format_fraction, format_rate, format_size, format_time
+from testbed.units import format_fraction, format_time
 
 RATE_TOLERANCE = 0.03
 DELAY_TOLERANCE_S = 1e-3  # above the asked delay
 _EARLY_S = 0.1e-3  # below it: the clock's and the time stamps' own error
 CONFIDENCE = 0.99
 _FILL_S = 0.15  # of a saturating flow, at most: until the queue stands
-
-
-_SHOWN: dict[str, Callable[[float], str]] = {
-    "rate": format_rate,
-    "delay": format_time,
-    "loss": format_fraction,
-    "jitter": format_time,
-    "law": lambda distance: f"{distance:.3f}",
-    "burst": lambda packets: f"{packets:.3g}",
-    "delay trace": format_time,
-    "loss trace": format_fraction,
-    "loss shape": lambda square: f"{square:.2f}",
-    "curve": lambda correlation: f"{correlation:.4f}",
-    "total": format_size,
-}
-_RELATIVE = ("rate", "total", "jitter", "burst")  # whose error is a fraction of what is asked
-
-
-@dataclass(frozen=True)
-class Check:
-    """One figure of one way. Rates in bits per second, delays in seconds, losses as fractions."""
-
-    way: str
-    what: str
-    """"rate", "delay", "loss"; "jitter" (standard deviation), "law" (distance from it), "burst" (packets). Of a trace: "curve"
-    (correlation), "total" (bytes), "delay trace" (seconds off), "loss trace", "loss shape" (chi-square a degree of freedom)."""
-    asked: float | None  # None: no limit
-    measured: float | None  # None: nothing arrived
-    low: float | None  # 99 % interval of what was measured
-    high: float | None
-    n: int  # probe packets behind it
-    ok: bool | None  # None: reported, not judged
-    tolerance: str
-    p99: float | None = None  # of the delay
-
-    def __str__(self) -> str:
-        line = self.line()
-        return f"{self.way} {self.what} {line['measured']} instead of {line['asked']}"
-
-    def line(self) -> dict[str, object]:
-        """The figure as text: ``asked``, ``measured``, ``error``; with ``way``, ``what``, ``ok``."""
-        show = _SHOWN[self.what]
-        error = ""
-        if self.asked is not None and self.measured is not None:
-            off = self.measured - self.asked
-            sign = "-" if off < 0 else "+"
-            relative = self.what in _RELATIVE and self.asked > 0
-            error = f"{100 * off / self.asked:+.2f}%" if relative else sign + show(abs(off))
-        return {
-            "way": self.way,
-            "what": self.what,
-            "asked": "no limit" if self.asked is None else show(self.asked),
-            "measured": "nothing arrived" if self.measured is None else show(self.measured),
-            "error": error,
-            "ok": self.ok is not False,
-        }
 
 
 def rate_check(way: str, direction: Direction, flow: Arrived, packet_bytes: int) -> Check:

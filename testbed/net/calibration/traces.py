@@ -8,16 +8,16 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import isfinite
 from statistics import median
 
 from testbed.net.calibration.checks import CONFIDENCE, DELAY_TOLERANCE_S, Check, clopper_pearson
+from testbed.net.calibration.outcome import Curve, Track
 from testbed.net.calibration.probes import PROBE_BYTES, SLACK_S, WAYS, Arrived, Flow, Prober
-from testbed.net.emulators.emulator import Emulator
 from testbed.net.profile.deliveries import Deliveries
 from testbed.net.profile.profile import Direction, Profile
 from testbed.net.profile.schedule import Schedule
-from testbed.units import format_fraction, format_time
+from testbed.units import format_time
 
 BIN_S = 0.1
 STRETCH_S = 8.0
@@ -32,49 +32,6 @@ _PARALLEL_BPS = (
     60e6  # both ways at once only where their rates sum up to less: the processor must not be the limit
 )
 _FULL_PACKET, _SMALL_PACKET = 1500, 200
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Bytes of the network layer in equal parts of one stretch of the trace, as asked and as delivered."""
-
-    way: str
-    begin_s: float  # in the trace, after its offset
-    bin_s: float
-    asked_bytes: tuple[float, ...]
-    delivered_bytes: tuple[int, ...]
-
-    @property
-    def correlation(self) -> float | None:
-        """Pearson's; None where the trace is as good as constant: what is left then is the packets' grain."""
-        n = len(self.asked_bytes)
-        means = sum(self.asked_bytes) / n, sum(self.delivered_bytes) / n
-        pairs = [
-            (a - means[0], d - means[1]) for a, d in zip(self.asked_bytes, self.delivered_bytes, strict=True)
-        ]
-        asked, delivered = sum(a * a for a, _ in pairs), sum(d * d for _, d in pairs)
-        if sqrt(asked / n) < 0.02 * means[0]:
-            return None
-        return sum(a * d for a, d in pairs) / sqrt(asked * delivered) if delivered else 0.0
-
-    @property
-    def totals(self) -> tuple[float, int]:
-        """Bytes asked and delivered over the whole stretch."""
-        return sum(self.asked_bytes), sum(self.delivered_bytes)
-
-    def checks(self, emulator: type[Emulator] | Emulator) -> list[Check]:
-        """The verdict for shape and sum, in the emulator's tolerances."""
-        least, most_off = emulator.least_correlation, emulator.most_off
-        asked, delivered = self.totals
-        n, shape = len(self.asked_bytes), self.correlation
-        fits = None if shape is None else shape >= least
-        total_ok = abs(delivered - asked) <= most_off * asked
-        return [
-            Check(self.way, "curve", 1.0, shape, None, None, n, fits, f"≥ {least}"),
-            Check(
-                self.way, "total", asked, delivered, None, None, n, total_ok, f"±{format_fraction(most_off)}"
-            ),
-        ]
 
 
 def follow(
@@ -191,18 +148,6 @@ _INTERVAL_S = 0.9e-3
 _VALUES_LEAD_S = 0.2
 _QUEUED_S = 20e-3  # a probe that has to wait longer says nothing of delay, and may be dropped: not counted
 _EXPECTED = 5.0  # losses in a part of the stretch, at least: below, chi-square's distribution is another
-
-
-@dataclass(frozen=True)
-class Track:
-    """Means over equal parts of one stretch of a trace, as asked and as measured; None where no probe tells."""
-
-    way: str
-    what: str  # "delay" (seconds) or "loss" (fractions)
-    begin_s: float  # in the trace, after its offset
-    bin_s: float
-    asked: tuple[float | None, ...]
-    measured: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
