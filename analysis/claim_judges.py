@@ -201,6 +201,8 @@ def free(evidence: Evidence) -> Iterator[Verdict]:
                 found = rules.geometric((own["select_s"] - asked) / (own["prefill_s"] + asked), own)
                 whole = rules.geometric(own["select_s"] / own["prefill_s"], own)
                 figure = "selection takes {:.2g} of the prefill of context and question {}"
+                if asked.isna().all():
+                    figure = "what the question's pass takes of the selection was not measured"
                 verdict = rules.threshold(
                     "q2c-free", model, setting, found, 0.05, figure, below=True, examples=_TIMES
                 )
