@@ -152,6 +152,6 @@ def test_an_embedding_that_no_payload_can_tell_is_refused_by_name(
 ) -> None:
     model = load_model(str(tiny_model("llama")), dtype=dtype, threads=1)
     cache = model.prefill([5, 6, 7], None).cache
-    monkeypatch.setattr(Rotation, "rope", lambda self: None)
+    monkeypatch.setattr(Rotation, "rope", lambda self, length: None)
     with pytest.raises(UsageError, match=r"model '.*llama': layer 0 turns its keys by no steady frequencies"):
         model.knowing_ropes(cache)

@@ -142,8 +142,9 @@ def test_what_a_call_depends_on_ends_it(tmp_path: Path) -> None:
         raise NetworkError("link access: its relay (process 7) ended (signal SIGKILL)")
 
     try:
+        os.kill(endpoint.process.pid, signal.SIGSTOP)  # or it answers before anybody looks
         with noticed(), pytest.raises(NetworkError, match="link access"):
-            endpoint.call("nonsense", 120, gone)  # it takes a second to import what it needs
+            endpoint.call("nonsense", 120, gone)
     finally:
         endpoint.process.kill()
         endpoint.stop()
