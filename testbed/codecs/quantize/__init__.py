@@ -114,6 +114,11 @@ def rounded_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (near.view(torch.int16) + (near.float() < scale).to(torch.int16)).view(dtype)
 
 
+def divided(x: Tensor, by: float) -> Tensor:
+    """x / by, rounded alike on every device: by a plain number CUDA does not divide, but multiplies with its reciprocal."""
+    return x / x.new_full((), by)
+
+
 def over(x: Tensor, scale: Tensor) -> Tensor:
     """x / scale in float32; 0 where the scale is."""
     wide = scale.float()

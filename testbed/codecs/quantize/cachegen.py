@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from testbed.codecs.entropy.ans import ANS
-from testbed.codecs.quantize import Part, Quantizer, cut_side, over, rounded_up, side_of
+from testbed.codecs.quantize import Part, Quantizer, cut_side, divided, over, rounded_up, side_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,7 +141,7 @@ def _quantized(x: Tensor, most: int, dtype: str) -> tuple[Tensor, Tensor]:
 
     if not x.numel():
         return x, x.new_empty(x.shape[1], dtype=getattr(torch, dtype))
-    scale = rounded_up(x.abs().amax((0, 2)) / most, getattr(torch, dtype))
+    scale = rounded_up(divided(x.abs().amax((0, 2)), most), getattr(torch, dtype))
     return over(x, scale[:, None]).round_().clamp_(-most, most).add_(most), scale
 
 

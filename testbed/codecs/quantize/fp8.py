@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from testbed.codecs.quantize import Part, Quantizer, over, rounded_up
+from testbed.codecs.quantize import Part, Quantizer, divided, over, rounded_up
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ class FP8(Quantizer):
         self.require_finite(part, values)
         axes = (-1,) if self.scale == "token" else (-2, -1)
         largest = values.float().abs().amax(axes, keepdim=True)
-        scale = rounded_up(largest / LARGEST, getattr(torch, part.dtype))
+        scale = rounded_up(divided(largest, LARGEST), getattr(torch, part.dtype))
         scaled = over(values, scale).clamp_(-LARGEST, LARGEST)
         return scaled.to(torch.float8_e4m3fn).contiguous().view(torch.uint8), scale
 

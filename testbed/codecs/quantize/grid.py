@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from testbed.codecs.quantize import divided
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -21,13 +23,13 @@ def quantize(x: Tensor, levels: int, symmetric: bool, dtype: torch.dtype) -> tup
     import torch
 
     if symmetric:
-        scale, inverse = _scale(_largest(x).div_(levels), levels, dtype)
+        scale, inverse = _scale(divided(_largest(x), levels), levels, dtype)
         return torch.mul(x, inverse[..., None]).round_(), scale[..., None, :]
     working = x.to(torch.float32, copy=True)
     # The zero point as it is sent (which 16-bit values reach exactly); divided first: a difference may overflow.
     zero = working.amin(-1).add_(0.0).to(dtype)  # + 0: no -0
     low = zero.float()
-    step = (working.amax(-1).div_(levels) - low / levels).clamp_min_(0)
+    step = (divided(working.amax(-1), levels) - divided(low, levels)).clamp_min_(0)
     scale, inverse = _scale(step, levels, dtype)
     working.mul_(inverse[..., None]).sub_((low * inverse)[..., None]).round_()
     return working, torch.stack((scale, zero), -2)
