@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,13 @@ def _missing(marker: str) -> str | None:
             return str(error)
         return None
     return (kernel.lacks_netem() if marker == "netem" else kernel.lacks_namespaces()) or None
+
+
+@pytest.fixture(autouse=True)
+def _on_the_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models compute on the processor, as what they are compared with, but where a test is of GPUs too."""
+    if not getattr(request.module, "ON_GPUS", False) and "torch" in sys.modules:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
 
 @pytest.fixture

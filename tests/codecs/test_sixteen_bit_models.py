@@ -22,6 +22,7 @@ from testbed.models.rotary import Rotation
 from tests.codecs.test_families import ANSWER, CONTEXT, PREFIX, PRUNED, QUESTION, SCORES
 from tests.tiny_models import FAMILIES
 
+ON_GPUS = True  #: where there is one, these models compute on it
 Tiny = Callable[[str], Path]
 FORMATS = ["bfloat16", "float16"]
 #: Whose keys leave a projection, or a norm behind it, just before they are turned.
@@ -56,11 +57,11 @@ def straight_attention(model: LanguageModel, evidence: Evidence, layer: int) -> 
         ],
         1,
     ).double()
-    before, count = evidence.prefix.length, queries.shape[1]
+    before = evidence.prefix.length
     scores = queries.unflatten(0, (len(keys), -1)) @ keys[:, None].mT * model.scaling(layer)
     cap = model.softcap(layer)
     scores = scores if cap is None else torch.tanh(scores / cap) * cap
-    unseen = torch.ones(count, keys.shape[1], dtype=torch.bool).triu(before + 1)
+    unseen = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(before + 1)
     weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
     weights = weights[..., before : before + evidence.tokens].flatten(0, 1)
     weights = weights.unflatten(0, (evidence.cache.layers[layer].kv_heads, -1))  # as it is cached
@@ -75,10 +76,10 @@ def test_scores_of_a_model_in_sixteen_bits_are_those_of_straight_attention(
     model, counts, evidence = prepared(tiny_model(family), dtype)
     evidence = replace(evidence, context_attention=None)  # which the model sums up in its own format
     layer = evidence.prunable[-1]
-    weights = straight_attention(model, evidence, layer)
+    weights = straight_attention(model, evidence, layer).cpu()
     for text, weighing in SCORES.items():
         selector: Any = Codec(text).selector
-        expected, found = weighing(weights, *counts), selector.scores(evidence, layer).double()
+        expected, found = weighing(weights, *counts), selector.scores(evidence, layer).cpu().double()
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4, msg=lambda m, t=text: f"{t}: {m}")
 
 
@@ -141,7 +142,7 @@ def test_what_is_sent_of_a_model_in_sixteen_bits_is_what_stood_before_the_rotati
     knowing = model.knowing_ropes(evidence.cache)
     codec = Codec(text)
     assert bytes(codec.encode(knowing)) != bytes(codec.encode(evidence.cache))
-    for ours, theirs in zip(decode(codec.encode(knowing)).layers, knowing.layers, strict=True):
+    for ours, theirs in zip(decode(codec.encode(knowing)).layers, knowing.to("cpu").layers, strict=True):
         largest = float(theirs.keys.float().abs().max())
         assert float((ours.keys.float() - theirs.keys.float()).abs().max()) < 0.05 * largest
 

@@ -1,0 +1,117 @@
+"""What a real GPU must do as the processor does; skipped where torch finds none.
+
+Where there is one, the models of `codecs/test_sixteen_bit_models.py` compute on it, too; all other tests' on the processor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+
+from testbed.codecs.codec import Codec, decode
+from testbed.endpoints.both import Both
+from testbed.endpoints.pace import Pace
+from testbed.experiment import compute
+from testbed.models.loading import load_model
+from tests.codecs import test_every_codec as every
+from tests.codecs import test_second_device as second
+from tests.codecs.caches import same_cache
+from tests.tiny_models import FAMILIES
+
+ON_GPUS = True
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
+
+CODECS = [
+    *dict.fromkeys([*second.CODECS, *every.CODECS, "int8", "int3(symmetric=true)", "int4(axis=channel)"])
+]
+#: A GPU adds up in another order, and of equal outliers takes others: a norm, a symbol or an outlier may be another one.
+INEXACT = ("normsep", "turbo", "kvquant")
+CACHES = ["grouped", "sliding layers", "ragged", "uneven, in the other format"]
+TEXT = "Context: The harbour clock was mended in spring by Anna Lind, and the keeper wrote the code 4821."
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("text", CODECS)
+def test_payloads_and_what_they_are_decoded_to_are_the_processors(text: str, name: str) -> None:
+    cache = every.cache_of(name)
+    payload = Codec(text).encode(cache)
+    ours = Codec(text).encode(cache.to("cuda"))
+    decoded = decode(payload, "cuda")
+    assert all(layer.keys.is_cuda and layer.positions.is_cuda for layer in decoded.layers)
+    if not text.startswith(INEXACT):
+        assert bytes(ours) == bytes(payload)
+        assert same_cache(decoded.to("cpu"), decode(payload))
+        return
+    assert len(ours) == len(payload)
+    for other in (decoded.to("cpu"), decode(ours)):
+        for a, b in zip(other.layers, decode(payload).layers, strict=True):
+            for found, expected in ((a.keys.float(), b.keys.float()), (a.values.float(), b.values.float())):
+                assert torch.isclose(found, expected, rtol=0.02, atol=0.01).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_in_sixteen_bits_attends_and_turns_its_keys_there_as_on_the_processor(
+    tiny_model: Callable[[str], Path], family: str
+) -> None:
+    """What queries of the prompt's end pay to each token, and the frequencies that its keys were found to be turned by."""
+    path = str(tiny_model(family))
+    ours, theirs = (load_model(path, device, "bfloat16", 1) for device in ("cuda", "cpu"))
+    ids = ours.tokenize(TEXT, start=True)
+    found, expected = (m.prefill(ids, None, queries=5, attention=True) for m in (ours, theirs))
+    assert ours.dtype == torch.bfloat16 and found.cache.layers[0].keys.is_cuda
+    for a, b in zip(found.attention, expected.attention, strict=True):
+        torch.testing.assert_close(a.cpu().float(), b.float(), atol=0.05, rtol=0.05)
+    ropes = [
+        [layer.rope for layer in m.knowing_ropes(r.cache).layers]
+        for m, r in ((ours, found), (theirs, expected))
+    ]
+    assert ropes[0] == ropes[1]
+
+
+def test_a_stage_ends_when_the_gpu_has_done_its_work() -> None:
+    pace = Pace(device=torch.device("cuda"))
+    torch.cuda.synchronize()
+    started, done = pace.begin(), torch.cuda.Event()
+    torch.cuda._sleep(200_000_000)  # of its cycles: a tenth of a second, more or less
+    done.record()
+    given = time.monotonic() - started
+    assert not done.query()
+    took = pace.hold() - started
+    assert done.query() and took > 10 * given
+
+
+def test_a_pair_answers_there_and_its_gate_finds_both_sides_alike(tiny_model: Callable[[str], Path]) -> None:
+    both = Both().handlers()
+    loaded = both["load"](model=str(tiny_model("llama")), device="auto", dtype="bfloat16", threads=1)
+    assert loaded["device"].startswith("cuda")
+    about = {"task": "needle", "parameters": {}, "count": 1, "context_tokens": 300, "seed": 0}
+    codecs = ["fp16", "int8", "q2c@0.25+int4", "h2o@0.5", "snapkv@0.5+kivi"]
+    made = both["prepare"](**about, codecs=codecs, max_new_tokens=4)
+    both["learn_prefix"](text=made["prefix_text"])
+    link = {"address": "127.0.0.1", "port": both["serve"](max_payload=1 << 22, congestion=None)}
+    link |= {"congestion": None, "timeout": 20.0, "reuse": False, "name": "lo"}
+    reference = both["reference"](batch=0, example=0)
+    for codec in codecs:
+        told = both["split"](batch=0, example=0, codec=codec, repeat=0, reuse="none", link=link)
+        assert sum(told["stages"].values()) == pytest.approx(told["e2e_s"], rel=0, abs=1e-6)
+        assert all(seconds >= 0 for seconds in told["stages"].values())
+        assert both["outcome"](id=told["request"], gold="x")["tokens_kept"] > 0
+        if codec == "fp16":
+            assert told["answer"] == reference["answer"]
+
+    class Sides:
+        def compute(self, side: str) -> dict[str, Any]:
+            return both["compute"]()
+
+    compute.measure(Sides(), 1)
+    measured = [compute.measure(Sides(), 5) for _ in range(5)]
+    print(
+        [(m.edge.median_s, m.cloud.median_s, m.edge.least_s, m.edge.most_s, m.edge.share) for m in measured]
+    )
+    assert 1 / compute.GROSS < median(m.ratio for m in measured) < compute.GROSS
