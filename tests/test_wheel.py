@@ -22,8 +22,9 @@ LEFT_OUT = shutil.ignore_patterns(
 )
 OPTIONAL = {"datasets", "kvpress"}
 """What is imported only where it is installed: each refusal names it."""
-INDIRECT = {"pyarrow", "safetensors", "paramiko", "pyroute2"}
-"""What is declared and imported by nothing of ours: pandas' and transformers' file formats, and what is to be used later."""
+INDIRECT = {"accelerate", "pyarrow", "safetensors", "paramiko", "pyroute2"}
+"""What is declared and imported by nothing of ours: what transformers reads a GGUF file with, pandas' and transformers' file
+formats, and what is to be used later."""
 NAMES = {"pyyaml": "yaml"}
 
 
