@@ -243,9 +243,9 @@ def test_clean_ends_an_emulator_that_was_never_put_on_record_but_no_reader_of_it
 
 ALONE = """
 import os, pathlib
-from testbed.net import state
-from testbed.net.fabric import Fabric
-from testbed.net.topology import load_topology
+from testbed.net.fabric import state
+from testbed.net.fabric.fabric import Fabric
+from testbed.net.topology.topology import load_topology
 from tests.net.direct import Direct
 assert not os.path.exists("/run/netns")
 before = pathlib.Path("/proc/self/mountinfo").read_text()
@@ -272,9 +272,9 @@ def test_where_there_was_no_run_netns_there_is_none_afterwards() -> None:
 
 BUILDER = """
 import os, sys
-from testbed.net import removal
-from testbed.net.fabric import Fabric
-from testbed.net.topology import load_topology
+from testbed.net.fabric import removal
+from testbed.net.fabric.fabric import Fabric
+from testbed.net.topology.topology import load_topology
 from tests.net.direct import Direct
 topology = load_topology("shared-bottleneck")
 persistent = sys.argv[1] == "up"
