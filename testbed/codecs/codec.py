@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from testbed.codecs.transform import Transform
     from testbed.models.kvcache import KVCache
 
+Bytes = bytes | bytearray | memoryview
+
 
 def sections(header: Header, layout: Layout, body: memoryview, codec: Codec) -> tuple[memoryview, ...]:
     """The four sections, whose lengths must fill the body. Those of an embedded code hold no symbols."""
@@ -159,15 +161,21 @@ class Codec:
 
         Equal caches give equal bytes. Raises CodecError for a cache that the format or the quantizer cannot hold.
         """
+        return _joined(self.chunks(cache, kept))
+
+    def chunks(self, cache: KVCache, kept: Kept | None = None) -> list[memoryview]:
+        """The same, in the pieces of which a decoder can make something: bit planes one by one, behind what they are read with;
+        else all in one. Raises as `encode` does.
+        """
         held, header, layout, behind = self._prepared(cache, kept)
         if self.quantizer.embedded:
-            payload = self._encode_planes(held, header, layout, behind)
+            chunks = self._encode_planes(held, header, layout, behind)
         elif self.coder:
-            payload = self._encode_coded(self.coder, held, header, layout, behind)
+            chunks = [self._encode_coded(self.coder, held, header, layout, behind)]
         else:
-            payload = self._encode_packed(held, header, layout, behind)
-        check_positions(header.groups, len(payload))
-        return payload
+            chunks = [self._encode_packed(held, header, layout, behind)]
+        check_positions(header.groups, sum(map(len, chunks)))
+        return chunks
 
     def _encode_packed(self, held: KVCache, header: Header, layout: Layout, behind: bytes) -> memoryview:
         import torch
@@ -240,7 +248,9 @@ class Codec:
             at += len(section)
         return cache_format.seal(payload)
 
-    def _encode_planes(self, cache: KVCache, header: Header, layout: Layout, behind: bytes) -> memoryview:
+    def _encode_planes(
+        self, cache: KVCache, header: Header, layout: Layout, behind: bytes
+    ) -> list[memoryview]:
         """A payload of all but the symbols, and the symbols behind it, plane by plane."""
         import torch
 
@@ -249,36 +259,15 @@ class Codec:
 
         writer = Writer(self.quantizer, cache, layout, side, side.new_empty(0))
         symbols = ((piece, writer.symbols(i).flatten()) for i, piece in enumerate(layout.pieces))
-        chunks = progressive.write(symbols, self.coder)
+        planes = progressive.write(symbols, self.coder)
         base[at : at + layout.side_bytes] = side.cpu().numpy()
         base[at + layout.side_bytes :] = np.frombuffer(behind, dtype=np.uint8)
-        return memoryview(b"".join([cache_format.seal(base), *chunks]))
-
-    @staticmethod
-    def decode(
-        payload: bytes | bytearray | memoryview,
-        device: str | torch.device = "cpu",
-        shape: CacheShape | None = None,
-    ) -> KVCache:
-        """See `decode`."""
-        return decode(payload, device, shape)
+        return [cache_format.seal(base), *(memoryview(plane) for plane in planes)]
 
 
-def decode(
-    payload: bytes | bytearray | memoryview,
-    device: str | torch.device = "cpu",
-    shape: CacheShape | None = None,
-) -> KVCache:
-    """The cache that a payload holds: what was kept, with its positions, in the 16-bit format it had.
-
-    Self-describing: any codec's payload is decoded. Raises PayloadError for bytes that `encode` did not write, and for a
-    cache of another `shape` than the model's, where that is given; allocates nothing that the payload's checked sizes do not
-    justify.
-    """
-    beginning = decode_beginning(payload, device, shape)
-    if beginning.missing:
-        raise PayloadError(beginning.missing)
-    return beginning.cache
+def _joined(chunks: Sequence[Bytes]) -> memoryview:
+    """The chunks in one; a single one stays where it lies."""
+    return memoryview(chunks[0] if len(chunks) == 1 else b"".join(chunks))
 
 
 @dataclass(frozen=True)
@@ -291,38 +280,66 @@ class Beginning:
     missing: str = ""
 
 
-def decode_beginning(
-    payload: bytes | bytearray | memoryview,
-    device: str | torch.device = "cpu",
-    shape: CacheShape | None = None,
-) -> Beginning:
-    """As `decode`, but of a payload of bit planes that may be cut off anywhere: the best cache that its bytes allow.
+class Decoder:
+    """Takes a payload in chunks, cut anywhere, and makes of them the cache that it holds: what was kept, with its positions, in
+    the 16-bit format it had.
 
-    Raises PayloadError as `decode` does, and where header, scales, positions and the first plane are not all there.
+    Self-describing: any codec's payload is decoded. PayloadError is raised for bytes that `encode` did not write, and for a
+    cache of another `shape` than the model's, where that is given; nothing is allocated that the payload's checked sizes do
+    not justify.
     """
-    whole, behind = cache_format.split(payload)
-    header, body = cache_format.unseal(whole)
-    if shape is not None:
-        check_fits(header, shape)
-    codec = _codec_of(header)
-    layout = lay_out(header.parts(), codec.quantizer)
-    side, symbols, position_bytes, extra = sections(header, layout, body, codec)
-    if len(behind) and not codec.quantizer.embedded:
-        raise PayloadError(f"the payload says {len(whole)} bytes, but {len(whole) + len(behind)} arrived")
-    planes = progressive.read(behind, layout.pieces, codec.coder) if codec.quantizer.embedded else None
-    try:
-        check_positions(header.groups, len(whole) + len(behind))
-    except CodecError as error:
-        raise PayloadError(str(error)) from None
-    held = layer_positions(header, position_bytes, device)
-    decoded = dequantize(codec, header, layout, side, planes or symbols, device)
-    cache = assemble(header, held, decoded)
-    if codec.transform:
-        cache = transform.decode(codec.transform, cache, bytes(extra), torch_dtype(header.dtype))
-    elif len(extra):
-        raise PayloadError("bytes of a transform in a payload without one")
-    cache = ragged.restore(cache, held)
-    return Beginning(cache, planes.complete, planes.of, planes.missing) if planes else Beginning(cache)
+
+    def __init__(self, device: str | torch.device = "cpu", shape: CacheShape | None = None) -> None:
+        self._device, self._shape = device, shape
+        self._chunks: list[Bytes] = []
+
+    def feed(self, chunk: Bytes) -> None:
+        """What comes next."""
+        self._chunks.append(chunk)
+
+    def finish(self) -> KVCache:
+        """The cache, now that all has come. Raises PayloadError."""
+        ready = self.ready()
+        if ready.missing:
+            raise PayloadError(ready.missing)
+        return ready.cache
+
+    def ready(self) -> Beginning:
+        """The best cache that what has come so far allows: of bit planes, though they be cut off anywhere; of others, the whole.
+
+        Raises PayloadError where header, scales, positions and the first plane are not all there.
+        """
+        self._chunks = [_joined(self._chunks or [b""])]
+        whole, behind = cache_format.split(self._chunks[0])
+        header, body = cache_format.unseal(whole)
+        if self._shape is not None:
+            check_fits(header, self._shape)
+        codec = _codec_of(header)
+        layout = lay_out(header.parts(), codec.quantizer)
+        side, symbols, position_bytes, extra = sections(header, layout, body, codec)
+        if len(behind) and not codec.quantizer.embedded:
+            raise PayloadError(f"the payload says {len(whole)} bytes, but {len(whole) + len(behind)} arrived")
+        planes = progressive.read(behind, layout.pieces, codec.coder) if codec.quantizer.embedded else None
+        try:
+            check_positions(header.groups, len(whole) + len(behind))
+        except CodecError as error:
+            raise PayloadError(str(error)) from None
+        held = layer_positions(header, position_bytes, self._device)
+        decoded = dequantize(codec, header, layout, side, planes or symbols, self._device)
+        cache = assemble(header, held, decoded)
+        if codec.transform:
+            cache = transform.decode(codec.transform, cache, bytes(extra), torch_dtype(header.dtype))
+        elif len(extra):
+            raise PayloadError("bytes of a transform in a payload without one")
+        cache = ragged.restore(cache, held)
+        return Beginning(cache, planes.complete, planes.of, planes.missing) if planes else Beginning(cache)
+
+
+def decode(payload: Bytes, device: str | torch.device = "cpu", shape: CacheShape | None = None) -> KVCache:
+    """The cache of a payload that is all there; see `Decoder`. Raises PayloadError."""
+    decoder = Decoder(device, shape)
+    decoder.feed(payload)
+    return decoder.finish()
 
 
 def _codec_of(header: Header) -> Codec:

@@ -45,7 +45,7 @@ class Planes:
 
 
 def write(symbols: Iterable[tuple[Piece, Tensor]], coder: Coder | None) -> list[bytes]:
-    """The chunks of all planes, for the symbols of every piece."""
+    """The planes, each with its chunks, for the symbols of every piece."""
     import torch
 
     planes: list[list[npt.NDArray[np.uint8]]] = []
@@ -56,10 +56,12 @@ def write(symbols: Iterable[tuple[Piece, Tensor]], coder: Coder | None) -> list[
     written = []
     for number, parts in enumerate(planes):
         plane: npt.NDArray[np.uint8] = np.concatenate(parts)
+        chunks = []
         for at, stretch in _stretches(len(plane)):
             plain = torch.from_numpy(plane[at : at + stretch.symbol_bytes])
             code = coder.coded(stretch, plain) if coder else plain.numpy().data
-            written.append(_FRAME.pack(len(code), _checksum(number, at, code)) + code)
+            chunks.append(_FRAME.pack(len(code), _checksum(number, at, code)) + code)
+        written.append(b"".join(chunks))
     return written
 
 

@@ -385,10 +385,6 @@ def test_heads_of_different_numbers_of_tokens_cross_as_each_of_them_alone(text: 
             assert not after.keys[head, ~held].any()
 
 
-def test_every_codec_decodes_every_payload() -> None:
-    assert same_cache(Codec("int4").decode(payload("int8")), decode(payload("int8")))
-
-
 def test_the_checksum_does_not_depend_on_how_many_threads_sum_it() -> None:
     torch.manual_seed(0)
     large = np.frombuffer(torch.rand(2_000_000).numpy().tobytes(), dtype=np.uint8).copy()

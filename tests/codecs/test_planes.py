@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.codecs import cache_format
-from testbed.codecs.codec import Beginning, Codec, decode, decode_beginning
+from testbed.codecs.codec import Beginning, Codec, Decoder, decode
 from testbed.errors import PayloadError
 from testbed.models.kvcache import KVCache
 from tests.codecs.caches import SHAPES, make_cache, ragged_cache, same_cache
@@ -35,6 +35,12 @@ def small_cache() -> KVCache:
 def base_bytes(payload: bytes) -> int:
     """Header, scales and positions: what the prefix says."""
     return int(struct.unpack_from("<Q", payload, 12)[0])
+
+
+def decode_beginning(payload: bytes | bytearray | memoryview) -> Beginning:
+    decoder = Decoder()
+    decoder.feed(payload)
+    return decoder.ready()
 
 
 def beginning(payload: bytes | memoryview) -> Beginning | str:
@@ -165,6 +171,23 @@ def test_changed_headers_under_a_right_checksum_never_crash(text: str, random: r
         base[random.randrange(24, split)] = random.choice([0, 1, 0x7F, 0xFF, random.randrange(256)])
     found = beginning(bytes(cache_format.seal(base)) + rest[: random.randrange(len(rest) + 1)])
     assert isinstance(found, str) or found.cache.layers
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_decoder_has_one_more_plane_ready_with_each_chunk(text: str) -> None:
+    cache = make_cache("grouped")
+    base, *planes = Codec(text).chunks(cache)
+    assert b"".join([base, *planes]) == Codec(text).encode(cache)
+    decoder = Decoder()
+    decoder.feed(base)
+    with pytest.raises(PayloadError, match="plane 1"):
+        decoder.ready()
+    for number, plane in enumerate(planes, 1):
+        half = len(plane) // 2
+        decoder.feed(plane[:half])
+        decoder.feed(plane[half:])
+        assert (decoder.ready().planes, decoder.ready().of) == (number, len(planes))
+    assert same_cache(decoder.finish(), decode(Codec(text).encode(cache)))
 
 
 def test_other_payloads_have_no_beginnings() -> None:

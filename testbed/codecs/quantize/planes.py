@@ -18,7 +18,7 @@ class Planes(Quantizer):
 
     With the first k of B planes an element is known to lie in one of 2^k stretches of its group's range, and is taken for its
     middle: |x̂ - x| ≤ s · 2^(B-k-1) + s / 2, s = (max - min) / (2^B - 1); with all planes it is `Integer`'s, asymmetric.
-    A payload cut off anywhere decodes by `decode_beginning` to the best cache its bytes allow.
+    A `Decoder` has of a payload cut off anywhere the best cache `ready` that its bytes allow.
     """
 
     name: ClassVar[str] = "planes"
