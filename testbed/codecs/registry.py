@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 
-from testbed.codecs.method import Method, Parameter, parameters
+from testbed.codecs.method import Method
 from testbed.codecs.select.press import PREFIX, Press, find_press, presses, unavailable
+from testbed.kinds import Parameter, load, parameters
 
 SELECTORS = {
     "q2c": "testbed.codecs.select.q2c:Q2C",
@@ -80,8 +80,8 @@ def find(name: str) -> type[Method]:
     stage = stage_of(name)
     if stage is None:
         raise KeyError(name)
-    module, _, attribute = STAGES[stage][name].partition(":")
-    return getattr(import_module(module), attribute)
+    method: type[Method] = load(STAGES[stage][name])
+    return method
 
 
 def describe() -> list[Description]:

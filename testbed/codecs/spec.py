@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from testbed.codecs import registry
-from testbed.codecs.method import Method, Parameter, Value, parameters, read_value
+from testbed.codecs.method import Method
 from testbed.errors import SpecError, UnitError
+from testbed.kinds import Value, clip, parameters, read_arguments
 from testbed.units import parse_fraction
 
 if TYPE_CHECKING:
@@ -69,11 +70,11 @@ class CodecSpec:
 def parse(text: str) -> CodecSpec:
     """``"q2c@0.25+int8"`` -> CodecSpec. Raises SpecError naming the part that is wrong and what would be right."""
     if not isinstance(text, str):
-        raise SpecError(f"codec {_clip(text)}: expected text such as q2c@0.25+int8")
+        raise SpecError(f"codec {clip(text)}: expected text such as q2c@0.25+int8")
     try:
         return _parse(text)
     except SpecError as error:
-        raise SpecError(f"codec {_clip(text)}: {error}") from None
+        raise SpecError(f"codec {clip(text)}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def written(text: str) -> dict[str, Written]:
     found: dict[str, Written] = {}
     for part in _split(text):
         if (stage := registry.stage_of(part[1])) is None or stage in found:
-            raise SpecError(f"codec {_clip(text)}: unknown method or second {stage}: {_clip(part[1])}")
+            raise SpecError(f"codec {clip(text)}: unknown method or second {stage}: {clip(part[1])}")
         ratio = None if part[2] is None else _ratio(part[1], part[2])
         found[stage] = Written(part[0].strip(), part[1], ratio, (part[3] or "").strip())
     return found
@@ -118,7 +119,7 @@ def _split(text: str) -> list[re.Match[str]]:
         match = _PART.match(text, at)
         if match is None or (match.end() < len(text) and text[match.end()] != "+"):
             rest = text[at:].strip()
-            raise SpecError(f"cannot read {_clip(rest)}; write parts as name, name@ratio or name(key=value)")
+            raise SpecError(f"cannot read {clip(rest)}; write parts as name, name@ratio or name(key=value)")
         parts.append(match)
         if match.end() == len(text):
             return parts
@@ -128,7 +129,7 @@ def _split(text: str) -> list[re.Match[str]]:
 def _method(part: re.Match[str]) -> Method:
     name, ratio, arguments = part[1], part[2], part[3]
     if registry.stage_of(name) is None:
-        raise SpecError(f"unknown method {_clip(name)}{_suggestion(name)} ({_catalogue()})")
+        raise SpecError(f"unknown method {clip(name)}{_suggestion(name)} ({_catalogue()})")
     method = registry.find(name)
     known = {parameter.name: parameter for parameter in parameters(method)}
     values: dict[str, Value] = {}
@@ -137,7 +138,7 @@ def _method(part: re.Match[str]) -> Method:
         values["ratio"] = _ratio(name, ratio)
     elif ratio is not None:
         raise SpecError(f"{name} is a {method.stage} and takes no @ratio")
-    values.update(_arguments(name, arguments, known))
+    values.update(read_arguments(name, arguments, known))
     return method(**values)
 
 
@@ -148,26 +149,6 @@ def _ratio(name: str, text: str | None) -> float:
         return parse_fraction(text)
     except UnitError as error:
         raise SpecError(f"{name}: {error}") from None
-
-
-def _arguments(name: str, text: str | None, known: dict[str, Parameter]) -> dict[str, Value]:
-    values: dict[str, Value] = {}
-    for item in (text or "").split(",") if (text or "").strip() else ():
-        key, equals, value = (piece.strip() for piece in item.partition("="))
-        if not equals:
-            raise SpecError(f"{name}: {_clip(item.strip())} is not key=value")
-        if key == "ratio":
-            raise SpecError(f"{name}: write the ratio as {name}@{value[:20]}")
-        if key not in known:
-            takes = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise SpecError(f"{name} has no parameter {_clip(key)}; {takes}")
-        if key in values:
-            raise SpecError(f"{name}: {key} is given twice")
-        try:
-            values[key] = read_value(value, known[key])
-        except SpecError as error:
-            raise SpecError(f"{name}: {error}") from None
-    return values
 
 
 def _check_order(methods: list[Method]) -> None:
@@ -193,8 +174,3 @@ def _suggestion(name: str) -> str:
 
 def _catalogue() -> str:
     return "; ".join(f"{stage}s: {', '.join(table)}" for stage, table in registry.STAGES.items() if table)
-
-
-def _clip(value: object) -> str:
-    text = str(value)
-    return repr(text if len(text) <= 60 else text[:57] + "…")

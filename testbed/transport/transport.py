@@ -10,11 +10,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import ClassVar
 
 from testbed.deadline import Deadline
 from testbed.errors import UsageError, WireError
+from testbed.kinds import load
 from testbed.transport import wire
 
 #: By the name that scenarios and rows have.
@@ -200,6 +200,5 @@ def find(name: str) -> Transport:
     """The transport of that name. Raises UsageError."""
     if name not in TRANSPORTS:
         raise UsageError(f"transport {name!r}: unknown; there is {', '.join(TRANSPORTS)}")
-    module, _, attribute = TRANSPORTS[name].partition(":")
-    transport: Transport = getattr(import_module(module), attribute)()
+    transport: Transport = load(TRANSPORTS[name])()
     return transport

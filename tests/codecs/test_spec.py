@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.codecs import registry
-from testbed.codecs.method import parameters
 from testbed.codecs.select import Selector
 from testbed.codecs.spec import LONGEST, CodecSpec, parse
 from testbed.errors import SpecError
+from testbed.kinds import parameters
 
 NAMES = [name for table in registry.STAGES.values() for name in table]
 
