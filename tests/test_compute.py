@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from testbed.endpoints.answers import Computed, checked
-from testbed.endpoints.deployment import Pair
+from testbed.endpoints.protocol import Computed
 from testbed.errors import EndpointError
 from testbed.experiment import compute
 from testbed.experiment.compute import Gate
-from tests.endpoints.test_endpoints import Pair as Loaded
+from testbed.experiment.deployment import Pair
+from tests.endpoints.pair import started
 from tests.tiny_models import tiny_model_directory
 
 
@@ -28,11 +28,11 @@ class Told:
         self.given = given
         self.asked = 0
 
-    def compute(self, side: str) -> dict[str, Any]:
+    def compute(self, side: str) -> Computed:
         self.asked += 1
         own = self.given.get(side, [(0.1, 1.0)])
         seconds, share = own.pop(0) if len(own) > 1 else own[0]
-        return {"tokens": 128, "seconds": seconds, "share": share}
+        return Computed(128, seconds, share)
 
 
 def gate(sides: Told, alike: bool = True) -> tuple[Gate, list[dict[str, Any]]]:
@@ -99,7 +99,7 @@ def test_between_trials_measuring_takes_a_small_part_of_the_time(monkeypatch: py
     monkeypatch.setattr(compute, "time", SimpleNamespace(monotonic=lambda: now))
 
     class Slow(Told):
-        def compute(self, side: str) -> dict[str, Any]:
+        def compute(self, side: str) -> Computed:
             nonlocal now
             now += 0.5
             return super().compute(side)
@@ -116,13 +116,9 @@ def test_between_trials_measuring_takes_a_small_part_of_the_time(monkeypatch: py
 
 
 def test_both_endpoints_measure_the_same_by_their_own_pace_whatever_slows_them(tmp_path: Path) -> None:
-    loaded = Loaded(tmp_path, tiny_model_directory("llama", tmp_path / "model"), edge=50.0)
-    pair = Pair(SimpleNamespace(scenario=None), loaded.edge, loaded.cloud)  # type: ignore[arg-type]
-    try:
+    with started(tmp_path, tiny_model_directory("llama", tmp_path / "model"), edge=50.0) as both:
+        pair = Pair(SimpleNamespace(scenario=None), both.edge, both.cloud)  # type: ignore[arg-type]
         measured = compute.measure(pair, 5)
-    finally:
-        loaded.edge.stop()
-        loaded.cloud.stop()
     assert measured.tokens == 128
     assert measured.edge.least_s < 10 * measured.cloud.most_s
     assert measured.edge.least_s <= measured.edge.median_s <= measured.edge.most_s
@@ -135,7 +131,7 @@ def test_a_processor_that_is_shared_shows(tmp_path: Path) -> None:
     code = (
         "import sys; from testbed.models.loading import load_model; from testbed.endpoints.yardstick import measure\n"
         "model = load_model(sys.argv[1], 'cpu', threads=1)\n"
-        "print(sorted(measure(model)['share'] for _ in range(15))[7])"
+        "print(sorted(measure(model).share for _ in range(15))[7])"
     )
     core = str(min(os.sched_getaffinity(0)))
     model = str(tiny_model_directory("llama", tmp_path / "model"))
@@ -148,11 +144,3 @@ def test_a_processor_that_is_shared_shows(tmp_path: Path) -> None:
         finally:
             busy.kill()
     assert float(shares) < 0.95
-
-
-def test_a_share_or_a_time_that_cannot_be_is_an_error() -> None:
-    good = {"tokens": 128, "seconds": 0.1, "share": None}
-    assert checked(Computed, good, "the edge") is good
-    for change in ({"seconds": -1.0}, {"seconds": float("nan")}, {"share": 1.5}, {"seconds": 0.0}):
-        with pytest.raises(EndpointError):
-            checked(Computed, good | change, "the edge")

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from testbed.codecs.codec import Codec, decode
-from testbed.endpoints.both import Both
 from testbed.endpoints.pace import Pace
+from testbed.endpoints.protocol import Compute, Computed
 from testbed.experiment import compute
 from testbed.models.loading import load_model
 from tests.codecs import test_every_codec as every
@@ -87,27 +87,19 @@ def test_a_stage_ends_when_the_gpu_has_done_its_work() -> None:
 
 
 def test_a_pair_answers_there_and_its_gate_finds_both_sides_alike(tiny_model: Callable[[str], Path]) -> None:
-    both = Both().handlers()
-    loaded = both["load"](model=str(tiny_model("llama")), device="auto", dtype="bfloat16", threads=1)
-    assert loaded["device"].startswith("cuda")
-    about = {"task": "needle", "parameters": {}, "count": 1, "context_tokens": 300, "seed": 0}
-    codecs = ["fp16", "int8", "q2c@0.25+int4", "h2o@0.5", "snapkv@0.5+kivi"]
-    made = both["prepare"](**about, codecs=codecs, max_new_tokens=4)
-    both["learn_prefix"](text=made["prefix_text"])
-    link = {"address": "127.0.0.1", "port": both["serve"](max_payload=1 << 22, congestion=None)}
-    link |= {"congestion": None, "timeout": 20.0, "reuse": False, "name": "lo"}
-    reference = both["reference"](batch=0, example=0)
-    for codec in codecs:
-        told = both["split"](batch=0, example=0, codec=codec, repeat=0, reuse="none", link=link)
-        assert sum(told["stages"].values()) == pytest.approx(told["e2e_s"], rel=0, abs=1e-6)
-        assert all(seconds >= 0 for seconds in told["stages"].values())
-        assert both["outcome"](id=told["request"], gold="x")["tokens_kept"] > 0
+    pair = in_this_process(tiny_model("llama"), device="auto", dtype="bfloat16")
+    assert pair.loaded[0].device.startswith("cuda")
+    reference = pair.reference()
+    for codec in ("fp16", "int8", "q2c@0.25+int4", "h2o@0.5", "snapkv@0.5+kivi"):
+        result = pair.ask(codec, reuse="none")
+        assert result.stages.total() == pytest.approx(result.e2e_s, rel=0, abs=1e-6)
+        assert pair.outcome(result).tokens_kept > 0
         if codec == "fp16":
-            assert told["answer"] == reference["answer"]
+            assert result.answer == reference.answer
 
     class Sides:
-        def compute(self, side: str) -> dict[str, Any]:
-            return both["compute"]()
+        def compute(self, side: str) -> Computed:
+            return pair.edge.call(Compute())
 
     compute.measure(Sides(), 1)
     measured = [compute.measure(Sides(), 5) for _ in range(5)]

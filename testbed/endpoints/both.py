@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from testbed.endpoints.cloud import Cloud
 from testbed.endpoints.edge import Edge
-from testbed.endpoints.side import main
+from testbed.endpoints.protocol import Load, Loaded
+from testbed.endpoints.side import Handlers, main
 
 
 class Both:
@@ -15,16 +13,16 @@ class Both:
 
     def __init__(self) -> None:
         self._edge, self._cloud = Edge(), Cloud()
-        self._loaded: dict[str, Any] | None = None
+        self._loaded: Loaded | None = None
 
-    def handlers(self) -> dict[str, Callable[..., Any]]:
-        """The orchestrator's calls of both sides."""
-        return {**self._cloud.handlers(), **self._edge.handlers(), "load": self.load}
+    def handlers(self) -> Handlers:
+        """Both sides'."""
+        return {**self._cloud.handlers(), **self._edge.handlers(), Load: self.load}
 
-    def load(self, **settings: Any) -> dict[str, Any]:
-        """Load the model once, for both; the second side's call finds it there."""
+    def load(self, message: Load) -> Loaded:
+        """Load the model once, for both; the second side's message finds it there."""
         if self._loaded is None:
-            self._loaded = self._edge.load(**settings)
+            self._loaded = self._edge.load(message)
             self._cloud.share(self._edge)
         return self._loaded
 

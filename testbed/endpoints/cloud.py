@@ -5,16 +5,19 @@ from __future__ import annotations
 import threading
 import time
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from msgspec import structs
 
 from testbed.deadline import Deadline
+from testbed.endpoints import protocol
 from testbed.endpoints.admission import Admission
 from testbed.endpoints.pace import wait_until
+from testbed.endpoints.protocol import Compare, Compute, Computed, Examine, Forget, Serve
 from testbed.endpoints.sessions import Outcome, Session, Sessions
-from testbed.endpoints.side import InferenceSide, Prefix, digest, main, per_token
+from testbed.endpoints.side import Handlers, InferenceSide, Prefix, digest, main, per_token
 from testbed.errors import NotFiniteError, PayloadError, TestbedError, WireError
 from testbed.models.kvcache import EMPTY
 from testbed.transport import wire
@@ -50,57 +53,41 @@ class Cloud(InferenceSide):
         self._sessions = Sessions()
         self._admission = Admission(_MAX_CONNECTIONS)
 
-    def handlers(self) -> dict[str, Callable[..., Any]]:
-        """The orchestrator's calls."""
-        return {
-            "load": self.load,
-            "compute": self.compute,
-            "learn_prefix": self.learn_prefix,
-            "serve": self.serve,
-            "compare": self.compare,
-            "outcome": self.outcome,
-            "forget": self.forget,
-        }
+    def handlers(self) -> Handlers:
+        """What this side does for the orchestrator, by message."""
+        own = {Serve: self.serve, Compare: self.compare, Examine: self.examine, Forget: self.forget}
+        return {**super().handlers(), **own}
 
-    def compute(self) -> dict[str, Any]:
+    def compute(self, message: Compute) -> Computed:
         """As a request is computed: on a thread that has just begun, while no other computes."""
         with self._sessions.turn(""), ThreadPoolExecutor(1) as thread:
-            return thread.submit(super().compute).result()
+            return thread.submit(super().compute, message).result()
 
-    def serve(
-        self, max_payload: int, congestion: str | None, request_s: float = 120.0, transport: str = "tcp"
-    ) -> int:
-        """Listen, and answer requests from now on; returns the port.
-
-        `max_payload` bounds what a request may make this process allocate, in bytes, and `request_s` what its bytes may take to
-        come, in seconds.
-        """
-        self.max_payload, self._request_s = max_payload, request_s
-        listener = find(transport).listen(congestion=congestion)
+    def serve(self, message: Serve) -> int:
+        """Listen, and answer requests from now on; returns the port."""
+        self.max_payload, self._request_s = message.max_payload, message.request_s
+        listener = find(message.transport).listen(congestion=message.congestion)
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
         return listener.port
 
-    def forget(self, client: str = "") -> None:
-        """Drop the answers that a client had (a new example begins: none of them can come again)."""
-        self._sessions.of(client).forget()
+    def forget(self, message: Forget) -> None:
+        """Drop a client's answers."""
+        self._sessions.of(message.client).forget()
 
-    def compare(self, distributions: bytes, vocabulary: int, client: str = "") -> None:
-        """Take the full cache's next-token distributions along the gold answer, which a client's `outcome`s are compared with."""
+    def compare(self, message: Compare) -> None:
+        """Take the full cache's next-token distributions along the gold answer."""
         from testbed.models.likelihood import from_bytes
 
-        self._sessions.of(client).full = from_bytes(distributions, vocabulary)
+        self._sessions.of(message.client).full = from_bytes(message.distributions, message.vocabulary)
 
-    def outcome(self, id: int, gold: str, client: str = "") -> dict[str, Any]:
-        """What became of a client's request `id`, asked after its clock has stopped.
-
-        Digests, tokens kept, the gold answer's NLL, and the KL divergence from the distributions given to `compare`.
-        """
-        with self._sessions.turn(client):  # which a request keeps until all is known of it
-            session = self._sessions.of(client)
-            outcome = session.outcome(id)
-            if gold not in outcome.likelihoods:
-                outcome.likelihoods[gold] = self._likelihood(session, outcome, gold)
-        return {**outcome.details, **outcome.likelihoods[gold]}
+    def examine(self, message: Examine) -> protocol.Outcome:
+        """Digests, tokens kept, the gold answer's NLL, and the KL divergence from the distributions given to `compare`."""
+        with self._sessions.turn(message.client):  # which a request keeps until all is known of it
+            session = self._sessions.of(message.client)
+            outcome = session.outcome(message.request)
+            if message.gold not in outcome.likelihoods:
+                outcome.likelihoods[message.gold] = self._likelihood(session, outcome, message.gold)
+        return protocol.Outcome(**outcome.details, **outcome.likelihoods[message.gold])
 
     def _likelihood(self, session: Session, outcome: Outcome, gold: str) -> dict[str, float]:
         from testbed.models.likelihood import mean_kl, mean_nll
@@ -186,11 +173,11 @@ class Cloud(InferenceSide):
         was = known.answer
         wait_until(turn_at + was.prefill_s + was.decode_s + was.first_token_s)
         first_at = time.monotonic()
-        connection.send(replace_struct(known.first, id=request.id, sent_at=first_at))
+        connection.send(structs.replace(known.first, id=request.id, sent_at=first_at))
         last_at = first_at + was.generate_s
         while (now := time.monotonic()) < last_at and (request.replay or not connection.acknowledged()):
             wait_until(min(now + _LOOK_S, last_at))
-        answer = replace_struct(
+        answer = structs.replace(
             was,
             id=request.id,
             received_at=received.at,
@@ -283,13 +270,6 @@ class Cloud(InferenceSide):
         cache = decode(received.payload, self.model.device, CacheShape(shapes, self.model.max_positions))
         kept = [(layer.positions, layer.window) for layer in cache.layers]
         return Rebuilt(self.behind(prefix, cache), 0, kept)
-
-
-def replace_struct(struct: Any, **changes: Any) -> Any:
-    """A frozen message with some fields changed."""
-    import msgspec
-
-    return msgspec.structs.replace(struct, **changes)
 
 
 def kept_tokens(kept: list[tuple[Tensor, int | None]]) -> int:

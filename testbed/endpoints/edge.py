@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from testbed.codecs.evidence import Needs
+from testbed.codecs.spec import parse
 from testbed.endpoints.gathering import gather, prefill_for
 from testbed.endpoints.held import Batch, Encoded, Held, Local
 from testbed.endpoints.pace import wait_until
-from testbed.endpoints.side import InferenceSide, main, per_token
+from testbed.endpoints.protocol import (
+    FullCache,
+    Learn,
+    Prepare,
+    Prepared,
+    Reference,
+    Stages,
+    TrialRequest,
+    TrialResult,
+)
+from testbed.endpoints.side import Handlers, InferenceSide, main, per_token
 from testbed.endpoints.uplink import Uplink
 from testbed.transport import wire
 
 if TYPE_CHECKING:
     from testbed.codecs.codec import Codec
+
+
+#: What the cloud makes of what comes, by placement.
+_REBUILDS = {"split": "decode", "cloud": "prefill"}
 
 
 class Edge(InferenceSide):
@@ -31,168 +45,107 @@ class Edge(InferenceSide):
         self._needs = Needs()
         self._request = 0
 
-    def handlers(self) -> dict[str, Callable[..., Any]]:
-        """The orchestrator's calls."""
-        return {
-            "load": self.load,
-            "compute": self.compute,
-            "prepare": self.prepare,
-            "reference": self.reference,
-            "split": self.split,
-            "cloud": self.cloud,
-            "edge": self.edge,
-        }
+    def handlers(self) -> Handlers:
+        """What this side does for the orchestrator, by message."""
+        own = {Prepare: self.prepare, Reference: self.reference, TrialRequest: self.trial}
+        return {**super().handlers(), **own}
 
-    def prepare(
-        self,
-        task: str,
-        parameters: dict[str, Any],
-        count: int,
-        context_tokens: int | None,
-        seed: int,
-        codecs: list[str],
-        max_new_tokens: int | None,
-        prompt: str = "plain:2",
-    ) -> dict[str, Any]:
-        """Make a task's examples with this model's tokenizer and prefill its prefix; returns what the orchestrator needs."""
-        from testbed.endpoints.examples import longest_context, make_examples, told
+    def prepare(self, message: Prepare) -> Prepared:
+        """Make a task's examples with this model's tokenizer and prefill its prefix."""
+        from testbed.endpoints.examples import longest_context, make_examples, prepared
 
-        made, examples = make_examples(self.model, task, parameters, count, context_tokens, seed, prompt)
-        max_new_tokens = max_new_tokens or made.max_new_tokens
-        self._needs = Needs.of_all(self._codec(text).needs for text in codecs)
-        opening = len(self.model.tokenize(made.prefix, start=True))
-        reach = made.reach(examples, lambda text: len(self.model.tokenize(text)), opening, max_new_tokens)
-        prefix = self.learn_prefix(made.prefix, reach, made.closing)
-        self._batches.append(Batch(made, examples, prefix, max_new_tokens))
-        longest = longest_context(self.model, made, examples, max_new_tokens)
+        task, examples = make_examples(self.model, message)
+        max_new_tokens = message.max_new_tokens or task.max_new_tokens
+        self._needs = Needs.of_all(self._codec(text).needs for text in message.codecs)
+        opening = len(self.model.tokenize(task.prefix, start=True))
+        reach = task.reach(examples, lambda text: len(self.model.tokenize(text)), opening, max_new_tokens)
+        prefix = Learn(task.prefix, reach, task.closing)
+        self._batches.append(Batch(task, examples, self.learn(prefix), max_new_tokens))
+        longest = longest_context(self.model, task, examples, max_new_tokens)
         # The first prefill of a size pays for memory and thread pools, which is no example's own cost.
-        warm = self.model.tokenize(made.context_text(examples[0]))
-        prefill_for(self.model, self._needs, warm, self.under(prefix).cache)
-        return {
-            "batch": len(self._batches) - 1,
-            "prefix_text": made.prefix,
-            "reach": reach,
-            "closing": made.closing,
-            "longest": longest,
-            "examples": [told(made, example) for example in examples],
-        }
+        warm = self.model.tokenize(task.context_text(examples[0]))
+        prefill_for(self.model, self._needs, warm, self.under(self._batches[-1].prefix).cache)
+        told = tuple(prepared(task, example) for example in examples)
+        return Prepared(len(self._batches) - 1, prefix, longest, told)
 
-    def reference(self, batch: int, example: int) -> dict[str, Any]:
-        """The example's answer, NLL and next-token distributions with the full cache on this machine alone.
-
-        Makes it the example at hand.
-        """
+    def reference(self, message: Reference) -> FullCache:
+        """The example's answer, NLL and next-token distributions with the full cache on this machine alone."""
         from testbed.models.likelihood import mean_nll, to_bytes
 
-        held = self._hold(batch, example)
-        local = self._local(held, 0)
+        held = self._hold(message.batch, message.example)
         past = self.behind(held.prefix, held.prefill.cache)
-        gold = self._gold(batch, example)
-        found = self.model.likelihood(self._question(held), gold, past)
-        return {
-            "context_tokens": len(held.ids),
-            "kv_bytes": held.prefill.cache.nbytes,
-            "answer": local.text,
-            "nll": mean_nll(found, gold),
-            "distributions": to_bytes(found),
-            "vocabulary": found.shape[1],
-        }
+        gold = self._gold(message.batch, message.example)
+        distributions = self.model.likelihood(self._question(held), gold, past)
+        return FullCache(
+            context_tokens=len(held.ids),
+            kv_bytes=held.prefill.cache.nbytes,
+            answer=self._local(held, 0).text,
+            nll=mean_nll(distributions, gold),
+            distributions=to_bytes(distributions),
+            vocabulary=distributions.shape[1],
+        )
 
-    def edge(self, batch: int, example: int, repeat: int, reuse: str, replay: bool = False) -> dict[str, Any]:
-        """`edge` placement: everything here."""
-        if reuse == "none":
-            self._held = None
-        held, reused = self._take_up(batch, example, replay)
-        if reuse != "all":
-            held.local.pop(repeat, None)
-        known = repeat in held.local
-        local = self._local(held, repeat)
-        if known and replay:
+    def trial(self, message: TrialRequest) -> TrialResult:
+        """One request, in its placement."""
+        return {"split": self._split, "cloud": self._cloud, "edge": self._edge}[message.placement](message)
+
+    def _edge(self, message: TrialRequest) -> TrialResult:
+        """Everything here."""
+        held, reused = self._take_up(message)
+        if message.reuse != "all":
+            held.local.pop(message.repeat, None)
+        known = message.repeat in held.local
+        local = self._local(held, message.repeat)
+        if known and message.replay:
             wait_until(time.monotonic() + local.first_token_s + local.generate_s)
         if local.used:
             reused += ["first_token", "generate"]
         local.used = True
-        stages = {
-            "prefill_s": held.prefill_s,
-            "first_token_s": local.first_token_s,
-            "generate_s": local.generate_s,
-        }
-        return {
-            "stages": stages,
-            "e2e_s": sum(stages.values()),
-            "reused": reused,
-            "replayed": replay and bool(reused),
-            "answer": local.text,
-            "answer_tokens": local.tokens,
-            "token_s": local.token_s,
-            "wire_bytes": 0,
-            "retransmits": 0,
-            "payload_bytes": 0,
-            "congestion": "",
-        }
+        stages = Stages(
+            prefill_s=held.prefill_s, first_token_s=local.first_token_s, generate_s=local.generate_s
+        )
+        return TrialResult(
+            stages=stages,
+            e2e_s=stages.total(),
+            reused=tuple(reused),
+            replayed=message.replay and bool(reused),
+            answer=local.text,
+            answer_tokens=local.tokens,
+            token_s=local.token_s,
+        )
 
-    def split(
-        self,
-        batch: int,
-        example: int,
-        codec: str,
-        repeat: int,
-        reuse: str,
-        link: dict[str, Any],
-        replay: bool = False,
-    ) -> dict[str, Any]:
-        """`split` placement: prefill, select, encode here; send; the cloud answers."""
-        made, gold = self._codec(codec), self._gold(batch, example)
-        if reuse == "none":
-            self._held = None
-        held, reused = self._take_up(batch, example, replay)
-        key = (codec, repeat)
-        if reuse == "all" and key in held.encoded:
+    def _split(self, message: TrialRequest) -> TrialResult:
+        """Prefill, select, encode here; send; the cloud answers."""
+        codec, gold = self._codec(message.codec), self._gold(message.batch, message.example)
+        held, reused = self._take_up(message)
+        key = (message.codec, message.repeat)
+        if message.reuse == "all" and key in held.encoded:
             encoded = held.encoded[key]
             reused += ["select", "encode"]
-            if replay:
+            if message.replay:
                 wait_until(time.monotonic() + encoded.select_s + encoded.encode_s)
         else:
-            encoded = self._encode(held, made, gold)
-            if reuse == "all":
+            encoded = self._encode(held, codec, gold)
+            if message.reuse == "all":
                 held.encoded[key] = encoded
-        here = {
-            "prefill_s": held.prefill_s,
-            "select_s": encoded.select_s,
-            "encode_s": encoded.encode_s,
-        }
-        result = self._ask(held, "split", key, encoded.payload, reuse, replay, link)
-        result["e2e_s"] += sum(here.values())
-        result["stages"] |= here
-        result["question_s"] = encoded.question_s
-        result["reused"] = reused + result["reused"]
-        result["replayed"] = replay and bool(result["reused"])
-        result["shared_bytes"] = encoded.shared_bytes
-        return result
+        here = {"prefill_s": held.prefill_s, "select_s": encoded.select_s, "encode_s": encoded.encode_s}
+        return self._ask(held, message, encoded, here, reused)
 
-    def cloud(
-        self,
-        batch: int,
-        example: int,
-        repeat: int,
-        reuse: str,
-        link: dict[str, Any],
-        replay: bool = False,
-    ) -> dict[str, Any]:
-        """`cloud` placement: the context's text crosses, the cloud does the rest."""
-        held = self._hold(batch, example)
-        result = self._ask(held, "cloud", ("", repeat), held.context, reuse, replay, link)
-        result["replayed"] = replay and bool(result["reused"])
-        return result
+    def _cloud(self, message: TrialRequest) -> TrialResult:
+        """The context's text crosses, the cloud does the rest."""
+        held = self._hold(message.batch, message.example)
+        return self._ask(held, message, Encoded(held.context), {}, [])
 
-    def _take_up(self, batch: int, example: int, replay: bool) -> tuple[Held, list[str]]:
-        """The example with its prefill, made now or taken over and, with `replay`, waited for; and what a row has to call reused.
+    def _take_up(self, message: TrialRequest) -> tuple[Held, list[str]]:
+        """The example with its prefill, made now or taken over and, where so asked, waited for; and what a row has to call reused.
 
         The first row to carry the prefill's time calls it its own, though it was made for the reference.
         """
-        known = self._held is not None and self._held.key == (batch, example)
-        held = self._hold(batch, example)
-        if known and replay:
+        if message.reuse == "none":
+            self._held = None
+        known = self._held is not None and self._held.key == (message.batch, message.example)
+        held = self._hold(message.batch, message.example)
+        if known and message.replay:
             wait_until(time.monotonic() + held.prefill_s)
         reused = ["prefill"] if held.used else []
         held.used = True
@@ -237,11 +190,11 @@ class Edge(InferenceSide):
         return local
 
     def _codec(self, text: str) -> Codec:
-        """A codec by its text, made once: what it reads from files is no request's cost."""
+        """A codec by its text, read and made once: what it reads from files is no request's cost."""
         from testbed.codecs.codec import Codec
 
         if text not in self._codecs:
-            self._codecs[text] = Codec(text, self.model.name)
+            self._codecs[text] = Codec(parse(text), self.model.name)
         return self._codecs[text]
 
     def _gold(self, batch: int, example: int) -> list[int]:
@@ -276,55 +229,49 @@ class Edge(InferenceSide):
         return Encoded(payload, selected - started, encode_s, question_s, codec.spec.shared_bytes)
 
     def _ask(
-        self,
-        held: Held,
-        placement: str,
-        key: tuple[str, int],
-        payload: bytes | bytearray | memoryview,
-        reuse: str,
-        replay: bool,
-        link: dict[str, Any],
-    ) -> dict[str, Any]:
-        """Ask the cloud; returns the stages from `connect_s` on, the time that they took, and what was counted.
-
-        key: codec and repeat, by which a later request finds this answer again.
-        """
+        self, held: Held, message: TrialRequest, encoded: Encoded, here: dict[str, float], reused: list[str]
+    ) -> TrialResult:
+        """Ask the cloud. `here`: the stages that lie behind; `reused`: of them, those taken over."""
+        if message.link is None:
+            raise ValueError("no link to ask the cloud over")
         self._request += 1
-        batch = self._batches[held.key[0]]
+        batch, payload = self._batches[message.batch], encoded.payload
+        known = held.answered.get((message.codec, message.repeat), 0) if message.reuse == "all" else 0
         request = wire.Request(
             id=self._request,
-            placement=placement,
-            codec=key[0],
+            placement=message.placement,
+            codec=message.codec,
             prefix=held.prefix.digest,
             question=held.question,
             stop=batch.task.stop,
             max_new_tokens=batch.max_new_tokens,
-            payload_crc=zlib.crc32(payload) if placement == "cloud" else 0,
+            payload_crc=zlib.crc32(payload) if message.placement == "cloud" else 0,
             choices=held.choices,
-            same_as=held.answered.get(key, 0) if reuse == "all" else 0,
-            replay=replay,
-            client=link.get("client", ""),
+            same_as=known,
+            replay=message.replay,
+            client=message.link.client,
         )
-        answered = self._uplink.ask(request, payload, link)
-        if reuse == "all" and not answered.reused:
-            held.answered[key] = request.id
-        return {
-            "request": request.id,
-            "stages": answered.stages,
-            "e2e_s": answered.elapsed_s,
-            "reused": _cloud_reuse(placement) if answered.reused else [],
-            "answer": answered.text,
-            "answer_tokens": answered.tokens,
-            "token_s": answered.token_s,
-            "wire_bytes": answered.wire_bytes,
-            "retransmits": answered.retransmits,
-            "payload_bytes": len(payload),
-            "congestion": answered.congestion,
-        }
-
-
-def _cloud_reuse(placement: str) -> list[str]:
-    return ["prefill" if placement == "cloud" else "decode", "first_token", "generate"]
+        answered = self._uplink.ask(request, payload, message.link)
+        if answered.reused:
+            reused = [*reused, _REBUILDS[message.placement], "first_token", "generate"]
+        elif message.reuse == "all":
+            held.answered[message.codec, message.repeat] = request.id
+        return TrialResult(
+            stages=Stages(**here, **answered.stages),
+            e2e_s=sum(here.values()) + answered.elapsed_s,
+            reused=tuple(reused),
+            replayed=message.replay and bool(reused),
+            answer=answered.text,
+            answer_tokens=answered.tokens,
+            token_s=answered.token_s,
+            wire_bytes=answered.wire_bytes,
+            retransmits=answered.retransmits,
+            congestion=answered.congestion,
+            payload_bytes=len(payload),
+            shared_bytes=encoded.shared_bytes,
+            question_s=encoded.question_s,
+            request=request.id,
+        )
 
 
 if __name__ == "__main__":

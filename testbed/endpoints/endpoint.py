@@ -6,9 +6,10 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from testbed import programs
+from testbed.endpoints.protocol import Hello, Message
 from testbed.errors import EndpointError, UsageError
 from testbed.hosts.channel import Refused
 from testbed.hosts.host import Host, Process
@@ -20,6 +21,8 @@ STOPPED_S = 1.0
 #: Between the end of a process's channel and its own, in either order.
 _ENDING_S = 0.5
 
+T = TypeVar("T")
+
 
 class Gone(EndpointError):
     """An endpoint's process has ended, or stands still."""
@@ -30,7 +33,7 @@ class Endpoint:
 
     def __init__(self, role: str, process: Process) -> None:
         self.role, self.process = role, process
-        self._lost = False
+        self._lost = self._greeted = False
 
     @classmethod
     def start(cls, role: str, host: Host, log: Path) -> Endpoint:
@@ -46,10 +49,10 @@ class Endpoint:
         return cls(role, host.start(programs.module(f"testbed.endpoints.{role}"), env, log))
 
     def call(
-        self, name: str, timeout: float = CALL_S, besides: Callable[[], None] = lambda: None, **arguments: Any
-    ) -> Any:
-        """Call the endpoint; its answer is there within `timeout` seconds. Raises EndpointError naming the role, and the last
-        line of its log where it died.
+        self, message: Message[T], within_s: float = CALL_S, besides: Callable[[], None] = lambda: None
+    ) -> T:
+        """The endpoint's answer. Raises EndpointError naming the role, and the last line of its log where it died; UsageError
+        where it is of a testbed that speaks another protocol.
 
         besides: looked at while the answer is awaited, as is the process; what it raises ends the call.
         """
@@ -58,9 +61,12 @@ class Endpoint:
             self.check()
             besides()
 
+        if not self._greeted and not isinstance(message, Hello):
+            self.call(Hello(), within_s, besides).check(f"the {self.role}")
+            self._greeted = True
         self._lost = True  # until it has answered
         try:
-            result = self.process.channel.call(name, timeout, look, **arguments)
+            result: T = self.process.channel.call(message, message.answer(), within_s, look)
         except (Refused, UsageError) as error:
             self._lost = False
             if isinstance(error, UsageError):
@@ -71,7 +77,7 @@ class Endpoint:
         except EndpointError as error:
             if self.process.status(_ENDING_S) is None:
                 raise EndpointError(
-                    f"the {self.role}, asked to `{name}`: {error} (its log: {self.process.log})"
+                    f"the {self.role}, asked to `{message.__struct_config__.tag}`: {error} (its log: {self.process.log})"
                 ) from error
             raise Gone(self._end()) from error
         self._lost = False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from testbed.endpoints.protocol import Prepare, PreparedExample
 from testbed.errors import UsageError
 from testbed.tasks.prompt import Prompted, choose_prompt
 from testbed.tasks.task import Example, Task, make_task
@@ -15,20 +17,14 @@ if TYPE_CHECKING:
 _QUESTION_ROOM = 256
 
 
-def make_examples(
-    model: LanguageModel,
-    task: str,
-    parameters: dict[str, Any],
-    count: int,
-    context_tokens: int | None,
-    seed: int,
-    prompt: str,
-) -> tuple[Prompted, list[Example]]:
+def make_examples(model: LanguageModel, message: Prepare) -> tuple[Prompted, list[Example]]:
     """The task with its prompts in the format that `prompt` names (see `tasks.prompt`), and `count` examples of it, their
     contexts of `context_tokens` of the model's tokens (None: as they are). Raises UsageError where they cannot be had.
     """
-    made = prompted(model, make_task(task, **parameters), prompt)
-    return made, made.examples(count, context_tokens, lambda text: len(model.tokenize(text)), seed)
+    made = prompted(model, make_task(message.task, **message.parameters), message.prompt)
+    return made, made.examples(
+        message.count, message.context_tokens, lambda text: len(model.tokenize(text)), message.seed
+    )
 
 
 def prompted(model: LanguageModel, task: Task, prompt: str) -> Prompted:
@@ -57,12 +53,6 @@ def longest_context(
     return longest
 
 
-def told(task: Prompted, example: Example) -> dict[str, Any]:
-    """What the orchestrator gets of an example: all but its context, which stays at the edge."""
-    return {
-        "id": example.id,
-        "answers": list(example.answers),
-        "gold": task.answer_text(example),
-        "question": example.question,
-        "context": "",
-    }
+def prepared(task: Prompted, example: Example) -> PreparedExample:
+    """What the orchestrator gets of an example."""
+    return PreparedExample(replace(example, context="", choices=()), task.answer_text(example))

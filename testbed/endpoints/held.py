@@ -28,9 +28,9 @@ class Encoded:
     """A payload ready to be sent, and what it took to make."""
 
     payload: bytes | bytearray | memoryview
-    select_s: float
-    encode_s: float
-    question_s: float  #: of select_s, the question's pass
+    select_s: float = 0.0
+    encode_s: float = 0.0
+    question_s: float | None = None  #: of select_s, the question's pass; None: the context's text
     shared_bytes: int = 0  #: what the other side must have had beforehand to read it
 
 

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from testbed.endpoints.pace import Pace
+from testbed.endpoints.protocol import Compute, Computed, Greeting, Hello, Learn, Load, Loaded
 from testbed.hosts.channel import Channel
 
 if TYPE_CHECKING:
     from testbed.models.kvcache import KVCache
     from testbed.models.language import LanguageModel
 
+Handlers = Mapping[type, Callable[[Any], Any]]
+
 
 @dataclass
 class Prefix:
     """The instructions and demonstrations of a task, prefilled: known to both sides, never sent."""
 
-    text: str
     digest: str
     cache: KVCache | None  #: None for an empty prefix of a model without a start token
     closing: str = ""  #: what the prompt's layout has behind a question
@@ -52,64 +54,69 @@ class InferenceSide:
             raise RuntimeError("no model is loaded")
         return self._model
 
-    def load(
-        self, model: str, device: str, dtype: str, threads: int | None, slowdown: float = 1.0
-    ) -> dict[str, Any]:
+    def handlers(self) -> Handlers:
+        """What this side does for the orchestrator, by message."""
+        return {
+            Hello: lambda message: Greeting(),
+            Load: self.load,
+            Compute: self.compute,
+            Learn: self.learn,
+        }
+
+    def load(self, message: Load) -> Loaded:
         """Load the model and run it once, so that the first trial does not pay for thread pools and lazy kernels; integers'
         compiled loops, too, which take more than half a second to be loaded.
-
-        slowdown: stretches this side's compute stages from now on.
         """
         import torch
 
         import testbed.endpoints.gathering  # noqa: F401  (here, so that no trial pays for it)
+        from testbed.codecs import registry
         from testbed.codecs.codec import Codec, decode
+        from testbed.codecs.spec import CodecSpec
         from testbed.models.loading import load_model
 
-        self._model = load_model(model, device=device, dtype=dtype, threads=threads)
-        self.pace = Pace(slowdown, self._model.device)
-        warm = self._model.tokenize("The quick brown fox jumps over the lazy dog. " * 12)
-        prefilled = self._model.prefill(warm, None)
-        self._model.generate(warm[:8], prefilled.cache, 4, "")
-        for text in ("int8", "int4"):
-            decode(Codec(text).encode(prefilled.cache))
-        return {
-            "device": str(self._model.device),
-            "dtype": str(self._model.dtype).removeprefix("torch."),
-            "layers": self._model.num_layers,
-            "kv_heads": self._model.kv_heads,
-            "head_dim": self._model.head_dim,
-            "max_positions": self._model.max_positions,
-            "kv_bytes_per_token": self._model.kv_bytes_per_token,
-            "slowdown": slowdown,
-            "threads": torch.get_num_threads(),
-        }
+        model = load_model(
+            message.model, device=message.device, dtype=message.dtype, threads=message.threads
+        )
+        self._model, self.pace = model, Pace(message.slowdown, model.device)
+        warm = model.tokenize("The quick brown fox jumps over the lazy dog. " * 12)
+        prefilled = model.prefill(warm, None)
+        model.generate(warm[:8], prefilled.cache, 4, "")
+        for name in ("int8", "int4"):
+            decode(Codec(CodecSpec(None, None, registry.find(name)(), None)).encode(prefilled.cache))
+        return Loaded(
+            device=str(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            layers=model.num_layers,
+            kv_heads=model.kv_heads,
+            head_dim=model.head_dim,
+            max_positions=model.max_positions,
+            kv_bytes_per_token=model.kv_bytes_per_token,
+            slowdown=message.slowdown,
+            threads=torch.get_num_threads(),
+        )
 
     def share(self, other: InferenceSide) -> None:
         """Take the model and the prefixes that another side of this process has loaded."""
         self._model, self.prefixes = other.model, other.prefixes
         self.pace = Pace(other.pace.slowdown, other.pace.device)
 
-    def compute(self) -> dict[str, Any]:
+    def compute(self, message: Compute) -> Computed:
         """How long a fixed piece of compute takes this side, before anything is stretched; see `yardstick.measure`."""
         from testbed.endpoints.yardstick import measure
 
         return measure(self.model)
 
-    def learn_prefix(self, text: str, reach: int | None = None, closing: str = "") -> str:
-        """Prefill a task's prefix once; returns the digest by which requests name it.
-
-        closing: what the layout has behind each question, sent as little as the prefix. reach: tokens of the longest prompt that
-        will begin with it. Where a model turns keys by a prompt's length, a prefix is another one for each.
-        """
-        if not self.model.stretches:
-            reach = None
-        name = digest("\0".join([text, *filter(None, [closing, str(reach or "")])]).encode())
+    def learn(self, prefix: Learn) -> str:
+        """Prefill a task's prefix once. Where a model turns keys by a prompt's length, a prefix is another one for each."""
+        reach = prefix.reach if self.model.stretches else None
+        known_by = [prefix.text, *filter(None, [prefix.closing, str(reach or "")])]
+        name = digest("\0".join(known_by).encode())
         if name not in self.prefixes:
             self.model.expect(reach)
-            ids = self.model.tokenize(text, start=True)
+            ids = self.model.tokenize(prefix.text, start=True)
             cache = self.model.prefill(ids, None).cache if ids else None
-            self.prefixes[name] = Prefix(text, name, cache, closing, reach)
+            self.prefixes[name] = Prefix(name, cache, prefix.closing, reach)
         return name
 
     def under(self, name: str) -> Prefix:
@@ -144,8 +151,8 @@ class InferenceSide:
         return self.model.join(*parts) if len(parts) > 1 else parts[0]
 
 
-def main(make_handlers: Callable[[], dict[str, Callable[..., Any]]]) -> None:
-    """An endpoint process: answer the orchestrator's calls, which come over standard input and output, until it goes away."""
+def main(make_handlers: Callable[[], Handlers]) -> None:
+    """An endpoint process: answer the orchestrator, which asks over standard input and output, until it goes away."""
     channel = Channel.of_this_process()
     channel.serve(make_handlers())
     sys.stdout.flush()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from testbed.deadline import Deadline
+from testbed.endpoints.protocol import ROUNDING_S, Link
 from testbed.errors import EndpointError
 from testbed.transport import wire
 from testbed.transport.transport import Stats, Stream, Transport, find
@@ -14,8 +15,6 @@ from testbed.transport.transport import Stats, Stream, Transport, find
 #: A cloud's answer holds no payload.
 _NO_PAYLOAD = 0
 _NOTHING = Stats(0, 0, 0, "")
-#: What times, added and taken off one another, may be wrong by.
-_ROUNDING_S = 1e-5
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,11 @@ class Uplink:
         self._kept: dict[str, Stream] = {}
 
     def ask(
-        self, request: wire.Request, payload: bytes | bytearray | memoryview, link: dict[str, Any]
+        self, request: wire.Request, payload: bytes | bytearray | memoryview, link: Link
     ) -> Answered:
-        """Send a request and wait for its answer; `link` as `Pair.serve` makes it. Raises EndpointError."""
-        deadline = Deadline(link["timeout"])
-        transport = find(link.get("transport", "tcp"))
+        """Send a request and wait for its answer. Raises EndpointError."""
+        deadline = Deadline(link.timeout)
+        transport = find(link.transport)
         started = time.monotonic()
         connection, fresh = self._connect(transport, link)
         before = _NOTHING if fresh else connection.stats()
@@ -58,12 +57,12 @@ class Uplink:
             answered_at += answer.skipped_s
             if deadline.passed(answered_at):  # as it would have been had the cloud computed it again
                 raise EndpointError(f"nothing arrived within {deadline}")
-            keep = bool(link["reuse"])
+            keep = link.reuse
         finally:
             if keep:
-                self._kept[link["name"]] = connection
+                self._kept[link.name] = connection
             else:
-                self._kept.pop(link["name"], None)
+                self._kept.pop(link.name, None)
                 connection.finish()
         cost = connection.stats()
         rebuilt_at = answer.received_at + answer.queue_s + answer.prefill_s + answer.decode_s
@@ -89,11 +88,11 @@ class Uplink:
             congestion=cost.congestion,
         )
 
-    def _connect(self, transport: Transport, link: dict[str, Any]) -> tuple[Stream, bool]:
+    def _connect(self, transport: Transport, link: Link) -> tuple[Stream, bool]:
         """A connection for this request, and whether it was opened for it."""
-        if link["reuse"] and link["name"] in self._kept:
-            return self._kept[link["name"]], False
-        return transport.connect(link["address"], link["port"], link["congestion"], link["timeout"]), True
+        if link.reuse and link.name in self._kept:
+            return self._kept[link.name], False
+        return transport.connect(link.address, link.port, link.congestion, link.timeout), True
 
 
 def _expect(connection: Stream, kind: type[Any], id: int, deadline: Deadline) -> tuple[Any, float]:
@@ -118,7 +117,7 @@ def _check_times(
         sent_at <= arrived <= first.sent_at <= first_at <= answered_at
         and first.sent_at <= done <= answered_at
     )
-    if not in_order or took > done - arrived + _ROUNDING_S:
+    if not in_order or took > done - arrived + ROUNDING_S:
         raise EndpointError(
             f"the cloud's answer has times that cannot be: of a request of {sent_at:.6f} to {answered_at:.6f} s it says "
             f"received at {arrived:.6f}, first token at {first.sent_at:.6f}, sent at {done:.6f}, took {took:.6f} s"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from testbed.endpoints.pace import Pace
+from testbed.endpoints.protocol import Computed
 
 if TYPE_CHECKING:
     from testbed.models.language import LanguageModel
@@ -16,7 +17,7 @@ _LEAST_S = 0.05
 _TEXT = "The quick brown fox jumps over the lazy dog. "
 
 
-def measure(model: LanguageModel) -> dict[str, Any]:
+def measure(model: LanguageModel) -> Computed:
     """A prefill of `TOKENS` tokens, by this machine's own pace: `seconds`, the mean of as many as take a while, and `share`, of
     the time in which its threads had something to do, that they were given a processor; None where the kernel does not count it.
     """
@@ -29,11 +30,7 @@ def measure(model: LanguageModel) -> dict[str, Any]:
         model.prefill(ids, None)
         count, ended = count + 1, clock.hold()
     ran, waited = (after - before for after, before in zip(_scheduled(), (ran, waited), strict=True))
-    return {
-        "tokens": len(ids),
-        "seconds": (ended - started) / count,
-        "share": ran / (ran + waited) if ran > 0 else None,
-    }
+    return Computed(len(ids), (ended - started) / count, ran / (ran + waited) if ran > 0 else None)
 
 
 def _scheduled() -> tuple[int, int]:

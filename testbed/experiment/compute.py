@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
+from testbed.endpoints.protocol import Computed
 from testbed.errors import EndpointError
 from testbed.experiment.trial import utc_now
 
@@ -32,7 +33,7 @@ _PART, _OFTEN_S = 0.03, 10.0
 class Sides(Protocol):
     """What is needed of a `Pair`."""
 
-    def compute(self, side: str) -> dict[str, Any]: ...
+    def compute(self, side: str) -> Computed: ...
 
 
 @dataclass(frozen=True)
@@ -85,19 +86,19 @@ class Measured:
 def measure(sides: Sides, rounds: int) -> Measured:
     """So many repetitions on each side, one side after the other, so that what disturbs one disturbs both."""
     busy, stolen = _ticks()
-    told: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    computed: dict[str, list[Computed]] = {side: [] for side in SIDES}
     for _ in range(rounds):
         for side in SIDES:
-            told[side].append(sides.compute(side))
+            computed[side].append(sides.compute(side))
     after, stolen_after = _ticks()
     steal = (stolen_after - stolen) / (after - busy) if after > busy else None
-    edge, cloud = (_side(told[side]) for side in SIDES)
-    return Measured(utc_now(), told["edge"][0]["tokens"], edge, cloud, _load(), _pressure(), steal)
+    edge, cloud = (_side(computed[side]) for side in SIDES)
+    return Measured(utc_now(), computed["edge"][0].tokens, edge, cloud, _load(), _pressure(), steal)
 
 
-def _side(told: list[dict[str, Any]]) -> Side:
-    seconds = [one["seconds"] for one in told]
-    shares = [one["share"] for one in told if one["share"] is not None]
+def _side(computed: list[Computed]) -> Side:
+    seconds = [each.seconds for each in computed]
+    shares = [each.share for each in computed if each.share is not None]
     return Side(median(seconds), min(seconds), max(seconds), median(shares) if shares else None)
 
 

@@ -20,24 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from testbed import files
+from testbed.endpoints.protocol import Outcome, Stages, TrialResult
 from testbed.errors import StorageError, UsageError
 from testbed.units import exact, format_time, parse_time
 
 FORMAT = 3
 
 #: The stages of a request in the order in which they happen; their sum is `e2e_s`.
-STAGES = (
-    "prefill_s",
-    "select_s",
-    "encode_s",
-    "connect_s",
-    "transmit_s",
-    "queue_s",
-    "decode_s",
-    "first_token_s",
-    "generate_s",
-)
+STAGES = Stages.__struct_fields__
 
 
 @dataclass
@@ -132,6 +125,16 @@ class Row:
     )
     warnings: str = ""
     error: str = ""
+
+    def fill(self, result: TrialResult, outcome: Outcome, scores: dict[str, float]) -> None:
+        """Put in what the endpoints measured, and the answer's scores: their fields are called as the columns are."""
+        measured = {**scores, **structs.asdict(result), **structs.asdict(result.stages), **structs.asdict(outcome)}
+        for column in measured.keys() & set(COLUMNS):
+            setattr(self, column, measured[column])
+        self.answer, self.reused = result.answer.strip(), ",".join(result.reused)
+        self.ttft_s = result.e2e_s - result.stages.generate_s
+        sent = result.payload_bytes if self.placement == "split" else 0
+        self.bits_per_element = sent * 8 / (self.kv_bytes / 2) if self.kv_bytes else 0.0
 
 
 COLUMNS = tuple(f.name for f in dataclasses.fields(Row))

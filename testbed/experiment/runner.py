@@ -10,17 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from testbed.endpoints.deployment import Batch
+from msgspec import structs
+
+from testbed.endpoints.protocol import Loaded, Outcome
 from testbed.errors import EndpointError, NetworkError
 from testbed.experiment import inputs, kept_traces
 from testbed.experiment.compute import Gate
+from testbed.experiment.deployment import Batch
 from testbed.experiment.environment import describe_host
 from testbed.experiment.guards import interruptible, locked
 from testbed.experiment.progress import Tally, Watcher
 from testbed.experiment.results import FORMAT, Row, RunDirectory
 from testbed.experiment.scenario import Cell, Plan
 from testbed.experiment.session import Opening, across_links
-from testbed.experiment.trial import Trial, fill, new_row, utc_now
+from testbed.experiment.trial import Reference, Trial, new_row, utc_now
 from testbed.models.sources import resolve
 from testbed.net.profile import lookup
 from testbed.net.profile.profile import Profile
@@ -99,15 +102,16 @@ class Run:
                 self._write_stretch("traffic.json", {}, flows=self.session.flows)
         self.directory.write_parquet()
 
-    def _load(self) -> dict[str, Any]:
+    def _load(self) -> dict[str, Loaded]:
         """Has both sides load the model and learn the examples, and writes what they say into the manifest."""
         self._tally.say(f"loading {self.scenario.model} on both sides")
         pair, address = self.session.pair, self.session.network.address(self.scenario.cloud)
         loaded = pair.load()
         self._batches = pair.prepare()
         self._expect()
-        pair.serve(address, loaded["edge"]["kv_bytes_per_token"])
-        self._threads, self._unlike = threads_of(self.directory.rows(), loaded)
+        pair.serve(address, loaded["edge"].kv_bytes_per_token)
+        self._threads = loaded["edge"].threads
+        self._unlike = other_threads(self.directory.rows(), self._threads)
         if self._unlike:
             self._tally.say(self._unlike)
         self._write_manifest(loaded)
@@ -136,7 +140,7 @@ class Run:
             ended = {"ended_at": utc_now(), **found}
             self.directory.write(name, {"format": FORMAT, **about, "starts": [*before, ended]})
 
-    def _write_manifest(self, loaded: dict[str, Any]) -> None:
+    def _write_manifest(self, loaded: dict[str, Loaded]) -> None:
         before = self.directory.manifest()
         self.directory.write(
             "manifest.json",
@@ -150,7 +154,7 @@ class Run:
                 "link": self.plan.link,
                 "profiles": {p.name: {"text": p.text(), "source": p.source} for p in self.plan.profiles},
                 "emulator": self.session.network.emulation,
-                "endpoints": loaded,
+                "endpoints": {side: structs.asdict(about) for side, about in loaded.items()},
                 "trials": self._expected,
                 "starts": [*self.directory.entries("manifest.json", "starts"), utc_now()],
                 "host": describe_host(),
@@ -191,16 +195,16 @@ class Run:
                         "continue all the same with --accept-uncalibrated"
                     )
 
-    def _prove_compute(self, loaded: dict[str, Any]) -> Gate:
+    def _prove_compute(self, loaded: dict[str, Loaded]) -> Gate:
         """Measure how the sides compute before the first trial; a machine far from fit stops the run unless told to go on."""
         self._tally.say("measuring compute on both sides")
-        alike = all(loaded["edge"][what] == loaded["cloud"][what] for what in ("device", "dtype", "threads"))
+        edge, cloud = ((one.device, one.dtype, one.threads) for one in (loaded["edge"], loaded["cloud"]))
         before = self.directory.entries("compute.json", "starts")
 
         def write(record: dict[str, Any]) -> None:
             self.directory.write("compute.json", {"format": FORMAT, "starts": [*before, record]})
 
-        gate = Gate(self.session.pair, alike, write)
+        gate = Gate(self.session.pair, edge == cloud, write)
         gate.open(self.accept_uncalibrated)
         return gate
 
@@ -233,24 +237,24 @@ class Run:
                     self.directory.append(self._trial(trial, task, reference))
                     self._tally.done(trial.cell)
 
-    def _reference(self, batch: Batch, number: int, task: Task, example: Example) -> dict[str, Any]:
-        """The full cache's answer, scored. What went wrong with it is its `error`, which every trial of the example meets."""
+    def _reference(self, batch: Batch, number: int, task: Task, example: Example) -> Reference:
+        """The full cache's answer, scored."""
         try:
-            found = self.session.pair.reference(batch, number)
+            full = self.session.pair.reference(batch, number)
         except EndpointError as error:
             if not self.session.pair.alive:
                 raise
-            nothing = {"answer": "", "score": None, "nll": None}
-            return {"context_tokens": 0, "kv_bytes": 0, **nothing, "error": f"full cache: {error}"}
-        return {**found, "score": task.score(found["answer"], example)["score"], "error": ""}
+            return Reference(error=f"full cache: {error}")
+        score = task.score(full.answer, example)["score"]
+        return Reference(full.context_tokens, full.kv_bytes, full.answer, score, full.nll)
 
     def _trials(self, batch: Batch, number: int) -> Iterator[Trial]:
         """All trials of an example, in the order in which they are made."""
-        made = batch.examples[number]
-        example = Example(made["id"], made["context"], made["question"], tuple(made["answers"]))
+        prepared = batch.examples[number]
         for repeat in range(self.scenario.repeats):
             for cell in self.plan.cells(batch.task, batch.context_tokens):
-                yield Trial(cell, self._cell_id(cell), repeat, batch.index, number, example, made["gold"])
+                about = (batch.index, number, prepared.example, prepared.gold)
+                yield Trial(cell, self._cell_id(cell), repeat, *about)
 
     def _todo(self, batch: Batch, number: int) -> list[Trial]:
         """An example's trials that have not finished yet."""
@@ -267,7 +271,7 @@ class Run:
             self._identities[cell] = cell.identity(self.plan)
         return self._identities[cell]
 
-    def _trial(self, trial: Trial, task: Task, reference: dict[str, Any]) -> Row:
+    def _trial(self, trial: Trial, task: Task, reference: Reference) -> Row:
         """One request, and its row; what fails is in the row's `error`."""
         profile = trial.cell.profile
         calibrated = profile.text() not in self._uncalibrated
@@ -277,19 +281,19 @@ class Run:
         row.threads = self._threads
         row.warnings = "; ".join([*filter(None, [row.warnings, self._unlike]), *complaints])
         told: list[str] = []
-        if reference["error"]:
-            row.error = reference["error"]
+        if reference.error:
+            row.error = reference.error
             self.failures += 1
             return row
         try:
             if trial.cell.placement == "edge":
-                result = self.session.pair.local(trial)
-                outcome = {"tokens_kept": reference["context_tokens"], "nll": reference["nll"], "kl": 0.0}
+                result = self.session.pair.trial(trial)
+                outcome = Outcome(reference.context_tokens, reference.nll or 0.0, kl=0.0)
             else:
                 row.trace_s = self._align(profile)
                 with self.session.account.trial(profile.name) as told:
-                    result = self.session.pair.request(trial)
-                outcome = self.session.pair.outcome(result["request"], trial.gold)
+                    result = self.session.pair.trial(trial)
+                outcome = self.session.pair.outcome(result.request, trial.gold)
         except EndpointError as error:
             if not self.session.pair.alive:
                 raise
@@ -298,23 +302,18 @@ class Run:
             return row
         finally:
             row.warnings = "; ".join([*filter(None, [row.warnings]), *told])
-        fill(row, result, outcome, task.score(result["answer"], trial.example))
+        row.fill(result, outcome, task.score(result.answer, trial.example))
         if not self.session.linked:
             row.wire_bytes = 0  # its connection's bytes crossed none
         return row
 
 
-def threads_of(rows: Iterable[dict[str, Any]], loaded: dict[str, Any]) -> tuple[int, str]:
-    """The edge's threads, and a sentence where these rows of earlier trials say another number; else empty."""
-    threads = int(loaded["edge"]["threads"])
+def other_threads(rows: Iterable[dict[str, Any]], threads: int) -> str:
+    """A sentence where these rows of earlier trials say another number of the edge's threads; else empty."""
     others = {int(row["threads"]) for row in rows if row.get("threads") is not None} - {threads}
-    if not others:
-        return threads, ""
     earlier = " and ".join(map(str, sorted(others)))
-    return (
-        threads,
-        f"computed in {threads} threads, earlier trials of this run in {earlier}: last bits may differ",
-    )
+    said = f"computed in {threads} threads, earlier trials of this run in {earlier}: last bits may differ"
+    return said if others else ""
 
 
 def check_ready(plan: Plan) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from testbed import files
-from testbed.endpoints.deployment import Pair
 from testbed.endpoints.endpoint import Endpoint
+from testbed.experiment.deployment import Pair
 from testbed.experiment.results import RunDirectory
 from testbed.experiment.scenario import Plan
 from testbed.hosts.host import Host

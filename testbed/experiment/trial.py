@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
-from testbed.experiment.results import STAGES, Row
+from testbed.experiment.results import Row
 from testbed.experiment.scenario import Cell, Plan
 from testbed.tasks.task import Example
 
@@ -31,8 +30,20 @@ class Trial:
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def new_row(trial: Trial, plan: Plan, emulator: str, reference: dict[str, Any], calibrated: bool) -> Row:
-    """The trial's row with all that is known before it runs. `reference`: the edge's answer with the full cache, scored."""
+@dataclass(frozen=True)
+class Reference:
+    """The full cache's answer to an example, scored. What went wrong with it is its `error`, which every trial of it meets."""
+
+    context_tokens: int = 0
+    kv_bytes: int = 0
+    answer: str = ""
+    score: float | None = None
+    nll: float | None = None
+    error: str = ""
+
+
+def new_row(trial: Trial, plan: Plan, emulator: str, reference: Reference, calibrated: bool) -> Row:
+    """The trial's row with all that is known before it runs."""
     scenario, cell = plan.scenario, trial.cell
     steady = cell.profile.steady()
     return Row(
@@ -43,7 +54,7 @@ def new_row(trial: Trial, plan: Plan, emulator: str, reference: dict[str, Any], 
         model=scenario.model,
         task=task_label(plan, cell.task, cell.context_tokens),
         example=trial.example.id,
-        context_tokens=reference["context_tokens"],
+        context_tokens=reference.context_tokens,
         placement=cell.placement,
         codec=cell.codec,
         profile=cell.profile.name,
@@ -57,37 +68,15 @@ def new_row(trial: Trial, plan: Plan, emulator: str, reference: dict[str, Any], 
         delay_down_s=steady.down.delay_s,
         loss_up=steady.up.loss,
         loss_down=steady.down.loss,
-        kv_bytes=reference["kv_bytes"],
+        kv_bytes=reference.kv_bytes,
         edge_slowdown=scenario.compute.edge,
         cloud_slowdown=scenario.compute.cloud,
-        reference_answer=reference["answer"],
-        reference_score=reference["score"],
-        reference_nll=reference["nll"],
+        reference_answer=reference.answer,
+        reference_score=reference.score,
+        reference_nll=reference.nll,
         calibrated=calibrated,
         warnings="" if calibrated else "link out of tolerance",
     )
-
-
-def fill(row: Row, result: dict[str, Any], outcome: dict[str, Any], scores: dict[str, float]) -> None:
-    """Put what the endpoints measured, and the answer's scores, into a row."""
-    for stage in STAGES:
-        setattr(row, stage, result["stages"].get(stage, 0.0))
-    row.e2e_s = result["e2e_s"]
-    row.ttft_s = result["e2e_s"] - result["stages"]["generate_s"]
-    row.token_s, row.answer_tokens = result["token_s"], result["answer_tokens"]
-    row.reused, row.replayed = ",".join(result["reused"]), result["replayed"]
-    row.wire_bytes, row.payload_bytes = result["wire_bytes"], result["payload_bytes"]
-    row.shared_bytes = result.get("shared_bytes", 0)
-    row.retransmits, row.congestion = result["retransmits"], result["congestion"]
-    row.question_s = result.get("question_s")
-    row.answer = result["answer"].strip()
-    row.score, row.em, row.f1 = scores["score"], scores["em"], scores["f1"]
-    row.nll, row.kl = outcome["nll"], outcome.get("kl")
-    row.tokens_kept = outcome["tokens_kept"]
-    row.payload_digest = outcome.get("payload_digest", "")
-    row.kept_digest = outcome.get("kept_digest", "")
-    sent = result["payload_bytes"] if row.placement == "split" else 0
-    row.bits_per_element = sent * 8 / (row.kv_bytes / 2) if row.kv_bytes else 0.0
 
 
 def task_label(plan: Plan, task: int, context_tokens: int | None) -> str:

@@ -1,21 +1,23 @@
 """The orchestrator's word to its endpoints: calls and results over any pair of byte streams, such as a process's standard input
 and output, which never touch the emulated link.
 
-A message is a four-byte length and a MessagePack map: a `Call` one way, a `Result` with its number the other. One call at a
-time; what comes of a call that was given up is passed over.
+What is sent is a four-byte length and a MessagePack map: a `Call` one way, a `Result` with its number the other. One call at a
+time; what comes of a call that was given up is passed over. What they hold is read as what is expected there, and as nothing else.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import select
 import struct
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, Raw
 
 from testbed.deadline import Deadline
 from testbed.errors import EndpointError, TestbedError, UsageError
@@ -24,6 +26,7 @@ _LENGTH = struct.Struct("!I")
 _MAX_MESSAGE = 256 * 1024 * 1024
 #: How often, while an answer is waited for, whoever is to give it is looked after.
 _LOOK_S = 0.25
+_MALFORMED = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 
 T = TypeVar("T")
 Number = Annotated[int, Meta(ge=0)]
@@ -33,15 +36,14 @@ class Call(msgspec.Struct, forbid_unknown_fields=True):
     """What the other end is to do."""
 
     number: Number
-    call: Annotated[str, Meta(max_length=64)]
-    arguments: dict[str, Any]
+    message: Raw
 
 
 class Result(msgspec.Struct, forbid_unknown_fields=True):
     """What came of it, or why nothing did; `usage`: the user's mistake."""
 
     number: Number
-    result: Any = None
+    result: Raw = Raw(b"\xc0")
     error: str | None = None
     usage: bool = False
 
@@ -52,6 +54,19 @@ def _nobody() -> None:
 
 class Refused(EndpointError):
     """The other end lives, and answered that it could not."""
+
+
+def pack(value: Any) -> Raw:
+    """A value as it is sent."""
+    return Raw(msgspec.msgpack.encode(value))
+
+
+def unpack(data: bytes | Raw, kind: Any, what: str) -> Any:
+    """A value of that kind. Raises Refused, naming `what` should have been one, and the place in it that is none."""
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except _MALFORMED as error:
+        raise Refused(f"{what} that cannot be: {str(error)[:200]}") from error
 
 
 class Stream(Protocol):
@@ -110,7 +125,7 @@ class Channel:
             )
         try:
             return msgspec.msgpack.decode(self._exactly(length, deadline, look), type=kind)
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        except _MALFORMED as error:
             raise EndpointError(f"malformed message on the control channel: {error}") from error
 
     def _exactly(self, count: int, deadline: Deadline, look: Callable[[], None]) -> bytes:
@@ -144,12 +159,15 @@ class Channel:
             look()
 
     def call(
-        self, name: str, timeout: float | None, look: Callable[[], None] = _nobody, **arguments: Any
+        self, message: Any, kind: Any, timeout: float | None, look: Callable[[], None] = _nobody
     ) -> Any:
-        """Call the other end and wait for its result. Raises EndpointError or UsageError with the other end's message."""
+        """Send the other end a message, and wait for its answer, which is of that kind.
+
+        Raises EndpointError or UsageError with the other end's own words; Refused also where its answer is of another kind.
+        """
         deadline = Deadline(timeout)
         self._number += 1
-        self.send(Call(self._number, name, arguments), deadline, look)
+        self.send(Call(self._number, pack(message)), deadline, look)
         while True:
             answer = self.receive(Result, deadline, look)
             if answer.number == self._number:
@@ -158,25 +176,30 @@ class Channel:
                 raise EndpointError(f"an answer to call {answer.number} of {self._number}")
         if answer.error is not None:
             raise (UsageError if answer.usage else Refused)(answer.error)
-        return answer.result
+        return unpack(answer.result, kind, "an answer")
 
-    def serve(self, handlers: dict[str, Callable[..., Any]]) -> None:
-        """Answer calls until the other end goes away. What a handler raises is the caller's to see; the process lives on."""
+    def serve(self, handlers: Mapping[type, Callable[[Any], Any]]) -> None:
+        """Answer messages until the other end goes away; `handlers`: by a message's type, a tagged struct.
+
+        What a handler raises is the caller's to see; the process lives on.
+        """
+        messages: Any = functools.reduce(operator.or_, handlers)
         while True:
             try:
-                message = self.receive(Call, Deadline(None))
+                call = self.receive(Call, Deadline(None))
             except EndpointError:
                 return
             try:
-                answer = Result(message.number, handlers[message.call](**message.arguments))
+                message = unpack(call.message, messages, "a message")
+                result = Result(call.number, pack(handlers[type(message)](message)))
             except TestbedError as error:
-                answer = Result(message.number, error=str(error), usage=isinstance(error, UsageError))
+                result = Result(call.number, error=str(error), usage=isinstance(error, UsageError))
             except (
                 Exception
             ) as error:  # a defect of ours: the trial fails with its name, the log has the rest
                 traceback.print_exc()
-                answer = Result(message.number, error=f"{type(error).__name__}: {error}")
+                result = Result(call.number, error=f"{type(error).__name__}: {error}")
             try:
-                self.send(answer)
+                self.send(result)
             except EndpointError:
                 return

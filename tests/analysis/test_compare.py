@@ -13,7 +13,7 @@ from testbed.analysis import compare, comparisons
 from testbed.analysis.run import load
 from testbed.cli import main
 from testbed.errors import UsageError
-from testbed.experiment.runner import threads_of
+from testbed.experiment.runner import other_threads
 from tests.analysis.make_run import make_run
 from tests.analysis.test_run_directory import lines, rewrite
 
@@ -129,12 +129,9 @@ def test_runs_that_were_computed_in_unlike_numbers_of_threads_are_said_to_be(
 
 
 def test_a_run_that_goes_on_in_another_number_of_threads_says_so() -> None:
-    now = {"edge": {"threads": 2}}
-    assert threads_of([], now) == threads_of([{"threads": 2}, {"threads": None}, {}], now) == (2, "")
-    threads, said = threads_of(
-        [{"threads": 1}, {"threads": 2}], now
-    )  # also when it was so at the start before
-    assert threads == 2 and said.startswith("computed in 2 threads, earlier trials of this run in 1:")
+    assert other_threads([], 2) == other_threads([{"threads": 2}, {"threads": None}, {}], 2) == ""
+    said = other_threads([{"threads": 1}, {"threads": 2}], 2)  # also when it was so at the start before
+    assert said.startswith("computed in 2 threads, earlier trials of this run in 1:")
 
 
 def test_what_was_set_and_used_alike_is_said_once(run: Path, tmp_path: Path) -> None:

@@ -17,16 +17,16 @@ import msgspec
 import pytest
 
 from testbed.deadline import Deadline
-from testbed.endpoints.answers import Outcome, Served, checked
-from testbed.endpoints.deployment import Pair
 from testbed.endpoints.endpoint import Endpoint
+from testbed.endpoints.protocol import Hello, Link, Serve, TrialRequest
 from testbed.endpoints.uplink import Uplink
 from testbed.errors import EndpointError, NetworkError, TestbedError
-from testbed.hosts.channel import Channel, Result
+from testbed.experiment.deployment import Pair
+from testbed.hosts.channel import Channel, Result, pack
 from testbed.hosts.local import Local
 from testbed.transport import wire
 from testbed.transport.tcp import Tcp, TcpStream
-from tests.endpoints.test_endpoints import Pair as Loaded
+from tests.endpoints.pair import started
 from tests.tiny_models import tiny_model_directory
 
 NOTICED_S = 8.0  #: a second or two, on a machine that has other things to do
@@ -101,34 +101,33 @@ def test_an_answer_on_the_control_channel_is_whole_in_time_and_belongs_to_its_ca
     channel = Channel(ours, ours)
     silence = pytest.raises(EndpointError, match=r"no answer within 0.4 s")
     with dribbling(theirs, bytes([0, 0, 1, 0]) + bytes(300)), noticed(), silence:
-        channel.call("slow", 0.4)
+        channel.call("slow", str, 0.4)
     ours.close()
     theirs.close()
     ours, theirs = socket.socketpair()
     channel, other = Channel(ours, ours), Channel(theirs, theirs)
     with pytest.raises(EndpointError, match=r"no answer within 0.1 s"):
-        channel.call("slow", 0.1)
-    other.send(Result(1, "of the call that was given up"))
-    other.send(Result(2, "of the second"))
-    assert channel.call("next", 5.0) == "of the second"
+        channel.call("slow", str, 0.1)
+    other.send(Result(1, pack("of the call that was given up")))
+    other.send(Result(2, pack("of the second")))
+    assert channel.call("next", str, 5.0) == "of the second"
     theirs.send(b"\0\0\0\1\xc1")
     with pytest.raises(EndpointError, match="malformed"):
-        channel.call("third", 5.0)
+        channel.call("third", str, 5.0)
 
 
 @pytest.mark.parametrize("role", ["edge", "cloud"])
 def test_an_endpoint_that_is_stopped_in_a_call_is_noticed_and_named(tmp_path: Path, role: str) -> None:
     endpoint = Endpoint.start(role, Local(), tmp_path / "log")
     try:
-        with pytest.raises(EndpointError):
-            endpoint.call("nonsense", 120)
+        endpoint.call(Hello(), 120)
         assert endpoint.alive
         os.kill(endpoint.process.pid, signal.SIGSTOP)
         with (
             noticed(),
             pytest.raises(EndpointError, match=rf"the {role} process \(\d+\) has been stopped for 1"),
         ):
-            endpoint.call("nonsense", 120)
+            endpoint.call(Hello(), 120)
         assert not endpoint.alive
     finally:
         endpoint.process.kill()
@@ -144,7 +143,7 @@ def test_what_a_call_depends_on_ends_it(tmp_path: Path) -> None:
     try:
         os.kill(endpoint.process.pid, signal.SIGSTOP)  # or it answers before anybody looks
         with noticed(), pytest.raises(NetworkError, match="link access"):
-            endpoint.call("nonsense", 120, gone)
+            endpoint.call(Hello(), 120, gone)
     finally:
         endpoint.process.kill()
         endpoint.stop()
@@ -154,7 +153,7 @@ def test_the_cloud_serves_whoever_asks_however_many_are_silent(tmp_path: Path) -
     cloud = Endpoint.start("cloud", Local(), tmp_path / "log")
     held: list[socket.socket] = []
     try:
-        port = cloud.call("serve", 120, max_payload=1 << 20, congestion=None, request_s=60.0)
+        port = cloud.call(Serve(1 << 20, request_s=60.0), 120)
         for number in range(150):
             held.append(socket.create_connection(("127.0.0.1", port), timeout=5))
             if number % 2:
@@ -176,7 +175,7 @@ def test_a_cloud_that_is_busy_with_as_many_as_it_takes_says_so(tmp_path: Path) -
     cloud = Endpoint.start("cloud", Local(), tmp_path / "log")
     held: list[socket.socket] = []
     try:
-        port = cloud.call("serve", 120, max_payload=1 << 20, congestion=None, request_s=4.0)
+        port = cloud.call(Serve(1 << 20, request_s=4.0), 120)
         for _ in range(64):
             held.append(socket.create_connection(("127.0.0.1", port), timeout=5))
             held[-1].sendall(wire.pack(request(), 1000))  # a payload that does not come
@@ -213,28 +212,15 @@ def _failure(port: int) -> str:
 def test_a_cloud_that_dies_or_stands_still_during_a_request_is_named(
     tmp_path: Path, fate: signal.Signals
 ) -> None:
-    loaded = Loaded(tmp_path, tiny_model_directory("llama", tmp_path / "model"), cloud=2000.0)
-    pair = Pair(SimpleNamespace(scenario=None), loaded.edge, loaded.cloud)  # type: ignore[arg-type]
-    timer = threading.Timer(1.0, os.kill, (loaded.cloud.process.pid, fate))
-    arguments = {
-        "batch": 0,
-        "example": 0,
-        "codec": "fp16",
-        "repeat": 0,
-        "reuse": "all",
-        "link": loaded.link(),
-    }
     said = "ended .signal SIGKILL" if fate == signal.SIGKILL else "has been stopped"
-    try:
+    with started(tmp_path, tiny_model_directory("llama", tmp_path / "model"), cloud=2000.0) as both:
+        pair = Pair(SimpleNamespace(scenario=None), both.edge, both.cloud)  # type: ignore[arg-type]
+        message = TrialRequest("split", 0, 0, codec="fp16", link=both.link)
+        timer = threading.Timer(1.0, os.kill, (both.cloud.process.pid, fate))
         timer.start()
         with noticed(1.0 + NOTICED_S), pytest.raises(EndpointError, match=f"the cloud process .*{said}"):
-            pair._call(loaded.edge, Served, "split", 120.0, **arguments)
-        assert not loaded.edge.alive or not loaded.cloud.alive
-    finally:
-        timer.cancel()
-        for endpoint in (loaded.edge, loaded.cloud):
-            endpoint.process.kill()
-            endpoint.stop()
+            pair._call(both.edge, message, 120.0)
+        assert not pair.alive
 
 
 Answering = Callable[[float], tuple[dict[str, Any], dict[str, Any]]]
@@ -257,9 +243,8 @@ def ask(answering: Answering) -> Any:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        link = {"address": "127.0.0.1", "port": listener.port, "congestion": None, "timeout": 5.0}
         try:
-            return Uplink().ask(request(), b"payload", {**link, "reuse": False, "name": "lo"})
+            return Uplink().ask(request(), b"payload", Link("127.0.0.1", listener.port, timeout=5.0))
         finally:
             thread.join()
 
@@ -286,32 +271,3 @@ def test_an_answer_in_order_is_taken() -> None:
 def test_an_answer_whose_times_cannot_be_is_an_error(answering: Answering) -> None:
     with pytest.raises(TestbedError, match=r"times that cannot be|malformed frame header"):
         ask(answering)
-
-
-def test_what_an_endpoint_says_of_a_trial_is_looked_at() -> None:
-    good = {
-        "stages": {"transmit_s": 1.0},
-        "e2e_s": 1.0,
-        "reused": [],
-        "answer": "",
-        "wire_bytes": 0,
-        "replayed": False,
-        "answer_tokens": 1,
-        "token_s": None,
-    }
-    good |= {"retransmits": 0, "payload_bytes": 1, "congestion": "cubic", "more": "is passed on"}
-    assert checked(Served, good, "the edge") is good
-    for change, place in (
-        ({"stages": {"transmit_s": -1e12}}, "stages"),
-        ({"stages": {"score": 1.0}}, "unknown stages: score"),
-        ({"e2e_s": float("nan")}, "e2e_s"),
-        ({"e2e_s": -0.1}, "e2e_s"),
-        ({"payload_bytes": -1}, "payload_bytes"),
-        ({"reused": "prefill"}, "reused"),
-        ({"answer": None}, "answer"),
-    ):
-        with pytest.raises(EndpointError, match=f"the edge gave an answer .*{place}"):
-            checked(Served, good | change, "the edge")
-    outcome = {"tokens_kept": 3, "nll": float("inf"), "payload_digest": "", "kept_digest": ""}
-    with pytest.raises(EndpointError, match="nll"):
-        checked(Outcome, outcome, "the cloud")

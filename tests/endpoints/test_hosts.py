@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from testbed.endpoints.endpoint import Endpoint
+from testbed.endpoints.protocol import Load
 from testbed.errors import UsageError
 from testbed.hosts import host as hosts
 from testbed.hosts.host import host
@@ -20,7 +21,7 @@ def test_an_endpoint_runs_on_a_kind_of_host_that_is_one_file_and_one_line(
     endpoint = Endpoint.start("cloud", host("marked", mark="here"), tmp_path / "log")
     try:
         with pytest.raises(UsageError, match="nowhere"):
-            endpoint.call("load", 120, model="nowhere", device="cpu", dtype="auto", threads=1)
+            endpoint.call(Load("nowhere", "cpu"), 120)
         assert "MARK=here" in Path(f"/proc/{endpoint.process.pid}/environ").read_text().split("\0")
     finally:
         endpoint.stop()

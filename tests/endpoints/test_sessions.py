@@ -6,74 +6,47 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from testbed.deadline import Deadline
-from testbed.endpoints.both import Both
+from testbed.endpoints.protocol import Forget
 from testbed.endpoints.sessions import MAX_CLIENTS, Sessions
 from testbed.errors import EndpointError
 from testbed.transport import wire
 from testbed.transport.transport import find
+from tests.endpoints.pair import Pair, in_this_process
 from tests.tiny_models import tiny_model_directory
 
-Handlers = dict[str, Any]
-
-
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Handlers:
-    """Edge and cloud, loaded; `link` is the link between them, `prefix` the digest of theirs."""
-    handlers: Handlers = dict(Both().handlers())
-    directory: Path = tmp_path_factory.mktemp("sessions")
-    handlers["load"](
-        model=str(tiny_model_directory("llama", directory)), device="cpu", dtype="auto", threads=1
-    )
-    about = {"task": "needle", "parameters": {}, "count": 1, "context_tokens": 120, "seed": 0}
-    made = handlers["prepare"](**about, codecs=["int8"], max_new_tokens=4)
-    handlers["prefix"] = handlers["learn_prefix"](text=made["prefix_text"])
-    handlers["link"] = {
-        "address": "127.0.0.1",
-        "port": handlers["serve"](max_payload=1 << 22, congestion=None),
-    }
-    handlers["link"] |= {"congestion": None, "timeout": 60.0, "reuse": False, "name": "lo"}
-    return handlers
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return in_this_process(tiny_model_directory("llama", tmp_path_factory.mktemp("sessions")))
 
 
-def split(both: Handlers, client: str, codec: str) -> dict[str, Any]:
-    link = both["link"] | {"client": client}
-    result: dict[str, Any] = both["split"](batch=0, example=0, codec=codec, repeat=0, reuse="all", link=link)
-    return result
-
-
-def test_one_clients_memory_is_no_other_ones(both: Handlers) -> None:
-    reference = both["reference"](batch=0, example=0)
-    given = {name: reference[name] for name in ("distributions", "vocabulary")}
-    both["compare"](**given, client="ann")
-    first = split(both, "ann", "int8")
-    other = split(both, "bob", "fp16")
+def test_one_clients_memory_is_no_other_ones(pair: Pair) -> None:
+    pair.reference(client="ann")
+    first = pair.ask("int8", link={"client": "ann"})
+    other = pair.ask("fp16", link={"client": "bob"})
     # Ann's cache is still hers, though Bob's came after it; and only she has something to compare with.
-    hers = both["outcome"](id=first["request"], gold="x", client="ann")
-    assert hers["kl"] > 0
-    assert "kl" not in both["outcome"](id=other["request"], gold="x", client="bob")
-    both["forget"](client="bob")
-    with pytest.raises(EndpointError, match="never answered"):
-        both["outcome"](id=other["request"], gold="x", client="bob")
-    with pytest.raises(EndpointError, match="never answered"):
-        both["outcome"](id=first["request"], gold="x", client="bob")
-    again = split(both, "ann", "int8")
-    assert "decode" in again["reused"]
-    assert both["outcome"](id=again["request"], gold="x", client="ann") == hers
+    hers = pair.outcome(first, client="ann")
+    assert (hers.kl or 0) > 0
+    assert pair.outcome(other, client="bob").kl is None
+    pair.cloud.call(Forget("bob"))
+    for request in (other, first):
+        with pytest.raises(EndpointError, match="never answered"):
+            pair.outcome(request, client="bob")
+    again = pair.ask("int8", link={"client": "ann"})
+    assert "decode" in again.reused
+    assert pair.outcome(again, client="ann") == hers
 
 
-def test_two_clients_at_once_each_get_their_own_answer_under_the_same_number(both: Handlers) -> None:
+def test_two_clients_at_once_each_get_their_own_answer_under_the_same_number(pair: Pair) -> None:
     texts = {"ann": b"The sky was blue that day. " * 4, "bob": b"Nobody has ever read 17 books. " * 9}
 
     def ask(client: str, chunk: int = 0) -> str:
-        about = (99, "cloud", "", both["prefix"], "Q?", "", 4, zlib.crc32(texts[client]))
+        about = (99, "cloud", "", pair.prefix, "Q?", "", 4, zlib.crc32(texts[client]))
         request = wire.Request(*about, client=client, chunked=chunk > 0)
-        stream = find("tcp").connect("127.0.0.1", both["link"]["port"], None, 60.0)
+        stream = find("tcp").connect("127.0.0.1", pair.link.port, None, 60.0)
         stream.send(request, b"" if chunk else texts[client])
         pieces = [texts[client][i : i + chunk] for i in range(0, len(texts[client]), chunk)] if chunk else []
         for index, piece in enumerate(pieces):
@@ -87,14 +60,14 @@ def test_two_clients_at_once_each_get_their_own_answer_under_the_same_number(bot
         return answer.text
 
     alone = {client: ask(client) for client in texts}
-    digests = {c: both["outcome"](id=99, gold="x", client=c)["payload_digest"] for c in texts}
+    digests = {c: pair.outcome(99, client=c).payload_digest for c in texts}
     assert digests["ann"] != digests["bob"]
     with ThreadPoolExecutor(2) as pool:
         together = dict(zip(texts, pool.map(ask, texts), strict=True))
     assert together == alone
     assert ask("ann", chunk=10) == alone["ann"]  # and of a request in chunks, the same
     for client in texts:
-        assert both["outcome"](id=99, gold="x", client=client)["payload_digest"] == digests[client]
+        assert pair.outcome(99, client=client).payload_digest == digests[client]
 
 
 def test_clients_take_turns_and_each_ones_requests_keep_their_order() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from testbed.endpoints.cloud import Cloud
+from testbed.endpoints.protocol import Link, Serve
 from testbed.endpoints.uplink import Uplink
 from testbed.errors import EndpointError, UsageError
 from testbed.transport.transport import TRANSPORTS, find
@@ -24,9 +25,8 @@ def transport(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_edge_and_cloud_speak_over_whichever_transport_the_link_names(transport: str) -> None:
-    port = Cloud().serve(max_payload=1 << 22, congestion=None, request_s=20.0, transport=transport)
-    link = {"transport": transport, "address": "127.0.0.1", "port": port, "congestion": None}
-    link |= {"timeout": 20.0, "reuse": False, "name": "lo"}
+    port = Cloud().serve(Serve(1 << 22, request_s=20.0, transport=transport))
+    link = Link("127.0.0.1", port, transport=transport, timeout=20.0)
     for asked in (request(PAYLOAD, prefix="of nobody"), request(PAYLOAD, prefix="of nobody", id=8)):
         with pytest.raises(EndpointError, match="'of nobody' that this side does not know"):
             Uplink().ask(asked, PAYLOAD, link)

@@ -13,6 +13,7 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from testbed.endpoints.edge import Edge
+from testbed.endpoints.protocol import Load, Prepare, Reference
 from testbed.errors import UsageError
 from testbed.models.kvcache import join
 from testbed.models.language import LanguageModel
@@ -133,12 +134,15 @@ def test_each_length_of_a_run_is_read_as_transformers_reads_the_whole_prompt(tmp
     config["rope_parameters"]["original_max_position_embeddings"] = boundary
     (directory / "config.json").write_text(json.dumps(config))
     edge = Edge()
-    edge.load(str(directory), "cpu", "float32", 1)
-    made = [edge.prepare("needle", {}, 1, tokens, 0, ["fp16"], 4) for tokens in (150, 800)]
-    assert made[0]["reach"] < boundary < made[1]["reach"]
+    edge.load(Load(str(directory), "cpu", "float32", 1))
+    reaches = []
+    for tokens in (150, 800):
+        made = edge.prepare(Prepare("needle", context_tokens=tokens, max_new_tokens=4))
+        reaches.append(made.prefix.reach or 0)
+    assert reaches[0] < boundary < reaches[1]
     network = reference.reference_network(directory, "eager")
     for batch in (0, 1, 0):
-        measured = edge.reference(batch, 0)["nll"]
+        measured = edge.reference(Reference(batch, 0)).nll
         task, example = edge._batches[batch].task, edge._batches[batch].examples[0]
         answer = edge.model.tokenize(task.answer_text(example))
         texts = (task.context_text(example), task.question_text(example))

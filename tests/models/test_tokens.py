@@ -10,6 +10,7 @@ import transformers
 
 from testbed.endpoints.cloud import Cloud
 from testbed.endpoints.edge import Edge
+from testbed.endpoints.protocol import Load, Prepare
 from testbed.models.language import Tokens
 from testbed.models.loading import _tokenizer, load_model
 from testbed.models.sources import find
@@ -60,12 +61,12 @@ def test_a_chats_layout_has_its_special_tokens_on_both_sides_and_its_texts_have_
     )
     edge, cloud = Edge(), Cloud()
     for side in (edge, cloud):
-        side.load(str(directory), "cpu", "float32", 1)
-    made = edge.prepare("qa", {"path": str(rows)}, 1, None, 0, ["fp16"], 4, "chat:0")
-    known = cloud.learn_prefix(made["prefix_text"], made["reach"], made["closing"])
+        side.load(Load(str(directory), "cpu", "float32", 1))
+    made = edge.prepare(Prepare("qa", {"path": str(rows)}, max_new_tokens=4, prompt="chat:0"))
+    known = cloud.learn(made.prefix)
     held = edge._hold(0, 0)
     start, end = (tokenizer.convert_tokens_to_ids(t) for t in (START, END))
-    assert [t for t in edge.model.tokenize(made["prefix_text"], start=True) if t in (start, end)] == [start]
+    assert [t for t in edge.model.tokenize(made.prefix.text, start=True) if t in (start, end)] == [start]
     assert not {start, end} & set(held.ids) and "<|end|> twice" in edge.model.text(held.ids)
     question = edge.model.tokenize(held.question, closing=held.prefix.closing)
     assert [t for t in question if t in (start, end)] == [end, start]

@@ -1,0 +1,267 @@
+"""What the orchestrator and its endpoints say to each other: messages, and what each is answered with.
+
+Both are structs whose types say what can be: an answer that cannot becomes an error, never a row. A copy of testbed on another
+host may be of another version, so `Hello` comes first. What an older copy would misread makes `VERSION` one more; `Hello`,
+`Greeting` and the channel's `Call` and `Result` stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
+
+from msgspec import Meta, Struct, structs
+
+from testbed import __version__
+from testbed.errors import UsageError
+from testbed.tasks.task import Example
+
+VERSION = 1
+
+Count = Annotated[int, Meta(ge=0, le=1 << 48)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Seconds = Annotated[float, Meta(ge=0, le=1e7)]  #: never NaN
+Nats = Annotated[float, Meta(ge=-1e-3, le=1e6)]  #: finite; below 0 by rounding alone
+Slowdown = Annotated[float, Meta(ge=1, le=1e6)]
+Name = Annotated[str, Meta(max_length=512)]
+#: What times, added up, may differ from the whole by.
+ROUNDING_S = 1e-5
+
+T = TypeVar("T")
+
+
+class Message(Struct, Generic[T], frozen=True, forbid_unknown_fields=True, tag=str.lower):
+    """Something that an endpoint is asked, and answers with a `T`."""
+
+    @classmethod
+    def answer(cls) -> Any:
+        """The type of its answer."""
+        return get_args(cls.__orig_bases__[0])[0]  # type: ignore[attr-defined]
+
+
+class Part(Struct, frozen=True, forbid_unknown_fields=True):
+    """What messages hold and are answered with: these fields, and no others."""
+
+
+class Greeting(Struct, frozen=True):
+    """Which protocol an endpoint speaks, and of which testbed it is."""
+
+    version: int = VERSION
+    testbed: str = __version__
+
+    def check(self, who: str) -> None:
+        """Raises UsageError where it is not the one spoken here."""
+        if self.version != VERSION:
+            raise UsageError(
+                f"{who}: its testbed {self.testbed[:40]} speaks version {self.version} of the control protocol, this one "
+                f"version {VERSION}: install testbed {__version__} there"
+            )
+
+
+class Hello(Message[Greeting]):
+    """Comes before all others."""
+
+
+class Loaded(Part):
+    """The model, and what computes it. `kv_bytes_per_token`: in 16 bits."""
+
+    device: Name
+    dtype: Name
+    layers: Count
+    kv_heads: Count
+    head_dim: Count
+    max_positions: Count
+    kv_bytes_per_token: Count
+    slowdown: Slowdown
+    threads: Count
+
+
+class Load(Message[Loaded]):
+    """Load a model. slowdown: stretches this side's compute stages from then on."""
+
+    model: str
+    device: Name = "auto"
+    dtype: Name = "auto"
+    threads: Count | None = None
+    slowdown: Slowdown = 1.0
+
+
+class Computed(Part):
+    """Seconds of a prefill of so many tokens; share: of the time it wanted a processor that it was given one, where known."""
+
+    tokens: Count
+    seconds: Annotated[float, Meta(gt=0, le=1e7)]
+    share: Annotated[float, Meta(ge=0, le=1)] | None
+
+
+class Compute(Message[Computed]):
+    """Compute a fixed piece of work, before anything is stretched."""
+
+
+class Learn(Message[Name]):
+    """Prefill a task's prefix once; answered with the digest by which requests name it.
+
+    closing: what the layout has behind each question, sent as little as the prefix. reach: tokens of the longest prompt that
+    will begin with it.
+    """
+
+    text: str
+    reach: Count | None = None
+    closing: str = ""
+
+
+class PreparedExample(Part):
+    """An example without its context, which stays at the edge, and its answer as the model should write it."""
+
+    example: Example
+    gold: str
+
+
+class Prepared(Part):
+    """A task's examples, as the edge's batch of that number. longest: tokens of the longest context."""
+
+    batch: Count
+    prefix: Learn
+    longest: Count
+    examples: tuple[PreparedExample, ...]
+
+
+class Prepare(Message[Prepared]):
+    """Make a task's examples. codecs: canonical texts of those that will be asked for."""
+
+    task: str
+    parameters: dict[str, Any] = {}
+    count: Count = 1
+    context_tokens: Count | None = None
+    seed: int = 0
+    codecs: tuple[str, ...] = ()
+    max_new_tokens: Count | None = None
+    prompt: str = "plain:2"
+
+
+class Serve(Message[Port]):
+    """Listen, and answer requests from now on.
+
+    max_payload: bounds what a request may make the cloud allocate, in bytes; request_s: what its bytes may take to come.
+    """
+
+    max_payload: Count
+    congestion: Name | None = None
+    request_s: Seconds = 120.0
+    transport: Name = "tcp"
+
+
+class Forget(Message[None]):
+    """Drop the answers that a client had: a new example begins, and none of them can come again."""
+
+    client: Name = ""
+
+
+class FullCache(Part):
+    """An example's answer, and next-token distributions along the gold answer (see `models.scores`), with the full cache."""
+
+    context_tokens: Count
+    kv_bytes: Count
+    answer: str
+    nll: Nats
+    distributions: bytes
+    vocabulary: Count
+
+
+class Reference(Message[FullCache]):
+    """Answer an example on the edge alone. Makes it the example at hand."""
+
+    batch: Count
+    example: Count
+
+
+class Compare(Message[None]):
+    """Keep these distributions to compare a client's outcomes with."""
+
+    distributions: bytes
+    vocabulary: Count
+    client: Name = ""
+
+
+class Link(Part):
+    """Where the cloud is, and how it is asked. name: of the conditions, by which a connection that is kept is found again."""
+
+    address: Name
+    port: Port
+    name: str = ""
+    transport: Name = "tcp"
+    congestion: Name | None = None
+    timeout: Seconds = 120.0
+    reuse: bool = False  #: keep the connection for the next request
+    client: Name = ""
+
+
+class Stages(Part):
+    """A request's stages in the order in which they happen, seconds; 0: a placement does not have it."""
+
+    prefill_s: Seconds = 0.0
+    select_s: Seconds = 0.0
+    encode_s: Seconds = 0.0
+    connect_s: Seconds = 0.0
+    transmit_s: Seconds = 0.0
+    queue_s: Seconds = 0.0
+    decode_s: Seconds = 0.0
+    first_token_s: Seconds = 0.0
+    generate_s: Seconds = 0.0
+
+    def total(self) -> float:
+        """Their sum."""
+        return float(sum(structs.astuple(self)))
+
+
+class TrialResult(Part):
+    """What a trial came to at the edge; what its answer is worth, an `Outcome` says."""
+
+    stages: Stages
+    e2e_s: Seconds  #: their sum
+    reused: tuple[Name, ...]  #: stages taken from an earlier trial
+    replayed: bool  #: and waited for
+    answer: str
+    answer_tokens: Count
+    token_s: Seconds | None
+    wire_bytes: Count = 0
+    retransmits: Count = 0
+    congestion: Name = ""
+    payload_bytes: Count = 0
+    shared_bytes: Count = 0
+    question_s: Seconds | None = None
+    request: Count = 0  #: the cloud's `Examine` names it by this
+
+    def __post_init__(self) -> None:
+        if abs(self.stages.total() - self.e2e_s) > ROUNDING_S:
+            raise ValueError(f"the stages sum to {self.stages.total():.6f} s, and `e2e_s` is {self.e2e_s:.6f} s")
+
+
+class TrialRequest(Message[TrialResult], tag="trial"):
+    """Make a trial of an example of a batch. codec: its canonical text; `split` placement alone has one. link: all but `edge`."""
+
+    placement: Literal["split", "cloud", "edge"]
+    batch: Count
+    example: Count
+    repeat: Count = 0
+    reuse: Literal["all", "prefill", "none"] = "all"
+    replay: bool = False
+    codec: str = ""
+    link: Link | None = None
+
+
+class Outcome(Part):
+    """What the cache behind an answer says of the gold one. kl: from the full cache's distributions, where there are any."""
+
+    tokens_kept: Count
+    nll: Nats
+    kl: Nats | None = None
+    payload_digest: Name = ""
+    kept_digest: Name = ""
+
+
+class Examine(Message[Outcome]):
+    """Say what became of a client's request, whose clock has stopped."""
+
+    request: Count
+    gold: str
+    client: Name = ""

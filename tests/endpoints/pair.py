@@ -1,0 +1,97 @@
+"""An edge and a cloud with a tiny random model, loaded and serving over loopback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from testbed.endpoints import protocol
+from testbed.endpoints.both import Both
+from testbed.endpoints.endpoint import Endpoint
+from testbed.endpoints.protocol import FullCache, Link, Outcome, TrialRequest, TrialResult
+from testbed.hosts.local import Local
+
+CODECS = (
+    "fp16",
+    "int8",
+    "int4",
+    "q2c@0.25+int8",
+    "snapkv@0.5+int4",
+    "h2o@0.5",
+    "window@0.25",
+    "random@0.5+int8+zstd",
+)
+
+
+class Within:
+    """Both sides in this process, called as an `Endpoint` is."""
+
+    role = "both"
+
+    def __init__(self) -> None:
+        self._handlers = Both().handlers()
+
+    def call(self, message: protocol.Message[Any], within_s: float = 0) -> Any:
+        return self._handlers[type(message)](message)
+
+
+class Pair:
+    """Both sides. `prefix`: the digest of what they both know; `link`: from one to the other."""
+
+    def __init__(
+        self,
+        edge: Endpoint | Within,
+        cloud: Endpoint | Within,
+        model: Path,
+        task: str = "needle",
+        slowdown: dict[str, float] | None = None,
+        device: str = "cpu",
+        dtype: str = "auto",
+    ) -> None:
+        self.edge, self.cloud = edge, cloud
+        self.loaded = []
+        for side in dict.fromkeys((edge, cloud)):
+            factor = (slowdown or {}).get(side.role, 1.0)
+            message = protocol.Load(str(model), device, dtype, threads=1, slowdown=factor)
+            self.loaded.append(side.call(message, 120))
+        about = {"count": 3, "context_tokens": 300, "codecs": CODECS, "max_new_tokens": 8}
+        prepared = edge.call(protocol.Prepare(task, **about), 60)  # type: ignore[arg-type]
+        self.examples = prepared.examples
+        self.prefix = cloud.call(prepared.prefix, 60)
+        self.link = Link("127.0.0.1", cloud.call(protocol.Serve(1 << 22), 10), timeout=20.0)
+
+    def ask(self, what: str, example: int = 1, link: dict[str, Any] | None = None, **about: Any) -> TrialResult:
+        """A trial of a codec, or of the placement `cloud` or `edge`; `link`: what is unlike `self.link`."""
+        placement, codec = (what, "") if what in ("cloud", "edge") else ("split", what)
+        settings = {f: getattr(self.link, f) for f in Link.__struct_fields__} | (link or {})
+        message = TrialRequest(placement, 0, example, codec=codec, link=Link(**settings), **about)  # type: ignore[arg-type]
+        return self.edge.call(message, 60)
+
+    def reference(self, example: int = 1, client: str = "") -> FullCache:
+        """The single machine's answer; from now on outcomes of the client are compared with it."""
+        full = self.edge.call(protocol.Reference(0, example), 60)
+        self.cloud.call(protocol.Compare(full.distributions, full.vocabulary, client), 60)
+        return full
+
+    def outcome(self, request: TrialResult | int, example: int = 1, client: str = "") -> Outcome:
+        number = request if isinstance(request, int) else request.request
+        return self.cloud.call(protocol.Examine(number, self.examples[example].gold, client), 60)
+
+
+@contextmanager
+def started(directory: Path, model: Path, task: str = "needle", **slowdown: float) -> Iterator[Pair]:
+    """Each side as a process of its own."""
+    sides = [Endpoint.start(role, Local(), directory / f"{role}.log") for role in ("edge", "cloud")]
+    try:
+        yield Pair(*sides, model, task, slowdown)
+    finally:
+        for side in sides:
+            side.process.kill()
+            side.stop()
+
+
+def in_this_process(model: Path, **about: Any) -> Pair:
+    both = Within()
+    return Pair(both, both, model, **about)
