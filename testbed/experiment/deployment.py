@@ -89,7 +89,7 @@ class Pair:
                 count=self.scenario.examples,
                 context_tokens=context_tokens,
                 seed=self.scenario.seed,
-                codecs=tuple(self.scenario.codecs),
+                codecs=tuple(map(str, self.scenario.codecs)),
                 max_new_tokens=self.scenario.max_new_tokens,
                 prompt=str(self.plan.prompt),
             )
@@ -136,7 +136,7 @@ class Pair:
             trial.repeat,
             self.scenario.reuse,
             self.plan.replays(cell),
-            cell.codec,
+            cell.codec_text,
             structs.replace(self._link, name=cell.profile.text()) if crosses else None,
         )
         return self._call(self.edge, message, CALL_S + (self.scenario.timeout if crosses else 0.0))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from testbed.codecs.layout import expected_bytes
-from testbed.codecs.spec import parse
 from testbed.errors import UsageError
 from testbed.experiment.scenario import Cell, Plan
 from testbed.models.sources import resolve
@@ -85,13 +84,10 @@ class Estimator:
         tokens = cell.context_tokens or 512
         if cell.placement == "edge":
             return 0.0
-        if cell.placement == "cloud" or self.model is None:
+        if cell.codec is None or self.model is None:
             return tokens * _TEXT_BYTES_PER_TOKEN
         layers = [(self.model.kv_heads, self.model.head_dim, self.model.head_dim, None)] * self.model.layers
-        spec = parse(cell.codec)
-        if spec.refers:
-            spec = spec.bound(resolve(self.plan.scenario.model).name)
-        return float(expected_bytes(spec, layers, tokens))
+        return float(expected_bytes(cell.codec, layers, tokens))
 
     def transmit_s(self, cell: Cell) -> float:
         """Serialisation at the (mean) rate, one round trip for the handshake, and those that slow start spends to fill the link;
@@ -146,7 +142,7 @@ class Estimator:
                 "task": self.plan.scenario.tasks[cell.task]["task"],
                 "context_tokens": cell.context_tokens,
                 "placement": cell.placement,
-                "codec": cell.codec,
+                "codec": cell.codec_text,
                 "profile": cell.profile.name,
                 "payload_bytes": round(self.payload_bytes(cell)),
                 "transmit_s": self.transmit_s(cell),

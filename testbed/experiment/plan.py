@@ -216,19 +216,18 @@ def _bound(scenario: Scenario, place: str) -> tuple[Scenario, dict[str, str]]:
     they were written, by what they are now.
     """
     found, asked = [], {}
-    for text in scenario.codecs:
-        spec = parse_codec(text)
-        bound = text
+    for spec in scenario.codecs:
+        bound = spec
         if spec.unfit:
             raise SpecError(f"{place}: codecs: {spec.unfit}")
         if spec.refers:
-            bound = _at(f"{place}: codecs", lambda s=spec: str(s.bound(find_model(scenario.model).name)))
+            bound = _at(f"{place}: codecs", lambda s=spec: s.bound(find_model(scenario.model).name))
         if bound in found:
-            same = f" (it is {bound!r})" if bound != text or bound in asked else ""
-            raise SpecError(f"{place}: codecs: {text!r} is listed twice{same}")
+            same = f" (it is {str(bound)!r})" if bound != spec or str(bound) in asked else ""
+            raise SpecError(f"{place}: codecs: {str(spec)!r} is listed twice{same}")
         found.append(bound)
         if spec.refers:
-            asked[bound] = text
+            asked[str(bound)] = str(spec)
     return scenario.model_copy(update={"codecs": found}), asked
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from msgspec import structs
 
+from testbed.codecs.spec import CodecSpec
 from testbed.endpoints.protocol import Loaded, Outcome
 from testbed.errors import EndpointError, NetworkError
 from testbed.experiment import inputs, kept_traces
@@ -69,7 +70,7 @@ class Run:
             if not self.settled:
                 self._make_trials()
 
-    def measure(self, codec: str) -> None:
+    def measure(self, codec: CodecSpec) -> None:
         """Run every trial with this codec, whichever the plan has. Raises as `execute` does."""
         self.plan = replace(self.plan, scenario=self.scenario.model_copy(update={"codecs": [codec]}))
         self._tally = Tally(self.plan, self.watch)  # what is told of the time left begins anew

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer
 
+from testbed.codecs.spec import CodecSpec
 from testbed.codecs.spec import parse as parse_codec
 from testbed.errors import SpecError
 from testbed.net.profile.profile import Profile
@@ -30,14 +31,14 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-def _codec(value: Any) -> str:
+def _codec(value: Any) -> CodecSpec:
     text = str(value)
     if text.count("(") > text.count(")"):
         raise SpecError(
             f"codec {text[:80]!r}: ends within its parentheses; in brackets, YAML splits at commas: "
             'quote it, as ["q2c@0.25(pool=1, scope=global)+int8"]'
         )
-    return str(parse_codec(text))
+    return parse_codec(text)
 
 
 def _seconds(value: Any) -> float:
@@ -106,8 +107,10 @@ class Scenario(BaseModel):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     placements: Annotated[list[Placement], BeforeValidator(_listed), Field(min_length=1)] = ["split"]
     codecs: Annotated[
-        list[Annotated[str, BeforeValidator(_codec)]], BeforeValidator(_listed), Field(min_length=1)
-    ] = ["fp16"]
+        list[Annotated[InstanceOf[CodecSpec], BeforeValidator(_codec), PlainSerializer(str, when_used="json")]],
+        BeforeValidator(_listed),
+        Field(min_length=1, default_factory=lambda: [parse_codec("fp16")]),
+    ]
     tasks: Annotated[
         list[Annotated[dict[str, Any], BeforeValidator(_task)]], BeforeValidator(_listed), Field(min_length=1)
     ]
@@ -146,9 +149,14 @@ class Cell:
 
     task: int  #: index into the scenario's tasks
     context_tokens: int | None
-    placement: str
-    codec: str
+    placement: Placement
+    codec: CodecSpec | None  #: None: no KV cache crosses the link
     profile: Profile
+
+    @property
+    def codec_text(self) -> str:
+        """As rows name it; empty where no KV cache crosses the link."""
+        return "" if self.codec is None else str(self.codec)
 
     def identity(self, plan: Plan) -> str:
         """A hash of the settings: the same settings give the same cell in every run."""
@@ -162,7 +170,7 @@ class Cell:
             "max_new_tokens": scenario.max_new_tokens,
             "seed": scenario.seed,
             "placement": self.placement,
-            "codec": self.codec,
+            "codec": self.codec_text,
             "profile": self.profile.text(),
             "topology": plan.topology.name,
             "link": plan.link,
@@ -241,7 +249,7 @@ class Plan:
         so that what two links share is made once, and a slow drift of the machine touches all links alike."""
         cells = []
         for placement in self.scenario.placements:
-            for codec in self.scenario.codecs if placement == "split" else [""]:
+            for codec in self.scenario.codecs if placement == "split" else [None]:
                 cells += [Cell(task, context_tokens, placement, codec, profile) for profile in self.profiles]
         return cells
 

@@ -56,7 +56,7 @@ def new_row(trial: Trial, plan: Plan, emulator: str, reference: Reference, calib
         example=trial.example.id,
         context_tokens=reference.context_tokens,
         placement=cell.placement,
-        codec=cell.codec,
+        codec=cell.codec_text,
         profile=cell.profile.name,
         link=plan.link,
         emulator=emulator,

@@ -10,6 +10,7 @@ from typing import Any
 
 from testbed.analysis import claim_rules
 from testbed.analysis.run import load
+from testbed.codecs.spec import parse
 from testbed.diagnosis import launch
 from testbed.errors import SpecError, UsageError
 from testbed.experiment.plan import make_plan
@@ -79,7 +80,7 @@ def measured(
 
     def measure(question: Question, codecs: Sequence[str]) -> Step:
         for number, codec in enumerate(codecs, 1):
-            run.measure(codec)
+            run.measure(parse(codec))
             step = judge(load(path), question, codecs[:number])
             if step.answer in (YES, UNFIT):
                 break

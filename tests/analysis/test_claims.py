@@ -382,7 +382,7 @@ def test_a_scenarios_rows_are_what_its_claims_ask_for(tmp_path: Path, name: str)
                 known = {
                     "model": model,
                     "task": label,
-                    "codec": cell.codec,
+                    "codec": cell.codec_text,
                     "placement": cell.placement,
                     "profile": cell.profile.name,
                     "context_tokens": tokens,
