@@ -123,14 +123,14 @@ with in_one_process(load_plan("quick"), RunDirectory(Path(sys.argv[1])), print):
 def test_an_endpoints_log_that_is_a_link_is_not_followed(run: Path, secret: Path) -> None:
     (run / "logs").mkdir()
     os.chown(run / "logs", USER, USER)
-    (run / "logs" / "both.log").symlink_to(secret)
+    (run / "logs" / "loopback.log").symlink_to(secret)
     done = behind_sudo(START, str(run))
-    assert "both.log is a link" in done.stderr
+    assert "loopback.log is a link" in done.stderr
 
 
 def test_an_endpoints_log_is_the_users(run: Path) -> None:
     assert behind_sudo(START, str(run)).returncode == 0
-    assert (run / "logs" / "both.log").is_file()
+    assert (run / "logs" / "loopback.log").is_file()
     assert all_users(run)
 
 

@@ -22,7 +22,7 @@ from testbed.endpoints.protocol import (
     TrialResult,
 )
 from testbed.endpoints.side import Handlers, InferenceSide, main, per_token
-from testbed.endpoints.uplink import Uplink
+from testbed.endpoints.client import Client
 from testbed.transport import wire
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Edge(InferenceSide):
         super().__init__()
         self._batches: list[Batch] = []
         self._held: Held | None = None
-        self._uplink = Uplink()
+        self._client = Client()
         self._codecs: dict[str, Codec] = {}
         self._needs = Needs()
         self._request = 0
@@ -251,7 +251,7 @@ class Edge(InferenceSide):
             replay=message.replay,
             client=message.link.client,
         )
-        answered = self._uplink.ask(request, payload, message.link)
+        answered = self._client.ask(request, payload, message.link)
         if answered.reused:
             reused = [*reused, _REBUILDS[message.placement], "first_token", "generate"]
         elif message.reuse == "all":

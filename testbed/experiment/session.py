@@ -61,7 +61,7 @@ def across_links(plan: Plan, directory: RunDirectory, say: Callable[[str], None]
 def in_one_process(plan: Plan, directory: RunDirectory, say: Callable[[str], None]) -> Iterator[Session]:
     """Edge and cloud in one process that share one model, over loopback: what a codec does to the answers needs no link. Raises
     EndpointError."""
-    with Loopback() as network, _endpoint("both", network.host("edge"), directory) as both:
+    with Loopback() as network, _endpoint("loopback", network.host("edge"), directory) as both:
         yield Session(plan, network, Pair(plan, both, both))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.endpoints import protocol
-from testbed.endpoints.both import Both
+from testbed.endpoints.loopback import Loopback
 from testbed.endpoints.endpoint import Endpoint
 from testbed.endpoints.protocol import FullCache, Link, Outcome, TrialRequest, TrialResult
 from testbed.hosts.local import Local
@@ -28,10 +28,10 @@ CODECS = (
 class Within:
     """Both sides in this process, called as an `Endpoint` is."""
 
-    role = "both"
+    role = "loopback"
 
     def __init__(self) -> None:
-        self._handlers = Both().handlers()
+        self._handlers = Loopback().handlers()
 
     def call(self, message: protocol.Message[Any], within_s: float = 0) -> Any:
         return self._handlers[type(message)](message)

@@ -19,7 +19,7 @@ import pytest
 from testbed.deadline import Deadline
 from testbed.endpoints.endpoint import Endpoint
 from testbed.endpoints.protocol import Hello, Link, Serve, TrialRequest
-from testbed.endpoints.uplink import Uplink
+from testbed.endpoints.client import Client
 from testbed.errors import EndpointError, NetworkError, TestbedError
 from testbed.experiment.deployment import Pair
 from testbed.hosts.channel import Channel, Result, pack
@@ -244,7 +244,7 @@ def ask(answering: Answering) -> Any:
         thread = threading.Thread(target=answer)
         thread.start()
         try:
-            return Uplink().ask(request(), b"payload", Link("127.0.0.1", listener.port, timeout=5.0))
+            return Client().ask(request(), b"payload", Link("127.0.0.1", listener.port, timeout=5.0))
         finally:
             thread.join()
 

@@ -8,7 +8,7 @@ import pytest
 
 from testbed.endpoints.cloud import Cloud
 from testbed.endpoints.protocol import Link, Serve
-from testbed.endpoints.uplink import Uplink
+from testbed.endpoints.client import Client
 from testbed.errors import EndpointError, UsageError
 from testbed.transport.transport import TRANSPORTS, find
 from tests.endpoints.test_wire import request
@@ -29,7 +29,7 @@ def test_edge_and_cloud_speak_over_whichever_transport_the_link_names(transport:
     link = Link("127.0.0.1", port, transport=transport, timeout=20.0)
     for asked in (request(PAYLOAD, prefix="of nobody"), request(PAYLOAD, prefix="of nobody", id=8)):
         with pytest.raises(EndpointError, match="'of nobody' that this side does not know"):
-            Uplink().ask(asked, PAYLOAD, link)
+            Client().ask(asked, PAYLOAD, link)
 
 
 def test_an_unknown_transport_is_named_with_those_that_exist() -> None:

@@ -8,7 +8,7 @@ from testbed.endpoints.protocol import Load, Loaded
 from testbed.endpoints.side import Handlers, main
 
 
-class Both:
+class Loopback:
     """Each side as it is, the cloud's in a thread; a request crosses from one to the other over loopback."""
 
     def __init__(self) -> None:
@@ -28,4 +28,4 @@ class Both:
 
 
 if __name__ == "__main__":
-    main(lambda: Both().handlers())
+    main(lambda: Loopback().handlers())

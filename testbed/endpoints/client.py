@@ -1,4 +1,4 @@
-"""A request across the link: sent, waited for, and its time divided into stages."""
+"""The cloud's client: sends a request across the link, waits for its answer, and divides its time into stages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Answered:
     congestion: str
 
 
-class Uplink:
+class Client:
     """The edge's connections to the cloud, one a link where the run keeps them."""
 
     def __init__(self) -> None:
