@@ -23,10 +23,9 @@ from typing import Any
 from testbed.codecs import registry
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.entropy.measure import entropy
-from testbed.codecs.evidence import Evidence, Kept
+from testbed.codecs.evidence import Evidence, Kept, gather
 from testbed.codecs.layout import packed_bytes
 from testbed.diagnosis.choose import interval
-from testbed.endpoints.gathering import gather
 from testbed.models.kvcache import KVCache, join
 from testbed.models.language import LanguageModel, Prefill
 from testbed.models.likelihood import mean_kl, mean_nll

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from testbed.codecs.codec import Codec, decode
-from testbed.codecs.evidence import Needs
-from testbed.endpoints.gathering import gather, prefill_for
+from testbed.codecs.evidence import Needs, gather, prefill_for
 from testbed.models.language import LanguageModel, Prefill
 from testbed.models.loading import load_model
 from testbed.models.sources import resolve

@@ -21,8 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from testbed.codecs.codec import Codec
-from testbed.codecs.evidence import Needs
-from testbed.endpoints.gathering import gather, prefill_for
+from testbed.codecs.evidence import Needs, gather, prefill_for
 from testbed.models.language import LanguageModel, Prefill
 from testbed.models.loading import load_model
 

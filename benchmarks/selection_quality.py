@@ -21,9 +21,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from testbed.codecs.codec import Codec, decode
-from testbed.codecs.evidence import Kept, Needs
+from testbed.codecs.evidence import Kept, Needs, gather, prefill_for
 from testbed.diagnosis.choose import interval
-from testbed.endpoints.gathering import gather, prefill_for
 from testbed.models.kvcache import KVCache
 from testbed.models.language import LanguageModel
 from testbed.models.likelihood import mean_kl, mean_nll

@@ -129,7 +129,7 @@ def test_a_processor_that_is_shared_shows(tmp_path: Path) -> None:
     if not Path("/proc/self/schedstat").exists():
         pytest.skip("this kernel does not count how long threads wait for a processor")
     code = (
-        "import sys; from testbed.models.loading import load_model; from testbed.endpoints.yardstick import measure\n"
+        "import sys; from testbed.models.loading import load_model; from testbed.endpoints.side import measure\n"
         "model = load_model(sys.argv[1], 'cpu', threads=1)\n"
         "print(sorted(measure(model).share for _ in range(15))[7])"
     )

@@ -9,19 +9,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import pytest
 import torch
 
 from testbed.codecs.codec import Codec, decode
-from testbed.endpoints.pace import Pace
 from testbed.endpoints.protocol import Compute, Computed
+from testbed.endpoints.side import Pace
 from testbed.experiment import compute
 from testbed.models.loading import load_model
 from tests.codecs import test_every_codec as every
 from tests.codecs import test_second_device as second
 from tests.codecs.caches import same_cache
+from tests.endpoints.pair import in_this_process
 from tests.tiny_models import FAMILIES
 
 ON_GPUS = True

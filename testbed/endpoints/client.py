@@ -19,14 +19,11 @@ _NOTHING = Stats(0, 0, 0, "")
 
 @dataclass(frozen=True)
 class Answered:
-    """The answer. `stages`: from `connect_s` on; `elapsed_s`: from then until it was whole here."""
+    """`stages`: from `connect_s` on; `elapsed_s`: from then until the answer was whole here."""
 
+    answer: wire.Answer
     stages: dict[str, float]
     elapsed_s: float
-    reused: bool
-    text: str
-    tokens: int
-    token_s: float | None
     wire_bytes: int
     retransmits: int
     congestion: str
@@ -38,9 +35,7 @@ class Client:
     def __init__(self) -> None:
         self._kept: dict[str, Stream] = {}
 
-    def ask(
-        self, request: wire.Request, payload: bytes | bytearray | memoryview, link: Link
-    ) -> Answered:
+    def ask(self, request: wire.Request, payload: bytes | bytearray | memoryview, link: Link) -> Answered:
         """Send a request and wait for its answer. Raises EndpointError."""
         deadline = Deadline(link.timeout)
         transport = find(link.transport)
@@ -77,12 +72,9 @@ class Client:
         if request.placement == "cloud":
             stages["prefill_s"] = answer.prefill_s
         return Answered(
+            answer=answer,
             stages=stages,
             elapsed_s=answered_at - began,
-            reused=answer.reused,
-            text=answer.text,
-            tokens=answer.tokens,
-            token_s=answer.token_s,
             wire_bytes=cost.sent + cost.received - before.sent - before.received,
             retransmits=cost.sent_again - before.sent_again + answer.retransmits,
             congestion=cost.congestion,

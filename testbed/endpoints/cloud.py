@@ -12,12 +12,9 @@ from typing import TYPE_CHECKING
 from msgspec import structs
 
 from testbed.deadline import Deadline
-from testbed.endpoints import protocol
-from testbed.endpoints.admission import Admission
-from testbed.endpoints.pace import wait_until
-from testbed.endpoints.protocol import Compare, Compute, Computed, Examine, Forget, Serve
-from testbed.endpoints.sessions import Outcome, Session, Sessions
-from testbed.endpoints.side import Handlers, InferenceSide, Prefix, digest, main, per_token
+from testbed.endpoints.protocol import Compare, Compute, Computed, Examine, Forget, Outcome, Serve
+from testbed.endpoints.sessions import Admission, Served, Session, Sessions
+from testbed.endpoints.side import Handlers, InferenceSide, Prefix, digest, main, per_token, wait_until
 from testbed.errors import NotFiniteError, PayloadError, TestbedError, WireError
 from testbed.models.kvcache import EMPTY
 from testbed.transport import wire
@@ -55,7 +52,7 @@ class Cloud(InferenceSide):
 
     def handlers(self) -> Handlers:
         """What this side does for the orchestrator, by message."""
-        own = {Serve: self.serve, Compare: self.compare, Examine: self.examine, Forget: self.forget}
+        own: Handlers = {Serve: self.serve, Compare: self.compare, Examine: self.examine, Forget: self.forget}
         return {**super().handlers(), **own}
 
     def compute(self, message: Compute) -> Computed:
@@ -80,26 +77,24 @@ class Cloud(InferenceSide):
 
         self._sessions.of(message.client).full = from_bytes(message.distributions, message.vocabulary)
 
-    def examine(self, message: Examine) -> protocol.Outcome:
+    def examine(self, message: Examine) -> Outcome:
         """Digests, tokens kept, the gold answer's NLL, and the KL divergence from the distributions given to `compare`."""
         with self._sessions.turn(message.client):  # which a request keeps until all is known of it
             session = self._sessions.of(message.client)
-            outcome = session.outcome(message.request)
-            if message.gold not in outcome.likelihoods:
-                outcome.likelihoods[message.gold] = self._likelihood(session, outcome, message.gold)
-        return protocol.Outcome(**outcome.details, **outcome.likelihoods[message.gold])
+            served = session.served(message.request)
+            if message.gold not in served.outcomes:
+                served.outcomes[message.gold] = self._outcome(session, served, message.gold)
+        return served.outcomes[message.gold]
 
-    def _likelihood(self, session: Session, outcome: Outcome, gold: str) -> dict[str, float]:
+    def _outcome(self, session: Session, served: Served, gold: str) -> Outcome:
         from testbed.models.likelihood import mean_kl, mean_nll
 
-        past = session.past(outcome)
-        self.under(outcome.request.prefix)
+        past = session.past(served)
+        self.under(served.request.prefix)
         ids = self.model.tokenize(gold)
-        found = self.model.likelihood(outcome.question_ids, ids, past)
-        measured = {"nll": mean_nll(found, ids)}
-        if session.full is not None:
-            measured["kl"] = mean_kl(session.full, found)
-        return measured
+        distributions = self.model.likelihood(served.question_ids, ids, past)
+        kl = None if session.full is None else mean_kl(session.full, distributions)
+        return Outcome(nll=mean_nll(distributions, ids), kl=kl, **served.details)
 
     def _accept(self, listener: Listener) -> None:
         while True:
@@ -149,22 +144,22 @@ class Cloud(InferenceSide):
             known = session.known(request)
             try:
                 if known is not None:
-                    outcome = self._repeat(connection, received, request, known, turn_at)
+                    served = self._repeat(connection, received, request, known, turn_at)
                 else:
-                    outcome = self._compute(connection, received, request, session)
+                    served = self._compute(connection, received, request, session)
             except (NotFiniteError, PayloadError, WireError) as error:
                 self._complain(connection, request.id, str(error))
                 return
-            session.remember(request.id, outcome)
+            session.remember(request.id, served)
 
     def _repeat(
         self,
         connection: Stream,
         received: Received,
         request: wire.Request,
-        known: Outcome,
+        known: Served,
         turn_at: float,
-    ) -> Outcome:
+    ) -> Served:
         """The answer to bytes that were answered before, each token as late as it was computed then.
 
         Once the first token has been confirmed, nothing is under way; on a link that stays as it is the rest of the wait then
@@ -195,7 +190,7 @@ class Cloud(InferenceSide):
 
     def _compute(
         self, connection: Stream, received: Received, request: wire.Request, session: Session
-    ) -> Outcome:
+    ) -> Served:
         if request.prefix not in self.prefixes:
             raise WireError(
                 f"the request names a prefix {request.prefix[:64]!r} that this side does not know"
@@ -245,9 +240,9 @@ class Cloud(InferenceSide):
             "tokens_kept": kept_tokens(rebuilt.kept) or rebuilt.tokens,
             "kept_digest": kept_digest(rebuilt.kept),
         }
-        outcome = Outcome(request, answer, firsts[0], question_ids, details, rebuilt.past)
-        session.hold(outcome)
-        return outcome
+        served = Served(request, answer, firsts[0], question_ids, details, rebuilt.past)
+        session.hold(served)
+        return served
 
     def _prefill(self, received: Received, request: wire.Request, prefix: Prefix) -> Rebuilt:
         """The past by prefilling the context's text."""

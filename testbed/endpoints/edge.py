@@ -4,29 +4,86 @@ from __future__ import annotations
 
 import time
 import zlib
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from testbed.codecs.evidence import Needs
+from testbed.codecs.evidence import Needs, gather, prefill_for
 from testbed.codecs.spec import parse
-from testbed.endpoints.gathering import gather, prefill_for
-from testbed.endpoints.held import Batch, Encoded, Held, Local
-from testbed.endpoints.pace import wait_until
+from testbed.endpoints.client import Client
 from testbed.endpoints.protocol import (
     FullCache,
     Learn,
     Prepare,
     Prepared,
+    PreparedExample,
     Reference,
     Stages,
     TrialRequest,
     TrialResult,
 )
-from testbed.endpoints.side import Handlers, InferenceSide, main, per_token
-from testbed.endpoints.client import Client
+from testbed.endpoints.side import Handlers, InferenceSide, Prefix, main, per_token, wait_until
+from testbed.tasks.task import make_task
 from testbed.transport import wire
 
 if TYPE_CHECKING:
     from testbed.codecs.codec import Codec
+    from testbed.models.language import Prefill
+    from testbed.tasks.prompt import Prompted
+    from testbed.tasks.task import Example
+
+
+@dataclass
+class TaskExamples:
+    """A task's examples at one context length."""
+
+    task: Prompted
+    examples: list[Example]
+    prefix: str
+    max_new_tokens: int
+
+
+@dataclass
+class Encoded:
+    """A payload ready to be sent, and what it took to make."""
+
+    payload: bytes | bytearray | memoryview
+    select_s: float = 0.0
+    encode_s: float = 0.0
+    question_s: float | None = None  #: of select_s, the question's pass; None: the context's text
+    shared_bytes: int = 0  #: what the other side must have had beforehand to read it
+
+
+@dataclass
+class LocalAnswer:
+    """An answer given on this machine alone, and its stages."""
+
+    text: str
+    tokens: int
+    token_s: float | None
+    first_token_s: float
+    generate_s: float
+    used: bool = False  #: a row has carried these times as its own
+
+
+@dataclass
+class Prefilled:
+    """The example at hand: its prefill and everything made from it so far."""
+
+    key: tuple[int, int]  #: batch and example
+    batch: TaskExamples
+    example: Example
+    prefix: Prefix
+    gold: list[
+        int
+    ]  #: the answer's tokens, which no deployment has: for likelihoods, and for selectors that look at them
+    ids: list[int]
+    prefill: Prefill
+    prefill_s: float
+    used: bool = False  #: a row has carried the prefill's time as its own
+    encoded: dict[tuple[str, int], Encoded] = field(default_factory=dict)
+    local: dict[int, LocalAnswer] = field(default_factory=dict)
+    #: by codec ("": the text) and repeat, the request by which the cloud knows its answer
+    answered: dict[tuple[str, int], int] = field(default_factory=dict)
 
 
 #: What the cloud makes of what comes, by placement.
@@ -38,8 +95,8 @@ class Edge(InferenceSide):
 
     def __init__(self) -> None:
         super().__init__()
-        self._batches: list[Batch] = []
-        self._held: Held | None = None
+        self._batches: list[TaskExamples] = []
+        self._at_hand: Prefilled | None = None
         self._client = Client()
         self._codecs: dict[str, Codec] = {}
         self._needs = Needs()
@@ -47,40 +104,44 @@ class Edge(InferenceSide):
 
     def handlers(self) -> Handlers:
         """What this side does for the orchestrator, by message."""
-        own = {Prepare: self.prepare, Reference: self.reference, TrialRequest: self.trial}
+        own: Handlers = {Prepare: self.prepare, Reference: self.reference, TrialRequest: self.trial}
         return {**super().handlers(), **own}
 
     def prepare(self, message: Prepare) -> Prepared:
         """Make a task's examples with this model's tokenizer and prefill its prefix."""
-        from testbed.endpoints.examples import longest_context, make_examples, prepared
+        from testbed.endpoints.examples import longest_context, prompted
 
-        task, examples = make_examples(self.model, message)
+        def count(text: str) -> int:
+            return len(self.model.tokenize(text))
+
+        task = prompted(self.model, make_task(message.task, **message.parameters), message.prompt)
+        examples = task.examples(message.count, message.context_tokens, count, message.seed)
         max_new_tokens = message.max_new_tokens or task.max_new_tokens
         self._needs = Needs.of_all(self._codec(text).needs for text in message.codecs)
         opening = len(self.model.tokenize(task.prefix, start=True))
-        reach = task.reach(examples, lambda text: len(self.model.tokenize(text)), opening, max_new_tokens)
+        reach = task.reach(examples, count, opening, max_new_tokens)
         prefix = Learn(task.prefix, reach, task.closing)
-        self._batches.append(Batch(task, examples, self.learn(prefix), max_new_tokens))
+        self._batches.append(TaskExamples(task, examples, self.learn(prefix), max_new_tokens))
         longest = longest_context(self.model, task, examples, max_new_tokens)
         # The first prefill of a size pays for memory and thread pools, which is no example's own cost.
         warm = self.model.tokenize(task.context_text(examples[0]))
         prefill_for(self.model, self._needs, warm, self.under(self._batches[-1].prefix).cache)
-        told = tuple(prepared(task, example) for example in examples)
-        return Prepared(len(self._batches) - 1, prefix, longest, told)
+        told = [PreparedExample(replace(e, context="", choices=()), task.answer_text(e)) for e in examples]
+        return Prepared(len(self._batches) - 1, prefix, longest, tuple(told))
 
     def reference(self, message: Reference) -> FullCache:
         """The example's answer, NLL and next-token distributions with the full cache on this machine alone."""
         from testbed.models.likelihood import mean_nll, to_bytes
 
-        held = self._hold(message.batch, message.example)
-        past = self.behind(held.prefix, held.prefill.cache)
-        gold = self._gold(message.batch, message.example)
-        distributions = self.model.likelihood(self._question(held), gold, past)
+        prefilled = self._prefilled(message.batch, message.example)
+        local = self._local(prefilled, 0)
+        past = self.behind(prefilled.prefix, prefilled.prefill.cache)
+        distributions = self.model.likelihood(self._question(prefilled), prefilled.gold, past)
         return FullCache(
-            context_tokens=len(held.ids),
-            kv_bytes=held.prefill.cache.nbytes,
-            answer=self._local(held, 0).text,
-            nll=mean_nll(distributions, gold),
+            context_tokens=len(prefilled.ids),
+            kv_bytes=prefilled.prefill.cache.nbytes,
+            answer=local.text,
+            nll=mean_nll(distributions, prefilled.gold),
             distributions=to_bytes(distributions),
             vocabulary=distributions.shape[1],
         )
@@ -91,18 +152,18 @@ class Edge(InferenceSide):
 
     def _edge(self, message: TrialRequest) -> TrialResult:
         """Everything here."""
-        held, reused = self._take_up(message)
+        prefilled, reused = self._take_up(message)
         if message.reuse != "all":
-            held.local.pop(message.repeat, None)
-        known = message.repeat in held.local
-        local = self._local(held, message.repeat)
+            prefilled.local.pop(message.repeat, None)
+        known = message.repeat in prefilled.local
+        local = self._local(prefilled, message.repeat)
         if known and message.replay:
             wait_until(time.monotonic() + local.first_token_s + local.generate_s)
         if local.used:
             reused += ["first_token", "generate"]
         local.used = True
         stages = Stages(
-            prefill_s=held.prefill_s, first_token_s=local.first_token_s, generate_s=local.generate_s
+            prefill_s=prefilled.prefill_s, first_token_s=local.first_token_s, generate_s=local.generate_s
         )
         return TrialResult(
             stages=stages,
@@ -116,77 +177,78 @@ class Edge(InferenceSide):
 
     def _split(self, message: TrialRequest) -> TrialResult:
         """Prefill, select, encode here; send; the cloud answers."""
-        codec, gold = self._codec(message.codec), self._gold(message.batch, message.example)
-        held, reused = self._take_up(message)
+        codec = self._codec(message.codec)
+        prefilled, reused = self._take_up(message)
         key = (message.codec, message.repeat)
-        if message.reuse == "all" and key in held.encoded:
-            encoded = held.encoded[key]
+        if message.reuse == "all" and key in prefilled.encoded:
+            encoded = prefilled.encoded[key]
             reused += ["select", "encode"]
             if message.replay:
                 wait_until(time.monotonic() + encoded.select_s + encoded.encode_s)
         else:
-            encoded = self._encode(held, codec, gold)
+            encoded = self._encode(prefilled, codec)
             if message.reuse == "all":
-                held.encoded[key] = encoded
-        here = {"prefill_s": held.prefill_s, "select_s": encoded.select_s, "encode_s": encoded.encode_s}
-        return self._ask(held, message, encoded, here, reused)
+                prefilled.encoded[key] = encoded
+        here = {"prefill_s": prefilled.prefill_s, "select_s": encoded.select_s, "encode_s": encoded.encode_s}
+        return self._ask(prefilled, message, encoded, here, reused)
 
     def _cloud(self, message: TrialRequest) -> TrialResult:
         """The context's text crosses, the cloud does the rest."""
-        held = self._hold(message.batch, message.example)
-        return self._ask(held, message, Encoded(held.context), {}, [])
+        prefilled = self._prefilled(message.batch, message.example)
+        context = prefilled.batch.task.context_text(prefilled.example)
+        return self._ask(prefilled, message, Encoded(context.encode()), {}, [])
 
-    def _take_up(self, message: TrialRequest) -> tuple[Held, list[str]]:
-        """The example with its prefill, made now or taken over and, where so asked, waited for; and what a row has to call reused.
+    def _take_up(self, message: TrialRequest) -> tuple[Prefilled, list[str]]:
+        """The example with its prefill, made now or taken over and waited for where so asked; and what a row has to call reused.
 
         The first row to carry the prefill's time calls it its own, though it was made for the reference.
         """
         if message.reuse == "none":
-            self._held = None
-        known = self._held is not None and self._held.key == (message.batch, message.example)
-        held = self._hold(message.batch, message.example)
+            self._at_hand = None
+        known = self._at_hand is not None and self._at_hand.key == (message.batch, message.example)
+        prefilled = self._prefilled(message.batch, message.example)
         if known and message.replay:
-            wait_until(time.monotonic() + held.prefill_s)
-        reused = ["prefill"] if held.used else []
-        held.used = True
-        return held, reused
+            wait_until(time.monotonic() + prefilled.prefill_s)
+        reused = ["prefill"] if prefilled.used else []
+        prefilled.used = True
+        return prefilled, reused
 
-    def _hold(self, batch: int, example: int) -> Held:
+    def _prefilled(self, batch: int, example: int) -> Prefilled:
         """The example's prefill: the one at hand, or made now (and timed)."""
-        prefix = self.under(self._batches[batch].prefix)
-        if self._held is not None and self._held.key == (batch, example):
-            return self._held
-        self._held = None
-        task, chosen = self._batches[batch].task, self._batches[batch].examples[example]
-        context, question = task.context_text(chosen), task.question_text(chosen)
-        choices = tuple(task.choice_texts(chosen))
+        own = self._batches[batch]
+        prefix = self.under(own.prefix)
+        if self._at_hand is not None and self._at_hand.key == (batch, example):
+            return self._at_hand
+        self._at_hand = None
+        chosen = own.examples[example]
+        context, gold = own.task.context_text(chosen), self.model.tokenize(own.task.answer_text(chosen))
         started = self.pace.begin()
         ids = self.model.tokenize(context)
         prefill = prefill_for(self.model, self._needs, ids, prefix.cache)
         took = self.pace.hold() - started
-        self._held = Held((batch, example), prefix, context.encode(), question, choices, ids, prefill, took)
-        return self._held
+        self._at_hand = Prefilled((batch, example), own, chosen, prefix, gold, ids, prefill, took)
+        return self._at_hand
 
-    def _local(self, held: Held, repeat: int) -> Local:
-        if repeat in held.local:
-            return held.local[repeat]
-        batch = self._batches[held.key[0]]
+    def _local(self, prefilled: Prefilled, repeat: int) -> LocalAnswer:
+        if repeat in prefilled.local:
+            return prefilled.local[repeat]
+        batch = prefilled.batch
         times: list[float] = []
         started = self.pace.begin()
-        past = self.behind(held.prefix, held.prefill.cache)
+        past = self.behind(prefilled.prefix, prefilled.prefill.cache)
         ids = self.answer(
-            self._question(held),
+            self._question(prefilled),
             past,
             batch.max_new_tokens,
             batch.task.stop,
-            held.choices,
+            batch.task.choice_texts(prefilled.example),
             lambda index, token: times.append(self.pace.hold()),
         )
         text = self.model.text(ids, batch.task.stop)
         ended = self.pace.hold()
         first = times[0] if times else ended
-        local = Local(text, len(ids), per_token(times), first - started, ended - first)
-        held.local[repeat] = local
+        local = LocalAnswer(text, len(ids), per_token(times), first - started, ended - first)
+        prefilled.local[repeat] = local
         return local
 
     def _codec(self, text: str) -> Codec:
@@ -197,28 +259,23 @@ class Edge(InferenceSide):
             self._codecs[text] = Codec(parse(text), self.model.name)
         return self._codecs[text]
 
-    def _gold(self, batch: int, example: int) -> list[int]:
-        """The gold answer's tokens, which no deployment has: for likelihoods, and for selectors that look at them."""
-        made = self._batches[batch]
-        return self.model.tokenize(made.task.answer_text(made.examples[example]))
+    def _question(self, prefilled: Prefilled) -> list[int]:
+        text = prefilled.batch.task.question_text(prefilled.example)
+        return self.model.tokenize(text, closing=prefilled.prefix.closing)
 
-    def _question(self, held: Held) -> list[int]:
-        return self.model.tokenize(held.question, closing=held.prefix.closing)
-
-    def _encode(self, held: Held, codec: Codec, gold: list[int]) -> Encoded:
-        cache = held.prefill.cache
+    def _encode(self, prefilled: Prefilled, codec: Codec) -> Encoded:
+        cache = prefilled.prefill.cache
         if codec.undoes_rope:  # known from the model, once for all requests
             cache = self.model.knowing_ropes(cache)
-        example = self._batches[held.key[0]].examples[held.key[1]]
         started = self.pace.begin()
         evidence = gather(
             self.model,
             codec.needs,
-            held.prefix.cache,
-            held.prefill,
-            self._question(held) if codec.needs.question or codec.needs.answer else (),
-            gold if codec.needs.answer else (),
-            seed=f"{held.key[0]}/{example.id}",
+            prefilled.prefix.cache,
+            prefilled.prefill,
+            self._question(prefilled) if codec.needs.question or codec.needs.answer else (),
+            prefilled.gold if codec.needs.answer else (),
+            seed=f"{prefilled.key[0]}/{prefilled.example.id}",
         )
         asked = self.pace.hold()
         kept = codec.select(evidence)
@@ -229,41 +286,47 @@ class Edge(InferenceSide):
         return Encoded(payload, selected - started, encode_s, question_s, codec.spec.shared_bytes)
 
     def _ask(
-        self, held: Held, message: TrialRequest, encoded: Encoded, here: dict[str, float], reused: list[str]
+        self,
+        prefilled: Prefilled,
+        message: TrialRequest,
+        encoded: Encoded,
+        here: dict[str, float],
+        reused: list[str],
     ) -> TrialResult:
         """Ask the cloud. `here`: the stages that lie behind; `reused`: of them, those taken over."""
         if message.link is None:
             raise ValueError("no link to ask the cloud over")
         self._request += 1
-        batch, payload = self._batches[message.batch], encoded.payload
-        known = held.answered.get((message.codec, message.repeat), 0) if message.reuse == "all" else 0
+        batch, example, payload = prefilled.batch, prefilled.example, encoded.payload
+        known = prefilled.answered.get((message.codec, message.repeat), 0) if message.reuse == "all" else 0
         request = wire.Request(
             id=self._request,
             placement=message.placement,
             codec=message.codec,
-            prefix=held.prefix.digest,
-            question=held.question,
+            prefix=prefilled.prefix.digest,
+            question=batch.task.question_text(example),
             stop=batch.task.stop,
             max_new_tokens=batch.max_new_tokens,
             payload_crc=zlib.crc32(payload) if message.placement == "cloud" else 0,
-            choices=held.choices,
+            choices=tuple(batch.task.choice_texts(example)),
             same_as=known,
             replay=message.replay,
             client=message.link.client,
         )
         answered = self._client.ask(request, payload, message.link)
-        if answered.reused:
+        answer = answered.answer
+        if answer.reused:
             reused = [*reused, _REBUILDS[message.placement], "first_token", "generate"]
         elif message.reuse == "all":
-            held.answered[message.codec, message.repeat] = request.id
+            prefilled.answered[message.codec, message.repeat] = request.id
         return TrialResult(
             stages=Stages(**here, **answered.stages),
             e2e_s=sum(here.values()) + answered.elapsed_s,
             reused=tuple(reused),
             replayed=message.replay and bool(reused),
-            answer=answered.text,
-            answer_tokens=answered.tokens,
-            token_s=answered.token_s,
+            answer=answer.text,
+            answer_tokens=answer.tokens,
+            token_s=answer.token_s,
             wire_bytes=answered.wire_bytes,
             retransmits=answered.retransmits,
             congestion=answered.congestion,

@@ -1,30 +1,18 @@
-"""A task's examples as the edge makes them: in the model's prompt format, to length, and none too long for the model."""
+"""A task as a model is asked it: in its prompt format, and no context too long for it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from testbed.endpoints.protocol import Prepare, PreparedExample
 from testbed.errors import UsageError
 from testbed.tasks.prompt import Prompted, choose_prompt
-from testbed.tasks.task import Example, Task, make_task
+from testbed.tasks.task import Example, Task
 
 if TYPE_CHECKING:
     from testbed.models.language import LanguageModel
 
 #: Tokens left for a question.
 _QUESTION_ROOM = 256
-
-
-def make_examples(model: LanguageModel, message: Prepare) -> tuple[Prompted, list[Example]]:
-    """The task with its prompts in the format that `prompt` names (see `tasks.prompt`), and `count` examples of it, their
-    contexts of `context_tokens` of the model's tokens (None: as they are). Raises UsageError where they cannot be had.
-    """
-    made = prompted(model, make_task(message.task, **message.parameters), message.prompt)
-    return made, made.examples(
-        message.count, message.context_tokens, lambda text: len(model.tokenize(text)), message.seed
-    )
 
 
 def prompted(model: LanguageModel, task: Task, prompt: str) -> Prompted:
@@ -51,8 +39,3 @@ def longest_context(
             f"positions; ask for context_tokens of at most {max(0, room)}"
         )
     return longest
-
-
-def prepared(task: Prompted, example: Example) -> PreparedExample:
-    """What the orchestrator gets of an example."""
-    return PreparedExample(replace(example, context="", choices=()), task.answer_text(example))

@@ -29,7 +29,7 @@ ROUNDING_S = 1e-5
 T = TypeVar("T")
 
 
-class Message(Struct, Generic[T], frozen=True, forbid_unknown_fields=True, tag=str.lower):
+class Message(Struct, Generic[T], forbid_unknown_fields=True, tag=str.lower):
     """Something that an endpoint is asked, and answers with a `T`."""
 
     @classmethod
@@ -38,11 +38,11 @@ class Message(Struct, Generic[T], frozen=True, forbid_unknown_fields=True, tag=s
         return get_args(cls.__orig_bases__[0])[0]  # type: ignore[attr-defined]
 
 
-class Part(Struct, frozen=True, forbid_unknown_fields=True):
+class Part(Struct, forbid_unknown_fields=True):
     """What messages hold and are answered with: these fields, and no others."""
 
 
-class Greeting(Struct, frozen=True):
+class Greeting(Struct):
     """Which protocol an endpoint speaks, and of which testbed it is."""
 
     version: int = VERSION
@@ -233,7 +233,9 @@ class TrialResult(Part):
 
     def __post_init__(self) -> None:
         if abs(self.stages.total() - self.e2e_s) > ROUNDING_S:
-            raise ValueError(f"the stages sum to {self.stages.total():.6f} s, and `e2e_s` is {self.e2e_s:.6f} s")
+            raise ValueError(
+                f"the stages sum to {self.stages.total():.6f} s, and `e2e_s` is {self.e2e_s:.6f} s"
+            )
 
 
 class TrialRequest(Message[TrialResult], tag="trial"):

@@ -1,4 +1,4 @@
-"""What the cloud keeps of each client: its answers, its reference distributions, its latest cache, its place in the queue."""
+"""The cloud's clients: which connections it takes, whose turn it is, and what it keeps of each: answers, distributions, cache."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import msgspec
+from msgspec import structs
 
+from testbed.endpoints.protocol import Outcome
 from testbed.errors import EndpointError
 from testbed.transport import wire
+from testbed.transport.transport import Stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +26,7 @@ MAX_CLIENTS = 64
 
 
 @dataclass
-class Outcome:
+class Served:
     """One computed answer: what is sent back, and what the orchestrator may ask about it afterwards."""
 
     request: wire.Request
@@ -32,63 +34,61 @@ class Outcome:
     first: wire.FirstToken
     question_ids: list[int]
     details: dict[str, Any] = field(default_factory=dict)
-    past: KVCache | None = (
-        None  #: prefix and context as they arrived; held for a client's latest request only
-    )
-    likelihoods: dict[str, dict[str, float]] = field(default_factory=dict)
+    #: prefix and context as they arrived; held for a client's latest request only
+    past: KVCache | None = None
+    outcomes: dict[str, Outcome] = field(default_factory=dict)  #: by gold answer
     mistaken: str = ""  #: why this was no answer to the request that it was given to
 
     def answers(self, request: wire.Request) -> bool:
         """Whether that request asks the same, as far as can be told without its payload."""
         unlike = {"id": 0, "same_as": 0, "replay": False}
-        replace = msgspec.structs.replace
-        return replace(request, **unlike) == replace(self.request, **unlike)
+        return structs.replace(request, **unlike) == structs.replace(self.request, **unlike)
 
 
 class Session:
     """One client's. A request is known by its client and the client's number for it."""
 
     def __init__(self) -> None:
-        self._answered: dict[int, Outcome] = {}
-        self._latest: Outcome | None = None
+        self._answered: dict[int, Served] = {}
+        self._latest: Served | None = None
         self.full: Tensor | None = None  #: the full cache's next-token distributions
 
-    def known(self, request: wire.Request) -> Outcome | None:
+    def known(self, request: wire.Request) -> Served | None:
         """The answer to the earlier request that this one says it repeats, where it asks the same."""
-        outcome = self._answered.get(request.same_as)
-        return outcome if outcome is not None and outcome.answers(request) else None
+        served = self._answered.get(request.same_as)
+        return served if served is not None and served.answers(request) else None
 
-    def remember(self, number: int, outcome: Outcome) -> None:
+    def remember(self, number: int, served: Served) -> None:
         """What became of a request."""
-        self._answered[number] = outcome
+        self._answered[number] = served
 
-    def hold(self, outcome: Outcome) -> None:
+    def hold(self, served: Served) -> None:
         """Keep a new answer's cache, and give up the one before."""
         if self._latest is not None:
             self._latest.past = None
-        self._latest = outcome
+        self._latest = served
 
     def forget(self) -> None:
         """Drop answers and distributions (a new example begins: none of them can come again)."""
         self._answered.clear()
         self.full = None
 
-    def outcome(self, number: int) -> Outcome:
+    def served(self, number: int) -> Served:
         """What became of a request. Raises EndpointError where nothing did."""
-        outcome = self._answered.get(number)
-        if outcome is None:
+        served = self._answered.get(number)
+        if served is None:
             raise EndpointError(f"request {number} was never answered here")
-        if outcome.mistaken:
-            raise EndpointError(outcome.mistaken)
-        return outcome
+        if served.mistaken:
+            raise EndpointError(served.mistaken)
+        return served
 
-    def past(self, outcome: Outcome) -> KVCache | None:
+    def past(self, served: Served) -> KVCache | None:
         """The cache that an answer was given with. Raises EndpointError where it is gone."""
-        if outcome is not self._latest:
+        if served is not self._latest:
             raise EndpointError(
                 "the cache of that request was given up for a later one's; ask for its outcome first"
             )
-        return outcome.past
+        return served.past
 
 
 class Sessions:
@@ -131,3 +131,32 @@ class Sessions:
 
     def _next(self) -> object:
         return next(iter(self._waiting.values()))[0]
+
+
+class Admission:
+    """The connections that are open, of which there is room for so many; where one more comes, the one that has been silent
+    longest goes. A peer is silent until a request's header has come from it.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._lock = threading.Lock()
+        self._open: set[Stream] = set()
+
+    def admit(self, connection: Stream) -> bool:
+        """Let a connection in, in another's place where there is no room; False: nobody is silent."""
+        with self._lock:
+            if len(self._open) >= self.limit:
+                silent = [one for one in self._open if not one.engaged]
+                if not silent:
+                    return False
+                longest = min(silent, key=lambda one: one.since)
+                self._open.discard(longest)
+                longest.abort()
+            self._open.add(connection)
+        return True
+
+    def leave(self, connection: Stream) -> None:
+        """The conversation has ended."""
+        with self._lock:
+            self._open.discard(connection)

@@ -1,22 +1,95 @@
-"""What both sides share: a model, the prefixes they both know, and the calls that set them up."""
+"""What both sides share: a model and its pace, the prefixes that both know, and the messages that set them up."""
 
 from __future__ import annotations
 
 import hashlib
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from testbed.endpoints.pace import Pace
 from testbed.endpoints.protocol import Compute, Computed, Greeting, Hello, Learn, Load, Loaded
 from testbed.hosts.channel import Channel
 
 if TYPE_CHECKING:
+    import torch
+
     from testbed.models.kvcache import KVCache
     from testbed.models.language import LanguageModel
 
 Handlers = Mapping[type, Callable[[Any], Any]]
+
+#: What sides are compared by: a prefill of so many tokens of a text of ours.
+_TOKENS = 128
+_TEXT = "The quick brown fox jumps over the lazy dog. "
+#: A shorter time is made by chance as much as by the machine, and the kernel counts in ticks.
+_LEAST_S = 0.05
+
+
+def wait_until(moment: float) -> None:
+    """Sleep to a moment of the monotonic clock; one that has passed waits for nothing."""
+    while (left := moment - time.monotonic()) > 0:
+        time.sleep(left)
+
+
+class Pace:
+    """An emulated slower machine: how many times slower than this host an endpoint computes. 1 waits for nothing.
+
+    The wait is part of the measured path: it stands where the slower machine would still compute, so that what follows
+    (a transmission, the next token) begins as late as it would there. Only compute is stretched, never the link.
+
+    device: where it computes. A GPU is waited for, as what it was given is not done when the call that gave it returns.
+    """
+
+    def __init__(self, slowdown: float = 1.0, device: torch.device | None = None) -> None:
+        self.slowdown, self.device = slowdown, device
+        self._since = time.monotonic()
+
+    def begin(self) -> float:
+        """A stretch of computing begins; returns the time, in seconds of the monotonic clock."""
+        self._since = time.monotonic()
+        return self._since
+
+    def hold(self) -> float:
+        """Wait for what the computing since `begin` (or the last `hold`) would have taken longer; returns the time."""
+        if self.device is not None and self.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self.device)
+        if self.slowdown > 1.0:
+            computed = time.monotonic() - self._since
+            wait_until(self._since + computed * self.slowdown)
+        return self.begin()
+
+
+def measure(model: LanguageModel) -> Computed:
+    """A prefill of `_TOKENS` tokens, by this machine's own pace: `seconds`, the mean of as many as take a while, and `share`, of
+    the time in which its threads had something to do, that they were given a processor; None where the kernel does not count it.
+    """
+    ids = model.tokenize(_TEXT * _TOKENS)[: min(_TOKENS, model.max_positions)]
+    clock = Pace(device=model.device)  # waits for a GPU, and stretches nothing
+    ran, waited = _scheduled()
+    started = clock.begin()
+    count, ended = 0, started
+    while ended - started < _LEAST_S:
+        model.prefill(ids, None)
+        count, ended = count + 1, clock.hold()
+    ran, waited = (after - before for after, before in zip(_scheduled(), (ran, waited), strict=True))
+    return Computed(len(ids), (ended - started) / count, ran / (ran + waited) if ran > 0 else None)
+
+
+def _scheduled() -> tuple[int, int]:
+    """Nanoseconds that this process's threads have run, and have waited for a processor, so far (sched-stats.rst)."""
+    ran = waited = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            fields = path.read_text(encoding="ascii").split()
+        except OSError:  # a thread that ended meanwhile, or a kernel without these figures
+            continue
+        ran, waited = ran + int(fields[0]), waited + int(fields[1])
+    return ran, waited
 
 
 @dataclass
@@ -69,15 +142,12 @@ class InferenceSide:
         """
         import torch
 
-        import testbed.endpoints.gathering  # noqa: F401  (here, so that no trial pays for it)
         from testbed.codecs import registry
         from testbed.codecs.codec import Codec, decode
         from testbed.codecs.spec import CodecSpec
         from testbed.models.loading import load_model
 
-        model = load_model(
-            message.model, device=message.device, dtype=message.dtype, threads=message.threads
-        )
+        model = load_model(message.model, device=message.device, dtype=message.dtype, threads=message.threads)
         self._model, self.pace = model, Pace(message.slowdown, model.device)
         warm = model.tokenize("The quick brown fox jumps over the lazy dog. " * 12)
         prefilled = model.prefill(warm, None)
@@ -102,9 +172,7 @@ class InferenceSide:
         self.pace = Pace(other.pace.slowdown, other.pace.device)
 
     def compute(self, message: Compute) -> Computed:
-        """How long a fixed piece of compute takes this side, before anything is stretched; see `yardstick.measure`."""
-        from testbed.endpoints.yardstick import measure
-
+        """How long a fixed piece of compute takes this side, before anything is stretched."""
         return measure(self.model)
 
     def learn(self, prefix: Learn) -> str:

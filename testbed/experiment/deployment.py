@@ -126,20 +126,19 @@ class Pair:
         return reference
 
     def trial(self, trial: Trial) -> TrialResult:
-        """A trial, across the link as it is now where its placement crosses one."""
-        cell = trial.cell
-        crosses = self._link is not None and cell.placement != "edge"
+        """A trial; across the link, where its placement crosses one, as it is now."""
+        cell, link = trial.cell, self._link
         message = protocol.TrialRequest(
             cell.placement,
             trial.batch,
             trial.number,
             trial.repeat,
-            self.scenario.reuse,
-            self.plan.replays(cell),
-            cell.codec_text,
-            structs.replace(self._link, name=cell.profile.text()) if crosses else None,
+            reuse=self.scenario.reuse,
+            replay=self.plan.replays(cell),
+            codec=cell.codec_text,
+            link=structs.replace(link, name=cell.profile.text()) if link else None,
         )
-        return self._call(self.edge, message, CALL_S + (self.scenario.timeout if crosses else 0.0))
+        return self._call(self.edge, message, CALL_S + self.scenario.timeout)
 
     def outcome(self, request: int, gold: str) -> Outcome:
         """What the cloud's cache of a request says of the gold answer, measured outside the request's time."""

@@ -62,48 +62,41 @@ class Row:
     delay_down_s: float = 0.0
     loss_up: float = 0.0
     loss_down: float = 0.0
-    trace_s: float | None = (
-        None  #: how far the profile's traces had come when the trial began; None: nothing changes
-    )
+    #: how far the profile's traces had come when the trial began; None: nothing changes
+    trace_s: float | None = None
 
     prefill_s: float | None = None
     select_s: float | None = None
     encode_s: float | None = None
-    connect_s: float | None = (
-        None  #: opening the request's connection, until its first byte is handed over; 0 when one is reused
-    )
+    #: opening the request's connection, until its first byte is handed over; 0 when one is reused
+    connect_s: float | None = None
     transmit_s: float | None = None  #: first byte handed to the socket -> last byte received, on one clock
-    queue_s: float | None = (
-        None  #: last byte received -> this request's turn: the cloud answers one at a time
-    )
+    #: last byte received -> this request's turn: the cloud answers one at a time
+    queue_s: float | None = None
     decode_s: float | None = None
     first_token_s: float | None = None  #: cache rebuilt -> first token back at the edge
     generate_s: float | None = None  #: first -> last token, as they arrive at the edge
     ttft_s: float | None = None
     e2e_s: float | None = None
-    token_s: float | None = (
-        None  #: mean time of a token behind the first, where it is computed; None: there is none
-    )
+    #: mean time of a token behind the first, where it is computed; None: there is none
+    token_s: float | None = None
     reused: str = ""  #: comma-separated stages taken from an identical earlier trial
     replayed: bool = False  #: those were waited for in real time; False: but for what no link could show
 
-    question_s: float | None = (
-        None  #: of select_s, the question's pass behind the context: part of the prefill where an edge reads both at once
-    )
+    #: of select_s, the question's pass behind the context: part of the prefill where an edge reads both at once
+    question_s: float | None = None
 
     kv_bytes: int = 0
     payload_bytes: int | None = None
     shared_bytes: int = 0  #: what both sides must have had beforehand to read the payload: a coder's tables
-    wire_bytes: int | None = (
-        None  #: of the request's connection, both ways, headers of packets and what was sent again included
-    )
+    #: of the request's connection, both ways, headers of packets and what was sent again included
+    wire_bytes: int | None = None
     retransmits: int | None = None
     tokens_kept: int | None = None
     answer_tokens: int | None = None  #: of the answer, without the end token; of a choice, those of its text
     bits_per_element: float | None = None
-    edge_slowdown: float = (
-        1.0  #: the edge's compute stages were stretched by this factor; 1: as this host computes
-    )
+    #: the edge's compute stages were stretched by this factor; 1: as this host computes
+    edge_slowdown: float = 1.0
     cloud_slowdown: float = 1.0
 
     answer: str = ""
@@ -120,15 +113,19 @@ class Row:
     calibrated: bool = True  #: False: the link was measured out of tolerance and the run was told to go on
     #: False: this machine computed unsteadily, or unlike for both sides, when it was measured before the trial
     compute_steady: bool = True
-    threads: int | None = (
-        None  #: of the edge's compute: a prefill in more may differ in its last bits, and what is made of it
-    )
+    #: of the edge's compute: a prefill in more may differ in its last bits, and what is made of it
+    threads: int | None = None
     warnings: str = ""
     error: str = ""
 
     def fill(self, result: TrialResult, outcome: Outcome, scores: dict[str, float]) -> None:
         """Put in what the endpoints measured, and the answer's scores: their fields are called as the columns are."""
-        measured = {**scores, **structs.asdict(result), **structs.asdict(result.stages), **structs.asdict(outcome)}
+        measured = {
+            **scores,
+            **structs.asdict(result),
+            **structs.asdict(result.stages),
+            **structs.asdict(outcome),
+        }
         for column in measured.keys() & set(COLUMNS):
             setattr(self, column, measured[column])
         self.answer, self.reused = result.answer.strip(), ",".join(result.reused)

@@ -107,7 +107,9 @@ class Scenario(BaseModel):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     placements: Annotated[list[Placement], BeforeValidator(_listed), Field(min_length=1)] = ["split"]
     codecs: Annotated[
-        list[Annotated[InstanceOf[CodecSpec], BeforeValidator(_codec), PlainSerializer(str, when_used="json")]],
+        list[
+            Annotated[InstanceOf[CodecSpec], BeforeValidator(_codec), PlainSerializer(str, when_used="json")]
+        ],
         BeforeValidator(_listed),
         Field(min_length=1, default_factory=lambda: [parse_codec("fp16")]),
     ]

@@ -2,7 +2,7 @@
 and output, which never touch the emulated link.
 
 What is sent is a four-byte length and a MessagePack map: a `Call` one way, a `Result` with its number the other. One call at a
-time; what comes of a call that was given up is passed over. What they hold is read as what is expected there, and as nothing else.
+time; what comes of a call that was given up is passed over. What they hold is read as what is expected there, or not at all.
 """
 
 from __future__ import annotations
@@ -158,9 +158,7 @@ class Channel:
                 return
             look()
 
-    def call(
-        self, message: Any, kind: Any, timeout: float | None, look: Callable[[], None] = _nobody
-    ) -> Any:
+    def call(self, message: Any, kind: Any, timeout: float | None, look: Callable[[], None] = _nobody) -> Any:
         """Send the other end a message, and wait for its answer, which is of that kind.
 
         Raises EndpointError or UsageError with the other end's own words; Refused also where its answer is of another kind.

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from testbed.codecs.codec import Codec, decode
-from testbed.codecs.evidence import Evidence, Needs
+from testbed.codecs.evidence import Evidence, Needs, OnlineSelection, gather
 from testbed.codecs.select.q2c import Q2C
-from testbed.endpoints.gathering import OnlineSelection, gather
 from testbed.errors import SpecError
 from testbed.models.kvcache import KVCache, KVLayer, join
 from testbed.models.language import LanguageModel

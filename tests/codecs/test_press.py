@@ -11,10 +11,9 @@ import torch
 
 from testbed.codecs import CodecError, registry
 from testbed.codecs.codec import Codec, decode
-from testbed.codecs.evidence import Evidence
+from testbed.codecs.evidence import Evidence, gather, prefill_for
 from testbed.codecs.select import press
 from testbed.codecs.spec import parse
-from testbed.endpoints.gathering import gather, prefill_for
 from testbed.errors import SpecError
 from testbed.models.loading import load_model
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from testbed.codecs.codec import Codec, decode
-from testbed.codecs.evidence import Evidence, Needs
-from testbed.endpoints.gathering import gather
+from testbed.codecs.evidence import Evidence, Needs, gather
 from testbed.errors import UsageError
 from testbed.models.language import LanguageModel
 from testbed.models.loading import load_model

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from testbed.endpoints import protocol
-from testbed.endpoints.loopback import Loopback
 from testbed.endpoints.endpoint import Endpoint
+from testbed.endpoints.loopback import Loopback
 from testbed.endpoints.protocol import FullCache, Link, Outcome, TrialRequest, TrialResult
 from testbed.hosts.local import Local
 
@@ -62,7 +62,9 @@ class Pair:
         self.prefix = cloud.call(prepared.prefix, 60)
         self.link = Link("127.0.0.1", cloud.call(protocol.Serve(1 << 22), 10), timeout=20.0)
 
-    def ask(self, what: str, example: int = 1, link: dict[str, Any] | None = None, **about: Any) -> TrialResult:
+    def ask(
+        self, what: str, example: int = 1, link: dict[str, Any] | None = None, **about: Any
+    ) -> TrialResult:
         """A trial of a codec, or of the placement `cloud` or `edge`; `link`: what is unlike `self.link`."""
         placement, codec = (what, "") if what in ("cloud", "edge") else ("split", what)
         settings = {f: getattr(self.link, f) for f in Link.__struct_fields__} | (link or {})

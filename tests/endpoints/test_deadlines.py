@@ -17,9 +17,9 @@ import msgspec
 import pytest
 
 from testbed.deadline import Deadline
+from testbed.endpoints.client import Client
 from testbed.endpoints.endpoint import Endpoint
 from testbed.endpoints.protocol import Hello, Link, Serve, TrialRequest
-from testbed.endpoints.client import Client
 from testbed.errors import EndpointError, NetworkError, TestbedError
 from testbed.experiment.deployment import Pair
 from testbed.hosts.channel import Channel, Result, pack
@@ -29,6 +29,7 @@ from testbed.transport.tcp import Tcp, TcpStream
 from tests.endpoints.pair import started
 from tests.tiny_models import tiny_model_directory
 
+FATES = {signal.SIGKILL: r"ended \(signal SIGKILL\)", signal.SIGSTOP: "has been stopped for 1"}
 NOTICED_S = 8.0  #: a second or two, on a machine that has other things to do
 
 
@@ -116,90 +117,43 @@ def test_an_answer_on_the_control_channel_is_whole_in_time_and_belongs_to_its_ca
         channel.call("third", str, 5.0)
 
 
-@pytest.mark.parametrize("role", ["edge", "cloud"])
-def test_an_endpoint_that_is_stopped_in_a_call_is_noticed_and_named(tmp_path: Path, role: str) -> None:
-    endpoint = Endpoint.start(role, Local(), tmp_path / "log")
-    try:
+@pytest.fixture(params=["edge", "cloud"])
+def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Endpoint]:
+    endpoint = Endpoint.start(request.param, Local(), tmp_path / "log")
+    endpoint.call(Hello(), 120)
+    yield endpoint
+    endpoint.process.kill()
+    endpoint.stop()
+
+
+@pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_endpoint_that_dies_or_is_stopped_is_noticed_and_named(
+    endpoint: Endpoint, fate: signal.Signals
+) -> None:
+    assert endpoint.alive
+    os.kill(endpoint.process.pid, fate)
+    said = rf"the {endpoint.role} process .*{FATES[fate]}"
+    with noticed(), pytest.raises(EndpointError, match=said):
         endpoint.call(Hello(), 120)
-        assert endpoint.alive
-        os.kill(endpoint.process.pid, signal.SIGSTOP)
-        with (
-            noticed(),
-            pytest.raises(EndpointError, match=rf"the {role} process \(\d+\) has been stopped for 1"),
-        ):
-            endpoint.call(Hello(), 120)
-        assert not endpoint.alive
-    finally:
-        endpoint.process.kill()
-        endpoint.stop()
+    assert not endpoint.alive
 
 
-def test_what_a_call_depends_on_ends_it(tmp_path: Path) -> None:
-    endpoint = Endpoint.start("edge", Local(), tmp_path / "log")
-
+@pytest.mark.parametrize("endpoint", ["edge"], indirect=True)
+def test_what_a_call_depends_on_ends_it(endpoint: Endpoint) -> None:
     def gone() -> None:
         raise NetworkError("link access: its relay (process 7) ended (signal SIGKILL)")
 
-    try:
-        os.kill(endpoint.process.pid, signal.SIGSTOP)  # or it answers before anybody looks
-        with noticed(), pytest.raises(NetworkError, match="link access"):
-            endpoint.call(Hello(), 120, gone)
-    finally:
-        endpoint.process.kill()
-        endpoint.stop()
-
-
-def test_the_cloud_serves_whoever_asks_however_many_are_silent(tmp_path: Path) -> None:
-    cloud = Endpoint.start("cloud", Local(), tmp_path / "log")
-    held: list[socket.socket] = []
-    try:
-        port = cloud.call(Serve(1 << 20, request_s=60.0), 120)
-        for number in range(150):
-            held.append(socket.create_connection(("127.0.0.1", port), timeout=5))
-            if number % 2:
-                held[-1].send(wire.pack(request())[:9])  # a header that does not go on
-        with noticed(30):
-            connection = Tcp().connect("127.0.0.1", port, None, 5.0)
-            connection.send(request())
-            received = connection.receive(0, Deadline(20.0))
-            assert received is not None and isinstance(received.header, wire.Failure)
-            assert "unknown" in received.header.message
-            connection.close()
-    finally:
-        for sock in held:
-            sock.close()
-        cloud.stop()
-
-
-def test_a_cloud_that_is_busy_with_as_many_as_it_takes_says_so(tmp_path: Path) -> None:
-    cloud = Endpoint.start("cloud", Local(), tmp_path / "log")
-    held: list[socket.socket] = []
-    try:
-        port = cloud.call(Serve(1 << 20, request_s=4.0), 120)
-        for _ in range(64):
-            held.append(socket.create_connection(("127.0.0.1", port), timeout=5))
-            held[-1].sendall(wire.pack(request(), 1000))  # a payload that does not come
-        time.sleep(1.0)
-        connection = Tcp().connect("127.0.0.1", port, None, 5.0)
-        received = connection.receive(0, Deadline(10.0))
-        assert received is not None and isinstance(received.header, wire.Failure)
-        assert "64 requests are under way" in received.header.message
-        connection.close()
-        deadline = Deadline(60.0)  # their time is over, and their places are free
-        while "unknown" not in _failure(port):
-            deadline.left()
-            time.sleep(0.5)
-    finally:
-        for sock in held:
-            sock.close()
-        cloud.stop()
+    os.kill(endpoint.process.pid, signal.SIGSTOP)  # or it answers before anybody looks
+    with noticed(), pytest.raises(NetworkError, match="link access"):
+        endpoint.call(Hello(), 120, gone)
 
 
 def _failure(port: int) -> str:
+    """What the cloud says of a request that it cannot answer."""
     connection = Tcp().connect("127.0.0.1", port, None, 5.0)
     try:
         connection.send(request())
-        received = connection.receive(0, Deadline(10.0))
+        received = connection.receive(0, Deadline(20.0))
         assert received is not None and isinstance(received.header, wire.Failure)
         return received.header.message
     except TestbedError as error:
@@ -208,17 +162,44 @@ def _failure(port: int) -> str:
         connection.close()
 
 
+@pytest.mark.parametrize("endpoint", ["cloud"], indirect=True)
+def test_the_cloud_serves_whoever_asks_however_many_are_silent_and_says_when_it_is_busy(
+    endpoint: Endpoint,
+) -> None:
+    port = endpoint.call(Serve(1 << 20, request_s=8.0), 120)
+    silent, busy = [], []
+    for number in range(150):
+        silent.append(socket.create_connection(("127.0.0.1", port), timeout=5))
+        if number % 2:
+            silent[-1].send(wire.pack(request())[:9])  # a header that does not go on
+    with noticed(7.0):
+        assert "unknown" in _failure(port)
+    for _ in range(64):
+        busy.append(socket.create_connection(("127.0.0.1", port), timeout=5))
+        busy[-1].sendall(wire.pack(request(), 1000))  # a payload that does not come
+    time.sleep(1.0)
+    assert "64 requests are under way" in _failure(port)
+    deadline = Deadline(60.0)  # their time is over, and their places are free
+    while "unknown" not in _failure(port):
+        deadline.left()
+        time.sleep(0.5)
+    for sock in silent + busy:
+        sock.close()
+
+
 @pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_cloud_that_dies_or_stands_still_during_a_request_is_named(
     tmp_path: Path, fate: signal.Signals
 ) -> None:
-    said = "ended .signal SIGKILL" if fate == signal.SIGKILL else "has been stopped"
     with started(tmp_path, tiny_model_directory("llama", tmp_path / "model"), cloud=2000.0) as both:
         pair = Pair(SimpleNamespace(scenario=None), both.edge, both.cloud)  # type: ignore[arg-type]
         message = TrialRequest("split", 0, 0, codec="fp16", link=both.link)
         timer = threading.Timer(1.0, os.kill, (both.cloud.process.pid, fate))
         timer.start()
-        with noticed(1.0 + NOTICED_S), pytest.raises(EndpointError, match=f"the cloud process .*{said}"):
+        with (
+            noticed(1.0 + NOTICED_S),
+            pytest.raises(EndpointError, match=f"the cloud process .*{FATES[fate]}"),
+        ):
             pair._call(both.edge, message, 120.0)
         assert not pair.alive
 

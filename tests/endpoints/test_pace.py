@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from testbed.endpoints import pace as module
-from testbed.endpoints.pace import Pace
+from testbed.endpoints import side as module
+from testbed.endpoints.side import Pace
 
 
 class Clock:

@@ -75,7 +75,9 @@ def test_an_answer_that_cannot_be_is_an_error_that_names_its_place(
     assert strange.alive
 
 
-@pytest.mark.parametrize("greeting", [{"version": 0, "testbed": "0.0.1"}, {"version": 2, "testbed": "0.0.1", "x": 1}])
+@pytest.mark.parametrize(
+    "greeting", [{"version": 0, "testbed": "0.0.1"}, {"version": 2, "testbed": "0.0.1", "x": 1}]
+)
 def test_a_testbed_that_speaks_another_version_is_refused_by_name_with_the_remedy(
     greeting: dict[str, Any],
 ) -> None:
@@ -86,7 +88,7 @@ def test_a_testbed_that_speaks_another_version_is_refused_by_name_with_the_remed
 
 def test_a_message_that_an_endpoint_does_not_know_is_refused_and_the_next_one_answered() -> None:
     asked = endpoint({Serve: 4711})
-    with pytest.raises(EndpointError, match="edge: a message that cannot be: .*forget"):
+    with pytest.raises(EndpointError, match=r"edge: a message that cannot be: .*forget"):
         asked.call(Forget(), 10)
     assert asked.call(Serve(1), 10) == 4711
 
@@ -112,7 +114,9 @@ def test_bytes_that_are_no_answer_are_one_error(ends: tuple[Channel, socket.sock
     channel, other = ends
     body = b"\x82\xa6number\x01\xa6result" + result
     other.sendall(struct.pack("!I", len(body)) + body)
-    with pytest.raises(EndpointError, match="malformed message on the control|an answer that cannot be") as error:
+    with pytest.raises(
+        EndpointError, match=r"malformed message on the control|an answer that cannot be"
+    ) as error:
         channel.call("x", str, 5.0)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
     if result.startswith((b"\xa2", b"\x81")):

@@ -18,6 +18,7 @@ from testbed.transport.transport import find
 from tests.endpoints.pair import Pair, in_this_process
 from tests.tiny_models import tiny_model_directory
 
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return in_this_process(tiny_model_directory("llama", tmp_path_factory.mktemp("sessions")))

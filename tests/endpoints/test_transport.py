@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from testbed.endpoints.client import Client
 from testbed.endpoints.cloud import Cloud
 from testbed.endpoints.protocol import Link, Serve
-from testbed.endpoints.client import Client
 from testbed.errors import EndpointError, UsageError
 from testbed.transport.transport import TRANSPORTS, find
 from tests.endpoints.test_wire import request

@@ -64,11 +64,11 @@ def test_a_chats_layout_has_its_special_tokens_on_both_sides_and_its_texts_have_
         side.load(Load(str(directory), "cpu", "float32", 1))
     made = edge.prepare(Prepare("qa", {"path": str(rows)}, max_new_tokens=4, prompt="chat:0"))
     known = cloud.learn(made.prefix)
-    held = edge._hold(0, 0)
+    held = edge._prefilled(0, 0)
     start, end = (tokenizer.convert_tokens_to_ids(t) for t in (START, END))
     assert [t for t in edge.model.tokenize(made.prefix.text, start=True) if t in (start, end)] == [start]
     assert not {start, end} & set(held.ids) and "<|end|> twice" in edge.model.text(held.ids)
-    question = edge.model.tokenize(held.question, closing=held.prefix.closing)
+    question, text = edge._question(held), held.batch.task.question_text(held.example)
     assert [t for t in question if t in (start, end)] == [end, start]
     assert held.prefix.digest == known
-    assert cloud.model.tokenize(held.question, closing=cloud.under(known).closing) == question
+    assert cloud.model.tokenize(text, closing=cloud.under(known).closing) == question
