@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from testbed.codecs.entropy import tables
-from testbed.codecs.layout import Part
+from testbed.codecs.steps import Part
 from testbed.errors import SpecError, UsageError
 from testbed.experiment.estimate import Estimator
 from testbed.experiment.plan import load_plan, make_plan, moved

@@ -31,8 +31,8 @@ from msgspec import Meta
 from testbed.codecs import CodecError
 from testbed.codecs.entropy import MOST_EXPANSION
 from testbed.codecs.fast import threads
-from testbed.codecs.layout import Part
 from testbed.codecs.spec import LONGEST
+from testbed.codecs.steps import Part
 from testbed.errors import PayloadError
 
 if TYPE_CHECKING:

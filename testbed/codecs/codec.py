@@ -20,22 +20,22 @@ from testbed.codecs.cache_format import (
     layer_positions,
     torch_dtype,
 )
-from testbed.codecs.entropy import MOST_EXPANSION, Coder
+from testbed.codecs.entropy import MOST_EXPANSION, compressed
 from testbed.codecs.evidence import Evidence, Kept, Needs
 from testbed.codecs.fast.beginnings import Reader, Writer, as_tensor
 from testbed.codecs.fast.threads import runs
-from testbed.codecs.layout import Layout, Piece, lay_out
+from testbed.codecs.layout import Layout, lay_out
 from testbed.codecs.progressive import Planes
 from testbed.codecs.spec import CodecSpec, parse
+from testbed.codecs.steps import Coder, Piece
 from testbed.errors import PayloadError, SpecError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from testbed.codecs.quantize import Quantizer
     from testbed.codecs.select import Selector
-    from testbed.codecs.transform import Transform
+    from testbed.codecs.steps import Transform
     from testbed.models.kvcache import KVCache
 
 Bytes = bytes | bytearray | memoryview
@@ -135,7 +135,7 @@ class Codec:
     def __init__(self, spec: CodecSpec | str, model: str | None = None) -> None:
         self.spec = (parse(spec) if isinstance(spec, str) else spec).bound(model)
         self.selector = cast("Selector | None", self.spec.selector)
-        self.quantizer = cast("Quantizer", self.spec.quantizer)
+        self.quantizer = self.spec.quantizer
         self.transform = cast("Transform | None", self.spec.transform) or self.quantizer.own_transform
         self.coder = cast(Coder | None, self.spec.coder) or self.quantizer.own_coder
 
@@ -231,7 +231,7 @@ class Codec:
                     writer.write(range(i, i + 1))
                 piece = layout.pieces[i]
                 chosen.append(
-                    coder.coded(piece, host[piece.symbols_at : piece.symbols_at + piece.symbol_bytes])
+                    compressed(coder, piece, host[piece.symbols_at : piece.symbols_at + piece.symbol_bytes])
                 )
             return chosen
 

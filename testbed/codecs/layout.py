@@ -5,47 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from testbed.codecs.steps import Part, Piece
 
 if TYPE_CHECKING:
-    from testbed.codecs.quantize import Quantizer
     from testbed.codecs.spec import CodecSpec
+    from testbed.codecs.steps import Quantizer
 
 ALIGNMENT = 4  # bytes: pieces start where float32 and int32 views may
-
-
-@dataclass(frozen=True)
-class Part:
-    """Keys or values of one layer: what a quantizer takes at a time. Shape [kv_heads, tokens, head_dim]."""
-
-    layer: int
-    kind: Literal["keys", "values"]
-    kv_heads: int
-    tokens: int
-    head_dim: int
-    dtype: str  #: "float16" or "bfloat16"
-    layers: int | None = None  #: how many the cache has; None where that is not known
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.kv_heads, self.tokens, self.head_dim
-
-    @property
-    def elements(self) -> int:
-        return self.kv_heads * self.tokens * self.head_dim
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Where a part's bytes lie: its side information in the side section, its packed symbols in the symbol section."""
-
-    part: Part
-    bits: int
-    symbols: int
-    side_at: int
-    side_bytes: int
-    symbols_at: int
-    symbol_bytes: int
 
 
 @dataclass(frozen=True)
@@ -91,10 +59,6 @@ def expected_bytes(spec: CodecSpec, layers: Iterable[tuple[int, int, int, int | 
     layers: (kv_heads, head_dim, value_dim, window) of each. Without what an entropy coder saves; positions are
     counted as one bit for each context token, once.
     """
-    from typing import cast
-
-    from testbed.codecs.quantize import Quantizer
-
     ratio = getattr(spec.selector, "ratio", 1.0)
     kept = max(1, round(ratio * tokens)) if tokens else 0
     parts = []
@@ -103,5 +67,5 @@ def expected_bytes(spec: CodecSpec, layers: Iterable[tuple[int, int, int, int | 
         held = kept if window is None else tokens
         parts.append(Part(i, "keys", heads, held, head_dim, "float16", len(every)))
         parts.append(Part(i, "values", heads, held, value_dim, "float16", len(every)))
-    layout = lay_out(parts, cast(Quantizer, spec.quantizer))
+    layout = lay_out(parts, spec.quantizer)
     return 128 + (tokens // 8 if kept < tokens else 0) + layout.side_bytes + layout.symbol_bytes

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from testbed.codecs.entropy import MOST_EXPANSION, Coder, pack, unpack
+from testbed.codecs.entropy import MOST_EXPANSION, compressed, pack, unpack
 from testbed.codecs.fast.beginnings import as_tensor
-from testbed.codecs.layout import Part, Piece, packed_bytes
+from testbed.codecs.layout import packed_bytes
+from testbed.codecs.steps import Coder, Part, Piece
 from testbed.errors import PayloadError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def write(symbols: Iterable[tuple[Piece, Tensor]], coder: Coder | None) -> list[
         chunks = []
         for at, stretch in _stretches(len(plane)):
             plain = torch.from_numpy(plane[at : at + stretch.symbol_bytes])
-            code = coder.coded(stretch, plain) if coder else plain.numpy().data
+            code = compressed(coder, stretch, plain) if coder else plain.numpy().data
             chunks.append(_FRAME.pack(len(code), _checksum(number, at, code)) + code)
         written.append(b"".join(chunks))
     return written

@@ -17,8 +17,7 @@ from testbed.kinds import Value, clip, parameters, read_arguments
 from testbed.units import parse_fraction
 
 if TYPE_CHECKING:
-    from testbed.codecs.quantize import Quantizer
-    from testbed.codecs.transform import Transform
+    from testbed.codecs.steps import Quantizer, Transform
 
 LONGEST = 400  # characters; the longest sensible codec has a quarter of them
 _ORDER = tuple(registry.STAGES)
@@ -31,7 +30,7 @@ class CodecSpec:
 
     selector: Method | None
     transform: Method | None
-    quantizer: Method
+    quantizer: Quantizer
     coder: Method | None
 
     @property
@@ -60,8 +59,8 @@ class CodecSpec:
     @property
     def unfit(self) -> str:
         """Why its parts cannot work together, though each is right; empty where they can."""
-        transform, quantizer = cast("Transform | None", self.transform), cast("Quantizer", self.quantizer)
-        return "" if transform is None else transform.unfit(quantizer)
+        transform = cast("Transform | None", self.transform)
+        return "" if transform is None else transform.unfit(self.quantizer)
 
     def __str__(self) -> str:
         return "+".join(str(method) for method in self.methods)
@@ -107,7 +106,7 @@ def _parse(text: str) -> CodecSpec:
     return CodecSpec(
         selector=by_stage.get("selector"),
         transform=by_stage.get("transform"),
-        quantizer=by_stage.get("quantizer") or registry.find("fp16")(),
+        quantizer=cast("Quantizer", by_stage.get("quantizer") or registry.find("fp16")()),
         coder=by_stage.get("coder"),
     )
 

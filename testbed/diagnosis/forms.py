@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from testbed.codecs.layout import Part
 from testbed.codecs.quantize.mixed import SCALES, coarse
+from testbed.codecs.steps import Part
 from testbed.diagnosis.choose import Loss, holds, interval, loss_of
 from testbed.diagnosis.measure import Outcome, Probe
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from testbed.codecs.diagnosed import Kind, Place
-from testbed.codecs.layout import Part
-from testbed.codecs.quantize import Quantizer, side_of
+from testbed.codecs.quantize import side_of
 from testbed.codecs.quantize.fp16 import FP16
 from testbed.codecs.quantize.integer import INTEGERS
 from testbed.codecs.quantize.mixed import coarse
+from testbed.codecs.steps import Part, Quantizer
 from testbed.models.kvcache import KVCache, KVLayer, join
 from testbed.models.language import LanguageModel
 from testbed.models.likelihood import mean_kl, mean_nll

@@ -21,7 +21,7 @@ from testbed import files
 from testbed.codecs.codec import Codec
 from testbed.codecs.entropy import tables
 from testbed.codecs.entropy.ans import rows_by_channel
-from testbed.codecs.layout import Part
+from testbed.codecs.steps import Part
 from testbed.endpoints.examples import prompted
 from testbed.errors import SpecError, TestbedError
 from testbed.models.loading import load_model

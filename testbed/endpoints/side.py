@@ -142,8 +142,8 @@ class InferenceSide:
         """
         import torch
 
-        from testbed.codecs import registry
         from testbed.codecs.codec import Codec, decode
+        from testbed.codecs.quantize.integer import Int4, Int8
         from testbed.codecs.spec import CodecSpec
         from testbed.models.loading import load_model
 
@@ -152,8 +152,8 @@ class InferenceSide:
         warm = model.tokenize("The quick brown fox jumps over the lazy dog. " * 12)
         prefilled = model.prefill(warm, None)
         model.generate(warm[:8], prefilled.cache, 4, "")
-        for name in ("int8", "int4"):
-            decode(Codec(CodecSpec(None, None, registry.find(name)(), None)).encode(prefilled.cache))
+        for integer in (Int8(), Int4()):
+            decode(Codec(CodecSpec(None, None, integer, None)).encode(prefilled.cache))
         return Loaded(
             device=str(model.device),
             dtype=str(model.dtype).removeprefix("torch."),

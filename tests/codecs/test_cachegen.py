@@ -10,8 +10,8 @@ from torch import Tensor
 
 from testbed.codecs import CodecError
 from testbed.codecs.codec import Codec, decode
-from testbed.codecs.layout import Part
 from testbed.codecs.spec import parse
+from testbed.codecs.steps import Part
 from testbed.errors import PayloadError, SpecError
 from testbed.models.kvcache import KVCache, KVLayer
 from tests.codecs.caches import SHAPES, make_cache, ragged_cache, same_cache

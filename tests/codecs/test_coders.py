@@ -15,7 +15,7 @@ from torch import Tensor
 from testbed.codecs import CodecError, cache_format
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.entropy.measure import entropy
-from testbed.codecs.layout import Part
+from testbed.codecs.steps import Part
 from testbed.errors import PayloadError
 from testbed.models.kvcache import KVCache, KVLayer
 from tests.codecs.caches import SHAPES, make_cache, ragged_cache, same_cache

@@ -11,8 +11,8 @@ from torch import Tensor
 from testbed.codecs import CodecError
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.entropy import pack, unpack
-from testbed.codecs.layout import Part
 from testbed.codecs.quantize.integer import Integer
+from testbed.codecs.steps import Part
 from testbed.models.kvcache import KVCache, KVLayer
 from tests.codecs.caches import SHAPES, make_cache, ragged_cache, same_bits, same_cache
 

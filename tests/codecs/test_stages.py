@@ -11,10 +11,7 @@ import torch
 
 from testbed.codecs import registry
 from testbed.codecs.codec import Codec, decode
-from testbed.codecs.entropy import Coder
-from testbed.codecs.layout import Piece
-from testbed.codecs.quantize import Quantizer
-from testbed.codecs.transform import Transform
+from testbed.codecs.steps import Coder, Piece, Quantizer, Transform
 from testbed.errors import PayloadError
 from testbed.models.kvcache import KVCache
 from tests.codecs.caches import make_cache, same_cache

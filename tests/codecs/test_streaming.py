@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from testbed.codecs.fast import batch
 from testbed.codecs.fast.threads import bytes_for
-from testbed.codecs.layout import Part, lay_out
+from testbed.codecs.layout import lay_out
 from testbed.codecs.quantize.integer import INTEGERS
+from testbed.codecs.steps import Part
 
 
 @given(

@@ -2,52 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING
 
-from testbed.codecs.layout import Piece, packed_bytes, stretches
-from testbed.codecs.method import Method
+from testbed.codecs.layout import packed_bytes, stretches
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from testbed.codecs.steps import Coder, Piece
 
 #: A coded part may stand for this many times its bytes. Real caches stay far below; a forged payload that asks for
 #: more memory is refused, and a part that would shrink further (a constant one) is sent packed.
 MOST_EXPANSION = 64
 
 
-@dataclass(frozen=True)
-class Coder(Method):
-    """Codes one part at a time, bytes to bytes; several threads may call it at once.
+def compressed(coder: Coder, piece: Piece, packed: Tensor) -> bytes | memoryview:
+    """A piece's packed symbols (uint8, on the processor) as they travel: coded, or as they are where that is as short."""
+    import torch
 
-    `packed`: it is given symbols packed to their width; otherwise a byte for each (two for 16 bits).
-    """
-
-    stage: ClassVar[Literal["coder"]] = "coder"
-    packed: ClassVar[bool] = True
-
-    def compress(self, piece: Piece, data: memoryview) -> bytes:
-        """A part's symbols, coded. A result that does not shrink what packing gives is not used."""
-        raise NotImplementedError
-
-    def expand(self, piece: Piece, data: memoryview) -> bytes | bytearray:
-        """The inverse: exactly the bytes that `compress` was given, whose number `piece` says.
-
-        Raises PayloadError for other bytes than `compress` returns; allocates what `piece` says and no more.
-        """
-        raise NotImplementedError
-
-    def coded(self, piece: Piece, packed: Tensor) -> bytes | memoryview:
-        """A piece's packed symbols (uint8, on the processor) as they travel: coded, or as they are where that is as short."""
-        import torch
-
-        plain = packed if self.packed else unpack(packed, piece.symbols, piece.bits).view(torch.uint8)
-        coded = self.compress(piece, plain.numpy().data)
-        return coded if worth_coding(piece, coded) else packed.numpy().data
-
-    def input_bytes(self, piece: Piece) -> int:
-        """How many bytes `compress` is given for a part."""
-        return piece.symbol_bytes if self.packed else piece.symbols * (2 if piece.bits == 16 else 1)
+    plain = packed if coder.packed else unpack(packed, piece.symbols, piece.bits).view(torch.uint8)
+    code = coder.compress(piece, plain.numpy().data)
+    return code if worth_coding(piece, code) else packed.numpy().data
 
 
 def worth_coding(piece: Piece, coded: bytes) -> bool:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from testbed.codecs.entropy import Coder, tables
-from testbed.codecs.layout import Piece
+from testbed.codecs.entropy import tables
+from testbed.codecs.steps import Coder, Piece
 from testbed.errors import PayloadError, SpecError
 
 if TYPE_CHECKING:

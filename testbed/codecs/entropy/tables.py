@@ -20,7 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from testbed import files
-from testbed.codecs.layout import Part, Piece
+from testbed.codecs.steps import Part, Piece
 from testbed.errors import SpecError
 from testbed.files import read_at_most
 

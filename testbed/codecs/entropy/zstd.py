@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from testbed.codecs.entropy import Coder
-from testbed.codecs.layout import Piece
+from testbed.codecs.steps import Coder, Piece
 from testbed.errors import PayloadError
 
 

@@ -17,8 +17,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from testbed.codecs.fast import uniform
-from testbed.codecs.layout import Piece
 from testbed.codecs.quantize import packing, streaming
+from testbed.codecs.steps import Piece
 
 if TYPE_CHECKING:
     from testbed.codecs.quantize.integer import Integer

@@ -19,15 +19,16 @@ import numpy as np
 from testbed.codecs import CodecError
 from testbed.codecs.entropy import pack, pack_rows, unpack
 from testbed.codecs.fast.threads import bytes_for
-from testbed.codecs.layout import ALIGNMENT, Layout, Part, Piece, aligned
+from testbed.codecs.layout import ALIGNMENT, Layout, aligned
+from testbed.codecs.steps import Part, Piece
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from testbed.codecs.fast.batch import Table
-    from testbed.codecs.quantize import Quantizer
     from testbed.codecs.quantize.integer import Integer
+    from testbed.codecs.steps import Quantizer
     from testbed.models.kvcache import KVCache
 
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from testbed.codecs.entropy.ans import ANS
-from testbed.codecs.quantize import Part, Quantizer, cut_side, divided, over, rounded_up, side_of
+from testbed.codecs.quantize import cut_side, divided, over, rounded_up, side_of
+from testbed.codecs.steps import Part, Quantizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from testbed.codecs.entropy import Coder
+    from testbed.codecs.steps import Coder
 
 #: level -> bins of keys in the first, second and third stretch of layers, and of values in the first and second. Levels
 #: 1 to 3 are the released system's; 4 goes on where they end.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from testbed.codecs.quantize import Part, Quantizer, divided, over, rounded_up
+from testbed.codecs.quantize import divided, over, rounded_up
+from testbed.codecs.steps import Part, Quantizer
 
 if TYPE_CHECKING:
     from torch import Tensor

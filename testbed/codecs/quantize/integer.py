@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from testbed.codecs import CodecError
-from testbed.codecs.quantize import Part, Quantizer, grid
+from testbed.codecs.quantize import grid
+from testbed.codecs.steps import Part, Quantizer
 
 if TYPE_CHECKING:
     from torch import Tensor

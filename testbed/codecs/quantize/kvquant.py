@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from testbed.codecs.quantize import Part, Quantizer, cut_side, over, rounded_up, side_of
-from testbed.codecs.transform import Transform
+from testbed.codecs.quantize import cut_side, over, rounded_up, side_of
+from testbed.codecs.steps import Part, Quantizer, Transform
 from testbed.codecs.transform.unrotated import Unrotated
 
 if TYPE_CHECKING:

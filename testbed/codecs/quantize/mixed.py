@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from testbed.codecs import diagnosed
-from testbed.codecs.quantize import Part, Quantizer
 from testbed.codecs.quantize.fp16 import FP16
 from testbed.codecs.quantize.integer import INTEGERS, Integer
+from testbed.codecs.steps import Part, Quantizer
 
 #: Whose scales the coarse integers have: each group of 32 elements (and a zero point), the same without zero points, or each
 #: token and KV head.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from testbed.codecs.quantize import Part, Quantizer, cut_side, over, side_of
+from testbed.codecs.quantize import cut_side, over, side_of
 from testbed.codecs.quantize.integer import INTEGERS, Integer
+from testbed.codecs.steps import Part, Quantizer
 
 if TYPE_CHECKING:
     from torch import Tensor

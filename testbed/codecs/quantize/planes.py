@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from testbed.codecs.quantize import Part, Quantizer
 from testbed.codecs.quantize.integer import INTEGERS, Integer
+from testbed.codecs.steps import Part, Quantizer
 
 if TYPE_CHECKING:
     from torch import Tensor

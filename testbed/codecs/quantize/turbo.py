@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from testbed.codecs.entropy import pack, unpack
 from testbed.codecs.layout import packed_bytes
-from testbed.codecs.quantize import Part, Quantizer, cut_side, over, rounded_up, side_of
+from testbed.codecs.quantize import cut_side, over, rounded_up, side_of
 from testbed.codecs.quantize.rotation import blocks, rotation
+from testbed.codecs.steps import Part, Quantizer
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from testbed.codecs import CodecError
-from testbed.codecs.method import Method
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from testbed.codecs.quantize import Quantizer
+    from testbed.codecs.steps import Quantizer, Transform
     from testbed.models.kvcache import KVCache
 
 #: Differences and turns may be larger than what they are made of, and a coarse quantizer's sums of them larger still. A cache
@@ -21,33 +20,6 @@ if TYPE_CHECKING:
 #: transform's own bytes begin with.
 _ROOM, _HALVINGS = 8, 6
 _SCALED = bytes([_HALVINGS])
-
-
-@dataclass(frozen=True)
-class Transform(Method):
-    """A reversible change of keys and values. Shapes and positions stay; values may be float32 in between."""
-
-    stage: ClassVar[Literal["transform"]] = "transform"
-
-    @property
-    def undoes_rope(self) -> bool:
-        """Whether it turns keys back from their positions, so that the cache should know how (`KVLayer.rope`)."""
-        return False
-
-    def unfit(self, quantizer: Quantizer) -> str:
-        """Why it cannot stand before that quantizer; empty where it can."""
-        return ""
-
-    def encode(self, cache: KVCache, quantizer: Quantizer) -> tuple[KVCache, bytes]:
-        """The cache to quantize, and bytes that `decode` needs beside it (counted in the payload).
-
-        `quantizer` tells a transform that predicts from decoded values what the decoder will see.
-        """
-        raise NotImplementedError
-
-    def decode(self, cache: KVCache, side: bytes) -> KVCache:
-        """The inverse, on float32 values. Raises PayloadError where `side` is not what `encode` writes."""
-        raise NotImplementedError
 
 
 def encode(transform: Transform, cache: KVCache, quantizer: Quantizer) -> tuple[KVCache, bytes]:

@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from testbed.codecs import CodecError
-from testbed.codecs.layout import Part
-from testbed.codecs.transform import Transform
+from testbed.codecs.steps import Part, Transform
 from testbed.codecs.transform.unrotated import Unrotated
 from testbed.errors import PayloadError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from testbed.codecs.quantize import Quantizer
+    from testbed.codecs.steps import Quantizer
     from testbed.models.kvcache import KVCache
 
 Decoded = Callable[["Tensor"], "Tensor"]

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import msgspec
 from msgspec import Meta
 
-from testbed.codecs.transform import Transform
+from testbed.codecs.steps import Transform
 from testbed.errors import PayloadError
 from testbed.models.rope import Rope
 
 if TYPE_CHECKING:
-    from testbed.codecs.quantize import Quantizer
+    from testbed.codecs.steps import Quantizer
     from testbed.models.kvcache import KVCache
 
 _MOST_KINDS = 16  # of embeddings in one cache; models with sliding-window layers have two
