@@ -34,17 +34,17 @@ def ours(fabric: Fabric, payload: bytes, congestion: str | None) -> float:
 
     def serve() -> None:
         connection = listener.accept()
-        received = connection.receive(len(payload), Deadline(60.0))
-        if received is not None:
-            arrived.append(received.at)
+        request = connection.receive_request(len(payload), Deadline(60.0), 60.0)
+        if request is not None:
+            arrived.append(request.at)
         connection.close()
 
     server = threading.Thread(target=serve)
     server.start()
     with inside(fabric.namespace("edge")):
         connection = Tcp().connect(fabric.address("cloud"), listener.port, congestion, 60.0)
-    header = wire.Request(1, "split", "fp16", "", "Q?", "\n", 1, 0)
-    started = connection.send(header, payload)
+    request = wire.Request(1, "split", "fp16", "", "Q?", "\n", 1)
+    started = connection.send_request(request, [payload], checked=False)
     server.join()
     connection.close()
     listener.close()

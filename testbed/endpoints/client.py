@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from testbed.deadline import Deadline
 from testbed.endpoints.protocol import ROUNDING_S, Link
 from testbed.errors import EndpointError
 from testbed.transport import wire
-from testbed.transport.transport import Stats, Stream, Transport, find
+from testbed.transport.transport import Bytes, Stats, Stream, Transport, find
 
 #: A cloud's answer holds no payload.
 _NO_PAYLOAD = 0
@@ -35,8 +36,8 @@ class Client:
     def __init__(self) -> None:
         self._kept: dict[str, Stream] = {}
 
-    def ask(self, request: wire.Request, payload: bytes | bytearray | memoryview, link: Link) -> Answered:
-        """Send a request and wait for its answer. Raises EndpointError."""
+    def ask(self, request: wire.Request, context: Iterable[Bytes], link: Link) -> Answered:
+        """Send a request and its context's chunks, and wait for the answer. Raises EndpointError."""
         deadline = Deadline(link.timeout)
         transport = find(link.transport)
         started = time.monotonic()
@@ -44,7 +45,8 @@ class Client:
         before = _NOTHING if fresh else connection.stats()
         keep = False
         try:
-            sent_at = connection.send(request, payload, deadline)
+            checked = request.placement == "cloud"  # a codec's bytes have checksums of their own
+            sent_at = connection.send_request(request, context, checked, deadline)
             began = started if fresh else sent_at  # no instant lies between two stages: they sum to the whole
             first, first_at = _expect(connection, wire.FirstToken, request.id, deadline)
             answer, answered_at = _expect(connection, wire.Answer, request.id, deadline)

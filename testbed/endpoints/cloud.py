@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from testbed.endpoints.side import Handlers, InferenceSide, Prefix, digest, main
 from testbed.errors import NotFiniteError, PayloadError, TestbedError, WireError
 from testbed.models.kvcache import EMPTY
 from testbed.transport import wire
-from testbed.transport.transport import Listener, Received, Stream, find
+from testbed.transport.transport import Arrived, Listener, Stream, find
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,11 +117,11 @@ class Cloud(InferenceSide):
         try:
             patience = self._request_s  # of a peer that has not asked for anything yet
             while True:
-                asked = connection.receive_request(self.max_payload, Deadline(patience), self._request_s)
+                arrived = connection.receive_request(self.max_payload, Deadline(patience), self._request_s)
                 patience = _IDLE_S
-                if asked is None:
+                if arrived is None:
                     break
-                self._answer(connection, *asked)
+                self._answer(connection, arrived)
         except TestbedError as error:
             self._complain(connection, 0, str(error))
         except Exception as error:
@@ -136,36 +135,30 @@ class Cloud(InferenceSide):
         except TestbedError:
             pass
 
-    def _answer(self, connection: Stream, request: wire.Request, received: Received) -> None:
+    def _answer(self, connection: Stream, arrived: Arrived) -> None:
         """Answer one request when its turn comes. What is counted and hashed is so behind the answer, as part of no stage."""
+        request = arrived.request
         with self._sessions.turn(request.client):
             turn_at = time.monotonic()
             session = self._sessions.of(request.client)
             known = session.known(request)
             try:
                 if known is not None:
-                    served = self._repeat(connection, received, request, known, turn_at)
+                    served = self._repeat(connection, arrived, known, turn_at)
                 else:
-                    served = self._compute(connection, received, request, session)
+                    served = self._compute(connection, arrived, session)
             except (NotFiniteError, PayloadError, WireError) as error:
                 self._complain(connection, request.id, str(error))
                 return
             session.remember(request.id, served)
 
-    def _repeat(
-        self,
-        connection: Stream,
-        received: Received,
-        request: wire.Request,
-        known: Served,
-        turn_at: float,
-    ) -> Served:
+    def _repeat(self, connection: Stream, arrived: Arrived, known: Served, turn_at: float) -> Served:
         """The answer to bytes that were answered before, each token as late as it was computed then.
 
         Once the first token has been confirmed, nothing is under way; on a link that stays as it is the rest of the wait then
         changes nothing that could be measured, and is left out and billed, unless `request.replay`.
         """
-        was = known.answer
+        request, was = arrived.request, known.answer
         wait_until(turn_at + was.prefill_s + was.decode_s + was.first_token_s)
         first_at = time.monotonic()
         connection.send(structs.replace(known.first, id=request.id, sent_at=first_at))
@@ -175,22 +168,21 @@ class Cloud(InferenceSide):
         answer = structs.replace(
             was,
             id=request.id,
-            received_at=received.at,
-            queue_s=turn_at - received.at,
+            received_at=arrived.at,
+            queue_s=turn_at - arrived.at,
             skipped_s=max(0.0, last_at - now),
             sent_at=time.monotonic(),
             reused=True,
             retransmits=connection.stats().sent_again,
         )
         connection.send(answer)
-        if digest(received.payload) == known.details["payload_digest"]:
+        if digest(*arrived.chunks) == known.details["payload_digest"]:
             return known
         mistaken = f"request {request.id} is unlike request {request.same_as}, whose answer it was to get"
         return replace(known, mistaken=mistaken)
 
-    def _compute(
-        self, connection: Stream, received: Received, request: wire.Request, session: Session
-    ) -> Served:
+    def _compute(self, connection: Stream, arrived: Arrived, session: Session) -> Served:
+        request = arrived.request
         if request.prefix not in self.prefixes:
             raise WireError(
                 f"the request names a prefix {request.prefix[:64]!r} that this side does not know"
@@ -198,7 +190,7 @@ class Cloud(InferenceSide):
         prefix = self.under(request.prefix)
         began = self.pace.begin()
         rebuild = self._prefill if request.placement == "cloud" else self._decode
-        rebuilt = rebuild(received, request, prefix)
+        rebuilt = rebuild(arrived.chunks, prefix)
         rebuilt_at = self.pace.hold()
         question_ids = self.model.tokenize(request.question, closing=prefix.closing)
         firsts: list[wire.FirstToken] = []
@@ -222,8 +214,8 @@ class Cloud(InferenceSide):
             id=request.id,
             text=self.model.text(ids, request.stop)[:8000],
             tokens=len(ids),
-            received_at=received.at,
-            queue_s=began - received.at,
+            received_at=arrived.at,
+            queue_s=began - arrived.at,
             decode_s=0.0 if request.placement == "cloud" else rebuild_s,
             prefill_s=rebuild_s if request.placement == "cloud" else 0.0,
             first_token_s=firsts[0].sent_at - rebuilt_at,
@@ -236,7 +228,7 @@ class Cloud(InferenceSide):
         )
         connection.send(answer)
         details = {
-            "payload_digest": digest(received.payload),
+            "payload_digest": digest(*arrived.chunks),
             "tokens_kept": kept_tokens(rebuilt.kept) or rebuilt.tokens,
             "kept_digest": kept_digest(rebuilt.kept),
         }
@@ -244,25 +236,26 @@ class Cloud(InferenceSide):
         session.hold(served)
         return served
 
-    def _prefill(self, received: Received, request: wire.Request, prefix: Prefix) -> Rebuilt:
+    def _prefill(self, pieces: list[memoryview], prefix: Prefix) -> Rebuilt:
         """The past by prefilling the context's text."""
-        if zlib.crc32(received.payload) != request.payload_crc:
-            raise WireError("the request's context does not match its checksum")
         try:
-            text = bytes(received.payload).decode()
+            text = b"".join(pieces).decode()
         except UnicodeDecodeError as error:
             raise WireError("the request's context is not UTF-8 text") from error
         ids = self.model.tokenize(text)
         context = self.model.prefill(ids, prefix.cache).cache
         return Rebuilt(self.behind(prefix, context), len(ids), [])
 
-    def _decode(self, received: Received, request: wire.Request, prefix: Prefix) -> Rebuilt:
+    def _decode(self, pieces: list[memoryview], prefix: Prefix) -> Rebuilt:
         """The past from the codec's bytes."""
         from testbed.codecs.cache_format import CacheShape
-        from testbed.codecs.codec import decode
+        from testbed.codecs.codec import Decoder
 
         shapes = tuple((s.kv_heads, s.head_dim, s.value_dim, s.window) for s in self.model.shapes)
-        cache = decode(received.payload, self.model.device, CacheShape(shapes, self.model.max_positions))
+        decoder = Decoder(self.model.device, CacheShape(shapes, self.model.max_positions))
+        for piece in pieces:
+            decoder.feed(piece)
+        cache = decoder.finish()
         kept = [(layer.positions, layer.window) for layer in cache.layers]
         return Rebuilt(self.behind(prefix, cache), 0, kept)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from testbed.endpoints.protocol import (
 from testbed.endpoints.side import Handlers, InferenceSide, Prefix, main, per_token, wait_until
 from testbed.tasks.task import make_task
 from testbed.transport import wire
+from testbed.transport.transport import Bytes
 
 if TYPE_CHECKING:
     from testbed.codecs.codec import Codec
@@ -46,7 +47,7 @@ class TaskExamples:
 class Encoded:
     """A payload ready to be sent, and what it took to make."""
 
-    payload: bytes | bytearray | memoryview
+    pieces: Sequence[Bytes]
     select_s: float = 0.0
     encode_s: float = 0.0
     question_s: float | None = None  #: of select_s, the question's pass; None: the context's text
@@ -196,7 +197,7 @@ class Edge(InferenceSide):
         """The context's text crosses, the cloud does the rest."""
         prefilled = self._prefilled(message.batch, message.example)
         context = prefilled.batch.task.context_text(prefilled.example)
-        return self._ask(prefilled, message, Encoded(context.encode()), {}, [])
+        return self._ask(prefilled, message, Encoded([context.encode()]), {}, [])
 
     def _take_up(self, message: TrialRequest) -> tuple[Prefilled, list[str]]:
         """The example with its prefill, made now or taken over and waited for where so asked; and what a row has to call reused.
@@ -280,10 +281,10 @@ class Edge(InferenceSide):
         asked = self.pace.hold()
         kept = codec.select(evidence)
         selected = self.pace.hold()
-        payload = codec.encode(cache, kept)
+        pieces = codec.chunks(cache, kept)
         encode_s = self.pace.hold() - selected
         question_s = asked - started if codec.needs.question else 0.0
-        return Encoded(payload, selected - started, encode_s, question_s, codec.spec.shared_bytes)
+        return Encoded(pieces, selected - started, encode_s, question_s, codec.spec.shared_bytes)
 
     def _ask(
         self,
@@ -297,7 +298,7 @@ class Edge(InferenceSide):
         if message.link is None:
             raise ValueError("no link to ask the cloud over")
         self._request += 1
-        batch, example, payload = prefilled.batch, prefilled.example, encoded.payload
+        batch, example = prefilled.batch, prefilled.example
         known = prefilled.answered.get((message.codec, message.repeat), 0) if message.reuse == "all" else 0
         request = wire.Request(
             id=self._request,
@@ -307,13 +308,12 @@ class Edge(InferenceSide):
             question=batch.task.question_text(example),
             stop=batch.task.stop,
             max_new_tokens=batch.max_new_tokens,
-            payload_crc=zlib.crc32(payload) if message.placement == "cloud" else 0,
             choices=tuple(batch.task.choice_texts(example)),
             same_as=known,
             replay=message.replay,
             client=message.link.client,
         )
-        answered = self._client.ask(request, payload, message.link)
+        answered = self._client.ask(request, encoded.pieces, message.link)
         answer = answered.answer
         if answer.reused:
             reused = [*reused, _REBUILDS[message.placement], "first_token", "generate"]
@@ -330,7 +330,7 @@ class Edge(InferenceSide):
             wire_bytes=answered.wire_bytes,
             retransmits=answered.retransmits,
             congestion=answered.congestion,
-            payload_bytes=len(payload),
+            payload_bytes=sum(map(len, encoded.pieces)),
             shared_bytes=encoded.shared_bytes,
             question_s=encoded.question_s,
             request=request.id,

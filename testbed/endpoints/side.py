@@ -102,9 +102,12 @@ class Prefix:
     reach: int | None = None  #: tokens of the longest prompt behind it; None: the model does not depend on it
 
 
-def digest(data: bytes | bytearray | memoryview) -> str:
-    """BLAKE2b of some bytes, as 32 hexadecimal digits."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+def digest(*pieces: bytes | bytearray | memoryview) -> str:
+    """BLAKE2b of some bytes, one piece behind the other, as 32 hexadecimal digits."""
+    found = hashlib.blake2b(digest_size=16)
+    for piece in pieces:
+        found.update(piece)
+    return found.hexdigest()
 
 
 def per_token(times: Sequence[float]) -> float | None:

@@ -17,6 +17,7 @@ _TIMESTAMPS = 1  #: TCPI_OPT_TIMESTAMPS
 #: Of a segment, in front of its data: Ethernet, IPv4 and TCP; and TCP's timestamps, where both sides have them.
 _HEADERS, _TIMESTAMP_OPTION = 14 + 20 + 20, 12
 _PIECE = 1 << 20
+_MOST_PIECES = 1024  #: IOV_MAX
 _GIVE_UP = struct.pack("ii", 1, 0)  # struct linger: at once, with a reset (socket(7))
 
 
@@ -33,7 +34,7 @@ class TcpStream(Stream):
         """The first call carries headers and payload together, so that no header travels in a segment of its own."""
         try:
             self.socket.settimeout(deadline.left())
-            sent = self.socket.sendmsg(pieces)
+            sent = self.socket.sendmsg(pieces[:_MOST_PIECES])
             for piece in pieces:
                 rest, sent = piece[sent:], max(0, sent - len(piece))
                 if len(rest):

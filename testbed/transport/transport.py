@@ -7,8 +7,9 @@ made of them here, once for all transports.
 from __future__ import annotations
 
 import time
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,6 +49,15 @@ class Received:
     at: float
 
 
+@dataclass
+class Arrived:
+    """A request that is whole: its context as it came, and when its end was there (monotonic seconds)."""
+
+    request: wire.Request
+    chunks: list[memoryview]
+    at: float
+
+
 class Stream(ABC):
     """One connection that carries frames. Not shared between threads, but for `abort`."""
 
@@ -60,9 +70,33 @@ class Stream(ABC):
 
         The whole of it is handed over by the `deadline` (None: in `SEND_S`). Raises EndpointError.
         """
-        body = memoryview(payload).cast("B")
         started = time.monotonic()
-        self.write([memoryview(wire.pack(header, len(body))), body], deadline or Deadline(SEND_S))
+        self.write(_frame(header, payload), deadline or Deadline(SEND_S))
+        return started
+
+    def send_request(
+        self, request: wire.Request, chunks: Iterable[Bytes], checked: bool, deadline: Deadline | None = None
+    ) -> float:
+        """Send a request and its context, each chunk before the next is asked for; returns as `send` does. Raises EndpointError.
+
+        checked: chunks get a checksum, having none of their own. Where `chunks` has a length they are all there, and all frames
+        are handed over together, so that none travels in a segment of its own.
+        """
+        deadline = deadline or Deadline(SEND_S)
+        number = len(chunks) if isinstance(chunks, Sized) else None
+        count = length = 0
+        started, waiting = 0.0, _frame(request)
+        for chunk in chunks:
+            body = memoryview(chunk).cast("B")
+            header = wire.Chunk(request.id, count, count + 1 == number, zlib.crc32(body) if checked else None)
+            count, length = count + 1, length + len(body)
+            waiting += _frame(header, body)
+            if number is None:
+                started = started or time.monotonic()
+                self.write(waiting, deadline)
+                waiting = []
+        started = started or time.monotonic()
+        self.write([*waiting, *_frame(wire.End(request.id, count, length))], deadline)
         return started
 
     def receive(self, max_payload: int, deadline: Deadline, frame_s: float | None = None) -> Received | None:
@@ -88,27 +122,23 @@ class Stream(ABC):
         self._fill(payload, deadline)
         return Received(header, payload, time.monotonic())
 
-    def receive_request(
-        self, max_payload: int, deadline: Deadline, request_s: float
-    ) -> tuple[wire.Request, Received] | None:
-        """The next request, and all of its context though it come in chunks; None where the peer closed before it.
+    def receive_request(self, max_payload: int, deadline: Deadline, request_s: float) -> Arrived | None:
+        """The next request with all of its context, which has at most so many bytes; None where the peer closed before it.
 
         It begins by the `deadline`, and is whole `request_s` seconds later. Raises as `receive` does.
         """
-        received = self.receive(max_payload, deadline, request_s)
+        received = self.receive(0, deadline, request_s)
         if received is None:
             return None
         request = received.header
         if not isinstance(request, wire.Request):
             raise WireError(f"a {type(request).__name__} frame where a request was expected")
-        if not request.chunked:
-            return request, received
-        if len(received.payload):
-            raise WireError("a request with a context both in its own frame and in chunks")
         deadline, context = Deadline(request_s), wire.Assembly(request.id, max_payload)
+        chunks: list[memoryview] = []
         while (frame := self.receive(context.room, deadline)) is not None:
             if context.take(frame.header, frame.payload):
-                return request, Received(request, context.payload(), frame.at)
+                return Arrived(request, chunks, frame.at)
+            chunks.append(frame.payload)
         raise WireError("the connection closed inside a request")
 
     def _fill(self, buffer: memoryview, deadline: Deadline, may_end: bool = False) -> bool:
@@ -155,6 +185,11 @@ class Stream(ABC):
     @abstractmethod
     def abort(self) -> None:
         """End the connection, from any thread: whoever waits on it wakes up."""
+
+
+def _frame(header: wire.Header, payload: Bytes = b"") -> list[memoryview]:
+    body = memoryview(payload).cast("B")
+    return [memoryview(wire.pack(header, len(body))), body]
 
 
 class Listener(ABC):

@@ -5,8 +5,13 @@
 
 Integers are big-endian. The header is a MessagePack map that decodes into one of the structs below and nothing else;
 the CRC-32 covers the fixed
-part before it and the header. The payload (a codec's bytes, or the prompt's text) follows as it is, so it can be sent
-from where it lies.
+part before it and the header. The payload follows as it is, so it can be sent from where it lies.
+
+    edge → cloud    Request · Chunk · Chunk · … · End
+    cloud → edge    FirstToken · Answer, or Failure
+
+A request's context (a codec's bytes, or the prompt's text) comes in chunks, whose number and length nobody need know beforehand:
+each is at most what is still allowed to come, and the end says what there was.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from msgspec import Meta
 
 from testbed.errors import WireError
 
-VERSION = 2
+VERSION = 3
 MAGIC = b"TBED"
 PREFIX = struct.Struct("!4sBBHIQI")
 MAX_HEADER = 64 * 1024
@@ -36,7 +41,7 @@ Name = Annotated[str, Meta(max_length=512)]
 
 
 class Request(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Edge to cloud: answer this. The payload is the context: a codec's bytes (`split`) or its text (`cloud`)."""
+    """Edge to cloud: answer this. Its context follows: a codec's bytes (`split`) or its text (`cloud`)."""
 
     id: Count
     placement: Name
@@ -45,7 +50,6 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     question: Text
     stop: Name
     max_new_tokens: Annotated[int, Meta(ge=1, le=65536)]
-    payload_crc: Count
     choices: Annotated[
         tuple[Text, ...], Meta(max_length=64)
     ] = ()  #: answer with the likeliest of these; none: decode freely
@@ -54,17 +58,14 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     )
     replay: bool = False  #: such an answer comes as late as it was computed, even where nobody could tell
     client: Name = ""  #: whose request it is; its `id` and `same_as` are that client's numbers
-    chunked: bool = (
-        False  #: the context comes behind it, in `Chunk` frames up to an `End`; its own payload is empty
-    )
 
 
 class Chunk(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Edge to cloud: the next piece of a request's context, as the payload. How many there will be need not be known yet."""
+    """Edge to cloud: the next piece of a request's context, as the payload."""
 
     id: Count
     index: Count  #: 0, 1, …
-    last: bool  #: nothing but the `End` follows
+    last: bool  #: nothing but the `End` follows; where the sender does not know yet, it says no
     crc: Count | None  #: of the payload; None: what it holds has a checksum of its own
 
 
@@ -175,55 +176,38 @@ def unpack_header(prefix: Prefix, body: bytes) -> Header:
     return header
 
 
-def unpack(data: bytes, max_payload: int = MAX_PAYLOAD) -> tuple[Header, bytes]:
-    """A whole frame held in memory -> (header, payload). Raises WireError where a byte is missing, left over or wrong."""
-    prefix = unpack_prefix(data[: PREFIX.size], max_payload)
-    end = PREFIX.size + prefix.header_length
-    header = unpack_header(prefix, data[PREFIX.size : end])
-    payload = data[end:]
-    if len(payload) != prefix.payload_length:
-        raise WireError(f"payload of {len(payload)} bytes where the frame says {prefix.payload_length}")
-    if isinstance(header, Request) and zlib.crc32(payload) != header.payload_crc:
-        raise WireError("a frame's payload does not match its checksum")
-    return header, payload
-
-
 class Assembly:
-    """A chunked request's context as it comes: in order, complete, and never more than its bounds."""
+    """What may come of a request's context: chunks in order and complete, and never more of them than its bounds."""
 
     def __init__(self, id: int, bound: int) -> None:
         self.id = id
         self.room = bound  #: bytes that may still come
-        self._chunks: list[memoryview] = []
+        self._count = 0
         self._length = 0
         self._last = False
 
     def take(self, header: Header, payload: memoryview) -> bool:
         """The next frame; returns whether the context is whole. Raises WireError where it is not what has to come now."""
         if isinstance(header, End) and header.id == self.id:
-            if (header.chunks, header.length) != (len(self._chunks), self._length):
+            if (header.chunks, header.length) != (self._count, self._length):
                 raise WireError(
                     f"a request ends with {header.chunks} chunks of {header.length} bytes; "
-                    f"{len(self._chunks)} of {self._length} have come"
+                    f"{self._count} of {self._length} have come"
                 )
             return True
         if not isinstance(header, Chunk) or header.id != self.id:
             raise WireError(f"a {type(header).__name__} frame inside another request's chunks")
-        if self._last or header.index != len(self._chunks):
-            expected = "nothing but its end" if self._last else f"chunk {len(self._chunks)}"
+        if self._last or header.index != self._count:
+            expected = "nothing but its end" if self._last else f"chunk {self._count}"
             raise WireError(f"chunk {header.index} of a request where {expected} was expected")
-        if len(self._chunks) == MAX_CHUNKS or len(payload) > self.room:
+        if self._count == MAX_CHUNKS or len(payload) > self.room:
             raise WireError(
                 f"a request of more than {MAX_CHUNKS} chunks, or of more bytes than are accepted here"
             )
         if header.crc is not None and zlib.crc32(payload) != header.crc:
             raise WireError(f"chunk {header.index} of a request does not match its checksum")
-        self._chunks.append(payload)
+        self._count += 1
         self._length += len(payload)
         self.room -= len(payload)
         self._last = header.last
         return False
-
-    def payload(self) -> memoryview:
-        """All of it; one chunk lies where it was received."""
-        return self._chunks[0] if len(self._chunks) == 1 else memoryview(b"".join(self._chunks))

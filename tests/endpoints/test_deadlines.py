@@ -62,7 +62,7 @@ def dribbling(sock: socket.socket, data: bytes) -> Iterator[None]:
 
 
 def request(**changes: Any) -> wire.Request:
-    return msgspec.structs.replace(wire.Request(7, "split", "int8", "unknown", "Q?", "\n", 4, 0), **changes)
+    return msgspec.structs.replace(wire.Request(7, "split", "int8", "unknown", "Q?", "\n", 4), **changes)
 
 
 def connected() -> tuple[TcpStream, TcpStream]:
@@ -152,7 +152,7 @@ def _failure(port: int) -> str:
     """What the cloud says of a request that it cannot answer."""
     connection = Tcp().connect("127.0.0.1", port, None, 5.0)
     try:
-        connection.send(request())
+        connection.send_request(request(), [], checked=False)
         received = connection.receive(0, Deadline(20.0))
         assert received is not None and isinstance(received.header, wire.Failure)
         return received.header.message
@@ -176,7 +176,7 @@ def test_the_cloud_serves_whoever_asks_however_many_are_silent_and_says_when_it_
         assert "unknown" in _failure(port)
     for _ in range(64):
         busy.append(socket.create_connection(("127.0.0.1", port), timeout=5))
-        busy[-1].sendall(wire.pack(request(), 1000))  # a payload that does not come
+        busy[-1].sendall(wire.pack(request()))  # whose context does not come
     time.sleep(1.0)
     assert "64 requests are under way" in _failure(port)
     deadline = Deadline(60.0)  # their time is over, and their places are free
@@ -213,11 +213,11 @@ def ask(answering: Answering) -> Any:
 
         def answer() -> None:
             connection = listener.accept()
-            received = connection.receive(1 << 20, Deadline(5.0))
-            assert received is not None
+            arrived = connection.receive_request(1 << 20, Deadline(5.0), 5.0)
+            assert arrived is not None
             now = time.monotonic()
             first = wire.FirstToken(7, 3, now)
-            whole = wire.Answer(7, "x", 1, received.at, 0.0, 0.0, 0.0, 0.0, 0.0, None, 0.0, now, False, 0)
+            whole = wire.Answer(7, "x", 1, arrived.at, 0.0, 0.0, 0.0, 0.0, 0.0, None, 0.0, now, False, 0)
             for header, changes in zip((first, whole), answering(now), strict=True):
                 connection.send(msgspec.structs.replace(header, **changes))
             connection.finish()
@@ -225,7 +225,7 @@ def ask(answering: Answering) -> Any:
         thread = threading.Thread(target=answer)
         thread.start()
         try:
-            return Client().ask(request(), b"payload", Link("127.0.0.1", listener.port, timeout=5.0))
+            return Client().ask(request(), [b"payload"], Link("127.0.0.1", listener.port, timeout=5.0))
         finally:
             thread.join()
 

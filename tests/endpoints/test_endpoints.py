@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from testbed.tasks.rows import choice_rows
 from testbed.transport import wire
 from testbed.transport.tcp import Tcp
 from tests.endpoints.pair import CODECS, Pair, in_this_process, started
+from tests.endpoints.test_wire import Memory
 from tests.tiny_models import tiny_model_directory
 
 
@@ -130,7 +130,7 @@ def test_waiting_for_another_clients_request_is_queueing_and_not_decoding(slow: 
     other = Tcp().connect("127.0.0.1", slow.link.port, None, 20.0)
     alone = slow.ask("int8", reuse="prefill").stages
     text = b"What the other client has to say is long. " * 8
-    other.send(wire.Request(1 << 20, "cloud", "", slow.prefix, "Q?", "", 8, zlib.crc32(text)), text)
+    other.send_request(wire.Request(1 << 20, "cloud", "", slow.prefix, "Q?", "", 8), [text], checked=True)
     time.sleep(0.05)
     behind = slow.ask("int8", reuse="prefill").stages
     answers = [other.receive(0, Deadline(20.0)), other.receive(0, Deadline(20.0))]
@@ -166,10 +166,10 @@ def test_hashing_and_counting_are_part_of_no_request(
 
 def test_an_answer_that_was_another_payloads_has_no_outcome(pair: Pair) -> None:
     connection = Tcp().connect("127.0.0.1", pair.link.port, None, 5.0)
-    first = wire.Request(1 << 30, "cloud", "", pair.prefix, "Q?", "", 2, zlib.crc32(b"one text"))
+    first = wire.Request(1 << 30, "cloud", "", pair.prefix, "Q?", "", 2)
     again = structs.replace(first, id=7 << 30, same_as=1 << 30)
     for request, text in ((first, b"one text"), (again, b"other")):
-        connection.send(request, text)
+        connection.send_request(request, [text], checked=True)
         received = [connection.receive(0, Deadline(10.0)), connection.receive(0, Deadline(10.0))]
     connection.close()
     assert received[1] is not None and isinstance(received[1].header, wire.Answer)
@@ -234,15 +234,16 @@ def test_garbage_on_the_port_gets_an_answer_and_does_no_harm(pair: Pair) -> None
         sock.sendall(b"GET / HTTP/1.1\r\n\r\n" * 10)
         sock.shutdown(socket.SHUT_WR)
         reply = b"".join(iter(lambda: sock.recv(65536), b""))
-    header, _ = wire.unpack(reply)
-    assert isinstance(header, wire.Failure)
+    received = Memory(reply).receive(0, Deadline(1.0))
+    assert received is not None and isinstance(received.header, wire.Failure)
     assert pair.ask("int8", 0).answer is not None
 
 
 def test_a_payload_that_is_no_codecs_is_an_error_of_that_request_only(pair: Pair) -> None:
     connection = Tcp().connect("127.0.0.1", pair.link.port, None, 5.0)
     for _ in range(2):
-        connection.send(wire.Request(1, "split", "int8", pair.prefix, "Q?\n", "\n", 4, 0), b"\x00" * 5000)
+        request = wire.Request(1, "split", "int8", pair.prefix, "Q?\n", "\n", 4)
+        connection.send_request(request, [b"\x00" * 5000], checked=False)
         received = connection.receive(0, Deadline(10.0))
         assert received is not None
         assert isinstance(received.header, wire.Failure)
@@ -251,7 +252,8 @@ def test_a_payload_that_is_no_codecs_is_an_error_of_that_request_only(pair: Pair
 
 def test_an_oversized_request_is_refused_unread(pair: Pair) -> None:
     connection = Tcp().connect("127.0.0.1", pair.link.port, None, 5.0)
-    connection.socket.sendall(wire.pack(wire.Request(1, "split", "int8", "x", "Q?", "\n", 4, 0), 1 << 30))
+    connection.send(wire.Request(1, "split", "int8", "x", "Q?", "\n", 4))
+    connection.socket.sendall(wire.pack(wire.Chunk(1, 0, False, None), 1 << 30))
     received = connection.receive(0, Deadline(10.0))
     assert received is not None
     assert isinstance(received.header, wire.Failure)

@@ -27,9 +27,9 @@ def transport(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_edge_and_cloud_speak_over_whichever_transport_the_link_names(transport: str) -> None:
     port = Cloud().serve(Serve(1 << 22, request_s=20.0, transport=transport))
     link = Link("127.0.0.1", port, transport=transport, timeout=20.0)
-    for asked in (request(PAYLOAD, prefix="of nobody"), request(PAYLOAD, prefix="of nobody", id=8)):
+    for asked in (request(prefix="of nobody"), request(prefix="of nobody", id=8)):
         with pytest.raises(EndpointError, match="'of nobody' that this side does not know"):
-            Client().ask(asked, PAYLOAD, link)
+            Client().ask(asked, [PAYLOAD, PAYLOAD[:999]], link)
 
 
 def test_an_unknown_transport_is_named_with_those_that_exist() -> None:

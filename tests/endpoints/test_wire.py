@@ -4,17 +4,40 @@ from __future__ import annotations
 
 import tracemalloc
 import zlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from testbed.deadline import Deadline
 from testbed.errors import WireError
 from testbed.transport import wire
+from testbed.transport.transport import Arrived, Stream
 
 
-def request(payload: bytes, **changes: object) -> wire.Request:
+class Memory(Stream):
+    """What is written is what is read, and then the peer has closed."""
+
+    stats = acknowledged = finish = close = abort = None  # type: ignore[assignment]
+
+    def __init__(self, data: bytes = b"") -> None:
+        super().__init__()
+        self.data = bytearray(data)
+
+    def write(self, pieces: Sequence[memoryview], deadline: Deadline) -> None:
+        for piece in pieces:
+            self.data += piece
+
+    def read_into(self, buffer: memoryview, deadline: Deadline, whole: bool) -> int:
+        count = min(len(buffer), len(self.data))
+        buffer[:count] = self.data[:count]
+        del self.data[:count]
+        return count
+
+
+def request(**changes: object) -> wire.Request:
     fields = {
         "id": 7,
         "placement": "cloud",
@@ -23,21 +46,29 @@ def request(payload: bytes, **changes: object) -> wire.Request:
         "question": "Question: what?\nAnswer:",
         "stop": "\n",
         "max_new_tokens": 16,
-        "payload_crc": zlib.crc32(payload),
     }
     return wire.Request(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-def frame(payload: bytes = b"some context") -> bytes:
-    return wire.pack(request(payload), len(payload)) + payload
+def sent(context: Iterable[bytes] = (b"some ", b"context")) -> bytes:
+    stream = Memory()
+    stream.send_request(request(), context, checked=True)
+    return bytes(stream.data)
 
 
-@given(st.binary(max_size=2000), st.text(max_size=200), st.integers(0, 2**40))
-def test_a_frame_survives_the_wire(payload: bytes, question: str, id: int) -> None:
-    sent = request(payload, question=question, id=id)
-    header, received = wire.unpack(wire.pack(sent, len(payload)) + payload)
-    assert header == sent
-    assert received == payload
+def received(data: bytes, bound: int = 10_000) -> Arrived | None:
+    return Memory(data).receive_request(bound, Deadline(5.0), 5.0)
+
+
+@given(st.lists(st.binary(max_size=500)), st.booleans(), st.text(max_size=200), st.integers(0, 2**40))
+def test_a_request_survives_the_wire(context: list[bytes], known: bool, question: str, id: int) -> None:
+    stream, asked = Memory(), request(question=question, id=id)
+    stream.send_request(asked, context if known else iter(context), checked=known)
+    arrived = stream.receive_request(sum(map(len, context)), Deadline(5.0), 5.0)
+    assert arrived is not None
+    assert arrived.request == asked
+    assert arrived.chunks == context
+    assert not stream.data
 
 
 @pytest.mark.parametrize(
@@ -45,56 +76,65 @@ def test_a_frame_survives_the_wire(payload: bytes, question: str, id: int) -> No
     [
         wire.FirstToken(id=1, token=5, sent_at=12.5),
         wire.Failure(id=1, message="no"),
-        wire.Chunk(id=1, index=3, last=True, crc=None),
-        wire.End(id=1, chunks=4, length=1 << 20),
         wire.Answer(1, "text", 2, 0.5, 0.0, 0.1, 0.0, 0.2, 0.3, None, 0.0, 9.0, True, 3),
     ],
 )
-def test_every_kind_of_frame_survives_the_wire(header: wire.Header) -> None:
-    assert wire.unpack(wire.pack(header)) == (header, b"")
+def test_every_kind_of_answer_survives_the_wire(header: wire.Header) -> None:
+    stream = Memory()
+    stream.send(header, b"payload")
+    frame = stream.receive(7, Deadline(5.0))
+    assert frame is not None and (frame.header, frame.payload) == (header, b"payload")
 
 
-@given(st.binary(max_size=400))
+def test_a_chunk_crosses_before_the_next_is_there() -> None:
+    stream, crossed = Memory(), list[int]()
+
+    def context() -> Iterator[bytes]:
+        for piece in (b"one", b"two"):
+            crossed.append(len(stream.data))
+            yield piece
+
+    stream.send_request(request(), context(), checked=False)
+    assert crossed[0] == 0 < crossed[1] < len(stream.data)
+
+
+@given(st.binary(min_size=1, max_size=400))
 def test_random_bytes_are_no_frame(data: bytes) -> None:
     with pytest.raises(WireError):
-        wire.unpack(data)
+        received(data)
 
 
 @given(st.binary(max_size=300), st.integers(1, 6), st.integers(0, 2**40))
 def test_random_bytes_behind_a_valid_start_are_no_frame(data: bytes, kind: int, length: int) -> None:
     fixed = wire.PREFIX.pack(wire.MAGIC, wire.VERSION, kind, 0, len(data), length, 0)[:-4]
     with pytest.raises(WireError):
-        wire.unpack(fixed + zlib.crc32(data, zlib.crc32(fixed)).to_bytes(4, "big") + data)
+        received(fixed + zlib.crc32(data, zlib.crc32(fixed)).to_bytes(4, "big") + data)
 
 
 @given(st.data())
-def test_a_truncated_frame_is_refused(data: st.DataObject) -> None:
-    whole = frame()
-    cut = data.draw(st.integers(0, len(whole) - 1))
-    with pytest.raises(WireError):
-        wire.unpack(whole[:cut])
-
-
-@given(st.binary(min_size=1, max_size=50))
-def test_bytes_left_over_are_refused(extra: bytes) -> None:
-    with pytest.raises(WireError):
-        wire.unpack(frame() + extra)
+def test_a_truncated_request_is_refused(data: st.DataObject) -> None:
+    whole = sent()
+    cut = data.draw(st.integers(1, len(whole) - 1))
+    with pytest.raises(WireError, match="closed inside a"):
+        received(whole[:cut])
 
 
 @given(st.data())
 def test_a_flipped_bit_is_noticed_wherever_it_is(data: st.DataObject) -> None:
-    whole = bytearray(frame())
+    whole = bytearray(sent())
     bit = data.draw(st.integers(0, 8 * len(whole) - 1))
     whole[bit // 8] ^= 1 << bit % 8
     with pytest.raises(WireError):
-        wire.unpack(bytes(whole))
+        received(bytes(whole))
 
 
 def test_a_frame_that_claims_a_huge_payload_allocates_nothing() -> None:
-    head = wire.pack(request(b""), 1 << 35)
+    begun = sent([])[: -len(wire.pack(wire.End(7, 0, 0)))]
     tracemalloc.start()
     with pytest.raises(WireError, match="at most 1000 are accepted"):
-        wire.unpack(head, max_payload=1000)
+        received(begun + wire.pack(wire.Chunk(7, 0, False, None), 1 << 35), 1000)
+    with pytest.raises(WireError, match="at most 0 are accepted"):
+        received(wire.pack(request(), 1 << 35), 1000)
     assert tracemalloc.get_traced_memory()[1] < 100_000
     tracemalloc.stop()
 
@@ -116,13 +156,14 @@ def chunks(pieces: list[bytes]) -> list[tuple[wire.Header, bytes]]:
     return [*frames, (wire.End(7, len(pieces), sum(map(len, pieces))), b"")]
 
 
-def assembled(frames: list[tuple[wire.Header, bytes]]) -> bytes | None:
-    """What a receiver makes of these frames; None: it waits for more."""
-    context = wire.Assembly(7, BOUND)
-    for header, payload in frames:
-        if context.take(header, memoryview(payload)):
-            return bytes(context.payload())
-    return None
+def assembled(frames: list[tuple[wire.Header, bytes]]) -> bytes:
+    """What a receiver makes of these frames behind a request."""
+    stream = Memory()
+    for header, payload in [(request(), b""), *frames]:
+        stream.send(header, payload)
+    arrived = stream.receive_request(BOUND, Deadline(5.0), 5.0)
+    assert arrived is not None
+    return b"".join(arrived.chunks)
 
 
 Pieces = st.lists(st.binary(max_size=60), max_size=12)
@@ -137,12 +178,11 @@ def test_chunks_come_together_in_order_however_many_there_are(pieces: list[bytes
 def test_chunks_out_of_order_twice_or_missing_are_refused(pieces: list[bytes], data: st.DataObject) -> None:
     honest = chunks(pieces)
     frames = data.draw(st.lists(st.sampled_from(honest), max_size=2 * len(honest)))
-    whole = b"".join(pieces)
     try:
-        got = assembled(frames)
+        context = assembled(frames)
     except WireError:
         return
-    assert got is None or (frames[: len(honest)] == honest and got == whole)
+    assert frames[: len(honest)] == honest and context == b"".join(pieces)
 
 
 @given(Pieces, st.sampled_from(["id", "index", "crc", "chunks", "length"]), st.integers(0, 2**40), st.data())
@@ -169,7 +209,7 @@ def test_what_follows_the_last_chunk_is_its_requests_end() -> None:
     with pytest.raises(WireError, match="nothing but its end"):
         assembled([early, second, end])
     with pytest.raises(WireError, match="Request frame inside"):
-        assembled([first, (request(b"", id=7), b"")])
+        assembled([first, (request(), b"")])
 
 
 def test_chunks_without_end_stay_within_the_receivers_bounds() -> None:
