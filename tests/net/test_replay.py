@@ -45,7 +45,9 @@ def test_a_link_follows_its_trace_and_calibration_keeps_both_curves(net: Wire):
 
 @pytest.mark.parametrize("emulator", ["userspace", pytest.param("netem", marks=pytest.mark.netem)])
 def test_a_transfer_survives_an_outage_of_five_seconds(net: Wire, emulator: str):
-    profile = parse_profile("rate=5mbit,delay=5ms,outage:5s@4s")  # a slow kernel may take seconds to put it on
+    profile = parse_profile(
+        "rate=5mbit,delay=5ms,outage:5s@4s"
+    )  # a slow kernel may take seconds to put it on
     attachment = emulators.choose(emulator).attach(net.wire, "l0", "l0a", "l0b", parse_profile("delay=5ms"))
     listener = call_inside(net.namespace("b"), lambda: socket.create_server((net.address("b"), 5001)))
     arrivals: list[tuple[float, int]] = []
