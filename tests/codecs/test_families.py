@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from testbed.codecs.codec import Codec, decode
-from testbed.codecs.evidence import Evidence, Needs, OnlineSelection, gather
+from testbed.codecs.evidence import Evidence, Needs, gather
+from testbed.codecs.select import OnlineSelection
 from testbed.codecs.select.q2c import Q2C
 from testbed.errors import SpecError
 from testbed.models.kvcache import KVCache, KVLayer, join

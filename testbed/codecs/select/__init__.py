@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from testbed.codecs import CodecError
-from testbed.codecs.evidence import Kept, Needs
+from testbed.codecs.evidence import Kept, Needs, gather
 from testbed.codecs.method import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from testbed.codecs.evidence import Evidence
+    from testbed.models.kvcache import KVCache
+    from testbed.models.language import LanguageModel
 
 Scope = Literal["global", "layer", "head"]
 Layers = Literal["all", "last"]
@@ -90,6 +92,40 @@ class Selector(Method):
                 made[own] = always[:own].sort().values if len(always) >= own else highest(total, always, own)
             chosen[layer] = made[own]
         return Kept(tuple(chosen.get(layer) for layer in range(len(evidence.cache.layers))), tokens)
+
+
+class OnlineSelection:
+    """A question-aware selector over a context that comes in chunks, such as online Q2C.
+
+    After a chunk the question's tokens, few beside a chunk's, run behind all that has arrived. So what is known then is what
+    the selector says of a context that ends there, and behind the last chunk it is what it says of the whole.
+    """
+
+    def __init__(
+        self, model: LanguageModel, selector: Selector, prefix: KVCache | None, question_ids: Sequence[int]
+    ) -> None:
+        self._model, self._selector = model, selector
+        self._prefix, self._question = prefix, question_ids
+        self._arrived: KVCache | None = None
+        self._evidence: Evidence | None = None
+
+    def arrive(self, chunk: KVCache) -> Kept:
+        """Take in the cache of the next chunk's tokens; returns what to keep of all that has arrived."""
+        import torch
+
+        from testbed.models.language import Prefill
+
+        self._arrived = chunk if self._arrived is None else self._model.join(self._arrived, chunk)
+        context = Prefill(self._arrived, [], torch.arange(0), None)
+        needs = Needs(question=True)
+        self._evidence = gather(self._model, needs, self._prefix, context, self._question)
+        return self._selector.select(self._evidence)
+
+    def scores(self, layer: int) -> Tensor:
+        """What each token that has arrived is worth to the selector, float32 [kv_heads, tokens]."""
+        if self._evidence is None:
+            raise ValueError("no chunk has arrived")
+        return self._selector.scores(self._evidence, layer)
 
 
 def highest(scores: Tensor, forced: Tensor, budget: int) -> Tensor:
