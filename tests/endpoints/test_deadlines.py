@@ -65,36 +65,33 @@ def request(**changes: Any) -> wire.Request:
     return msgspec.structs.replace(wire.Request(7, "split", "int8", "unknown", "Q?", "\n", 4), **changes)
 
 
-def connected() -> tuple[TcpStream, TcpStream]:
+@contextlib.contextmanager
+def connected() -> Iterator[tuple[TcpStream, TcpStream]]:
     with Tcp().listen("127.0.0.1") as listener:
         client = Tcp().connect("127.0.0.1", listener.port, None, 5.0)
-        return client, listener.accept()
+        server = listener.accept()
+        yield client, server
+        client.close()
+        server.close()
 
 
 def test_a_frame_that_comes_byte_by_byte_is_given_up_when_its_time_is_over() -> None:
-    client, server = connected()
-    with dribbling(client.socket, wire.pack(request()) * 9), noticed():
+    with connected() as (client, server), dribbling(client.socket, wire.pack(request()) * 9), noticed():
         with pytest.raises(EndpointError, match=r"no whole frame arrived within 0.5 s"):
             server.receive(0, Deadline(None), frame_s=0.5)
         with pytest.raises(EndpointError, match=r"within 0.3 s"):
             server.receive(0, Deadline(0.3))
-    client.close()
-    server.close()
 
 
 def test_a_frame_that_nobody_takes_is_given_up_when_its_time_is_over() -> None:
-    client, server = connected()
-    with noticed(), pytest.raises(EndpointError, match=r"did not take a whole frame within 0.5 s"):
+    untaken = pytest.raises(EndpointError, match=r"did not take a whole frame within 0.5 s")
+    with connected() as (client, _), noticed(), untaken:
         client.send(request(), bytes(1 << 26), Deadline(0.5))
-    client.close()
-    server.close()
 
 
 def test_closing_does_not_wait_for_a_peer_that_goes_on_sending() -> None:
-    client, server = connected()
-    with dribbling(client.socket, bytes(2000)), noticed():
+    with connected() as (client, server), dribbling(client.socket, bytes(2000)), noticed():
         server.finish(timeout=0.4)
-    client.close()
 
 
 def test_an_answer_on_the_control_channel_is_whole_in_time_and_belongs_to_its_call() -> None:
@@ -112,9 +109,6 @@ def test_an_answer_on_the_control_channel_is_whole_in_time_and_belongs_to_its_ca
     other.send(Result(1, pack("of the call that was given up")))
     other.send(Result(2, pack("of the second")))
     assert channel.call("next", str, 5.0) == "of the second"
-    theirs.send(b"\0\0\0\1\xc1")
-    with pytest.raises(EndpointError, match="malformed"):
-        channel.call("third", str, 5.0)
 
 
 @pytest.fixture(params=["edge", "cloud"])
@@ -230,11 +224,6 @@ def ask(answering: Answering) -> Any:
             thread.join()
 
 
-def test_an_answer_in_order_is_taken() -> None:
-    answered = ask(lambda now: ({}, {}))
-    assert all(0 <= seconds < 5 for seconds in answered.stages.values())
-
-
 @pytest.mark.parametrize(
     "answering",
     [
@@ -249,6 +238,7 @@ def test_an_answer_in_order_is_taken() -> None:
         lambda now: ({}, {"tokens": 1 << 30}),
     ],
 )
-def test_an_answer_whose_times_cannot_be_is_an_error(answering: Answering) -> None:
+def test_an_answer_in_order_is_taken_and_one_whose_times_cannot_be_is_an_error(answering: Answering) -> None:
+    assert all(0 <= seconds < 5 for seconds in ask(lambda now: ({}, {})).stages.values())
     with pytest.raises(TestbedError, match=r"times that cannot be|malformed frame header"):
         ask(answering)

@@ -20,7 +20,7 @@ from testbed.endpoints.endpoint import Endpoint
 from testbed.endpoints.protocol import Forget, Hello
 from testbed.errors import EndpointError
 from testbed.hosts.local import Local, Namespace
-from testbed.identity import User, invoking_user
+from testbed.identity import User
 from testbed.tasks.rows import choice_rows
 from testbed.transport import wire
 from testbed.transport.tcp import Tcp
@@ -281,22 +281,8 @@ def test_root_is_dropped_on_the_command_line_that_starts_an_endpoint(monkeypatch
     monkeypatch.setattr("os.geteuid", lambda: 0)
     argv = " ".join(Namespace("tb-1-edge", User(1000, 100, "ann", "/home/ann")).command(["python"]))
     assert argv.startswith("nsenter --net=/run/netns/tb-1-edge")
-    for part in (
-        "--reuid=1000",
-        "--regid=100",
-        "--init-groups",
-        "--bounding-set=-all",
-        "--no-new-privs",
-        "--pdeathsig=KILL",
-    ):
-        assert part in argv
-
-
-def test_behind_sudo_the_invoking_user_is_who_typed_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.getuid", lambda: 0)
-    monkeypatch.setenv("SUDO_UID", "65534")
-    monkeypatch.setenv("SUDO_GID", "65534")
-    assert (invoking_user().uid, invoking_user().gid) == (65534, 65534)
+    parts = "--reuid=1000 --regid=100 --init-groups --bounding-set=-all --no-new-privs --pdeathsig=KILL"
+    assert set(parts.split()) <= set(argv.split())
 
 
 def test_an_endpoint_has_no_capability_left_and_its_threads_sleep_where_they_wait(
