@@ -20,7 +20,7 @@ from testbed.deadline import Deadline
 from testbed.hosts.namespaces import inside
 from testbed.net.fabric.fabric import Fabric
 from testbed.net.profile.profile import parse_profile
-from testbed.net.topology.topology import load_topology
+from testbed.net.topology.files import load_topology
 from testbed.transport import wire
 from testbed.transport.tcp import Tcp
 from testbed.units import parse_size

@@ -5,13 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import yaml
 
 from testbed.errors import SpecError
 from testbed.files import read_at_most
 
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+M = TypeVar("M", bound="BaseModel")
 MAX_BYTES = 1_000_000
 _MAX_DEPTH = 50
 
@@ -76,45 +80,44 @@ def parse(data: bytes | str, where: str) -> Any:
         raise SpecError(f"{where}: not YAML: {reason}") from None
 
 
-def mapping(value: Any, where: str, known: set[str], required: set[str]) -> None:
-    """Raises SpecError beginning with `where` unless `value` is a mapping of known keys that has the required
-    ones."""
-    at = f"{where}: " if where else ""
+def checked(model: type[M], value: Any, place: str = "") -> M:
+    """The pydantic model that the value makes. Raises SpecError: one line with place, value and remedy for its first mistake, a
+    misspelt key before what is missing for it."""
+    from pydantic import ValidationError  # whoever reads no file need not wait for it
+
     if not isinstance(value, Mapping):
-        raise SpecError(f"{at}expected a mapping with {', '.join(sorted(known))}")
-    for key in value:
-        if key not in known:
-            raise SpecError(f"{at}unknown key {str(key)[:40]!r}{did_you_mean(str(key), sorted(known))}")
-    for key in sorted(required - set(value)):
-        raise SpecError(f"{at}{key} is missing")
+        raise SpecError(f"{_at(place)}expected a mapping with {', '.join(_known(model, []))}")
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        mistakes = error.errors(include_url=False)
+    first = min(mistakes, key=lambda mistake: mistake["type"] != "extra_forbidden")
+    keys = list(first["loc"])
+    last = str(keys.pop()) if first["type"] in ("extra_forbidden", "missing") else ""
+    where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
+    here = _at(place) + _at(where)
+    if first["type"] == "extra_forbidden":
+        raise SpecError(f"{here}unknown key {last[:40]!r}{did_you_mean(last, _known(model, keys))}")
+    if first["type"] == "missing":
+        raise SpecError(f"{here}{last} is missing")
+    if cause := first.get("ctx", {}).get("error"):
+        raise SpecError(f"{here}{cause}")
+    raise SpecError(f"{here}{first['msg']} (got {str(first['input'])[:60]!r})")
 
 
-def items(value: Any, where: str) -> list[Any]:
-    """`value`, if it is a list. Raises SpecError beginning with `where`."""
-    if not isinstance(value, list):
-        raise SpecError(f"{where}: expected a list")
-    return value
+def _at(place: str) -> str:
+    return f"{place}: " if place else ""
 
 
-def truth(value: Any, where: str) -> bool:
-    """`value`, if it is true or false. Raises SpecError beginning with `where`."""
-    if not isinstance(value, bool):
-        raise SpecError(f"{where}: expected true or false, not {str(value)[:40]!r}")
-    return value
-
-
-def whole(value: Any, where: str, low: int, high: int) -> int:
-    """`value`, if it is a whole number from `low` to `high`. Raises SpecError beginning with `where`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise SpecError(f"{where}: expected a whole number from {low} to {high}, not {str(value)[:40]!r}")
-    return value
-
-
-def text(value: Any, where: str) -> str:
-    """`value`, if it is text. Raises SpecError beginning with `where`."""
-    if not isinstance(value, str):
-        raise SpecError(f"{where}: expected text, not {str(value)[:40]!r}")
-    return value
+def _known(model: Any, keys: list[int | str]) -> list[str]:
+    """The keys of the model that is found below *keys*."""
+    for key in keys:
+        if isinstance(key, str):
+            annotation = model.model_fields[key].annotation
+            model = next(
+                kind for kind in (*get_args(annotation), annotation) if hasattr(kind, "model_fields")
+            )
+    return sorted(field.alias or name for name, field in model.model_fields.items())
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -298,7 +298,7 @@ class TestANetworkBehindSudo:
         program = (
             "from pathlib import Path\n"
             "from testbed.net.fabric.fabric import Fabric\n"
-            "from testbed.net.topology.topology import load_topology\n"
+            "from testbed.net.topology.files import load_topology\n"
             "with Fabric.build(load_topology(sys.argv[1]), 'userspace', captures=Path(sys.argv[2])): pass\n"
         )
         topology = tmp_path / "captured.yaml"

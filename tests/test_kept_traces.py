@@ -14,7 +14,7 @@ from testbed.experiment.results import RunDirectory
 from testbed.experiment.scenario import Plan
 from testbed.net.profile import lookup
 from testbed.net.profile.trace import File
-from testbed.net.topology.topology import load_topology
+from testbed.net.topology.files import load_topology
 
 SCENARIO = """\
 name: traced

@@ -89,7 +89,7 @@ def test_not_what_runs_as_root_in_a_network(poisoned: Path) -> None:
         "from testbed.net.fabric.fabric import Fabric\n"
         "from testbed.net.calibration.calibrate import calibrate\n"
         "from testbed.net.profile.profile import parse_profile\n"
-        "from testbed.net.topology.topology import load_topology\n"
+        "from testbed.net.topology.files import load_topology\n"
         "with Fabric.build(load_topology('edge-cloud'), 'userspace') as fabric:\n"
         "    (link, *_) = fabric.topology.links\n"
         "    profile = parse_profile('rate=100mbit,delay=1ms')\n"

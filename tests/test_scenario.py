@@ -162,7 +162,7 @@ def test_an_emulated_slower_machine_is_another_cell_and_none_is_the_cell_it_alwa
         ({"prompt": "shout"}, r"t.yaml: prompt: .*write auto, plain or chat"),
         ({"compute": {"edge": 0.5}}, r"t.yaml: compute.edge: .*greater than or equal to 1"),
         ({"compute": {"edge": float("inf")}}, r"t.yaml: compute.edge"),
-        ({"profils": ["lte"]}, r"t.yaml: profils: unknown key; did you mean 'profiles'"),
+        ({"profils": ["lte"]}, r"t.yaml: unknown key 'profils'; did you mean 'profiles'"),
         ({"profiles": ["rate=5mb"]}, r"t.yaml: profiles\[0\]: .*'mb'"),
         ({"profiles": ["6g"]}, r"t.yaml: profiles\[0\]: .*6g"),
         ({"codecs": ["fp16", "q2x@0.25"]}, r"t.yaml: codecs\[1\]: .*q2x"),
@@ -189,7 +189,7 @@ def test_an_emulated_slower_machine_is_another_cell_and_none_is_the_cell_it_alwa
         ({"edge": "cloud"}, r"same node"),
         ({"link": "moon"}, r"t.yaml: link: .*'moon'"),
         ({"links": {"moon": "lte"}}, r"no link 'moon'"),
-        ({"device": {"edge": "cpu", "fog": "cpu"}}, r"device.*fog: unknown key"),
+        ({"device": {"edge": "cpu", "fog": "cpu"}}, r"device: unknown key 'fog'"),
         ({"name": "../../etc"}, r"t.yaml: name"),
         ({"codecs": ["delta+kivi"]}, r"codecs: delta: a closed loop needs .* kivi does not. Use loop=open"),
     ],
@@ -212,7 +212,7 @@ def test_a_scenarios_timeout_reads_back_from_its_settings_also_from_those_of_old
 
 
 def test_what_is_missing_is_named() -> None:
-    with pytest.raises(SpecError, match=r"x.yaml: tasks: this key is required"):
+    with pytest.raises(SpecError, match=r"x.yaml: tasks is missing"):
         make_plan({"name": "x", "profiles": ["lte"]}, "x.yaml")
 
 
@@ -288,7 +288,7 @@ def test_background_traffic_is_part_of_what_a_cell_is() -> None:
     [
         ({"from": "edge", "to": "clod"}, r"traffic\[0\].to: topology edge-cloud has no node 'clod'"),
         ({"from": "edge"}, r"traffic\[0\]: to is missing"),
-        ({"from": "edge", "to": "cloud", "kind": "quic"}, r"traffic\[0\]: kind: unknown kind 'quic'"),
+        ({"from": "edge", "to": "cloud", "kind": "quic"}, r"traffic\[0\]: kind: .*'iperf3' \(got 'quic'\)"),
         ({"from": "edge", "to": "cloud", "kind": "udp"}, r"traffic\[0\]: rate is missing"),
         ({"from": "edge", "to": "cloud", "rate": "fast"}, r"traffic\[0\]: rate: "),
         (

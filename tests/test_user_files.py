@@ -14,7 +14,7 @@ from testbed.errors import UsageError
 from testbed.experiment.plan import load_plan
 from testbed.files import read_at_most
 from testbed.net.profile.profile import parse_profile
-from testbed.net.topology.topology import load_topology
+from testbed.net.topology.files import load_topology
 from testbed.tasks.jsonl import read_rows
 
 READERS: dict[str, Callable[[Path], object]] = {

@@ -31,11 +31,11 @@ NAMES = {"pyyaml": "yaml"}
 LOOK = """
 import sys
 from testbed.experiment.plan import load_plan
-from testbed.net.topology import topology
-topologies = topology.shipped_topologies()
+from testbed.net.topology.files import load_topology, shipped_topologies
+topologies = shipped_topologies()
 assert topologies[0].with_name("schema.json").is_file()
 for name in sys.argv[1:]:
-    topology.load_topology(name) if name in {path.stem for path in topologies} else load_plan(name)
+    load_topology(name) if name in {path.stem for path in topologies} else load_plan(name)
 """
 """Opens each shipped file that it is given the name of; a scenario's traces are opened with it."""
 

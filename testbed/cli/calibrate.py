@@ -36,7 +36,7 @@ def calibrate(
     from testbed.net.fabric.fabric import Fabric
     from testbed.net.profile.profile import PRESETS, parse_profile
     from testbed.net.profile.trace import is_trace
-    from testbed.net.topology.topology import load_topology
+    from testbed.net.topology.files import load_topology
 
     chosen = [parse_profile(text) for text in profiles] + (list(PRESETS.values()) if every else [])
     chosen += [parse_profile(text if is_trace(text) else f"trace:{text}") for text in traces]

@@ -36,7 +36,7 @@ def up(topology: str, links: tuple[str, ...], emulator: str, captures: Path | No
     from testbed.net.fabric import fabric, removal
     from testbed.net.fabric.description import describe
     from testbed.net.profile.profile import parse_profile
-    from testbed.net.topology.topology import load_topology
+    from testbed.net.topology.files import load_topology
 
     made = load_topology(topology)
     given = {}

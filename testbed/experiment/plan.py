@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from testbed import strict_yaml
 from testbed.codecs.spec import parse as parse_codec
 from testbed.errors import SpecError, UsageError
@@ -23,7 +21,8 @@ from testbed.experiment.scenario import Plan, Scenario
 from testbed.models.sources import find as find_model
 from testbed.net.profile import lookup
 from testbed.net.profile.profile import Profile, parse_profile, profile_from
-from testbed.net.topology.topology import Topology, load_topology
+from testbed.net.topology.files import load_topology
+from testbed.net.topology.topology import Topology
 from testbed.tasks.task import Task, make_task
 
 _MAX_TRIALS = 10_000_000
@@ -120,7 +119,7 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     """Check settings and look up what they name. `place` names their source in messages; `links`: NAME -> PROFILE from the
     command line, which replace what the file says of those links."""
     given = links or {}
-    scenario = _check(settings, place)
+    scenario = strict_yaml.checked(Scenario, settings, place)
     if beside := lookup.find(scenario.topology):  # and so it is found again when the run is resumed
         scenario = scenario.model_copy(update={"topology": beside})
     scenario = scenario.model_copy(update={"tasks": [_beside(task) for task in scenario.tasks]})
@@ -250,30 +249,6 @@ def _check_extent(plan: Plan, place: str) -> None:
         raise SpecError(f"{place}: profiles: the same conditions are listed twice")
     if plan.trials > _MAX_TRIALS:
         raise SpecError(f"{place}: {plan.trials} trials; at most {_MAX_TRIALS} make a run")
-
-
-def _check(settings: dict[str, Any], place: str) -> Scenario:
-    try:
-        return Scenario.model_validate(settings)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(
-            "."
-        )
-        if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(first["loc"][-1]), list(Scenario.model_fields), 1)
-            hint = (
-                f"; did you mean {near[0]!r}?"
-                if near
-                else f"; known keys: {', '.join(Scenario.model_fields)}"
-            )
-            raise SpecError(f"{place}: {where}: unknown key{hint}") from error
-        if first["type"] == "missing":
-            raise SpecError(f"{place}: {where}: this key is required") from error
-        cause = (first.get("ctx") or {}).get("error")
-        message = str(cause) if cause else first["msg"]
-        value = "" if cause else f" (got {str(first.get('input'))[:60]!r})"
-        raise SpecError(f"{place}: {where}: {message}{value}") from error
 
 
 def _swept_link(scenario: Scenario, topology: Topology, place: str) -> str:

@@ -14,12 +14,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer
 
+from testbed import strict_yaml
 from testbed.codecs.spec import CodecSpec
 from testbed.codecs.spec import parse as parse_codec
 from testbed.errors import SpecError
 from testbed.net.profile.profile import Profile
 from testbed.net.topology.topology import Link, Topology
-from testbed.net.traffic.traffic import Flow, flow_from
+from testbed.net.traffic.traffic import Flow
 from testbed.tasks.prompt import DEFAULT, PromptFormat, choose_prompt, parse_prompt
 from testbed.tasks.task import Task
 from testbed.units import exact, format_time, parse_time
@@ -58,7 +59,7 @@ def _task(value: Any) -> dict[str, Any]:
 
 
 def _flow(value: Any) -> dict[str, Any]:
-    flow_from(value)  # kept as it was written, for the manifest
+    strict_yaml.checked(Flow, value)  # kept as it was written, for the manifest
     return dict(value)
 
 
@@ -207,7 +208,7 @@ class Plan:
 
     def flows(self) -> list[Flow]:
         """The background traffic."""
-        return [flow_from(value) for value in self.scenario.traffic]
+        return [Flow.model_validate(value) for value in self.scenario.traffic]
 
     @property
     def swept(self) -> Link:

@@ -27,7 +27,7 @@ _LEAVE_S = 3.0
 
 
 class LocalProcess:
-    """A `Process` of this machine."""
+    """A `Process` of this machine; what its parts are for is said there."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path | None, printed: IO[bytes] | None) -> None:
         self._process, self.log, self._printed = process, log, printed
@@ -45,21 +45,17 @@ class LocalProcess:
 
     @functools.cached_property
     def channel(self) -> Channel:
-        """Calls and results over its standard input and output."""
         return Channel(self.stdout, self.stdin)
 
     def status(self, within_s: float | None = 0.0) -> int | None:
-        """Its exit status, -n where signal n ended it; None: it still runs after so long (None: as long as it takes)."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(within_s)
         return self._process.poll()
 
     def stopped_s(self) -> float:
-        """For how long it has been seen standing still (SIGSTOP), in seconds, look after look."""
         return self._watch.stopped_s()
 
     def last_words(self) -> str:
-        """The last line of what it printed besides."""
         try:
             if self._printed is not None:
                 self._printed.seek(0)
@@ -72,11 +68,9 @@ class LocalProcess:
         return lines[-1] if lines else ""
 
     def kill(self) -> None:
-        """End it at once."""
         self._process.kill()
 
     def stop(self) -> None:
-        """End it: it leaves when its standard input ends, and is killed where it does not."""
         for stream in (self.stdin, self.stdout):
             with contextlib.suppress(OSError):
                 stream.close()
@@ -88,7 +82,7 @@ class LocalProcess:
 
 
 class Local:
-    """This machine. `user`: as whom; None: the user who typed the command."""
+    """This machine, as a `Host`. `user`: as whom programs run; None: the user who typed the command."""
 
     def __init__(self, user: User | None = None) -> None:
         self._user = user or invoking_user()
@@ -111,7 +105,7 @@ class Local:
     def start(
         self, argv: Sequence[str], env: Mapping[str, str | None], log: Path | None = None
     ) -> LocalProcess:
-        """Start a program; see `Host.start`. The host's own environment is ours, and has the user's home and name."""
+        # The host's own environment is ours, with the user's home and name.
         user = self._user
         given = {"HOME": user.home, "USER": user.name, "LOGNAME": user.name, **env}
         environment = {k: v for k, v in {**programs.environment(), **given}.items() if v is not None}
@@ -136,20 +130,16 @@ class Local:
         return LocalProcess(process, log, kept)
 
     def put(self, source: Path, target: Path) -> None:
-        """Copy a file of ours to the host: of one place on this machine to another. Raises StorageError."""
         with files.storing(target):
             shutil.copyfile(source, target)
 
     def get(self, source: Path, target: Path) -> None:
-        """Copy a file of the host's here. Raises StorageError."""
         self.put(source, target)
 
     def describe(self) -> dict[str, Any]:
-        """Its kind, and as whom programs run."""
         return {"kind": "local", "user": self._user.name}
 
     def clock(self) -> tuple[float, float]:
-        """By how much its monotonic clock is ahead of ours, and how far that may be off; seconds: they are one."""
         return 0.0, 0.0
 
 
@@ -161,9 +151,7 @@ class Namespace(Local):
         self.name = name
 
     def command(self, argv: Sequence[str]) -> list[str]:
-        """As `Local.command`, within the namespace."""
         return ["nsenter", f"--net=/run/netns/{self.name}", "--", *super().command(argv)]
 
     def describe(self) -> dict[str, Any]:
-        """Also the namespace's name."""
         return {**super().describe(), "kind": "namespace", "name": self.name}

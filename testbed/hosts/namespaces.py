@@ -59,12 +59,6 @@ def names() -> list[str]:
         return []
 
 
-def create(name: str) -> None:
-    """A new namespace called `name`. `prepare_directory` comes first. Raises NetworkError; then nothing is
-    left."""
-    create_all([name], lambda made: None)
-
-
 def create_all(names: Iterable[str], furnish: Callable[[str], None]) -> None:
     """New namespaces of those names, one after the other; `furnish` is called with its name inside each of them, in a thread
     other than the caller's (one for all). `prepare_directory` comes first.

@@ -26,7 +26,6 @@ exec setpriv --reuid=65534 --regid=65534 --clear-groups env HOME=/tmp PYTHONDONT
 
 pytestmark = [
     pytest.mark.netns,
-    pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root"),
     pytest.mark.skipif(bool(rootless.obstacle()), reason=f"no user namespaces: {rootless.obstacle()}"),
 ]
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from testbed.net.profile.presets import PRESETS
 from testbed.net.topology import routing
-from testbed.net.topology.prefixes import between, joined
-from testbed.net.topology.topology import Link, Node, Topology, topology_from
+from testbed.net.topology.files import topology_from
+from testbed.net.topology.prefixes import aggregate, between, joined, runs
+from testbed.net.topology.topology import Link, Node, Topology
 
 network = functools.cache(ipaddress.ip_network)
 
@@ -85,6 +86,21 @@ def test_packets_take_a_shortest_path_from_anywhere_to_every_link(topology: Topo
                 assert hops >= away[end]
 
 
+@given(networks(circles=False) | networks(circles=True))
+def test_a_node_knows_every_other_by_the_address_that_is_nearest(topology: Topology) -> None:
+    walks = Walks(topology)
+    for node in topology.nodes:
+        lines = [line.split() for line in topology.hosts(node.name).splitlines()]
+        for version in (4, 6):
+            named = {
+                name: address
+                for address, name in lines
+                if name != "localhost" and ipaddress.ip_address(address).version == version
+            }
+            hops = {name: len(walks.walk(node.name, address)) - 1 for name, address in named.items()}
+            assert hops == distances(topology, node.name)
+
+
 @given(networks(circles=False))
 def test_a_network_without_circles_is_routed_at_once_as_it_is_node_by_node(topology: Topology) -> None:
     assert topology.tree is not None
@@ -100,6 +116,15 @@ def test_a_network_without_circles_is_routed_at_once_as_it_is_node_by_node(topol
             for number in range(first, last + 1)
         }
         assert at_once == one_by_one
+
+
+@given(st.dictionaries(st.integers(0, 300), st.integers(0, 3), max_size=60))
+def test_routes_in_few_prefixes_lead_where_a_route_for_each_would(leaving: dict[int, int]) -> None:
+    covered = aggregate(runs(leaving))
+    for number, way in leaving.items():
+        fitting = [entry for entry in covered if number >> 16 - entry[1] == entry[0] >> 16 - entry[1]]
+        assert max(fitting, key=lambda entry: entry[1])[2] == way
+    assert len(covered) <= len(leaving)
 
 
 @given(st.sets(st.integers(0, 40)))

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,9 @@ from testbed.hosts import namespaces, processes
 from testbed.net.fabric import removal, state
 from testbed.net.fabric.description import describe
 from testbed.net.fabric.fabric import Fabric, up
-from testbed.net.topology.topology import Topology, load_topology, topology_from
+from testbed.net.topology.files import load_topology, topology_from
+from testbed.net.topology.topology import Topology
+from tests.net.conftest import eventually
 from tests.net.direct import Direct
 
 REPOSITORY = Path(__file__).parents[2]
@@ -38,32 +39,12 @@ PATH_OF_THREE = topology_from(
     "three",
 )
 
-pytestmark = [
-    pytest.mark.netns,
-    pytest.mark.timeout(120),
-    pytest.mark.skipif(os.geteuid() != 0, reason="making network namespaces needs root"),
-]
-
-
-@pytest.fixture(autouse=True)
-def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("TESTBED_STATE", str(tmp_path / "state"))
-    yield
-    for left in state.list_states():
-        with state.locked():
-            removal.remove(left)
+pytestmark = [pytest.mark.netns, pytest.mark.timeout(120), pytest.mark.usefixtures("own_state")]
 
 
 def run_testbed(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "testbed", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=REPOSITORY, **options)  # type: ignore[call-overload]
-
-
-def eventually(true: Callable[[], bool], seconds: float = 10.0) -> bool:
-    until = time.monotonic() + seconds
-    while not true() and time.monotonic() < until:
-        time.sleep(0.02)
-    return true()
 
 
 def shown(network: state.State, node: str) -> dict[str, str]:
@@ -146,7 +127,7 @@ def test_clean_finds_a_network_whose_state_was_deleted_and_nothing_that_only_loo
             # This process made both, and still runs: it might write them again.
             assert removal.orphans() == {}
             script = "from testbed.net.fabric import removal; print(*removal.clean(), sep='\\n')"
-            maker = "from testbed.net.fabric.fabric import up; from testbed.net.topology.topology import load_topology; "
+            maker = "from testbed.net.fabric.fabric import up; from testbed.net.topology.files import load_topology; "
             maker += "network = up(load_topology('edge-cloud'), emulator='userspace'); "
             maker += "print(network.id, network.processes[0].pid)"
             run = [sys.executable, "-c"]

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,23 +17,13 @@ import pytest
 from testbed.errors import NetworkError, UsageError
 from testbed.hosts import namespaces, processes
 from testbed.net.fabric import removal, state
-from testbed.net.topology.topology import load_topology
+from testbed.net.topology.files import load_topology
+from tests.net.conftest import eventually
 
 REPOSITORY = Path(__file__).parents[2]
 TOPOLOGY = load_topology("edge-cloud")
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="making network namespaces needs root")
-
-
-@pytest.fixture(autouse=True)
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An own state directory, and whatever a failing test leaves removed."""
-    monkeypatch.setenv("TESTBED_STATE", str(tmp_path / "state"))
-    yield tmp_path / "state"
-    if os.geteuid() == 0:
-        for left in state.list_states():
-            with state.locked():
-                removal.remove(left)
+pytestmark = pytest.mark.usefixtures("own_state")
 
 
 def recorded(persistent: bool = False) -> state.State:
@@ -86,10 +75,7 @@ def test_a_zombie_is_no_running_process() -> None:
     assert started is not None
     assert processes.is_running(child.pid, started)
     child.kill()
-    deadline = time.monotonic() + 10
-    while processes.start_time(child.pid) is not None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert eventually(lambda: processes.start_time(child.pid) is None)
     assert not processes.is_running(child.pid, started)  # ended, and not yet waited for
     child.wait()
 
@@ -127,12 +113,12 @@ def test_ids_are_unique_and_checked() -> None:
         json.dumps({"version": 99}).encode(),
     ],
 )
-def test_a_file_that_is_no_state_is_reported_and_left_alone(directory: Path, content: bytes) -> None:
+def test_a_file_that_is_no_state_is_reported_and_left_alone(own_state: Path, content: bytes) -> None:
     good = recorded()
-    bad = directory / "00aa.json"
+    bad = own_state / "00aa.json"
     bad.write_bytes(content)
     assert state.list_states() == [good]
-    (line,) = state.unreadable()
+    (line,) = state.read_states()[1]
     assert str(bad) in line
     assert "\n" not in line
     assert removal.clean() == []
@@ -151,13 +137,13 @@ def test_a_file_that_is_no_state_is_reported_and_left_alone(directory: Path, con
     ],
 )
 def test_a_state_that_names_what_is_not_its_own_is_not_believed(
-    directory: Path, changes: dict[str, object]
+    own_state: Path, changes: dict[str, object]
 ) -> None:
     network = recorded()
-    path = directory / f"{network.id}.json"
+    path = own_state / f"{network.id}.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "boot": "another", **changes}))
     assert state.list_states() == []
-    assert len(state.unreadable()) == 1
+    assert len(state.read_states()[1]) == 1
     assert removal.clean() == []
     assert path.exists()
     path.unlink()
@@ -175,7 +161,6 @@ def test_finding_a_network_says_what_there_is() -> None:
         state.find("zzzz")
 
 
-@needs_root
 @pytest.mark.netns
 def test_down_does_not_take_a_run_at_work_away() -> None:
     network = recorded()
@@ -184,9 +169,8 @@ def test_down_does_not_take_a_run_at_work_away() -> None:
     assert state.list_states() == [network]
 
 
-@needs_root
 @pytest.mark.netns
-def test_clean_removes_dead_runs_however_much_of_them_was_made_and_nothing_else(directory: Path) -> None:
+def test_clean_removes_dead_runs_however_much_of_them_was_made_and_nothing_else(own_state: Path) -> None:
     alive, standing, dead = recorded(), recorded(persistent=True), recorded()
     pid, started = gone_process()
     helper = subprocess.Popen(["sleep", "100"])
@@ -194,16 +178,13 @@ def test_clean_removes_dead_runs_however_much_of_them_was_made_and_nothing_else(
     began = processes.start_time(helper.pid) or 0
     listed = (state.Process(helper.pid, began, "helper"), state.Process(bystander.pid, began - 1, "not it"))
     dead = rewrite(dead, pid=pid, started=started, processes=listed)
-    with state.locked():
-        namespaces.prepare_directory(state.netns_marker())
-        namespaces.create(f"tb-{dead.id}-edge")
-        namespaces.create(f"tb-{alive.id}-edge")
-        namespaces.path(f"tb-{dead.id}-cloud").touch()  # killed between making the file and mounting it
-    (dead.directory / "hosts").mkdir(parents=True)
-    (directory / f".{dead.id}.tmp").write_text("{")  # killed while writing
     foreign = f"tb-{dead.id}x-edge"
     with state.locked():
-        namespaces.create(foreign)
+        namespaces.prepare_directory(state.netns_marker())
+        namespaces.create_all([f"tb-{dead.id}-edge", f"tb-{alive.id}-edge", foreign], lambda name: None)
+        namespaces.path(f"tb-{dead.id}-cloud").touch()  # killed between making the file and mounting it
+    (dead.directory / "hosts").mkdir(parents=True)
+    (own_state / f".{dead.id}.tmp").write_text("{")  # killed while writing
     try:
         removed = removal.clean()
         assert f"namespace tb-{dead.id}-edge" in removed
@@ -211,8 +192,8 @@ def test_clean_removes_dead_runs_however_much_of_them_was_made_and_nothing_else(
         assert f"process {helper.pid} (helper)" in removed
         assert helper.wait(10) == -signal.SIGTERM
         assert bystander.poll() is None
-        assert {path.name for path in directory.iterdir()} >= {f"{alive.id}.json", f"{standing.id}.json"}
-        assert not [path for path in directory.iterdir() if dead.id in path.name]
+        assert {path.name for path in own_state.iterdir()} >= {f"{alive.id}.json", f"{standing.id}.json"}
+        assert not [path for path in own_state.iterdir() if dead.id in path.name]
         assert foreign in namespaces.names()
         assert f"tb-{alive.id}-edge" in namespaces.names()
         assert removal.clean() == []
@@ -222,7 +203,6 @@ def test_clean_removes_dead_runs_however_much_of_them_was_made_and_nothing_else(
         namespaces.delete(foreign)
 
 
-@needs_root
 @pytest.mark.netns
 def test_clean_ends_an_emulator_that_was_never_put_on_record_but_no_reader_of_its_files() -> None:
     dead = recorded()
@@ -245,7 +225,7 @@ ALONE = """
 import os, pathlib
 from testbed.net.fabric import state
 from testbed.net.fabric.fabric import Fabric
-from testbed.net.topology.topology import load_topology
+from testbed.net.topology.files import load_topology
 from tests.net.direct import Direct
 assert not os.path.exists("/run/netns")
 before = pathlib.Path("/proc/self/mountinfo").read_text()
@@ -257,7 +237,6 @@ print(sorted(path.name for path in state.directory().iterdir()))
 """
 
 
-@needs_root
 @pytest.mark.netns
 def test_where_there_was_no_run_netns_there_is_none_afterwards() -> None:
     # a mount namespace of its own, with an empty /run
@@ -274,7 +253,7 @@ BUILDER = """
 import os, sys
 from testbed.net.fabric import removal
 from testbed.net.fabric.fabric import Fabric
-from testbed.net.topology.topology import load_topology
+from testbed.net.topology.files import load_topology
 from tests.net.direct import Direct
 topology = load_topology("shared-bottleneck")
 persistent = sys.argv[1] == "up"
@@ -291,11 +270,10 @@ for line in sys.stdin:
 """
 
 
-@needs_root
 @pytest.mark.netns
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["run", "up"])
-def test_a_kill_at_any_moment_leaves_nothing_that_clean_does_not_remove(how: str, directory: Path) -> None:
+def test_a_kill_at_any_moment_leaves_nothing_that_clean_does_not_remove(how: str, own_state: Path) -> None:
     moments = random.Random(1)
     dead_runs = 0
     with subprocess.Popen(
@@ -322,29 +300,29 @@ def test_a_kill_at_any_moment_leaves_nothing_that_clean_does_not_remove(how: str
             assert state.list_states() == []
             assert not [name for name in namespaces.names() if name.startswith("tb-beef-")]
             assert "tb-beef-" not in Path("/proc/self/mountinfo").read_text()
-            assert {path.name for path in directory.iterdir()} <= {".lock", "netns-directory"}
+            assert {path.name for path in own_state.iterdir()} <= {".lock", "netns-directory"}
     assert dead_runs > 0
 
 
-def test_nobody_else_can_open_the_lock_and_no_link_in_its_place_is_followed(directory: Path) -> None:
+def test_nobody_else_can_open_the_lock_and_no_link_in_its_place_is_followed(own_state: Path) -> None:
     with state.locked():
-        assert (directory / ".lock").stat().st_mode & 0o777 == 0o600
-    (directory / ".lock").chmod(0o666)  # as it once was
+        assert (own_state / ".lock").stat().st_mode & 0o777 == 0o600
+    (own_state / ".lock").chmod(0o666)  # as it once was
     with state.locked():
-        assert (directory / ".lock").stat().st_mode & 0o777 == 0o600
-    (directory / ".lock").unlink()
-    (directory / ".lock").symlink_to(directory / "victim")
-    with pytest.raises(NetworkError, match=str(directory)), state.locked():
+        assert (own_state / ".lock").stat().st_mode & 0o777 == 0o600
+    (own_state / ".lock").unlink()
+    (own_state / ".lock").symlink_to(own_state / "victim")
+    with pytest.raises(NetworkError, match=str(own_state)), state.locked():
         pass
-    assert not (directory / "victim").exists()
-    (directory / ".lock").unlink()
-    directory.chmod(0o777)
+    assert not (own_state / "victim").exists()
+    (own_state / ".lock").unlink()
+    own_state.chmod(0o777)
     with pytest.raises(NetworkError, match="others may write there"), state.locked():
         pass
 
 
 def test_who_holds_the_lock_is_named_when_it_takes_long(
-    directory: Path, capfd: pytest.CaptureFixture[str]
+    own_state: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     program = "import time; from testbed.net.fabric import state\nwith state.locked():\n print('held', flush=True); time.sleep(3)"
     with subprocess.Popen(

@@ -1,119 +1,45 @@
-"""Topology files, and the addresses and routes that follow from them."""
+"""Topologies, and the files that describe them: lists, shapes that stand for many nodes, and whatever else a file may say."""
 
 from __future__ import annotations
 
-import ipaddress
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
+from testbed import strict_yaml
 from testbed.errors import SpecError
 from testbed.net.profile.profile import PRESETS
-from testbed.net.topology.topology import Link, Node, Topology, load_topology, shipped_topologies
+from testbed.net.topology import files
+from testbed.net.topology.files import load_topology, shipped_topologies, topology_from
+from testbed.net.topology.topology import Link, Node, Topology
 
-
-def network(*pairs: str) -> Topology:
-    """A topology out of links written ``a-b``."""
-    links = tuple(Link(pair, *pair.split("-"), PRESETS["wan"]) for pair in pairs)
-    names = dict.fromkeys(name for link in links for name in (link.a, link.b))
-    return Topology("test", tuple(Node(name) for name in names), links)
-
-
-def path_taken(topology: Topology, start: str, address: str) -> list[str]:
-    """The nodes a packet passes, following each node's routes and nothing else."""
-    ends = [end for node in topology.nodes for end in topology.interfaces(node.name)]
-    owner = {given: end.node for end in ends for given in (end.address, end.address6)}
-    here, path = start, [start]
-    target = ipaddress.ip_address(address)
-    while owner[address] != here:
-        own = [
-            end
-            for end in topology.interfaces(here)
-            if any(target in ipaddress.ip_network(network) for network in (end.network, end.network6))
-        ]
-        if own:
-            here = own[0].peer_node
-        else:
-            fitting = {
-                ipaddress.ip_network(route.destination).prefixlen: route.via
-                for route in topology.routes(here)
-                if target in ipaddress.ip_network(route.destination)
-            }
-            here = owner[fitting[max(fitting)]]
-        path.append(here)
-        assert len(path) <= len(topology.nodes), f"a loop: {path}"
-    return path
-
-
-def addresses_by_name(topology: Topology, node: str, version: int = 4) -> dict[str, str]:
-    lines = [line.split() for line in topology.hosts(node).splitlines()]
-    return {
-        name: address
-        for address, name in lines
-        if name != "localhost" and ipaddress.ip_address(address).version == version
-    }
-
-
-@pytest.mark.parametrize(
-    "topology",
-    [
-        network("a-b"),
-        network("a-r", "b-r", "r-c"),
-        network("a-b", "b-c", "c-a"),
-        network("a-b", "b-c", "c-d", "d-a", "b-e", "e-f", "f-d"),
-        network("a-b", "b-c", "c-d", "d-e", "e-f"),
-    ],
+STAR = Topology(
+    "star",
+    tuple(Node(name) for name in "abr"),
+    tuple(Link(f"{leaf}-r", leaf, "r", PRESETS["wan"]) for leaf in "ab"),
 )
-def test_every_node_reaches_every_other_by_name_on_a_shortest_path(topology: Topology) -> None:
-    for start in (node.name for node in topology.nodes):
-        hops = {start: 0}
-        frontier = [start]
-        while frontier:
-            here = frontier.pop(0)
-            for end in topology.interfaces(here):
-                if end.peer_node not in hops:
-                    hops[end.peer_node] = hops[here] + 1
-                    frontier.append(end.peer_node)
-        for version in (4, 6):
-            names = addresses_by_name(topology, start, version)
-            assert set(names) == set(hops)
-            for name, address in names.items():
-                assert len(path_taken(topology, start, address)) - 1 == hops[name]
-
-
-def test_every_address_is_reached_from_everywhere() -> None:
-    topology = network("a-b", "b-c", "c-d", "d-a", "b-e", "e-f", "f-d")
-    for node in topology.nodes:
-        for other in topology.nodes:
-            for end in topology.interfaces(other.name):
-                assert path_taken(topology, node.name, end.address)[-1] == other.name
 
 
 def test_a_node_with_several_links_forwards_and_others_do_not() -> None:
-    topology = network("a-r", "b-r", "r-c")
-    assert [topology.forwards(name) for name in ("a", "b", "r", "c")] == [False, False, True, False]
-
-
-def test_some_hundred_nodes_have_distinct_addresses_and_a_way_out() -> None:
-    topology = network(*(f"hub-n{number}" for number in range(400)))
-    addresses = [end.address for node in topology.nodes for end in topology.interfaces(node.name)]
-    assert len(set(addresses)) == 800
-    assert all(ipaddress.ip_address(address) in ipaddress.ip_network("10.0.0.0/8") for address in addresses)
-    assert path_taken(topology, "n0", topology.address("n399")) == ["n0", "hub", "n399"]
+    assert [STAR.forwards(name) for name in "abr"] == [False, False, True]
 
 
 def test_a_nodes_address_can_be_asked_for_by_link() -> None:
-    topology = network("a-r", "b-r")
-    assert topology.address("r") == topology.address("r", "a-r") == "10.0.0.2"
-    assert topology.address("r", "b-r") == "10.0.1.2"
+    assert STAR.address("r") == STAR.address("r", "a-r") == "10.0.0.2"
+    assert STAR.address("r", "b-r") == "10.0.1.2"
     with pytest.raises(SpecError, match="node 'a' is not on link 'b-r'"):
-        topology.address("a", "b-r")
+        STAR.address("a", "b-r")
     with pytest.raises(SpecError, match="no node 'x'"):
-        topology.address("x")
+        STAR.address("x")
 
 
 def test_links_can_be_put_under_other_profiles_by_name() -> None:
-    topology = network("a-r", "b-r").with_profiles({"b-r": PRESETS["lte"]})
+    topology = STAR.with_profiles({"b-r": PRESETS["lte"]})
     assert [link.profile.name for link in topology.links] == ["wan", "lte"]
     with pytest.raises(SpecError, match=r"no link 'b-q'; did you mean 'b-r'\?"):
         topology.with_profiles({"b-q": PRESETS["lte"]})
@@ -126,13 +52,6 @@ def test_the_shipped_topologies_load_by_name_and_by_path() -> None:
         assert load_topology(name) == load_topology(path)
         assert path.read_text(encoding="utf-8").startswith("#")
     assert [link.name for link in load_topology("edge-cloud").links] == ["access"]
-
-
-def test_the_shared_bottleneck_is_one_link_for_both_edges() -> None:
-    topology = load_topology("shared-bottleneck")
-    cloud = topology.address("cloud")
-    for edge in ("edge1", "edge2"):
-        assert path_taken(topology, edge, cloud) == [edge, "router", "cloud"]
 
 
 GOOD = "nodes: [edge, cloud]\nlinks:\n  - {a: edge, b: cloud, profile: 5g-mid}\n"
@@ -156,8 +75,11 @@ GOOD = "nodes: [edge, cloud]\nlinks:\n  - {a: edge, b: cloud, profile: 5g-mid}\n
         (GOOD.replace("profile:", "profil:"), r"links\[0\]: unknown key 'profil'; did you mean 'profile'"),
         (GOOD.replace(", profile: 5g-mid", ""), r"links\[0\]: profile is missing"),
         (GOOD.replace("5g-mid", "5g-mid, congestion: 'a b'"), r"links\[0\].congestion: 'a b'"),
-        (GOOD.replace("[edge, cloud]", "3"), "nodes: expected a list"),
-        (GOOD.replace("[edge, cloud]", "[1, cloud]"), r"nodes\[0\]: expected text"),
+        (GOOD.replace("[edge, cloud]", "3"), r"nodes: Input should be a valid list \(got '3'\)"),
+        (
+            GOOD.replace("[edge, cloud]", "[1, cloud]"),
+            r"nodes\[0\]: Input should be a valid string \(got '1'\)",
+        ),
         (GOOD + "nodes: [a, b]\n", ":4: the key 'nodes' is given twice"),
         ("nodes: &x [a]\nlinks: *x\n", "anchors and aliases"),
         ("nodes: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
@@ -191,3 +113,125 @@ def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
         load_topology("edge-clod")
     with pytest.raises(SpecError, match=r"no topology 'nowhere/x\.yaml'"):
         load_topology("nowhere/x.yaml")
+
+
+names = st.sampled_from(["a", "b", "hub", "n1", "n-2", "wire", "A", "", "x" * 40, "é", "1"])
+profiles = st.sampled_from(
+    [*PRESETS, "rate=1mbit", "up:lte;down:wan", "nonsense", "rate=", {"rate": "1mbit"}, {}, 3]
+)
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | names,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6) | names, inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+def mostly(usual: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """What belongs there, and now and then anything."""
+    return st.one_of(usual, usual, usual, usual, junk)
+
+
+link = st.fixed_dictionaries(
+    {"a": mostly(names), "b": mostly(names), "profile": mostly(profiles)},
+    optional={"name": mostly(names), "congestion": mostly(st.just("cubic")), "pcap": mostly(st.booleans())},
+)
+listed = st.fixed_dictionaries(
+    {
+        "nodes": mostly(st.lists(mostly(names), max_size=5)),
+        "links": mostly(st.lists(mostly(link), max_size=5)),
+    },
+    optional={"name": mostly(names), "ipv6": mostly(st.booleans()), "other": junk},
+)
+kinds = st.fixed_dictionaries(
+    {
+        "kind": mostly(st.sampled_from([*files.KINDS, "ring"])),
+        "nodes": mostly(st.integers(-1, 40)),
+        "profile": mostly(profiles),
+    },
+    optional={
+        "bottleneck": mostly(profiles),
+        "profiles": mostly(
+            st.dictionaries(st.sampled_from(["n1-hub", "n1-n2", "x"]), mostly(profiles), max_size=2)
+        ),
+        "ipv6": mostly(st.booleans()),
+        "congestion": mostly(st.just("cubic")),
+        "pcap": mostly(st.lists(st.sampled_from(["n1-hub", "x"]), max_size=2)),
+        "name": mostly(names),
+    },
+)
+
+
+@given(st.one_of(listed, kinds, junk))
+def test_whatever_a_file_says_is_a_topology_or_an_error_that_names_the_place(value: Any) -> None:
+    try:
+        topology_from(value, "x.yaml", "x")
+    except SpecError as error:
+        assert str(error).startswith("x.yaml: ")
+        assert "\n" not in str(error)
+
+
+@given(st.binary(max_size=200) | st.text(max_size=200) | st.builds(yaml.safe_dump, st.one_of(listed, kinds)))
+def test_any_text_is_read_or_refused_in_one_line(text: bytes | str) -> None:
+    try:
+        topology_from(strict_yaml.parse(text, "x.yaml"), "x.yaml", "x")
+    except SpecError as error:
+        assert str(error).startswith("x.yaml")
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("value", "nodes", "links"),
+    [
+        ({"kind": "line", "nodes": 3}, ["n1", "n2", "n3"], ["n1-n2", "n2-n3"]),
+        ({"kind": "star", "nodes": 3}, ["hub", "n1", "n2"], ["n1-hub", "n2-hub"]),
+        (
+            {"kind": "shared-bottleneck", "nodes": 4, "bottleneck": "wan"},
+            ["edge1", "edge2", "router", "cloud"],
+            ["access-1", "access-2", "bottleneck"],
+        ),
+    ],
+)
+def test_a_kind_stands_for_nodes_and_links(value: dict[str, Any], nodes: list[str], links: list[str]) -> None:
+    made = topology_from(value | {"profile": "lte"}, "x", "x")
+    assert [node.name for node in made.nodes] == nodes
+    assert [one.name for one in made.links] == links
+    assert [one.profile.name for one in made.links[:-1]] == ["lte"] * (len(links) - 1)
+    assert made.links[-1].profile.name == value.get("bottleneck", "lte")
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({"kind": "ring"}, r"kind: Input should be 'line', 'star' or 'shared-bottleneck' \(got 'ring'\)"),
+        ({"nodes": 1001}, "nodes: Input should be less than or equal to 1000"),
+        ({"nodes": True}, "nodes: Input should be a valid integer"),
+        ({"profiles": {"n9-hub": "lte"}}, "profiles: no link 'n9-hub'"),
+        ({"profiles": {"n1-hub": "lt"}}, r"links\[0\].profile: unknown profile 'lt'"),
+        ({"bottleneck": "lte"}, "bottleneck: a star has none"),
+        ({"links": []}, "unknown key 'links'"),
+        ({"ipv6": "yes"}, "ipv6: Input should be a valid boolean"),
+        ({"pcap": ["n7-hub"]}, "pcap: no link 'n7-hub'"),
+    ],
+)
+def test_a_kind_that_does_not_fit_is_refused_by_its_place(value: dict[str, Any], says: str) -> None:
+    with pytest.raises(SpecError, match=f"x.yaml: {says}"):
+        topology_from({"kind": "star", "nodes": 3, "profile": "wan"} | value, "x.yaml", "x")
+
+
+@pytest.mark.parametrize("kind", ["line", "star", "shared-bottleneck"])
+def test_a_thousand_nodes_have_addresses_of_their_own_and_few_routes(kind: str) -> None:
+    made = topology_from({"kind": kind, "nodes": 1000, "profile": "lte"}, "x", "x")
+    ends = [end for node in made.nodes for end in made.interfaces(node.name)]
+    assert len({end.address for end in ends}) == len({end.address6 for end in ends}) == 2 * 999
+    for node in (made.nodes[0], made.nodes[1], made.nodes[500], made.nodes[-1]):
+        assert len(made.routes(node.name)) <= 2 * 2 * 10  # two ways out, ten bits, two families
+
+
+def test_the_schema_knows_the_keys_that_files_may_have() -> None:
+    schema = json.loads((Path(__file__).parents[2] / "topologies/schema.json").read_text())["$defs"]
+    for part, model in (("generated", files.Shape), ("listed", files.Listed), ("link", files.WrittenLink)):
+        assert set(schema[part]["properties"]) == set(model.model_fields)
+        assert set(schema[part]["required"]) == {k for k, v in model.model_fields.items() if v.is_required()}
+    assert set(schema["generated"]["properties"]["kind"]["enum"]) == set(files.KINDS)

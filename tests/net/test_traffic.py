@@ -1,34 +1,91 @@
-"""Background flows between nodes."""
+"""Background flows: over the loopback interface and between nodes, what they count, by whichever program, and when they end."""
 
 from __future__ import annotations
 
-import os
+import shutil
 import subprocess
 import time
-from pathlib import Path
+from typing import Any
 
 import pytest
 
+from testbed.errors import UsageError
 from testbed.hosts import processes
 from testbed.net.fabric.fabric import Fabric
-from testbed.net.topology.topology import load_topology
+from testbed.net.loopback import Loopback
+from testbed.net.topology.files import load_topology
+from testbed.net.traffic import traffic
 from testbed.net.traffic.traffic import Flow, running
 from tests.net.direct import Direct
 
-pytestmark = [
-    pytest.mark.netns,
-    pytest.mark.skipif(os.geteuid() != 0, reason="making network namespaces needs root"),
-]
+iperf3 = pytest.mark.skipif(shutil.which("iperf3") is None, reason="there is no iperf3 on this machine")
 
 
-def test_flows_run_at_their_rate_and_time_are_counted_and_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TESTBED_STATE", str(tmp_path))
+def flow(source: str, target: str, kind: str = "tcp", **settings: str) -> Flow:
+    return Flow(**{"from": source, "to": target, "kind": kind, **settings})
+
+
+@pytest.fixture
+def loopback() -> Loopback:
+    return Loopback()
+
+
+@iperf3
+def test_iperf3_flows_run_beside_our_own_and_are_counted(loopback: Any) -> None:
     flows = [
-        Flow("edge1", "cloud", "udp", rate_bps=4e6),
-        Flow("edge2", "cloud", "tcp", rate_bps=8e6, start_s=0.5, stop_s=1.5),
-        Flow("cloud", "edge1", "tcp", start_s=60),
+        flow("a", "b", "iperf3", rate="8mbit"),
+        flow("b", "a", "iperf3", rate="4mbit", start="300ms"),
+        flow("a", "b", "tcp", rate="4mbit"),
+        flow("a", "b", "iperf3", start="60s"),
+    ]
+    began = time.monotonic()
+    with running(loopback, flows) as results:
+        time.sleep(2.5)
+    lasted = time.monotonic() - began
+    first, second, ours, waiting = results
+    for one, rate_bps in ((first, 8e6), (second, 4e6)):
+        assert one["kind"] == "iperf3"
+        assert 1e5 < one["received_bytes"] <= one["sent_bytes"] <= rate_bps / 8 * lasted + (1 << 18)
+        assert one["goodput_bps"] > 1e5
+    assert ours["received_bytes"] > 1e5
+    assert (waiting["sent_bytes"], waiting["received_bytes"], waiting["goodput_bps"]) == (0, 0, 0.0)
+
+
+@iperf3
+def test_an_iperf3_flow_ends_at_its_stop(loopback: Any) -> None:
+    with running(loopback, [flow("a", "b", "iperf3", rate="8mbit", stop="1s")]) as results:
+        time.sleep(2.5)
+    assert 1e5 < results[0]["received_bytes"] <= results[0]["sent_bytes"] <= 1e6 + (1 << 18)
+
+
+@pytest.mark.parametrize("kind", ["tcp", pytest.param("iperf3", marks=iperf3)])
+def test_what_flows_did_until_the_block_was_broken_off_is_kept(loopback: Any, kind: Any) -> None:
+    with pytest.raises(KeyboardInterrupt), running(loopback, [flow("a", "b", kind, rate="8mbit")]) as results:
+        time.sleep(1.5)
+        raise KeyboardInterrupt
+    assert len(results) == 1
+    assert 1e5 < results[0]["received_bytes"] <= results[0]["sent_bytes"]
+
+
+def test_a_missing_iperf3_is_said_before_anything_starts(
+    loopback: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traffic.shutil, "which", lambda name: None)
+    monkeypatch.setattr(traffic, "_start", lambda *_: pytest.fail("something was started"))
+    with (
+        pytest.raises(UsageError, match="there is no iperf3 on this machine; install it"),
+        running(loopback, [flow("a", "b"), flow("a", "b", "iperf3")]),
+    ):
+        pytest.fail("the block ran")
+
+
+@pytest.mark.netns
+@pytest.mark.usefixtures("own_state")
+def test_flows_run_at_their_rate_and_time_are_counted_and_end() -> None:
+    flows = [
+        flow("edge1", "cloud", "udp", rate="4mbit"),
+        flow("edge2", "cloud", "tcp", rate="8mbit", start="500ms", stop="1500ms"),
+        flow("cloud", "edge1", "tcp", start="60s"),
     ]
     with Fabric.build(load_topology("shared-bottleneck"), Direct()) as fabric:
         began = time.monotonic()
@@ -45,10 +102,11 @@ def test_flows_run_at_their_rate_and_time_are_counted_and_end(
     assert waiting["sent_bytes"] == waiting["received_bytes"] == 0
 
 
-def test_flows_end_when_the_block_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TESTBED_STATE", str(tmp_path))
+@pytest.mark.netns
+@pytest.mark.usefixtures("own_state")
+def test_flows_end_when_the_block_fails() -> None:
     with Fabric.build(load_topology("edge-cloud"), Direct()) as fabric:
-        with pytest.raises(KeyboardInterrupt), running(fabric, [Flow("edge", "cloud")]):
+        with pytest.raises(KeyboardInterrupt), running(fabric, [flow("edge", "cloud")]):
             made = fabric.state.processes
             raise KeyboardInterrupt
         assert not any(processes.is_running(p.pid, p.started) for p in made)

@@ -33,7 +33,7 @@ _SETTLING_S, _LONGEST_SETTLING_S = 0.1, 5.0
 
 
 class Fabric:
-    """A network that is there. Leaving its ``with`` block, or `close`, removes it.
+    """A `Network` of namespaces that is there. Leaving its ``with`` block, or `close`, removes it.
 
     Make one with `build`. Threads of the caller are in the namespace they were in, always.
     """
@@ -184,11 +184,9 @@ class Fabric:
 
     @property
     def emulation(self) -> str:
-        """The emulator's name, as rows have it."""
         return self.emulator.name
 
     def host(self, node: str) -> Host:
-        """Where the node's processes run. Raises SpecError: no such node."""
         return hosts.host("namespace", name=self.namespace(node))
 
     def namespace(self, node: str) -> str:
@@ -197,13 +195,7 @@ class Fabric:
         return self.state.namespace(node)
 
     def address(self, node: str, link: str | None = None) -> str:
-        """The node's IPv4 address, on the named link or on its first. Raises SpecError: no such node or
-        link."""
         return self.topology.address(node, link)
-
-    def hosts(self, node: str) -> str:
-        """The text of /etc/hosts as the node should see it, all nodes by name."""
-        return self.topology.hosts(node)
 
     def apply(self, link: str, profile: Profile, origin_s: float | None = None) -> None:
         """Puts the link under another profile. Packets still under way are dropped and counted as `Counters.cleared` (see
@@ -245,7 +237,6 @@ class Fabric:
         return False
 
     def check(self) -> None:
-        """Raises NetworkError where a process that a link depends on has ended, or has stood still for a second."""
         for attachment, link in zip(self._attachments, self.topology.links, strict=True):
             if (fate := attachment.fate()) is not None:
                 raise NetworkError(f"link {link.name}: {fate}")
@@ -267,14 +258,11 @@ class Fabric:
         return self._attachments[self.topology.link_number(link)].counters()
 
     def calibrate(self, link: str, profile: Profile) -> Calibration:
-        """Measures the link, which is under this profile and idle; see `calibration.calibrate`."""
         from testbed.net.calibration.calibrate import calibrate
 
         return calibrate(self, link, profile)
 
     def record_process(self, pid: int, started: int | None = None, what: str = "helper") -> None:
-        """Notes a helper process, which `clean` ends should this process die. `started`: its start time, if
-        known."""
         started = processes.start_time(pid) if started is None else started
         if started is not None:
             with state.locked():

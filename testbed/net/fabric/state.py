@@ -282,11 +282,6 @@ def list_states() -> list[State]:
     return read_states()[0]
 
 
-def unreadable() -> list[str]:
-    """One line for each file among the states that is none."""
-    return read_states()[1]
-
-
 def is_alive(state: State) -> bool:
     """Whether the network is still wanted: its process runs, or it is persistent; and the machine was not
     booted since."""

@@ -7,10 +7,10 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from testbed import strict_yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
 from testbed.errors import NetworkError, SpecError, UsageError
 from testbed.hosts.host import Process
 from testbed.net.traffic import flow
@@ -19,51 +19,35 @@ from testbed.units import parse_rate, parse_time
 if TYPE_CHECKING:
     from testbed.net.network import Network
 
-_KINDS = ("tcp", "udp", "iperf3")
-_KEYS = {"from", "to", "kind", "rate", "start", "stop"}
 _END_S = 5.0
 
 
-@dataclass(frozen=True)
-class Flow:
-    """One flow. Times are seconds from when traffic starts; `stop_s` None: until it ends."""
+class Flow(BaseModel):
+    """One flow, as ``{from: edge2, to: cloud, kind: udp, rate: 20mbit, start: 0s, stop: 30s}`` describes it. Times are seconds
+    from when traffic starts; `stop_s` None: until it ends."""
 
-    source: str
-    target: str
-    kind: Literal["tcp", "udp", "iperf3"] = "tcp"  # iperf3: a TCP flow by that program
-    rate_bps: float | None = None
-    start_s: float = 0.0
-    stop_s: float | None = None
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    source: str = Field(alias="from")
+    target: str = Field(alias="to")
+    kind: Literal["tcp", "udp", "iperf3"] = "tcp"  #: iperf3: a TCP flow by that program
+    rate_bps: Annotated[float, BeforeValidator(parse_rate), Field(gt=0)] | None = Field(None, alias="rate")
+    start_s: Annotated[float, BeforeValidator(parse_time)] = Field(0.0, alias="start")
+    stop_s: Annotated[float, BeforeValidator(parse_time)] | None = Field(None, alias="stop")
 
-
-def flow_from(value: Any) -> Flow:
-    """The flow that ``{from: edge2, to: cloud, kind: udp, rate: 20mbit, start: 0s, stop: 30s}`` describes. Raises SpecError."""
-    strict_yaml.mapping(value, "", _KEYS, {"from", "to"})
-    kind = strict_yaml.text(value.get("kind", "tcp"), "kind")
-    if kind not in _KINDS:
-        raise SpecError(f"kind: unknown kind {kind[:40]!r}; use one of {', '.join(_KINDS)}")
-    numbers = {}
-    for key, read in (("rate", parse_rate), ("start", parse_time), ("stop", parse_time)):
-        try:
-            numbers[key] = None if value.get(key) is None else read(value[key])
-        except UsageError as error:
-            raise SpecError(f"{key}: {error}") from None
-    rate, start, stop = numbers["rate"], numbers["start"] or 0.0, numbers["stop"]
-    if kind == "udp" and rate is None:
-        raise SpecError("rate is missing; a udp flow does not find its own")
-    if rate is not None and rate <= 0:
-        raise SpecError("rate: must be more than nothing")
-    if stop is not None and stop <= start:
-        raise SpecError("stop: not after start")
-    source, target = strict_yaml.text(value["from"], "from"), strict_yaml.text(value["to"], "to")
-    if source == target:
-        raise SpecError(f"a flow from {source!r} to itself")
-    return Flow(source, target, cast(Literal["tcp", "udp", "iperf3"], kind), rate, start, stop)
+    @model_validator(mode="after")
+    def _fits(self) -> Flow:
+        if self.kind == "udp" and self.rate_bps is None:
+            raise SpecError("rate is missing; a udp flow does not find its own")
+        if self.stop_s is not None and self.stop_s <= self.start_s:
+            raise SpecError("stop: not after start")
+        if self.source == self.target:
+            raise SpecError(f"a flow from {self.source!r} to itself")
+        return self
 
 
 def require_tools(flows: Sequence[Flow]) -> None:
     """Raises UsageError where a flow needs a program that is not there."""
-    if any(one.kind == "iperf3" for one in flows) and shutil.which("iperf3") is None:
+    if any(each.kind == "iperf3" for each in flows) and shutil.which("iperf3") is None:
         raise UsageError(
             "traffic of kind iperf3: there is no iperf3 on this machine; install it, or use kind: tcp"
         )
@@ -78,17 +62,19 @@ def running(network: Network, flows: Sequence[Flow]) -> Iterator[list[dict[str, 
     results: list[dict[str, Any]] = []
     pairs: list[tuple[Flow, Process, Process]] = []
     with contextlib.ExitStack() as ending:
-        for one in flows:
-            receiver = _start(network, one.target, "receive", one.kind)
+        for each in flows:
+            receiver = _start(network, each.target, "receive", each.kind)
             ending.callback(_kill, receiver)
             port = receiver.stdout.readline().decode().strip()
             if not port:
-                raise NetworkError(f"traffic from {one.source} to {one.target}: its receiver does not start")
-            numbers = (one.rate_bps or 0, one.start_s, one.stop_s or 0)
-            address = network.address(one.target)
-            sender = _start(network, one.source, "send", one.kind, address, port, *map(str, numbers))
+                raise NetworkError(
+                    f"traffic from {each.source} to {each.target}: its receiver does not start"
+                )
+            numbers = (each.rate_bps or 0, each.start_s, each.stop_s or 0)
+            address = network.address(each.target)
+            sender = _start(network, each.source, "send", each.kind, address, port, *map(str, numbers))
             ending.callback(_kill, sender)
-            pairs.append((one, sender, receiver))
+            pairs.append((each, sender, receiver))
         try:
             yield results
         except BaseException:
@@ -99,14 +85,14 @@ def running(network: Network, flows: Sequence[Flow]) -> Iterator[list[dict[str, 
 
 
 def _collect(pairs: Sequence[tuple[Flow, Process, Process]], results: list[dict[str, Any]]) -> None:
-    for one, sender, receiver in pairs:
-        results.append(_result(one, _finish(sender), _finish(receiver)))
+    for each, sender, receiver in pairs:
+        results.append(_result(each, _finish(sender), _finish(receiver)))
 
 
-def _result(one: Flow, sent: dict[str, float], received: dict[str, float]) -> dict[str, Any]:
+def _result(each: Flow, sent: dict[str, float], received: dict[str, float]) -> dict[str, Any]:
     goodput = 8 * received["bytes"] / received["seconds"] if received["seconds"] else 0.0
     counted = {"sent_bytes": sent["bytes"], "received_bytes": received["bytes"], "goodput_bps": goodput}
-    return asdict(one) | counted
+    return each.model_dump() | counted
 
 
 def _start(network: Network, node: str, *arguments: str) -> Process:

@@ -1,0 +1,197 @@
+"""Topology files (see ``topologies/``).
+
+Nodes and links are listed::
+
+    nodes: [edge, cloud]
+    links:
+      - {a: edge, b: cloud, profile: 5g-mid, congestion: cubic}
+
+``name`` of a link is ``a-b`` where it is left out, that of the topology the file's. ``congestion`` names the TCP congestion
+control of connections that leave a node by that link; ``pcap: true`` captures its packets; ``ipv6: false`` leaves IPv6 out.
+
+What repeats itself need not be listed::
+
+    kind: line                       n1 ═ n2 ═ n3 ═ …            links n1-n2, n2-n3, …; up: towards the higher number
+    nodes: 10
+    profile: wan
+
+    kind: star                       n1 ═╗                       links n1-hub, n2-hub, …; up: towards the hub
+    nodes: 100                       n2 ═╬═ hub                  `nodes` counts the hub, too
+    profile: 5g-mid                  n3 ═╝
+
+    kind: shared-bottleneck          edge1 ═╗                    links access-1, access-2, … and bottleneck;
+    nodes: 12                        edge2 ═╬═ router ═ cloud    up: towards the cloud; `nodes` counts router and cloud, too
+    profile: 5g-good                 edge3 ═╝
+    bottleneck: "rate=60mbit,delay=5ms"
+
+There, `profile` is every link's; ``profiles: {n3-hub: lte}`` puts some under others. ``congestion`` is every link's congestion
+control; ``pcap: [n3-hub]`` names links whose packets are captured.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from testbed import strict_yaml
+from testbed.errors import SpecError
+from testbed.net.profile import lookup
+from testbed.net.profile.profile import profile_from
+from testbed.net.topology.topology import MAX_NODES, Link, Node, Topology
+from testbed.strict_yaml import did_you_mean
+
+_FOLDER = "topologies"
+Named = tuple[list[str], list[tuple[str, str, str]]]
+"""Names of nodes, and links as (name, a, b)."""
+
+
+def line(nodes: int) -> Named:
+    """n1 - n2 - n3 - …"""
+    names = [f"n{number}" for number in range(1, nodes + 1)]
+    return names, [(f"{a}-{b}", a, b) for a, b in itertools.pairwise(names)]
+
+
+def star(nodes: int) -> Named:
+    """A hub, and everybody else on a link of its own to it."""
+    leaves = [f"n{number}" for number in range(1, nodes)]
+    return ["hub", *leaves], [(f"{leaf}-hub", leaf, "hub") for leaf in leaves]
+
+
+def shared_bottleneck(nodes: int) -> Named:
+    """Edges on access links of their own to a router, from which one link leads to the cloud."""
+    edges = [f"edge{number}" for number in range(1, nodes - 1)]
+    access = [(f"access-{number}", edge, "router") for number, edge in enumerate(edges, 1)]
+    return [*edges, "router", "cloud"], [*access, ("bottleneck", "router", "cloud")]
+
+
+KINDS: dict[str, tuple[Callable[[int], Named], int]] = {
+    "line": (line, 2),
+    "star": (star, 2),
+    "shared-bottleneck": (shared_bottleneck, 3),
+}
+"""Name -> the shape, and the fewest nodes it has."""
+
+
+class _Written(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class WrittenLink(_Written):
+    """One link in a list of them."""
+
+    a: str
+    b: str
+    profile: Any
+    name: str | None = None
+    congestion: str | None = None
+    pcap: bool = False
+
+
+class Listed(_Written):
+    """Every node and link by itself."""
+
+    nodes: list[str]
+    links: list[WrittenLink]
+    name: str | None = None
+    ipv6: bool = True
+
+
+class Shape(_Written):
+    """What repeats itself: `profile` is every link's but of those in `profiles`, `congestion` every link's."""
+
+    kind: Literal["line", "star", "shared-bottleneck"]
+    nodes: Annotated[int, Field(ge=2, le=MAX_NODES)]
+    profile: Any
+    bottleneck: Any = None
+    profiles: dict[str, Any] = {}
+    congestion: str | None = None
+    pcap: list[str] = []
+    name: str | None = None
+    ipv6: bool = True
+
+    def listed(self) -> Listed:
+        """The same with every node and link. Raises SpecError."""
+        shape, least = KINDS[self.kind]
+        if self.nodes < least:
+            raise SpecError(f"nodes: {self.nodes} of them; a {self.kind} has at least {least}")
+        names, links = shape(self.nodes)
+        known = [name for name, _, _ in links]
+        _require(self.profiles, known, "profiles")
+        _require(self.pcap, known, "pcap")
+        profiles = {**dict.fromkeys(known, self.profile), **self.profiles}
+        if self.bottleneck is not None:
+            if "bottleneck" not in known:
+                raise SpecError(f"bottleneck: a {self.kind} has none")
+            if "bottleneck" in self.profiles:
+                raise SpecError("profiles.bottleneck: given as bottleneck, too")
+            profiles["bottleneck"] = self.bottleneck
+        listed = [
+            WrittenLink(
+                a=a,
+                b=b,
+                profile=profiles[name],
+                name=name,
+                congestion=self.congestion,
+                pcap=name in self.pcap,
+            )
+            for name, a, b in links
+        ]
+        return Listed(nodes=names, links=listed, name=self.name, ipv6=self.ipv6)
+
+
+def _require(names: Iterable[str], known: list[str], where: str) -> None:
+    for name in names:
+        if name not in known:
+            raise SpecError(f"{where}: no link {name[:40]!r}{did_you_mean(name, known)}")
+
+
+def load_topology(name_or_path: str | Path) -> Topology:
+    """The topology of a file, or of the shipped file of that name (``edge-cloud``). Raises SpecError naming
+    file and place."""
+    path = _find(name_or_path)
+    with lookup.beside(path):
+        return topology_from(strict_yaml.read(path), str(path), path.stem)
+
+
+def shipped_topologies() -> list[Path]:
+    """The topology files that come with the testbed, and those in ``topologies/`` of the current
+    directory."""
+    folders = (Path(_FOLDER), Path(__file__).parents[2] / _FOLDER)
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return list(found.values())
+
+
+def _find(name_or_path: str | Path) -> Path:
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = {path.stem: path for path in shipped_topologies()}
+    if path.parent == Path() and not path.suffix and path.name in shipped:
+        return shipped[path.name]
+    if path.exists():
+        raise SpecError(f"{path}: a directory or a pipe, not a topology file")
+    raise SpecError(f"no topology {str(path)!r}{did_you_mean(path.name, list(shipped)) if shipped else ''}")
+
+
+def topology_from(value: Any, where: str, name: str) -> Topology:
+    """The topology a YAML mapping describes. Raises SpecError beginning with `where`."""
+    try:
+        if isinstance(value, Mapping) and "kind" in value:
+            written = strict_yaml.checked(Shape, value).listed()
+        else:
+            written = strict_yaml.checked(Listed, value)
+        links = []
+        for place, link in enumerate(written.links):
+            called = f"{link.a}-{link.b}" if link.name is None else link.name
+            profile = profile_from(link.profile, f"links[{place}].profile")
+            links.append(Link(called, link.a, link.b, profile, link.congestion, link.pcap))
+        return Topology(written.name or name, tuple(map(Node, written.nodes)), tuple(links), written.ipv6)
+    except SpecError as error:
+        raise SpecError(f"{where}: {error}") from None
