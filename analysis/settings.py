@@ -77,8 +77,8 @@ class Worst:
 def labelled(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with two more columns: `setting` (what is compared) and `panel` (where it is compared).
 
-    A setting is a codec, or a placement that needs none; transport and congestion control are named where
-    the run varies them. A panel is a profile; model and emulator are named where the run varies them.
+    A setting is a codec, or a placement that needs none; transport and congestion control are named where the run varies
+    them, and a delivery where it is not whole. A panel is a profile; model and emulator are named where the run varies them.
     """
     setting = rows["codec"].where(rows["placement"] == "split", rows["placement"])
     setting = setting.where(setting != "", rows["placement"])
@@ -86,6 +86,7 @@ def labelled(rows: pd.DataFrame) -> pd.DataFrame:
     for column in ("transport", "congestion"):
         if across.loc[across[column] != "", column].nunique() > 1:
             setting = setting + rows[column].map(lambda v: f" · {v}" if v else "")
+    setting = setting + rows["delivery"].map(lambda v: "" if v in ("", "whole") else f" · {v}")
     panel = rows["profile"]
     for column in ("model", "emulator"):
         if rows.loc[rows[column] != "", column].nunique() > 1:

@@ -14,7 +14,7 @@ from testbed.analysis.describe import caveats, computing, conditions
 from testbed.analysis.run import Run
 from testbed.experiment.results import STAGES
 
-_SAME = ("model", "emulator", "link", "transport", "congestion")
+_SAME = ("model", "emulator", "link", "delivery", "transport", "congestion")
 
 
 def write(run: Run) -> Path:

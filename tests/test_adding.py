@@ -16,14 +16,21 @@ from testbed.analysis.run import load
 from testbed.codecs import registry
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.spec import parse
+from testbed.delivery.delivery import DELIVERIES
+from testbed.endpoints.client import Client
+from testbed.errors import EndpointError
 from testbed.tasks import task as tasks
 from tests.analysis.make_run import make_run
 from tests.codecs.caches import make_cache
 from tests.codecs.test_selectors import make_evidence
+from tests.endpoints.pair import in_this_process
+from tests.endpoints.test_wire import request
+from tests.tiny_models import tiny_model_directory
 
 PAGE = (Path(__file__).parents[1] / "docs/adding.md").read_text()
 REGISTRIES: dict[str, dict[str, Any]] = {
     "SELECTORS": registry.SELECTORS, "QUANTIZERS": registry.QUANTIZERS, "TASKS": tasks.TASKS, "FIGURES": figures.FIGURES,
+    "DELIVERIES": DELIVERIES,
 }  # fmt: skip
 
 
@@ -60,6 +67,20 @@ def test_a_newcomers_quantizer_codes_every_shape(codec: str, shape: str) -> None
     for ours, theirs in zip(decode(Codec(codec).encode(cache)).layers, cache.layers, strict=True):
         assert ours.keys.dtype == theirs.keys.dtype
         assert torch.equal(ours.keys > 0, theirs.keys > 0)
+
+
+def test_a_newcomers_delivery_brings_the_cloud_the_same_payload_in_its_own_time(tmp_path: Path) -> None:
+    pair = in_this_process(tiny_model_directory("llama", tmp_path / "model"))
+    outcomes = []
+    for delivery, least_s, most_s in (("whole", 0.0, 0.4), ("halves(wait=0.4)", 0.4, 9.0)):
+        result = pair.ask("planes", delivery=delivery)
+        assert least_s <= result.stages.transmit_s < most_s
+        assert "decode" not in result.reused
+        outcomes.append((result.answer, result.payload_bytes, pair.outcome(result)))
+    assert outcomes[0] == outcomes[1]
+    DELIVERIES.pop("halves")
+    with pytest.raises(EndpointError, match="the cloud: the request: delivery 'halves': unknown"):
+        Client().ask(request(delivery="halves", prefix=pair.prefix), [b""], pair.link)
 
 
 def test_a_newcomers_task_asks_for_what_its_context_says() -> None:

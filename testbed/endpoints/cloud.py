@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from msgspec import structs
 
 from testbed.deadline import Deadline
+from testbed.delivery.delivery import Bytes, parse
 from testbed.endpoints.protocol import Compare, Compute, Computed, Examine, Forget, Outcome, Serve
 from testbed.endpoints.sessions import Admission, Served, Session, Sessions
 from testbed.endpoints.side import Handlers, InferenceSide, Prefix, digest, main, per_token, wait_until
-from testbed.errors import NotFiniteError, PayloadError, TestbedError, WireError
+from testbed.errors import NotFiniteError, PayloadError, SpecError, TestbedError, WireError
 from testbed.models.kvcache import EMPTY
 from testbed.transport import wire
 from testbed.transport.transport import Arrived, Listener, Stream, find
@@ -176,7 +177,7 @@ class Cloud(InferenceSide):
             retransmits=connection.stats().sent_again,
         )
         connection.send(answer)
-        if digest(*arrived.chunks) == known.details["payload_digest"]:
+        if digest(*_payload(arrived)) == known.details["payload_digest"]:
             return known
         mistaken = f"request {request.id} is unlike request {request.same_as}, whose answer it was to get"
         return replace(known, mistaken=mistaken)
@@ -190,7 +191,8 @@ class Cloud(InferenceSide):
         prefix = self.under(request.prefix)
         began = self.pace.begin()
         rebuild = self._prefill if request.placement == "cloud" else self._decode
-        rebuilt = rebuild(arrived.chunks, prefix)
+        payload = _payload(arrived)
+        rebuilt = rebuild(payload, prefix)
         rebuilt_at = self.pace.hold()
         question_ids = self.model.tokenize(request.question, closing=prefix.closing)
         firsts: list[wire.FirstToken] = []
@@ -228,7 +230,7 @@ class Cloud(InferenceSide):
         )
         connection.send(answer)
         details = {
-            "payload_digest": digest(*arrived.chunks),
+            "payload_digest": digest(*payload),
             "tokens_kept": kept_tokens(rebuilt.kept) or rebuilt.tokens,
             "kept_digest": kept_digest(rebuilt.kept),
         }
@@ -236,28 +238,36 @@ class Cloud(InferenceSide):
         session.hold(served)
         return served
 
-    def _prefill(self, pieces: list[memoryview], prefix: Prefix) -> Rebuilt:
+    def _prefill(self, payload: list[Bytes], prefix: Prefix) -> Rebuilt:
         """The past by prefilling the context's text."""
         try:
-            text = b"".join(pieces).decode()
+            text = b"".join(payload).decode()
         except UnicodeDecodeError as error:
             raise WireError("the request's context is not UTF-8 text") from error
         ids = self.model.tokenize(text)
         context = self.model.prefill(ids, prefix.cache).cache
         return Rebuilt(self.behind(prefix, context), len(ids), [])
 
-    def _decode(self, pieces: list[memoryview], prefix: Prefix) -> Rebuilt:
+    def _decode(self, payload: list[Bytes], prefix: Prefix) -> Rebuilt:
         """The past from the codec's bytes."""
         from testbed.codecs.cache_format import CacheShape
         from testbed.codecs.codec import Decoder
 
         shapes = tuple((s.kv_heads, s.head_dim, s.value_dim, s.window) for s in self.model.shapes)
         decoder = Decoder(self.model.device, CacheShape(shapes, self.model.max_positions))
-        for piece in pieces:
+        for piece in payload:
             decoder.feed(piece)
         cache = decoder.finish()
         kept = [(layer.positions, layer.window) for layer in cache.layers]
         return Rebuilt(self.behind(prefix, cache), 0, kept)
+
+
+def _payload(arrived: Arrived) -> list[Bytes]:
+    """A request's context, its bytes in their order. Raises WireError where it comes as nobody knows here."""
+    try:
+        return list(parse(arrived.request.delivery).receive(arrived.chunks))
+    except SpecError as error:
+        raise WireError(f"the request: {error}") from error
 
 
 def kept_tokens(kept: list[tuple[Tensor, int | None]]) -> int:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from testbed.codecs import spec
 from testbed.codecs.evidence import Needs, gather, prefill_for
-from testbed.codecs.spec import parse
+from testbed.delivery.delivery import parse
 from testbed.endpoints.client import Client
 from testbed.endpoints.protocol import (
     FullCache,
@@ -83,8 +84,8 @@ class Prefilled:
     used: bool = False  #: a row has carried the prefill's time as its own
     encoded: dict[tuple[str, int], Encoded] = field(default_factory=dict)
     local: dict[int, LocalAnswer] = field(default_factory=dict)
-    #: by codec ("": the text) and repeat, the request by which the cloud knows its answer
-    answered: dict[tuple[str, int], int] = field(default_factory=dict)
+    #: by codec ("": the text), delivery and repeat, the request by which the cloud knows its answer
+    answered: dict[tuple[str, str, int], int] = field(default_factory=dict)
 
 
 #: What the cloud makes of what comes, by placement.
@@ -257,7 +258,7 @@ class Edge(InferenceSide):
         from testbed.codecs.codec import Codec
 
         if text not in self._codecs:
-            self._codecs[text] = Codec(parse(text), self.model.name)
+            self._codecs[text] = Codec(spec.parse(text), self.model.name)
         return self._codecs[text]
 
     def _question(self, prefilled: Prefilled) -> list[int]:
@@ -299,7 +300,8 @@ class Edge(InferenceSide):
             raise ValueError("no link to ask the cloud over")
         self._request += 1
         batch, example = prefilled.batch, prefilled.example
-        known = prefilled.answered.get((message.codec, message.repeat), 0) if message.reuse == "all" else 0
+        key = (message.codec, message.delivery, message.repeat)
+        known = prefilled.answered.get(key, 0) if message.reuse == "all" else 0
         request = wire.Request(
             id=self._request,
             placement=message.placement,
@@ -312,13 +314,15 @@ class Edge(InferenceSide):
             same_as=known,
             replay=message.replay,
             client=message.link.client,
+            delivery=message.delivery,
         )
-        answered = self._client.ask(request, encoded.pieces, message.link)
+        context = parse(message.delivery).send(encoded.pieces)
+        answered = self._client.ask(request, context, message.link)
         answer = answered.answer
         if answer.reused:
             reused = [*reused, _REBUILDS[message.placement], "first_token", "generate"]
         elif message.reuse == "all":
-            prefilled.answered[message.codec, message.repeat] = request.id
+            prefilled.answered[key] = request.id
         return TrialResult(
             stages=Stages(**here, **answered.stages),
             e2e_s=sum(here.values()) + answered.elapsed_s,

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 from msgspec import Meta, Struct, structs
 
 from testbed import __version__
+from testbed.delivery.delivery import WHOLE
 from testbed.errors import UsageError
 from testbed.tasks.task import Example
 
@@ -239,7 +240,8 @@ class TrialResult(Part):
 
 
 class TrialRequest(Message[TrialResult], tag="trial"):
-    """Make a trial of an example of a batch. codec: its canonical text; `split` placement alone has one. link: all but `edge`."""
+    """Make a trial of an example of a batch. codec: its canonical text; `split` placement alone has one. delivery: of what
+    crosses, its canonical text. link: all but `edge`."""
 
     placement: Literal["split", "cloud", "edge"]
     batch: Count
@@ -248,6 +250,7 @@ class TrialRequest(Message[TrialResult], tag="trial"):
     reuse: Literal["all", "prefill", "none"] = "all"
     replay: bool = False
     codec: str = ""
+    delivery: str = WHOLE
     link: Link | None = None
 
 

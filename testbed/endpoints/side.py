@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from testbed import kinds
+from testbed.delivery.delivery import DELIVERIES
 from testbed.endpoints.protocol import Compute, Computed, Greeting, Hello, Learn, Load, Loaded
 from testbed.hosts.channel import Channel
 
@@ -150,6 +152,8 @@ class InferenceSide:
         from testbed.codecs.spec import CodecSpec
         from testbed.models.loading import load_model
 
+        for target in DELIVERIES.values():
+            kinds.load(target)
         model = load_model(message.model, device=message.device, dtype=message.dtype, threads=message.threads)
         self._model, self.pace = model, Pace(message.slowdown, model.device)
         warm = model.tokenize("The quick brown fox jumps over the lazy dog. " * 12)

@@ -136,6 +136,7 @@ class Pair:
             reuse=self.scenario.reuse,
             replay=self.plan.replays(cell),
             codec=cell.codec_text,
+            delivery=str(cell.delivery),
             link=structs.replace(link, name=cell.profile.text()) if link else None,
         )
         return self._call(self.edge, message, CALL_S + self.scenario.timeout)

@@ -143,6 +143,7 @@ class Estimator:
                 "context_tokens": cell.context_tokens,
                 "placement": cell.placement,
                 "codec": cell.codec_text,
+                "delivery": str(cell.delivery),
                 "profile": cell.profile.name,
                 "payload_bytes": round(self.payload_bytes(cell)),
                 "transmit_s": self.transmit_s(cell),

@@ -247,6 +247,8 @@ def moved(asked: object, model: str) -> list[str]:
 def _check_extent(plan: Plan, place: str) -> None:
     if len({p.text() for p in plan.profiles}) < len(plan.profiles):
         raise SpecError(f"{place}: profiles: the same conditions are listed twice")
+    if len(set(deliveries := plan.scenario.delivery)) < len(deliveries):
+        raise SpecError(f"{place}: delivery: one is listed twice: {', '.join(map(str, deliveries))}")
     if plan.trials > _MAX_TRIALS:
         raise SpecError(f"{place}: {plan.trials} trials; at most {_MAX_TRIALS} make a run")
 

@@ -27,7 +27,7 @@ from testbed.endpoints.protocol import Outcome, Stages, TrialResult
 from testbed.errors import StorageError, UsageError
 from testbed.units import exact, format_time, parse_time
 
-FORMAT = 3
+FORMAT = 4
 
 #: The stages of a request in the order in which they happen; their sum is `e2e_s`.
 STAGES = Stages.__struct_fields__
@@ -50,6 +50,7 @@ class Row:
     context_tokens: int
     placement: str  #: split, cloud or edge
     codec: str  #: canonical text; empty where no KV cache crosses the link
+    delivery: str  #: how the payload crosses, canonical text
     profile: str  #: name of the link's conditions
     link: str
     emulator: str
@@ -167,9 +168,14 @@ def _failures_measured_nothing(row: dict[str, Any]) -> dict[str, Any]:
     return row | dict.fromkeys(MEASURED) if row.get("error") else {"queue_s": 0.0, **row}
 
 
+def _deliveries_came(row: dict[str, Any]) -> dict[str, Any]:
+    """3 → 4: everything crossed whole."""
+    return {"delivery": "whole", **row}
+
+
 #: By format, what makes a row of it one of the next. A resumed run has rows of several formats under one manifest, so each leaves
 #: alone what is of its result's format already.
-_MIGRATIONS = {1: _slowdowns_came, 2: _failures_measured_nothing}
+_MIGRATIONS = {1: _slowdowns_came, 2: _failures_measured_nothing, 3: _deliveries_came}
 #: Formats that this version reads.
 READABLE = (*_MIGRATIONS, FORMAT)
 

@@ -17,6 +17,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, 
 from testbed import strict_yaml
 from testbed.codecs.spec import CodecSpec
 from testbed.codecs.spec import parse as parse_codec
+from testbed.delivery.delivery import Delivery
+from testbed.delivery.delivery import parse as parse_delivery
+from testbed.delivery.whole import Whole
 from testbed.errors import SpecError
 from testbed.net.profile.profile import Profile
 from testbed.net.topology.topology import Link, Topology
@@ -40,6 +43,10 @@ def _codec(value: Any) -> CodecSpec:
             'quote it, as ["q2c@0.25(pool=1, scope=global)+int8"]'
         )
     return parse_codec(text)
+
+
+def _delivery(value: Any) -> Delivery:
+    return parse_delivery(str(value))
 
 
 def _seconds(value: Any) -> float:
@@ -114,6 +121,16 @@ class Scenario(BaseModel):
         BeforeValidator(_listed),
         Field(min_length=1, default_factory=lambda: [parse_codec("fp16")]),
     ]
+    #: how a cache crosses; a text crosses whole
+    delivery: Annotated[
+        list[
+            Annotated[
+                InstanceOf[Delivery], BeforeValidator(_delivery), PlainSerializer(str, when_used="json")
+            ]
+        ],
+        BeforeValidator(_listed),
+        Field(min_length=1),
+    ] = [Whole()]
     tasks: Annotated[
         list[Annotated[dict[str, Any], BeforeValidator(_task)]], BeforeValidator(_listed), Field(min_length=1)
     ]
@@ -154,6 +171,7 @@ class Cell:
     context_tokens: int | None
     placement: Placement
     codec: CodecSpec | None  #: None: no KV cache crosses the link
+    delivery: Delivery
     profile: Profile
 
     @property
@@ -187,6 +205,8 @@ class Cell:
             settings["compute"] = [scenario.compute.edge, scenario.compute.cloud]
         if scenario.traffic:
             settings["traffic"] = scenario.traffic
+        if self.delivery != Whole():
+            settings["delivery"] = str(self.delivery)
         if plan.prompt != DEFAULT:
             settings["prompt"] = str(plan.prompt)
         text = json.dumps(settings, sort_keys=True)
@@ -252,8 +272,9 @@ class Plan:
         so that what two links share is made once, and a slow drift of the machine touches all links alike."""
         cells = []
         for placement in self.scenario.placements:
-            for codec in self.scenario.codecs if placement == "split" else [None]:
-                cells += [Cell(task, context_tokens, placement, codec, profile) for profile in self.profiles]
+            caches = itertools.product(self.scenario.codecs, self.scenario.delivery)
+            for codec, delivery in caches if placement == "split" else [(None, Whole())]:
+                cells += [Cell(task, context_tokens, placement, codec, delivery, p) for p in self.profiles]
         return cells
 
     @property

@@ -57,6 +57,7 @@ def new_row(trial: Trial, plan: Plan, emulator: str, reference: Reference, calib
         context_tokens=reference.context_tokens,
         placement=cell.placement,
         codec=cell.codec_text,
+        delivery=str(cell.delivery),
         profile=cell.profile.name,
         link=plan.link,
         emulator=emulator,

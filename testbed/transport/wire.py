@@ -57,6 +57,7 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         0  #: an earlier request, equal to the last byte, whose answer may be given again; 0: none
     )
     replay: bool = False  #: such an answer comes as late as it was computed, even where nobody could tell
+    delivery: Name = "whole"  #: how the context comes: what its chunks are
     client: Name = ""  #: whose request it is; its `id` and `same_as` are that client's numbers
 
 

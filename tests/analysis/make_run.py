@@ -192,6 +192,7 @@ def _row(rng: np.random.Generator, profile: str, placement: str, codec: str, tas
         context_tokens=480 - example,
         placement=placement,
         codec=codec,
+        delivery="whole",
         profile=profile,
         link="wan",
         emulator="userspace",
