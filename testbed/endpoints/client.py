@@ -9,10 +9,13 @@ from typing import Any
 
 from testbed.deadline import Deadline
 from testbed.endpoints.protocol import ROUNDING_S, Link
+from testbed.endpoints.spans import Span
 from testbed.errors import EndpointError
 from testbed.transport import wire
 from testbed.transport.transport import Bytes, Stats, Stream, Transport, find
 
+#: What the cloud makes of what comes, by placement.
+REBUILDS = {"split": "decode", "cloud": "prefill"}
 #: A cloud's answer holds no payload.
 _NO_PAYLOAD = 0
 _NOTHING = Stats(0, 0, 0, "")
@@ -20,11 +23,10 @@ _NOTHING = Stats(0, 0, 0, "")
 
 @dataclass(frozen=True)
 class Answered:
-    """`stages`: from `connect_s` on; `elapsed_s`: from then until the answer was whole here."""
+    """`spans`: from connecting until the answer was whole here, on this side's clock."""
 
     answer: wire.Answer
-    stages: dict[str, float]
-    elapsed_s: float
+    spans: list[Span]
     wire_bytes: int
     retransmits: int
     congestion: str
@@ -62,21 +64,19 @@ class Client:
                 self._kept.pop(link.name, None)
                 connection.finish()
         cost = connection.stats()
-        rebuilt_at = answer.received_at + answer.queue_s + answer.prefill_s + answer.decode_s
-        stages = {
-            "connect_s": sent_at - began,
-            "transmit_s": answer.received_at - sent_at,
-            "queue_s": answer.queue_s,
-            "decode_s": answer.decode_s,
-            "first_token_s": first_at - rebuilt_at,
-            "generate_s": answered_at - first_at,
-        }
-        if request.placement == "cloud":
-            stages["prefill_s"] = answer.prefill_s
+        turn_at = answer.received_at + answer.queue_s
+        rebuilt_at = turn_at + answer.prefill_s + answer.decode_s
+        spans = [
+            Span("connect", began, sent_at),
+            Span("transmit", sent_at, answer.received_at),
+            Span("queue", answer.received_at, turn_at),
+            Span(REBUILDS[request.placement], turn_at, rebuilt_at),
+            Span("first_token", rebuilt_at, first_at),
+            Span("generate", first_at, answered_at),
+        ]
         return Answered(
             answer=answer,
-            stages=stages,
-            elapsed_s=answered_at - began,
+            spans=spans,
             wire_bytes=cost.sent + cost.received - before.sent - before.received,
             retransmits=cost.sent_again - before.sent_again + answer.retransmits,
             congestion=cost.congestion,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from testbed.codecs import spec
 from testbed.codecs.evidence import Needs, gather, prefill_for
 from testbed.delivery.delivery import parse
-from testbed.endpoints.client import Client
+from testbed.endpoints.client import REBUILDS, Client
 from testbed.endpoints.protocol import (
     FullCache,
     Learn,
@@ -18,11 +18,11 @@ from testbed.endpoints.protocol import (
     Prepared,
     PreparedExample,
     Reference,
-    Stages,
     TrialRequest,
     TrialResult,
 )
 from testbed.endpoints.side import Handlers, InferenceSide, Prefix, main, per_token, wait_until
+from testbed.endpoints.spans import Span, behind, billed, in_turn
 from testbed.tasks.task import make_task
 from testbed.transport import wire
 from testbed.transport.transport import Bytes
@@ -86,10 +86,6 @@ class Prefilled:
     local: dict[int, LocalAnswer] = field(default_factory=dict)
     #: by codec ("": the text), delivery and repeat, the request by which the cloud knows its answer
     answered: dict[tuple[str, str, int], int] = field(default_factory=dict)
-
-
-#: What the cloud makes of what comes, by placement.
-_REBUILDS = {"split": "decode", "cloud": "prefill"}
 
 
 class Edge(InferenceSide):
@@ -164,8 +160,8 @@ class Edge(InferenceSide):
         if local.used:
             reused += ["first_token", "generate"]
         local.used = True
-        stages = Stages(
-            prefill_s=prefilled.prefill_s, first_token_s=local.first_token_s, generate_s=local.generate_s
+        stages = billed(
+            in_turn(prefill=prefilled.prefill_s, first_token=local.first_token_s, generate=local.generate_s)
         )
         return TrialResult(
             stages=stages,
@@ -191,14 +187,14 @@ class Edge(InferenceSide):
             encoded = self._encode(prefilled, codec)
             if message.reuse == "all":
                 prefilled.encoded[key] = encoded
-        here = {"prefill_s": prefilled.prefill_s, "select_s": encoded.select_s, "encode_s": encoded.encode_s}
+        here = in_turn(prefill=prefilled.prefill_s, select=encoded.select_s, encode=encoded.encode_s)
         return self._ask(prefilled, message, encoded, here, reused)
 
     def _cloud(self, message: TrialRequest) -> TrialResult:
         """The context's text crosses, the cloud does the rest."""
         prefilled = self._prefilled(message.batch, message.example)
         context = prefilled.batch.task.context_text(prefilled.example)
-        return self._ask(prefilled, message, Encoded([context.encode()]), {}, [])
+        return self._ask(prefilled, message, Encoded([context.encode()]), [], [])
 
     def _take_up(self, message: TrialRequest) -> tuple[Prefilled, list[str]]:
         """The example with its prefill, made now or taken over and waited for where so asked; and what a row has to call reused.
@@ -292,10 +288,10 @@ class Edge(InferenceSide):
         prefilled: Prefilled,
         message: TrialRequest,
         encoded: Encoded,
-        here: dict[str, float],
+        here: list[Span],
         reused: list[str],
     ) -> TrialResult:
-        """Ask the cloud. `here`: the stages that lie behind; `reused`: of them, those taken over."""
+        """Ask the cloud. `here`: what lies behind; `reused`: of its stages, those taken over."""
         if message.link is None:
             raise ValueError("no link to ask the cloud over")
         self._request += 1
@@ -320,12 +316,13 @@ class Edge(InferenceSide):
         answered = self._client.ask(request, context, message.link)
         answer = answered.answer
         if answer.reused:
-            reused = [*reused, _REBUILDS[message.placement], "first_token", "generate"]
+            reused = [*reused, REBUILDS[message.placement], "first_token", "generate"]
         elif message.reuse == "all":
             prefilled.answered[key] = request.id
+        spans = behind(here, answered.spans)
         return TrialResult(
-            stages=Stages(**here, **answered.stages),
-            e2e_s=sum(here.values()) + answered.elapsed_s,
+            stages=billed(spans),
+            e2e_s=spans[-1].end - spans[0].start,
             reused=tuple(reused),
             replayed=message.replay and bool(reused),
             answer=answer.text,

@@ -1,0 +1,57 @@
+"""Spans become stages that tile the request."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec import structs
+
+from testbed.endpoints.protocol import Stages
+from testbed.endpoints.spans import PIPELINE, Span, behind, billed, in_turn
+
+STAGE = st.sampled_from(PIPELINE)
+ENDS = st.tuples(st.integers(0, 30), st.integers(0, 30)).filter(lambda ends: ends[0] < ends[1])
+
+
+@given(st.lists(st.builds(lambda stage, ends: Span(stage, *ends), STAGE, ENDS)))
+def test_each_instant_is_billed_to_the_latest_stage_at_work_or_to_the_one_waited_for(
+    spans: list[Span],
+) -> None:
+    expected = dict.fromkeys(PIPELINE, 0)
+    for second in range(min((s.start for s in spans), default=0), max((s.end for s in spans), default=0)):  # type: ignore[call-overload]
+        working = [PIPELINE.index(s.stage) for s in spans if s.start <= second < s.end]
+        ahead = [(s.start, PIPELINE.index(s.stage)) for s in spans if s.start > second]
+        expected[PIPELINE[max(working) if working else min(ahead)[1]]] += 1
+    assert structs.astuple(billed(spans)) == tuple(expected.values())
+
+
+@given(st.lists(st.builds(Span, STAGE, st.floats(0, 1e5), st.floats(0, 1e5)), min_size=1))
+def test_stages_sum_to_the_whole(spans: list[Span]) -> None:
+    moments = [moment for s in spans if s.start < s.end for moment in (s.start, s.end)]
+    whole = max(moments) - min(moments) if moments else 0.0
+    assert billed(spans).total() == pytest.approx(whole, rel=1e-9, abs=1e-9)
+
+
+@given(st.dictionaries(STAGE, st.floats(0, 100)), st.floats(0, 1e5))
+def test_stages_in_turn_keep_their_times_wherever_they_are(seconds: dict[str, float], start: float) -> None:
+    here, there = in_turn(**seconds), [Span("generate", start, start + 1.0)]
+    stages = structs.asdict(billed(behind(here, there)))
+    seconds = {"generate": 0.0} | seconds
+    seconds["generate"] += 1.0
+    assert stages == pytest.approx(
+        structs.asdict(Stages()) | {f"{stage}_s": taken for stage, taken in seconds.items()}, abs=1e-9
+    )
+
+
+def test_what_a_pipeline_hides_of_a_transmission_is_not_billed() -> None:
+    """Two chunks: the second is prefilled while the first crosses, and crosses while the first is decoded."""
+    spans = [
+        Span("prefill", 0, 2, chunk=0),
+        Span("transmit", 2, 5, chunk=0),
+        Span("prefill", 2, 4, chunk=1),
+        Span("transmit", 5, 8, chunk=1),
+        Span("decode", 5, 6, chunk=0),
+        Span("decode", 8, 9, chunk=1),
+    ]
+    assert billed(spans) == Stages(prefill_s=2, transmit_s=5, decode_s=2)
