@@ -118,6 +118,16 @@ def exact(value: float, pretty: Callable[[float], str], read: Callable[[str], fl
     return text if read(text) == value else positional(repr(value)) + unit
 
 
+def exact_rate(rate_bps: float) -> str:
+    """As `format_rate`, but every digit where four are not enough."""
+    return exact(rate_bps, format_rate, parse_rate, "bit")
+
+
+def exact_time(seconds: float) -> str:
+    """As `format_time`, but every digit where four are not enough."""
+    return exact(seconds, format_time, parse_time, "s")
+
+
 def format_rate(rate_bps: float) -> str:
     """50e6 -> ``"50mbit"``; reads back with `parse_rate` to four digits."""
     return _print(rate_bps, [(1e9, "gbit"), (1e6, "mbit"), (1e3, "kbit"), (1.0, "bit")])

@@ -182,7 +182,7 @@ def _profiles(scenario: Scenario, place: str) -> tuple[Profile, ...]:
 def _looked_up(place: str, read: Callable[[], Profile]) -> Profile:
     """A profile with its trace's file read, so that what is wrong with it is known before anything is built."""
     profile: Profile = _at(place, read)
-    _at(place, profile.schedules)
+    _at(place, lambda: [direction.schedule(way, 0.0) for way, direction in profile.ways.items()])
     return profile
 
 

@@ -25,7 +25,7 @@ from msgspec import structs
 from testbed import files
 from testbed.endpoints.protocol import Outcome, Stages, TrialResult
 from testbed.errors import StorageError, UsageError
-from testbed.units import exact, format_time, parse_time
+from testbed.units import exact_time
 
 FORMAT = 4
 
@@ -259,7 +259,7 @@ class RunDirectory:
         if isinstance(
             seconds := settings.get("timeout"), int | float
         ):  # as runs had it before units were asked for
-            return settings | {"timeout": exact(seconds, format_time, parse_time, "s")}
+            return settings | {"timeout": exact_time(seconds)}
         return settings
 
     def entries(self, name: str, key: str) -> list[Any]:

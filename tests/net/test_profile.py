@@ -339,9 +339,8 @@ def test_a_loss_models_mean_and_burst_are_those_of_its_chain(
     walked_mean, walked_burst = lost_in_a_row(model)
     assert model.mean == pytest.approx(mean if mean else walked_mean, rel=0.05)
     assert model.mean == pytest.approx(walked_mean, rel=0.06)
-    if isinstance(model, GilbertElliott):
-        assert model.burst == pytest.approx(burst if burst else walked_burst, rel=0.05)
-        assert model.burst == pytest.approx(walked_burst, rel=0.05)
+    assert model.chain().burst == pytest.approx(burst if burst else walked_burst, rel=0.05)
+    assert model.chain().burst == pytest.approx(walked_burst, rel=0.05)
 
 
 def test_a_queue_in_packets_is_counted_in_packets_of_the_profiles_mtu() -> None:

@@ -14,17 +14,17 @@ from testbed.net.profile.deliveries import Deliveries
 from testbed.net.profile.jitter import LAWS, JitterTable
 from testbed.net.profile.loss import LossModel
 from testbed.net.profile.schedule import Schedule
-from testbed.net.profile.trace import Trace
+from testbed.net.profile.trace import Trace, Way
 from testbed.units import (
     exact,
     exact_percentage,
+    exact_rate,
+    exact_time,
     format_fraction,
     format_rate,
     format_size,
     format_time,
-    parse_rate,
     parse_size,
-    parse_time,
 )
 
 LEAST_MTU, LARGEST_MTU = 576, 9000
@@ -77,18 +77,13 @@ class Queue:
         size = self._show(self.amount)
         if self.codel is None:
             return size
-        target, interval = time_text(self.codel.target_s), time_text(self.codel.interval_s)
+        target, interval = exact_time(self.codel.target_s), exact_time(self.codel.interval_s)
         return f"codel({size},target={target},interval={interval})"
-
-
-def time_text(seconds: float) -> str:
-    """A time, reading back as the same number."""
-    return exact(seconds, format_time, parse_time, "s")
 
 
 def _queue_text(amount: float, unit: str) -> str:
     if unit == "s":
-        return time_text(amount)
+        return exact_time(amount)
     if unit == "bytes":
         return exact(amount, format_size, parse_size, "b")
     number = f"{amount:g}" if float(f"{amount:g}") == amount else repr(amount)
@@ -177,31 +172,31 @@ class Direction:
             raise SpecError("reorder needs a delay that a packet can skip")
 
     def __str__(self) -> str:
-        parts = []
-        if self.rate_bps is not None:
-            parts.append("rate=" + exact(self.rate_bps, format_rate, parse_rate, "bit"))
-        if self.delay_s or self.trace is None:
-            parts.append("delay=" + time_text(self.delay_s))
-        if self.jitter_s or self.jitter_law != "normal" or self.jitter_reorders:
-            parts.append("jitter=" + self._jitter_text())
-        if self.loss_model is not None:
-            parts.append(f"loss={self.loss_model}")
-        elif self.loss:
-            parts.append("loss=" + exact_percentage(self.loss))
-        if self.queue != Queue():
-            parts.append(f"queue={self.queue}")
-        for name in ("duplicate", "corrupt", "reorder"):
-            if value := getattr(self, name):
-                parts.append(f"{name}={exact_percentage(value)}")
-        parts += ["ecn=yes"] if self.ecn else []
-        parts += [f"overhead={self.overhead_bytes}b"] if self.overhead_bytes else []
-        parts += [f"mtu={self.mtu}"] if self.mtu != MTU else []
-        parts += [f"seed={self.seed}"] if self.seed is not None else []
-        parts += [str(self.trace)] if self.trace is not None else []
-        return ",".join(parts)
+        conditions = [f"{key}={value}" for key, value in self._written().items()]
+        return ",".join(conditions + ([str(self.trace)] if self.trace is not None else []))
+
+    def _written(self) -> dict[str, str]:
+        """Key -> value, of all that is not as usual; without the trace."""
+        jitter = self.jitter_s or self.jitter_law != "normal" or self.jitter_reorders
+        texts = {
+            "rate": "" if self.rate_bps is None else exact_rate(self.rate_bps),
+            "delay": exact_time(self.delay_s) if self.delay_s or self.trace is None else "",
+            "jitter": self._jitter_text() if jitter else "",
+            "loss": exact_percentage(self.loss) if self.loss else "",
+            "queue": str(self.queue) if self.queue != Queue() else "",
+            "duplicate": exact_percentage(self.duplicate) if self.duplicate else "",
+            "corrupt": exact_percentage(self.corrupt) if self.corrupt else "",
+            "reorder": exact_percentage(self.reorder) if self.reorder else "",
+            "ecn": "yes" if self.ecn else "",
+            "overhead": f"{self.overhead_bytes}b" if self.overhead_bytes else "",
+            "mtu": str(self.mtu) if self.mtu != MTU else "",
+            "seed": "" if self.seed is None else str(self.seed),
+        }
+        texts |= {"loss": str(self.loss_model)} if self.loss_model is not None else {}
+        return {key: text for key, text in texts.items() if text}
 
     def _jitter_text(self) -> str:
-        spread, options = time_text(self.jitter_s), ["reorder"] if self.jitter_reorders else []
+        spread, options = exact_time(self.jitter_s), ["reorder"] if self.jitter_reorders else []
         if isinstance(self.jitter_law, JitterTable):
             return f"table({','.join([spread, f'file={self.jitter_law.path}', *options])})"
         if self.jitter_law == "normal" and not options:
@@ -211,37 +206,32 @@ class Direction:
     def beyond_the_basics(self) -> dict[str, str]:
         """What this asks for besides rate, delay, normal jitter, independent loss and a drop-tail queue: name ->
         how it is written. An emulator has to know of each, or refuse it."""
-        has = {
-            "jitter law": bool(self.jitter_s) and self.jitter_law != "normal",
-            "jitter reorder": bool(self.jitter_s) and self.jitter_reorders,
-            "loss model": self.loss_model is not None,
-            "codel": self.queue.codel is not None,
-            "duplicate": bool(self.duplicate),
-            "corrupt": bool(self.corrupt),
-            "reorder": bool(self.reorder),
-            "ecn": self.ecn,
-            "overhead": bool(self.overhead_bytes),
-            "mtu": self.mtu != MTU,
-            "seed": self.seed is not None,
+        written = self._written()
+        keys = {
+            "jitter law": "jitter" if self.jitter_s and self.jitter_law != "normal" else "",
+            "jitter reorder": "jitter" if self.jitter_s and self.jitter_reorders else "",
+            "loss model": "loss" if self.loss_model is not None else "",
+            "codel": "queue" if self.queue.codel is not None else "",
         }
-        key = {"jitter law": "jitter", "jitter reorder": "jitter", "loss model": "loss", "codel": "queue"}
-        fixed = split_conditions(str(replace(self, trace=None)))
-        written = dict(part.split("=", 1) for part in fixed)
-        found = {name: f"{key.get(name, name)}={written[key.get(name, name)]}" for name in has if has[name]}
-        return found | ({"trace": str(self.trace)} if self.trace is not None else {})
+        keys |= {name: name for name in ("duplicate", "corrupt", "reorder", "ecn", "overhead", "mtu", "seed")}
+        beyond = {name: f"{key}={written[key]}" for name, key in keys.items() if key in written}
+        return beyond | ({"trace": str(self.trace)} if self.trace is not None else {})
 
-    def schedule(self, way: Literal["up", "down"], origin_s: float) -> Schedule | Deliveries | None:
+    def schedule(self, way: Way, origin_s: float) -> Schedule | Deliveries | None:
         """What changes over time, beginning at `origin_s`; None: nothing does. Raises SpecError where the trace's file is
         missing or wrong, or says what is said here, too."""
         if self.trace is None:
             return None
-        made = self.trace.schedule(way, self.rate_bps, origin_s)
-        for name, there, here in (("delay", made.delays, self.delay_s), ("loss", made.losses, self.loss)):
+        schedule = self.trace.schedule(way, self.rate_bps, origin_s)
+        for name, there, here in (
+            ("delay", schedule.delays, self.delay_s),
+            ("loss", schedule.losses, self.loss),
+        ):
             if there is not None and here:
                 raise SpecError(f"{self.trace}: it gives the {name}; leave {name}= away")
-        return made
+        return schedule
 
-    def steady(self, way: Literal["up", "down"], *, peak: bool = False) -> Direction:
+    def steady(self, way: Way, *, peak: bool = False) -> Direction:
         """The same without what changes: its mean in its place, or with `peak` the largest rate. Raises as
         `schedule` does."""
         if self.trace is None:
@@ -256,7 +246,7 @@ class Direction:
             loss=self.loss or means.get("losses", 0.0),
         )
 
-    def mean_rate_bps(self, way: Literal["up", "down"]) -> float | None:
+    def mean_rate_bps(self, way: Way) -> float | None:
         """Bits per second over time, also below the least that a steady link can have; None: not limited."""
         return self.rate_bps if self.trace is None else self.trace.rates_bps(way, self.rate_bps)[0]
 
@@ -301,6 +291,11 @@ class Profile:
         return str(self.up) if self.up == self.down else f"up:{self.up};down:{self.down}"
 
     @property
+    def ways(self) -> dict[Way, Direction]:
+        """Each way's conditions."""
+        return {"up": self.up, "down": self.down}
+
+    @property
     def round_trip_s(self) -> float:
         """Both ways' one-way delays, seconds."""
         return self.up.delay_s + self.down.delay_s
@@ -310,19 +305,13 @@ class Profile:
         """Whether a trace is in force on one of the ways."""
         return self.up.trace is not None or self.down.trace is not None
 
-    def schedules(
-        self, origin_s: float = 0.0
-    ) -> tuple[Schedule | Deliveries | None, Schedule | Deliveries | None]:
-        """Both ways' `Direction.schedule`, which says what is raised."""
-        return self.up.schedule("up", origin_s), self.down.schedule("down", origin_s)
-
     def remarks(self) -> list[str]:
         """What is to be seen of its traces before they are used (`Trace.remarks`), once where both ways have the same."""
-        said = []
-        for way, direction in (("up", self.up), ("down", self.down)):
+        remarks = []
+        for way, direction in self.ways.items():
             if direction.trace is not None:
-                said += direction.trace.remarks(way, direction.rate_bps)  # type: ignore[arg-type]
-        return list(dict.fromkeys(said))
+                remarks += direction.trace.remarks(way, direction.rate_bps)
+        return list(dict.fromkeys(remarks))
 
     def steady(self, *, peak: bool = False) -> Profile:
         """The profile with means, or peak rates, in the place of what changes over time; see `Direction.steady`."""
@@ -330,10 +319,10 @@ class Profile:
             return self
         return replace(self, up=self.up.steady("up", peak=peak), down=self.down.steady("down", peak=peak))
 
-    def queue_bytes(self, way: Literal["up", "down"]) -> int | None:
+    def queue_bytes(self, way: Way) -> int | None:
         """See `Direction.queue_bytes`; BDPs and times of a rate that changes are those of its mean."""
         steady = self.steady()
-        return (steady.up if way == "up" else steady.down).queue_bytes(steady.round_trip_s)
+        return steady.ways[way].queue_bytes(steady.round_trip_s)
 
     def bdp_bytes(self) -> float:
         """Bandwidth-delay product of the faster way at its fastest, bytes; 0 where the rate is not limited."""

@@ -25,7 +25,7 @@ class Deliveries:
     """
 
     rates = delays = losses = None
-    loop = True
+    gives_rate = loop = True
 
     def __init__(
         self,
@@ -39,10 +39,6 @@ class Deliveries:
         self._length_ms = times_ms[-1]
         self._round_bytes = len(times_ms) * opportunity_bytes
         self.length_s = self._length_ms * MILLISECOND
-        self.start(origin_s)
-
-    def start(self, origin_s: float) -> None:
-        """The trace begins at this time."""
         self.origin_s = origin_s
         self._zero = origin_s - self.offset_s
         self._index = self._round = 0
@@ -113,7 +109,6 @@ class Deliveries:
         return self._zero + (rounds * self._length_ms + self.times_ms[index]) * MILLISECOND
 
     def pack(self, file: BinaryIO) -> dict[str, Any]:
-        """See `Schedule.pack`."""
         write(file, "I", self.times_ms)
         return {
             "kind": "deliveries",
@@ -137,8 +132,8 @@ class Milliseconds(Sequence[float]):
 
     def __getitem__(self, index: Any) -> Any:
         """Seconds; of a slice, a list of them."""
-        found = self.ms[index]
-        return found / 1000 if isinstance(found, int) else [ms / 1000 for ms in found]
+        held = self.ms[index]
+        return held / 1000 if isinstance(held, int) else [ms / 1000 for ms in held]
 
 
 def write(file: BinaryIO, code: str, numbers: Sequence[float]) -> None:

@@ -14,22 +14,12 @@ import msgspec
 
 from testbed.errors import SpecError, UnitError
 from testbed.net.profile.recordings.recording import MAX_SECONDS, Samples
-from testbed.units import exact, format_rate, format_time, parse_rate, parse_time
+from testbed.units import exact_rate, exact_time, format_rate, format_time, parse_rate, parse_time
 
 _FINEST_S = 0.01  # of the steps a sine is made of
 _MOST_STEPS = 4000
 _MAX_RATE_BPS = 100e9
 _SHORTEST_S = 1e-3
-
-
-def exact_rate(rate_bps: float) -> str:
-    """As `format_rate`, but every digit where four are not enough."""
-    return exact(rate_bps, format_rate, parse_rate, "bit")
-
-
-def exact_time(seconds: float) -> str:
-    """As `format_time`, but every digit where four are not enough."""
-    return exact(seconds, format_time, parse_time, "s")
 
 
 def _rate(text: str) -> float:
@@ -55,8 +45,8 @@ def _time(text: str, what: str, low: float = _SHORTEST_S) -> float:
 
 
 def _halves(text: str, mark: str, example: str) -> tuple[str, str]:
-    left, found, right = text.partition(mark)
-    if not found:
+    left, separator, right = text.partition(mark)
+    if not separator:
         raise SpecError(f"{text.strip()[:40]!r}: write it as {example}")
     return left, right
 
@@ -66,11 +56,9 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
 
     parts: tuple[tuple[float, float], ...]  # (bits per second, seconds)
     kind: ClassVar[str] = "step"
-    gives_rate: ClassVar[bool] = True
 
     @classmethod
     def parse(cls, text: str) -> Step:
-        """Raises SpecError."""
         parts = []
         for part in text.split("+"):
             rate, seconds = _halves(part, "*", "step:50mbit*10s+5mbit*5s")
@@ -81,7 +69,6 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
         return "step:" + "+".join(f"{exact_rate(rate)}*{exact_time(seconds)}" for rate, seconds in self.parts)
 
     def samples(self, rate_bps: float | None) -> Samples:
-        """See `Trace.schedule`."""
         times, now = array("d"), 0.0
         for _, seconds in self.parts:
             times.append(now)
@@ -96,24 +83,21 @@ class Sine(msgspec.Struct, frozen=True, tag="sine"):
     high_bps: float
     period_s: float
     kind: ClassVar[str] = "sine"
-    gives_rate: ClassVar[bool] = True
 
     @classmethod
     def parse(cls, text: str) -> Sine:
-        """Raises SpecError."""
         example = "sine:10mbit..50mbit*20s"
         rates, period = _halves(text, "*", example)
         low, high = _halves(rates, "..", example)
-        made = cls(_rate(low), _rate(high), _time(period, "a sine's period", 4 * _FINEST_S))
-        if made.low_bps > made.high_bps:
+        sine = cls(_rate(low), _rate(high), _time(period, "a sine's period", 4 * _FINEST_S))
+        if sine.low_bps > sine.high_bps:
             raise SpecError(f"sine: {low.strip()} is more than {high.strip()}; the lower rate comes first")
-        return made
+        return sine
 
     def __str__(self) -> str:
         return f"sine:{exact_rate(self.low_bps)}..{exact_rate(self.high_bps)}*{exact_time(self.period_s)}"
 
     def samples(self, rate_bps: float | None) -> Samples:
-        """See `Trace.schedule`."""
         steps = min(_MOST_STEPS, round(self.period_s / _FINEST_S))
         middle, swing = (self.low_bps + self.high_bps) / 2, (self.high_bps - self.low_bps) / 2
         rates = [(middle + swing * sin(2 * pi * (i + 0.5) / steps)) / 8 for i in range(steps)]
@@ -129,21 +113,19 @@ class Outage(msgspec.Struct, frozen=True, tag="outage"):
     at_s: float = 0.0
     every_s: float | None = None
     kind: ClassVar[str] = "outage"
-    gives_rate: ClassVar[bool] = False
 
     @classmethod
     def parse(cls, text: str) -> Outage:
-        """Raises SpecError."""
         rest, _, every = text.partition("/")
         seconds, _, at = rest.partition("@")
-        made = cls(
+        outage = cls(
             _time(seconds, "an outage"),
             _time(at, "an outage's beginning", 0.0) if at.strip() else 0.0,
             _time(every, "the time from one outage to the next") if every.strip() else None,
         )
-        if made.every_s is not None and made.at_s + made.seconds >= made.every_s:
+        if outage.every_s is not None and outage.at_s + outage.seconds >= outage.every_s:
             raise SpecError("outage: it would not be over when the next one begins")
-        return made
+        return outage
 
     def __str__(self) -> str:
         at = f"@{exact_time(self.at_s)}" if self.at_s else ""
@@ -152,7 +134,6 @@ class Outage(msgspec.Struct, frozen=True, tag="outage"):
         )
 
     def samples(self, rate_bps: float | None) -> Samples:
-        """See `Trace.schedule`."""
         end = self.at_s + self.seconds
         length = self.every_s if self.every_s is not None else end + _SHORTEST_S
         up = inf if rate_bps is None else rate_bps / 8
@@ -166,11 +147,9 @@ class Flap(msgspec.Struct, frozen=True, tag="flap"):
     up_s: float
     down_s: float
     kind: ClassVar[str] = "flap"
-    gives_rate: ClassVar[bool] = False
 
     @classmethod
     def parse(cls, text: str) -> Flap:
-        """Raises SpecError."""
         up, down = _halves(text, "/", "flap:10s/1s, the time it is up and the time it is down")
         return cls(_time(up, "the time it is up"), _time(down, "the time it is down"))
 
@@ -178,6 +157,5 @@ class Flap(msgspec.Struct, frozen=True, tag="flap"):
         return f"flap:{exact_time(self.up_s)}/{exact_time(self.down_s)}"
 
     def samples(self, rate_bps: float | None) -> Samples:
-        """See `Trace.schedule`."""
         up = inf if rate_bps is None else rate_bps / 8
         return Samples(array("d", [0.0, self.up_s]), self.up_s + self.down_s, array("f", [up, 0.0]))

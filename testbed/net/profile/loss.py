@@ -8,11 +8,15 @@ probabilities or by what one measures: the mean loss and the mean length of a bu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from testbed.errors import SpecError
 from testbed.units import exact_percentage, format_fraction
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _NOTHING = 1e-9  # what rounding leaves of zero
 
@@ -26,25 +30,28 @@ class Chain:
 
     def reached(self) -> Chain:
         """Without the states that are never visited."""
-        found = [0]
-        for state in found:
-            found += [other for other, p in enumerate(self.steps[state]) if p and other not in found]
-        steps = tuple(tuple(self.steps[i][j] for j in found) for i in found)
-        return Chain(steps, tuple(self.losses[i] for i in found))
+        states = [0]
+        for state in states:
+            states += [other for other, p in enumerate(self.steps[state]) if p and other not in states]
+        steps = tuple(tuple(self.steps[i][j] for j in states) for i in states)
+        return Chain(steps, tuple(self.losses[i] for i in states))
 
     @property
     def burst(self) -> float | None:
         """Mean number of packets lost in a row, in the long run; None where it never ends or never begins."""
-        lost = sum(p * loss for p, loss in zip(self._visits(), self.losses, strict=True))
-        again = self._together(1)
-        return lost / (lost - again) if lost - again > _NOTHING * lost else None
+        import numpy as np  # takes a while to import
+
+        losses = np.array(self.losses)
+        lost = self._visits() * losses
+        once, twice = float(lost.sum()), float(lost @ np.array(self.steps) @ losses)
+        return once / (once - twice) if once - twice > _NOTHING * once else None
 
     @property
     def spread(self) -> float:
         """How much more the number of lost packets varies, in variance, than if each were lost on its own; at least for many."""
-        import numpy as np  # takes a while to import
+        import numpy as np
 
-        visits, losses = np.array(self._visits()), np.array(self.losses)
+        visits, losses = self._visits(), np.array(self.losses)
         mean = float(visits @ losses)
         if not 0 < mean < 1:
             return 1.0
@@ -54,20 +61,13 @@ class Chain:
         common = (visits * losses) @ (steps @ fundamental) @ (losses - mean)
         return max(0.0, 1 + 2 * float(common) / (mean * (1 - mean)))
 
-    def _together(self, apart: int) -> float:
-        # The probability that a packet and the one so many behind it are both lost.
-        now = [p * loss for p, loss in zip(self._visits(), self.losses, strict=True)]
-        for _ in range(apart):
-            now = [sum(p * row[i] for p, row in zip(now, self.steps, strict=True)) for i in range(len(now))]
-        return sum(p * loss for p, loss in zip(now, self.losses, strict=True))
-
-    def _visits(self) -> tuple[float, ...]:
+    def _visits(self) -> np.ndarray:
         import numpy as np
 
         # The share of packets in each state: what a step does not change, and sums up to one.
         n = len(self.losses)
         balance = np.vstack([np.array(self.steps).T - np.eye(n), np.ones(n)])
-        return tuple(float(x) for x in np.linalg.lstsq(balance, np.array([0.0] * n + [1.0]), rcond=None)[0])
+        return np.linalg.lstsq(balance, np.array([0.0] * n + [1.0]), rcond=None)[0]
 
 
 _LEAST = 1e-9  # the kernel's probabilities come in steps of 2.3e-10
@@ -130,18 +130,6 @@ class GilbertElliott(msgspec.Struct, frozen=True, tag="gilbert"):
         """The fraction lost in the long run."""
         bad = self.p / (self.p + self.r)
         return bad * self.bad_loss + (1 - bad) * self.good_loss
-
-    @property
-    def burst(self) -> float | None:
-        """Mean number of packets lost in a row, in the long run; None where it never ends or never begins."""
-        # P(lost, then lost) over P(lost) is the chance that a loss is followed by another.
-        bad = self.p / (self.p + self.r)
-        after_bad = self.r * self.good_loss + (1 - self.r) * self.bad_loss
-        after_good = self.p * self.bad_loss + (1 - self.p) * self.good_loss
-        if self.mean == 0:
-            return None
-        again = (bad * self.bad_loss * after_bad + (1 - bad) * self.good_loss * after_good) / self.mean
-        return 1 / (1 - again) if again < 1 else None
 
     def chain(self) -> Chain:
         """Its states as packets meet them: the loss is drawn before the step."""
@@ -208,11 +196,6 @@ class FourState(msgspec.Struct, frozen=True, tag="states"):
         one = (1 - self.p13 - self.p14, 0.0, self.p13, self.p14)
         two, three = (0.0, 1 - self.p23, self.p23, 0.0), (self.p31, self.p32, 1 - self.p31 - self.p32, 0.0)
         return Chain((one, two, three, (1.0, 0.0, 0.0, 0.0)), (0.0, 0.0, 1.0, 1.0)).reached()
-
-    @property
-    def burst(self) -> float | None:
-        """Mean number of packets lost in a row, in the long run; None where it never ends or never begins."""
-        return self.chain().burst
 
     def __str__(self) -> str:
         parts = [f"p13={exact_percentage(self.p13)}", f"p31={exact_percentage(self.p31)}"]

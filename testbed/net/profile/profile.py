@@ -37,7 +37,7 @@ from testbed.net.profile.conditions import (
 from testbed.net.profile.jitter import LAWS, read_table
 from testbed.net.profile.loss import FourState, GilbertElliott
 from testbed.net.profile.presets import PRESETS
-from testbed.net.profile.trace import is_trace, parse_trace
+from testbed.net.profile.trace import WAYS, Way, is_trace, parse_trace
 from testbed.strict_yaml import did_you_mean
 from testbed.units import parse_percentage, parse_rate, parse_size, parse_time
 
@@ -90,9 +90,9 @@ class Call:
 
     def flag(self, word: str) -> bool:
         """Whether the bare word stands there."""
-        found = word in self._plain
+        present = word in self._plain
         self._plain = [item for item in self._plain if item != word]
-        return found
+        return present
 
     def done(self, *known: str) -> None:
         """Nothing else may have been written."""
@@ -299,10 +299,10 @@ def _is_inline(text: str) -> bool:
     return "=" in text or is_trace(text)
 
 
-def _half(text: str, way: str) -> Direction:
+def _half(text: str, way: Way) -> Direction:
     if _is_inline(text):
         return _inline(text)
-    return getattr(_preset(text), way)
+    return _preset(text).ways[way]
 
 
 def _profile(up: Direction, down: Direction) -> Profile:
@@ -321,12 +321,13 @@ def parse_profile(text: str) -> Profile:
                 return _preset(stripped)
             both = _inline(stripped)
             return _profile(both, both)
-        halves: dict[str, Direction] = {}
+        halves: dict[Way, Direction] = {}
         for part in stripped.split(";"):
-            way, colon, rest = (piece.strip() for piece in part.partition(":"))
-            if way not in ("up", "down") or not colon or way in halves:
+            written, colon, rest = part.partition(":")
+            way = next((way for way in WAYS if way == written.strip()), None)
+            if way is None or not colon or way in halves:
                 raise SpecError("write the two ways as up:…;down:…, each once")
-            halves[way] = _half(rest, way)
+            halves[way] = _half(rest.strip(), way)
         if len(halves) < 2:
             raise SpecError("one way is missing; write both, as up:…;down:…")
         return _profile(halves["up"], halves["down"])
@@ -356,7 +357,7 @@ def profile_from(value: Any, where: str) -> Profile:
         raise SpecError(f"{where}: {error}") from None
 
 
-def _way_from(value: Any, way: str) -> Direction:
+def _way_from(value: Any, way: Way) -> Direction:
     try:
         if isinstance(value, str):
             return _half(value, way)

@@ -32,8 +32,6 @@ class Schedule:
     `origin_s`.
     """
 
-    opportunity_bytes = None
-
     def __init__(
         self,
         times: Sequence[float],
@@ -51,14 +49,15 @@ class Schedule:
         self.rates, self.delays, self.losses = rates, delays, losses
         self.scale, self.loop, self.offset_s = scale, loop, offset_s
         self._dead = rates is not None and not (scale and max(rates) > 0)
-        self.start(origin_s)
-
-    def start(self, origin_s: float) -> None:
-        """The trace begins at this time."""
         self.origin_s = origin_s
         self._zero = origin_s - self.offset_s
         self._sending = _Cursor(self.times, self.length_s, self.loop)
         self._looking = _Cursor(self.times, self.length_s, self.loop)
+
+    @property
+    def gives_rate(self) -> bool:
+        """Whether it says how fast a link sends."""
+        return self.rates is not None
 
     def finish(self, begin_s: float, size: float) -> float:
         """When *size* bytes have been sent whose first is sent no earlier than *begin_s*; inf: never.

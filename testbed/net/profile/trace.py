@@ -26,7 +26,7 @@ import msgspec
 from testbed.errors import SpecError, UnitError
 from testbed.net.profile import lookup
 from testbed.net.profile.deliveries import Deliveries
-from testbed.net.profile.generators import Flap, Outage, Sine, Step, exact_time
+from testbed.net.profile.generators import Flap, Outage, Sine, Step
 from testbed.net.profile.recordings.files import read_recording
 from testbed.net.profile.recordings.recording import (
     MAX_SECONDS,
@@ -37,9 +37,11 @@ from testbed.net.profile.recordings.recording import (
 )
 from testbed.net.profile.schedule import Schedule
 from testbed.strict_yaml import did_you_mean
-from testbed.units import format_rate, format_time, parse_time
+from testbed.units import exact_time, format_rate, format_time, parse_time
 
 Way = Literal["up", "down"]
+WAYS: tuple[Way, ...] = ("up", "down")
+"""Of a link: from its first-named node to its second, and back."""
 _SHIPPED = Path(__file__).parents[2] / "scenarios"
 _OPTIONS = ("scale", "offset", "end", "column")
 _COLUMNS = {"up": "up", "ul": "up", "down": "down", "dl": "down"}
@@ -58,7 +60,6 @@ class File(msgspec.Struct, frozen=True, tag="file"):
 
     @classmethod
     def parse(cls, text: str) -> File:
-        """Raises SpecError."""
         if not text or _UNWRITABLE & set(text):
             raise SpecError(
                 f"{text[:40]!r} cannot be a trace's file: give one without brackets, commas and semicolons"
@@ -121,26 +122,26 @@ class Trace:
         *rate_bps* is given, too."""
         if not isinstance(self.source, File):
             return self.source.samples(rate_bps)
-        found = read_recording(self.source.found(), self.column or way)
-        if rate_bps is not None and (isinstance(found, DeliveryTimes) or found.rates is not None):
+        recording = read_recording(self.source.found(), self.column or way)
+        if rate_bps is not None and (isinstance(recording, DeliveryTimes) or recording.rates is not None):
             raise SpecError(f"{self}: it gives the rate; leave rate= away, or change it with scale")
-        return found
+        return recording
 
     def schedule(self, way: Way, rate_bps: float | None, origin_s: float = 0.0) -> Schedule | Deliveries:
         """What an emulator follows from *origin_s* on; `recording` says what is raised, and so does an option that cannot be."""
-        found = self.recording(way, rate_bps)
-        if isinstance(found, DeliveryTimes):
+        recording = self.recording(way, rate_bps)
+        if isinstance(recording, DeliveryTimes):
             if self.end == "hold":
                 raise SpecError(f"{self}: packet deliveries have no last value to hold; they can loop")
             return Deliveries(
-                found.times_ms, OPPORTUNITY_BYTES * self.scale, offset_s=self.offset_s, origin_s=origin_s
+                recording.times_ms, OPPORTUNITY_BYTES * self.scale, offset_s=self.offset_s, origin_s=origin_s
             )
         return Schedule(
-            found.times,
-            found.length_s,
-            rates=found.rates,
-            delays=found.delays,
-            losses=found.losses,
+            recording.times,
+            recording.length_s,
+            rates=recording.rates,
+            delays=recording.delays,
+            losses=recording.losses,
             scale=self.scale,
             loop=self.end == "loop" and not self._once,
             offset_s=self.offset_s,
@@ -157,36 +158,38 @@ class Trace:
 
         One outage that does not come again is left out of the mean: over a long time it is nothing.
         """
-        found = self.recording(way, rate_bps)
-        if isinstance(found, DeliveryTimes):
-            return found.mean_rate * 8 * self.scale, found.peak_rate * 8 * self.scale
-        if found.rates is None or found.peak_rate == float("inf"):
+        recording = self.recording(way, rate_bps)
+        if isinstance(recording, DeliveryTimes):
+            return recording.mean_rate * 8 * self.scale, recording.peak_rate * 8 * self.scale
+        if recording.rates is None or recording.peak_rate == float("inf"):
             return rate_bps, rate_bps
-        peak = found.peak_rate * 8 * self.scale
-        return peak if self._once else self._mean(found, "rates") * 8 * self.scale, peak
+        peak = recording.peak_rate * 8 * self.scale
+        return peak if self._once else self._mean(recording, "rates") * 8 * self.scale, peak
 
     def means(self, way: Way, rate_bps: float | None) -> dict[str, float]:
         """The mean ``delays`` (seconds) and ``losses`` (fractions) of what gives them, weighted by time: over the whole trace
         where it loops, over what there is from the offset on where its last values hold in the end."""
-        found = self.recording(way, rate_bps)
-        columns = [name for name in ("delays", "losses") if getattr(found, name, None) is not None]
-        return {name: self._mean(found, name) for name in columns if isinstance(found, Samples)}
+        recording = self.recording(way, rate_bps)
+        columns = [name for name in ("delays", "losses") if getattr(recording, name, None) is not None]
+        return {name: self._mean(recording, name) for name in columns if isinstance(recording, Samples)}
 
-    def _mean(self, found: Samples, column: str) -> float:
-        return found.mean(column, 0.0 if self.end == "loop" else self.offset_s)
+    def _mean(self, recording: Samples, column: str) -> float:
+        return recording.mean(column, 0.0 if self.end == "loop" else self.offset_s)
 
     def remarks(self, way: Way, rate_bps: float | None) -> list[str]:
         """What is to be seen before a recording is used: its length, its mean rate, and what is odd. Nothing of a rule."""
         if not isinstance(self.source, File):
             return []
-        found, rate = self.recording(way, rate_bps), self.rates_bps(way, rate_bps)[0]
-        said = f"{self}: {format_time(found.length_s)} long"
-        said += "" if rate is None else f", {format_rate(rate)} on average"
-        if isinstance(found, DeliveryTimes) and found.length_s < _SHORT_S:
+        recording, rate = self.recording(way, rate_bps), self.rates_bps(way, rate_bps)[0]
+        remark = f"{self}: {format_time(recording.length_s)} long"
+        remark += "" if rate is None else f", {format_rate(rate)} on average"
+        if isinstance(recording, DeliveryTimes) and recording.length_s < _SHORT_S:
             return [
-                f"{said}; shorter than a second, again and again: are these delays, and no times of deliveries?"
+                f"{remark}; shorter than a second, again and again: are these delays, and no times of deliveries?"
             ]
-        return [said + ("; shorter than a second, again and again" if found.length_s < _SHORT_S else "")]
+        return [
+            remark + ("; shorter than a second, again and again" if recording.length_s < _SHORT_S else "")
+        ]
 
 
 def is_trace(text: str) -> bool:

@@ -44,11 +44,11 @@ def read_recording(path: Path, way: str) -> Recording:
         raise SpecError(f"trace {path}: larger than {MAX_FILE_BYTES >> 20} MiB")
     ways = _ways(path.absolute(), status.st_mtime_ns, status.st_size)
     if way not in ways:
-        one = next(iter(ways.values()), None)
-        if isinstance(one, DeliveryTimes):
-            ways[way] = one  # such a file says nothing of ways
+        other = next(iter(ways.values()), None)
+        if isinstance(other, DeliveryTimes):
+            ways[way] = other  # such a file says nothing of ways
         else:
-            ways[way] = _sharing(_read(path, way), one)
+            ways[way] = _sharing(_read(path, way), other)
     return ways[way]
 
 
@@ -120,16 +120,16 @@ def _add_times(times: array[int], text: bytes, last: int, lines: int, path: Path
     if text and not text.translate(None, b"0123456789\n"):
         import numpy as np  # an hour is millions of lines: seven times as fast as int()
 
-        found = np.fromstring(text, dtype=np.int64, sep="\n")
-        complete = len(found) == text.count(b"\n") + 1
+        numbers = np.fromstring(text, dtype=np.int64, sep="\n")
+        complete = len(numbers) == text.count(b"\n") + 1
         if (
             complete
-            and found[0] >= last
-            and found[-1] <= MAX_SECONDS * 1e3
-            and not (np.diff(found) < 0).any()
+            and numbers[0] >= last
+            and numbers[-1] <= MAX_SECONDS * 1e3
+            and not (np.diff(numbers) < 0).any()
         ):
-            times.frombytes(found.astype(np.uint32).tobytes())
-            return int(found[-1])
+            times.frombytes(numbers.astype(np.uint32).tobytes())
+            return int(numbers[-1])
     for number, line in enumerate(text.split(b"\n"), lines + 1):
         if says_nothing(line):
             continue

@@ -146,7 +146,7 @@ def _header(
         ]
         return lambda fields: _stamp(fields[at]), chosen
     time: tuple[int, float] | None = None
-    found: dict[str, dict[str | None, _Column]] = {"rate": {}, "delay": {}, "loss": {}}
+    by_kind: dict[str, dict[str | None, _Column]] = {"rate": {}, "delay": {}, "loss": {}}
     for index, name in enumerate(names):
         if name.startswith("time_") and name[5:] in _TIME_UNITS:
             if time is not None:
@@ -165,14 +165,14 @@ def _header(
             raise refuse(f"column {name!r} does not say its unit; call it for example {units[kind]}")
         if match is None or match[3] not in _UNITS[match[1]]:
             raise refuse(f"unknown column {name[:40]!r}{did_you_mean(name[:40], _EXAMPLES)}")
-        if match[2] in found[match[1]]:
+        if match[2] in by_kind[match[1]]:
             raise refuse(f"two columns give the {match[1]}")
-        found[match[1]][match[2]] = _Column(index, name, match[1], _UNITS[match[1]][match[3]])
+        by_kind[match[1]][match[2]] = _Column(index, name, match[1], _UNITS[match[1]][match[3]])
     if time is None:
         raise refuse("no column gives the time: time_s, time_ms or time_us")
-    columns = [of[way] if way in of else of[None] for of in found.values() if way in of or None in of]
+    columns = [of[way] if way in of else of[None] for of in by_kind.values() if way in of or None in of]
     if not columns:
-        other = any(found.values())
+        other = any(by_kind.values())
         raise refuse(
             f"nothing is said of the way {way}; with column=up or column=down it can have the other's"
             if other
