@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from array import array
@@ -18,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.net.emulators.relay.conditions import Conditions
-from testbed.net.emulators.relay.jitter import pack
+from testbed.net.emulators.relay.impairments.delay import pack
 from testbed.net.emulators.relay.line import Line
-from testbed.net.emulators.relay.serving import PACKAGE
 from testbed.net.emulators.relay.userspace import PROGRAM
 from testbed.net.profile.deliveries import Deliveries
 from testbed.net.profile.jitter import table
 from testbed.net.profile.schedule import Schedule
+from testbed.net.program import command
 
 FRAME = bytes(24 + 1250)  # 10,000 bits behind the headers: 1 ms at 10 Mbit/s
 
@@ -73,14 +71,14 @@ def test_a_saturated_line_delivers_its_rate_however_late_the_process_looks():
         line.line.enter(FRAME, number * 0.0005)
     line.line.advance(0.7301)  # one look, long after most departures
     # The first leaves at 5 + 1 ms, then one every millisecond: by 730.1 ms, 725 have left.
-    assert line.line.delivered == 725
+    assert line.line.counted.delivered == 725
     assert line.line.leaves == pytest.approx(0.731)
 
 
 def test_what_finds_the_queue_full_is_dropped_and_the_packet_being_sent_does_not_count():
     line = Recorder(rate_bps=10e6, queue_bytes=2 * 1250)
     assert len(line.departures([(0.0, FRAME)] * 5)) == 3  # one being sent, two waiting
-    assert line.line.dropped_queue == 2
+    assert line.line.counted.dropped_queue == 2
 
 
 def test_the_queue_is_counted_in_bytes_so_small_packets_fit_where_large_ones_do_not():
@@ -138,7 +136,7 @@ def test_a_new_rate_holds_for_what_is_being_sent_and_what_waits():
     line.line.apply(asked(rate_bps=10e6, queue_bytes=100_000), 0.005)  # half of the first is left: 0.5 ms
     assert line.line.leaves == pytest.approx(0.0055)
     line.line.advance(0.0076)
-    assert line.line.delivered == 3
+    assert line.line.counted.delivered == 3
 
 
 def test_a_shorter_delay_does_not_let_packets_overtake():
@@ -159,7 +157,12 @@ def test_what_a_line_is_cleared_of_is_counted_as_no_loss_and_delays_nothing_that
     line.enter(FRAME, 0.01)
     assert line.leaves == pytest.approx(0.01 + 0.015 + 0.001)
     line.advance(1.0)
-    assert (line.delivered, line.cleared, line.dropped_loss, line.dropped_queue) == (1, 3, 0, 0)
+    assert (
+        line.counted.delivered,
+        line.counted.cleared,
+        line.counted.dropped_loss,
+        line.counted.dropped_queue,
+    ) == (1, 3, 0, 0)
     assert (line.under_way, line.held_bytes, line.waiting_bytes) == (0, 0, 0)
 
 
@@ -170,16 +173,7 @@ def test_a_frame_that_cannot_be_delivered_is_counted_and_ends_nothing():
     line = Line(refuse, 1)
     line.enter(FRAME, 0.0)
     line.advance(1.0)
-    assert (line.overrun, line.delivered) == (1, 0)
-
-
-def start_relay(orders: dict[str, Any], passed: list[int]) -> subprocess.Popen[bytes]:
-    """The relay as a program, its orders in a file of memory."""
-    with os.fdopen(os.memfd_create("orders"), "wb", buffering=0) as file:
-        file.write(json.dumps(orders).encode())
-        file.seek(0)
-        argv = [sys.executable, "-I", "-S", "-c", PROGRAM, str(PACKAGE), str(file.fileno())]
-        return subprocess.Popen(argv, pass_fds=(*passed, file.fileno()))
+    assert (line.counted.overrun, line.counted.delivered) == (1, 0)
 
 
 def test_a_schedule_gives_the_rate_and_an_outage_makes_everything_wait():
@@ -189,7 +183,7 @@ def test_a_schedule_gives_the_rate_and_an_outage_makes_everything_wait():
     left = [time_s for time_s, _ in line.departures(arrivals)]
     # The first has 1 ms at 10 Mbit/s; of the others, one is being sent and two wait, at 10 ms each from 6 s on.
     assert left == pytest.approx([0.9995, 6.01, 6.02, 6.03])
-    assert line.line.dropped_queue == 6
+    assert line.line.counted.dropped_queue == 6
 
 
 def test_an_outage_does_not_fill_the_memory_with_what_the_queue_has_no_room_for():
@@ -227,21 +221,33 @@ def test_a_schedule_that_begins_or_ends_while_a_packet_is_sent_takes_over_what_i
 
 
 class Process:
-    """A relay process between two datagram socket pairs: no TAP, no namespace, no root."""
+    """A relay process between datagram socket pairs, two for each link: no namespace, no root."""
 
-    def __init__(self, **changes: Any) -> None:
-        self.a, tap_a = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.b, tap_b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    def __init__(self, *links: dict[str, Any], listener: socket.socket | None = None) -> None:
+        """*links*: what l0, l1, … are under on their way up. *listener* takes the place of a control socket of its own."""
         self.control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        tap_a.setblocking(False)
-        tap_b.setblocking(False)
-        for sock in (self.a, self.b, self.control):
-            sock.settimeout(10)
-        link = {"port_a": tap_a.fileno(), "port_b": tap_b.fileno(), "seed": 1}
-        link |= {"conditions": {"up": conditions(**changes), "down": conditions(**changes)}}
-        orders = {"control": control.fileno(), "listening": False, "links": {"l0": link}}
-        self.process = start_relay(orders, [tap_a.fileno(), tap_b.fileno(), control.fileno()])
-        for sock in (tap_a, tap_b, control):
+        self.control.settimeout(10)
+        self.ends, inner, described = [], [control], {}
+        for number, up in enumerate(links):
+            (a, port_a), (b, port_b) = (
+                socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2)
+            )
+            for end, port in ((a, port_a), (b, port_b)):
+                end.settimeout(10)
+                port.setblocking(False)
+            self.ends.append((a, b))
+            inner += [port_a, port_b]
+            ports = {"port_a": port_a.fileno(), "port_b": port_b.fileno(), "seed": 1}
+            described[f"l{number}"] = ports | {"conditions": {"up": conditions(**up), "down": conditions()}}
+        self.a, self.b = self.ends[0]
+        orders = {"control": (listener or control).fileno(), "listening": bool(listener), "links": described}
+        passed = [sock.fileno() for sock in (*inner, *([listener] if listener else []))]
+        with os.fdopen(os.memfd_create("orders"), "wb", buffering=0) as file:
+            file.write(json.dumps(orders).encode())
+            file.seek(0)
+            argv = command(PROGRAM, str(file.fileno()))
+            self.process = subprocess.Popen(argv, pass_fds=(*passed, file.fileno()))
+        for sock in inner:
             sock.close()
 
     def ask(self, **order: Any) -> dict[str, Any]:
@@ -254,12 +260,12 @@ class Process:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
-        for sock in (self.a, self.b, self.control):
+        for sock in (self.control, *(end for ends in self.ends for end in ends)):
             sock.close()
 
 
 def test_the_process_relays_both_ways_and_counts_each():
-    with Process(delay_s=0.01) as running:
+    with Process({"delay_s": 0.01}) as running:
         started = time.monotonic()
         running.a.send(FRAME)
         assert running.b.recv(2000) == FRAME
@@ -272,7 +278,7 @@ def test_the_process_relays_both_ways_and_counts_each():
 
 
 def test_the_process_takes_schedules_over_its_socket():
-    with Process() as running, tempfile.TemporaryFile() as file:
+    with Process({}) as running, tempfile.TemporaryFile() as file:
         made = Schedule([0.0, 0.3], 1.0, rates=[0.0, 1e9], loop=False, origin_s=time.monotonic())
         up = conditions(schedule=made.pack(file) | {"file": 0})
         file.flush()
@@ -285,7 +291,7 @@ def test_the_process_takes_schedules_over_its_socket():
 
 
 def test_the_process_changes_conditions_when_told():
-    with Process() as running:
+    with Process({}) as running:
         running.ask(do="apply", conditions={"up": conditions(loss=1.0), "down": conditions()})
         running.a.send(FRAME)
         running.b.send(FRAME)
@@ -295,7 +301,7 @@ def test_the_process_changes_conditions_when_told():
 
 @pytest.mark.parametrize("end", ["stop", "closed", "nonsense"])
 def test_the_process_ends_when_told_or_when_its_owner_is_gone(end: str):
-    with Process() as running:
+    with Process({}) as running:
         if end == "stop":
             running.ask(do="stop")
         elif end == "closed":
@@ -306,72 +312,31 @@ def test_the_process_ends_when_told_or_when_its_owner_is_gone(end: str):
 
 
 def test_the_process_outlives_an_order_it_cannot_read_on_a_listening_socket(tmp_path):
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(str(tmp_path / "s"))
-    listener.listen()
-    ends = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2)]
-    for _, inner in ends:
-        inner.setblocking(False)
-    link = {"port_a": ends[0][1].fileno(), "port_b": ends[1][1].fileno(), "seed": None}
-    link |= {"conditions": {"up": conditions(), "down": conditions()}}
-    orders = {"control": listener.fileno(), "listening": True, "links": {"l0": link}}
-    process = start_relay(orders, [link["port_a"], link["port_b"], listener.fileno()])
-    try:
-        for message in (b"{}", b"[1]", os.urandom(100), b'{"do": "counters", "link": "l0"}'):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
-                client.settimeout(10)
-                client.connect(str(tmp_path / "s"))
-                client.send(message)
-                answer = client.recv(65536)
-        assert json.loads(answer)["up"]["packets"] == 0
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        listener.close()
-        for pair in ends:
-            for sock in pair:
-                sock.close()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        with Process({}, listener=listener):
+            for message in (b"{}", b"[1]", os.urandom(100), b'{"do": "counters", "link": "l0"}'):
+                with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+                    client.settimeout(10)
+                    client.connect(str(tmp_path / "s"))
+                    client.send(message)
+                    answer = client.recv(65536)
+    assert json.loads(answer)["up"]["packets"] == 0
 
 
 def test_one_process_serves_many_links_each_by_its_own_conditions_until_the_last_is_removed():
     count = 40
-    ends = {
-        f"l{n}": [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2)]
-        for n in range(count)
-    }
-    links = {}
-    for number, (name, ((a, tap_a), (b, tap_b))) in enumerate(ends.items()):
-        for sock in (tap_a, tap_b):
-            sock.setblocking(False)
-        for sock in (a, b):
-            sock.settimeout(10)
-        links[name] = {"port_a": tap_a.fileno(), "port_b": tap_b.fileno(), "seed": None}
-        links[name]["conditions"] = {"up": conditions(delay_s=number * 0.002), "down": conditions()}
-    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    taps = [link[tap] for link in links.values() for tap in ("port_a", "port_b")]
-    process = start_relay(
-        {"control": theirs.fileno(), "listening": False, "links": links}, [*taps, theirs.fileno()]
-    )
-
-    def ask(**order: Any) -> dict[str, Any]:
-        control.send(json.dumps(order).encode())
-        return json.loads(control.recv(65536))
-
-    try:
-        ask(do="counters", link="l0")  # it runs
+    with Process(*({"delay_s": number * 0.002} for number in range(count))) as running:
+        running.ask(do="counters")  # it runs
         sent = time.monotonic()
-        for name in reversed(ends):
-            ends[name][0][0].send(name.encode().ljust(100))
-        for number, name in enumerate(ends):
-            assert ends[name][1][0].recv(2000).strip() == name.encode()
+        for number, (a, _) in reversed(list(enumerate(running.ends))):
+            a.send(b"%d" % number + bytes(99))
+        for number, (_, b) in enumerate(running.ends):
+            assert b.recv(2000).strip(b"\0") == b"%d" % number
             assert time.monotonic() - sent >= number * 0.002
-        for number, name in enumerate(ends):
-            assert ask(do="counters", link=name)["up"]["delivered"] == 1
-            ask(do="remove", link=name)
-            assert (number == count - 1) or process.poll() is None
-        assert process.wait(timeout=10) == 0
-    finally:
-        process.kill()
-        process.wait()
-        for sock in (control, theirs, *(sock for pairs in ends.values() for pair in pairs for sock in pair)):
-            sock.close()
+        for number in range(count):
+            assert running.ask(do="counters", link=f"l{number}")["up"]["delivered"] == 1
+            running.ask(do="remove", link=f"l{number}")
+            assert number == count - 1 or running.process.poll() is None
+        assert running.process.wait(timeout=10) == 0

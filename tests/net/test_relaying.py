@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 import random
 import struct
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.net.emulators.relay import packet
+from testbed.net.emulators.relay import impairments, packet
 from testbed.net.emulators.relay.codel import CoDel
-from testbed.net.emulators.relay.jitter import Jitter, pack, unpack
+from testbed.net.emulators.relay.impairments.contract import Context, Onward
+from testbed.net.emulators.relay.impairments.delay import Jitter, pack, unpack
 from testbed.net.emulators.relay.line import Line
-from testbed.net.emulators.relay.loss import loss_of
 from testbed.net.emulators.relay.orders import direction_conditions
 from testbed.net.emulators.relay.userspace import super_packet_segments
 from testbed.net.profile.jitter import table
-from testbed.net.profile.profile import parse_profile
+from testbed.net.profile.profile import Profile, parse_profile
 from testbed.net.profile.schedule import Schedule
 
 
@@ -127,28 +130,6 @@ def test_corruption_flips_one_bit_and_leaves_a_checksum_that_tells() -> None:
         check_segment(packet.corrupt(frame, 999), 4)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "5%",
-        "gilbert(5%,burst=4)",
-        "correlated(5%,40%)",
-        "gilbert(p=2%,r=20%,1-h=60%,1-k=1%)",
-        "states(p13=1%,p31=20%,p32=10%,p23=30%,p14=0.5%)",
-    ],
-)
-def test_losses_have_the_mean_and_the_bursts_of_their_model(text: str) -> None:
-    direction = parse_profile(f"loss={text}").up
-    losing = loss_of(direction_conditions(parse_profile(f"loss={text}"), "up"), random.Random(3))
-    assert losing is not None
-    fates = [losing.lost() for _ in range(300_000)]
-    bursts = sum(now and not before for now, before in zip(fates, [False, *fates[:-1]], strict=True))
-    assert sum(fates) / len(fates) == pytest.approx(direction.loss, rel=0.05)
-    burst = getattr(direction.loss_model, "burst", None) or (1 / 0.95 if text == "5%" else None)
-    if burst is not None:
-        assert sum(fates) / bursts == pytest.approx(burst, rel=0.05)
-
-
 @pytest.mark.parametrize("law", ["normal", "pareto", "paretonormal", "uniform"])
 def test_jitter_has_its_laws_quantiles(law: str) -> None:
     entries = table(law)
@@ -189,30 +170,114 @@ def run_line(text: str, arrivals: list[float], size: int = 1000) -> tuple[Line, 
     return line, left
 
 
+def fates(first: Profile, then: Profile) -> str:
+    """A digest of all that leaves a line, when, and of its counters: packets of many sizes, some of several segments, come at
+    random, and the conditions change on the way."""
+    draw, digest, now = random.Random(5), hashlib.sha256(), 0.0
+    line = Line(lambda frame: digest.update(b"%.9f" % line.free + frame), 3)
+    for number in range(2000):
+        if number % 1000 == 0:
+            profile = then if number else first
+            line.advance(now)
+            schedule = profile.up.schedule("up", 0.0)
+            line.apply(direction_conditions(profile, "up")._replace(schedule=schedule), now)
+        now += draw.expovariate(2000)
+        if draw.random() < 0.5:
+            line.advance(now)
+        payload = draw.choice((10, 500, 1460, 1460, 7000))
+        line.enter(
+            bytes(24 + payload) if draw.random() < 0.2 else tcp_super_packet(bytes(payload), 1460), now
+        )
+    line.advance(1e6)
+    counted = {name: count for name, count in line.counters().items() if not name.endswith("_s")}
+    digest.update(json.dumps(counted, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "digest"),
+    [
+        (
+            "rate=20mbit,delay=5ms,queue=30p",
+            "rate=3mbit,delay=40ms,queue=10p,overhead=24b",
+            "b2f99e3ad1f6beb7",
+        ),
+        (
+            "rate=30mbit,delay=9ms,jitter=2ms,loss=2%",
+            "delay=9ms,jitter=pareto(2ms,reorder),loss=gilbert(5%,burst=3)",
+            "465abb49d0e68db7",
+        ),
+        (
+            "delay=5ms,duplicate=10%,loss=20%,ecn=yes,corrupt=5%,reorder=5%,seed=7",
+            "rate=40mbit,delay=5ms,duplicate=30%,corrupt=9%,loss=states(p13=1%,p31=20%,p32=10%,p23=30%)",
+            "21b15057ed17c4ae",
+        ),
+        (
+            "rate=9mbit,delay=1ms,queue=codel(99p,target=5ms,interval=20ms)",
+            "rate=6mbit,queue=codel(99p,target=5ms,interval=20ms),ecn=yes,loss=1%",
+            "03751bb71a17b494",
+        ),
+        (
+            "queue=20p,trace:{here}/all.csv",
+            "delay=2ms,queue=20p,duplicate=5%,jitter=1ms,trace:{here}/losses.csv",
+            "4e16015a153b6931",
+        ),
+        (
+            "delay=3ms,queue=40p,trace:{here}/deliveries",
+            "rate=20mbit,delay=3ms,reorder=10%,outage:200ms@100ms/1s",
+            "e4f20bdf0c92e4e5",
+        ),
+    ],
+)
+def test_a_seed_gives_every_packet_the_fate_that_it_has_always_had(
+    first: str, then: str, digest: str, tmp_path: Path
+) -> None:
+    # The digests are those of the relay as it was when all its impairments were in one file (November 2026).
+    rows = ("time_s,rate_mbps,delay_ms,loss_percent", "0,30,5,0", "0.2,2,9,10", "0.4,0,9,0", "0.5,40,2,3", "")
+    (tmp_path / "all.csv").write_text("\n".join(rows))
+    (tmp_path / "losses.csv").write_text("time_s,loss_percent\n0,1\n0.3,40\n0.6,0\n")
+    (tmp_path / "deliveries").write_text("".join(f"{ms}\n" for ms in (1, 2, 2, 2, 5, 6, 9, 9, 12, 13, 40)))
+    profiles = (parse_profile(text.format(here=tmp_path)) for text in (first, then))
+    assert fates(*profiles) == digest
+
+
+def test_a_new_impairment_is_a_function_and_a_place_in_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    def truncation(context: Context, onward: Onward) -> Onward:
+        return lambda frame, now, copies=1, /: onward(frame[:100], now)
+
+    monkeypatch.setattr(impairments, "IMPAIRMENTS", (*impairments.IMPAIRMENTS, truncation))
+    left: list[bytes] = []
+    line = Line(left.append, 1)
+    line.apply(direction_conditions(parse_profile("rate=1mbit"), "up"), 0.0)
+    line.enter(bytes(1000), 0.0)
+    line.advance(1.0)
+    assert [len(frame) for frame in left] == [100]
+
+
 def test_a_line_under_codel_keeps_its_standing_delay_near_the_target() -> None:
     # 1 Mbit/s takes a packet of 1000 bytes in 8 ms; one comes every 6 ms, for 30 s
     arrivals = [n * 0.006 for n in range(5000)]
     tail, _ = run_line("rate=1mbit,delay=1ms,queue=200p", arrivals)
     line, left = run_line("rate=1mbit,delay=1ms,queue=codel(200p,target=20ms)", arrivals)
-    assert tail.dropped_aqm == 0 and tail.dropped_queue > 900
-    assert line.dropped_queue == 0 and line.dropped_aqm + len(left) == 5000
+    assert tail.counted.dropped_aqm == 0 and tail.counted.dropped_queue > 900
+    assert line.counted.dropped_queue == 0 and line.counted.dropped_aqm + len(left) == 5000
     # Without it 25 % too much comes; what has left by the end leaves a queue far from full.
-    assert 800 < line.dropped_aqm < 1300
+    assert 800 < line.counted.dropped_aqm < 1300
 
 
 def test_duplicates_come_twice_and_are_counted() -> None:
     line, left = run_line("delay=1ms,duplicate=10%", [n * 0.01 for n in range(2000)])
-    assert len(left) == 2000 + line.duplicated
+    assert len(left) == 2000 + line.counted.duplicated
     assert sorted(set(left)) == list(range(2000))
-    assert 140 < line.duplicated < 260  # 200, four standard deviations of 13
+    assert 140 < line.counted.duplicated < 260  # 200, four standard deviations of 13
 
 
 def test_a_reordered_packet_overtakes_those_under_way_and_nothing_is_lost() -> None:
     line, left = run_line("rate=10mbit,delay=20ms,reorder=5%", [n * 0.002 for n in range(2000)])
     assert sorted(left) == list(range(2000))
-    assert 60 < line.reordered < 140
+    assert 60 < line.counted.reordered < 140
     ahead = sum(a > b for a, b in itertools.pairwise(left))
-    assert ahead == pytest.approx(line.reordered, rel=0.15)  # two in a row are one jump
+    assert ahead == pytest.approx(line.counted.reordered, rel=0.15)  # two in a row are one jump
 
 
 def test_jitter_may_reorder_where_the_profile_says_so() -> None:
@@ -239,7 +304,7 @@ def test_of_a_super_packet_what_the_queue_has_no_room_for_is_dropped() -> None:
     line.enter(bytes(24 + 1500), 0.0)
     line.enter(tcp_super_packet(bytes(14600), 1460), 0.0)  # ten of 1500 bytes, three of which fit
     line.advance(10.0)
-    assert (line.packets, line.delivered, line.dropped_queue) == (11, 4, 7)
+    assert (line.counted.packets, line.counted.delivered, line.counted.dropped_queue) == (11, 4, 7)
     assert packet.measure(left[1]) == (4500, 3)
 
 

@@ -26,7 +26,7 @@ class Conditions(NamedTuple):
     delay_s: float = 0.0
     queue_bytes: int | None = None
     jitter_s: float = 0.0
-    jitter_table: str | None = None  # see `jitter.pack`
+    jitter_table: str | None = None  # see `impairments.delay.pack`
     jitter_reorders: bool = False
     loss: float = 0.0
     loss_model: dict[str, Any] | None = None  # ``kind``, and that model's parameters

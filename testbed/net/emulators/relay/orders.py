@@ -8,19 +8,18 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
 from testbed.net.emulators.relay.conditions import CoDelSettings, Conditions
-from testbed.net.emulators.relay.jitter import pack
+from testbed.net.emulators.relay.impairments.delay import pack
 from testbed.net.profile.jitter import table
 from testbed.net.profile.loss import FourState, GilbertElliott
 
 if TYPE_CHECKING:
     from testbed.net.profile.profile import Profile
-
-WAYS: tuple[Literal["up", "down"], ...] = ("up", "down")
+    from testbed.net.profile.trace import Way
 
 
 @contextlib.contextmanager
@@ -29,9 +28,8 @@ def relay_orders(profile: Profile, origin_s: float) -> Iterator[tuple[dict[str, 
     conditions: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as closing:
         files: list[int] = []
-        for way in WAYS:
+        for way, direction in profile.ways.items():
             conditions[way] = direction_conditions(profile, way).plain()
-            direction = profile.up if way == "up" else profile.down
             if (schedule := direction.schedule(way, origin_s)) is not None:
                 file = closing.enter_context(open(os.memfd_create("schedule"), "wb"))
                 conditions[way]["schedule"] = schedule.pack(file) | {"file": len(files)}
@@ -40,26 +38,16 @@ def relay_orders(profile: Profile, origin_s: float) -> Iterator[tuple[dict[str, 
         yield conditions, files
 
 
-def direction_conditions(profile: Profile, way: Literal["up", "down"]) -> Conditions:
-    """What does not change over time."""
-    direction = profile.up if way == "up" else profile.down
+def direction_conditions(profile: Profile, way: Way) -> Conditions:
+    """What does not change over time: what a `Direction` calls the same, and the rest."""
+    direction = profile.ways[way]
     model, codel = direction.loss_model, direction.queue.codel
     kind = {GilbertElliott: "gilbert", FourState: "states"}
-    return Conditions(
-        rate_bps=direction.rate_bps,
-        delay_s=direction.delay_s,
-        jitter_s=direction.jitter_s,
-        jitter_table=pack(table(direction.jitter_law)) if direction.jitter_s else None,
-        jitter_reorders=direction.jitter_reorders,
-        loss=direction.loss,
-        loss_model=None if model is None else {"kind": kind[type(model)]} | structs.asdict(model),
-        duplicate=direction.duplicate,
-        corrupt=direction.corrupt,
-        reorder=direction.reorder,
-        ecn=direction.ecn,
-        queue_bytes=profile.queue_bytes(way),
-        codel=None if codel is None else CoDelSettings(codel.target_s, codel.interval_s),
-        overhead_bytes=direction.overhead_bytes,
-        mtu=direction.mtu,
-        seed=direction.seed,
-    )
+    same = {name: value for name, value in vars(direction).items() if name in Conditions._fields}
+    others = {
+        "jitter_table": pack(table(direction.jitter_law)) if direction.jitter_s else None,
+        "loss_model": None if model is None else {"kind": kind[type(model)]} | structs.asdict(model),
+        "queue_bytes": profile.queue_bytes(way),
+        "codel": None if codel is None else CoDelSettings(codel.target_s, codel.interval_s),
+    }
+    return Conditions(**same | others)

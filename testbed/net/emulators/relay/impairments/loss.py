@@ -5,7 +5,9 @@ from __future__ import annotations
 from random import Random
 from typing import Protocol
 
+from testbed.net.emulators.relay import packet
 from testbed.net.emulators.relay.conditions import Conditions
+from testbed.net.emulators.relay.impairments.contract import Context, Onward
 
 
 class Loss(Protocol):
@@ -70,3 +72,37 @@ def loss_of(conditions: Conditions, chance: Random) -> Loss | None:
     if kind == "states":
         return FourState(**model, chance=chance)
     return Independent(conditions.loss, chance) if conditions.loss else None
+
+
+def loss(context: Context, onward: Onward) -> Onward:
+    """Loses packets, or marks those that allow it, as a trace says or the conditions do.
+
+    Of two copies one is left then. Where both are, one goes through loss again, and on, before the other does.
+    """
+    conditions, counted, random = context.conditions, context.counted, context.chance.random
+    ecn, schedule = conditions.ecn, conditions.schedule
+    traced = schedule if schedule is not None and schedule.losses is not None else None
+    model = loss_of(conditions, context.chance)
+    if traced is None and model is None and not conditions.duplicate:
+        return onward
+
+    def lost(now: float) -> bool:
+        if traced is not None:
+            return random() < (traced.loss_at(now) or 0.0)
+        return model is not None and model.lost()
+
+    def take(frame: bytes, now: float, copies: int = 1) -> None:
+        if lost(now):
+            marked = packet.mark_congestion(frame) if ecn else None
+            if marked is None:
+                copies -= 1
+                counted.dropped_loss += 1
+            else:
+                frame = marked
+                counted.marked += 1
+        if copies == 2:
+            take(frame, now)
+        if copies:
+            onward(frame, now)
+
+    return take
