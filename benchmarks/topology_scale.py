@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from testbed.net.emulators import choose
+from testbed.net.emulators import NAMES, choose
 from testbed.net.emulators.netem.support import available
 from testbed.net.fabric import removal
 from testbed.net.fabric.fabric import Fabric
@@ -197,7 +197,7 @@ def measure(nodes: int, emulator: str, netem: bool) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--nodes", type=int, nargs="+", default=[10, 100, 300, 1000])
-    parser.add_argument("--emulator", default="auto", choices=["auto", "netem", "userspace"])
+    parser.add_argument("--emulator", default="auto", choices=NAMES)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="everything measured, as JSON")
     options = parser.parse_args()

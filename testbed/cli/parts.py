@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from testbed.errors import UsageError
+from testbed.net import emulators
 
 if TYPE_CHECKING:
     from testbed.analysis.run import Run
 
-EMULATORS = click.Choice(["auto", "netem", "userspace"])
+EMULATORS = click.Choice(emulators.NAMES)
 
 
 def as_json(command: Callable[..., Any]) -> Callable[..., Any]:

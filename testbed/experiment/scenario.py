@@ -12,7 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+)
 
 from testbed import strict_yaml
 from testbed.codecs.spec import CodecSpec
@@ -21,12 +29,13 @@ from testbed.delivery.delivery import Delivery
 from testbed.delivery.delivery import parse as parse_delivery
 from testbed.delivery.whole import Whole
 from testbed.errors import SpecError
+from testbed.net import emulators
 from testbed.net.profile.profile import Profile
 from testbed.net.topology.topology import Link, Topology
 from testbed.net.traffic.traffic import Flow
 from testbed.tasks.prompt import DEFAULT, PromptFormat, choose_prompt, parse_prompt
 from testbed.tasks.task import Task
-from testbed.units import exact, format_time, parse_time
+from testbed.units import exact_time, parse_time
 
 Placement = Literal["split", "cloud", "edge"]
 
@@ -51,10 +60,6 @@ def _delivery(value: Any) -> Delivery:
 
 def _seconds(value: Any) -> float:
     return parse_time(value)
-
-
-def _time(seconds: float) -> str:
-    return exact(seconds, format_time, parse_time, "s")
 
 
 def _task(value: Any) -> dict[str, Any]:
@@ -149,10 +154,10 @@ class Scenario(BaseModel):
     )
     connection: Literal["per-request", "reuse"] = "per-request"
     congestion: str | None = None  #: None: the link's, or else the namespace's default
-    emulator: Literal["auto", "netem", "userspace"] = "auto"
+    emulator: Annotated[str, AfterValidator(emulators.known)] = "auto"
     reuse: Literal["all", "prefill", "none"] = "all"
     timeout: Annotated[
-        float, BeforeValidator(_seconds), Field(gt=0, le=86400), PlainSerializer(_time, when_used="json")
+        float, BeforeValidator(_seconds), Field(gt=0, le=86400), PlainSerializer(exact_time, when_used="json")
     ] = 120.0
     links: dict[str, Any] = {}  #: profiles of links that are not swept
     traffic: Annotated[list[Annotated[dict[str, Any], BeforeValidator(_flow)]], BeforeValidator(_listed)] = []

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from testbed.net.fabric import removal, state
+from tests.net.wire import Wire, wire
 
 
 @pytest.fixture
@@ -29,3 +30,10 @@ def eventually(true: Callable[[], bool], seconds: float = 10.0) -> bool:
     while not true() and time.monotonic() < until:
         time.sleep(0.02)
     return true()
+
+
+@pytest.fixture
+def net() -> Iterator[Wire]:
+    """Two namespaces and a wire between them, for emulators."""
+    with wire() as made:
+        yield made

@@ -9,30 +9,29 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from testbed.errors import NetworkError, UsageError
 from testbed.hosts.namespaces import call_inside
+from testbed.hosts.processes import start_time
 from testbed.net import emulators
 from testbed.net.calibration.calibrate import Calibration, calibrate
-from testbed.net.emulators import Attachment
-from testbed.net.emulators.relay.serving import start_time
+from testbed.net.emulators.emulator import Attachment
 from testbed.net.profile.profile import parse_profile
-from tests.net.wire import Conditioned, Wire, wire
+from tests.net.wire import Conditioned, Wire
 
 EMULATORS = [
     pytest.param("userspace", marks=pytest.mark.netns),
     pytest.param("netem", marks=[pytest.mark.netns, pytest.mark.netem]),
 ]
 
-
-@pytest.fixture
-def net() -> Iterator[Wire]:
-    with wire() as made:
-        yield made
+SERVED = [
+    pytest.param("userspace", "delay=1ms", marks=pytest.mark.netns),
+    pytest.param("netem", "delay=1ms,sine:1mbit..2mbit*1s", marks=[pytest.mark.netns, pytest.mark.netem]),
+]
+"""Links with a process behind them."""
 
 
 def attach(net: Wire, emulator: str, profile: str, keep: Path | None = None) -> Attachment:
@@ -176,7 +175,7 @@ def test_detaching_leaves_nothing_and_the_link_dead(net: Wire, emulator: str):
         ["ip", "-n", net.wire, "-br", "link"], capture_output=True, text=True, check=True
     ).stdout
     assert "l0t" not in links
-    assert process is None or start_time(process[0]) == 0
+    assert process is None or start_time(process[0]) is None
     assert " 100% packet loss" in net.exec("a", "ping", "-c", "1", "-W", "1", net.address("b"), check=False)
 
 
@@ -205,18 +204,15 @@ def test_a_kept_attachment_is_found_again_by_another_process(net: Wire, emulator
     assert list(keep.iterdir()) == []
 
 
-@pytest.mark.netns
-def test_the_relay_dies_with_its_owner_even_if_that_is_killed(net: Wire):
+@pytest.mark.parametrize(("emulator", "profile"), SERVED)
+def test_a_links_process_dies_with_its_owner_even_if_that_is_killed(net: Wire, emulator: str, profile: str):
     script = (
-        "import sys, time; from testbed.net.emulators.relay.userspace import Userspace; "
-        "from testbed.net.profile.profile import parse_profile;"
-        "a = Userspace().attach(sys.argv[1], 'l0', 'l0a', 'l0b', parse_profile('delay=1ms'));"
-        "print(*a.process, flush=True); time.sleep(60)"
+        "import sys, time; from testbed.net import emulators; from testbed.net.profile.profile import parse_profile;"
+        "emulator, profile = emulators.choose(sys.argv[1]), parse_profile(sys.argv[2]);"
+        "a = emulator.attach(sys.argv[3], 'l0', 'l0a', 'l0b', profile); print(*a.process, flush=True); time.sleep(60)"
     )
-    root = Path(__file__).parents[2]
-    owner = subprocess.Popen(
-        [sys.executable, "-c", script, net.wire], stdout=subprocess.PIPE, text=True, cwd=root
-    )
+    argv = [sys.executable, "-c", script, emulator, profile, net.wire]
+    owner = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
     assert owner.stdout is not None
     pid, started = map(int, owner.stdout.readline().split())
     assert start_time(pid) == started
@@ -238,12 +234,12 @@ def test_an_interrupt_at_the_terminal_does_not_reach_the_relay(net: Wire):
     attachment.detach()
 
 
-@pytest.mark.netns
-def test_a_relay_that_was_killed_is_an_error_that_says_so(net: Wire):
-    attachment = attach(net, "userspace", "delay=1ms")
+@pytest.mark.parametrize(("emulator", "profile"), SERVED)
+def test_a_links_process_that_was_killed_is_an_error_that_says_so(net: Wire, emulator: str, profile: str):
+    attachment = attach(net, emulator, profile)
     assert attachment.process is not None
     os.kill(attachment.process[0], signal.SIGKILL)
-    with pytest.raises(NetworkError, match="link l0: its relay"):
+    with pytest.raises(NetworkError, match=r"link l0: its (relay|trace's follower)"):
         for _ in range(100):
             attachment.counters()
             time.sleep(0.02)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from testbed.net.emulators import Counters, Emulator
+from testbed.net.emulators.emulator import Counters, Emulator
 from testbed.net.profile.profile import Profile
 from testbed.net.topology.topology import Link, Node, Topology
 

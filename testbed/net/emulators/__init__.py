@@ -1,44 +1,46 @@
 """Link emulators: ways of imposing a profile on a link, behind one contract, by name.
 
-All obey one law. A packet that enters at time *t* is lost with the profile's probability; else it reaches the bottleneck at
+All do the same to a packet. One that enters at time *t* is lost with the profile's probability; else it reaches the bottleneck at
 ``t + delay`` (plus jitter, never before the packet in front of it), waits there in a drop-tail queue, and leaves after the
 packet in front of it has left and its own bytes have been sent at the rate.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 # The relay process comes by here, too, and has to be there at once: nothing heavy is imported.
-from testbed.errors import NetworkError, UsageError
+from testbed.errors import NetworkError, SpecError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from testbed.net.emulators.emulator import Attachment, Counters, Emulator, Wanted
+    from testbed.net.emulators.emulator import Attachment, Emulator
 
-__all__ = ["NAMES", "Attachment", "Counters", "Emulator", "Wanted", "choose", "reattach"]
 
-_KINDS = {
-    "netem": ("testbed.net.emulators.netem.netem", "Netem"),
-    "userspace": ("testbed.net.emulators.relay.userspace", "Userspace"),
-}
-"""Name -> module and class, the preferred ones first."""
+def _netem() -> type[Emulator]:
+    from testbed.net.emulators.netem.netem import Netem
+
+    return Netem
+
+
+def _userspace() -> type[Emulator]:
+    from testbed.net.emulators.relay.userspace import Userspace
+
+    return Userspace
+
+
+_KINDS: dict[str, Callable[[], type[Emulator]]] = {"netem": _netem, "userspace": _userspace}
+"""The preferred ones first."""
 NAMES = ("auto", *_KINDS)
 
 
-def __getattr__(name: str) -> object:
-    if name in ("Attachment", "Counters", "Emulator", "Wanted"):
-        from testbed.net.emulators import emulator as contract
-
-        return getattr(contract, name)
-    raise AttributeError(name)
-
-
-def _kind(name: str) -> type[Emulator]:
-    module, kind = _KINDS[name]
-    return getattr(import_module(module), kind)
+def known(name: str) -> str:
+    """*name*, if there is such an emulator. Raises SpecError."""
+    if name not in NAMES:
+        raise SpecError(f"unknown emulator {name[:40]!r}; use one of {', '.join(NAMES)}")
+    return name
 
 
 def choose(name: str = "auto", *, seed: int | None = None) -> Emulator:
@@ -46,9 +48,7 @@ def choose(name: str = "auto", *, seed: int | None = None) -> Emulator:
 
     *seed* fixes the random losses and delays (netem: since Linux 6.6). Raises UsageError when this machine cannot run it.
     """
-    if name not in NAMES:
-        raise UsageError(f"unknown emulator {name!r}; use one of {', '.join(NAMES)}")
-    *preferred, last = map(_kind, _KINDS if name == "auto" else (name,))
+    *preferred, last = (_KINDS[kind]() for kind in (_KINDS if known(name) == "auto" else (name,)))
     for kind in preferred:
         if kind.available():
             return kind(seed)
@@ -60,4 +60,4 @@ def reattach(name: str, wire: str, link: str, a: str, b: str, keep: Path) -> Att
     """The running attachment that emulator *name* made earlier with ``keep``; raises NetworkError when it is gone."""
     if name not in _KINDS:
         raise NetworkError(f"link {link}: its emulator {name!r} is not known here")
-    return _kind(name)().reattach(wire, link, a, b, keep=keep)
+    return _KINDS[name]()().reattach(wire, link, a, b, keep=keep)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from testbed.errors import UsageError
+from testbed.hosts.namespaces import call_inside
 from testbed.units import format_time
 
 if TYPE_CHECKING:
@@ -49,12 +50,12 @@ class Counters:
 
     def complaints(self, way: str, late_s: float) -> list[str]:
         """Where the emulator could not keep up, in words: it was later than *late_s* (seconds), or lost packets itself."""
-        said = []
+        complaints = []
         if self.worst_lateness_s > late_s:
-            said.append(f"{way}: the emulator was late by up to {format_time(self.worst_lateness_s)}")
+            complaints.append(f"{way}: the emulator was late by up to {format_time(self.worst_lateness_s)}")
         if self.overrun > 0:
-            said.append(f"{way}: the emulator lost {self.overrun} packets")
-        return said
+            complaints.append(f"{way}: the emulator lost {self.overrun} packets")
+        return complaints
 
     def record(self) -> dict[str, Any]:
         """For JSON, of a stretch of time (see `since`): every counter, and one lateness."""
@@ -105,10 +106,6 @@ class Attachment(ABC):
         """What has become of a process behind the link that serves it no longer, for a sentence; None: all is well."""
         return None
 
-    def super_packets(self, profile: Profile) -> dict[str, int]:
-        """How many TCP segments may enter as one packet under *profile*, each way; 1: only real packets."""
-        return {"up": 1, "down": 1}
-
     @abstractmethod
     def detach(self) -> None:
         """Ends the emulation: nothing crosses the link any more, and nothing of the emulator is left. May be called twice."""
@@ -157,16 +154,16 @@ class Emulator(ABC):
         self, wire: str, wanted: Sequence[Wanted], *, keep: Path | None = None
     ) -> Sequence[Attachment]:
         """An attachment for each link that is wanted, in that order; when one fails, none stays. See `attach`."""
-        made: list[Attachment] = []
+        attachments: list[Attachment] = []
         try:
-            for one in wanted:
-                made.append(self.attach(wire, one.link, one.a, one.b, one.profile, keep=keep))
+            for link in wanted:
+                attachments.append(self.attach(wire, link.link, link.a, link.b, link.profile, keep=keep))
         except BaseException:
-            for attachment in made:
+            for attachment in attachments:
                 with contextlib.suppress(Exception):  # the first failure is the one to tell
                     attachment.detach()
             raise
-        return made
+        return attachments
 
     def release_all(self, attachments: Sequence[Attachment]) -> None:
         """Ends the emulation of links whose wire is about to be removed, and takes everything on it along."""
@@ -175,8 +172,20 @@ class Emulator(ABC):
                 attachment.detach()
 
     def super_packets(self, profile: Profile) -> dict[str, int]:
-        """See `Attachment.super_packets`."""
+        """How many TCP segments may enter a link as one packet under *profile*, each way; 1: only real packets."""
         return {"up": 1, "down": 1}
+
+
+def quieten(wire: str) -> None:
+    """Switches IPv6 off in the wire's namespace, whose interfaces would otherwise send neighbour discovery of their own."""
+
+    def write() -> None:
+        for scope in ("all", "default"):
+            switch = Path(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6")
+            if switch.exists():
+                switch.write_text("1")
+
+    call_inside(wire, write)
 
 
 def refuse_unknown(emulator: str, profile: Profile, honoured: Set[str], remedy: str = "") -> None:
@@ -184,7 +193,7 @@ def refuse_unknown(emulator: str, profile: Profile, honoured: Set[str], remedy: 
 
     See `Direction.beyond_the_basics` for the names.
     """
-    for way, direction in (("up", profile.up), ("down", profile.down)):
+    for way, direction in profile.ways.items():
         for name, written in direction.beyond_the_basics().items():
             if name not in honoured:
                 raise UsageError(

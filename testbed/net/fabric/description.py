@@ -11,7 +11,7 @@ from testbed.net.fabric import state
 from testbed.net.fabric.state import State
 
 if TYPE_CHECKING:
-    from testbed.net.emulators import Attachment
+    from testbed.net.emulators.emulator import Attachment
 
 
 def describe(network: State) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from testbed.net.topology.topology import Topology
 if TYPE_CHECKING:
     from testbed.hosts.host import Host
     from testbed.net.calibration.calibrate import Calibration
-    from testbed.net.emulators import Attachment, Counters, Emulator
+    from testbed.net.emulators.emulator import Attachment, Counters, Emulator
 
 _LOOK_S, _QUIET_S = 2e-3, 10e-3  # what a packet brings about at the other end is sent within the latter
 _SETTLING_S, _LONGEST_SETTLING_S = 0.1, 5.0
@@ -98,7 +98,7 @@ class Fabric:
             wiring.build(self._state, self._super_packets)
 
     def _wire(self, persistent: bool) -> None:
-        from testbed.net import emulators
+        from testbed.net.emulators.emulator import Wanted
         from testbed.net.fabric import wiring
 
         keep = self.state.keep if persistent else None
@@ -106,7 +106,7 @@ class Fabric:
             with as_root():
                 keep.mkdir(parents=True)
         wanted = [
-            emulators.Wanted(f"l{number}", *wiring.wire_ends(number), link.profile)
+            Wanted(f"l{number}", *wiring.wire_ends(number), link.profile)
             for number, link in enumerate(self.topology.links)
         ]
         self._attachments = list(self.emulator.attach_all(self.state.wire, wanted, keep=keep))
@@ -248,7 +248,7 @@ class Fabric:
         if profile.up.mtu != self._mtus.get(number, MTU):
             wiring.set_mtu(self.state, number, profile.up.mtu)
             self._mtus[number] = profile.up.mtu
-        segments = self._attachments[number].super_packets(profile)
+        segments = self.emulator.super_packets(profile)
         if segments != self._super_packets.get(number, {"up": 1, "down": 1}):
             wiring.allow_super_packets(self.state, number, segments)
             self._super_packets[number] = segments

@@ -20,10 +20,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from testbed.errors import NetworkError
-from testbed.net.emulators.emulator import Attachment, Counters, Emulator
+from testbed.net.emulators.emulator import Attachment, Counters, Emulator, quieten
 from testbed.net.emulators.netem import support
 from testbed.net.emulators.netem.counters import (
     Dropped,
@@ -33,7 +33,7 @@ from testbed.net.emulators.netem.counters import (
     outer_and_bottleneck,
     waiting,
 )
-from testbed.net.emulators.netem.hierarchy import Plan, plan
+from testbed.net.emulators.netem.hierarchy import Hierarchy, hierarchy
 from testbed.net.emulators.netem.qdiscs import (
     BUCKET,
     CLOSED,
@@ -42,22 +42,23 @@ from testbed.net.emulators.netem.qdiscs import (
     RELEASE,
     ROOT,
     Fifo,
-    Part,
     Plug,
+    Qdisc,
     find,
     get,
     put,
 )
-from testbed.net.emulators.netem.redirect import end_redirect, quieten, redirect, redirected
-from testbed.net.emulators.relay.serving import Connection, recorded, start
+from testbed.net.emulators.netem.redirect import end_redirect, redirect, redirected
+from testbed.net.emulators.relay.serving import ServingProcess
 from testbed.net.netlink import CREATE, EXCLUSIVE, REPLACE, RTM_DELQDISC, Interface, Netlink
 
 if TYPE_CHECKING:
     from testbed.net.profile.conditions import Profile
+    from testbed.net.profile.trace import Way
 
 _FOLLOWER = "trace's follower"
 _NOTHING = Counters(0, 0, 0, 0, 0.0)
-_PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop(1)); from testbed.net.emulators.netem.trace_follower import main; main()"
+_PROGRAM = "testbed.net.emulators.netem.trace_follower"
 
 
 class Netem(Emulator):
@@ -68,18 +69,16 @@ class Netem(Emulator):
 
     @classmethod
     def require(cls) -> None:
-        """See `Emulator.require`."""
         support.require()
 
     @classmethod
     def available(cls) -> bool:
-        """See `Emulator.available`."""
         return support.available()
 
     def attach(
         self, wire: str, link: str, a: str, b: str, profile: Profile, *, keep: Path | None = None
     ) -> Attachment:
-        """See `Emulator.attach`. Raises NetworkError when the kernel refuses, or has set something else than was asked."""
+        """See `Emulator.attach`. Raises NetworkError when the kernel refuses, or has set something else than was planned."""
         support.refuse(profile)
         quieten(wire)
         attachment = NetemAttachment(wire, link, a, b, self._seed, keep)
@@ -97,7 +96,6 @@ class Netem(Emulator):
                 attachment.follow_no_more()
 
     def reattach(self, wire: str, link: str, a: str, b: str, *, keep: Path) -> Attachment:
-        """See `Emulator.reattach`."""
         with Netlink(wire) as netlink:
             for interface in (a, b):
                 if find(netlink, netlink.interface(interface).index, OUTER) is None:
@@ -110,17 +108,14 @@ class NetemAttachment(Attachment):
 
     def __init__(self, wire: str, link: str, a: str, b: str, seed: int | None, keep: Path | None) -> None:
         self._wire, self._link, self._seed, self._keep = wire, link, seed, keep
-        self._ends: dict[Literal["up", "down"], tuple[str, str]] = {"up": (a, b), "down": (b, a)}  # from, to
+        self._ends: dict[Way, tuple[str, str]] = {"up": (a, b), "down": (b, a)}  # from, to
         self._gone = {"up": Dropped(), "down": Dropped()}  # of bottlenecks that were replaced
         self._past = {"up": _NOTHING, "down": _NOTHING}  # of all qdiscs that were
-        self._follower: Connection | None = None
+        self._follower: ServingProcess | None = None
         self.process: tuple[int, int] | None = None  # what follows traces; there is none before the first
         if keep is not None and (keep / f"{link}.json").exists():
-            first, process, links = recorded(link, keep)
-            self._follower, self.process = (
-                Connection(first, process, None, keep, set(links), _FOLLOWER),
-                process,
-            )
+            self._follower = ServingProcess.recorded(link, keep, _FOLLOWER)
+            self.process = self._follower.process
 
     def create(self, profile: Profile) -> None:
         """Puts the queueing disciplines and redirects in place."""
@@ -137,7 +132,6 @@ class NetemAttachment(Attachment):
         self._configure(profile, time.monotonic() if origin_s is None else origin_s, fresh=fresh)
 
     def under_way(self) -> int:
-        """See `Attachment.under_way`."""
         with Netlink(self._wire) as netlink:
             ends = [netlink.interface(name).index for _, name in self._ends.values()]
             return sum(waiting(get(netlink, ifindex, OUTER)) for ifindex in ends)
@@ -148,7 +142,7 @@ class NetemAttachment(Attachment):
         for way, (_, name) in self._ends.items():
             target = netlink.interface(name).index
             held = waiting(get(netlink, target, OUTER))
-            put(netlink, target, Part(CLOSED, ROOT, "pfifo", Fifo(0)), CREATE | REPLACE)
+            put(netlink, target, Qdisc(CLOSED, ROOT, "pfifo", Fifo(0)), CREATE | REPLACE)
             self._past[way] = replace(counted[way], cleared=counted[way].cleared + held)
             self._gone[way] = Dropped()
 
@@ -164,10 +158,9 @@ class NetemAttachment(Attachment):
                 self._clear(netlink)
             for number, (way, (_, name)) in enumerate(self._ends.items()):
                 target = netlink.interface(name)
-                direction = profile.up if way == "up" else profile.down
-                schedule = direction.schedule(way, origin_s)
+                schedule = profile.ways[way].schedule(way, origin_s)
                 seed = None if self._seed is None else 2 * self._seed + number
-                planned = plan(profile, way, target.mtu, seed, schedule, time.monotonic())
+                planned = hierarchy(profile, way, target.mtu, seed, schedule, time.monotonic())
                 self._put(netlink, way, target.index, planned, created, fresh)
                 if schedule is not None:
                     file = closing.enter_context(open(os.memfd_create("schedule"), "wb"))
@@ -179,37 +172,38 @@ class NetemAttachment(Attachment):
                 self._follow().ask(self._link, {"do": "apply", "conditions": orders}, files)
 
     def _put(
-        self, netlink: Netlink, way: str, ifindex: int, planned: Plan, created: bool, fresh: bool
+        self, netlink: Netlink, way: str, ifindex: int, planned: Hierarchy, created: bool, fresh: bool
     ) -> None:
         """The qdiscs of one way, in place of what is there. Raises NetworkError where the kernel then has something else."""
         # A netem that duplicates, and any netem inside of it, exclude each other: what there is no more goes first.
         first = planned.outer.duplicate and not created and not fresh
-        parts = [*planned.inner, planned.parts[0]] if first else planned.parts
+        qdiscs = [*planned.inner, planned.qdiscs[0]] if first else planned.qdiscs
         before = None
-        for part in parts:
+        for qdisc in qdiscs:
             flags = CREATE | EXCLUSIVE if created else CREATE | REPLACE if fresh else 0
-            if not flags and netlink.qdisc(ifindex, part.handle) is None:
+            if not flags and netlink.qdisc(ifindex, qdisc.handle) is None:
                 flags = CREATE | REPLACE
                 before = before or outer_and_bottleneck(netlink, ifindex)
-            put(netlink, ifindex, part, flags, planned.stab if part.handle == OUTER else b"")
+            put(netlink, ifindex, qdisc, flags, planned.stab if qdisc.handle == OUTER else b"")
         if before is not None:
             waited = drops(get(netlink, ifindex, OUTER)) - drops(before[0])
             self._gone[way] = self._gone[way].plus(dropped_by(*before[1:])).plus(Dropped(waited))
-        for part in parts:
-            if wrong := part.told.differences(get(netlink, ifindex, part.handle).options):
+        for qdisc in qdiscs:
+            if wrong := qdisc.options.differences(get(netlink, ifindex, qdisc.handle).options):
                 raise NetworkError(
-                    f"link {self._link} {way}: the kernel's {part.kind} differs: {'; '.join(wrong)}"
+                    f"link {self._link} {way}: the kernel's {qdisc.kind} differs: {'; '.join(wrong)}"
                 )
-            if isinstance(part.told, Plug):  # it begins held
-                released = replace(part, told=replace(part.told, action=RELEASE))
+            if isinstance(qdisc.options, Plug):  # it begins held
+                released = replace(qdisc, options=replace(qdisc.options, action=RELEASE))
                 put(netlink, ifindex, released, 0)
 
-    def _follow(self) -> Connection:
+    def _follow(self) -> ServingProcess:
         """The connection to what follows this link's traces, which is started where there is none."""
         if self._follower is None:
-            process, control = start({self._link: {}}, self._link, self._keep, _PROGRAM, self._wire)
-            self._follower = Connection(self._link, process, control, self._keep, {self._link}, _FOLLOWER)
-            self.process = process
+            self._follower = ServingProcess.start(
+                {self._link: {}}, self._keep, _PROGRAM, _FOLLOWER, self._wire
+            )
+            self.process = self._follower.process
         return self._follower
 
     def follow_no_more(self) -> None:
@@ -219,7 +213,6 @@ class NetemAttachment(Attachment):
             follower.end()
 
     def counters(self) -> dict[str, Counters]:
-        """See `Attachment.counters`."""
         lateness: dict[str, Any] = {}
         if self._follower is not None:
             lateness = self._follower.ask(self._link, {"do": "counters"})
@@ -240,7 +233,6 @@ class NetemAttachment(Attachment):
         return counters
 
     def fate(self) -> str | None:
-        """See `Attachment.fate`."""
         return self._follower.fate() if self._follower is not None else None
 
     def detach(self) -> None:
@@ -254,9 +246,9 @@ class NetemAttachment(Attachment):
                     netlink.traffic(RTM_DELQDISC, 0, target, OUTER, ROOT, 0, what=f"tc qdisc del {name}")
 
 
-def _orders(planned: Plan, target: Interface) -> dict[str, Any]:
+def _orders(planned: Hierarchy, target: Interface) -> dict[str, Any]:
     """What the following process has to know of one way, beside the schedule (`trace_follower.Way`)."""
-    plugs = [part.told.limit_bytes for part in planned.inner if isinstance(part.told, Plug)]
+    plugs = [qdisc.options.limit_bytes for qdisc in planned.inner if isinstance(qdisc.options, Plug)]
     return {
         "ifindex": target.index,
         "mtu": target.mtu,

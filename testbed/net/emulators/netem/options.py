@@ -1,10 +1,10 @@
-"""What the kernel's netem is told, in full, and where its read-back differs. tc-netem(8); linux/pkt_sched.h."""
+"""The options of the kernel's netem, in full, and where its read-back differs. tc-netem(8); linux/pkt_sched.h."""
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from testbed.net.netlink import attribute, attributes, nested
 from testbed.net.profile.jitter import JitterTable, table
@@ -12,6 +12,7 @@ from testbed.net.profile.loss import GilbertElliott, LossModel
 
 if TYPE_CHECKING:
     from testbed.net.profile.profile import Profile
+    from testbed.net.profile.trace import Way
 
 _ETHERNET_HEADER = 14
 _GENEROUS = 1_000_000  # packets: no limit
@@ -30,7 +31,7 @@ _PAIR = struct.Struct("=II")  # struct tc_netem_reorder, tc_netem_corrupt: proba
 
 @dataclass(frozen=True)
 class Options:
-    """What one netem is told. `encode` gives TCA_OPTIONS in full, so that nothing of an earlier setting survives a change.
+    """One netem's. `encode` gives TCA_OPTIONS in full, so that nothing of an earlier setting survives a change.
 
     Probabilities are of 2³²-1.
     """
@@ -49,16 +50,13 @@ class Options:
     packet_overhead: int = 0
     seed: int | None = None
 
-    @property
-    def _gap(self) -> int:
-        return 1 if self.reorder else 0  # 1: the dice are thrown for every packet
-
     def encode(self) -> bytes:
         """TCA_OPTIONS: struct tc_netem_qopt, followed by attributes."""
+        gap = 1 if self.reorder else 0  # 1: the dice are thrown for every packet
         ticks = [min(ns // _NS_PER_TICK, _FULL) for ns in (self.delay_ns, self.jitter_ns)]
         rate = _RATE_STRUCT.pack(min(self.rate_bytes_per_s, _FULL), self.packet_overhead, 0, 0)
         parts = [
-            QOPT.pack(ticks[0], self.limit_packets, self.loss, self._gap, self.duplicate, ticks[1]),
+            QOPT.pack(ticks[0], self.limit_packets, self.loss, gap, self.duplicate, ticks[1]),
             attribute(_CORR, bytes(12)),
             attribute(_REORDER, _PAIR.pack(self.reorder, 0)),
             attribute(_CORRUPT, _PAIR.pack(self.corrupt, 0)),
@@ -81,47 +79,39 @@ class Options:
 
         The kernel does not tell the table of a jitter's law.
         """
-        ticks, limit, loss, gap, duplicate, jitter_ticks = QOPT.unpack_from(kernel)
-        found = attributes(kernel[QOPT.size :])
-        rate, overhead = _RATE_STRUCT.unpack(found[_RATE])[:2] if _RATE in found else (0, 0)
-        has = {
-            "limit": limit,
-            "loss": loss,
-            "gap": gap,
-            "duplicate": duplicate,
-            "delay": _number("=q", found.get(_LATENCY64), ticks * _NS_PER_TICK),
-            "jitter": _number("=q", found.get(_JITTER64), jitter_ticks * _NS_PER_TICK),
-            "rate": _number("=Q", found.get(_RATE64), rate),
-            "packet overhead": overhead,
-            "loss model": _loss_model_text(found.get(_LOSS, b"")),
-            "corruption": _PAIR.unpack(found.get(_CORRUPT, bytes(8))),
-            "reordering": _PAIR.unpack(found.get(_REORDER, bytes(8))),
-            "ecn": bool(_number("=I", found.get(ECN), 0)),
-        }
-        asked = {
-            "limit": self.limit_packets,
-            "loss": self.loss,
-            "gap": self._gap,
-            "duplicate": self.duplicate,
-            "delay": self.delay_ns,
-            "jitter": self.jitter_ns,
-            "rate": self.rate_bytes_per_s,
-            "packet overhead": self.packet_overhead,
-            "loss model": _loss_model_text(self.loss_model),
-            "corruption": (self.corrupt, 0),
-            "reordering": (self.reorder, 0),
-            "ecn": self.ecn,
-        }
-        if self.seed is not None and PRNG_SEED in found:  # kernels before 6.6 know no seed
-            asked["seed"], has["seed"] = self.seed, _number("=Q", found[PRNG_SEED], 0)
-        return [f"{name}: asked {asked[name]}, has {has[name]}" for name in asked if asked[name] != has[name]]
+        asked, has = _decoded(self.encode()), _decoded(kernel)
+        return [
+            f"{name}: asked {asked[name]}, has {has[name]}"
+            for name in asked
+            if name in has and asked[name] != has[name]
+        ]
 
 
-def options(
-    profile: Profile, way: Literal["up", "down"], mtu: int, seed: int | None = None
-) -> tuple[Options, Options]:
+def _decoded(data: bytes) -> dict[str, object]:
+    """What TCA_OPTIONS say; no seed where there is none, as in kernels before 6.6."""
+    ticks, limit, loss, gap, duplicate, jitter_ticks = QOPT.unpack_from(data)
+    attrs = attributes(data[QOPT.size :])
+    rate, overhead = _RATE_STRUCT.unpack(attrs[_RATE])[:2] if _RATE in attrs else (0, 0)
+    fields = {
+        "limit": limit,
+        "loss": loss,
+        "gap": gap,
+        "duplicate": duplicate,
+        "delay": _number("=q", attrs.get(_LATENCY64), ticks * _NS_PER_TICK),
+        "jitter": _number("=q", attrs.get(_JITTER64), jitter_ticks * _NS_PER_TICK),
+        "rate": _number("=Q", attrs.get(_RATE64), rate),
+        "packet overhead": overhead,
+        "loss model": _loss_model_text(attrs.get(_LOSS, b"")),
+        "corruption": _PAIR.unpack(attrs.get(_CORRUPT, bytes(8))),
+        "reordering": _PAIR.unpack(attrs.get(_REORDER, bytes(8))),
+        "ecn": bool(_number("=I", attrs.get(ECN), 0)),
+    }
+    return fields | ({"seed": _number("=Q", attrs[PRNG_SEED], 0)} if PRNG_SEED in attrs else {})
+
+
+def options(profile: Profile, way: Way, mtu: int, seed: int | None = None) -> tuple[Options, Options]:
     """The outer and the inner netem of one direction. *mtu*: bytes of the network layer in a full-sized packet."""
-    direction = profile.up if way == "up" else profile.down
+    direction = profile.ways[way]
     waiting = profile.queue_bytes(way)
     in_order = bool(direction.jitter_s) and not direction.jitter_reorders
     model = direction.loss_model
@@ -180,10 +170,10 @@ def distribution(law: str | JitterTable) -> bytes:
 
 
 def _loss_model_text(data: bytes) -> str:
-    found = attributes(data)
+    attrs = attributes(data)
     for kind, name, count in ((_GI, "states", 5), (_GE, "gilbert", 4)):
-        if kind in found:
-            return f"{name}{struct.unpack_from(f'={count}I', found[kind])}"
+        if kind in attrs:
+            return f"{name}{struct.unpack_from(f'={count}I', attrs[kind])}"
     return "none"
 
 

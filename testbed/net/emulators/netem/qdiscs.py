@@ -1,4 +1,4 @@
-"""Queueing disciplines of netem's links: the kernel's token bucket, tc-tbf(8), and the queues that it serves; what they are told,
+"""Queueing disciplines of netem's links: the kernel's token bucket, tc-tbf(8), and the queues that it serves; their options,
 where their read-back differs, and how any is put in place and read back.
 
 A token bucket is a bottleneck for what two nested netems cannot do. A netem's rate gives every packet its time of leaving when it
@@ -47,20 +47,20 @@ _NS_PER_TICK = 64
 
 
 class Encodable(Protocol):
-    """What a qdisc is told."""
+    """A qdisc's options."""
 
     def encode(self) -> bytes: ...
     def differences(self, kernel: bytes) -> list[str]: ...
 
 
 @dataclass(frozen=True)
-class Part:
-    """One qdisc: where it is, what it is, what it is told."""
+class Qdisc:
+    """One queueing discipline: where it is, its kind, its options."""
 
     handle: int
     parent: int
     kind: str
-    told: Encodable
+    options: Encodable
 
 
 def size_offset(overhead: int) -> bytes:
@@ -80,7 +80,6 @@ class TokenBucket:
     burst_bytes: int
 
     def encode(self) -> bytes:
-        """TCA_OPTIONS."""
         rate = _RATE_SPEC.pack(0, _ETHERNET, 0, 0, 0, min(self.rate_bytes_per_s, _FULL32))
         return b"".join(
             [
@@ -92,19 +91,19 @@ class TokenBucket:
 
     def differences(self, kernel: bytes) -> list[str]:
         """See `options.Options.differences`. The kernel says the bucket as a time, to 64 ns."""
-        found = attributes(kernel)
-        parameters = found.get(_TBF_PARAMETERS, bytes(2 * _RATE_SPEC.size + _TBF.size))
+        attrs = attributes(kernel)
+        parameters = attrs.get(_TBF_PARAMETERS, bytes(2 * _RATE_SPEC.size + _TBF.size))
         rate = _RATE_SPEC.unpack_from(parameters)[5]
-        if _TBF_RATE64 in found:
-            rate = struct.unpack("=Q", found[_TBF_RATE64])[0]
+        if _TBF_RATE64 in attrs:
+            rate = struct.unpack("=Q", attrs[_TBF_RATE64])[0]
         ticks = _TBF.unpack_from(parameters, 2 * _RATE_SPEC.size)[1]
         asked_ticks = self.burst_bytes * 1e9 / self.rate_bytes_per_s / _NS_PER_TICK
-        said = []
+        different = []
         if rate != self.rate_bytes_per_s:
-            said.append(f"rate: asked {self.rate_bytes_per_s}, has {rate}")
+            different.append(f"rate: asked {self.rate_bytes_per_s}, has {rate}")
         elif abs(ticks - min(asked_ticks, _FULL32)) > 2 + 1e-6 * asked_ticks:
-            said.append(f"burst: asked {asked_ticks:.0f} ticks, has {ticks}")
-        return said
+            different.append(f"burst: asked {asked_ticks:.0f} ticks, has {ticks}")
+        return different
 
 
 def bucket(rate_bps: float, mtu: int) -> TokenBucket:
@@ -124,7 +123,6 @@ class Fifo:
         return struct.pack("=I", self.limit)
 
     def differences(self, kernel: bytes) -> list[str]:
-        """See `options.Options.differences`."""
         has = struct.unpack_from("=I", kernel)[0]
         return [] if has == self.limit else [f"limit: asked {self.limit}, has {has}"]
 
@@ -159,41 +157,41 @@ class CoDelQueue:
     ecn: bool
 
     def encode(self) -> bytes:
-        """TCA_OPTIONS."""
         values = (self.target_us, self.limit_packets, self.interval_us, int(self.ecn))  # TCA_CODEL_*, from 1
         return b"".join(attribute(i, struct.pack("=I", value)) for i, value in enumerate(values, 1))
 
     def differences(self, kernel: bytes) -> list[str]:
         """See `options.Options.differences`. The kernel keeps times in units of 1024 ns."""
-        found = {kind: struct.unpack("=I", value)[0] for kind, value in attributes(kernel).items()}
-        said = []
+        values = {kind: struct.unpack("=I", value)[0] for kind, value in attributes(kernel).items()}
+        different = []
         for kind, name, asked, off in (
             (1, "target", self.target_us, 2),
             (3, "interval", self.interval_us, 2),
             (2, "limit", self.limit_packets, 0),
             (4, "ecn", int(self.ecn), 0),
         ):
-            if abs(found.get(kind, -1) - asked) > off:
-                said.append(f"{name}: asked {asked}, has {found.get(kind)}")
-        return said
+            if abs(values.get(kind, -1) - asked) > off:
+                different.append(f"{name}: asked {asked}, has {values.get(kind)}")
+        return different
 
 
-def put(netlink: Netlink, ifindex: int, part: Part, flags: int, stab: bytes = b"") -> None:
+def put(netlink: Netlink, ifindex: int, qdisc: Qdisc, flags: int, stab: bytes = b"") -> None:
     """Asks for a qdisc. *flags*: whether it is made, replaced or changed (rtnetlink(7)); *stab*: its size table, encoded.
     Raises NetworkError where the kernel refuses."""
-    told = (text(TCA_KIND, part.kind), attribute(TCA_OPTIONS, part.told.encode()), stab)
-    netlink.traffic(RTM_NEWQDISC, flags, ifindex, part.handle, part.parent, 0, *told, what=f"tc {part.kind}")
+    attrs = (text(TCA_KIND, qdisc.kind), attribute(TCA_OPTIONS, qdisc.options.encode()), stab)
+    where = (ifindex, qdisc.handle, qdisc.parent)
+    netlink.traffic(RTM_NEWQDISC, flags, *where, 0, *attrs, what=f"tc {qdisc.kind}")
 
 
 def find(netlink: Netlink, ifindex: int, handle: int) -> TrafficObject | None:
     """The qdisc with that handle; None where there is none, or what is outermost is no netem."""
-    found = netlink.qdisc(ifindex, handle)
-    return found if found is not None and (handle != OUTER or found.kind == "netem") else None
+    qdisc = netlink.qdisc(ifindex, handle)
+    return qdisc if qdisc is not None and (handle != OUTER or qdisc.kind == "netem") else None
 
 
 def get(netlink: Netlink, ifindex: int, handle: int) -> TrafficObject:
     """The same. Raises NetworkError where there is none."""
-    found = find(netlink, ifindex, handle)
-    if found is None:
+    qdisc = find(netlink, ifindex, handle)
+    if qdisc is None:
         raise NetworkError(f"interface {ifindex}: its qdisc {handle >> 16}: is gone")
-    return found
+    return qdisc

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from pathlib import Path
 
-from testbed.hosts.namespaces import call_inside
 from testbed.net.netlink import (
     CREATE,
     EXCLUSIVE,
@@ -30,18 +28,6 @@ _STOLEN, _EGRESS_REDIRECT = 4, 1
 _STATS_BASIC, _STATS_PACKETS64 = 1, 8
 # Which attribute of a filter's options holds its actions. Kernels have one filter or the other, most have both.
 _ACTIONS = {"matchall": 2, "u32": 7}
-
-
-def quieten(wire: str) -> None:
-    """Switches IPv6 off in the wire's namespace, whose interfaces would otherwise send neighbour discovery of their own."""
-
-    def write() -> None:
-        for scope in ("all", "default"):
-            switch = Path(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6")
-            if switch.exists():
-                switch.write_text("1")
-
-    call_inside(wire, write)
 
 
 def redirect(netlink: Netlink, source: int, target: int) -> None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import errno
 import functools
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from testbed.errors import UsageError
 from testbed.net.emulators.emulator import refuse_unknown
-from testbed.net.emulators.netem.hierarchy import gives_rate, plan
+from testbed.net.emulators.netem.hierarchy import hierarchy
 from testbed.net.emulators.netem.options import PRNG_SEED, QOPT, Options
 from testbed.net.emulators.netem.qdiscs import (
     OUTER,
     ROOT,
     CoDelQueue,
     Encodable,
-    Part,
     Plug,
+    Qdisc,
     TokenBucket,
     get,
     put,
@@ -26,24 +26,13 @@ from testbed.net.profile.conditions import MTU
 
 if TYPE_CHECKING:
     from testbed.net.profile.conditions import Direction, Profile
+    from testbed.net.profile.trace import Way
 
 HONOURED = frozenset(
-    {
-        "jitter law",
-        "jitter reorder",
-        "loss model",
-        "corrupt",
-        "duplicate",
-        "reorder",
-        "ecn",
-        "overhead",
-        "mtu",
-    }
-    | {"codel", "trace"}
+    {"jitter law", "jitter reorder", "loss model", "codel", "duplicate", "corrupt", "reorder", "ecn"}
+    | {"overhead", "mtu", "trace"}
 )
 """What of `Direction.beyond_the_basics` this emulator knows; where the kernel knows of seeds, those as well."""
-
-_WAYS: tuple[Literal["up"], Literal["down"]] = ("up", "down")
 
 
 def available() -> bool:
@@ -64,8 +53,8 @@ def _has(kind: str) -> bool:
     """Whether this kernel has such a qdisc. Raises UsageError without root."""
     with Netlink(None) as netlink:
         try:
-            part = Part(OUTER, ROOT, kind, _SAMPLES[kind])
-            put(netlink, netlink.interface("lo").index, part, CREATE | EXCLUSIVE)
+            qdisc = Qdisc(OUTER, ROOT, kind, _SAMPLES[kind])
+            put(netlink, netlink.interface("lo").index, qdisc, CREATE | EXCLUSIVE)
         except RefusedError as refusal:
             if refusal.number == errno.ENOENT:
                 return False
@@ -84,32 +73,31 @@ _SAMPLES: dict[str, Encodable] = {
 
 def refuse(profile: Profile) -> None:
     """Raises UsageError that names what netem, or this kernel's, cannot honour of *profile*."""
-    ways = {"up": profile.up, "down": profile.down}
-    seeded = any(direction.seed is not None for direction in ways.values())
+    seeded = any(direction.seed is not None for direction in profile.ways.values())
     honoured = HONOURED | {"seed"} if seeded and knows_seeds() else HONOURED
     refuse_unknown("netem", profile, honoured, "use --emulator userspace")
-    for way in _WAYS:
-        if beside := _conflict(ways[way], way):
+    for way, direction in profile.ways.items():
+        if beside := _conflict(direction, way):
             raise UsageError(
                 f"emulator netem cannot honour {beside[0]} beside {beside[1]} ({way}); use --emulator userspace"
             )
-        for part in plan(profile, way, MTU, None, ways[way].schedule(way, 0.0), 0.0).inner:
-            if part.kind in _SAMPLES and part.kind != "netem" and not _has(part.kind):
+        for qdisc in hierarchy(profile, way, MTU, None, direction.schedule(way, 0.0), 0.0).inner:
+            if qdisc.kind in _SAMPLES and qdisc.kind != "netem" and not _has(qdisc.kind):
                 raise UsageError(
-                    f"emulator netem: for {profile} ({way}) this kernel has no sch_{part.kind} "
-                    f"(try modprobe sch_{part.kind}); use --emulator userspace"
+                    f"emulator netem: for {profile} ({way}) this kernel has no sch_{qdisc.kind} "
+                    f"(try modprobe sch_{qdisc.kind}); use --emulator userspace"
                 )
 
 
-def _conflict(direction: Direction, way: Literal["up", "down"]) -> tuple[str, str] | None:
+def _conflict(direction: Direction, way: Way) -> tuple[str, str] | None:
     """Two things that netem can honour one at a time, as they are written."""
     written = direction.beyond_the_basics()
     schedule = direction.schedule(way, 0.0)
-    limited = direction.rate_bps is not None or gives_rate(schedule)
-    if direction.reorder and limited:
+    traced = schedule is not None and schedule.gives_rate
+    if direction.reorder and (direction.rate_bps is not None or traced):
         # A packet that skips the delay skips whatever is inside of that netem: the rate and its queue.
         return repr(written["reorder"]), "a rate"
-    if direction.queue.codel is not None and gives_rate(schedule):
+    if direction.queue.codel is not None and traced:
         return repr(written["codel"]), f"'{direction.trace}'"
     if schedule is not None and (schedule.delays is not None or schedule.losses is not None):
         # With every change, netem begins its chain and its random numbers anew.
@@ -123,5 +111,5 @@ def knows_seeds() -> bool:
     """Whether this kernel's netem says back the seed it was given: those before 6.6 ignore it."""
     with Netlink(None) as netlink:
         loopback = netlink.interface("lo").index
-        put(netlink, loopback, Part(OUTER, ROOT, "netem", Options(seed=1)), CREATE | EXCLUSIVE)
+        put(netlink, loopback, Qdisc(OUTER, ROOT, "netem", Options(seed=1)), CREATE | EXCLUSIVE)
         return PRNG_SEED in attributes(get(netlink, loopback, OUTER).options[QOPT.size :])

@@ -24,19 +24,13 @@ import sys
 from dataclasses import dataclass
 from math import inf
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from testbed.net.emulators.netem.qdiscs import ETHERNET_HEADER, HOLD, RELEASE, SLACK_S, Plug, TokenBucket
-from testbed.net.emulators.relay.control import Control
-from testbed.net.emulators.relay.relay import _ask_for_precision
+from testbed.net.emulators.relay.control import Control, be_punctual
 from testbed.net.netlink import TCA_KIND, TCA_OPTIONS, Netlink, attribute, text
 from testbed.net.profile.deliveries import Deliveries
 from testbed.net.profile.schedule import Schedule, unpack
-
-if TYPE_CHECKING:
-    from testbed.net.profile.deliveries import Deliveries
-    from testbed.net.profile.schedule import Schedule
-
 
 MOST_BYTES_PER_S = 10**11  # "no limit"
 _LEAST_BYTES_PER_S = 125  # a kilobit per second: what the bucket gives beyond its one filling does not count
@@ -117,7 +111,7 @@ class Way:
         self._held = False
         self._pace: Pace | None = None
         self._pacer: Pacer | None = None
-        if schedule.opportunity_bytes or schedule.rates is not None:
+        if schedule.gives_rate:
             self._pacer = Pacer(schedule, orders["mtu"], monotonic(), self._counted()[0])
 
     def until(self, now: float, latest: float) -> float:
@@ -160,25 +154,25 @@ class Way:
 
     def _counted(self) -> tuple[int, int]:
         """Bytes that have left the bucket, and bytes that wait in it."""
-        found = self._netlink.qdisc(self._ifindex, self._bucket_handle)
-        if found is None:
+        bucket = self._netlink.qdisc(self._ifindex, self._bucket_handle)
+        if bucket is None:
             return 0, 0
-        sent = struct.unpack_from("=Q", found.stats.get(1, bytes(8)))[0]
-        return sent, struct.unpack_from("=II", found.stats.get(3, bytes(8)))[1]
+        sent = struct.unpack_from("=Q", bucket.stats.get(1, bytes(8)))[0]
+        return sent, struct.unpack_from("=II", bucket.stats.get(3, bytes(8)))[1]
 
 
 def patched(outer: bytearray, delay_s: float | None, loss: float | None) -> bytes:
     """Netem's encoded options (`options.Options.encode`) with another delay and loss; None: as they are."""
-    made = bytearray(outer)
+    options = bytearray(outer)
     if delay_s is not None:
         delay_ns, at = round(delay_s * 1e9), _QOPT_BYTES
-        struct.pack_into("=I", made, 0, min(delay_ns // _NS_PER_TICK, _FULL))
-        while struct.unpack_from("=H", made, at + 2)[0] != _LATENCY64:
-            at += (struct.unpack_from("=H", made, at)[0] + 3) & ~3
-        struct.pack_into("=q", made, at + 4, delay_ns)
+        struct.pack_into("=I", options, 0, min(delay_ns // _NS_PER_TICK, _FULL))
+        while struct.unpack_from("=H", options, at + 2)[0] != _LATENCY64:
+            at += (struct.unpack_from("=H", options, at)[0] + 3) & ~3
+        struct.pack_into("=q", options, at + 4, delay_ns)
     if loss is not None:
-        struct.pack_into("=I", made, 8, round(loss * _FULL))
-    return bytes(made)
+        struct.pack_into("=I", options, 8, round(loss * _FULL))
+    return bytes(options)
 
 
 def _options(kind: str, encoded: bytes) -> bytes:
@@ -261,10 +255,6 @@ def main() -> None:
         orders = json.loads(file.read())
     gc.disable()
     control = Control(socket.socket(fileno=orders["control"]), orders["listening"])
-    _ask_for_precision()
+    be_punctual()
     with Netlink.here() as netlink:  # which takes the right to administer the network: it stays root
         Follower(netlink).serve(control)
-
-
-if __name__ == "__main__":
-    main()

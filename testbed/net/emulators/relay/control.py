@@ -1,4 +1,6 @@
-"""Orders to the relay, one JSON message each: ``apply``, ``counters``, ``under_way``, ``remove`` for a ``link``; ``stop``."""
+"""A process that serves links, from inside: orders to it, one JSON message each (``apply``, ``counters``, ``under_way``,
+``remove`` for a ``link``; ``stop``), and its punctuality. From outside: `serving`.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,19 @@ import os
 import socket
 from typing import Any, Protocol
 
+from testbed.net.program import end_sleeps_exactly, schedule_in_real_time
+
 LARGEST = 1 << 18  # bytes of a message
 _FILES = 4  # descriptors that may come with one
+_PRIORITY = 2  # just above the probers' (prober.py), which must not hold up the link they measure
+
+
+def be_punctual() -> None:
+    """Real-time scheduling where permitted, else a better nice value, else nothing; and exact timers."""
+    if not schedule_in_real_time(_PRIORITY):
+        with contextlib.suppress(OSError):
+            os.nice(-10)
+    end_sleeps_exactly()
 
 
 class Orders(Protocol):

@@ -11,9 +11,10 @@ import socket
 import struct
 from time import monotonic, time
 
+from testbed.net.program import SO_TIMESTAMPNS, enlarge_buffers
+
 SOL_PACKET = 263
 PACKET_STATISTICS, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 6, 15, 23
-SO_SNDBUFFORCE, SO_RCVBUFFORCE, SO_TIMESTAMPNS = 32, 33, 35
 ALL_PROTOCOLS = 0x0003
 BUFFER_BYTES = 128 << 20  # a relay that does not get to run for a while loses nothing
 BATCH = 64
@@ -34,11 +35,7 @@ def open_port(interface: str) -> socket.socket:
         port.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
         port.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
         port.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-        for force, plain in ((SO_RCVBUFFORCE, socket.SO_RCVBUF), (SO_SNDBUFFORCE, socket.SO_SNDBUF)):
-            try:
-                port.setsockopt(socket.SOL_SOCKET, force, BUFFER_BYTES)
-            except PermissionError:  # root in a user namespace only: as much as everybody may have
-                port.setsockopt(socket.SOL_SOCKET, plain, BUFFER_BYTES)
+        enlarge_buffers(port, BUFFER_BYTES, BUFFER_BYTES)
         port.setblocking(False)
         port.bind((interface, ALL_PROTOCOLS))
     except BaseException:

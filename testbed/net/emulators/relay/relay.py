@@ -1,7 +1,7 @@
 """The relay process: takes frames from one port, keeps each until its logical departure time, sends it through the other.
 
-One process serves one link or many, both ways. userspace.py starts it as a program of its own, with open file descriptors and
-nothing else, and imports the standard library and its own parts (`testbed.net.emulators.relay`) alone.
+One process serves one link or many, both ways. userspace.py starts it as a program of its own (`testbed.net.program`), with
+open file descriptors and nothing else.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from time import monotonic, sleep
 from typing import Any
 
 from testbed.net.emulators.relay.conditions import Conditions
-from testbed.net.emulators.relay.control import Control
+from testbed.net.emulators.relay.control import Control, be_punctual
 from testbed.net.emulators.relay.line import Line
 from testbed.net.emulators.relay.port import BATCH, Port, Receiver
 from testbed.net.profile.schedule import unpack
 
-PRIORITY = 2  # real-time, just above the probers' (prober.py), which must not hold up the link they measure
 NOBODY = 65534
 COALESCE_S = 120e-6  # no two wake-ups closer than this: waking is what costs most, and a busy link would have two a packet
 SPIN_S = 30e-6  # below this, waiting in select(2) costs more precision than polling costs processor
@@ -33,7 +32,7 @@ MANY = 1000  # packets under way
 IDLE_S = 1.0  # how often an idle relay looks whether its parent still lives
 
 
-class Pair:
+class RelayedLink:
     """Both directions between two ports."""
 
     def __init__(self, port_a: Port, port_b: Port, seed: int | None) -> None:
@@ -69,40 +68,40 @@ class Relay:
     """The links that this process serves, by name."""
 
     def __init__(self) -> None:
-        self._pairs: dict[str, Pair] = {}
+        self._links: dict[str, RelayedLink] = {}
         self._ports: dict[int, tuple[Port, Line]] = {}  # by descriptor: the port, and where its frames go
         self._busy: set[Line] = set()  # with something under way
 
-    def add(self, name: str, pair: Pair) -> None:
+    def add(self, name: str, link: RelayedLink) -> None:
         """One more link."""
-        self._pairs[name] = pair
-        for port, line in zip(pair.ports, pair.lines.values(), strict=True):
+        self._links[name] = link
+        for port, line in zip(link.ports, link.lines.values(), strict=True):
             self._ports[port.fileno] = (port, line)
 
     def remove(self, link: str) -> bool:
         """Ends a link, and what is under way on it is lost; whether another one is left."""
-        pair = self._pairs.pop(link)
-        for port, line in zip(pair.ports, pair.lines.values(), strict=True):
+        removed = self._links.pop(link)
+        for port, line in zip(removed.ports, removed.lines.values(), strict=True):
             del self._ports[port.fileno]
             self._busy.discard(line)
             port.close()
-        return bool(self._pairs)
+        return bool(self._links)
 
     def apply(
         self, link: str, conditions: dict[str, dict[str, Any]], files: list[int], fresh: bool = False
     ) -> None:
-        """Changes the conditions of a link; see `Pair.apply`."""
-        pair = self._pairs[link]
-        pair.apply(conditions, files, fresh)
-        self._busy.update(line for line in pair.lines.values() if line.leaves < inf)
+        """Changes the conditions of a link; see `RelayedLink.apply`."""
+        changed = self._links[link]
+        changed.apply(conditions, files, fresh)
+        self._busy.update(line for line in changed.lines.values() if line.leaves < inf)
 
     def under_way(self, link: str) -> int:
         """Packets on a link, both ways."""
-        return sum(line.under_way for line in self._pairs[link].lines.values())
+        return sum(line.under_way for line in self._links[link].lines.values())
 
     def counters(self, link: str) -> dict[str, dict[str, float]]:
-        """A link's, see `Pair.counters`."""
-        return self._pairs[link].counters()
+        """A link's, see `RelayedLink.counters`."""
+        return self._links[link].counters()
 
     def close(self) -> None:
         """Closes all ports at the same time: with each the kernel waits until no processor uses it any more (some ten
@@ -182,17 +181,6 @@ class Waiter:
         return [file for file, _ in self._epoll.poll(0)]
 
 
-def _ask_for_precision() -> None:
-    """Real-time scheduling where permitted, else a better nice value, else nothing; and exact timers."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(PRIORITY))
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.nice(-10)
-    with contextlib.suppress(OSError), open("/proc/self/timerslack_ns", "w") as slack:
-        slack.write("1")
-
-
 def _drop_privileges() -> None:
     """Open file descriptors are all that it needs from here on."""
     if (
@@ -220,17 +208,13 @@ def main() -> None:
     gc.disable()  # nothing here forms cycles, and a collection takes longer than a packet may wait
     control = Control(socket.socket(fileno=orders["control"]), orders["listening"])
     relay = Relay()
-    for name, link in orders["links"].items():
-        pair = Pair(Port(link["port_a"]), Port(link["port_b"]), link["seed"])
-        pair.apply(link["conditions"], link.get("files", []))
-        relay.add(name, pair)
-    _ask_for_precision()
+    for name, order in orders["links"].items():
+        link = RelayedLink(Port(order["port_a"]), Port(order["port_b"]), order["seed"])
+        link.apply(order["conditions"], order.get("files", []))
+        relay.add(name, link)
+    be_punctual()
     _drop_privileges()
     signal.signal(signal.SIGTERM, _stop)
     with contextlib.suppress(_Stopped):
         relay.serve(control)
     relay.close()
-
-
-if __name__ == "__main__":
-    main()

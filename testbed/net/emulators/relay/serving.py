@@ -15,9 +15,9 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,9 +26,8 @@ from testbed.hosts import processes
 from testbed.hosts.namespaces import call_inside
 from testbed.identity import as_root
 from testbed.net.emulators.relay.control import LARGEST
+from testbed.net.program import command
 
-PACKAGE = Path(__file__).parents[4]
-"""Where such a process finds this package."""
 _ANSWER_S = 5.0
 _STOPPED_S = 1.0
 """A process that stands still for longer is given up."""
@@ -36,99 +35,77 @@ _CHILDREN: dict[int, subprocess.Popen[bytes]] = {}
 """Those started by this process, so that they can be reaped."""
 
 
-def start(
-    links: dict[str, dict[str, Any]],
-    first: str,
-    keep: Path | None,
-    program: str,
-    namespace: str | None = None,
-) -> tuple[tuple[int, int], socket.socket | None]:
-    """Starts *program* for *links* in *namespace* (None: this one); its identity, and this end of its control socket when it is
-    ours alone."""
-    with contextlib.ExitStack() as closing:
-        closing.enter_context(as_root())
-        ours: socket.socket | None = None
-        if keep is None:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            log = None
-        else:
-            theirs = _listener(keep, first)
-            log = closing.enter_context(open(keep / f"{first}.log", "wb"))
-        closing.enter_context(theirs)
-        # In memory and not on its command line, which has a limit.
-        orders = closing.enter_context(os.fdopen(os.memfd_create("orders"), "wb", buffering=0))
-        told = {"control": theirs.fileno(), "listening": keep is not None, "links": links}
-        orders.write(json.dumps(told).encode())
-        orders.seek(0)
-        files = (file for link in links.values() for file in link.get("files", ()))
-        ports = (link[port] for link in links.values() for port in ("port_a", "port_b") if port in link)
-        passed = (theirs.fileno(), orders.fileno(), *ports, *files)
-
-        def launch() -> subprocess.Popen[bytes]:
-            return _launch(program, orders.fileno(), passed, log)
-
-        process = launch() if namespace is None else call_inside(namespace, launch)
-        _CHILDREN[process.pid] = process
-        identity = (process.pid, start_time(process.pid))
-        if keep is not None:
-            (keep / f"{first}.json").write_text(json.dumps({"process": identity, "links": list(links)}))
-        return identity, ours
-
-
-def _launch(
-    program: str, orders: int, passed: Sequence[int], log: IO[bytes] | None
-) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        # Isolated and without site-packages: the standard library and its own parts are all it needs.
-        [sys.executable, "-I", "-S", "-c", program, str(PACKAGE), str(orders)],
-        pass_fds=passed,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=log,
-        cwd="/",
-        start_new_session=True,  # Ctrl-C is not for it: the link must live until its owner takes it down
-    )
-
-
-def start_time(pid: int) -> int:
-    """When a process started, in clock ticks since boot: with its id, this names it for good. 0 when it is gone."""
-    return processes.start_time(pid) or 0
-
-
-def recorded(link: str, keep: Path) -> tuple[str, tuple[int, int], list[str]]:
-    """The process that serves *link*: the name it goes by, its identity, and its links. Raises NetworkError."""
-    for record in [keep / f"{link}.json", *sorted(keep.glob("*.json"))]:
-        try:
-            found = json.loads(record.read_text())
-            pid, started = found["process"]
-            links = list(found["links"])
-        except (OSError, ValueError, LookupError, TypeError):
-            continue
-        if link not in links:
-            continue
-        if start_time(pid) != started:
-            raise NetworkError(f"link {link}: its relay (process {pid}) is gone")
-        return record.stem, (pid, started), links
-    raise NetworkError(f"link {link}: no relay is recorded in {keep}")
-
-
-class Connection:
+class ServingProcess:
     """Such a process (a relay, or *what* else), as the links it serves see it. Its files in *keep* are named after the first."""
 
     def __init__(
         self,
-        first: str,
         process: tuple[int, int],
+        links: Iterable[str],
         control: socket.socket | None,
         keep: Path | None,
-        links: set[str],
-        what: str = "relay",
+        what: str,
     ) -> None:
         self.process, self._what = process, what
-        self._first, self._control, self._keep, self._links = first, control, keep, links
+        self._first, *_ = names = list(links)
+        self._links, self._control, self._keep = set(names), control, keep
         self._stopped = False
         self._owing = False
         self._watch = processes.Watch(process[0])
+
+    @classmethod
+    def start(
+        cls,
+        links: dict[str, dict[str, Any]],
+        keep: Path | None,
+        module: str,
+        what: str = "relay",
+        namespace: str | None = None,
+    ) -> ServingProcess:
+        """Starts *module*'s program for *links* in *namespace* (None: this one)."""
+        first = next(iter(links))
+        with contextlib.ExitStack() as closing:
+            closing.enter_context(as_root())
+            ours: socket.socket | None = None
+            if keep is None:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                log = None
+            else:
+                theirs = _listener(keep, first)
+                log = closing.enter_context(open(keep / f"{first}.log", "wb"))
+            closing.enter_context(theirs)
+            # In memory and not on its command line, which has a limit.
+            orders = closing.enter_context(os.fdopen(os.memfd_create("orders"), "wb", buffering=0))
+            description = {"control": theirs.fileno(), "listening": keep is not None, "links": links}
+            orders.write(json.dumps(description).encode())
+            orders.seek(0)
+            files = (file for link in links.values() for file in link.get("files", ()))
+            ports = (link[port] for link in links.values() for port in ("port_a", "port_b") if port in link)
+            passed = (theirs.fileno(), orders.fileno(), *ports, *files)
+            launch = partial(_launch, command(module, str(orders.fileno())), passed, log)
+            process = launch() if namespace is None else call_inside(namespace, launch)
+            _CHILDREN[process.pid] = process
+            identity = (process.pid, processes.start_time(process.pid) or 0)
+            if keep is not None:
+                (keep / f"{first}.json").write_text(json.dumps({"process": identity, "links": list(links)}))
+            return cls(identity, links, ours, keep, what)
+
+    @classmethod
+    def recorded(cls, link: str, keep: Path, what: str = "relay") -> ServingProcess:
+        """The one that serves *link*, as its file in *keep* says. Raises NetworkError."""
+        for record in [keep / f"{link}.json", *sorted(keep.glob("*.json"))]:
+            try:
+                noted = json.loads(record.read_text())
+                pid, started = noted["process"]
+                links = list(noted["links"])
+            except (OSError, ValueError, LookupError, TypeError):
+                continue
+            if link not in links:
+                continue
+            if processes.start_time(pid) != started:
+                raise NetworkError(f"link {link}: its {what} (process {pid}) is gone")
+            return cls((pid, started), links, None, keep, what)
+        raise NetworkError(f"link {link}: no {what} is recorded in {keep}")
 
     def fate(self) -> str | None:
         """What has become of a process that serves no longer, for a sentence; None: it serves."""
@@ -138,7 +115,7 @@ class Connection:
         if code is not None:
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
             return f"its {self._what} (process {pid}) ended ({how})"
-        if start_time(pid) != started:
+        if processes.start_time(pid) != started:
             return f"its {self._what} (process {pid}) ended"
         if (stopped_s := self._watch.stopped_s()) > _STOPPED_S:
             return f"its {self._what} (process {pid}) has been stopped for {stopped_s:.1f} s (SIGSTOP)"
@@ -218,13 +195,25 @@ class Connection:
             yield connection
 
 
+def _launch(argv: Sequence[str], passed: Sequence[int], log: IO[bytes] | None) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        argv,
+        pass_fds=passed,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=log,
+        cwd="/",
+        start_new_session=True,  # Ctrl-C is not for it: the link must live until its owner takes it down
+    )
+
+
 def _await_end(process: tuple[int, int]) -> None:
     """Waits a moment for a process that was told to stop, and kills it when it does not."""
     for attempt in range(220):
         child = _CHILDREN.get(process[0])
         if child is not None and child.poll() is not None:
             del _CHILDREN[process[0]]
-        if start_time(process[0]) != process[1]:
+        if processes.start_time(process[0]) != process[1]:
             return
         if attempt == 120:
             with contextlib.suppress(ProcessLookupError):

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from testbed.errors import NetworkError, UsageError
 from testbed.hosts.namespaces import call_in_scratch, call_inside
-from testbed.net.emulators.emulator import Attachment, Counters, Emulator, Wanted, refuse_unknown
-from testbed.net.emulators.netem.redirect import quieten
+from testbed.net.emulators.emulator import Attachment, Counters, Emulator, Wanted, quieten, refuse_unknown
 from testbed.net.emulators.relay.orders import relay_orders
 from testbed.net.emulators.relay.port import open_port
-from testbed.net.emulators.relay.serving import Connection, recorded, start
+from testbed.net.emulators.relay.serving import ServingProcess
 
 if TYPE_CHECKING:
     from testbed.net.profile.profile import Direction, Profile
@@ -35,7 +34,7 @@ LINKS_A_RELAY = 256
 """Two descriptors each have to fit into what a process may have open by default, 1024, here and there."""
 _SUPER_PACKET_S = 0.5e-3
 _SUPER_PACKET_BYTES = 60_000
-PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop(1)); from testbed.net.emulators.relay.relay import main; main()"
+PROGRAM = "testbed.net.emulators.relay.relay"
 
 
 def require_packet_sockets() -> None:
@@ -71,7 +70,6 @@ class Userspace(Emulator):
 
     @classmethod
     def require(cls) -> None:
-        """See `Emulator.require`."""
         require_packet_sockets()
 
     def attach(
@@ -84,42 +82,39 @@ class Userspace(Emulator):
         self, wire: str, wanted: Sequence[Wanted], *, keep: Path | None = None
     ) -> Sequence[Attachment]:
         """The same for many links, up to `LINKS_A_RELAY` of which share a relay process."""
-        for one in wanted:
-            refuse_unknown(self.name, one.profile, HONOURED)
+        for link in wanted:
+            refuse_unknown(self.name, link.profile, HONOURED)
         quieten(wire)
-        made: list[Attachment] = []
+        attachments: list[Attachment] = []
         try:
             for start in range(0, len(wanted), LINKS_A_RELAY):
-                made += self._attach(wire, wanted[start : start + LINKS_A_RELAY], keep)
+                attachments += self._attach(wire, wanted[start : start + LINKS_A_RELAY], keep)
         except BaseException:
-            for attachment in made:
+            for attachment in attachments:
                 attachment.detach()
             raise
-        return made
+        return attachments
 
     def _attach(self, wire: str, wanted: Sequence[Wanted], keep: Path | None) -> list[RelayAttachment]:
         with contextlib.ExitStack() as undo:
-            ports = call_inside(
-                wire, lambda: _open_ports([name for one in wanted for name in (one.a, one.b)])
-            )
+            interfaces = [name for link in wanted for name in (link.a, link.b)]
+            ports = call_inside(wire, lambda: _open_ports(interfaces))
             for port in ports.values():
                 undo.callback(port.close)
             links: dict[str, dict[str, Any]] = {}
             now = time.monotonic()
-            for one in wanted:
-                conditions, files = undo.enter_context(relay_orders(one.profile, now))
-                links[one.link] = {
-                    "port_a": ports[one.a].fileno(),
-                    "port_b": ports[one.b].fileno(),
+            for link in wanted:
+                conditions, files = undo.enter_context(relay_orders(link.profile, now))
+                links[link.link] = {
+                    "port_a": ports[link.a].fileno(),
+                    "port_b": ports[link.b].fileno(),
                     "seed": self._seed,
                     "conditions": conditions,
                     "files": files,
                 }
-            first = wanted[0].link
-            process, control = start(links, first, keep, PROGRAM)
-            # The links of one relay share the connection to it, which ends the relay when the last of them is detached.
-            shared = Connection(first, process, control, keep, {one.link for one in wanted})
-            attachments = [RelayAttachment(one.link, shared) for one in wanted]
+            # The links of one relay share it; it ends when the last of them is detached.
+            relay = ServingProcess.start(links, keep, PROGRAM)
+            attachments = [RelayAttachment(name, relay) for name in links]
             try:
                 attachments[-1].counters()  # it answers: it runs
             except BaseException:
@@ -129,8 +124,7 @@ class Userspace(Emulator):
         return attachments
 
     def super_packets(self, profile: Profile) -> dict[str, int]:
-        """See `Attachment.super_packets`."""
-        return {"up": super_packet_segments(profile.up), "down": super_packet_segments(profile.down)}
+        return {way: super_packet_segments(direction) for way, direction in profile.ways.items()}
 
     def release_all(self, attachments: Sequence[Attachment]) -> None:
         """Ends the relays behind *attachments*, whose wire is about to be removed."""
@@ -141,20 +135,17 @@ class Userspace(Emulator):
             relay.end()
 
     def reattach(self, wire: str, link: str, a: str, b: str, *, keep: Path) -> Attachment:
-        """See `Emulator.reattach`."""
-        first, process, links = recorded(link, keep)
-        return RelayAttachment(link, Connection(first, process, None, keep, set(links)))
+        return RelayAttachment(link, ServingProcess.recorded(link, keep))
 
 
 class RelayAttachment(Attachment):
     """One link whose frames pass through a relay process."""
 
-    def __init__(self, link: str, relay: Connection) -> None:
+    def __init__(self, link: str, relay: ServingProcess) -> None:
         self.process: tuple[int, int] | None = relay.process
         self._link, self.relay = link, relay
 
     def apply(self, profile: Profile, origin_s: float | None = None, *, fresh: bool = False) -> None:
-        """See `Attachment.apply`."""
         refuse_unknown(Userspace.name, profile, HONOURED)
         origin_s = time.monotonic() if origin_s is None else origin_s
         with relay_orders(profile, origin_s) as (conditions, files):
@@ -162,20 +153,14 @@ class RelayAttachment(Attachment):
             self.relay.ask(self._link, order, files)
 
     def under_way(self) -> int:
-        """See `Attachment.under_way`."""
         return int(self.relay.ask(self._link, {"do": "under_way"})["packets"])
 
     def counters(self) -> dict[str, Counters]:
         answer = self.relay.ask(self._link, {"do": "counters"})
-        return {way: Counters(**answer[way]) for way in ("up", "down")}
+        return {way: Counters(**counted) for way, counted in answer.items()}
 
     def fate(self) -> str | None:
-        """See `Attachment.fate`."""
         return self.relay.fate()
-
-    def super_packets(self, profile: Profile) -> dict[str, int]:
-        """See `Attachment.super_packets`."""
-        return {"up": super_packet_segments(profile.up), "down": super_packet_segments(profile.down)}
 
     def detach(self) -> None:
         if self.process is None:
