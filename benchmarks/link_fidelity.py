@@ -26,7 +26,7 @@ from benchmarks.bulk_tcp import bulk, start_up_s
 from benchmarks.fidelity_table import burst_errors, line, merge, report
 from testbed.errors import SpecError, TestbedError
 from testbed.net.calibration.calibrate import busy_cores, calibrate
-from testbed.net.calibration.probes import WAYS, Flow, Prober
+from testbed.net.calibration.probes import WAYS, PacketTrain, Prober
 from testbed.net.fabric.fabric import Fabric
 from testbed.net.profile.loss import GilbertElliott
 from testbed.net.profile.profile import Profile, parse_profile
@@ -82,12 +82,12 @@ def cell(text: str, emulator: str, probes: int) -> dict[str, Any]:
 def bursts(text: str, emulator: str, probes: int) -> dict[str, Any]:
     """Mean loss and mean burst length of numbered probes, both ways, in stretches that each begin anew."""
     profile = parse_profile(text)
-    flow = Flow(probes // PHASES, 44, 0.15e-3, 600.0, catch_up=True)
+    flow = PacketTrain(probes // PHASES, 44, 0.15e-3, 600.0, catch_up=True)
     with network(profile, emulator) as fabric, Prober(fabric, "link", "a", "b", urgent=True) as prober:
         arrived = [prober.run(dict.fromkeys(WAYS, flow), 0.3) for _ in range(PHASES)]
     model = profile.up.loss_model
     assert isinstance(model, GilbertElliott)
-    row: dict[str, Any] = {"profile": text, "loss_asked": model.mean, "burst_asked": model.burst}
+    row: dict[str, Any] = {"profile": text, "loss_asked": model.mean, "burst_asked": model.chain().burst}
     row["errors"] = burst_errors(model, probes)
     for way in WAYS:
         gaps: list[int] = []

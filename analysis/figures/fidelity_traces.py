@@ -124,7 +124,11 @@ def _worst(drawn: list[tuple[Outcome, Curve | Track]]) -> str:
 
 def _followed(drawn: list[tuple[Outcome, Curve | Track]]) -> str:
     """Whether all of what each was judged by was in tolerance."""
-    kinds = {"bytes": ("curve", "total"), "delay": ("delay trace",), "loss": ("loss trace", "loss shape")}
+    kinds = {
+        "bytes": ("rate shape", "rate trace"),
+        "delay": ("delay trace",),
+        "loss": ("loss trace", "loss shape"),
+    }
     off = [
         line
         for one, line in drawn

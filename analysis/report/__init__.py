@@ -146,7 +146,7 @@ _UNITS: dict[str, Callable[[float], str]] = {
     "rate": lambda v: f"{v / 1e6:.4g} Mbit/s",
     **dict.fromkeys(("delay", "jitter", "delay trace"), lambda v: f"{v * 1e3:.4g} ms"),
     **dict.fromkeys(("loss", "loss trace"), lambda v: f"{v:.3%}"),
-    "total": lambda v: f"{v / 1e6:,.4g} MB" if v >= 95_000 else f"{v / 1e3:.4g} kB",
+    "rate trace": lambda v: f"{v / 1e6:,.4g} MB" if v >= 95_000 else f"{v / 1e3:.4g} kB",
     "burst": lambda v: f"{v:.4g} packets in a row",
 }
 

@@ -19,6 +19,7 @@ from testbed.net.calibration.calibrate import Attempt, Calibration
 from testbed.net.calibration.checks import delay_check, loss_check, rate_check
 from testbed.net.calibration.outcome import Check, Curve
 from testbed.net.calibration.probes import Arrived
+from testbed.net.calibration.traces import curve_checks
 from testbed.net.emulators.relay.userspace import Userspace
 from testbed.net.profile.profile import Direction
 
@@ -96,7 +97,7 @@ def write_calibration(
         for _ in range(2 if profile in off else 1):
             checks = [c for way in ("up", "down") for c in _checks(rng, way, profile, profile in off)]
             curves = _curves(rng) if profile == trace else ()
-            checks += [check for curve in curves for check in curve.checks(Userspace)]
+            checks += [check for curve in curves for check in curve_checks(curve, Userspace)]
             attempts.append(Attempt(tuple(checks), {}, curves=curves))
         made = Calibration("wan", profile, "userspace", tuple(attempts))
         measurements.append({"profile": profile, "measured_at": "2025-01-01T12:00:00Z", **made.to_dict()})

@@ -160,12 +160,12 @@ def test_the_page_opens_from_disk_sorts_and_filters_in_a_browser(
         ("jitter", 0.004, "4 ms"),
         ("loss", 0.001, "0.100%"),
         ("loss trace", 0.02, "2.000%"),
-        ("total", 2_500_000, "2.5 MB"),
-        ("total", 1200, "1.2 kB"),
+        ("rate trace", 2_500_000, "2.5 MB"),
+        ("rate trace", 1200, "1.2 kB"),
         ("burst", 3.5, "3.5 packets in a row"),
-        ("curve", 0.998, "0.998"),
+        ("rate shape", 0.998, "0.998"),
         ("loss shape", 1.04, "1.04"),
-        ("law", 0.03, "0.03"),
+        ("jitter distribution", 0.03, "0.03"),
     ],
 )
 def test_a_measurement_is_written_in_its_own_unit(what: str, value: float, shown: str) -> None:

@@ -1,14 +1,14 @@
-"""Figures and verdicts from probe packets: made up ones here, real ones across real links at the end."""
+"""Measuring links: what is sent, by whom, and when; and whole calibrations of real links."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import socket
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,90 +16,17 @@ import pytest
 
 from testbed.errors import NetworkError, SpecError, UsageError
 from testbed.net import emulators
-from testbed.net.calibration import checks as measure
+from testbed.net.calibration import prober
 from testbed.net.calibration.calibrate import busy_cores, calibrate, foretell
-from testbed.net.calibration.probes import Arrived, Flow, Prober, _batch
-from testbed.net.profile.profile import Direction, parse_profile
+from testbed.net.calibration.probes import PacketTrain, Prober, _batch, _plan
+from testbed.net.calibration.traces import (
+    _applied,
+    _train,
+)
+from testbed.net.profile.profile import parse_profile
+from testbed.net.profile.schedule import Schedule
+from testbed.net.program import PACKAGE
 from tests.net.wire import Conditioned, wire
-
-LINK = Direction(rate_bps=10e6, delay_s=0.02, loss=0.01)
-
-
-def arrived(
-    sent: int, delay_s: float, gap_s: float, lost: set[int] | frozenset[int] = frozenset()
-) -> Arrived:
-    numbers = [n for n in range(sent) if n not in lost]
-    times = [n * gap_s for n in numbers]
-    return Arrived(sent, sent * gap_s, 0.0, numbers, times, [t + delay_s for t in times])
-
-
-def test_the_rate_is_that_between_arrivals_and_not_of_the_filling():
-    # 1,000 packets of 1,250 bytes, one a millisecond: 10 Mbit/s; the first 30 arrive as a burst.
-    flow = arrived(1000, 0.02, 1e-3)
-    early = [flow.arrived_s[30] - 1e-5 * (30 - n) for n in range(30)] + flow.arrived_s[30:]
-    check = measure.rate_check("up", LINK, Arrived(1000, 1.0, 0.0, flow.numbers, flow.sent_s, early), 1250)
-    assert check.measured == pytest.approx(10e6, rel=1e-3)
-    assert check.ok
-    assert check.low is not None
-    assert check.high is not None
-    assert check.low <= 10e6 <= check.high
-
-
-@pytest.mark.parametrize(("factor", "ok"), [(1.02, True), (0.98, True), (1.04, False), (0.96, False)])
-def test_a_rate_is_in_tolerance_up_to_three_per_cent(factor: float, ok: bool):
-    assert measure.rate_check("up", LINK, arrived(1000, 0.02, 1e-3 / factor), 1250).ok is ok
-
-
-def test_an_unlimited_rate_is_reported_and_not_judged():
-    check = measure.rate_check("up", Direction(), arrived(1000, 0, 1e-4), 1250)
-    assert check.ok is None
-    assert check.measured == pytest.approx(100e6, rel=1e-3)
-
-
-@pytest.mark.parametrize(("extra", "ok"), [(0.0, True), (0.0009, True), (0.0012, False), (-0.002, False)])
-def test_a_delay_is_in_tolerance_up_to_a_millisecond_above(extra: float, ok: bool):
-    own = 64 * 8 / 10e6  # what the probe takes to be sent is not the link's delay
-    check = measure.delay_check("up", LINK, arrived(500, 0.02 + own + extra, 1e-3), 64)
-    assert check.ok is ok
-    assert check.measured == pytest.approx(0.02 + extra, abs=1e-6)
-
-
-def test_a_few_jittery_probes_are_judged_by_what_they_can_tell():
-    draw = random.Random(3)
-    flow = arrived(25, 0.0, 0.05)
-    jittery = Arrived(
-        25, 1.0, 0.0, flow.numbers, flow.sent_s, [s + draw.gauss(0.3, 0.01) for s in flow.sent_s]
-    )
-    assert measure.delay_check("up", Direction(delay_s=0.3, jitter_s=0.01), jittery, 64).ok
-    assert not measure.delay_check("up", Direction(delay_s=0.2, jitter_s=0.01), jittery, 64).ok
-
-
-def test_clopper_pearson_agrees_with_published_values():
-    # Agresti and Coull, The American Statistician 52 (1998): 0 of 10 at 95 %: (0, 0.3085); 5 of 10: (0.1871, 0.8129)
-    assert measure.clopper_pearson(0, 10, 0.95) == pytest.approx((0, 0.3085), abs=1e-4)
-    assert measure.clopper_pearson(5, 10, 0.95) == pytest.approx((0.1871, 0.8129), abs=1e-4)
-    assert measure.clopper_pearson(10, 10, 0.95)[1] == 1
-
-
-@pytest.mark.parametrize(("lost", "ok"), [(20, True), (30, True), (10, True), (50, False), (0, False)])
-def test_a_loss_is_in_tolerance_inside_its_binomial_interval(lost: int, ok: bool):
-    assert measure.loss_check("up", LINK, arrived(2000, 0.02, 1e-3, set(range(lost)))).ok is ok
-
-
-def test_any_loss_on_a_loss_free_link_is_out_of_tolerance():
-    assert not measure.loss_check("up", Direction(), arrived(1000, 0, 1e-3, {500})).ok
-
-
-def test_a_duplicate_does_not_hide_a_loss():
-    flow = Arrived(3, 1.0, 0.0, [0, 2, 2], [0.0, 0.2, 0.2], [0.1, 0.3, 0.3])
-    assert measure.loss_check("up", Direction(), flow).measured == pytest.approx(1 / 3)
-
-
-def test_nothing_arriving_is_a_verdict_and_not_a_crash():
-    nothing = Arrived(100, 1.0, 0.0, [], [], [])
-    checks = [measure.rate_check("up", LINK, nothing, 1250), measure.delay_check("up", LINK, nothing, 64)]
-    assert [check.ok for check in checks] == [False, False]
-    assert "nothing arrived" in str(checks[0])
 
 
 @pytest.mark.netns
@@ -136,7 +63,7 @@ def test_jitter_bursts_and_traces_of_delay_and_loss_are_measured_too(tmp_path: P
         link.attachment.detach()
     assert measured.ok, measured.cause
     found = {(check.way, check.what) for check in measured.checks}
-    assert {("up", "jitter"), ("up", "law"), ("up", "burst")} <= found
+    assert {("up", "jitter"), ("up", "jitter distribution"), ("up", "burst")} <= found
     assert {("down", "delay trace"), ("down", "loss trace"), ("down", "loss shape")} <= found
     tracks = measured.to_dict()["attempts"][-1]["tracks"]
     assert [(track["way"], track["what"], len(track["asked"])) for track in tracks] == [
@@ -160,34 +87,25 @@ def test_a_prober_that_dies_is_an_error_that_says_so():
         for process in prober._processes.values():
             process.kill()
         with pytest.raises(NetworkError, match="a probing process failed"):
-            prober.run({"up": Flow(1, 64, 0.01, 0.1)}, 0.1)
+            prober.run({"up": PacketTrain(1, 64, 0.01, 0.1)}, 0.1)
 
 
-def test_the_probing_and_relaying_programs_need_the_standard_library_and_their_own_parts_alone():
+@pytest.mark.parametrize("module", ["testbed.net.calibration.prober", "testbed.net.emulators.relay.relay"])
+def test_the_probing_and_relaying_programs_need_the_standard_library_and_their_own_parts_alone(module: str):
     # They are started isolated and without site-packages, for speed.
-    from testbed.net.calibration import prober as probe
-    from testbed.net.emulators.relay.serving import PACKAGE
-
-    assert probe.__file__ is not None
-    assert "testbed" not in {
-        word.split(".")[0]
-        for line in Path(probe.__file__).read_text().splitlines()
-        if line.startswith(("import ", "from "))
-        for word in line.split()[1:2]
-    }
-    load = "import sys; sys.path.insert(0, sys.argv[1]); import testbed.net.emulators.relay.relay; print(*sys.modules)"
+    load = f"import sys; sys.path.insert(0, sys.argv[1]); import {module}; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", load, str(PACKAGE)], capture_output=True, text=True, check=True
     )
     loaded = set(done.stdout.split())
     ours = {name for name in loaded if name.startswith("testbed.")}
     assert {name.split(".")[0] for name in loaded - ours} <= sys.stdlib_module_names | {"testbed", "__main__"}
+    rooms = ("testbed.net.emulators", "testbed.net.profile", "testbed.net.calibration")
     assert all(
-        name in ("testbed.net", "testbed.errors")
-        or name.startswith(("testbed.net.emulators", "testbed.net.profile"))
+        name in ("testbed.net", "testbed.net.program", "testbed.errors") or name.startswith(rooms)
         for name in ours
     ), ours
-    assert not any(name.endswith((".userspace", ".netem", ".contract")) for name in ours)
+    assert not any(name.endswith((".userspace", ".netem", ".emulator")) for name in ours)
 
 
 def test_packets_sent_many_at_a_time_are_single_ones_that_all_arrive():
@@ -221,7 +139,7 @@ def test_packets_sent_many_at_a_time_are_single_ones_that_all_arrive():
     ("interval_s", "size", "batch"), [(1e-3, 1500, 1), (1e-5, 1500, 16), (2e-5, 1500, 10), (1e-9, 1500, 16)]
 )
 def test_only_very_frequent_packets_are_sent_many_at_a_time(interval_s: float, size: int, batch: int):
-    flow = Flow(1000, size, interval_s, 1.0)
+    flow = PacketTrain(1000, size, interval_s, 1.0)
     assert _batch(flow) == batch
     assert _batch(replace(flow, pace=((1.0, interval_s),))) == 1
 
@@ -249,3 +167,44 @@ def test_a_link_whose_queue_takes_minutes_to_drain_is_refused_and_a_long_measure
         with pytest.raises(UsageError, match=r"profile .*more than 5 min 00 s.*queue="):
             foretell(parse_profile(slow))
     assert foretell(parse_profile("rate=1kbit,queue=1500b")) == ""  # what waits is gone in twelve seconds
+
+
+def test_the_flow_is_faster_than_the_trace_before_and_behind_every_step():
+    profile = parse_profile("delay=20ms,step:1mbit*1s+10mbit*1s")
+    schedule = profile.up.schedule("up", 0.0)
+    assert isinstance(schedule, Schedule)
+    flow = _train(profile.steady().up, schedule, 1500, 0.0, 2.0)
+    offered = {round(until - 0.02, 2): 1500 * 8 / interval for until, interval in flow.pace}
+    assert all(rate >= 10e6 for at, rate in offered.items() if at + 0.02 >= 0.95)
+    assert all(1.1e6 <= rate <= 2e6 for at, rate in offered.items() if 0.1 <= at <= 0.85)
+
+
+def test_a_flow_is_in_step_with_the_trace_however_late_its_sender_is_told():
+    fast_then_slow = PacketTrain(10_000, 200, 1e-3, 5.5, catch_up=True, pace=((5.0, 1e-3), (6.0, 0.1)))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(("127.0.0.1", 9))
+        late = replace(fast_then_slow, begin_s=time.monotonic() - 5.0)
+        assert 1 <= prober.send(sock, _plan(late, 1))["sent"] <= 7  # what has passed is not made up for
+        begin = time.monotonic() + 0.1
+        assert prober.send(sock, _plan(replace(late, begin_s=begin, duration_s=0.1), 2))["sent"] <= 101
+        assert time.monotonic() >= begin + 0.09
+
+
+def test_a_trace_whose_start_took_too_long_is_started_again():
+    origins: list[float] = []
+
+    def apply(origin_s: float) -> None:
+        origins.append(origin_s)
+        if len(origins) == 1:
+            time.sleep(0.4)
+
+    start = _applied(apply, 2.0)
+    assert len(origins) == 2
+    assert start == origins[-1] + 2.0
+    assert start - origins[0] - 2.0 >= 0.4
+
+
+def test_a_trace_that_was_ready_in_time_is_started_once():
+    origins: list[float] = []
+    assert _applied(origins.append, 0.0) == origins[0]
+    assert len(origins) == 1

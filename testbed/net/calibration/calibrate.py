@@ -27,29 +27,27 @@ from testbed.net.calibration.checks import (
 )
 from testbed.net.calibration.outcome import Curve, Track
 from testbed.net.calibration.probes import (
+    PARALLEL_BPS,
     PROBE_BYTES,
     SLACK_S,
     UNLIMITED_BPS,
-    WAYS,
     Arrived,
     Network,
     Prober,
-    delay_flow,
-    loss_flow,
+    delay_train,
+    loss_train,
     measuring_s,
     packet_bytes,
-    rate_flow,
+    rate_train,
     settle_s,
 )
-from testbed.net.calibration.traces import STRETCH_S, follow, follow_values
+from testbed.net.calibration.traces import STRETCH_S, curve_checks, follow, follow_values
 from testbed.net.emulators.emulator import Counters
-from testbed.net.profile.profile import Direction, Profile
+from testbed.net.profile.profile import Profile
+from testbed.net.profile.trace import WAYS, Way
 from testbed.units import format_duration, format_rate, format_time
 
 ATTEMPTS = 2
-_PARALLEL_BPS = (
-    60e6  # both ways' saturating flows at once only below this: the processor must not be the limit
-)
 _LATE_S = 2e-3  # lateness of the emulator worth naming as a cause
 _LONGEST_S, _LONG_S = 300.0, 15.0  # of one measurement: more is refused; more is foretold
 
@@ -134,9 +132,9 @@ class Calibration:
                 | {"checks": [asdict(check) for check in attempt.checks]}
                 | {"counters": {way: values.record() for way, values in attempt.counters.items()}}
                 | {
-                    name: [asdict(one) for one in found]
-                    for name, found in (("curves", attempt.curves), ("tracks", attempt.tracks))
-                    if found
+                    name: [asdict(line) for line in lines]
+                    for name, lines in (("curves", attempt.curves), ("tracks", attempt.tracks))
+                    if lines
                 }
                 for attempt in self.attempts
             ],
@@ -166,9 +164,9 @@ def calibrate(
     if ends is None:
         known = ", ".join(item.name for item in fabric.topology.links)
         raise SpecError(f"there is no link {link!r}; there is {known}")
-    made: list[Attempt] = []
+    done: list[Attempt] = []
     with Prober(fabric, link, ends.a, ends.b, urgent=fabric.emulator.served_by_processes) as prober:
-        while not made or (not made[-1].ok and len(made) < attempts):
+        while not done or (not done[-1].ok and len(done) < attempts):
             before = fabric.counters(link)
             if profile.changes:
                 fabric.apply(link, profile.steady())
@@ -177,31 +175,30 @@ def calibrate(
             tracks: list[Track] = []
             if profile.changes:
                 curves = follow(prober, profile, partial(fabric.apply, link, profile), stretch_s)
-                checks += [check for curve in curves for check in curve.checks(fabric.emulator)]
+                checks += [check for curve in curves for check in curve_checks(curve, fabric.emulator)]
                 tracks, followed = follow_values(
                     prober, profile, partial(fabric.apply, link, profile), stretch_s
                 )
                 checks += followed
             after = fabric.counters(link)
-            counters = {way: after[way].since(before[way]) for way in WAYS}
+            counters = {str(way): after[way].since(before[way]) for way in WAYS}
             causes += _emulator_causes(counters)
-            made.append(Attempt(tuple(checks), counters, tuple(causes), tuple(curves), tuple(tracks)))
-    return Calibration(link, profile.name, fabric.emulator.name, tuple(made))
+            done.append(Attempt(tuple(checks), counters, tuple(causes), tuple(curves), tuple(tracks)))
+    return Calibration(link, profile.name, fabric.emulator.name, tuple(done))
 
 
 def _attempt(
     prober: Prober, profile: Profile, scale: float, probes: int | None
 ) -> tuple[list[Check], list[str]]:
-    directions = {"up": profile.up, "down": profile.down}
-    settle = {way: settle_s(profile, way) for way in WAYS}
-    rates = _rates(prober, directions, settle, scale)
+    directions = profile.ways
+    rates = _rates(prober, profile, scale)
     jittery = any(direction.jitter_s for direction in directions.values())
     short = max(direction.delay_s + 6 * direction.jitter_s + SLACK_S for direction in directions.values())
-    dense = prober.run({way: loss_flow(profile, way, scale, probes) for way in WAYS}, short)
+    dense = prober.run({way: loss_train(profile, way, scale, probes) for way in WAYS}, short)
     # Packets keep their order, so closely spaced ones push each other back under jitter: delay needs its own, far apart.
     sparse = dense
     if jittery:
-        sparse = prober.run({way: delay_flow(directions[way], scale, probes) for way in WAYS}, short)
+        sparse = prober.run({way: delay_train(directions[way], scale, probes) for way in WAYS}, short)
     checks, causes = [], []
     for way, direction in directions.items():
         checks += [
@@ -224,14 +221,13 @@ def _attempt(
     return checks, causes
 
 
-def _rates(
-    prober: Prober, directions: dict[str, Direction], settle: dict[str, float], scale: float
-) -> dict[str, Arrived]:
+def _rates(prober: Prober, profile: Profile, scale: float) -> dict[Way, Arrived]:
     """Saturating flows, both ways at once where the processor carries that."""
-    flows = {way: rate_flow(direction, scale) for way, direction in directions.items()}
-    if sum(direction.rate_bps or UNLIMITED_BPS for direction in directions.values()) <= _PARALLEL_BPS:
-        return prober.run(flows, max(settle.values()))
-    return {way: prober.run({way: flows[way]}, settle[way])[way] for way in WAYS}
+    trains = {way: rate_train(direction, scale) for way, direction in profile.ways.items()}
+    settle = {way: settle_s(profile, way) for way in WAYS}
+    if sum(direction.rate_bps or UNLIMITED_BPS for direction in profile.ways.values()) <= PARALLEL_BPS:
+        return prober.run(trains, max(settle.values()))
+    return {way: prober.run({way: trains[way]}, settle[way])[way] for way in WAYS}
 
 
 def _offered_bps(flow: Arrived, size: int) -> float:
@@ -239,8 +235,8 @@ def _offered_bps(flow: Arrived, size: int) -> float:
 
 
 def _emulator_causes(counters: dict[str, Counters]) -> list[str]:
-    said = [said for way in WAYS for said in counters[way].complaints(way, _LATE_S)]
-    return [f"{cause}: the processor is too slow or busy" for cause in said]
+    complaints = [each for way in WAYS for each in counters[way].complaints(way, _LATE_S)]
+    return [f"{cause}: the processor is too slow or busy" for cause in complaints]
 
 
 @contextlib.contextmanager

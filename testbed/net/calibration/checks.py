@@ -32,9 +32,8 @@ def rate_check(way: str, direction: Direction, flow: Arrived, packet_bytes: int)
     asked, tolerance = direction.rate_bps, f"±{format_fraction(RATE_TOLERANCE)}"
     times = flow.arrived_s
     if len(times) < 4:
-        return Check(
-            way, "rate", asked, None, None, None, len(times), None if asked is None else False, tolerance
-        )
+        judged = None if asked is None else False
+        return Check(way, "rate", asked, n=len(times), ok=judged, tolerance=tolerance)
     # Arrivals are the sum of equal serialisation times once the bottleneck is never idle; the first ones are not.
     first = next(i for i, t in enumerate(times) if t - times[0] >= min(_FILL_S, (times[-1] - times[0]) / 8))
     times = times[first:]
@@ -60,17 +59,7 @@ def delay_check(way: str, direction: Direction, flow: Arrived, packet_bytes: int
     n = len(delays)
     if n == 0:
         # A link that loses everything has no delay to be wrong about.
-        return Check(
-            way,
-            "delay",
-            asked,
-            None,
-            None,
-            None,
-            0,
-            None if direction.loss == 1 else False,
-            tolerance,
-        )
+        return Check(way, "delay", asked, ok=None if direction.loss == 1 else False, tolerance=tolerance)
     low, high = _median_interval(delays)
     ok = low <= asked + DELAY_TOLERANCE_S and high >= asked - _EARLY_S
     p99 = delays[min(n - 1, math.ceil(0.99 * n) - 1)]
@@ -84,7 +73,7 @@ def loss_check(way: str, direction: Direction, flow: Arrived) -> Check:
     """
     lost = flow.sent - len(set(flow.numbers))
     if flow.sent == 0:
-        return Check(way, "loss", direction.loss, None, None, None, 0, False, "99% interval")
+        return Check(way, "loss", direction.loss, ok=False, tolerance="99% interval")
     inflation = 1.0 if direction.loss_model is None else max(1.0, direction.loss_model.chain().spread)
     low, high = clopper_pearson(lost / inflation, flow.sent / inflation)
     ok = lost == 0 if direction.loss == 0 else low <= direction.loss <= high
@@ -111,22 +100,21 @@ def _median_interval(ordered: list[float]) -> tuple[float, float]:
 
 
 def _parts_interval(times: list[float], packet_bytes: int, rate: float) -> tuple[float, float]:
-    from scipy.special import stdtrit
-
     parts = min(10, (len(times) - 1) // 2)
     if parts < 2:
         return rate, rate
-    edges = [times[round(i * (len(times) - 1) / parts)] for i in range(parts + 1)]
-    counts = [
-        round((i + 1) * (len(times) - 1) / parts) - round(i * (len(times) - 1) / parts) for i in range(parts)
-    ]
-    rates = [
-        c * packet_bytes * 8 / max(1e-9, b - a) for c, a, b in zip(counts, edges, edges[1:], strict=False)
-    ]
-    mean = sum(rates) / parts
-    deviation = math.sqrt(sum((r - mean) ** 2 for r in rates) / (parts - 1))
-    half = float(stdtrit(parts - 1, (1 + CONFIDENCE) / 2)) * deviation / math.sqrt(parts)
+    edges = [round(i * (len(times) - 1) / parts) for i in range(parts + 1)]
+    rates = [(b - a) * packet_bytes * 8 / max(1e-9, times[b] - times[a]) for a, b in pairwise(edges)]
+    half = _half_interval(rates)
     return rate - half, rate + half
+
+
+def _half_interval(values: Sequence[float]) -> float:
+    """Half of the interval of a mean, Student's."""
+    from scipy.special import stdtrit
+
+    n = len(values)
+    return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * stdev(values) / math.sqrt(n)
 
 
 LEAST_BURSTS = 20  # bursts; fewer tell too little to judge by
@@ -141,32 +129,16 @@ def burst_lengths(flow: Arrived) -> list[int]:
 
 def burst_check(way: str, model: LossModel, flow: Arrived) -> Check:
     """The mean length of a burst, with the interval of a mean. Judged where there are `LEAST_BURSTS` bursts."""
-    lengths, asked = burst_lengths(flow), model.burst
+    lengths, asked = burst_lengths(flow), model.chain().burst
     tolerance = f"±{BURST_TOLERANCE:.0%}"
     n = len(lengths)
     if n < 2 or asked is None:
-        measured = float(lengths[0]) if n else None
-        return Check(way, "burst", asked, measured, None, None, n, None, tolerance)
-    measured = mean(lengths)
-    half = _student(n) * stdev(lengths) / math.sqrt(n)
+        return Check(way, "burst", asked, float(lengths[0]) if n else None, n=n, tolerance=tolerance)
+    measured, half = mean(lengths), _half_interval(lengths)
+    low, high = max(1.0, measured - half), measured + half
     fits = abs(measured - asked) <= half + BURST_TOLERANCE * asked
-    return Check(
-        way,
-        "burst",
-        asked,
-        measured,
-        max(1.0, measured - half),
-        measured + half,
-        n,
-        fits if n >= LEAST_BURSTS else None,
-        tolerance,
-    )
-
-
-def _student(n: int) -> float:
-    from scipy.special import stdtrit
-
-    return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2))
+    ok = fits if n >= LEAST_BURSTS else None
+    return Check(way, "burst", asked, measured, low, high, n, ok, tolerance)
 
 
 LEAST_DELAYS = 50  # probes; fewer tell too little to judge by
@@ -178,7 +150,7 @@ _KOLMOGOROV = (
 
 
 def jitter_checks(way: str, direction: Direction, flow: Arrived, packet_bytes: int) -> list[Check]:
-    """``jitter``: the standard deviation; ``law``: the largest distance between both distributions, each around its median (how
+    """``jitter``: the standard deviation; ``jitter distribution``: the largest distance between both, each around its median (how
     far the median is off is the delay's business). Nothing where no jitter is asked for.
 
     A few packets that the machine held up are the emulator's lateness, which is counted, and no jitter: what is beyond all that
@@ -194,30 +166,21 @@ def jitter_checks(way: str, direction: Direction, flow: Arrived, packet_bytes: i
     n = len(delays)
     tolerance = f"±{SPREAD_TOLERANCE:.0%}"
     if n < 2:
-        return [Check(way, "jitter", law.deviation_s, None, None, None, n, None, tolerance)]
+        return [Check(way, "jitter", law.deviation_s, n=n, tolerance=tolerance)]
     judged = n >= LEAST_DELAYS and not direction.reorder
     # The law says how much a standard deviation of n delays varies; few delays hardly know their own tails.
     half = _NORMAL * law.deviation_s * math.sqrt(max(0.0, law.kurtosis - 1) / n) / 2
     measured = stdev(delays)
     slack = SPREAD_TOLERANCE * law.deviation_s + TIMING_S / 2
-    fits = abs(measured - law.deviation_s) <= half + slack
+    ok = abs(measured - law.deviation_s) <= half + slack if judged else None
+    low, high = max(0.0, measured - half), measured + half
     around = median(delays)
     apart = distance([d - around for d in delays], [d - law.median_s for d in law.delays], TIMING_S)
     limit = _KOLMOGOROV / math.sqrt(n)
-    low = max(0.0, measured - half)
+    alike = apart <= limit if judged else None
     return [
-        Check(
-            way,
-            "jitter",
-            law.deviation_s,
-            measured,
-            low,
-            measured + half,
-            n,
-            fits if judged else None,
-            tolerance,
-        ),
-        Check(way, "law", 0.0, apart, None, None, n, apart <= limit if judged else None, f"≤ {limit:.3f}"),
+        Check(way, "jitter", law.deviation_s, measured, low, high, n, ok, tolerance),
+        Check(way, "jitter distribution", 0.0, apart, n=n, ok=alike, tolerance=f"≤ {limit:.3f}"),
     ]
 
 

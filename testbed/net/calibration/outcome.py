@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import sqrt
-from typing import Any, TypeGuard
+from math import isfinite, sqrt
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
 
 from testbed.errors import TestbedError
-from testbed.net.emulators.emulator import Emulator
+from testbed.net.profile.trace import Way
 from testbed.units import format_fraction, format_rate, format_size, format_time, parse_fraction, parse_time
 
-WAYS = ("up", "down")
-
-
+_Kind = TypeVar("_Kind", "Check", "Curve", "Track")
 _SHOWN: dict[str, Callable[[float], str]] = {
     "rate": format_rate,
     "delay": format_time,
     "loss": format_fraction,
     "jitter": format_time,
-    "law": lambda distance: f"{distance:.3f}",
+    "jitter distribution": lambda distance: f"{distance:.3f}",
     "burst": lambda packets: f"{packets:.3g}",
     "delay trace": format_time,
     "loss trace": format_fraction,
     "loss shape": lambda square: f"{square:.2f}",
-    "curve": lambda correlation: f"{correlation:.4f}",
-    "total": format_size,
+    "rate shape": lambda correlation: f"{correlation:.4f}",
+    "rate trace": format_size,
 }
-_RELATIVE = ("rate", "total", "jitter", "burst")  # whose error is a fraction of what is asked
+_RELATIVE = ("rate", "rate trace", "jitter", "burst")  # whose error is a fraction of what is asked
+_FORMER = {"law": "jitter distribution", "curve": "rate shape", "total": "rate trace"}
+"""What checks were called in records of up to November 2026."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,16 @@ class Check:
 
     way: str
     what: str
-    """"rate", "delay", "loss"; "jitter" (standard deviation), "law" (distance from it), "burst" (packets). Of a trace: "curve"
-    (correlation), "total" (bytes), "delay trace" (seconds off), "loss trace", "loss shape" (chi-square a degree of freedom)."""
+    """"rate", "delay", "loss"; "jitter" (standard deviation), "jitter distribution" (distance from it), "burst" (packets). Of a
+    trace: "rate shape" (correlation), "rate trace" (bytes), "delay trace" (seconds off), "loss trace", "loss shape" (chi-square a
+    degree of freedom)."""
     asked: float | None  # None: no limit
-    measured: float | None  # None: nothing arrived
-    low: float | None  # 99 % interval of what was measured
-    high: float | None
-    n: int  # probe packets behind it
-    ok: bool | None  # None: reported, not judged
-    tolerance: str
+    measured: float | None = None  # None: nothing arrived
+    low: float | None = None  # 99 % interval of what was measured
+    high: float | None = None
+    n: int = 0  # probe packets behind it
+    ok: bool | None = None  # None: reported, not judged
+    tolerance: str = ""
     p99: float | None = None  # of the delay
 
     def __str__(self) -> str:
@@ -91,11 +94,14 @@ class Check:
 class Curve:
     """Bytes of the network layer in equal parts of one stretch of the trace, as asked and as delivered."""
 
-    way: str
+    way: Way
     begin_s: float  # in the trace, after its offset
-    bin_s: float
+    bin_s: Annotated[float, msgspec.Meta(gt=0)]
     asked_bytes: tuple[float, ...]
-    delivered_bytes: tuple[int, ...]
+    delivered_bytes: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        _check_columns(self.asked_bytes, self.delivered_bytes)
 
     @property
     def correlation(self) -> float | None:
@@ -111,35 +117,33 @@ class Curve:
         return sum(a * d for a, d in pairs) / sqrt(asked * delivered) if delivered else 0.0
 
     @property
-    def totals(self) -> tuple[float, int]:
+    def totals(self) -> tuple[float, float]:
         """Bytes asked and delivered over the whole stretch."""
         return sum(self.asked_bytes), sum(self.delivered_bytes)
-
-    def checks(self, emulator: type[Emulator] | Emulator) -> list[Check]:
-        """The verdict for shape and sum, in the emulator's tolerances."""
-        least, most_off = emulator.least_correlation, emulator.most_off
-        asked, delivered = self.totals
-        n, shape = len(self.asked_bytes), self.correlation
-        fits = None if shape is None else shape >= least
-        total_ok = abs(delivered - asked) <= most_off * asked
-        return [
-            Check(self.way, "curve", 1.0, shape, None, None, n, fits, f"≥ {least}"),
-            Check(
-                self.way, "total", asked, delivered, None, None, n, total_ok, f"±{format_fraction(most_off)}"
-            ),
-        ]
 
 
 @dataclass(frozen=True)
 class Track:
     """Means over equal parts of one stretch of a trace, as asked and as measured; None where no probe tells."""
 
-    way: str
-    what: str  # "delay" (seconds) or "loss" (fractions)
+    way: Way
+    what: Literal["delay", "loss"]  # seconds; fractions
     begin_s: float  # in the trace, after its offset
-    bin_s: float
+    bin_s: Annotated[float, msgspec.Meta(gt=0)]
     asked: tuple[float | None, ...]
     measured: tuple[float | None, ...]
+
+    def __post_init__(self) -> None:
+        _check_columns(self.asked, self.measured)
+
+
+def _check_columns(asked: Sequence[float | None], measured: Sequence[float | None]) -> None:
+    if (
+        not asked
+        or len(asked) != len(measured)
+        or not all(isfinite(v) for v in (*asked, *measured) if v is not None)
+    ):
+        raise ValueError("as many finite numbers measured as asked, and some")
 
 
 @dataclass(frozen=True)
@@ -162,54 +166,30 @@ class Outcome:
 
 def outcomes(record: dict[str, Any]) -> list[Outcome]:
     """Each profile's last measurement in calibration.json, in the order in which they came; what is not one is passed over."""
-    latest = {str(one.get("profile")): one for one in _dicts(record.get("measurements"))}
-    found = []
-    for profile, one in latest.items():
-        if attempts := list(_dicts(one.get("attempts"))):
+    latest = {
+        str(measurement.get("profile")): measurement for measurement in _dicts(record.get("measurements"))
+    }
+    read = []
+    for profile, measurement in latest.items():
+        if attempts := list(_dicts(measurement.get("attempts"))):
             last = attempts[-1]
-            checks = tuple(map(_read_check, _dicts(last.get("checks"))))
-            curves = tuple(c for raw in _dicts(last.get("curves")) if (c := _read_curve(raw)))
-            tracks = tuple(t for raw in _dicts(last.get("tracks")) if (t := _read_track(raw)))
-            emulator = str(one.get("emulator") or "")
-            found.append(Outcome(profile, one.get("ok") is not False, emulator, checks, curves, tracks))
-    return found
+            checks = tuple(_read(Check, last.get("checks")))
+            curves, tracks = tuple(_read(Curve, last.get("curves"))), tuple(_read(Track, last.get("tracks")))
+            emulator = str(measurement.get("emulator") or "")
+            read.append(
+                Outcome(profile, measurement.get("ok") is not False, emulator, checks, curves, tracks)
+            )
+    return read
 
 
-def _read_check(raw: dict[str, Any]) -> Check:
-    asked, measured, low, high, n, p99 = (
-        value if _number(value := raw.get(key)) else None
-        for key in ("asked", "measured", "low", "high", "n", "p99")
-    )
-    ok = raw.get("ok") if isinstance(raw.get("ok"), bool) else None
-    way, what, tolerance = (str(raw.get(key) or "") for key in ("way", "what", "tolerance"))
-    return Check(way, what, asked, measured, low, high, int(n or 0), ok, tolerance, p99)
-
-
-def _read_curve(raw: dict[str, Any]) -> Curve | None:
-    asked, delivered = raw.get("asked_bytes"), raw.get("delivered_bytes")
-    if not (isinstance(asked, list) and isinstance(delivered, list) and len(asked) == len(delivered) > 0):
-        return None
-    numbers = [*asked, *delivered, raw.get("begin_s"), raw.get("bin_s")]
-    if raw.get("way") not in WAYS or not all(map(_number, numbers)) or raw["bin_s"] <= 0:
-        return None
-    return Curve(raw["way"], raw["begin_s"], raw["bin_s"], tuple(asked), tuple(delivered))
-
-
-def _read_track(raw: dict[str, Any]) -> Track | None:
-    asked, measured = raw.get("asked"), raw.get("measured")
-    if not (isinstance(asked, list) and isinstance(measured, list) and len(asked) == len(measured) > 0):
-        return None
-    numbers = [*(v for v in (*asked, *measured) if v is not None), raw.get("begin_s"), raw.get("bin_s")]
-    if raw.get("way") not in WAYS or raw.get("what") not in ("delay", "loss"):
-        return None
-    if not all(map(_number, numbers)) or raw["bin_s"] <= 0:
-        return None
-    return Track(raw["way"], raw["what"], raw["begin_s"], raw["bin_s"], tuple(asked), tuple(measured))
+def _read(kind: type[_Kind], values: object) -> Iterable[_Kind]:
+    """Those of *values* that are one."""
+    for raw in _dicts(values):
+        if kind is Check:
+            raw = raw | {"what": _FORMER.get(str(raw.get("what")), raw.get("what"))}
+        with contextlib.suppress(msgspec.ValidationError):
+            yield msgspec.convert(raw, kind)
 
 
 def _dicts(value: object) -> Iterable[dict[str, Any]]:
-    return (one for one in value if isinstance(one, dict)) if isinstance(value, list) else ()
-
-
-def _number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return (item for item in value if isinstance(item, dict)) if isinstance(value, list) else ()

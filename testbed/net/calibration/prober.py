@@ -1,8 +1,7 @@
 """The probing process of one node: sends numbered UDP packets on schedule and notes when the other node's arrive.
 
-A program of its own (standard library alone, ready in twenty milliseconds) so that nothing else in Python shares its
-time. Arrivals carry the kernel's receive time stamps (SO_TIMESTAMPNS, socket(7)), so it does not matter when this process
-gets to read them.
+A program of its own (`testbed.net.program`) so that nothing else in Python shares its time. Arrivals carry the kernel's
+receive time stamps (SO_TIMESTAMPNS, socket(7)), so it does not matter when this process gets to read them.
 
 It takes orders on standard input, a line of JSON each: a plan (see `send`), answered with a line of JSON when all of it is
 sent; then ``{}``, answered with the number of packets received, a line, and one `ARRIVAL` each.
@@ -22,13 +21,15 @@ import time
 from math import inf
 from typing import Any
 
+from testbed.net.program import SO_TIMESTAMPNS, end_sleeps_exactly, schedule_in_real_time
+
 MESSAGE = struct.Struct("=IIq")  # phase, number, CLOCK_MONOTONIC nanoseconds when sent
 ARRIVAL = struct.Struct("=Iqq")  # number, sent, arrived (both CLOCK_MONOTONIC nanoseconds)
 UDP_OVERHEAD = 28  # IPv4 and UDP headers
-SO_TIMESTAMPNS = 35
 _UDP_SEGMENT = 103
 _TIMESPEC = struct.Struct("@ll")
 _READ_PER_TURN = 64
+_PRIORITY = 1
 
 
 class Receiver:
@@ -76,10 +77,10 @@ def send(sock: socket.socket, plan: dict[str, Any]) -> dict[str, Any]:
 
     With ``catch_up`` a late sender makes up for lost time at once, so that the mean rate is right; without, the schedule
     shifts, so that no two packets are closer than the interval. ``pace`` changes the interval over time, which counts from
-    ``begin_s`` where that is given (see `probing.Flow`): a sender that is told too late leaves out what has passed.
+    ``begin_s`` where that is given (see `probes.PacketTrain`): a sender that is told too late leaves out what has passed.
     """
-    told, pace = time.monotonic(), iter(plan.get("pace", ()))
-    start = told if plan.get("begin_s") is None else plan["begin_s"]
+    ordered, pace = time.monotonic(), iter(plan.get("pace", ()))
+    start = ordered if plan.get("begin_s") is None else plan["begin_s"]
     until, interval = next(pace, (inf, plan["interval_s"]))
     end = start + plan["duration_s"]
     filling = bytes(plan["bytes"] - MESSAGE.size)
@@ -89,7 +90,7 @@ def send(sock: socket.socket, plan: dict[str, Any]) -> dict[str, Any]:
             sock.setsockopt(socket.IPPROTO_UDP, _UDP_SEGMENT, plan["bytes"])
         except OSError:  # before Linux 4.18
             batch = 1
-    due, number, phase, held_up = max(start, told), 0, plan["phase"], 0.0
+    due, number, phase, held_up = max(start, ordered), 0, plan["phase"], 0.0
     while number < plan["packets"] and due < end and (now := time.monotonic()) < end:
         if now < due:
             # No need to be punctual, since packets say when they were sent; and nothing to read meanwhile, since arrivals have
@@ -110,23 +111,15 @@ def send(sock: socket.socket, plan: dict[str, Any]) -> dict[str, Any]:
     return {"sent": number, "took_s": time.monotonic() - start, "held_up_s": held_up}
 
 
-def _ask_for_precision() -> None:
-    """Real-time scheduling: a gap in a saturating flow that outlasts the link's queue is a gap in what is measured.
-
-    Not with one processor, where it would keep the kernel's own threads from moving packets.
-    """
-    if (os.cpu_count() or 1) > 1:
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-    with contextlib.suppress(OSError), open("/proc/self/timerslack_ns", "w") as slack:
-        slack.write("1")
-
-
 def main() -> None:
     """Follows orders until their end; the arguments are the socket's file descriptor and whether to be ``urgent``."""
     gc.disable()
     if sys.argv[2:] == ["urgent"]:
-        _ask_for_precision()
+        # A gap in a saturating flow that outlasts the link's queue is a gap in what is measured. Not with one processor, where
+        # real time would keep the kernel's own threads from moving packets.
+        if (os.cpu_count() or 1) > 1:
+            schedule_in_real_time(_PRIORITY)
+        end_sleeps_exactly()
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.setblocking(False)
     receiver, orders, answers = Receiver(sock), sys.stdin.buffer, sys.stdout.buffer
@@ -145,7 +138,3 @@ def main() -> None:
                 pass
             answers.write(b"%d\n" % len(receiver.arrivals) + b"".join(receiver.arrivals))
         answers.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -8,21 +8,22 @@ import os
 import select
 import socket
 import subprocess
-import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol
 
 from testbed.errors import NetworkError
 from testbed.hosts.namespaces import call_inside
+from testbed.net import program
 from testbed.net.calibration import prober
 from testbed.net.calibration.prober import MESSAGE, UDP_OVERHEAD
 from testbed.net.profile.profile import Direction, Profile
+from testbed.net.profile.trace import WAYS, Way
 
-WAYS = ("up", "down")
-_SO_RCVBUFFORCE, _SO_SNDBUFFORCE = 33, 32
 _RECEIVE_BUFFER = 128 << 20  # a whole phase fits, so a receiver that does not get to run loses nothing
+_SEND_BUFFER = 4 << 20
 _BATCH, _BATCH_S = 16, 0.2e-3
 _PATIENCE_S = 60.0  # for an answer, beyond what its flow takes
 
@@ -35,7 +36,7 @@ class Network(Protocol):
 
 
 @dataclass(frozen=True)
-class Flow:
+class PacketTrain:
     """One way's packets: how many, how large (network layer), how far apart."""
 
     packets: int
@@ -83,68 +84,50 @@ class Prober:
             process.kill()
             process.communicate()
 
-    def run(self, flows: dict[str, Flow], settle_s: float) -> dict[str, Arrived]:
-        """Sends the flows (``up``, ``down`` or both at once) and waits *settle_s* after the last packet.
+    def run(self, trains: Mapping[Way, PacketTrain], settle_s: float) -> dict[Way, Arrived]:
+        """Sends the trains (``up``, ``down`` or both at once) and waits *settle_s* after the last packet.
 
         Raises NetworkError when a probing process fails.
         """
         self._phase += 1
-        nothing = Flow(0, prober.UDP_OVERHEAD + prober.MESSAGE.size, 1.0, 0.0)
-        # Each way's flow is sent by one process and received by the other; both have to know of the phase.
-        for way, process in sorted(self._processes.items(), key=lambda item: item[0] in flows):
-            _order(process, _plan(flows.get(way, nothing), self._phase))
-        longest = max(min(flow.duration_s, 4 * flow.packets * flow.interval_s) for flow in flows.values())
+        nothing = PacketTrain(0, UDP_OVERHEAD + MESSAGE.size, 1.0, 0.0)
+        # Each way's train is sent by one process and received by the other; both have to know of the phase.
+        for way, process in sorted(self._processes.items(), key=lambda item: item[0] in trains):
+            _order(process, _plan(trains.get(way, nothing), self._phase))
+        longest = max(min(each.duration_s, 4 * each.packets * each.interval_s) for each in trains.values())
         sent = {way: json.loads(_line(process, longest)) for way, process in self._processes.items()}
         time.sleep(settle_s)
-        received = {}
+        received: dict[Way, bytes] = {}
         for way, process in self._processes.items():
             _order(process, {})
             count = int(_line(process))
             received[way] = _read(process, count * prober.ARRIVAL.size)
-        return {way: _arrived(sent[way], received["down" if way == "up" else "up"]) for way in flows}
+        return {way: _arrived(sent[way], received["down" if way == "up" else "up"]) for way in trains}
 
 
-def _plan(flow: Flow, phase: int) -> dict[str, Any]:
-    return {
-        "phase": phase,
-        "packets": flow.packets,
-        "bytes": max(prober.MESSAGE.size, flow.bytes - prober.UDP_OVERHEAD),
-        "interval_s": flow.interval_s,
-        "duration_s": flow.duration_s,
-        "catch_up": flow.catch_up,
-        "pace": flow.pace,
-        "begin_s": flow.begin_s,
-        "batch": _batch(flow),
-    }
+def _plan(train: PacketTrain, phase: int) -> dict[str, Any]:
+    size = max(MESSAGE.size, train.bytes - UDP_OVERHEAD)
+    return asdict(train) | {"phase": phase, "bytes": size, "batch": _batch(train)}
 
 
-def _batch(flow: Flow) -> int:
+def _batch(train: PacketTrain) -> int:
     """Packets that are sent at a time: single ones, unless there are many in `_BATCH_S`."""
-    if flow.pace or flow.interval_s > _BATCH_S / 8:
+    if train.pace or train.interval_s > _BATCH_S / 8:
         return 1
-    return max(1, min(_BATCH, int(_BATCH_S / flow.interval_s), 60_000 // flow.bytes))
+    return max(1, min(_BATCH, int(_BATCH_S / train.interval_s), 60_000 // train.bytes))
 
 
 def _open(address: str) -> socket.socket:
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    for size, forced, allowed in (
-        (_RECEIVE_BUFFER, _SO_RCVBUFFORCE, socket.SO_RCVBUF),
-        (4 << 20, _SO_SNDBUFFORCE, socket.SO_SNDBUF),
-    ):
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, forced, size)
-        except (
-            PermissionError
-        ):  # root in a user namespace of its own gets what everybody gets: net.core.rmem_max, wmem_max
-            sock.setsockopt(socket.SOL_SOCKET, allowed, size)
-    sock.setsockopt(socket.SOL_SOCKET, prober.SO_TIMESTAMPNS, 1)
+    program.enlarge_buffers(sock, _RECEIVE_BUFFER, _SEND_BUFFER)
+    sock.setsockopt(socket.SOL_SOCKET, program.SO_TIMESTAMPNS, 1)
     sock.bind((address, 0))
     return sock
 
 
 def _start(sock: socket.socket, urgent: bool) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", prober.__file__, str(sock.fileno()), *(["urgent"] if urgent else [])],
+        program.command(prober.__name__, str(sock.fileno()), *(["urgent"] if urgent else [])),
         pass_fds=(sock.fileno(),),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -198,6 +181,8 @@ def _arrived(orders: dict[str, Any], received: bytes) -> Arrived:
 PROBE_BYTES = UDP_OVERHEAD + MESSAGE.size
 """Network layer; there are no smaller ones: at 1 Mbit/s they take 0.35 ms each."""
 FULL_PACKET = 1500
+PARALLEL_BPS = 60e6
+"""Both ways at once only where their rates sum up to no more: the processor must not be the limit."""
 UNLIMITED_BPS = 300e6
 """What is offered where there is no limit; the result is reported, not judged."""
 SLACK_S = 0.1
@@ -211,9 +196,9 @@ _CLOSEST_S = 0.3e-3  # two probes of many; a slow prober's are further apart
 _LONGEST_S = 600.0  # of a flow whose number of packets is given
 
 
-def settle_s(profile: Profile, way: str) -> float:
+def settle_s(profile: Profile, way: Way) -> float:
     """How long after a saturating flow's last packet something may still arrive."""
-    direction = profile.up if way == "up" else profile.down
+    direction = profile.ways[way]
     waiting = direction.queue_bytes(profile.round_trip_s)
     draining = waiting * 8 / direction.rate_bps if waiting and direction.rate_bps else 0.0
     return direction.delay_s + 6 * direction.jitter_s + draining + SLACK_S
@@ -221,9 +206,9 @@ def settle_s(profile: Profile, way: str) -> float:
 
 def measuring_s(profile: Profile) -> float:
     """How long one measurement of rate, delay and loss takes at least; *profile* does not change over time."""
-    dense = [loss_flow(profile, way, 1.0, None) for way in ("up", "down")]
+    dense = [loss_train(profile, way, 1.0, None) for way in WAYS]
     lossy = max(min(flow.packets * flow.interval_s, flow.duration_s) for flow in dense)
-    return max(settle_s(profile, way) for way in ("up", "down")) + lossy
+    return max(settle_s(profile, way) for way in WAYS) + lossy
 
 
 def packet_bytes(direction: Direction) -> int:
@@ -231,7 +216,7 @@ def packet_bytes(direction: Direction) -> int:
     return max(200, min(FULL_PACKET, int((direction.rate_bps or 1e12) / 8 / 100)))
 
 
-def rate_flow(direction: Direction, scale: float) -> Flow:
+def rate_train(direction: Direction, scale: float) -> PacketTrain:
     size = packet_bytes(direction)
     offered = UNLIMITED_BPS
     if direction.rate_bps:
@@ -241,15 +226,15 @@ def rate_flow(direction: Direction, scale: float) -> Flow:
     duration = (1.2 if direction.rate_bps else 0.5) * scale
     duration = max(duration, min(6.0, 40 * size * 8 / offered))  # forty packets at least
     interval = size * 8 / offered
-    return Flow(int(duration / interval) + 1, size, interval, duration, catch_up=True)
+    return PacketTrain(int(duration / interval) + 1, size, interval, duration, catch_up=True)
 
 
-def loss_flow(profile: Profile, way: str, scale: float, probes: int | None) -> Flow:
+def loss_train(profile: Profile, way: Way, scale: float, probes: int | None) -> PacketTrain:
     """Probes that never fill the queue: under half the rate, and what jitter may bunch together fits in half of the queue.
 
     Of a chain's bursts there are fewer than losses, so they take more probes, closer together.
     """
-    direction = profile.up if way == "up" else profile.down
+    direction = profile.ways[way]
     packets, interval = int((2000 if direction.loss else 800) * scale), 0.9e-3 if direction.loss else 1.5e-3
     duration = 2.0 * scale
     if direction.loss_model is not None:
@@ -260,12 +245,12 @@ def loss_flow(profile: Profile, way: str, scale: float, probes: int | None) -> F
         interval = max(interval, 2 * PROBE_BYTES * 8 / direction.rate_bps)
         waiting = direction.queue_bytes(profile.round_trip_s) or FULL_PACKET
         interval = max(interval, 8 * direction.jitter_s * PROBE_BYTES / (waiting / 2))
-    return Flow(packets, PROBE_BYTES, interval, duration)
+    return PacketTrain(packets, PROBE_BYTES, interval, duration)
 
 
-def delay_flow(direction: Direction, scale: float, probes: int | None) -> Flow:
+def delay_train(direction: Direction, scale: float, probes: int | None) -> PacketTrain:
     """Probes so far apart that one in hundreds at most meets its predecessor under jitter; where *probes* is given, a tenth."""
     interval = max(8e-3, 4 * direction.jitter_s)
     if probes is not None:
-        return Flow(probes // 10, PROBE_BYTES, interval, _LONGEST_S)
-    return Flow(10_000, PROBE_BYTES, interval, 2.4 * scale)
+        return PacketTrain(probes // 10, PROBE_BYTES, interval, _LONGEST_S)
+    return PacketTrain(10_000, PROBE_BYTES, interval, 2.4 * scale)
