@@ -61,20 +61,17 @@ def run_in_guest(
     command: list[str],
     *,
     limit_s: float = 300,
-    memory_mb: int = 1024,
-    environment: dict[str, str] | None = None,
-    directory: Path = PROJECT,
-    torch: bool = False,
+    memory_mb: int = 4096,
     echo: bool = False,
 ) -> GuestResult:
-    """Boots a guest, runs *command* in it in *directory*, and switches it off, whatever happens.
+    """Boots a guest, runs *command* in it in the project's directory, and switches it off, whatever happens.
 
-    *limit_s* bounds everything from boot to end. *torch* raises the host's ``vm.max_map_count`` for as long as the guest runs
-    and puts the old value back. *echo* copies the output to ours as it comes. Raises `GuestError` when the guest failed to start.
+    *limit_s* bounds everything from boot to end. The host's ``vm.max_map_count`` is raised for as long as the guest runs. *echo*
+    copies the output to ours as it comes. Raises `GuestError` when the guest failed to start.
     """
-    with tempfile.TemporaryDirectory(prefix="testbed-guest-") as scratch, _map_count(torch):
+    with tempfile.TemporaryDirectory(prefix="testbed-guest-") as scratch, _raised_map_count():
         exchange = Path(scratch)
-        _write_orders(exchange, command, environment or {}, directory)
+        _write_orders(exchange, command)
         with open(exchange / "console", "wb") as console:
             guest = subprocess.Popen(
                 _command_line(exchange, memory_mb),
@@ -119,7 +116,7 @@ def _command_line(exchange: Path, memory_mb: int) -> list[str]:
     ]
 
 
-def _write_orders(exchange: Path, command: list[str], environment: dict[str, str], directory: Path) -> None:
+def _write_orders(exchange: Path, command: list[str]) -> None:
     variables = {
         "PATH": os.environ.get("PATH", os.defpath),
         "HOME": "/run/tmp",
@@ -128,12 +125,12 @@ def _write_orders(exchange: Path, command: list[str], environment: dict[str, str
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
         "TESTBED_GUEST": "1",
-    } | environment
+    }
     (exchange / "command").write_bytes(b"".join(os.fsencode(word) + b"\0" for word in command))
     (exchange / "environment").write_bytes(
         b"".join(f"{k}={v}".encode() + b"\0" for k, v in variables.items())
     )
-    (exchange / "directory").write_text(str(directory))
+    (exchange / "directory").write_text(str(PROJECT))
     (exchange / "output").touch()
 
 
@@ -173,12 +170,9 @@ def _result(exchange: Path) -> GuestResult:
 
 
 @contextlib.contextmanager
-def _map_count(raised: bool) -> Iterator[None]:
+def _raised_map_count() -> Iterator[None]:
     before = MAP_COUNT.read_text()
-    if not raised or int(before) >= TORCH_MAP_COUNT:
-        yield
-        return
-    MAP_COUNT.write_text(str(TORCH_MAP_COUNT))
+    MAP_COUNT.write_text(str(max(int(before), TORCH_MAP_COUNT)))
     try:
         yield
     finally:
@@ -191,10 +185,7 @@ def main() -> int:
         "--limit", type=float, default=300, metavar="SECONDS", help="time for everything (default 300)"
     )
     parser.add_argument(
-        "--memory", type=int, default=1024, metavar="MB", help="the guest's memory (default 1024)"
-    )
-    parser.add_argument(
-        "--torch", action="store_true", help="raise vm.max_map_count meanwhile, which torch needs"
+        "--memory", type=int, default=4096, metavar="MB", help="the guest's memory (default 4096)"
     )
     parser.add_argument("command", nargs="+", help="what to run, after --")
     options = parser.parse_args()
@@ -203,9 +194,7 @@ def main() -> int:
         return 2
     # A terminated lane must still end its guest and put the setting back: SystemExit unwinds, a bare SIGTERM does not.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    result = run_in_guest(
-        options.command, limit_s=options.limit, memory_mb=options.memory, torch=options.torch, echo=True
-    )
+    result = run_in_guest(options.command, limit_s=options.limit, memory_mb=options.memory, echo=True)
     if result.status is None:
         print(f"no exit status after at most {options.limit:g} s", file=sys.stderr)
         return 124
