@@ -204,6 +204,14 @@ CHAINS = (
 )
 
 
+def test_a_chain_is_made_of_what_one_measures():
+    for chain in (GilbertElliott.bursty(0.02, 4), GilbertElliott.correlated(0.05, 0.5)):
+        assert chain.mean in (pytest.approx(0.02), pytest.approx(0.05))
+    assert GilbertElliott.bursty(0.02, 4).chain().burst == pytest.approx(4)
+    # A loss is followed by another with 0.05 + 0.95 * 0.5.
+    assert GilbertElliott.correlated(0.05, 0.5).chain().burst == pytest.approx(1 / (0.95 * 0.5))
+
+
 @pytest.mark.parametrize("model", CHAINS, ids=str)
 def test_bursts_and_the_spread_of_losses_are_those_of_the_relays_chain(model: GilbertElliott | FourState):
     profile = parse_profile(f"delay=1ms,loss={model}")

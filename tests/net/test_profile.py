@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 from pathlib import Path
 
@@ -294,53 +293,6 @@ def test_each_law_has_mean_zero_and_its_spread(law: str) -> None:
     # A uniform law within one jitter either way deviates by 1/sqrt(3) of it.
     variance = sum(value * value for value in values) / len(values)
     assert variance == pytest.approx(1 / 3 if law == "uniform" else 1, rel=0.01)
-
-
-def lost_in_a_row(model: LossModel, packets: int = 200_000) -> tuple[float, float]:
-    """Mean loss and mean burst length of a straight walk through the chain's definition."""
-    chance, state, bursts, lost, before = random.Random(5), 1, 0, 0, False
-    for _ in range(packets):
-        if isinstance(model, GilbertElliott):
-            now = chance.random() < (model.good_loss if state == 1 else model.bad_loss)
-            state = (
-                (2 if chance.random() < model.p else 1)
-                if state == 1
-                else (1 if chance.random() < model.r else 2)
-            )
-        else:
-            steps = {
-                1: {3: model.p13, 4: model.p14},
-                2: {3: model.p23},
-                3: {1: model.p31, 2: model.p32},
-                4: {1: 1.0},
-            }
-            (state,) = chance.choices(
-                [*steps[state], state], [*steps[state].values(), 1 - sum(steps[state].values())]
-            )
-            now = state in (3, 4)
-        lost, bursts, before = lost + now, bursts + (now and not before), now
-    return lost / packets, lost / max(1, bursts)
-
-
-@pytest.mark.parametrize(
-    ("text", "mean", "burst"),
-    [
-        ("gilbert(2%,burst=4)", 0.02, 4.0),
-        ("correlated(5%,50%)", 0.05, 1 / (0.95 * 0.5)),
-        ("gilbert(p=2%,r=20%,1-h=60%,1-k=1%)", None, None),
-        ("states(p13=1%,p31=20%,p32=10%,p23=30%,p14=0.5%)", None, None),
-    ],
-)
-def test_a_loss_models_mean_and_burst_are_those_of_its_chain(
-    text: str, mean: float | None, burst: float | None
-) -> None:
-    model = parse_profile(f"loss={text}").up.loss_model
-    assert model is not None
-    walked_mean, walked_burst = lost_in_a_row(model)
-    assert model.mean == pytest.approx(mean if mean else walked_mean, rel=0.05)
-    assert model.mean == pytest.approx(walked_mean, rel=0.06)
-    assert model.chain().burst == pytest.approx(burst if burst else walked_burst, rel=0.05)
-    assert model.chain().burst == pytest.approx(walked_burst, rel=0.05)
 
 
 def test_a_queue_in_packets_is_counted_in_packets_of_the_profiles_mtu() -> None:

@@ -23,7 +23,6 @@ from testbed.net.emulators.relay.orders import direction_conditions
 from testbed.net.emulators.relay.userspace import super_packet_segments
 from testbed.net.profile.jitter import table
 from testbed.net.profile.profile import Profile, parse_profile
-from testbed.net.profile.schedule import Schedule
 
 
 def internet_sum(data: bytes) -> int:
@@ -306,26 +305,6 @@ def test_of_a_super_packet_what_the_queue_has_no_room_for_is_dropped() -> None:
     line.advance(10.0)
     assert (line.counted.packets, line.counted.delivered, line.counted.dropped_queue) == (11, 4, 7)
     assert packet.measure(left[1]) == (4500, 3)
-
-
-def test_a_line_follows_a_schedule_across_an_outage() -> None:
-    left: list[float] = []
-    line = Line(lambda _: left.append(line.free), 1)
-    schedule = Schedule([0.0, 1.0, 6.0], 10.0, rates=[125_000.0, 0.0, 250_000.0], loop=False)
-    line.apply(
-        direction_conditions(parse_profile("rate=1mbit,delay=10ms,queue=10mb"), "up")._replace(
-            schedule=schedule
-        ),
-        0.0,
-    )
-    for number in range(200):
-        line.enter(bytes(24 + 1000), number * 0.01)
-    line.advance(20.0)
-    assert len(left) == 200
-    # 8 ms each, arriving 10 ms apart: 99 have left after a second; then nothing for five, then 4 ms each.
-    assert sum(time < 1.0 for time in left) == 99
-    assert min(time for time in left if time > 1.0) >= 6.0
-    assert left[-1] == pytest.approx(6.0 + 101 * 0.004, abs=0.005)
 
 
 def test_super_packets_are_half_a_millisecond_long_and_none_where_chance_decides_over_packets() -> None:

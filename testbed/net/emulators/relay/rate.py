@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import inf
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from testbed.net.emulators.relay.conditions import Conditions
 
@@ -12,62 +12,46 @@ if TYPE_CHECKING:
     from testbed.net.profile.schedule import Schedule
 
 
-class Rate(Protocol):
-    """*overhead* bytes of lower layers come with every packet."""
-
-    overhead: int
-    pauses: bool
-    """Whether it may be nothing for a while."""
-
-    def finish(self, begins: float, size: float, count: int) -> float:
-        """When *count* packets of together *size* bytes have been sent that begin then."""
-
-    def unsent(self, size: float, begins: float, ends: float, now: float) -> float:
-        """How many of *size* bytes, overhead included, are left at *now* of what is sent from *begins* to *ends*."""
-
-    def same(self, other: Rate) -> bool:
-        """Whether the other one sends at all times as fast."""
-
-
-class Steady:
-    """Always the same."""
+class Rate:
+    """Always the same. With every packet come *overhead* bytes of lower layers."""
 
     pauses = False
+    """Whether it may be nothing for a while."""
 
     def __init__(self, rate_bps: float | None, overhead: int) -> None:
         self.seconds_per_byte, self.overhead = 8 / (rate_bps or inf), overhead
 
     def finish(self, begins: float, size: float, count: int) -> float:
+        """When *count* packets of together *size* bytes have been sent that begin then."""
         return begins + (size + count * self.overhead) * self.seconds_per_byte
 
     def unsent(self, size: float, begins: float, ends: float, now: float) -> float:
+        """How many of *size* bytes, overhead included, are left at *now* of what is sent from *begins* to *ends*."""
         return size * max(0.0, (ends - now) / (ends - begins)) if ends > begins else 0.0
 
     def same(self, other: Rate) -> bool:
-        return isinstance(other, Steady) and vars(self) == vars(other)
+        """Whether the other one sends at all times as fast."""
+        return type(self) is type(other) and vars(self) == vars(other)
 
 
-class Traced:
+class TracedRate(Rate):
     """A trace's: a rate over time, or opportunities to deliver."""
 
     pauses = True
 
     def __init__(self, schedule: Schedule | Deliveries, overhead: int) -> None:
-        self._schedule, self.overhead = schedule, overhead
+        self.schedule, self.overhead = schedule, overhead
 
     def finish(self, begins: float, size: float, count: int) -> float:
-        return self._schedule.finish(begins, size + count * self.overhead)
+        return self.schedule.finish(begins, size + count * self.overhead)
 
     def unsent(self, size: float, begins: float, ends: float, now: float) -> float:
-        return max(0.0, size - self._schedule.capacity(begins, now))
-
-    def same(self, other: Rate) -> bool:
-        return isinstance(other, Traced) and vars(self) == vars(other)
+        return max(0.0, size - self.schedule.capacity(begins, now))
 
 
 def rate_of(conditions: Conditions) -> Rate:
     """What a direction's conditions ask for."""
     schedule, overhead = conditions.schedule, conditions.overhead_bytes
     if schedule is not None and schedule.gives_rate:
-        return Traced(schedule, overhead)
-    return Steady(conditions.rate_bps, overhead)
+        return TracedRate(schedule, overhead)
+    return Rate(conditions.rate_bps, overhead)
