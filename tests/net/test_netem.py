@@ -122,15 +122,15 @@ def tc(namespace: str, interface: str) -> list[str]:
         (
             "rate=10mbit,delay=5ms,queue=codel(100ms,target=7ms,interval=90ms),ecn=yes",
             "delay 5ms ecn",
-            "tbf 3: .*rate 10Mbit burst 276[34]b(.|\n)*codel 5: .*limit 85p target 7ms interval 90ms ecn",
+            "tbf 3: .*rate 10Mbit burst 276[34]b; codel 5: .*limit 85p target 7ms interval 90ms ecn",
         ),
         (
             "rate=10mbit,delay=5ms,duplicate=25%,queue=30000b",
             "delay 5ms duplicate 25%",
-            "tbf 3:(.|\n)*bfifo 6: parent 3:1 limit 31500b",
+            "tbf 3:; bfifo 6: parent 3:1 limit 31500b",
         ),
         ("delay=5ms,duplicate=25%", "delay 5ms duplicate 25%", "pfifo 7: parent 1:1"),
-        ("delay=5ms,step:10mbit*1h", "delay 5ms", "tbf 3: parent 1:1(.|\n)*plug 4: parent 3:1"),
+        ("delay=5ms,step:10mbit*1h", "delay 5ms", "tbf 3: parent 1:1; plug 4: parent 3:1"),
     ],
 )
 def test_tc_prints_what_was_asked_and_nothing_of_it_after_a_change(
@@ -139,7 +139,8 @@ def test_tc_prints_what_was_asked_and_nothing_of_it_after_a_change(
     attachment = emulators.choose("netem").attach(net.wire, "l0", "l0a", "l0b", parse_profile(text))
     lines = "\n".join(tc(net.wire, "l0b"))
     assert re.search(f"qdisc netem 1: root .*{outer}", lines), lines
-    assert re.search(f"qdisc {inner}", lines), lines
+    for qdisc in inner.split("; "):
+        assert re.search(f"qdisc {qdisc}", lines), lines
     attachment.apply(parse_profile("delay=10ms"))
     changed = [line.split(" seed ")[0].rstrip() for line in tc(net.wire, "l0b") if line.startswith("qdisc")]
     assert [line.split("limit 1000000")[1].strip() for line in changed if "netem" in line] == [

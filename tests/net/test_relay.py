@@ -27,22 +27,13 @@ from testbed.net.program import command
 FRAME = bytes(24 + 1250)  # 10,000 bits behind the headers: 1 ms at 10 Mbit/s
 
 
-def asked(schedule: Schedule | Deliveries | None = None, **changes: Any) -> Conditions:
-    """`conditions`, as a line takes them."""
-    return Conditions.from_plain(conditions(**changes), schedule)
-
-
-def conditions(**changes: Any) -> dict[str, Any]:
-    return {"rate_bps": None, "delay_s": 0.0, "jitter_s": 0.0, "loss": 0.0, "queue_bytes": None} | changes
-
-
 class Recorder:
     """A line whose departures are observed in logical time, by stepping it through time in small steps."""
 
     def __init__(self, seed: int = 1, **changes: Any) -> None:
         self.left: list[bytes] = []
         self.line = Line(self.left.append, seed)
-        self.line.apply(asked(**changes), 0.0)
+        self.line.apply(Conditions(**changes), 0.0)
 
     def departures(self, arrivals: list[tuple[float, bytes]]) -> list[tuple[float, bytes]]:
         """(logical departure time, frame) of all that leave."""
@@ -124,7 +115,9 @@ def test_a_new_rate_holds_for_what_is_being_sent_and_what_waits():
     for _ in range(3):
         line.line.enter(FRAME, 0.0)  # 10 ms each
     line.line.advance(0.005)
-    line.line.apply(asked(rate_bps=10e6, queue_bytes=100_000), 0.005)  # half of the first is left: 0.5 ms
+    line.line.apply(
+        Conditions(rate_bps=10e6, queue_bytes=100_000), 0.005
+    )  # half of the first is left: 0.5 ms
     assert line.line.leaves == pytest.approx(0.0055)
     line.line.advance(0.0076)
     assert line.line.counted.delivered == 3
@@ -134,7 +127,7 @@ def test_a_shorter_delay_does_not_let_packets_overtake():
     first, other = (bytes(24) + word * 10 for word in (b"first", b"other"))
     line = Recorder(delay_s=0.1)
     line.line.enter(first, 0.0)
-    line.line.apply(asked(delay_s=0.01), 0.0)
+    line.line.apply(Conditions(delay_s=0.01), 0.0)
     assert [frame for _, frame in line.departures([(0.02, other)])] == [first, other]
 
 
@@ -144,7 +137,7 @@ def test_what_a_line_is_cleared_of_is_counted_as_no_loss_and_delays_nothing_that
         line.enter(FRAME, 0.0)  # the last of them would leave at 303 ms
     assert line.under_way == 3
     line.clear()
-    line.apply(asked(rate_bps=10e6, delay_s=0.015), 0.01)
+    line.apply(Conditions(rate_bps=10e6, delay_s=0.015), 0.01)
     line.enter(FRAME, 0.01)
     assert line.leaves == pytest.approx(0.01 + 0.015 + 0.001)
     line.advance(1.0)
@@ -203,11 +196,13 @@ def test_deliveries_let_packets_go_at_their_opportunities():
 def test_a_schedule_that_begins_or_ends_while_a_packet_is_sent_takes_over_what_is_left_of_it():
     line = Recorder(rate_bps=1e6)
     line.line.enter(FRAME, 0.0)  # 10 ms
-    line.line.apply(asked(schedule=Schedule([0.0, 0.01], 1.0, rates=[0.0, 1250e3], origin_s=0.004)), 0.004)
+    line.line.apply(
+        Conditions(schedule=Schedule([0.0, 0.01], 1.0, rates=[0.0, 1250e3], origin_s=0.004)), 0.004
+    )
     assert line.line.leaves == pytest.approx(
         0.004 + 0.010 + 0.0006
     )  # 750 bytes are left, at ten times the rate
-    line.line.apply(asked(rate_bps=1e6), 0.0143)
+    line.line.apply(Conditions(rate_bps=1e6), 0.0143)
     assert line.line.leaves == pytest.approx(0.0143 + 0.003)
 
 
@@ -229,7 +224,7 @@ class Process:
             self.ends.append((a, b))
             inner += [port_a, port_b]
             ports = {"port_a": port_a.fileno(), "port_b": port_b.fileno(), "seed": 1}
-            described[f"l{number}"] = ports | {"conditions": {"up": conditions(**up), "down": conditions()}}
+            described[f"l{number}"] = ports | {"conditions": {"up": up, "down": {}}}
         self.a, self.b = self.ends[0]
         orders = {"control": (listener or control).fileno(), "listening": bool(listener), "links": described}
         passed = [sock.fileno() for sock in (*inner, *([listener] if listener else []))]
@@ -271,9 +266,9 @@ def test_the_process_relays_both_ways_and_counts_each():
 def test_the_process_takes_schedules_over_its_socket():
     with Process({}) as running, tempfile.TemporaryFile() as file:
         made = Schedule([0.0, 0.3], 1.0, rates=[0.0, 1e9], loop=False, origin_s=time.monotonic())
-        up = conditions(schedule=made.pack(file) | {"file": 0})
+        up = {"schedule": made.pack(file) | {"file": 0}}
         file.flush()
-        order = {"do": "apply", "link": "l0", "conditions": {"up": up, "down": conditions()}}
+        order = {"do": "apply", "link": "l0", "conditions": {"up": up, "down": {}}}
         socket.send_fds(running.control, [json.dumps(order).encode()], [file.fileno()])
         assert json.loads(running.control.recv(65536)) == {}
         running.a.send(FRAME)
@@ -283,7 +278,7 @@ def test_the_process_takes_schedules_over_its_socket():
 
 def test_the_process_changes_conditions_when_told():
     with Process({}) as running:
-        running.ask(do="apply", conditions={"up": conditions(loss=1.0), "down": conditions()})
+        running.ask(do="apply", conditions={"up": {"loss": 1.0}, "down": {}})
         running.a.send(FRAME)
         running.b.send(FRAME)
         running.a.recv(2000)

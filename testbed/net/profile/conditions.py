@@ -71,7 +71,12 @@ class Queue:
         bounded("queue", self.amount, least[self.unit], _LIMITS[self.unit], self._show)
 
     def _show(self, amount: float) -> str:
-        return _queue_text(amount, self.unit)
+        if self.unit == "s":
+            return exact_time(amount)
+        if self.unit == "bytes":
+            return exact(amount, format_size, parse_size, "b")
+        number = f"{amount:g}" if float(f"{amount:g}") == amount else repr(amount)
+        return number + ("p" if self.unit == "packets" else "bdp")
 
     def __str__(self) -> str:
         size = self._show(self.amount)
@@ -79,15 +84,6 @@ class Queue:
             return size
         target, interval = exact_time(self.codel.target_s), exact_time(self.codel.interval_s)
         return f"codel({size},target={target},interval={interval})"
-
-
-def _queue_text(amount: float, unit: str) -> str:
-    if unit == "s":
-        return exact_time(amount)
-    if unit == "bytes":
-        return exact(amount, format_size, parse_size, "b")
-    number = f"{amount:g}" if float(f"{amount:g}") == amount else repr(amount)
-    return number + ("p" if unit == "packets" else "bdp")
 
 
 MTU = 1500

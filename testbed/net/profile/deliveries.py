@@ -81,13 +81,8 @@ class Deliveries:
 
     def _before(self, time_s: float) -> int:
         """How many opportunities come before this time."""
-        now = (time_s - self._zero) / MILLISECOND - 1e-6
-        if now < 0:
-            return 0
-        rounds = floor(now / self._length_ms)
-        inside = bisect_left(self.times_ms, now - rounds * self._length_ms)
-        # That of the round before may come in this one's first moment, and is before all of it.
-        return rounds * len(self.times_ms) + inside
+        rounds, index = self._place(time_s)
+        return rounds * len(self.times_ms) + index
 
     def capacity(self, begin_s: float, end_s: float) -> float:
         """Bytes of all opportunities from *begin_s* up to, not at, *end_s*."""

@@ -17,9 +17,10 @@ still be printed, compared and taken down.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
@@ -43,7 +44,6 @@ Way = Literal["up", "down"]
 WAYS: tuple[Way, ...] = ("up", "down")
 """Of a link: from its first-named node to its second, and back."""
 _SHIPPED = Path(__file__).parents[2] / "scenarios"
-_OPTIONS = ("scale", "offset", "end", "column")
 _COLUMNS = {"up": "up", "ul": "up", "down": "down", "dl": "down"}
 _UNWRITABLE = set(",;()\n\r\t")
 _MAX_SCALE = 1e6
@@ -203,49 +203,29 @@ def parse_trace(text: str) -> Trace:
     if not is_trace(text):
         text = f"trace:{text}"
     kind, _, rest = text.partition(":")
-    options: dict[str, str] = {}
+    fields: dict[str, Any] = {}
     if rest.rstrip().endswith(")"):
         rest, bracket, inside = rest.rstrip().removesuffix(")").partition("(")
         if not bracket:
             raise SpecError(f"{text[:60]!r}: a bracket is missing")
-        options = _options(inside)
-    return Trace(_KINDS[kind.strip()].parse(rest.strip()), **_values(options))  # type: ignore[arg-type]
+        fields = _fields(inside)
+    return Trace(_KINDS[kind.strip()].parse(rest.strip()), **fields)
 
 
-def _options(text: str) -> dict[str, str]:
-    options: dict[str, str] = {}
+def _fields(text: str) -> dict[str, Any]:
+    """The fields of a `Trace` that options stand for. Raises SpecError."""
+    fields: dict[str, Any] = {}
     for part in text.split(","):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not key or not value:
             raise SpecError(f"{part.strip()[:40]!r} is not key=value, such as scale=0.5")
         if key not in _OPTIONS:
             raise SpecError(f"a trace has no option {key[:40]!r}" + did_you_mean(key[:40], list(_OPTIONS)))
-        if key in options:
+        field, read = _OPTIONS[key]
+        if field in fields:
             raise SpecError(f"{key!r} is given twice")
-        options[key] = value
-    return options
-
-
-def _values(options: dict[str, str]) -> dict[str, float | str]:
-    values: dict[str, float | str] = {}
-    if "scale" in options:
-        values["scale"] = _scale(options["scale"])
-    if "offset" in options:
-        try:
-            values["offset_s"] = parse_time(options["offset"])
-        except UnitError as error:
-            raise SpecError(f"offset: {error}") from None
-        if float(values["offset_s"]) > MAX_SECONDS:
-            raise SpecError(f"offset {options['offset']} is more than {MAX_SECONDS / 86400:g} days")
-    if "end" in options:
-        if options["end"] not in ("loop", "hold"):
-            raise SpecError(f"end={options['end'][:20]}: a trace's end is loop or hold")
-        values["end"] = options["end"]
-    if "column" in options:
-        if options["column"].lower() not in _COLUMNS:
-            raise SpecError(f"column={options['column'][:20]}: it is up (ul) or down (dl)")
-        values["column"] = _COLUMNS[options["column"].lower()]
-    return values
+        fields[field] = read(value)
+    return fields
 
 
 def _scale(text: str) -> float:
@@ -256,3 +236,34 @@ def _scale(text: str) -> float:
     if not 1 / _MAX_SCALE <= scale <= _MAX_SCALE:  # also false for NaN
         raise SpecError(f"scale {text[:20]} lies outside {1 / _MAX_SCALE:g}..{_MAX_SCALE:g}")
     return scale
+
+
+def _offset(text: str) -> float:
+    try:
+        seconds = parse_time(text)
+    except UnitError as error:
+        raise SpecError(f"offset: {error}") from None
+    if seconds > MAX_SECONDS:
+        raise SpecError(f"offset {text} is more than {MAX_SECONDS / 86400:g} days")
+    return seconds
+
+
+def _end(text: str) -> str:
+    if text not in ("loop", "hold"):
+        raise SpecError(f"end={text[:20]}: a trace's end is loop or hold")
+    return text
+
+
+def _column(text: str) -> str:
+    if text.lower() not in _COLUMNS:
+        raise SpecError(f"column={text[:20]}: it is up (ul) or down (dl)")
+    return _COLUMNS[text.lower()]
+
+
+_OPTIONS: dict[str, tuple[str, Callable[[str], float | str]]] = {
+    "scale": ("scale", _scale),
+    "offset": ("offset_s", _offset),
+    "end": ("end", _end),
+    "column": ("column", _column),
+}
+"""As it is written -> the field of a `Trace`, and how it is read."""
