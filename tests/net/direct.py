@@ -49,14 +49,8 @@ class Direct(Emulator):
             raise self.error
         for here, there in ((a, b), (b, a)):
             tc(wire, "qdisc", "add", "dev", here, "ingress")
-            redirect = ("action", "mirred", "egress", "redirect", "dev", there)
-            tc(
-                wire,
-                *["filter", "add", "dev"],
-                here,
-                *["parent", "ffff:", "u32", "match", "u32", "0", "0"],
-                *redirect,
-            )
+            redirect = f"parent ffff: u32 match u32 0 0 action mirred egress redirect dev {there}"
+            tc(wire, "filter", "add", "dev", here, *redirect.split())
         self.links.append(DirectLink(profile))
         return self.links[-1]
 

@@ -41,8 +41,8 @@ class Wire:
         return done.stdout
 
 
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)
+def _ip(arguments: str) -> None:
+    subprocess.run(["ip", *arguments.split()], check=True)
 
 
 @contextmanager
@@ -51,27 +51,14 @@ def wire() -> Iterator[Wire]:
     names = [made.wire, made.namespace("a"), made.namespace("b")]
     try:
         for name in names:
-            _ip("netns", "add", name)
+            _ip(f"netns add {name}")
         for node in ("a", "b"):
             inner = made.namespace(node)
-            _ip(
-                "link",
-                "add",
-                f"l0{node}",
-                "netns",
-                made.wire,
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "eth0",
-                "netns",
-                inner,
-            )
-            _ip("-n", inner, "addr", "add", f"{made.address(node)}/24", "dev", "eth0")
-            _ip("-n", inner, "link", "set", "eth0", "up", "gso_max_segs", "1")
-            _ip("-n", inner, "link", "set", "lo", "up")
-            _ip("-n", made.wire, "link", "set", f"l0{node}", "up")
+            _ip(f"link add l0{node} netns {made.wire} type veth peer name eth0 netns {inner}")
+            _ip(f"-n {inner} addr add {made.address(node)}/24 dev eth0")
+            _ip(f"-n {inner} link set eth0 up gso_max_segs 1")
+            _ip(f"-n {inner} link set lo up")
+            _ip(f"-n {made.wire} link set l0{node} up")
         yield made
     finally:
         for name in names:
