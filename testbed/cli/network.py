@@ -31,8 +31,8 @@ def up(topology: str, links: tuple[str, ...], emulator: str, captures: Path | No
     With --rootless it stands for as long as the shell that opens then, in which `testbed exec`, show and down work; for a
     script, write the commands to its standard input.
     """
-    from testbed.experiment.guards import interruptible
     from testbed.hosts import rootless
+    from testbed.hosts.processes import interruptible
     from testbed.net.fabric import fabric, removal
     from testbed.net.fabric.description import describe
     from testbed.net.profile.profile import parse_profile

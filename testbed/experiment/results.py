@@ -12,7 +12,9 @@ results/<scenario>-<UTC time>/
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -240,6 +242,19 @@ class RunDirectory:
         found = run.manifest().get("format")
         check_format(found, path)
         return run
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Only one process at a time may work on a run directory. Raises UsageError where another does."""
+        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(f"{self.path}: another testbed process is working on this run") from error
+            yield
+        finally:
+            os.close(fd)
 
     def write(self, name: str, value: Any) -> None:
         """Write ``name`` (a JSON file) atomically. Raises StorageError."""

@@ -19,12 +19,12 @@ from testbed.experiment import inputs, kept_traces
 from testbed.experiment.compute import Gate
 from testbed.experiment.deployment import Batch
 from testbed.experiment.environment import describe_host
-from testbed.experiment.guards import interruptible, locked
 from testbed.experiment.progress import Tally, Watcher
 from testbed.experiment.results import FORMAT, Row, RunDirectory
 from testbed.experiment.scenario import Cell, Plan
 from testbed.experiment.session import Opening, across_links
 from testbed.experiment.trial import Reference, Trial, new_row, utc_now
+from testbed.hosts.processes import interruptible
 from testbed.models.sources import resolve
 from testbed.net.profile import lookup
 from testbed.net.profile.profile import Profile
@@ -82,7 +82,7 @@ class Run:
         """Everything that trials need is there, and measured as fit; unless the run is `settled`. Raises as `execute` does."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(interruptible())
-            stack.enter_context(locked(self.directory.path))
+            stack.enter_context(self.directory.locked())
             self._take_up()
             if self.settled:
                 yield

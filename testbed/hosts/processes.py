@@ -1,5 +1,5 @@
-"""Processes by identity: a pid is only ever signalled together with the start time that makes it one process; and waiting for a
-child as a shell does.
+"""Processes by identity: a pid is only ever signalled together with the start time that makes it one process; waiting for a
+child as a shell does; and being ended cleanly oneself.
 
 See proc_pid_stat(5) (field 22) and pidfd_open(2).
 """
@@ -12,8 +12,9 @@ import select
 import signal
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from testbed.hosts import namespaces
 
@@ -148,3 +149,18 @@ def _matching(fits: Callable[[Path], bool]) -> list[tuple[int, int]]:
                 if started is not None and fits(entry):
                     found.append((int(entry.name), started))
     return found
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a run as Ctrl-C does: cleaned up, resumable."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
