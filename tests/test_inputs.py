@@ -1,20 +1,25 @@
-"""A run goes on only with the task files and the model that it began with."""
+"""What a run reads by name: where it is found, what is kept of it, and that a run goes on with the same alone."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from testbed.errors import UsageError
 from testbed.experiment import inputs
-from testbed.experiment.plan import make_plan
+from testbed.experiment.plan import load_plan, make_plan
 from testbed.experiment.results import RunDirectory, write_json
 from testbed.experiment.runner import resume
+from testbed.experiment.scenario import Plan
 from testbed.net.profile import lookup
+from testbed.net.profile.trace import File
+from testbed.net.topology.files import load_topology
 
 ROW = {"context": "The mill stands in Oslo.", "question": "Where is it?", "answers": ["Oslo"]}
 
@@ -56,19 +61,22 @@ def test_a_run_goes_on_with_the_files_that_it_began_with(began: Path) -> None:
     assert taken_up(began)
 
 
-def test_a_run_does_not_go_on_with_other_questions(began: Path) -> None:
-    (began.parent / "rows.jsonl").write_text(json.dumps({**ROW, "answers": ["Rome"]}) + "\n")
-    with pytest.raises(UsageError, match=r"task file .*rows.jsonl: has changed since this run began"):
-        taken_up(began)
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_run_does_not_go_on_with_another_model_of_the_same_size(began: Path, name: str) -> None:
-    path = began.parent / "model" / name
-    size = path.stat().st_size
-    path.write_bytes(b"\x20" * size if name == "model.safetensors" else b"[]")
-    assert path.stat().st_size == size
-    with pytest.raises(UsageError, match=r"model .*model: has changed since this run began"):
+@pytest.mark.parametrize(
+    ("name", "change", "what"),
+    [
+        ("rows.jsonl", lambda data: data.replace(b"Oslo", b"Rome"), "task file"),
+        ("model/config.json", lambda data: b"[]", "model"),
+        ("model/model.safetensors", lambda data: b"\x20" * len(data), "model"),  # of the same size
+        ("own-topology.yaml", lambda data: data + b"# another\n", "topology"),
+        ("table.dist", lambda data: data + b"\n", "jitter table"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_file(
+    began: Path, name: str, change: Callable[[bytes], bytes], what: str
+) -> None:
+    path = began.parent / name
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(UsageError, match=rf"{what} .*{name.split('/')[0]}: has changed since this run began"):
         taken_up(began)
 
 
@@ -80,12 +88,99 @@ def test_a_run_from_before_its_inputs_were_kept_goes_on(began: Path) -> None:
     assert taken_up(began)
 
 
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [("own-topology.yaml", "topology"), ("table.dist", "jitter table"), ("rows.jsonl", "task file")],
-)
-def test_a_run_does_not_go_on_with_another_file(began: Path, name: str, what: str) -> None:
-    path = began.parent / name
-    path.write_text(path.read_text() + ("" if name == "rows.jsonl" else "# another\n") + "\n")
-    with pytest.raises(UsageError, match=rf"{what} .*{name}: has changed since this run began"):
-        taken_up(began)
+SCENARIO = """\
+name: traced
+profiles: ["delay=5ms,trace:walk.csv", "rate=1mbit", "up:trace:walk.csv(scale=2);down:rate=1mbit"]
+tasks: [needle]
+"""
+
+
+def walk(folder: Path, mbps: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "walk.csv"
+    path.write_text(f"time_s,rate_mbps\n0,{mbps}\n1,{mbps}\n")
+    return path
+
+
+def found(plan: Plan) -> Path:
+    trace = plan.profiles[0].up.trace
+    assert trace is not None and isinstance(trace.source, File)
+    return trace.source.found()
+
+
+@pytest.fixture
+def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A scenario beside its trace, seen from another folder."""
+    walk(tmp_path / "own", 3)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    path = tmp_path / "own" / "traced.yaml"
+    path.write_text(SCENARIO)
+    return path
+
+
+def test_a_trace_beside_the_scenario_comes_before_one_in_the_working_directory(scenario: Path) -> None:
+    walk(Path(), 9)
+    assert found(load_plan(str(scenario))) == scenario.parent / "walk.csv"
+    (scenario.parent / "walk.csv").unlink()
+    assert found(load_plan(str(scenario))).absolute() == Path("walk.csv").absolute()
+    Path("walk.csv").unlink()
+    with pytest.raises(UsageError, match=r"traced.yaml: profiles\[0\].*trace walk.csv: no such file"):
+        load_plan(str(scenario))
+
+
+def test_a_topologys_trace_is_found_beside_it_from_anywhere(scenario: Path) -> None:
+    path = scenario.with_name("net.yaml")
+    path.write_text("nodes: [a, b]\nlinks: [{a: a, b: b, profile: 'trace:walk.csv'}]\n")
+    profile = load_topology(path).links[0].profile
+    assert profile.up.trace is not None and isinstance(profile.up.trace.source, File)
+    assert profile.up.trace.source.found() == scenario.parent / "walk.csv"
+    assert profile.text() == "trace:walk.csv"
+    assert profile.steady().up.rate_bps == 3e6
+
+
+def test_where_a_trace_lies_is_no_part_of_a_cells_identity(scenario: Path, tmp_path: Path) -> None:
+    other = walk(tmp_path / "other", 3).with_name("traced.yaml")
+    other.write_text(SCENARIO)
+    one, two = load_plan(str(scenario)), load_plan(str(other))
+    assert [c.identity(one) for c in one.cells(0, 256)] == [c.identity(two) for c in two.cells(0, 256)]
+
+
+def resumed(plan: Plan, directory: RunDirectory, entry: Any) -> Plan:
+    with lookup.among(inputs.kept_traces(entry, directory.path)):
+        return make_plan(plan.scenario.model_dump(mode="json"), "manifest.json")
+
+
+def test_a_run_keeps_its_traces_and_follows_them_when_the_files_are_gone(
+    scenario: Path, tmp_path: Path
+) -> None:
+    plan, directory = load_plan(str(scenario)), RunDirectory.create(tmp_path / "run")
+    text = (scenario.parent / "walk.csv").read_bytes()
+    entry = inputs.keep_traces(plan, directory)
+    assert list(entry) == ["walk.csv"] and entry["walk.csv"]["bytes"] == len(text)
+    assert (directory.path / entry["walk.csv"]["file"]).read_bytes() == text
+    walk(scenario.parent, 50)
+    again = resumed(plan, directory, entry)
+    assert found(again).read_bytes() == text
+    assert again.profiles[0].steady().up.rate_bps == 3e6
+    (scenario.parent / "walk.csv").unlink()
+    assert again.profiles[2].steady().up.rate_bps == 6e6
+    assert [p.text() for p in again.profiles] == [p.text() for p in plan.profiles]
+
+
+def test_a_copy_that_changed_or_a_manifest_that_is_none_is_refused(scenario: Path, tmp_path: Path) -> None:
+    plan, directory = load_plan(str(scenario)), RunDirectory.create(tmp_path / "run")
+    entry = inputs.keep_traces(plan, directory)
+    for wrong in ({"walk.csv": 3}, {"walk.csv": {}}, {"walk.csv": {"file": 3, "sha256": ""}}):
+        with pytest.raises(UsageError, match=r"manifest.json: traces: not what a run writes"):
+            inputs.kept_traces(wrong, directory.path)
+    (directory.path / entry["walk.csv"]["file"]).write_text("0\n1\n")
+    with pytest.raises(UsageError, match="is not the trace any more that the run began with"):
+        resumed(plan, directory, entry)
+
+
+def test_a_run_without_traces_keeps_none(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path / "run")
+    assert inputs.keep_traces(load_plan("quick"), directory) == {}
+    assert list(directory.path.iterdir()) == []
+    assert inputs.kept_traces(None, directory.path) == {}

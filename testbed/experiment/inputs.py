@@ -1,43 +1,51 @@
-"""What a run reads by name and somebody may change: files of tasks, of its topology and of jitter tables, its model. Rows of
-two of them are no one run's. (Traces are copied instead, see `kept_traces`.)
+"""What a run reads by name and somebody may change, as it was when the run began: of traces a copy, of all else a digest.
 
-In the manifest, `inputs` has for each what it was when the run began: of a file the SHA-256; of a model that lies in a
-directory the SHA-256 over its JSON files and, of each file of weights, its size and 64 KiB at 64 places, so that a model of
-many gigabytes is known in no time and another training of it is told apart.
+traces/<first digits of its SHA-256>-<name>        a copy, so that a run can be read, plotted and resumed though the trace goes
+manifest: traces        what the scenario says -> file, sha256, bytes
+manifest: inputs        "task file …", "topology …", "jitter table …", "model …" -> SHA-256; rows of two are no one run's
+
+Of a model's directory the digest is over its JSON files and, of each file of weights, its size and 64 KiB at 64 places, so that
+many gigabytes are known in no time and another training is told apart.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from testbed import files
 from testbed.errors import UsageError
+from testbed.experiment.results import RunDirectory
 from testbed.experiment.scenario import Plan
 from testbed.models.sources import resolve
 from testbed.net.profile.jitter import JitterTable
+from testbed.net.profile.profile import Profile
+from testbed.net.profile.trace import File
 from testbed.tasks.rows import HUB
 
+_TRACES = "traces"
 _PLACES, _PIECE_BYTES = 64, 64 << 10
 
 
 def described(plan: Plan) -> dict[str, str]:
     """What the plan's inputs are now: a digest by what is shown of each. Raises UsageError where one cannot be read."""
-    found = {}
-    paths = [str(path) for task in plan.tasks if (path := getattr(task, "path", ""))]
-    for path in dict.fromkeys(p for p in paths if not p.startswith(HUB)):
-        found[f"task file {path}"] = _digest(Path(path))
+    paths = {}
+    for task in plan.tasks:
+        if (path := str(getattr(task, "path", ""))) and not path.startswith(HUB):
+            paths[f"task file {path}"] = Path(path)
     if Path(plan.scenario.topology).is_file():
-        found[f"topology {plan.scenario.topology}"] = _digest(Path(plan.scenario.topology))
-    for profile in [*plan.profiles, *(link.profile for link in plan.topology.links)]:
+        paths[f"topology {plan.scenario.topology}"] = Path(plan.scenario.topology)
+    for profile in _profiles(plan):
         for law in (profile.up.jitter_law, profile.down.jitter_law):
             if isinstance(law, JitterTable):
-                found[f"jitter table {law.path}"] = _digest(Path(law.path))
+                paths[f"jitter table {law.path}"] = Path(law.path)
     if (directory := resolve(plan.scenario.model).path) is not None:
-        found[f"model {plan.scenario.model}"] = _digest(directory)
-    return found
+        paths[f"model {plan.scenario.model}"] = directory
+    return {name: _digest(path) for name, path in paths.items()}
 
 
 def check_unchanged(before: object, plan: Plan) -> None:
@@ -53,8 +61,49 @@ def check_unchanged(before: object, plan: Plan) -> None:
             )
 
 
+def keep_traces(plan: Plan, directory: RunDirectory) -> dict[str, Any]:
+    """Copies every file that the plan's links follow; the manifest's entry. Raises UsageError, with the file's name."""
+    kept: dict[str, Any] = {}
+    followed = [way.trace for profile in _profiles(plan) for way in (profile.up, profile.down)]
+    for file in dict.fromkeys(t.source for t in followed if t is not None and isinstance(t.source, File)):
+        source = file.found()
+        digest = _digest(source)
+        if file.path in kept and kept[file.path]["sha256"] != digest:
+            raise UsageError(
+                f"trace {file.path}: names two different files in this scenario; give one of them by its whole path"
+            )
+        target = directory.path / _TRACES / f"{digest[:12]}-{source.name}"
+        with files.storing(target):
+            target.parent.mkdir(exist_ok=True)
+        with files.replacing(target) as copy:
+            shutil.copyfile(source, copy)
+        about = {"file": f"{_TRACES}/{target.name}", "sha256": digest, "bytes": target.stat().st_size}
+        kept[file.path] = about
+    return kept
+
+
+def kept_traces(entry: Any, path: Path) -> dict[str, Path]:
+    """What traces say -> the copy in the run directory *path*, by the manifest's *entry*. Raises UsageError where one is
+    not what it was."""
+    copies: dict[str, Path] = {}
+    for written, about in (entry if isinstance(entry, Mapping) else {}).items():
+        try:
+            copy = path / _TRACES / Path(about["file"]).name
+            intact = copy.is_file() and _digest(copy) == about["sha256"]
+        except (LookupError, TypeError):
+            raise UsageError(f"{path / 'manifest.json'}: traces: not what a run writes there") from None
+        if not intact:
+            raise UsageError(f"{copy}: is not the trace any more that the run began with")
+        copies[written] = copy
+    return copies
+
+
+def _profiles(plan: Plan) -> list[Profile]:
+    return [*plan.profiles, *(link.profile for link in plan.topology.links)]
+
+
 def _digest(path: Path) -> str:
-    found = hashlib.sha256()
+    whole = hashlib.sha256()
     try:
         if path.is_file():
             with files.open_named(path) as file:
@@ -64,12 +113,13 @@ def _digest(path: Path) -> str:
                 continue
             with files.open_named(part) as file:
                 size = os.fstat(file.fileno()).st_size
-                found.update(f"{part.name} {size}\n".encode())
-                whole = part.suffix != ".safetensors" or size <= _PLACES * _PIECE_BYTES
-                places = [0] if whole else [size * n // _PLACES for n in range(_PLACES)]
-                for place in places:
-                    file.seek(place)
-                    found.update(file.read() if whole else file.read(_PIECE_BYTES))
+                whole.update(f"{part.name} {size}\n".encode())
+                if part.suffix != ".safetensors" or size <= _PLACES * _PIECE_BYTES:
+                    whole.update(file.read())
+                    continue
+                for place in range(_PLACES):
+                    file.seek(size * place // _PLACES)
+                    whole.update(file.read(_PIECE_BYTES))
     except OSError as error:
         raise UsageError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
-    return found.hexdigest()
+    return whole.hexdigest()

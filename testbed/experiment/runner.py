@@ -15,7 +15,7 @@ from msgspec import structs
 from testbed.codecs.spec import CodecSpec
 from testbed.endpoints.protocol import Loaded, Outcome
 from testbed.errors import EndpointError, NetworkError
-from testbed.experiment import inputs, kept_traces
+from testbed.experiment import inputs
 from testbed.experiment.compute import Gate
 from testbed.experiment.deployment import Batch
 from testbed.experiment.environment import describe_host
@@ -342,7 +342,7 @@ def start(plan: Plan, out: Path, watch: Watcher, accept_uncalibrated: bool) -> R
             "settings": plan.scenario.model_dump(mode="json"),
             "asked": plan.asked,
             "created": utc_now(),
-            "traces": kept_traces.keep(plan, directory),
+            "traces": inputs.keep_traces(plan, directory),
             "inputs": inputs.described(plan),
         },
     )
@@ -356,7 +356,7 @@ def resume(path: Path, watch: Watcher, accept_uncalibrated: bool) -> Run:
     directory = RunDirectory.open(path)
     for name in _CONTINUED:
         directory.entries(name, "")  # unreadable is better said now than after the trials
-    with lookup.among(kept_traces.copies(directory.manifest().get("traces"), path.absolute())):
+    with lookup.among(inputs.kept_traces(directory.manifest().get("traces"), path.absolute())):
         plan = make_plan(directory.settings(), str(path / "manifest.json"))
     check_ready(plan)
     inputs.check_unchanged(directory.manifest().get("inputs"), plan)

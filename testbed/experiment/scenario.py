@@ -1,6 +1,6 @@
 """A scenario: one YAML file that says what to run, and the plan that it unfolds into: what it names, and its cells.
 
-`planning` reads the file and looks up what it names.
+`plan` reads the file and looks up what it names.
 """
 
 from __future__ import annotations
