@@ -18,7 +18,9 @@ import pandas as pd
 
 from testbed import files
 from testbed.errors import UsageError
-from testbed.experiment.results import FORMAT, STAGES, Row, RunDirectory, as_now, check_format
+from testbed.experiment import compute
+from testbed.experiment.compute import Start
+from testbed.experiment.results import STAGES, Row, RunDirectory
 from testbed.identity import behind_sudo
 
 
@@ -34,8 +36,8 @@ class Run:
     rows: pd.DataFrame
     failed: pd.DataFrame
     where: str = ""  #: the expression that selected the rows; empty: all of them
-    #: compute as it was measured before, between and after trials: those of each start, in order
-    compute: tuple[dict[str, Any], ...] = ()
+    #: compute as it was measured before, between and after trials: each start of the run, in order
+    compute: tuple[Start, ...] = ()
     notes: tuple[str, ...] = field(default=())  #: what was missing or unreadable in the directory
 
     @property
@@ -112,47 +114,53 @@ def load(path: Path, where: str | None = None) -> Run:
     `where` selects rows with a pandas query over the columns. Raises UsageError where `path` is no run
     directory, was written in another format, or `where` cannot be evaluated.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise UsageError(
-            f"{path} is not a directory; name a run's directory, such as results/5g-20250101T120000Z"
-        )
-    present = [n for n in ("manifest.json", "trials.jsonl", "trials.parquet") if (path / n).is_file()]
-    if not present:
-        raise UsageError(f"{path} is not a run directory (it has neither manifest.json nor trials.jsonl)")
+    directory = RunDirectory.open(Path(path))
     notes: list[str] = []
-    directory = RunDirectory(path)
-    manifest = _object(directory.manifest, "manifest.json", path, notes)
-    found = manifest.get("format", FORMAT)
-    check_format(found, path)
-    calibration = _object(directory.calibration, "calibration.json", path, notes)
-    compute = _starts(directory, notes)
-    table = _latest(_typed(_read_rows(directory, notes)))
+    manifest = _part(directory.manifest, directory, "manifest.json", notes)
+    calibration = _part(lambda: directory.read("calibration.json"), directory, "calibration.json", notes)
+    rows, lost = directory.all_rows()
+    table = _latest(_typed(pd.DataFrame(rows)))
     if where:
         table = _select(table, where)
     failed = table["error"] != ""
-    rows = table[~failed].reset_index(drop=True)
+    done = table[~failed].reset_index(drop=True)
     return Run(
-        path=path,
+        path=directory.path,
         manifest=manifest,
         calibration=calibration,
-        rows=rows.assign(
-            latency_s=rows["ttft_s" if _lengths_differ(rows) else "e2e_s"], one_format=_one_format(manifest)
+        rows=done.assign(
+            latency_s=done["ttft_s" if _lengths_differ(done) else "e2e_s"], one_format=_one_format(manifest)
         ),
         failed=table[failed].reset_index(drop=True),
         where=where or "",
-        compute=compute,
-        notes=tuple(notes),
+        compute=_compute(directory, notes),
+        notes=(*notes, *lost),
     )
 
 
-def _starts(directory: RunDirectory, notes: list[str]) -> tuple[dict[str, Any], ...]:
+def _part(
+    read: Callable[[], dict[str, Any]], directory: RunDirectory, name: str, notes: list[str]
+) -> dict[str, Any]:
+    if not (directory.path / name).is_file():
+        notes.append(f"{name} is missing")
+        return {}
     try:
-        starts = directory.entries("compute.json", "starts")
+        return read()
     except UsageError:
+        notes.append(f"{name} cannot be read")
+        return {}
+
+
+def _compute(directory: RunDirectory, notes: list[str]) -> tuple[Start, ...]:
+    """What compute.json has; a run from before there was one has none."""
+    try:
+        entries = directory.entries("compute.json", "starts")
+    except UsageError:
+        entries = [None]
+    starts = compute.starts(entries)
+    if entries and not starts:
         notes.append("compute.json cannot be read")
-        return ()
-    return tuple(start for start in starts if isinstance(start, dict) and start.get("measurements"))
+    return starts
 
 
 def _lengths_differ(rows: pd.DataFrame) -> bool:
@@ -169,36 +177,6 @@ def _one_format(manifest: dict[str, Any]) -> bool:
     apart = [isinstance(one, dict) and one.get("edge") != one.get("cloud") for one in (dtype, device)]
     # What "auto" becomes depends on the device.
     return not apart[0] and not (apart[1] and isinstance(dtype, dict) and dtype.get("edge") == "auto")
-
-
-def _object(read: Callable[[], dict[str, Any]], name: str, path: Path, notes: list[str]) -> dict[str, Any]:
-    if not (path / name).is_file():
-        notes.append(f"{name} is missing")
-        return {}
-    try:
-        return read()
-    except UsageError:
-        notes.append(f"{name} cannot be read")
-        return {}
-
-
-def _read_rows(directory: RunDirectory, notes: list[str]) -> pd.DataFrame:
-    path = directory.path / "trials.jsonl"
-    if path.is_file():
-        rows = list(directory.rows())
-        with files.reading(path) as lines:
-            unreadable = sum(1 for line in lines if line.strip()) - len(rows)
-        if unreadable > 0:
-            notes.append(
-                f"{unreadable} unreadable line{'s' if unreadable > 1 else ''} of trials.jsonl passed over"
-            )
-        return pd.DataFrame(rows)
-    notes.append("trials.jsonl is missing")
-    try:
-        kept = pd.read_parquet(directory.path / "trials.parquet")
-        return pd.DataFrame([as_now({str(k): v for k, v in row.items()}) for row in kept.to_dict("records")])
-    except (OSError, ValueError):
-        return pd.DataFrame()
 
 
 def _typed(table: pd.DataFrame) -> pd.DataFrame:

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
 from testbed.endpoints.protocol import Computed
 from testbed.errors import EndpointError
-from testbed.experiment.trial import utc_now
+from testbed.experiment.compute import SIDES, Measurement, Side, Start
+from testbed.experiment.results import utc_now
 
-SIDES = ("edge", "cloud")
-#: What rows are warned of: more than this, or less than its inverse, of the time before the trials, or of the other side's.
-WARNED = 1.25
-#: What the run is stopped for: that much unlike sides.
-GROSS = 2.0
-#: The same of the share of a processor.
-WARNED_SHARE, GROSS_SHARE = 0.8, 0.5
+#: What the run is stopped for: that much unlike sides, and so small a share of a processor.
+GROSS, GROSS_SHARE = 2.0, 0.5
 _ROUNDS_BEFORE, _ROUNDS_BETWEEN = 5, 3
 #: Between trials, at most this part of a run's time goes into measuring, and it is never done more often than every ten seconds.
 _PART, _OFTEN_S = 0.03, 10.0
@@ -36,64 +32,17 @@ class Sides(Protocol):
     def compute(self, side: str) -> Computed: ...
 
 
-@dataclass(frozen=True)
-class Side:
-    """One side's repetitions. Seconds of a prefill; `share` of a processor, None where it is unknown."""
-
-    median_s: float
-    least_s: float
-    most_s: float
-    share: float | None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Both sides at about the same time, and the machine then (proc_loadavg(5), proc_pressure(5), proc_stat(5))."""
-
-    measured_at: str
-    tokens: int
-    edge: Side
-    cloud: Side
-    load: float | None  #: processes that run or wait to, over the last minute
-    pressure: float | None  #: part of the last ten seconds in which some process waited for a processor
-    steal: float | None  #: part of the processors' time that other virtual machines took meanwhile
-
-    @property
-    def ratio(self) -> float:
-        """The edge's time over the cloud's."""
-        return self.edge.median_s / self.cloud.median_s
-
-    def complaints(
-        self, before: Measured | None, alike: bool, share: float = WARNED_SHARE, times: float = WARNED
-    ) -> list[str]:
-        """What is out of tolerance, in words. before: what drift is told by; alike: both sides compute on the same thing."""
-        said = []
-        for side, own in zip(SIDES, (self.edge, self.cloud), strict=True):
-            if own.share is not None and own.share < share:
-                said.append(f"the {side} had a processor for {own.share:.0%} of the time it wanted one")
-            drift = own.median_s / getattr(before, side).median_s if before is not None else 1.0
-            if not 1 / times <= drift <= times:
-                said.append(f"the {side} takes {drift:.2f} times as long as before the trials")
-        if alike and not 1 / times <= self.ratio <= times:
-            said.append(f"the edge takes {self.ratio:.2f} times as long as the cloud")
-        return said
-
-    def record(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "ratio": self.ratio}
-
-
-def measure(sides: Sides, rounds: int) -> Measured:
+def measure(sides: Sides, rounds: int) -> Measurement:
     """So many repetitions on each side, one side after the other, so that what disturbs one disturbs both."""
-    busy, stolen = _ticks()
+    ticks, stolen = _ticks()
     computed: dict[str, list[Computed]] = {side: [] for side in SIDES}
     for _ in range(rounds):
         for side in SIDES:
             computed[side].append(sides.compute(side))
-    after, stolen_after = _ticks()
-    steal = (stolen_after - stolen) / (after - busy) if after > busy else None
+    ticks_after, stolen_after = _ticks()
+    steal = (stolen_after - stolen) / (ticks_after - ticks) if ticks_after > ticks else None
     edge, cloud = (_side(computed[side]) for side in SIDES)
-    return Measured(utc_now(), computed["edge"][0].tokens, edge, cloud, _load(), _pressure(), steal)
+    return Measurement(utc_now(), computed["edge"][0].tokens, edge, cloud, _load(), _pressure(), steal)
 
 
 def _side(computed: list[Computed]) -> Side:
@@ -128,33 +77,35 @@ def _ticks() -> tuple[int, int]:
 class Gate:
     """One start of a run's. `complaints`: what its last measurement was out of tolerance in, for the rows behind it.
 
-    write: given the record after every measurement.
+    write: given the start so far after every measurement.
     """
 
-    def __init__(self, sides: Sides, alike: bool, write: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, sides: Sides, alike: bool, write: Callable[[Start], None]) -> None:
         self._sides, self._alike, self._write = sides, alike, write
-        self._made: list[dict[str, Any]] = []
-        self._before: Measured | None = None
+        self._measurements: tuple[Measurement, ...] = ()
+        self._before: Measurement | None = None
         self._ended = self._cost_s = 0.0
-        self.complaints: list[str] = []
+
+    @property
+    def complaints(self) -> tuple[str, ...]:
+        return self._measurements[-1].complaints if self._measurements else ()
 
     def open(self, accept: bool) -> None:
         """Measure before the trials, and once more where that is far out. Raises EndpointError where it still is, unless told to
         accept it."""
         measure(self._sides, 1)  # the first one pays for what no other does
         for attempt in (1, 2):
-            measured = self._measure(_ROUNDS_BEFORE)
-            gross = measured.complaints(None, self._alike, GROSS_SHARE, GROSS)
+            measurement = self._measure(_ROUNDS_BEFORE)
+            gross = measurement.judged(None, self._alike, GROSS_SHARE, GROSS)
             if not gross:
                 break
             if attempt == 2 and not accept:
                 raise EndpointError(
                     f"this machine does not compute as trials need it: {'; '.join(gross)} "
-                    f"(load {measured.load}); wait until it has nothing else to do, or continue all the same with "
+                    f"(load {measurement.load}); wait until it has nothing else to do, or continue all the same with "
                     "--accept-uncalibrated"
                 )
-        self._before = measured
-        self.complaints = measured.complaints(None, self._alike)
+        self._before = measurement
 
     def between(self) -> None:
         """Measure between trials, where the last time is long enough ago."""
@@ -163,14 +114,14 @@ class Gate:
 
     def close(self) -> None:
         """Measure now."""
-        self.complaints = self._measure(_ROUNDS_BETWEEN).complaints(self._before, self._alike)
+        self._measure(_ROUNDS_BETWEEN)
 
-    def _measure(self, rounds: int) -> Measured:
+    def _measure(self, rounds: int) -> Measurement:
         started = time.monotonic()
-        measured = measure(self._sides, rounds)
+        measurement = measure(self._sides, rounds)
         self._ended = time.monotonic()
         self._cost_s = self._ended - started
-        said = measured.complaints(self._before, self._alike)
-        self._made.append({**measured.record(), "complaints": said})
-        self._write({"alike": self._alike, "tolerance": WARNED, "measurements": self._made})
-        return measured
+        measurement = replace(measurement, complaints=measurement.judged(self._before, self._alike))
+        self._measurements = (*self._measurements, measurement)
+        self._write(Start(self._alike, self._measurements))
+        return measurement

@@ -19,6 +19,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from msgspec import structs
 from testbed import files
 from testbed.endpoints.protocol import Outcome, Stages, TrialResult
 from testbed.errors import StorageError, UsageError
+from testbed.experiment import compute
 from testbed.units import exact_time
 
 FORMAT = 4
@@ -114,7 +116,8 @@ class Row:
     payload_digest: str = ""  #: BLAKE2b of the payload: equal digests, equal bytes
     kept_digest: str = ""  #: BLAKE2b of the kept positions of every layer and head
     calibrated: bool = True  #: False: the link was measured out of tolerance and the run was told to go on
-    #: False: this machine computed unsteadily, or unlike for both sides, when it was measured before the trial
+    #: False: this machine computed unsteadily, or unlike for both sides, when it was measured before the trial; as it is read,
+    #: also when it was measured behind it (`RunDirectory.rows`)
     compute_steady: bool = True
     #: of the edge's compute: a prefill in more may differ in its last bits, and what is made of it
     threads: int | None = None
@@ -175,9 +178,19 @@ def _deliveries_came(row: dict[str, Any]) -> dict[str, Any]:
     return {"delivery": "whole", **row}
 
 
+def _times_have_units(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A scenario's timeout, which was in bare seconds before units were asked for."""
+    settings = manifest.get("settings")
+    seconds = settings.get("timeout") if isinstance(settings, dict) else None
+    if not isinstance(settings, dict) or not isinstance(seconds, int | float):
+        return manifest
+    return {**manifest, "settings": settings | {"timeout": exact_time(seconds)}}
+
+
 #: By format, what makes a row of it one of the next. A resumed run has rows of several formats under one manifest, so each leaves
-#: alone what is of its result's format already.
+#: alone what is of its result's format already; so do those of manifests.
 _MIGRATIONS = {1: _slowdowns_came, 2: _failures_measured_nothing, 3: _deliveries_came}
+_MANIFESTS = (_times_have_units,)
 #: Formats that this version reads.
 READABLE = (*_MIGRATIONS, FORMAT)
 
@@ -189,15 +202,20 @@ def as_now(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def check_format(found: object, path: Path) -> None:
+def check_format(version: object, path: Path) -> None:
     """Raises UsageError where a run directory's format is none that this version reads."""
-    if found not in READABLE:
+    if version not in READABLE:
         formats = " and ".join(map(str, READABLE))
-        newer = isinstance(found, int) and found > FORMAT
+        newer = isinstance(version, int) and version > FORMAT
         remedy = "; a newer testbed wrote it: read it with that one" if newer else ""
         raise UsageError(
-            f"{path}: written in format {found!r}; this version reads the formats {formats}{remedy}"
+            f"{path}: written in format {version!r}; this version reads the formats {formats}{remedy}"
         )
+
+
+def utc_now() -> str:
+    """The time as rows have it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _parsed(text: str) -> Any:
@@ -235,12 +253,19 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
-        """Raises UsageError where `path` is not a run directory of a format that this version reads."""
+        """One of any format that this version reads, damaged or not. Raises UsageError where `path` is none."""
+        if not path.is_dir():
+            raise UsageError(
+                f"{path} is not a directory; name a run's directory, such as results/5g-20250101T120000Z"
+            )
+        if not any((path / name).is_file() for name in ("manifest.json", "trials.jsonl", "trials.parquet")):
+            raise UsageError(f"{path} is not a run directory (it has neither manifest.json nor trials.jsonl)")
         run = cls(path)
-        if not (path / "manifest.json").is_file():
-            raise UsageError(f"{path} is not a run directory (it has no manifest.json)")
-        found = run.manifest().get("format")
-        check_format(found, path)
+        try:
+            version = run.manifest().get("format", FORMAT)
+        except UsageError:  # whoever needs more of it says so
+            return run
+        check_format(version, path)
         return run
 
     @contextlib.contextmanager
@@ -261,8 +286,11 @@ class RunDirectory:
         write_json(self.path / name, value)
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest as a dictionary. Raises UsageError where it is not JSON."""
-        return self._read("manifest.json")
+        """The manifest as this version writes it; empty where there is none. Raises UsageError where it is not JSON."""
+        manifest = self.read("manifest.json")
+        for migrate in _MANIFESTS:
+            manifest = migrate(manifest)
+        return manifest
 
     def settings(self) -> dict[str, Any]:
         """The scenario's settings, as the manifest has them. Raises UsageError where it has none."""
@@ -271,31 +299,24 @@ class RunDirectory:
             raise UsageError(
                 f"{self.path / 'manifest.json'}: has no `settings`, so what this run was to do is unknown"
             )
-        if isinstance(
-            seconds := settings.get("timeout"), int | float
-        ):  # as runs had it before units were asked for
-            return settings | {"timeout": exact_time(seconds)}
         return settings
 
     def entries(self, name: str, key: str) -> list[Any]:
-        """What the file ``name`` has in its list ``key``; empty where there is no such file or list.
+        """What the file ``name`` has in its list ``key``; empty where there is no such list. Raises as `read` does."""
+        entries = self.read(name).get(key)
+        return entries if isinstance(entries, list) else []
 
-        Raises UsageError where the file is not JSON.
-        """
-        found = self._read(name).get(key) if (self.path / name).exists() else None
-        return found if isinstance(found, list) else []
-
-    def calibration(self) -> dict[str, Any]:
-        """The calibration as a dictionary; empty where none was written."""
-        return self._read("calibration.json") if (self.path / "calibration.json").exists() else {}
-
-    def _read(self, name: str) -> dict[str, Any]:
+    def read(self, name: str) -> dict[str, Any]:
+        """The object in the file ``name``; empty where there is no such file. Raises UsageError where it holds none."""
+        path = self.path / name
+        if not path.exists():
+            return {}
         try:
-            value = _parsed(files.read(self.path / name).decode("utf-8"))
+            value = _parsed(files.read(path).decode("utf-8"))
         except (OSError, ValueError, RecursionError, StorageError) as error:
-            raise UsageError(f"{self.path / name} cannot be read: {error}") from error
+            raise UsageError(f"{path} cannot be read: {error}") from error
         if not isinstance(value, dict):
-            raise UsageError(f"{self.path / name} does not hold a JSON object")
+            raise UsageError(f"{path} does not hold a JSON object")
         return value
 
     def append(self, row: Row) -> None:
@@ -315,10 +336,15 @@ class RunDirectory:
         return len(data) - whole
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows so far; a cut-off last line, and any other that is no trial's row, is passed over."""
+        """The rows so far, as this version writes them; a cut-off last line, and any other that is no trial's row, is passed
+        over. `compute_steady` is false, too, where the measurement behind a trial complained, which its row could not know.
+        """
         path = self.path / "trials.jsonl"
         if not path.exists():
             return
+        starts: tuple[compute.Start, ...] = ()
+        with contextlib.suppress(UsageError):
+            starts = compute.starts(self.entries("compute.json", "starts"))
         with files.reading(path) as lines:
             for line in lines:
                 try:
@@ -326,7 +352,26 @@ class RunDirectory:
                 except (ValueError, RecursionError):
                     continue
                 if isinstance(row, dict) and all(isinstance(row.get(key), str) for key in _IDENTITY):
+                    if compute.complaints_behind(starts, str(row.get("started_at", ""))):
+                        row["compute_steady"] = False
                     yield as_now(row)
+
+    def all_rows(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """The rows, those of ``trials.parquet`` where ``trials.jsonl`` is gone, and what is lost of them, in words."""
+        path = self.path / "trials.jsonl"
+        if path.is_file():
+            rows = list(self.rows())
+            with files.reading(path) as lines:
+                lost = sum(1 for line in lines if line.strip()) - len(rows)
+            many = "s" if lost > 1 else ""
+            return rows, [f"{lost} unreadable line{many} of trials.jsonl passed over"] if lost else []
+        import pandas as pd
+
+        try:
+            rows = pd.read_parquet(self.path / "trials.parquet").to_dict("records")
+        except (OSError, ValueError):
+            rows = []
+        return [as_now({str(k): v for k, v in row.items()}) for row in rows], ["trials.jsonl is missing"]
 
     def finished(self) -> set[str]:
         """The trials that have a row without an error: what is not to be run again."""

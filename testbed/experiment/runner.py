@@ -16,14 +16,15 @@ from testbed.codecs.spec import CodecSpec
 from testbed.endpoints.protocol import Loaded, Outcome
 from testbed.errors import EndpointError, NetworkError
 from testbed.experiment import inputs
-from testbed.experiment.compute import Gate
+from testbed.experiment.compute import Start
 from testbed.experiment.deployment import Batch
 from testbed.experiment.environment import describe_host
+from testbed.experiment.gate import Gate
 from testbed.experiment.progress import Tally, Watcher
-from testbed.experiment.results import FORMAT, Row, RunDirectory
+from testbed.experiment.results import FORMAT, Row, RunDirectory, utc_now
 from testbed.experiment.scenario import Cell, Plan
 from testbed.experiment.session import Opening, across_links
-from testbed.experiment.trial import Reference, Trial, new_row, utc_now
+from testbed.experiment.trial import Reference, Trial, new_row
 from testbed.hosts.processes import interruptible
 from testbed.models.sources import resolve
 from testbed.net.profile import lookup
@@ -202,8 +203,8 @@ class Run:
         edge, cloud = ((one.device, one.dtype, one.threads) for one in (loaded["edge"], loaded["cloud"]))
         before = self.directory.entries("compute.json", "starts")
 
-        def write(record: dict[str, Any]) -> None:
-            self.directory.write("compute.json", {"format": FORMAT, "starts": [*before, record]})
+        def write(start: Start) -> None:
+            self.directory.write("compute.json", {"format": FORMAT, "starts": [*before, start.record()]})
 
         gate = Gate(self.session.pair, edge == cloud, write)
         gate.open(self.accept_uncalibrated)
@@ -277,7 +278,7 @@ class Run:
         profile = trial.cell.profile
         calibrated = profile.text() not in self._uncalibrated
         row = new_row(trial, self.plan, self.session.network.emulation, reference, calibrated)
-        complaints = self._gate.complaints if self._gate is not None else []
+        complaints = self._gate.complaints if self._gate is not None else ()
         row.compute_steady = not complaints
         row.threads = self._threads
         row.warnings = "; ".join([*filter(None, [row.warnings, self._unlike]), *complaints])

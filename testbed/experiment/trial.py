@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
-from testbed.experiment.results import Row
+from testbed.experiment.results import Row, utc_now
 from testbed.experiment.scenario import Cell, Plan
 from testbed.tasks.task import Example
 
@@ -84,8 +83,3 @@ def task_label(plan: Plan, task: int, context_tokens: int | None) -> str:
     """A task as rows name it: with its parameters, and the context length where the scenario has several."""
     label = plan.tasks[task].label
     return f"{label}@{context_tokens or 'own'}" if len(plan.scenario.context_tokens) > 1 else label
-
-
-def utc_now() -> str:
-    """The time as rows have it."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -15,11 +15,10 @@ from testbed.diagnosis import launch
 from testbed.errors import SpecError, UsageError
 from testbed.experiment.plan import make_plan
 from testbed.experiment.progress import Watcher
-from testbed.experiment.results import FORMAT, RunDirectory
+from testbed.experiment.results import FORMAT, RunDirectory, utc_now
 from testbed.experiment.runner import Run
 from testbed.experiment.scenario import Plan
 from testbed.experiment.session import in_one_process
-from testbed.experiment.trial import utc_now
 from testbed.guide.procedure import FORMS, HIGH, RATIOS, UNFIT, YES, Diagnosed, Question, Step, judge, steps
 from testbed.models.sources import resolve
 from testbed.net.loopback import LOOPBACK
