@@ -126,7 +126,7 @@ def test_a_tiny_model_is_measured_step_by_step_and_what_is_there_is_not_repeated
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "testbed.analysis.claim_evidence.LEAST_REFERENCE", -1.0
+        "testbed.analysis.claims.pool.LEAST_REFERENCE", -1.0
     )  # random weights answer nothing
     model, out = tiny_model("llama"), tmp_path / "guide"
     found = guided(model, out, "--examples", "2", "--diagnosed", "2")

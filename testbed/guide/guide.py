@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from testbed.analysis import claim_rules
+from testbed.analysis.claims import rules
 from testbed.analysis.run import load
 from testbed.codecs.spec import parse
 from testbed.diagnosis import launch
@@ -36,7 +36,7 @@ class Asked:
     model: str
     task: Any = "needle"
     context_tokens: int = 512
-    examples: int = claim_rules.LEAST
+    examples: int = rules.LEAST
     diagnosed: int = 8
     smaller: float | None = None
     threads: int | None = None
@@ -135,7 +135,7 @@ def _diagnosis(
         "examples": asked.diagnosed,
         "scale": scale,
         "high": HIGH,
-        "epsilon": claim_rules.ALIKE,
+        "epsilon": rules.ALIKE,
         "threads": asked.threads,
     }
     found = _known(path / _DIAGNOSIS, {**settings, "model": resolve(asked.model).name})

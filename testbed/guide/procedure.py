@@ -14,10 +14,10 @@ from typing import Any
 
 import pandas as pd
 
-from testbed.analysis import claim_judges
-from testbed.analysis import claim_rules as rules
-from testbed.analysis.claim_evidence import collect
-from testbed.analysis.claim_rules import FAILS, HOLDS
+from testbed.analysis.claims import judges
+from testbed.analysis.claims import rules
+from testbed.analysis.claims.pool import collect
+from testbed.analysis.claims.rules import FAILS, HOLDS
 from testbed.analysis.run import Run
 from testbed.codecs.spec import CodecSpec
 
@@ -184,7 +184,7 @@ def judge(run: Run, question: Question, settings: Sequence[str]) -> Step:
 
 
 def _step(model: str, table: pd.DataFrame, question: Question) -> Step:
-    known = [setting for spec, setting in claim_judges.codecs(table).items() if question.about(spec)]
+    known = [setting for spec, setting in judges.codecs(table).items() if question.about(spec)]
     if not known:
         return Step(question.text, "", UNKNOWN, advice=question.remedy)
     return _judged(model, table, question, known)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from testbed.analysis import claim_rules as rules
-from testbed.analysis.claim_evidence import CONCENTRATED, DISTRIBUTED, Evidence
-from testbed.analysis.claim_rules import Verdict
+from testbed.analysis.claims import rules
+from testbed.analysis.claims.pool import CONCENTRATED, DISTRIBUTED, Evidence
+from testbed.analysis.claims.rules import Verdict
 from testbed.codecs.method import Method
 from testbed.codecs.quantize.mixed import Mixed, coarse
 from testbed.codecs.spec import CodecSpec, parse

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
-from testbed.analysis import claim_judges as judges
-from testbed.analysis import claim_rules as rules
-from testbed.analysis.claim_evidence import Evidence, collect
-from testbed.analysis.claim_rules import UNDECIDED, Verdict
+from testbed.analysis.claims import judges
+from testbed.analysis.claims import rules
+from testbed.analysis.claims.pool import Evidence, collect
+from testbed.analysis.claims.rules import UNDECIDED, Verdict
 from testbed.analysis.run import Run
 
 
