@@ -10,7 +10,7 @@ import pandas as pd
 
 from testbed import stats
 from testbed.analysis import comparisons, paired_latency, settings
-from testbed.analysis.run import Run
+from testbed.analysis.run import Run, read_apart
 from testbed.errors import UsageError
 
 _KEYS = ["task", "example"]
@@ -93,10 +93,11 @@ def _pair(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(first: Run, second: Run) -> list[str]:
-    """What the two runs were told differently, a line each; whose settings are unknown is said instead."""
-    old, new = first.settings, second.settings
-    unknown = [f"{name}: settings unknown" for name, told in (("A", old), ("B", new)) if not told]
-    said = unknown or [
+    """What the two runs were told differently, a line each; whose settings are unknown is said instead. In the end what they read
+    by one name though it was not one thing.
+    """
+    old, new = first.scenario, second.scenario
+    lines = [f"{name}: settings unknown" for name, known in (("A", old), ("B", new)) if not known] or [
         f"{key}: {old.get(key)} → {new.get(key)}"
         for key in dict.fromkeys([*old, *new])
         if old.get(key) != new.get(key) and key not in ("name", "description")
@@ -106,8 +107,10 @@ def differences(first: Run, second: Run) -> list[str]:
             continue
         values = [", ".join(sorted(map(_shown, set(run.rows[key].dropna())))) for run in (first, second)]
         if values[0] != values[1]:
-            said.append(f"{key}: {values[0]} → {values[1]}")
-    return list(dict.fromkeys(said))  # what was asked for and what was, often the same
+            lines.append(f"{key}: {values[0]} → {values[1]}")
+    if apart := read_apart([first, second]):
+        lines.append(f"not the same in both, though named alike: {apart}")
+    return list(dict.fromkeys(lines))  # what was asked for and what was, often the same
 
 
 def _shown(value: object) -> str:

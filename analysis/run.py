@@ -4,11 +4,12 @@ them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,16 +58,33 @@ class Run:
         return "time to first token" if _lengths_differ(self.rows) else "end-to-end latency"
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def scenario(self) -> dict[str, Any]:
         """The scenario's settings; empty where the manifest is missing or has none."""
-        settings = self.manifest.get("settings")
-        return settings if isinstance(settings, dict) else {}
+        return self._kept("settings")
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """A digest of each thing that the run read by name (a task's file, its model, a trace); empty where it kept none."""
+        digests = {name: str(digest) for name, digest in self._kept("inputs").items()}
+        traces = self._kept("traces").items()
+        return digests | {f"trace {n}": str(kept.get("sha256")) for n, kept in traces if isinstance(kept, dict)}
+
+    @property
+    def diagnosis(self) -> dict[str, Any]:
+        """The diagnosis that lies in the directory; empty where none does that can be read."""
+        with contextlib.suppress(UsageError):
+            return RunDirectory(self.path).read("diagnosis.json")
+        return {}
+
+    def _kept(self, key: str) -> dict[str, Any]:
+        value = self.manifest.get(key)
+        return value if isinstance(value, dict) else {}
 
     def gaps(self) -> list[str]:
         """What is not in `rows` and should be: failed trials, missing files, unreadable lines."""
         failed = len(self.failed)
-        said = [f"{failed:,} failed trial{'' if failed == 1 else 's'} left out"] if failed else []
-        return said + list(self.notes)
+        left_out = [f"{failed:,} failed trial{'' if failed == 1 else 's'} left out"] if failed else []
+        return [*left_out, *self.notes]
 
     def require(self, rows: int = 1) -> Run:
         """This run. Raises UsageError where it has fewer finished trials than `rows`."""
@@ -138,6 +156,15 @@ def load(path: Path, where: str | None = None) -> Run:
     )
 
 
+def read_apart(runs: Sequence[Run]) -> str:
+    """What these runs read by one name though it was not one thing, a list in words; empty: nothing."""
+    digests: dict[str, set[str]] = {}
+    for run in runs:
+        for name, digest in run.inputs.items():
+            digests.setdefault(name, set()).add(digest)
+    return ", ".join(name for name, known in digests.items() if len(known) > 1)
+
+
 def _part(
     read: Callable[[], dict[str, Any]], directory: RunDirectory, name: str, notes: list[str]
 ) -> dict[str, Any]:
@@ -172,9 +199,9 @@ def _lengths_differ(rows: pd.DataFrame) -> bool:
 
 def _one_format(manifest: dict[str, Any]) -> bool:
     """Whether edge and cloud hold the model in one number format, as far as the manifest tells."""
-    told = manifest.get("settings")
-    dtype, device = (told.get(key) if isinstance(told, dict) else None for key in ("dtype", "device"))
-    apart = [isinstance(one, dict) and one.get("edge") != one.get("cloud") for one in (dtype, device)]
+    settings = manifest.get("settings")
+    dtype, device = (settings.get(k) if isinstance(settings, dict) else None for k in ("dtype", "device"))
+    apart = [isinstance(sides, dict) and sides.get("edge") != sides.get("cloud") for sides in (dtype, device)]
     # What "auto" becomes depends on the device.
     return not apart[0] and not (apart[1] and isinstance(dtype, dict) and dtype.get("edge") == "auto")
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
-from testbed.analysis.claims import judges
-from testbed.analysis.claims import rules
-from testbed.analysis.claims.pool import Evidence, collect
+from testbed.analysis.claims import judges, rules
+from testbed.analysis.claims.pool import Pool, collect
 from testbed.analysis.claims.rules import UNDECIDED, Verdict
 from testbed.analysis.run import Run
 
@@ -22,14 +21,14 @@ class Claim:
     number: str
     published: str
     rule: str
-    judge: Callable[[Evidence], Iterator[Verdict]]
+    judge: Callable[[Pool], Iterator[Verdict]]
     least: int = rules.LEAST
 
 
-def judge(runs: list[Run]) -> tuple[list[tuple[Claim, list[Verdict]]], list[str]]:
-    """Every claim with its verdicts (none: the runs have no rows for it), and what was left out."""
-    evidence, said = collect(runs)
-    return [(claim, rules.corrected(list(claim.judge(evidence)))) for claim in CLAIMS], said
+def judge(runs: list[Run]) -> tuple[Judged, list[str]]:
+    """Every claim with its verdicts (none: the runs have no rows for it), and what was left out. Raises as `collect` does."""
+    pool, left_out = collect(runs)
+    return [(claim, rules.corrected(list(claim.judge(pool)))) for claim in CLAIMS], left_out
 
 
 _ALL = "a form of Q2C has a lower NLL than {}, the rest of the codec equal"
@@ -40,35 +39,35 @@ CLAIMS = (
         "1",
         "+29 to +47 % of task score at 25 %",
         _ALL.format("SnapKV, both as published"),
-        judges.selector("q2c-over-snapkv-published", "snapkv", published=True),
+        judges.selector("snapkv", published=True),
     ),
     Claim(
         "q2c-over-snapkv",
         "1",
         "the same, for this testbed's own forms",
         _ALL.format("a SnapKV that did not see the question"),
-        judges.selector("q2c-over-snapkv", "snapkv", aware=False),
+        judges.selector("snapkv", aware=False),
     ),
     Claim(
         "q2c-over-snapkv-aware",
         "1",
         "(not asked)",
         _ALL.format("a SnapKV that saw the question alone"),
-        judges.selector("q2c-over-snapkv-aware", "snapkv", aware=True),
+        judges.selector("snapkv", aware=True),
     ),
     Claim(
         "q2c-over-h2o-published",
         "2",
         "+92 to +128 % of task score at 25 %",
         _ALL.format("H2O, both as published"),
-        judges.selector("q2c-over-h2o-published", "h2o", published=True),
+        judges.selector("h2o", published=True),
     ),
     Claim(
         "q2c-over-h2o",
         "2",
         "the same, for this testbed's own forms",
         _ALL.format("H2O"),
-        judges.selector("q2c-over-h2o", "h2o"),
+        judges.selector("h2o"),
     ),
     Claim(
         "int8-lossless",
@@ -173,34 +172,38 @@ NOT_YET = (
 )
 
 
-def text(found: list[tuple[Claim, list[Verdict]]], said: list[str]) -> str:
+Judged = list[tuple[Claim, list[Verdict]]]
+
+
+def text(judged: Judged, left_out: list[str]) -> str:
     """The verdicts for the terminal."""
     lines = []
-    for claim, verdicts in found:
+    for claim, verdicts in judged:
         lines.append(f"{claim.number} {claim.name} · published: {claim.published} · rule: {claim.rule}")
         if not verdicts:
             lines.append(f"  {UNDECIDED:<9}  these runs have no rows for it")
-        for one in verdicts:
-            where = one.model + (f" · {one.task}" if one.task else "")
-            few = f" (fewer than {claim.least})" if one.n < claim.least else ""
-            lines.append(f"  {one.verdict:<9}  {where} · {one.what}: {one.figures} · n = {one.n}{few}")
+        for verdict in verdicts:
+            where = verdict.model + (f" · {verdict.task}" if verdict.task else "")
+            few = f" (fewer than {claim.least})" if verdict.n < claim.least else ""
+            figures = f"{verdict.what}: {verdict.figures} · n = {verdict.n}{few}"
+            lines.append(f"  {verdict.verdict:<9}  {where} · {figures}")
         lines.append("")
     lines += [f"{number} {what} · not testable here: {why}" for number, what, why in NOT_YET]
-    return "\n".join([*lines, "", *said]).rstrip()
+    return "\n".join([*lines, "", *left_out]).rstrip()
 
 
-def table(found: list[tuple[Claim, list[Verdict]]], said: list[str]) -> str:
+def table(judged: Judged, left_out: list[str]) -> str:
     """The verdicts as a Markdown table, for a page that records them; claims without rows are left away."""
     lines = ["| claim | model, task | compared | verdict | n | figures |", "|---|---|---|---|--:|---|"]
-    for claim, verdicts in found:
+    for claim, verdicts in judged:
         for one in verdicts:
             where = one.model + (f", `{one.task}`" if one.task else "")
             cells = (f"`{claim.name}`", where, one.what, one.verdict, str(one.n), one.figures)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join([*lines, *(f"\n{sentence}." for sentence in said)])
+    return "\n".join([*lines, *(f"\n{sentence}." for sentence in left_out)])
 
 
-def to_dict(found: list[tuple[Claim, list[Verdict]]], said: list[str]) -> dict[str, object]:
+def to_dict(judged: Judged, left_out: list[str]) -> dict[str, object]:
     """Plain values for JSON."""
     claims = [
         {
@@ -208,9 +211,12 @@ def to_dict(found: list[tuple[Claim, list[Verdict]]], said: list[str]) -> dict[s
             "number": claim.number,
             "published": claim.published,
             "rule": claim.rule,
-            "verdicts": [{k: v for k, v in asdict(one).items() if k != "values"} for one in verdicts],
+            "verdicts": [
+                {"claim": claim.name, **{k: v for k, v in asdict(one).items() if k != "values"}}
+                for one in verdicts
+            ],
         }
-        for claim, verdicts in found
+        for claim, verdicts in judged
     ]
     untested = [{"number": number, "claim": what, "why": why} for number, what, why in NOT_YET]
-    return {"claims": claims, "not_testable": untested, "left_out": said}
+    return {"claims": claims, "not_testable": untested, "left_out": left_out}

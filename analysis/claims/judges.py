@@ -10,8 +10,9 @@ from typing import Any
 
 import pandas as pd
 
+from testbed import stats
 from testbed.analysis.claims import rules
-from testbed.analysis.claims.pool import CONCENTRATED, DISTRIBUTED, Evidence
+from testbed.analysis.claims.pool import CONCENTRATED, DISTRIBUTED, Pool
 from testbed.analysis.claims.rules import Verdict
 from testbed.codecs.method import Method
 from testbed.codecs.quantize.mixed import Mixed, coarse
@@ -24,7 +25,7 @@ WORTH_LOSS = 0.05
 RATIO = 0.25
 _TIMES = rules.LEAST_TIMES
 
-Judge = Callable[[Evidence], Iterator[Verdict]]
+Judge = Callable[[Pool], Iterator[Verdict]]
 
 
 @functools.cache
@@ -38,8 +39,8 @@ def parsed(setting: str) -> CodecSpec | None:
 
 def codecs(table: pd.DataFrame) -> dict[CodecSpec, str]:
     """The codecs among the settings, and what each is called there."""
-    found = {parsed(name): name for name in map(str, table["setting"].unique())}
-    return {spec: name for spec, name in found.items() if spec is not None}
+    named = {parsed(name): name for name in map(str, table["setting"].unique())}
+    return {spec: name for spec, name in named.items() if spec is not None}
 
 
 def as_published(selector: Any) -> bool:
@@ -63,47 +64,48 @@ def _rest(spec: CodecSpec) -> tuple[object, ...]:
     return ratio, spec.transform, spec.quantizer, spec.coder
 
 
-def selector(claim: str, other: str, *, published: bool = False, aware: bool | None = None) -> Judge:
+def selector(other: str, *, published: bool = False, aware: bool | None = None) -> Judge:
     """Each form of Q2C against each of another selector at one ratio, with the same rest of the codec; `published`: the study's
     forms, or the others; `aware`: opponents that saw the question, or not (None: both).
     """
 
-    def judged(evidence: Evidence) -> Iterator[Verdict]:
-        for model, task, table in evidence.parts():
-            for ours, own in _selections(table, "q2c", published):
-                for theirs, spec in _selections(table, other, published):
+    def judged(pool: Pool) -> Iterator[Verdict]:
+        for sample in pool.samples():
+            for ours, own in _selections(sample.table, "q2c", published):
+                for theirs, spec in _selections(sample.table, other, published):
                     sees = bool(getattr(spec.selector, "question", False))
                     if _rest(own) == _rest(spec) and _rest(own)[0] == RATIO and aware in (None, sees):
-                        yield rules.better(claim, table, model, task, ours, theirs)
+                        yield rules.better(sample, ours, theirs)
 
     return judged
 
 
 def _alone(table: pd.DataFrame, name: str) -> list[str]:
     """The settings that are this quantizer and nothing else, one for each form of it."""
-    return [
-        setting
-        for spec, setting in codecs(table).items()
-        if spec.methods == (spec.quantizer,) and spec.quantizer.name == name
-    ]
+    return [setting for spec, setting in codecs(table).items() if is_alone(spec, name)]
 
 
-def int8(evidence: Evidence) -> Iterator[Verdict]:
+def is_alone(spec: CodecSpec, name: str) -> bool:
+    """Whether a codec is this quantizer and nothing else."""
+    return spec.methods == (spec.quantizer,) and spec.quantizer.name == name
+
+
+def int8(pool: Pool) -> Iterator[Verdict]:
     """INT8 against the full cache."""
-    for model, task, table in evidence.parts():
-        for setting in _alone(table, "int8"):
-            yield rules.lossless("int8-lossless", table, model, task, setting)
+    for sample in pool.samples():
+        for setting in _alone(sample.table, "int8"):
+            yield rules.lossless(sample, setting)
 
 
-def fragile(evidence: Evidence) -> Iterator[Verdict]:
+def fragile(pool: Pool) -> Iterator[Verdict]:
     """Each form of INT4, each two models that have it."""
-    having = {model: _alone(table, "int4") for model, table in evidence.tables.items()}
+    having = {model: _alone(table, "int4") for model, table in pool.tables.items()}
     for setting in sorted(set(itertools.chain(*having.values()))):
         owners = [model for model, settings in having.items() if setting in settings]
         for models in itertools.combinations(owners, 2):
-            found = rules.differs_between_models("int4-fragility", evidence.tables, setting, models)
-            if found is not None:
-                yield found
+            verdict = rules.differs_between_models(pool.tables, setting, models)
+            if verdict is not None:
+                yield verdict
 
 
 def _protections(table: pd.DataFrame) -> Iterator[tuple[str, str, list[str]]]:
@@ -123,21 +125,20 @@ def _protections(table: pd.DataFrame) -> Iterator[tuple[str, str, list[str]]]:
             yield known[plain], first, others
 
 
-def protected(evidence: Evidence) -> Iterator[Verdict]:
+def protected(pool: Pool) -> Iterator[Verdict]:
     """The half for damage that sits in few layers; without a diagnosis beside the rows, that is taken for granted."""
-    for model, task, table in evidence.parts():
-        if evidence.damage(model) in ("", CONCENTRATED):
-            for plain, first, others in _protections(table):
-                yield rules.restored("protected-layer", table, model, task, plain, first, others)
+    for sample in pool.samples():
+        if pool.damage.get(sample.model, CONCENTRATED) == CONCENTRATED:
+            for plain, first, others in _protections(sample.table):
+                yield rules.restored(sample, plain, first, others)
 
 
-def unprotected(evidence: Evidence) -> Iterator[Verdict]:
+def unprotected(pool: Pool) -> Iterator[Verdict]:
     """The other half: where a diagnosis beside the rows says that the damage is spread, protecting a layer does nothing."""
-    claim = "protected-layer-distributed"
-    for model, task, table in evidence.parts():
-        if evidence.damage(model) == DISTRIBUTED:
-            for plain, first, _ in _protections(table):
-                yield rules.nothing_gained(claim, table, model, task, plain, first)
+    for sample in pool.samples():
+        if pool.damage.get(sample.model) == DISTRIBUTED:
+            for plain, first, _ in _protections(sample.table):
+                yield rules.nothing_gained(sample, plain, first)
 
 
 def _deltas(table: pd.DataFrame) -> Iterator[tuple[str, str, CodecSpec]]:
@@ -150,106 +151,99 @@ def _deltas(table: pd.DataFrame) -> Iterator[tuple[str, str, CodecSpec]]:
                 yield setting, plain, spec
 
 
-def delta(evidence: Evidence) -> Iterator[Verdict]:
+def delta(pool: Pool) -> Iterator[Verdict]:
     """Each form of delta against the same codec without."""
-    for model, task, table in evidence.parts():
-        for setting, plain, _ in _deltas(table):
-            yield rules.worse("delta-hurts", table, model, task, setting, plain)
+    for sample in pool.samples():
+        for setting, plain, _ in _deltas(sample.table):
+            yield rules.worse(sample, setting, plain)
 
 
-def spread(evidence: Evidence) -> Iterator[Verdict]:
+def spread(pool: Pool) -> Iterator[Verdict]:
     """The same by the bytes that a coder makes of it."""
-    for model, rows in evidence.by_model():
+    for model, rows in pool.by_model():
         for setting, plain, spec in _deltas(rows):
             if spec.coder is not None:
-                found, what = rules.saving(rows, setting, plain), f"bytes of {setting} against {plain}"
-                figure = "the delta saves {:.1%} {}"
-                yield rules.threshold("delta-spreads", model, what, found, 0.0, figure, below=True)
+                saved, what = rules.saving(rows, setting, plain), f"bytes of {setting} against {plain}"
+                yield rules.threshold(model, what, saved, 0.0, "the delta saves {:.1%} {}", below=True)
 
 
-def coded(evidence: Evidence) -> Iterator[Verdict]:
+def coded(pool: Pool) -> Iterator[Verdict]:
     """Each codec with a coder of the registry against the same without."""
-    for model, rows in evidence.by_model():
+    for model, rows in pool.by_model():
         known = codecs(rows)
         for spec, setting in known.items():
             plain = known.get(replace(spec, coder=None))
             if spec.coder is not None and plain is not None:
-                found = rules.saving(rows, setting, plain)
-                what = f"{setting} against {plain}"
-                yield rules.threshold("entropy-coding-saves", model, what, found, 0.2, "saves {:.1%} {}")
+                saved, what = rules.saving(rows, setting, plain), f"{setting} against {plain}"
+                yield rules.threshold(model, what, saved, 0.2, "saves {:.1%} {}")
 
 
-def dominates(evidence: Evidence) -> Iterator[Verdict]:
+def _beside(whole: stats.Estimate, text: str) -> str:
+    """Another figure behind that of a verdict."""
+    return "; " + text.format(f"{whole.value:.2g}", f"[{whole.low:.3g}, {whole.high:.3g}]")
+
+
+def dominates(pool: Pool) -> Iterator[Verdict]:
     """The 16-bit cache on each link."""
-    for model, rows in evidence.by_model():
+    figure = "transmission takes {:.2g} times prefill and quantization {}"
+    for model, rows in pool.by_model():
         for panel, own in rows[rows["setting"] == "fp16"].groupby("panel", sort=False):
-            found, whole = rules.transmission_share(own), rules.transmission_share(own, rules.COMPUTE)
-            figure = "transmission takes {:.2g} times prefill and quantization {}"
-            verdict = rules.threshold(
-                "transmission-dominates", model, f"fp16 on {panel}", found, 1.0, figure, examples=_TIMES
-            )
-            beside = f"; {whole.value:.2g} times all compute [{whole.low:.3g}, {whole.high:.3g}]"
+            share, whole = rules.transmission_share(own), rules.transmission_share(own, rules.COMPUTE)
+            verdict = rules.threshold(model, f"fp16 on {panel}", share, 1.0, figure, examples=_TIMES)
+            beside = _beside(whole, "{} times all compute {}")
             yield replace(verdict, figures=verdict.figures + beside)
 
 
-def free(evidence: Evidence) -> Iterator[Verdict]:
+def free(pool: Pool) -> Iterator[Verdict]:
     """Q2C alone, at each length of the context: the question belongs to the prefill, as published."""
-    for model, rows in evidence.by_model():
+    for model, rows in pool.by_model():
         for setting, _ in _selections(rows, "q2c"):
             for task, own in rows[rows["setting"] == setting].groupby("task", sort=False):
-                asked = own["question_s"].astype(float)
-                found = rules.geometric((own["select_s"] - asked) / (own["prefill_s"] + asked), own)
+                question = own["question_s"].astype(float)
+                share = rules.geometric((own["select_s"] - question) / (own["prefill_s"] + question), own)
                 whole = rules.geometric(own["select_s"] / own["prefill_s"], own)
                 figure = "selection takes {:.2g} of the prefill of context and question {}"
-                if asked.isna().all():
+                if question.isna().all():
                     figure = "what the question's pass takes of the selection was not measured"
-                verdict = rules.threshold(
-                    "q2c-free", model, setting, found, 0.05, figure, below=True, examples=_TIMES
-                )
-                beside = f"; with the question's pass {whole.value:.2g} of the context's [{whole.low:.3g}, {whole.high:.3g}]"
+                verdict = rules.threshold(model, setting, share, 0.05, figure, below=True, examples=_TIMES)
+                beside = _beside(whole, "with the question's pass {} of the context's {}")
                 yield replace(verdict, task=str(task), figures=verdict.figures + beside)
 
 
-def worth(evidence: Evidence) -> Iterator[Verdict]:
+def worth(pool: Pool) -> Iterator[Verdict]:
     """The fastest KV setting that loses little against sending the text, on each link."""
-    for model in evidence.tables:
-        for panel, own in evidence.of(model).groupby("panel", sort=False):
+    figure = "takes {:.2g} times as long {}"
+    for model in pool.tables:
+        for panel, own in pool.of(model).groupby("panel", sort=False):
             best = _fastest_alike(own[own["placement"] == "split"])
             if best is None or "cloud" not in set(own["setting"]):
                 continue
             times = own.groupby(["setting", "task", "example"])["e2e_s"].median()
-            pair = pd.DataFrame({"kv": times[best], "text": times["cloud"]}).dropna().reset_index()
-            found = rules.geometric(pair["kv"] / pair["text"], pair)
+            pairs = pd.DataFrame({"kv": times[best], "text": times["cloud"]}).dropna().reset_index()
+            ratio = rules.geometric(pairs["kv"] / pairs["text"], pairs)
             what = f"{best} against sending the text, on {panel}"
-            figure = "takes {:.2g} times as long {}"
-            yield rules.threshold(
-                "kv-worth-sending", model, what, found, 1.0, figure, below=True, examples=_TIMES
-            )
+            yield rules.threshold(model, what, ratio, 1.0, figure, below=True, examples=_TIMES)
 
 
 def _fastest_alike(rows: pd.DataFrame) -> str | None:
     """The setting with the lowest median latency of those whose mean ΔNLL is small; None where none is."""
     rows = rows.assign(lost=rows["nll"] - rows["reference_nll"])
-    found = rows.groupby("setting")[["lost", "e2e_s"]].agg({"lost": "mean", "e2e_s": "median"})
-    found = found[found["lost"] <= WORTH_LOSS]
-    return str(found["e2e_s"].idxmin()) if len(found) else None
+    means = rows.groupby("setting")[["lost", "e2e_s"]].agg({"lost": "mean", "e2e_s": "median"})
+    alike = means[means["lost"] <= WORTH_LOSS]
+    return str(alike["e2e_s"].idxmin()) if len(alike) else None
 
 
-def grows(evidence: Evidence) -> Iterator[Verdict]:
+def grows(pool: Pool) -> Iterator[Verdict]:
     """Each form of Q2C against each SnapKV of its kind, over lengths."""
-    for model, table in evidence.tables.items():
-        for ours, own in _selections(table, "q2c"):
-            for theirs, spec in _selections(table, "snapkv", as_published(own.selector)):
+    for sample in pool.models():
+        for ours, own in _selections(sample.table, "q2c"):
+            for theirs, spec in _selections(sample.table, "snapkv", as_published(own.selector)):
                 if _rest(own) == _rest(spec):
-                    found = rules.slope("q2c-grows", table, model, ours, theirs)
-                    if found is not None:
-                        yield found
+                    yield from filter(None, [rules.slope(sample, ours, theirs)])
 
 
-def damage_grows(evidence: Evidence) -> Iterator[Verdict]:
+def damage_grows(pool: Pool) -> Iterator[Verdict]:
     """Each form of INT4 against the full cache, over lengths."""
-    for model, table in evidence.tables.items():
-        for setting in _alone(table, "int4"):
-            found = rules.slope("int4-grows", table, model, rules.FULL, setting)
-            if found is not None:
-                yield found
+    for sample in pool.models():
+        for setting in _alone(sample.table, "int4"):
+            yield from filter(None, [rules.slope(sample, rules.FULL, setting)])

@@ -22,6 +22,7 @@ import pandas as pd
 
 from testbed import stats
 from testbed.analysis import comparisons, settings
+from testbed.analysis.claims.pool import Sample
 from testbed.analysis.comparisons import ALIKE, FULL, LOST, MOST_LOST, Comparison
 
 LEAST = 50  #: examples
@@ -36,12 +37,11 @@ HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
 
 @dataclass(frozen=True)
 class Verdict:
-    """One claim on one model and task (empty: all admitted tasks). `figures`: the numbers behind it, for
+    """A claim on one model and task (empty: all admitted tasks). `figures`: the numbers behind it, for
     people; `p`: what Holm's correction is applied to (NaN: the rule is an interval's alone); `tested`: whether the
     verdict falls where the corrected p is not below the level.
     """
 
-    claim: str
     model: str
     task: str
     what: str  #: what was compared
@@ -52,15 +52,19 @@ class Verdict:
     tested: bool = True
     values: dict[str, Any] = field(default_factory=dict)
 
+    def decided(self, verdict: str, **more: Any) -> Verdict:
+        """This verdict, where there are examples enough for any."""
+        return replace(self, verdict=_enough(verdict, self.n), **more)
 
-def corrected(found: list[Verdict]) -> list[Verdict]:
+
+def corrected(verdicts: list[Verdict]) -> list[Verdict]:
     """The verdicts of one claim, those undecided whose p does not survive Holm's correction."""
-    adjusted = stats.holm([v.p for v in found])
+    adjusted = stats.holm([v.p for v in verdicts])
     return [
         replace(v, verdict=UNDECIDED, figures=f"{v.figures}; p {comparisons.p_text(float(p))} after Holm")
         if v.verdict != UNDECIDED and v.tested and p >= LEVEL
         else v
-        for v, p in zip(found, adjusted, strict=True)
+        for v, p in zip(verdicts, adjusted, strict=True)
     ]
 
 
@@ -81,190 +85,172 @@ def describe(one: Comparison) -> str:
     return ", ".join(parts)
 
 
-def _pair(
-    claim: str, table: pd.DataFrame, model: str, task: str, setting: str, baseline: str
-) -> tuple[Comparison, Verdict]:
-    found = comparisons.compare(comparisons.pairs(table, setting, baseline), model, task, setting, baseline)
-    what = f"{setting} against {baseline}"
-    return found, Verdict(
-        claim, model, task, what, UNDECIDED, describe(found), found.nll.n, values=comparisons.line(found)
+def _compared(sample: Sample, setting: str, baseline: str = FULL) -> Comparison:
+    pairs = comparisons.pairs(sample.table, setting, baseline)
+    return comparisons.compare(pairs, sample.model, sample.task, setting, baseline)
+
+
+def _open(sample: Sample, compared: Comparison, **more: Any) -> Verdict:
+    """What is not decided yet of a comparison."""
+    what = f"{compared.setting} against {compared.baseline}"
+    figures, values = describe(compared), comparisons.line(compared)
+    return Verdict(
+        sample.model, sample.task, what, UNDECIDED, figures, compared.nll.n, values=values, **more
     )
 
 
-def better(claim: str, table: pd.DataFrame, model: str, task: str, setting: str, baseline: str) -> Verdict:
+def better(sample: Sample, setting: str, baseline: str) -> Verdict:
     """Holds where the setting's NLL is lower; fails where it is higher, or the two are alike."""
-    found, verdict = _pair(claim, table, model, task, setting, baseline)
-    nll = found.nll
-    verdict = replace(verdict, p=nll.p)
+    compared = _compared(sample, setting, baseline)
+    verdict, nll = _open(sample, compared, p=compared.nll.p), compared.nll
     if nll.high < 0:
-        return replace(verdict, verdict=_enough(HOLDS, nll.n))
-    if nll.low > 0:
-        return replace(verdict, verdict=_enough(FAILS, nll.n))
-    return _alike(verdict, nll)
+        return verdict.decided(HOLDS)
+    return verdict.decided(FAILS) if nll.low > 0 else _alike(verdict, nll)
 
 
-def worse(claim: str, table: pd.DataFrame, model: str, task: str, setting: str, baseline: str) -> Verdict:
+def worse(sample: Sample, setting: str, baseline: str) -> Verdict:
     """Holds where the setting's NLL is higher; fails where it is lower, or the two are alike."""
-    found = better(claim, table, model, task, setting, baseline)
-    if found.verdict == HOLDS:
-        return replace(found, verdict=FAILS)
-    if found.verdict == FAILS and found.values["nll_diff_lo"] > 0:
-        return replace(found, verdict=HOLDS)
-    return found
-
-
-def _alike(verdict: Verdict, nll: stats.Difference) -> Verdict:
-    """Alike fails, and that is the interval's verdict: no p speaks for equality, nor may Holm's take it away."""
-    if nll.low >= -ALIKE and nll.high <= ALIKE:
-        return replace(verdict, verdict=_enough(FAILS, nll.n), tested=False)
+    verdict = better(sample, setting, baseline)
+    if verdict.verdict == HOLDS:
+        return replace(verdict, verdict=FAILS)
+    if verdict.verdict == FAILS and verdict.values["nll_diff_lo"] > 0:
+        return replace(verdict, verdict=HOLDS)
     return verdict
 
 
-def lossless(claim: str, table: pd.DataFrame, model: str, task: str, setting: str) -> Verdict:
+def _alike(verdict: Verdict, nll: stats.Difference, then: str = FAILS) -> Verdict:
+    """Alike is the interval's verdict: no p speaks for equality, nor may Holm's take it away."""
+    return verdict.decided(then, tested=False) if _within(nll) else verdict
+
+
+def _within(estimate: stats.Difference | stats.Estimate) -> bool:
+    return estimate.low >= -ALIKE and estimate.high <= ALIKE
+
+
+def lossless(sample: Sample, setting: str) -> Verdict:
     """Holds where the NLL is not raised by more than the margin and few examples lose much; fails where either surely is not
     so.
     """
-    found, verdict = _pair(claim, table, model, task, setting, FULL)
-    losers = _losers(table, setting)
-    share = f"{losers.value:.0%} [{losers.low:.0%}, {losers.high:.0%}] lose more than {LOST}"
+    compared = _compared(sample, setting)
+    verdict, lost = _open(sample, compared), compared.lost
+    share = f"{lost.value:.0%} [{lost.low:.0%}, {lost.high:.0%}] lose more than {LOST}"
     verdict = replace(verdict, figures=f"{verdict.figures}, {share}")
-    if _is_lossless(found, losers):
-        return replace(verdict, verdict=_enough(HOLDS, found.nll.n))
-    if _surely_loses(found, losers):
-        return replace(verdict, verdict=_enough(FAILS, found.nll.n))
-    return verdict
+    if compared.lossless:
+        return verdict.decided(HOLDS)
+    return verdict.decided(FAILS) if _surely_loses(compared) else verdict
 
 
-def _losers(table: pd.DataFrame, setting: str) -> stats.Estimate:
-    pairs = comparisons.pairs(table, setting)
-    return stats.share_above(pairs["nll"] - pairs["nll_base"], LOST, settings.clusters(pairs))
+def _surely_loses(compared: Comparison) -> bool:
+    return compared.nll.low > ALIKE or compared.lost.low > MOST_LOST
 
 
-def _is_lossless(found: Comparison, losers: stats.Estimate) -> bool:
-    return found.nll.high <= ALIKE and losers.high <= MOST_LOST
-
-
-def _surely_loses(found: Comparison, losers: stats.Estimate) -> bool:
-    return found.nll.low > ALIKE or losers.low > MOST_LOST
-
-
-def restored(
-    claim: str, table: pd.DataFrame, model: str, task: str, plain: str, protected: str, controls: list[str]
-) -> Verdict:
+def restored(sample: Sample, plain: str, protected: str, controls: list[str]) -> Verdict:
     """Whether protecting the diagnosed layer makes `plain` (int4) lossless, and better than protecting others.
 
     Undecided where `plain` loses no more than the margin already: there is nothing to restore. Holds where `protected`
     is lossless and its NLL lower than the controls', averaged example by example; fails where it surely is not lossless,
     or its NLL is higher than the controls' or alike.
     """
-    others = table[table["setting"].isin(controls)]
+    others = sample.table[sample.table["setting"].isin(controls)]
     keys = ["model", "task", "example"]
     averaged = others.groupby(keys, sort=False).mean(numeric_only=True).reset_index()
-    table = pd.concat([table, averaged.assign(setting=CONTROLS)], ignore_index=True)
-    against, verdict = _pair(claim, table, model, task, protected, CONTROLS)
-    before = comparisons.compare(comparisons.pairs(table, plain), model, task, plain, FULL)
-    after = comparisons.compare(comparisons.pairs(table, protected), model, task, protected, FULL)
-    losers = _losers(table, protected)
+    table = pd.concat([sample.table, averaged.assign(setting=CONTROLS)], ignore_index=True)
+    against = _compared(replace(sample, table=table), protected, CONTROLS)
+    before, after = _compared(sample, plain), _compared(sample, protected)
     own = table[table["setting"] == protected]
     smaller = float((own["kv_bytes"] / own["payload_bytes"]).mean())
     figures = (
         f"{protected} against full cache: {describe(after)}, {smaller:.2f}× smaller with scales counted; "
         f"against {CONTROLS} ({len(controls)}): {describe(against)}; {plain} against full cache: {describe(before)}"
     )
-    verdict = replace(verdict, figures=figures, p=against.nll.p)
-    if _is_lossless(before, _losers(table, plain)):
+    verdict = replace(_open(sample, against, p=against.nll.p), figures=figures)
+    if before.lossless:
         return replace(verdict, figures=f"nothing to restore: {figures}")
-    if _surely_loses(after, losers):
-        return replace(verdict, verdict=_enough(FAILS, verdict.n), tested=False)
+    if _surely_loses(after):
+        return verdict.decided(FAILS, tested=False)
     if against.nll.low > 0:
-        return replace(verdict, verdict=_enough(FAILS, verdict.n))
-    if _is_lossless(after, losers) and against.nll.high < 0 and before.nll.n:
-        return replace(verdict, verdict=_enough(HOLDS, verdict.n))
+        return verdict.decided(FAILS)
+    if after.lossless and against.nll.high < 0 and before.nll.n:
+        return verdict.decided(HOLDS)
     return _alike(verdict, against.nll)
 
 
-def nothing_gained(
-    claim: str, table: pd.DataFrame, model: str, task: str, plain: str, protected: str
-) -> Verdict:
+def nothing_gained(sample: Sample, plain: str, protected: str) -> Verdict:
     """Whether protecting a layer leaves `plain` (int4) as it was: holds where the two are alike, fails where protection surely
     lowers or raises the NLL; undecided where `plain` is lossless already.
     """
-    found, verdict = _pair(claim, table, model, task, protected, plain)
-    before = comparisons.compare(comparisons.pairs(table, plain), model, task, plain, FULL)
-    nll, figures = found.nll, f"{verdict.figures}; {plain} against full cache: {describe(before)}"
-    verdict = replace(verdict, figures=figures, p=nll.p)
-    if _is_lossless(before, _losers(table, plain)):
+    compared, before = _compared(sample, protected, plain), _compared(sample, plain)
+    verdict, nll = _open(sample, compared, p=compared.nll.p), compared.nll
+    figures = f"{verdict.figures}; {plain} against full cache: {describe(before)}"
+    if before.lossless:
         return replace(verdict, figures=f"nothing to restore: {figures}")
-    if nll.low >= -ALIKE and nll.high <= ALIKE:
-        return replace(verdict, verdict=_enough(HOLDS, nll.n), tested=False)
-    return replace(verdict, verdict=_enough(FAILS, nll.n)) if nll.high < 0 or nll.low > 0 else verdict
+    verdict = replace(verdict, figures=figures)
+    apart = nll.high < 0 or nll.low > 0
+    return verdict.decided(FAILS) if apart and not _within(nll) else _alike(verdict, nll, HOLDS)
 
 
 def differs_between_models(
-    claim: str, tables: dict[str, pd.DataFrame], setting: str, models: tuple[str, str]
+    tables: dict[str, pd.DataFrame], setting: str, models: tuple[str, str]
 ) -> Verdict | None:
     """The first model's ΔNLL under this setting less the second's, on the tasks that both have; each model's examples are
     resampled within their tasks, which count equally. Holds where the interval lies beyond the margin on either side;
     fails where it lies within; None where the models share no task.
     """
-    found = [comparisons.pairs(tables[model], setting) for model in models]
-    shared = set(found[0]["task"]) & set(found[1]["task"])
-    found = [pairs[pairs["task"].isin(shared)] for pairs in found]
+    pairs = [comparisons.pairs(tables[model], setting) for model in models]
+    shared = set(pairs[0]["task"]) & set(pairs[1]["task"])
+    pairs = [own[own["task"].isin(shared)] for own in pairs]
     if not shared:
         return None
     # The mean over all strata of twice a model's change, and of minus twice the other's, is the difference of the means.
-    change = [2 * (pairs["nll"] - pairs["nll_base"]) for pairs in found]
+    change = [2 * (own["nll"] - own["nll_base"]) for own in pairs]
     both = pd.concat(
-        [pairs.assign(task=f"{model}: " + pairs["task"]) for model, pairs in zip(models, found, strict=True)]
+        [own.assign(task=f"{model}: " + own["task"]) for model, own in zip(models, pairs, strict=True)]
     )
     estimate = stats.mean(np.concatenate([change[0], -change[1]]), settings.clusters(both), both["task"])
-    own = [
-        comparisons.compare(pairs, model, "", setting, FULL)
-        for model, pairs in zip(models, found, strict=True)
+    compared = [
+        comparisons.compare(own, model, "", setting, FULL) for model, own in zip(models, pairs, strict=True)
     ]
-    n = min(c.nll.n for c in own)
     beyond = estimate.low > ALIKE or estimate.high < -ALIKE
-    within = estimate.low >= -ALIKE and estimate.high <= ALIKE
-    verdict = _enough(HOLDS if beyond else FAILS if within else UNDECIDED, n)
+    verdict = HOLDS if beyond else FAILS if _within(estimate) else UNDECIDED
     figures = f"difference of ΔNLL {comparisons.signed(estimate, 3)}; " + "; ".join(
-        f"{model}: {describe(c)}, n = {c.nll.n}" for model, c in zip(models, own, strict=True)
+        f"{c.model}: {describe(c)}, n = {c.nll.n}" for c in compared
     )
-    return Verdict(claim, " / ".join(models), "", f"{setting} between models", verdict, figures, n)
+    n = min(c.nll.n for c in compared)
+    what = f"{setting} between models"
+    return Verdict(" / ".join(models), "", what, _enough(verdict, n), figures, n)
 
 
-def slope(claim: str, table: pd.DataFrame, model: str, setting: str, baseline: str) -> Verdict | None:
+def slope(sample: Sample, setting: str, baseline: str) -> Verdict | None:
     """How the setting's advantage grows with the context: an example's least-squares slope of (the baseline's NLL − the
     setting's) on log2(context tokens), mean over the examples that have it at two lengths or more; None without any. With the
     full cache as the setting that is how the baseline's damage grows.
 
-    `table`'s tasks are named with their length behind an @ (``passages@512``); without it a task has one length.
+    The sample's tasks are named with their length behind an @ (``passages@512``); without it a task has one length.
     """
     if setting == FULL:
-        found = comparisons.pairs(table, baseline)
-        gain = (found["nll"] - found["nll_base"]).to_numpy()
+        pairs = comparisons.pairs(sample.table, baseline)
+        gain = (pairs["nll"] - pairs["nll_base"]).to_numpy()
     else:
-        found = comparisons.pairs(table, setting, baseline)
-        gain = (found["nll_base"] - found["nll"]).to_numpy()
-    length = np.log2(found["context_tokens"].to_numpy(dtype=np.float64))
-    tasks = found["task"].str.rsplit("@", n=1).str[0]
-    question = settings.clusters(found.assign(task=tasks)).to_numpy()
+        pairs = comparisons.pairs(sample.table, setting, baseline)
+        gain = (pairs["nll_base"] - pairs["nll"]).to_numpy()
+    length = np.log2(pairs["context_tokens"].to_numpy(dtype=np.float64))
+    tasks = pairs["task"].str.rsplit("@", n=1).str[0]
+    questions = settings.clusters(pairs.assign(task=tasks)).to_numpy()
     slopes = []
-    for one in pd.unique(question):
-        own = (question == one) & np.isfinite(gain)
+    for question in pd.unique(questions):
+        own = (questions == question) & np.isfinite(gain)
         # A context is filled up to a sentence, so two that were asked of one length may differ by some tokens.
         if own.sum() >= 2 and np.ptp(length[own]) > 0.5:
             slopes.append(float(np.polyfit(length[own], gain[own], 1)[0]))
     if not slopes:
         return None
-    estimate = stats.mean(slopes)
     lengths = sorted({round(float(x)) for x in 2**length})
     span = f"{lengths[0]} to {lengths[-1]} tokens"
     figure = f"advantage in NLL grows by {{:.3f}} {{}} nats a token with each doubling, {span}"
-    return threshold(claim, model, f"{setting} against {baseline}", estimate, 0.0, figure)
+    return threshold(sample.model, f"{setting} against {baseline}", stats.mean(slopes), 0.0, figure)
 
 
 def threshold(
-    claim: str,
     model: str,
     what: str,
     estimate: stats.Estimate,
@@ -277,24 +263,19 @@ def threshold(
     """Holds where the interval lies at or above `least` (`below`: under it), fails where it lies on the other side;
     undecided below this many `examples`.
     """
-    over, under = estimate.low >= least, estimate.high < least
-    verdict = UNDECIDED
-    if math.isfinite(estimate.low):
-        verdict = (
-            (FAILS if over else HOLDS if under else UNDECIDED)
-            if below
-            else (HOLDS if over else FAILS if under else UNDECIDED)
-        )
+    above, under = (FAILS, HOLDS) if below else (HOLDS, FAILS)
+    verdict = above if estimate.low >= least else under if estimate.high < least else UNDECIDED
+    if not math.isfinite(estimate.low):
+        verdict = UNDECIDED
     text = figure.format(estimate.value, f"[{estimate.low:.3g}, {estimate.high:.3g}]")
-    return Verdict(claim, model, "", what, _enough(verdict, estimate.n, examples), text, estimate.n)
+    return Verdict(model, "", what, _enough(verdict, estimate.n, examples), text, estimate.n)
 
 
 def saving(rows: pd.DataFrame, setting: str, baseline: str) -> stats.Estimate:
     """1 − payload / the baseline's payload, mean over examples."""
     table = comparisons.by_example(rows)
-    found = comparisons.pairs(table, setting, baseline)
-    share = 1 - found["payload_bytes"] / found["payload_bytes_base"]
-    return stats.mean(share, settings.clusters(found))
+    pairs = comparisons.pairs(table, setting, baseline)
+    return stats.mean(1 - pairs["payload_bytes"] / pairs["payload_bytes_base"], settings.clusters(pairs))
 
 
 def transmission_share(rows: pd.DataFrame, stages: tuple[str, ...] = EDGE_COMPUTE) -> stats.Estimate:
@@ -306,5 +287,5 @@ def geometric(values: pd.Series, rows: pd.DataFrame) -> stats.Estimate:
     """Geometric mean over examples with its interval."""
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log(values.to_numpy(dtype=np.float64))
-    found = stats.mean(logs, settings.clusters(rows))
-    return stats.Estimate(math.exp(found.value), math.exp(found.low), math.exp(found.high), found.n)
+    mean = stats.mean(logs, settings.clusters(rows))
+    return stats.Estimate(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high), mean.n)

@@ -83,7 +83,7 @@ def render(run: Run, figures: list[Path]) -> str:
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     facts = [
-        ("what", str(run.settings.get("description") or "")),
+        ("what", str(run.scenario.get("description") or "")),
         ("started", str(run.manifest.get("created") or "")),
         ("model", ", ".join(map(str, run.rows["model"].unique()))),
         ("links", ", ".join(map(str, run.rows["profile"].unique()))),

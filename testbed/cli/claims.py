@@ -18,6 +18,6 @@ def claims(paths: tuple[Path, ...], markdown: bool) -> Any:
     """Judge the published claims by the rows of RUN...: holds, fails or undecided, with the figures."""
     from testbed.analysis import claims as judging
 
-    found, said = judging.judge([open_run(path) for path in paths])
-    printed = judging.table(found, said) if markdown else judging.text(found, said)
-    return judging.to_dict(found, said), printed, 0
+    judged, left_out = judging.judge([open_run(path) for path in paths])
+    printed = judging.table(judged, left_out) if markdown else judging.text(judged, left_out)
+    return judging.to_dict(judged, left_out), printed, 0

@@ -6,35 +6,27 @@ lost, protect a diagnosed bottleneck if there is one, and select tokens with Q2C
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import pandas as pd
-
 from testbed.analysis.claims import judges
 from testbed.analysis.claims import rules
-from testbed.analysis.claims.pool import collect
+from testbed.analysis.claims.judges import is_alone
+from testbed.analysis.claims.pool import Sample, collect
 from testbed.analysis.claims.rules import FAILS, HOLDS
 from testbed.analysis.run import Run
 from testbed.codecs.spec import CodecSpec
 
 YES, NO, UNDECIDED, SKIPPED, UNKNOWN = "yes", "no", "undecided", "skipped", "not measured"
 UNFIT = "the task does not tell"
-_ANSWERS = {HOLDS: YES, FAILS: NO}
 
 #: The forms of INT4 by their scales (see `mixed`), the smallest first: which loses least is a model's own.
 FORMS = {"token": "int4(group=0, symmetric=true)", "symmetric": "int4(symmetric=true)", "group": "int4"}
 #: Fractions of the tokens that are tried, until one is not shown to be enough.
 RATIOS = (0.75, 0.5, 0.25)
 HIGH = 16  #: bits of what is protected
-
-
-def _is_alone(name: str) -> Callable[[CodecSpec], bool]:
-    """Whether a codec is this quantizer and nothing else."""
-    return lambda spec: spec.methods == (spec.quantizer,) and spec.quantizer.name == name
 
 
 @dataclass(frozen=True)
@@ -47,12 +39,12 @@ class Question:
 
 
 _FORMS = " ".join(f"--codec '{codec}'" if "(" in codec else f"--codec {codec}" for codec in FORMS.values())
-INT8 = Question("Is INT8 enough?", _is_alone("int8"), "run it: testbed run … --codec int8")
-INT4 = Question("Is INT4 enough?", _is_alone("int4"), f"run its forms: testbed run … {_FORMS}")
+INT8 = Question("Is INT8 enough?", lambda spec: is_alone(spec, "int8"), "run it: testbed run … --codec int8")
+INT4 = Question("Is INT4 enough?", lambda spec: is_alone(spec, "int4"), f"run its forms: testbed run … {_FORMS}")
 DIAGNOSIS = Question("Are a few layers to blame?", lambda _: False, "testbed diagnose MODEL")
 MIXED = Question(
     "Does protecting the diagnosed layers make INT4 lossless?",
-    _is_alone("mixed"),
+    lambda spec: is_alone(spec, "mixed"),
     f"find the layers with testbed diagnose MODEL, then run --codec 'mixed(high={HIGH})'",
 )
 
@@ -156,75 +148,60 @@ def _below_int8(
 
 def answered(runs: list[Run]) -> tuple[dict[str, list[Step]], list[str]]:
     """The steps for each model of these runs, and what was left out. Raises UsageError for runs without rows."""
-    evidence, said = collect(runs)
-    found = {
-        model: [_step(model, table, question) for question in _FROM_ROWS]
-        for model, table in evidence.tables.items()
-    }
-    for model, verdict in (pair for run in runs for pair in _diagnosis(run)):
-        if model in found and not any(step.question == DIAGNOSIS.text for step in found[model]):
+    pool, left_out = collect(runs)
+    answers = {sample.model: [_step(sample, question) for question in _FROM_ROWS] for sample in pool.models()}
+    for diagnosis in (run.diagnosis for run in runs):
+        own, verdict = answers.get(str(diagnosis.get("model")), []), str(diagnosis.get("verdict", ""))
+        if own and verdict and not any(step.question == DIAGNOSIS.text for step in own):
             answer = YES if verdict.startswith("bottleneck") else NO
-            found[model].insert(2, Step(DIAGNOSIS.text, "", answer, verdict))
-    return found, said
+            own.insert(2, Step(DIAGNOSIS.text, "", answer, verdict))
+    return answers, left_out
 
 
 def judge(run: Run, question: Question, settings: Sequence[str]) -> Step:
     """Whether one of these settings of a run of one model is enough. `UNFIT` where the full cache does not answer the task."""
-    evidence, said = collect([run])
-    if not evidence.tables:
-        return Step(
-            question.text,
-            settings[0],
-            UNFIT,
-            "; ".join(said),
-            "choose another task, or longer demonstrations",
-        )
-    ((model, table),) = evidence.tables.items()
-    return _judged(model, table, question, list(settings))
+    pool, left_out = collect([run])
+    for sample in pool.models():
+        return _judged(sample, question, list(settings))
+    advice = "choose another task, or longer demonstrations"
+    return Step(question.text, settings[0], UNFIT, "; ".join(left_out), advice)
 
 
-def _step(model: str, table: pd.DataFrame, question: Question) -> Step:
-    known = [setting for spec, setting in judges.codecs(table).items() if question.about(spec)]
+def _step(sample: Sample, question: Question) -> Step:
+    known = [setting for spec, setting in judges.codecs(sample.table).items() if question.about(spec)]
     if not known:
         return Step(question.text, "", UNKNOWN, advice=question.remedy)
-    return _judged(model, table, question, known)
+    return _judged(sample, question, known)
 
 
-def _judged(model: str, table: pd.DataFrame, question: Question, known: list[str]) -> Step:
-    judged = [(s, rules.lossless("guide", table, model, "", s)) for s in known]
+def _judged(sample: Sample, question: Question, known: list[str]) -> Step:
+    table = sample.table
+    verdicts = {setting: rules.lossless(sample, setting) for setting in known}
     size = {s: float(table.loc[table["setting"] == s, "payload_bytes"].mean()) for s in known}
     full = float(table["kv_bytes"].mean())
     # The smallest that is enough; else the one that loses least.
-    enough = [(s, v) for s, v in judged if v.verdict == HOLDS]
-    setting, verdict = (
-        min(enough, key=lambda one: size[one[0]])
-        if enough
-        else min(judged, key=lambda one: one[1].values["nll_diff"])
-    )
+    enough = [setting for setting, verdict in verdicts.items() if verdict.verdict == HOLDS]
+    setting = min(enough, key=size.__getitem__) if enough else min(known, key=lambda s: _lost(verdicts[s]))
+    verdict = verdicts[setting]
     answer = _answer(verdict)
     few = f", fewer than {rules.LEAST}" if verdict.n < rules.LEAST else ""
     smaller = full / size[setting]
     figures = f"{smaller:.2f}× smaller, {verdict.figures}, n = {verdict.n}{few}"
     figures += "".join(
-        f"; {other}: {full / size[other]:.2f}× smaller, ΔNLL {found.values['nll_diff']:+.3f}, {_answer(found)}"
-        for other, found in judged
+        f"; {other}: {full / size[other]:.2f}× smaller, ΔNLL {_lost(theirs):+.3f}, {_answer(theirs)}"
+        for other, theirs in verdicts.items()
         if other != setting
     )
     advice = "more examples decide it" if answer == UNDECIDED else ""
     return Step(question.text, setting, answer, figures, advice, smaller)
 
 
+def _lost(verdict: rules.Verdict) -> float:
+    return float(verdict.values["nll_diff"])
+
+
 def _answer(verdict: rules.Verdict) -> str:
-    return _ANSWERS.get(verdict.verdict, UNDECIDED)
-
-
-def _diagnosis(run: Run) -> list[tuple[str, str]]:
-    """The model and verdict of a diagnosis in the run's directory, if there is one."""
-    try:
-        found = json.loads((run.path / "diagnosis.json").read_text(encoding="utf-8"))
-        return [(str(found["model"]), str(found["verdict"]))]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
+    return {HOLDS: YES, FAILS: NO}.get(verdict.verdict, UNDECIDED)
 
 
 def chosen(steps: list[Step]) -> Step | None:
@@ -233,13 +210,13 @@ def chosen(steps: list[Step]) -> Step | None:
     return max(reversed(enough), key=lambda s: s.smaller, default=None)
 
 
-def text(found: dict[str, list[Step]], said: list[str]) -> str:
+def text(answers: dict[str, list[Step]], left_out: list[str]) -> str:
     """The steps for the terminal; the end is the smallest setting that was found to be enough."""
     lines = []
-    for model, steps in found.items():
+    for model, steps in answers.items():
         lines.append(model)
         for number, step in enumerate(steps, 1):
-            lines += told(number, step)
+            lines += described(number, step)
         best = chosen(steps)
         last = (
             f"deploy {best.setting}, {best.smaller:.2f}× smaller than 16 bits"
@@ -251,10 +228,10 @@ def text(found: dict[str, list[Step]], said: list[str]) -> str:
         f"enough: ΔNLL to the full cache at most {rules.ALIKE} nats per token, and at most {rules.MOST_LOST:.0%} of examples "
         f"lose more than {rules.LOST}, by their 95 % intervals' upper ends, over at least {rules.LEAST} examples"
     )
-    return "\n".join([*lines, *said])
+    return "\n".join([*lines, *left_out])
 
 
-def told(number: int, step: Step) -> list[str]:
+def described(number: int, step: Step) -> list[str]:
     """A step's lines."""
     answer = step.answer + (f": {step.setting}" if step.setting else "")
     more = [part for part in (step.figures, step.advice) if part]
