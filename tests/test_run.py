@@ -19,7 +19,7 @@ from benchmarks.kill_resume import leftovers, torture
 from testbed import analysis
 from testbed.experiment.plan import load_plan
 from testbed.experiment.results import COLUMNS, FORMAT, STAGES, RunDirectory
-from testbed.experiment.runner import Run
+from testbed.experiment.runner import Runner
 from testbed.net.fabric.accounting import LATE_S
 from tests.analysis.make_run import make_run
 from tests.tiny_models import tiny_model_directory
@@ -237,7 +237,7 @@ class TestAWholeRun:
 
 def test_rows_that_another_process_adds_before_the_lock_is_had_are_not_repeated(tmp_path: Path) -> None:
     directory = RunDirectory(make_run(tmp_path / "run", examples=1))
-    started = Run(load_plan("quick"), directory, lambda progress: None)
+    started = Runner(load_plan("quick"), directory, lambda progress: None)
     text = (directory.path / "trials.jsonl").read_text()
     other = json.loads(text.splitlines()[0]) | {"trial": "another's"}
     (directory.path / "trials.jsonl").write_text(text + json.dumps(other) + "\n" + '{"trial": "cut off')

@@ -47,9 +47,9 @@ def guide(subjects: tuple[str, ...], out: Path | None, **options: Any) -> Any:
 
     runs = [Path(subject) for subject in subjects if _is_run(Path(subject))]
     if len(runs) == len(subjects):
-        found, said = procedure.answered([open_run(path) for path in runs])
-        value = {"models": {m: [s.to_dict() for s in steps] for m, steps in found.items()}, "left_out": said}
-        return value, procedure.text(found, said), 0
+        answers, left_out = procedure.answered([open_run(path) for path in runs])
+        models = {model: [step.to_dict() for step in steps] for model, steps in answers.items()}
+        return {"models": models, "left_out": left_out}, procedure.text(answers, left_out), 0
     if len(subjects) > 1:
         raise UsageError("name one model to measure, or the directories of runs, and not both")
     return _measured(subjects[0], out, **options)
@@ -62,20 +62,20 @@ def _is_run(path: Path) -> bool:
 def _measured(model: str, out: Path | None, task: str, **options: Any) -> tuple[dict[str, Any], str, int]:
     from testbed import strict_yaml
     from testbed.guide import procedure
-    from testbed.guide.guide import Asked, measured
+    from testbed.guide.guide import Subject, measured
 
-    asked = Asked(model, task=strict_yaml.parse(task, "--task"), **options)
-    path = out or asked.directory()
+    subject = Subject(model, task=strict_yaml.parse(task, "--task"), **options)
+    path = out or subject.directory()
     show = Console()
     count = 0
 
-    def told(step: procedure.Step) -> None:
+    def answered(step: procedure.Step) -> None:
         nonlocal count
         count += 1
-        show.line("\n".join(procedure.told(count, step)))
+        show.line("\n".join(procedure.described(count, step)))
 
     try:
-        steps, failures = measured(asked, path, show, show.line, told)
+        steps, failures = measured(subject, path, show, show.line, answered)
     except KeyboardInterrupt:
         show.line(f"the same command goes on from the rows in {path}")
         raise

@@ -13,7 +13,7 @@ from testbed.cli.progress import Console
 from testbed.errors import StorageError, TestbedError, UsageError
 
 if TYPE_CHECKING:
-    from testbed.experiment.runner import Run
+    from testbed.experiment.runner import Runner
 
 INTERRUPTED = 130
 
@@ -73,7 +73,7 @@ def run(
     return _execute(started, show)
 
 
-def _execute(started: Run, show: Console) -> int:
+def _execute(started: Runner, show: Console) -> int:
     path = started.directory.path
     try:
         started.execute()
@@ -99,7 +99,7 @@ def _execute(started: Run, show: Console) -> int:
     return 0
 
 
-def _resumable(started: Run, error: Exception) -> Exception:
+def _resumable(started: Runner, error: Exception) -> Exception:
     """What ended a run, with where its rows are and how it goes on."""
     path, said = started.directory.path, str(error)
     if isinstance(error, OSError):

@@ -36,8 +36,8 @@ from testbed.tasks.task import Example, Task
 _CONTINUED = ("calibration.json", "compute.json", "counters.json", "traffic.json")
 
 
-class Run:
-    """One execution of a plan into a run directory: `execute`, or `measure` while it is `on`."""
+class Runner:
+    """One execution of a plan into a run directory: `execute`, or `try_codec` while it is `on`."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Run:
             if not self.settled:
                 self._make_trials()
 
-    def measure(self, codec: CodecSpec) -> None:
+    def try_codec(self, codec: CodecSpec) -> None:
         """Run every trial with this codec, whichever the plan has. Raises as `execute` does."""
         self.plan = replace(self.plan, scenario=self.scenario.model_copy(update={"codecs": [codec]}))
         self._tally = Tally(self.plan, self.watch)  # what is told of the time left begins anew
@@ -331,9 +331,14 @@ def check_ready(plan: Plan) -> None:
     choose(plan.scenario.emulator)
 
 
-def start(plan: Plan, out: Path, watch: Watcher, accept_uncalibrated: bool) -> Run:
+def start(plan: Plan, out: Path, watch: Watcher, accept_uncalibrated: bool) -> Runner:
     """A run into a new directory `out`, not yet executed."""
     check_ready(plan)
+    return Runner(plan, begin(plan, out), watch, accept_uncalibrated)
+
+
+def begin(plan: Plan, out: Path) -> RunDirectory:
+    """The new directory of a run, with what is known before it. Raises UsageError."""
     directory = RunDirectory.create(out)
     directory.write(
         "manifest.json",
@@ -347,10 +352,10 @@ def start(plan: Plan, out: Path, watch: Watcher, accept_uncalibrated: bool) -> R
             "inputs": inputs.described(plan),
         },
     )
-    return Run(plan, directory, watch, accept_uncalibrated)
+    return directory
 
 
-def resume(path: Path, watch: Watcher, accept_uncalibrated: bool) -> Run:
+def resume(path: Path, watch: Watcher, accept_uncalibrated: bool) -> Runner:
     """Take up the run in `path` where it ended: what has no row and what failed. Raises UsageError where it is none."""
     from testbed.experiment.plan import make_plan
 
@@ -361,6 +366,6 @@ def resume(path: Path, watch: Watcher, accept_uncalibrated: bool) -> Run:
         plan = make_plan(directory.settings(), str(path / "manifest.json"))
     check_ready(plan)
     inputs.check_unchanged(directory.manifest().get("inputs"), plan)
-    run = Run(plan, directory, watch, accept_uncalibrated)
-    run.resumed = True
-    return run
+    runner = Runner(plan, directory, watch, accept_uncalibrated)
+    runner.resumed = True
+    return runner

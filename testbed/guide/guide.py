@@ -13,10 +13,11 @@ from testbed.analysis.run import load
 from testbed.codecs.spec import parse
 from testbed.diagnosis import launch
 from testbed.errors import SpecError, UsageError
+from testbed.experiment import inputs
 from testbed.experiment.plan import make_plan
 from testbed.experiment.progress import Watcher
-from testbed.experiment.results import FORMAT, RunDirectory, utc_now
-from testbed.experiment.runner import Run
+from testbed.experiment.results import RunDirectory
+from testbed.experiment.runner import Runner, begin
 from testbed.experiment.scenario import Plan
 from testbed.experiment.session import in_one_process
 from testbed.guide.procedure import FORMS, HIGH, RATIOS, UNFIT, YES, Diagnosed, Question, Step, judge, steps
@@ -28,7 +29,7 @@ _DIAGNOSIS = "diagnosis.json"
 
 
 @dataclass(frozen=True)
-class Asked:
+class Subject:
     """What the procedure is to be followed with. `task`: as a scenario writes it; `diagnosed`: examples that rank the layers (as
     many more choose); `smaller`: how many times smaller is small enough (None: as small as holds).
     """
@@ -64,35 +65,35 @@ class Asked:
 
 
 def measured(
-    asked: Asked, path: Path, watch: Watcher, say: Callable[[str], None], told: Callable[[Step], None]
+    subject: Subject, path: Path, watch: Watcher, say: Callable[[str], None], answered: Callable[[Step], None]
 ) -> tuple[list[Step], int]:
     """The steps, measured into the run directory `path`, and how many trials failed; what is there already is not repeated.
 
-    `say`: gets the diagnosis' progress; `told`: each step as it is answered. Raises UsageError for a wrong request or a
+    `say`: gets the diagnosis' progress; `answered`: each step. Raises UsageError for a wrong request or a
     directory that other settings were measured into, EndpointError where a process fails, KeyboardInterrupt; the rows so far
     stay.
     """
-    plan = unlinked(asked.settings(), "guide")
-    directory = _open(path, plan.scenario.model_dump(mode="json"))
-    run = Run(plan, directory, watch, opening=in_one_process)
+    plan = unlinked(subject.settings(), "guide")
+    directory = _open(path, plan)
+    runner = Runner(plan, directory, watch, opening=in_one_process)
     answers: list[Step] = []
 
     def measure(question: Question, codecs: Sequence[str]) -> Step:
         for number, codec in enumerate(codecs, 1):
-            run.measure(parse(codec))
+            runner.try_codec(parse(codec))
             step = judge(load(path), question, codecs[:number])
             if step.answer in (YES, UNFIT):
                 break
         return step
 
     def diagnose(scale: str) -> Diagnosed:
-        return _diagnosis(asked, scale, path, directory, say)
+        return _diagnosis(subject, scale, path, say)
 
-    with run.on():
-        for step in steps(measure, diagnose, asked.smaller):
+    with runner.on():
+        for step in steps(measure, diagnose, subject.smaller):
             answers.append(step)
-            told(step)
-    return answers, run.failures
+            answered(step)
+    return answers, runner.failures
 
 
 def unlinked(settings: dict[str, Any], place: str) -> Plan:
@@ -103,42 +104,36 @@ def unlinked(settings: dict[str, Any], place: str) -> Plan:
     return replace(plan, profiles=(LOOPBACK,), topology=replace(plan.topology, links=links))
 
 
-def _open(path: Path, settings: dict[str, Any]) -> RunDirectory:
+def _open(path: Path, plan: Plan) -> RunDirectory:
     """The directory, new or continued."""
     if not (path / "manifest.json").is_file():
-        directory = RunDirectory.create(path)
-        directory.write(
-            "manifest.json",
-            {"format": FORMAT, "name": settings["name"], "settings": settings, "created": utc_now()},
-        )
-        return directory
-    directory = RunDirectory.open(path)
+        return begin(plan, path)
+    directory, now = RunDirectory.open(path), plan.scenario.model_dump(mode="json")
     before = directory.settings()
     for key in ("name", "model", "tasks", "context_tokens", "seed", "prompt"):
-        if before.get(key) != settings[key]:
+        if before.get(key) != now[key]:
             raise UsageError(
-                f"{path} was measured with {key} {before.get(key)}, not {settings[key]}; choose another --out"
+                f"{path} was measured with {key} {before.get(key)}, not {now[key]}; choose another --out"
             )
+    inputs.check_unchanged(directory.manifest().get("inputs"), plan)
     return directory
 
 
-def _diagnosis(
-    asked: Asked, scale: str, path: Path, directory: RunDirectory, say: Callable[[str], None]
-) -> Diagnosed:
+def _diagnosis(subject: Subject, scale: str, path: Path, say: Callable[[str], None]) -> Diagnosed:
     """The diagnosis that lies in the directory, where it was made for the same question; else a new one."""
-    task = asked.task if isinstance(asked.task, dict) else {"task": asked.task}
+    task = subject.task if isinstance(subject.task, dict) else {"task": subject.task}
     settings = {
-        "model": asked.model,
+        "model": subject.model,
         "task": task["task"],
         "parameters": {key: value for key, value in task.items() if key != "task"},
-        "context_tokens": asked.context_tokens,
-        "examples": asked.diagnosed,
+        "context_tokens": subject.context_tokens,
+        "examples": subject.diagnosed,
         "scale": scale,
         "high": HIGH,
         "epsilon": rules.ALIKE,
-        "threads": asked.threads,
+        "threads": subject.threads,
     }
-    found = _known(path / _DIAGNOSIS, {**settings, "model": resolve(asked.model).name})
+    found = _known(path / _DIAGNOSIS, {**settings, "model": resolve(subject.model).name})
     if found is None:
         found = launch.diagnosed(settings, say)
         launch.write(path / _DIAGNOSIS, found)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from testbed.errors import NotFiniteError, UsageError
 from testbed.experiment.results import RunDirectory
-from testbed.experiment.runner import Run
+from testbed.experiment.runner import Runner
 from testbed.experiment.session import in_one_process
 from testbed.guide.guide import unlinked
 from testbed.models.kvcache import KVCache
@@ -155,7 +155,7 @@ def test_an_example_that_overflows_leaves_rows_that_say_why_and_the_others_are_m
     }  # fmt: skip
     directory = RunDirectory.create(tmp_path / "run")
     directory.write("manifest.json", {})
-    started = Run(unlinked(settings, "test"), directory, lambda *_: None, opening=in_one_process)
+    started = Runner(unlinked(settings, "test"), directory, lambda *_: None, opening=in_one_process)
     started.execute()
     rows = {
         row["example"]: row
