@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.axis import Axis
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 #: From this ratio of the largest to the smallest latency in a panel on, its axis is logarithmic.
 LOGARITHMIC_FROM = 5.0
@@ -27,9 +28,15 @@ def limit_seconds(ax: Axes, ends: Iterable[float], which: str = "x") -> None:
         low, high = low / pad, high * pad
         (ax.set_xscale if which == "x" else ax.set_yscale)("log")
         limit(low, high)
-        axis.set_major_locator(FixedLocator(round_values(low, high)))
-        axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ticks(axis, round_values(low, high))
+    axis.set_major_formatter("{x:g}")
+
+
+def ticks(axis: Axis, places: Iterable[float]) -> None:
+    """Ticks at these places and nowhere else."""
+    axis.set_major_locator(FixedLocator(list(places)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
 
 
 def round_values(low: float, high: float) -> list[float]:
@@ -39,15 +46,12 @@ def round_values(low: float, high: float) -> list[float]:
     return [t for t in sorted(float(d * s) for d in decades for s in steps) if low <= t <= high]
 
 
-def at_values(ax: Axes, values: Iterable[float], logarithmic: bool, text: str = "{:g}") -> None:
+def at_values(ax: Axes, values: Iterable[float], logarithmic: bool) -> None:
     """Ticks of the x axis at the values that were measured, and nowhere else."""
     places = sorted(set(values))
     if logarithmic:
         ax.set_xscale("log")
-    ax.xaxis.set_major_locator(FixedLocator(places))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text.format(value)))
+    ticks(ax.xaxis, places)
     if logarithmic:
         pad = (places[-1] / places[0]) ** 0.08 if places[-1] > places[0] else 1.5
         ax.set_xlim(places[0] / pad, places[-1] * pad)
@@ -80,10 +84,8 @@ def limit_losses(ax: Axes, ends: Iterable[float]) -> None:
     if high > 1:
         ax.set_yscale("symlog", linthresh=0.1, linscale=0.7)
         low, high = min(low * 1.3, -0.03), high * 1.4
-        ticks = [-1, -0.1, 0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20]
-        ax.yaxis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
-        ax.yaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        places = (-1, -0.1, 0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
+        ticks(ax.yaxis, [place for place in places if low <= place <= high])
     else:
         pad = 0.06 * (high - low) or 0.05
         low, high = low - pad, high + pad

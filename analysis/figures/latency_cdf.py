@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
 
 from testbed import stats
 from testbed.analysis import settings
 from testbed.analysis.describe import caveats, conditions, counted, subject
 from testbed.analysis.figures import NotInThisRun
 from testbed.analysis.figures.axes import limit_seconds
-from testbed.analysis.figures.style import (
-    INK,
-    Frame,
-    Mark,
-    bottom_legend,
-    legend_columns,
-    marks,
-    panel_title,
-    short,
-    tell_missing,
-)
+from testbed.analysis.figures.panels import DASHES, Legend, fill
+from testbed.analysis.figures.style import INK, Frame, Mark, panel_title, tell_missing
 from testbed.analysis.run import Run
 from testbed.analysis.settings import Measured
 
 MOST = 7  #: so many curves can be told apart in one panel
-_STYLES: list[Any] = ["-", (0, (5, 2)), (0, (1.2, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2))]
 
 
 def draw(run: Run) -> Figure:
@@ -43,10 +32,9 @@ def draw(run: Run) -> Figure:
     measured = [m for _, rows in panels for m in settings.measure(rows)]
     every = list(dict.fromkeys(m.label for m in measured))
     shown = _few(run.attempts, measured, every)
-    looks = marks({m.label: (m.label, m.placement, m.codec) for m in measured}.values())
-    looks = {label: looks[label] for label in shown}
-    drawn = short(looks)
-    columns, across = (1 if len(panels) == 1 else 2), legend_columns(drawn.values())
+    looks = Legend.of(measured).looks
+    legend = Legend({label: looks[label] for label in shown})
+    columns = 1 if len(panels) == 1 else 2
     left_out = (
         "" if len(shown) == len(every) else f"{len(shown)} of {len(every)} settings; --where shows others"
     )
@@ -64,24 +52,17 @@ def draw(run: Run) -> Figure:
         rows=math.ceil(len(panels) / columns),
         columns=columns,
         panel=2.0,
-        legend=0.2 * math.ceil(len(shown) / across) + 0.14,
+        legend=legend.height,
         left=0.75,
     )
     figure, axes = frame.figure()
-    for index, ax in enumerate(axes):
-        if index >= len(panels):
-            ax.set_axis_off()
-            continue
-        _draw_panel(ax, *panels[index], looks)
-        if index % columns == 0:
-            ax.set_ylabel("share of requests")
-        if index + columns >= len(panels):
-            ax.set_xlabel(f"{run.latency} (s)")
+    draw_panel = partial(_draw_panel, legend.looks)
+    fill(axes, columns, panels, draw_panel, f"{run.latency} (s)", "share of requests")
     handles = [
-        Line2D([], [], **{**mark.options(), "linestyle": _STYLES[i % 5], "markersize": 6}, label=drawn[label])
-        for i, (label, mark) in enumerate(looks.items())
+        Line2D([], [], **{**mark.options(), "linestyle": DASHES[i % len(DASHES)], "markersize": 6}, label=name)
+        for i, (mark, name) in enumerate(zip(legend.looks.values(), legend.names.values(), strict=True))
     ]
-    bottom_legend(figure, frame, handles, across)
+    legend.draw(figure, frame, handles)
     return figure
 
 
@@ -99,7 +80,8 @@ def _few(rows: pd.DataFrame, measured: list[Measured], every: list[str]) -> list
     return [label for label in every if label in order]
 
 
-def _draw_panel(ax: Axes, name: str, rows: pd.DataFrame, looks: dict[str, Mark]) -> None:
+def _draw_panel(looks: dict[str, Mark], ax: Axes, panel: tuple[str, pd.DataFrame]) -> None:
+    name, rows = panel
     panel_title(ax, name, conditions(rows))
     ends: list[float] = []
     missing: list[str] = []
@@ -120,21 +102,21 @@ def _draw_panel(ax: Axes, name: str, rows: pd.DataFrame, looks: dict[str, Mark])
             where="post",
             color=mark.color,
             lw=1.2,
-            ls=_STYLES[number % 5],
+            ls=DASHES[number % len(DASHES)],
             zorder=2,
         )
         for q in (0.5, 0.95):
-            found = stats.quantile(every, q, settings.clusters(own))
-            if not math.isfinite(found.value) or (q > 0.5 and not math.isfinite(found.high)):
+            point = stats.quantile(every, q, settings.clusters(own))
+            if not math.isfinite(point.value) or (q > 0.5 and not math.isfinite(point.high)):
                 continue
             height = q - 0.012 * (number - len(looks) / 2)  # intervals beside each other, not on top
-            if math.isfinite(found.low) and math.isfinite(found.high):
-                ends_of = [found.low, found.high]
-                ax.plot(ends_of, [height, height], color=mark.color, lw=1.6, alpha=0.6, zorder=3)
-            ax.plot(found.value, height, zorder=4, **{**mark.options(), "markersize": 5.5})
+            if math.isfinite(point.low) and math.isfinite(point.high):
+                interval = [point.low, point.high]
+                ax.plot(interval, [height, height], color=mark.color, lw=1.6, alpha=0.6, zorder=3)
+            ax.plot(point.value, height, zorder=4, **{**mark.options(), "markersize": 5.5})
         ends += [float(times[0]), float(times[-1])]
     limit_seconds(ax, ends)
     tell_missing(ax, missing)
     ax.set_ylim(-0.02, 1.04)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    ax.yaxis.set_major_formatter("{x:.0%}")
     ax.axhline(0.5, color=INK, lw=0.4, zorder=1)

@@ -20,23 +20,13 @@ from testbed.analysis import paired_latency, settings
 from testbed.analysis.describe import caveats, conditions, counted, subject
 from testbed.analysis.figures import NotInThisRun, labels
 from testbed.analysis.figures.axes import limit_losses, limit_scores, limit_seconds
-from testbed.analysis.figures.style import (
-    GREY,
-    INK,
-    Frame,
-    Mark,
-    legend_columns,
-    marks,
-    panel_title,
-    short,
-    tell_missing,
-)
+from testbed.analysis.figures.panels import FRONT, Legend, empty, fill, front
+from testbed.analysis.figures.style import INK, Frame, Mark, bottom_legend, panel_title, short, tell_missing
 from testbed.analysis.run import Run
 from testbed.analysis.settings import DELTA_NLL, QUALITY_FLOOR, SCORE, Measured, Metric
 
 _FULL: dict[str, Any] = {"color": INK, "lw": 0.9, "ls": (0, (5, 3))}
 MOST_NAMED = 8  #: settings named in a panel; more would cover each other
-_FRONT: dict[str, Any] = {"color": GREY, "lw": 2.2, "alpha": 0.55}
 _SPLIT_FRONT: dict[str, Any] = {"color": INK, "lw": 1.0, "ls": (0, (1, 1.6))}
 _RING: dict[str, Any] = {
     "marker": "o",
@@ -129,9 +119,9 @@ def _split(measured: list[Measured]) -> list[Measured]:
 
 
 def _figure(run: Run, panels: list[Panel], columns: int, metric: Metric, title: str, what: str) -> Figure:
-    looks = marks({m.label: (m.label, m.placement, m.codec) for p in panels for m in p.measured}.values())
+    legend = Legend.of(m for p in panels for m in p.measured)
     links = counted(run.rows["profile"].nunique(), "emulated link")
-    compared = f"{counted(len(looks), 'setting')} on {links} · {subject(run.rows)}"
+    compared = f"{counted(len(legend.looks), 'setting')} on {links} · {subject(run.rows)}"
     frame = Frame(
         title=title,
         subtitle=f"{compared}\n{what}; median of the {run.latency}; bars: 95 % bootstrap intervals over examples",
@@ -139,20 +129,18 @@ def _figure(run: Run, panels: list[Panel], columns: int, metric: Metric, title: 
         rows=math.ceil(len(panels) / columns),
         columns=columns,
         panel={1: 3.4, 2: 2.25, 3: 1.95}[columns],
-        legend=0.2 * math.ceil(len(looks) / legend_columns(short(looks).values())) + 0.4,
+        legend=legend.height + 0.26,
     )
     figure, axes = frame.figure()
-    for index, ax in enumerate(axes):
-        if index >= len(panels):
-            ax.set_axis_off()
-            continue
+
+    def draw_panel(ax: Axes, panel: Panel) -> None:
         _limit_quality(ax, panels, metric)
-        _draw_panel(ax, panels[index], looks, metric)
-        if index % columns == 0:
-            ax.set_ylabel(metric.label)
-        if index + columns >= len(panels):
-            ax.set_xlabel(f"{run.latency} (s)")
-    _legends(figure, looks, panels, frame.footer)
+        _draw_panel(ax, panel, legend.looks, metric)
+
+    fill(axes, columns, panels, draw_panel, f"{run.latency} (s)", metric.label)
+    lines = _lines(panels)
+    bottom_legend(figure, frame, lines, len(lines))
+    legend.draw(figure, frame, above=0.24)
     return figure
 
 
@@ -166,36 +154,23 @@ def _reading(panels: list[Panel]) -> str:
     return note
 
 
-def _legends(figure: Figure, looks: dict[str, Mark], panels: list[Panel], bottom: float) -> None:
-    """The settings' marks, and below them the lines; `bottom`: where they begin, in inches."""
-    lines = [Line2D([], [], **_FRONT, label="Pareto front")]
+def _lines(panels: list[Panel]) -> list[Line2D]:
+    """What stands for the lines and the ring in a legend."""
+    lines = [Line2D([], [], **FRONT, label="Pareto front")]
     if any(len(_split(p.measured)) < len(p.measured) for p in panels):
         lines.append(Line2D([], [], **_SPLIT_FRONT, label="… of the settings that send KV"))
     lines.append(Line2D([], [], **_FULL, label="full cache"))
     if any(p.chosen for p in panels):
-        ring = Line2D(
-            [], [], **{**_RING, "markersize": 11}, label=f"fastest with ≥ {QUALITY_FLOOR:.0%} of full cache"
-        )
-        lines.append(ring)
-    height = float(figure.get_size_inches()[1])
-    compact: dict[str, Any] = {
-        "loc": "lower center",
-        "handletextpad": 0.5,
-        "borderpad": 0.2,
-        "labelspacing": 0.45,
-    }
-    drawn = short(looks)
-    names = [mark.handle(drawn[label]) for label, mark in looks.items()]
-    for handles, columns, above in ((lines, len(lines), 0.0), (names, legend_columns(drawn.values()), 0.24)):
-        at = (0.5, (bottom + above - 0.04) / height)
-        figure.legend(handles=handles, ncols=columns, bbox_to_anchor=at, columnspacing=1.5, **compact)
+        ring = {**_RING, "markersize": 11}
+        lines.append(Line2D([], [], **ring, label=f"fastest with ≥ {QUALITY_FLOOR:.0%} of full cache"))
+    return lines
 
 
 def _draw_panel(ax: Axes, panel: Panel, looks: dict[str, Mark], metric: Metric) -> None:
     panel_title(ax, panel.title, panel.conditions)
     tell_missing(ax, panel.missing)
     if not panel.measured:
-        ax.text(0.5, 0.5, "nothing measured here", transform=ax.transAxes, ha="center", color="#555555")
+        empty(ax)
         return
     if math.isfinite(panel.full):
         ax.axhline(panel.full, zorder=1, **_FULL)
@@ -209,12 +184,11 @@ def _draw_panel(ax: Axes, panel: Panel, looks: dict[str, Mark], metric: Metric) 
     for one in panel.tied:
         ax.scatter([one.latency.value], [one.quality.value], zorder=3.5, **_TIE)
     limit_seconds(ax, (e for m in panel.measured for e in (m.latency.low, m.latency.value, m.latency.high)))
-    whole = _front(panel.measured, metric)
-    sent = _front(_split(panel.measured), metric)
-    _draw_front(ax, whole, _FRONT)
-    if sent and sent != whole:
-        _draw_front(ax, sent, _SPLIT_FRONT)
-    _label(ax, panel, metric)
+    whole, sent = (_front(measured, metric) for measured in (panel.measured, _split(panel.measured)))
+    crossed = front(ax, [_place(m) for m in whole], FRONT)
+    if sent != whole:
+        crossed += front(ax, [_place(m) for m in sent], _SPLIT_FRONT)
+    _label(ax, panel, sent + whole, crossed)
 
 
 def _bars(one: Measured) -> Iterable[tuple[tuple[float, float], tuple[float, float]]]:
@@ -231,29 +205,19 @@ def _front(measured: list[Measured], metric: Metric) -> list[Measured]:
     return [measured[int(i)] for i in indices]
 
 
-def _draw_front(ax: Axes, front: list[Measured], look: dict[str, Any]) -> None:
-    """A step at each member: the best quality to be had at that latency or less."""
-    xs = [m.latency.value for m in front] + [ax.get_xlim()[1]]
-    ys = [m.quality.value for m in front]
-    ax.step(xs, [*ys, ys[-1]], where="post", zorder=1.5, **look)
+def _place(one: Measured) -> tuple[float, float]:
+    return one.latency.value, one.quality.value
 
 
-def _label(ax: Axes, panel: Panel, metric: Metric) -> None:
+def _label(ax: Axes, panel: Panel, fronts: list[Measured], crossed: list[labels.Segment]) -> None:
     """Name the members of both fronts and the placements in the panel itself, some where they are many; the legend names all."""
-    if not panel.measured:
-        return
-    named = _front(_split(panel.measured), metric) + _front(panel.measured, metric)
-    named += [m for m in panel.measured if m.placement != "split"]
+    named = fronts + [m for m in panel.measured if m.placement != "split"]
     drawn = short(m.label for m in panel.measured)
-    points = {
-        m.label: (m.latency.value, m.quality.value, drawn[m.label]) for m in _thinned(named, panel.chosen)
-    }
-    everywhere = [(m.latency.value, m.quality.value) for m in panel.measured]
-    lines = [((xs[0], ys[0]), (xs[1], ys[1])) for m in panel.measured for xs, ys in _bars(m)]
-    for front in (_front(panel.measured, metric), _front(_split(panel.measured), metric)):
-        lines += _steps(ax, front)
+    points = {m.label: (*_place(m), drawn[m.label]) for m in _thinned(named, panel.chosen)}
+    lines = [((xs[0], ys[0]), (xs[1], ys[1])) for m in panel.measured for xs, ys in _bars(m)] + crossed
     lines.append(((ax.get_xlim()[0], panel.full), (ax.get_xlim()[1], panel.full)))
-    labels.place(ax, list(points.values()), everywhere, [line for line in lines if np.isfinite(line).all()])
+    known = [line for line in lines if np.isfinite(line).all()]
+    labels.place(ax, list(points.values()), [_place(m) for m in panel.measured], known)
 
 
 def _thinned(named: list[Measured], chosen: list[Measured]) -> list[Measured]:
@@ -265,14 +229,6 @@ def _thinned(named: list[Measured], chosen: list[Measured]) -> list[Measured]:
     rest = sorted((m for m in distinct if m not in first), key=lambda m: m.latency.value)
     room = max(1, MOST_NAMED - len(first))
     return first + [rest[i * (len(rest) - 1) // max(1, room - 1)] for i in range(min(room, len(rest)))]
-
-
-def _steps(ax: Axes, front: list[Measured]) -> list[labels.Segment]:
-    """A front's horizontal and vertical pieces."""
-    at = [(m.latency.value, m.quality.value) for m in front]
-    ends = [*at[1:], (ax.get_xlim()[1], at[-1][1])] if at else []
-    across = [((x, y), (end, y)) for (x, y), (end, _) in zip(at, ends, strict=True)]
-    return across + [((end, y), (end, above)) for (_, y), (end, above) in zip(at, ends, strict=True)]
 
 
 def _limit_quality(ax: Axes, panels: list[Panel], metric: Metric) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from testbed.analysis.figures import NotInThisRun
-from testbed.analysis.figures.style import BLUE, INK, ORANGE, Frame, panel_title, style
+from testbed.analysis.figures.style import BLUE, INK, ORANGE, Frame, bottom_legend, panel_title, style
 from testbed.analysis.run import Run
 from testbed.errors import SpecError
 
@@ -102,14 +102,7 @@ def draw(diagnosis: dict[str, Any]) -> Figure:
     axes[0].set_ylabel("KL (nats a token)")
     axes[1].set_ylabel("won back (nats a token)")
     axes[1].set_xlabel("layer")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="lower center",
-        ncols=2,
-        bbox_to_anchor=(0.5, (frame.footer - 0.04) / figure.get_size_inches()[1]),
-    )
+    bottom_legend(figure, frame, axes[0].get_legend_handles_labels()[0], 2)
     return figure
 
 
@@ -132,5 +125,5 @@ def _bars(ax: Axes, diagnosis: dict[str, Any], which: str) -> None:
         ax.vlines(layers + shift, low, high, color=INK, linewidth=0.8)
     ax.set_xlim(-0.7, max(place["layer"] for place in diagnosis["places"]) + 0.7)
     ax.xaxis.set_major_locator(MaxNLocator(16, integer=True))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.grid(axis="x", visible=False)

@@ -13,17 +13,8 @@ from testbed.analysis import settings
 from testbed.analysis.describe import caveats, counted, subject
 from testbed.analysis.figures import NotInThisRun
 from testbed.analysis.figures.axes import aside, at_values, limit_scores, limit_seconds
-from testbed.analysis.figures.style import (
-    INK,
-    Frame,
-    Mark,
-    bottom_legend,
-    legend_columns,
-    marks,
-    panel_title,
-    short,
-    tell_missing,
-)
+from testbed.analysis.figures.panels import Legend, curve
+from testbed.analysis.figures.style import INK, Frame, Mark, panel_title, tell_missing
 from testbed.analysis.latency_model import steady
 from testbed.analysis.run import Run
 from testbed.analysis.settings import Measured
@@ -68,15 +59,12 @@ def draw(run: Run) -> Figure:
             f"{run.path}: no two of its links differ in rate, delay or loss alone; for this figure run a "
             "scenario whose profiles are, say, rate=10mbit,delay=20ms and rate=50mbit,delay=20ms"
         )
-    named = {m.label: (m.label, m.placement, m.codec) for s in sweeps for p in s.points.values() for m in p}
-    looks = marks(named.values())
-    drawn = short(looks)
-    columns = legend_columns(drawn.values())
+    legend = Legend.of(m for s in sweeps for measured in s.points.values() for m in measured)
     frame = Frame(
         title="Latency and quality against the link's "
         + " and ".join(s.condition.label.split(" (")[0].split(",")[0] for s in sweeps),
         subtitle=(
-            f"{counted(len(looks), 'setting')} · {subject(run.rows)}\n"
+            f"{counted(len(legend.looks), 'setting')} · {subject(run.rows)}\n"
             f"median of the {run.latency} and mean score; bars: 95 % bootstrap intervals over examples"
         ),
         footnotes=[
@@ -88,18 +76,18 @@ def draw(run: Run) -> Figure:
         rows=2,
         columns=len(sweeps),
         panel=2.1,
-        legend=0.2 * math.ceil(len(looks) / columns) + 0.14,
+        legend=legend.height,
         below=0.42,
     )
     figure, axes = frame.figure()
     for index, sweep in enumerate(sweeps):
         upper, lower = axes[index], axes[len(sweeps) + index]
-        _draw(upper, sweep, looks, quality=False)
-        _draw(lower, sweep, looks, quality=True)
+        _draw(upper, sweep, legend.looks, quality=False)
+        _draw(lower, sweep, legend.looks, quality=True)
         if index == 0:
             upper.set_ylabel(f"{run.latency} (s)")
             lower.set_ylabel("mean score")
-    bottom_legend(figure, frame, [mark.handle(drawn[label]) for label, mark in looks.items()], columns)
+    legend.draw(figure, frame)
     return figure
 
 
@@ -144,25 +132,16 @@ def _draw(ax: Axes, sweep: Sweep, looks: dict[str, Mark], quality: bool) -> None
     panel_title(ax, "quality" if quality else "latency", f"at {sweep.held}")
     ends: list[float] = []
     missing: list[str] = []
-    styles = ["-", (0, (5, 2)), (0, (1.2, 1.2)), (0, (5, 1.5, 1, 1.5))]
     for number, (label, mark) in enumerate(looks.items()):
         points = sweep.of(label)
-        if not points:
-            continue
-        found = [(x, m.quality if quality else m.latency) for x, m in points]
+        estimates = [(x, m.quality if quality else m.latency) for x, m in points]
         if quality:  # whose intervals would else cover each other
             places = (min(sweep.points), max(sweep.points), sweep.condition.logarithmic)
-            found = [(aside(x, number, len(looks), *places), e) for x, e in found]
-        found = [(x, e) for x, e in found if math.isfinite(e.value)]
+            estimates = [(aside(x, number, len(looks), *places), e) for x, e in estimates]
         missing += [f"{label} {m.gap} at {x:g}" for x, m in points if m.gap and not quality]
-        xs, ys = [x for x, _ in found], [e.value for _, e in found]
-        ax.plot(xs, ys, color=mark.color, lw=1.0, ls=styles[number % 4], zorder=2)
-        ax.plot(xs, ys, zorder=4, **{**mark.options(), "markersize": 0.75 * mark.size})
-        for x, e in found:
-            if math.isfinite(e.low) and math.isfinite(e.high):
-                ax.plot([x, x], [e.low, e.high], color=mark.color, lw=1.0, alpha=0.6, zorder=3)
-                ends += [e.low, e.high]
-        ends += ys
+        known = [(x, e) for x, e in estimates if math.isfinite(e.value)]
+        if points:
+            ends += curve(ax, number, mark, 0.75 * mark.size, known)
     (limit_scores if quality else lambda a, e: limit_seconds(a, e, "y"))(ax, ends)
     tell_missing(ax, missing)
     at_values(ax, sweep.points, sweep.condition.logarithmic)

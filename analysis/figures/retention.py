@@ -11,31 +11,15 @@ from matplotlib.figure import Figure
 
 from testbed import stats
 from testbed.analysis import settings
-from testbed.analysis.describe import caveats, subject
+from testbed.analysis.describe import caveats, counted, subject
 from testbed.analysis.figures import NotInThisRun
 from testbed.analysis.figures.axes import aside, at_values, limit_losses, limit_scores
-from testbed.analysis.figures.style import (
-    Frame,
-    Mark,
-    bottom_legend,
-    legend_columns,
-    marks,
-    panel_title,
-    short,
-)
+from testbed.analysis.figures.panels import Legend, curve
+from testbed.analysis.figures.style import Frame, Mark, marks, panel_title
 from testbed.analysis.run import Run
 from testbed.analysis.settings import DELTA_NLL, SCORE, Metric
 from testbed.codecs.spec import written
 from testbed.errors import SpecError
-
-_STYLES: list[str | tuple[int, tuple[float, ...]]] = [
-    "-",
-    (0, (5, 2)),
-    (0, (1.2, 1.2)),
-    (0, (5, 1.5, 1, 1.5)),
-    (0, (8, 2, 1, 2, 1, 2)),
-]
-
 
 @dataclass(frozen=True)
 class Curve:
@@ -70,14 +54,12 @@ def draw(run: Run) -> Figure:
         raise NotInThisRun(f"{run.path}: no finished trial has a score or an nll")
     drawn = {(row, i): _curves(own, m) for row, m in enumerate(metrics) for i, (_, own) in enumerate(panels)}
     named = {c.label: (c.label, "split", c.codec) for curves in drawn.values() for c in curves}
-    looks = marks(named.values())
-    drawn_names = short(looks)
+    legend = Legend(marks(named.values()), most=4)
     whole = any(x == 1 for curves in drawn.values() for curve in curves for x, _ in curve.points)
-    columns = legend_columns(drawn_names.values(), 4)
     frame = Frame(
         title="What is left of the answers when tokens are dropped",
         subtitle=(
-            f"{len(looks)} selector{'' if len(looks) == 1 else 's'} · {subject(run.rows)}\n"
+            f"{counted(len(named), 'selector')} · {subject(run.rows)}\n"
             "mean over examples against the fraction of context tokens kept; bars: 95 % bootstrap intervals"
         ),
         footnotes=[
@@ -89,7 +71,7 @@ def draw(run: Run) -> Figure:
         rows=len(metrics),
         columns=len(panels),
         panel=2.2,
-        legend=0.2 * math.ceil(len(looks) / columns) + 0.14,
+        legend=legend.height,
         below=0.42,
     )
     figure, axes = frame.figure()
@@ -100,12 +82,12 @@ def draw(run: Run) -> Figure:
         what = "score" if metrics[row] is SCORE else lost
         panel_title(ax, " · ".join(map(str, key)), f"{what} · n = {own['example'].nunique()} examples")
         level = settings.full_cache_quality(own) if metrics[row] is SCORE else 0.0
-        _draw(ax, curves, looks, metrics[row], level)
+        _draw(ax, curves, legend.looks, metrics[row], level)
         if column == 0:
             ax.set_ylabel("mean score" if metrics[row] is SCORE else "ΔNLL (nats/token)")
         if row == len(metrics) - 1:
             ax.set_xlabel("fraction of context tokens kept" if len(panels) <= 2 else "fraction kept")
-    bottom_legend(figure, frame, [m.handle(drawn_names[label]) for label, m in looks.items()], columns)
+    legend.draw(figure, frame)
     return figure
 
 
@@ -136,15 +118,10 @@ def _draw(ax: Axes, curves: list[Curve], looks: dict[str, Mark], metric: Metric,
         ax.axhline(full, color="#222222", lw=0.9, ls=(0, (5, 3)), zorder=1)
     values = sorted({x for c in curves for x, _ in c.points})
     at_values(ax, values, logarithmic=True)
-    for number, curve in enumerate(curves):
-        mark = looks[curve.label]
-        xs = [aside(x, number, len(curves), values[0], 1, True) if x < 1 else x for x, _ in curve.points]
-        ys = [e.value for _, e in curve.points]
-        ax.plot(xs, ys, color=mark.color, lw=1.0, ls=_STYLES[number % len(_STYLES)], zorder=2)
-        ax.plot(xs, ys, zorder=4, **{**mark.options(), "markersize": 6})
-        for x, (_, e) in zip(xs, curve.points, strict=True):
-            if math.isfinite(e.low):
-                ax.plot([x, x], [e.low, e.high], color=mark.color, lw=1.0, alpha=0.6, zorder=3)
-                ends += [e.low, e.high]
-        ends += ys
+    for number, line in enumerate(curves):
+        points = [
+            (aside(x, number, len(curves), values[0], 1, True) if x < 1 else x, estimate)
+            for x, estimate in line.points
+        ]
+        ends += curve(ax, number, looks[line.label], 6, points)
     (limit_scores if metric is SCORE else limit_losses)(ax, ends)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from testbed import stats
 from testbed.analysis import settings
 from testbed.analysis.describe import caveats, conditions, counted, subject
+from testbed.analysis.figures.panels import fill
 from testbed.analysis.figures.style import (
     BLUE,
     GREEN,
@@ -24,6 +26,7 @@ from testbed.analysis.figures.style import (
     VERMILLION,
     YELLOW,
     Frame,
+    bottom_legend,
     panel_title,
     short,
 )
@@ -73,24 +76,10 @@ def draw(run: Run) -> Figure:
         between=0.22,
     )
     figure, axes = frame.figure()
+    fill(axes, columns, panels, partial(_draw_panel, stages, order), "time (s)")
     for index, ax in enumerate(axes):
-        if index >= len(panels):
-            ax.set_axis_off()
-            continue
-        _draw_panel(ax, *panels[index], stages, names=order)
         ax.tick_params(labelleft=index % columns == 0)
-        if index + columns >= len(panels):
-            ax.set_xlabel("time (s)")
-    figure.legend(
-        handles=[patch(stage) for stage in stages],
-        loc="lower center",
-        ncols=4,
-        bbox_to_anchor=(0.5, (frame.footer - 0.04) / figure.get_size_inches()[1]),
-        columnspacing=1.6,
-        handlelength=2.4,
-        borderpad=0.2,
-        labelspacing=0.45,
-    )
+    bottom_legend(figure, frame, [patch(stage) for stage in stages], 4)
     return figure
 
 
@@ -100,10 +89,9 @@ def patch(stage: str) -> Patch:
     return Patch(facecolor=color, hatch=hatch, edgecolor=INK, linewidth=0.5, label=label)
 
 
-def _draw_panel(ax: Axes, name: str, rows: pd.DataFrame, stages: list[str], names: list[str]) -> None:
-    """One profile's bars; every panel has every setting's place, so that rows of bars line up across
-    panels.
-    """
+def _draw_panel(stages: list[str], names: list[str], ax: Axes, panel: tuple[str, pd.DataFrame]) -> None:
+    """One profile's bars; every panel has every setting's place, so that rows of bars line up across panels."""
+    name, rows = panel
     panel_title(ax, name, conditions(rows))
     ends = _draw_bars(ax, rows, stages, names)
     ax.set_yticks(range(len(names)), list(short(names).values()))
@@ -111,7 +99,7 @@ def _draw_panel(ax: Axes, name: str, rows: pd.DataFrame, stages: list[str], name
     width = ax.get_window_extent().width / ax.figure.dpi
     ax.set_xlim(0, (max(ends) or 1.0) * width / max(0.3 * width, width - 1.3))  # room for a bar's text
     ax.xaxis.set_major_locator(MaxNLocator(6))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
 

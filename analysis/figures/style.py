@@ -4,7 +4,6 @@ black-and-white print, its name shortened where it is long, and still told apart
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -272,7 +271,6 @@ def tell_missing(ax: Axes, missing: list[str], most: int = 4) -> None:
 
 #: Characters; a longer name loses its parameters.
 LONGEST = 34
-_PARAMETERS = re.compile(r"\([^()…]+\)")
 
 
 def short(names: Iterable[str], longest: int = LONGEST) -> dict[str, str]:
@@ -289,8 +287,12 @@ def short(names: Iterable[str], longest: int = LONGEST) -> dict[str, str]:
 
 
 def _without_parameters(name: str, longest: int) -> str:
-    while len(name) > longest and (groups := _PARAMETERS.findall(name)):
-        name = name.replace(max(groups, key=len), "(…)", 1)
+    def groups() -> list[str]:
+        ends = (part.partition(")") for part in name.split("(")[1:])
+        return [f"({inside})" for inside, end, _ in ends if inside and end and "…" not in inside]
+
+    while len(name) > longest and (inner := groups()):
+        name = name.replace(max(inner, key=len), "(…)", 1)
     return name
 
 
