@@ -129,7 +129,7 @@ def _tasks(examples: set[str]) -> set[str]:
     return {one.split(_BETWEEN)[0] for one in examples}
 
 
-def measure(rows: pd.DataFrame, metric: Metric = SCORE) -> list[Measured]:
+def measured(rows: pd.DataFrame, metric: Metric = SCORE) -> list[Measured]:
     """The settings of one panel's rows (from `panels`), in the order in which the run met them."""
     found = []
     compared = common(rows)

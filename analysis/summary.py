@@ -118,7 +118,7 @@ def table(run: Run) -> str:
 
 
 def _block(name: str, rows: pd.DataFrame) -> str:
-    measured = settings.measure(rows)
+    measured = settings.measured(rows)
     full = settings.full_cache_quality(rows)
     able = settings.holding(measured, full)
     chosen = next(iter(able), None)

@@ -29,7 +29,7 @@ def draw(run: Run) -> Figure:
     panels = list(settings.panels(run.attempts))
     if settings.labelled(run.rows).groupby(["panel", "setting"]).size().max() < 2:
         raise NotInThisRun(f"{run.path}: no setting has two finished trials on one link")
-    measured = [m for _, rows in panels for m in settings.measure(rows)]
+    measured = [m for _, rows in panels for m in settings.measured(rows)]
     every = list(dict.fromkeys(m.label for m in measured))
     shown = _few(run.attempts, measured, every)
     looks = Legend.of(measured).looks
@@ -73,7 +73,7 @@ def _few(rows: pd.DataFrame, measured: list[Measured], every: list[str]) -> list
     wanted: list[str] = [label for label in ("fp16", "cloud", "edge") if label in every]
     for _, own in settings.panels(rows):
         full = settings.full_cache_quality(own)
-        sending = [m for m in settings.measure(own) if m.placement == "split"]
+        sending = [m for m in settings.measured(own) if m.placement == "split"]
         best = settings.fastest_that_holds(sending, full)
         wanted += [best.label] if best else []
     order = list(dict.fromkeys([*wanted, *every]))[:MOST]

@@ -103,7 +103,7 @@ def _columns(panels: list[Panel]) -> int:
 
 
 def _panel(name: str, rows: pd.DataFrame, metric: Metric) -> Panel:
-    every = settings.measure(rows, metric)
+    every = settings.measured(rows, metric)
     measured = [m for m in every if math.isfinite(m.quality.value) and 0 < m.latency.value < math.inf]
     full = settings.full_cache_quality(rows) if metric is SCORE else 0.0
     able = settings.holding(measured, full) if metric is SCORE else []

@@ -111,7 +111,7 @@ def _sweep(rows: pd.DataFrame, condition: Condition) -> Sweep | None:
     if best is None:
         return None
     points = {
-        value * condition.scale: settings.measure(best[best[condition.column] == value])
+        value * condition.scale: settings.measured(best[best[condition.column] == value])
         for value in map(float, best[condition.column].unique())
     }
     return Sweep(condition, _held(best, condition), points)

@@ -96,7 +96,7 @@ def _squares(found: list[tuple[str, pd.DataFrame]], everything: bool) -> dict[Pl
     """The links by place; several share one where they differ in loss or in what the place does not show."""
     squares: dict[Place, list[Square]] = {}
     for name, rows in found:
-        measured = settings.measure(rows)
+        measured = settings.measured(rows)
         full = settings.full_cache_quality(rows)
         if not everything:
             measured = [m for m in measured if m.placement == "split"]

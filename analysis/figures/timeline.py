@@ -68,7 +68,7 @@ def _trials(rows: pd.DataFrame) -> pd.DataFrame:
     panel = rows["panel"].iloc[0]
     own = rows[rows["panel"] == panel]
     full = settings.full_cache_quality(own)
-    measured = settings.measure(own)
+    measured = settings.measured(own)
     sending = [m for m in measured if m.placement == "split"]
     best = settings.fastest_that_holds(sending, full)
     wanted = ["fp16", *([best.label] if best else []), "cloud", "edge"]

@@ -36,7 +36,7 @@ def _made(path: Path, fails, codecs: tuple[str, ...] = ("fp16", "int8", "int4"),
 
 def _points(run: Path) -> dict[str, settings.Measured]:
     ((_, rows),) = settings.panels(load(run).attempts)
-    return {m.label: m for m in settings.measure(rows)}
+    return {m.label: m for m in settings.measured(rows)}
 
 
 def test_failed_rows_have_no_times_whatever_was_written(tmp_path: Path) -> None:

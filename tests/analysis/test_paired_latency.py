@@ -95,7 +95,7 @@ def test_links_that_share_one_sample_of_computing_say_so(alike: Path) -> None:
 def test_a_runs_figures_and_tables_name_one_latency_for_a_setting(alike: Path) -> None:
     run = load(alike)
     ((_, rows), _) = settings.panels(run.attempts)
-    medians = {m.label: m.latency.value for m in settings.measure(rows)}
+    medians = {m.label: m.latency.value for m in settings.measured(rows)}
     bars = [t.get_text() for t in texts(drawn("stages", alike))]
     for label, value in medians.items():
         assert f"{value:.3f} s" in analysis.headline(alike), label
