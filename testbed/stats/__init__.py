@@ -14,12 +14,12 @@ from testbed.stats.estimates import (
     quantile,
     share_above,
 )
-from testbed.stats.kept import kept
 from testbed.stats.paired import (
     Difference,
     McNemar,
     difference,
     holm,
+    kept,
     mcnemar,
     ratio,
     signed_rank,

@@ -20,6 +20,7 @@ interval.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+TAIL = (1 - CONFIDENCE) / 2
 
 
 @dataclass(frozen=True)
@@ -47,48 +49,44 @@ class Estimate:
 NOTHING = Estimate(float("nan"), float("nan"), float("nan"), 0)
 
 
-def _tails(n: int, confidence: float) -> tuple[float, float]:
+def _tails(n: int) -> tuple[float, float]:
     """The two quantiles of the bootstrap distribution that bound the interval of a statistic of `n`
     examples.
     """
-    t = special.stdtrit(n - 1, (1 - confidence) / 2)
+    t = special.stdtrit(n - 1, TAIL)
     tail = float(special.ndtr(np.sqrt(n / (n - 1)) * t))
     return tail, 1 - tail
 
 
-def _clean(
-    values: npt.ArrayLike, *labels: npt.ArrayLike | None, infinite: bool = False
-) -> tuple[Floats, list[npt.NDArray[Any]]]:
-    data = np.asarray(values, dtype=np.float64).ravel()
-    finite = ~np.isnan(data) if infinite else np.isfinite(data)
-    codes = []
-    for label in labels:
-        keys = np.zeros(len(data), dtype=int) if label is None else np.asarray(label)
-        codes.append(keys[finite])
-    return data[finite], codes
+def _codes(labels: npt.ArrayLike | None, known: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
+    """A number for each label of what is known; without labels each value has its own."""
+    keys = np.arange(len(known)) if labels is None else np.asarray(labels)
+    return np.unique(keys[known].astype(str), return_inverse=True)[1].reshape(-1)
 
 
-def _codes(labels: npt.NDArray[Any]) -> npt.NDArray[np.intp]:
-    return np.unique(labels.astype(str), return_inverse=True)[1].reshape(-1)
-
-
-def by_example(sides: list[Floats], examples: npt.NDArray[Any], strata: npt.NDArray[Any]) -> list[Floats]:
-    """For each stratum its examples' means of each side: [sides, examples]."""
-    tasks = _codes(strata)
-    found = []
+def by_example(
+    sides: Sequence[npt.ArrayLike], clusters: npt.ArrayLike | None, strata: npt.ArrayLike | None = None
+) -> list[Floats]:
+    """For each stratum its examples' means of each side: [sides, examples]. Where a side is not finite, no side counts;
+    empty where nothing is left.
+    """
+    data = np.stack([np.asarray(side, dtype=np.float64).ravel() for side in sides])
+    known = np.isfinite(data).all(axis=0)
+    if not known.any():
+        return []
+    tasks = _codes(np.zeros(len(known)) if strata is None else strata, known)
+    data, examples = data[:, known], _codes(clusters, known)
+    groups = []
     for task in range(int(tasks.max()) + 1):
         own = tasks == task
-        codes = _codes(examples[own])
-        weights = np.bincount(codes)
-        found.append(np.stack([np.bincount(codes, weights=side[own]) / weights for side in sides]))
-    return found
+        _, codes, weights = np.unique(examples[own], return_inverse=True, return_counts=True)
+        groups.append(np.stack([np.bincount(codes.reshape(-1), side[own]) / weights for side in data]))
+    return groups
 
 
-def expanded(
-    point: float, draws: Floats, least: int, confidence: float, method: Any = "linear"
-) -> tuple[float, float]:
+def expanded(point: float, draws: Floats, least: int, method: Any = "linear") -> tuple[float, float]:
     """The ends of a bootstrap interval, expanded for the smallest stratum's `least` examples; it holds the point."""
-    low, high = np.quantile(draws, _tails(least, confidence), method=method)
+    low, high = np.quantile(draws, _tails(least), method=method)
     return min(float(low), point), max(float(high), point)
 
 
@@ -112,9 +110,7 @@ def _resampled_means(
     return drawn.mean(axis=1), drawn.var(axis=1, ddof=1 if n > 1 else 0) / n
 
 
-def _studentized(
-    point: float, draws: Floats, squared: Floats, error: float, confidence: float
-) -> tuple[float, float]:
+def _studentized(point: float, draws: Floats, squared: Floats, error: float) -> tuple[float, float]:
     """The ends of the bootstrap-t interval: resampled means and their squared standard errors against the
     sample's own `error`.
 
@@ -122,9 +118,8 @@ def _studentized(
     """
     if not error > 0:
         return point, point
-    tail = (1 - confidence) / 2
     t = (draws - point) / np.maximum(np.sqrt(squared), 0.1 * error)
-    low, high = np.quantile(t, (tail, 1 - tail))
+    low, high = np.quantile(t, (TAIL, 1 - TAIL))
     return point - float(high) * error, point - float(low) * error
 
 
@@ -135,7 +130,6 @@ def mean(
     *,
     bounds: tuple[float, float] | None = None,
     skewed: bool | None = None,
-    confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
@@ -149,11 +143,9 @@ def mean(
     tail, and few different values make that interval needlessly wide). Values that are not finite are left
     out. With one example per stratum there is no interval (NaN).
     """
-    labels = np.arange(np.size(values)) if clusters is None else clusters
-    data, (examples, tasks) = _clean(values, labels, strata)
-    if not len(data):
+    groups = by_example([values], clusters, strata)
+    if not groups:
         return NOTHING
-    groups = by_example([data], examples, tasks)
     point, draws, squared, sizes = 0.0, np.zeros(resamples), np.zeros(resamples), [g.shape[1] for g in groups]
     error = 0.0
     generator = np.random.default_rng(seed)
@@ -167,9 +159,9 @@ def mean(
         error += float(averaged.var(ddof=1)) / len(averaged) / len(groups) ** 2
     if min(sizes) < 2:
         return Estimate(point, float("nan"), float("nan"), sum(sizes))
-    low, high = expanded(point, draws, min(sizes), confidence)
+    low, high = expanded(point, draws, min(sizes))
     if skewed if skewed is not None else bounds is None:
-        ends = _studentized(point, draws, squared, math.sqrt(error), confidence)
+        ends = _studentized(point, draws, squared, math.sqrt(error))
         low, high = min(low, ends[0]), max(high, ends[1])
     return Estimate(point, low, high, sum(sizes))
 
@@ -178,7 +170,6 @@ def median(
     values: npt.ArrayLike,
     clusters: npt.ArrayLike | None = None,
     *,
-    confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
@@ -186,17 +177,12 @@ def median(
     resampled. NaN is left out, and infinity (a request that failed) takes part; with one example there is no
     interval (NaN).
     """
-    labels = np.arange(np.size(values)) if clusters is None else clusters
-    data, (examples,) = _clean(values, labels, infinite=True)
-    if not len(data):
+    data, codes, n = _ordered(values, clusters)
+    if not n:
         return NOTHING
-    codes = _codes(examples)
-    n = int(codes.max()) + 1
     point = float(np.median(data))
     if n < 2:
         return Estimate(point, float("nan"), float("nan"), n)
-    order = np.argsort(data, kind="stable")
-    data, codes = data[order], codes[order]
     generator = np.random.default_rng(seed)
     draws = np.empty(resamples)
     step = max(1, 4_000_000 // len(data))  # bounds the memory, whatever the number of rows
@@ -205,9 +191,18 @@ def median(
         picks = generator.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
         weights = np.bincount(picks.ravel(), minlength=size * n).reshape(size, n)
         draws[start : start + size] = _weighted_medians(data, weights[:, codes])
-    tails = ((1 - confidence) / 2, (1 + confidence) / 2)
-    low, high = (_quantile(draws, tail) for tail in tails)
+    low, high = (_quantile(draws, tail) for tail in (TAIL, 1 - TAIL))
     return Estimate(point, min(low, point), max(high, point), n)
+
+
+def _ordered(
+    values: npt.ArrayLike, clusters: npt.ArrayLike | None
+) -> tuple[Floats, npt.NDArray[np.intp], int]:
+    """The values but NaN in ascending order, a number for each one's example, and how many examples there are."""
+    data = np.asarray(values, dtype=np.float64).ravel()
+    known = ~np.isnan(data)
+    codes, order = _codes(clusters, known), np.argsort(data[known], kind="stable")
+    return data[known][order], codes[order], int(codes.max()) + 1 if len(codes) else 0
 
 
 def _quantile(values: Floats, q: float) -> float:
@@ -230,7 +225,6 @@ def quantile(
     q: float,
     clusters: npt.ArrayLike | None = None,
     *,
-    confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
@@ -242,18 +236,14 @@ def quantile(
     infinite: the greatest of n values bounds the q-quantile from above with confidence 1 - q^n only. NaN is left
     out, and infinity (a request that failed) takes part.
     """
-    labels = np.arange(np.size(values)) if clusters is None else clusters
-    data, (examples,) = _clean(values, labels, infinite=True)
-    if not len(data):
+    data, codes, n = _ordered(values, clusters)
+    if not n:
         return NOTHING
-    codes = _codes(examples)
-    n = int(codes.max()) + 1
     point = _quantile(data, q)
     if n < 2:
         return Estimate(point, float("nan"), float("nan"), n)
-    tail = (1 - confidence) / 2
     if n == len(data):
-        low, high = _between_order_statistics(np.sort(data), q, tail)
+        low, high = _between_order_statistics(data, q, TAIL)
     else:
         generator = np.random.default_rng(seed)
         groups = [data[codes == code] for code in range(n)]
@@ -261,9 +251,9 @@ def quantile(
             _quantile(np.concatenate([groups[i] for i in generator.integers(0, n, n)]), q)
             for _ in range(min(resamples, 500))
         ]
-        low, high = (_quantile(np.array(draws), end) for end in (tail, 1 - tail))
-        low = low if (1 - q) ** n <= tail else -math.inf
-        high = high if q**n <= tail else math.inf
+        low, high = (_quantile(np.array(draws), end) for end in (TAIL, 1 - TAIL))
+        low = low if (1 - q) ** n <= TAIL else -math.inf
+        high = high if q**n <= TAIL else math.inf
     return Estimate(point, min(low, point), max(high, point), n)
 
 
@@ -296,13 +286,7 @@ def pareto_front(cost: npt.ArrayLike, gain: npt.ArrayLike) -> npt.NDArray[np.int
     return np.array(front, dtype=np.intp)
 
 
-def share_above(
-    values: npt.ArrayLike,
-    limit: float,
-    clusters: npt.ArrayLike | None = None,
-    *,
-    confidence: float = CONFIDENCE,
-) -> Estimate:
+def share_above(values: npt.ArrayLike, limit: float, clusters: npt.ArrayLike | None = None) -> Estimate:
     """The share of examples whose value (mean over an example's values) is above `limit`, with the exact
     binomial interval (C. Clopper and E. Pearson, "The Use of Confidence or Fiducial Limits Illustrated in
     the Case of the Binomial", Biometrika 26(4), 1934).
@@ -310,11 +294,10 @@ def share_above(
     It says what a mean cannot: of 50 examples that lose nothing, up to 7 in 100 like them may lose any
     amount. Values that are not finite are left out.
     """
-    labels = np.arange(np.size(values)) if clusters is None else clusters
-    data, (examples,) = _clean(values, labels)
-    if not len(data):
+    groups = by_example([values], clusters)
+    if not groups:
         return NOTHING
-    ((averaged,),) = by_example([data], examples, np.zeros(len(data), dtype=int))
+    ((averaged,),) = groups
     above, n = int((averaged > limit).sum()), len(averaged)
-    interval = scipy_stats.binomtest(above, n).proportion_ci(confidence, method="exact")
+    interval = scipy_stats.binomtest(above, n).proportion_ci(CONFIDENCE, method="exact")
     return Estimate(above / n, float(interval.low), float(interval.high), n)

@@ -1,4 +1,4 @@
-"""Two measurements of the same examples: their difference and their ratio, tested and with intervals.
+"""Two measurements of the same examples: their difference, their ratio and what one keeps of the other, tested and bounded.
 
 What is compared has met the same examples, so that an example's difficulty cancels out. Two tests say
 whether the difference is there: Wilcoxon's signed-rank test (F. Wilcoxon, "Individual Comparisons by Ranking
@@ -16,19 +16,9 @@ import numpy.typing as npt
 from scipy import optimize, special
 from scipy import stats as scipy_stats
 
-from testbed.stats.estimates import (
-    CONFIDENCE,
-    NOTHING,
-    RESAMPLES,
-    Estimate,
-    Floats,
-    _clean,
-    by_example,
-    expanded,
-    mean,
-)
+from testbed.stats.estimates import NOTHING, RESAMPLES, TAIL, Estimate, Floats, by_example, expanded, mean
 
-POWER = 0.8
+POWER, LEVEL = 0.8, 0.05  #: of what a number of examples is said to show
 NAN = float("nan")
 
 
@@ -61,7 +51,6 @@ def difference(
     strata: npt.ArrayLike | None = None,
     *,
     bounds: tuple[float, float] | None = None,
-    confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Difference:
@@ -73,32 +62,26 @@ def difference(
     that is not finite are left out.
     """
     change = np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
-    estimate = mean(
-        change, clusters, strata, skewed=bounds is None, confidence=confidence, resamples=resamples, seed=seed
-    )
-    labels = np.arange(np.size(change)) if clusters is None else clusters
-    data, (examples, tasks) = _clean(change, labels, strata)
-    if not len(data):
-        return Difference(NAN, NAN, NAN, 0, NAN, NAN)
-    groups = [own for (own,) in by_example([data], examples, tasks)]
-    averaged = np.concatenate(groups)
+    estimate = mean(change, clusters, strata, skewed=bounds is None, resamples=resamples, seed=seed)
+    groups = [own for (own,) in by_example([change], clusters, strata)]
     n = estimate.n
     if n < 2:
         return Difference(estimate.value, NAN, NAN, n, NAN, NAN)
+    averaged = np.concatenate(groups)
     p = signed_rank(averaged)
     if bounds is not None and np.ptp(averaged) == 0:
-        unseen, most = _unseen(bounds, confidence, n), bounds[1] - bounds[0]
+        unseen, most = _unseen(bounds, n), bounds[1] - bounds[0]
         ends = max(-most, estimate.value - unseen), min(most, estimate.value + unseen)
         return Difference(estimate.value, *ends, n, p, unseen)
     detectable = smallest_detectable(_spread(groups), n)
     return Difference(estimate.value, estimate.low, estimate.high, n, p, detectable)
 
 
-def _unseen(bounds: tuple[float, float], confidence: float, n: int) -> float:
+def _unseen(bounds: tuple[float, float], n: int) -> float:
     """How much the mean may still have changed where none of `n` examples did: the share of examples that
     change could be this large (Clopper and Pearson for 0 of n), each by all that the bounds allow.
     """
-    return float((bounds[1] - bounds[0]) * (1 - ((1 - confidence) / 2) ** (1 / n)))
+    return float((bounds[1] - bounds[0]) * (1 - TAIL ** (1 / n)))
 
 
 def _spread(groups: list[Floats]) -> float:
@@ -122,18 +105,18 @@ def signed_rank(differences: npt.ArrayLike) -> float:
         return float(scipy_stats.wilcoxon(data, method="exact" if exact else "approx").pvalue)
 
 
-def smallest_detectable(spread: float, n: int, power: float = POWER, alpha: float = 0.05) -> float:
-    """The mean difference that a two-sided paired t-test of `n` pairs whose differences have the standard
-    deviation `spread` finds with probability `power`. NaN where n < 3 or the spread is 0 or unknown.
+def smallest_detectable(spread: float, n: int) -> float:
+    """The mean difference that a two-sided paired t-test at the level of 5 % of `n` pairs whose differences have the standard
+    deviation `spread` finds with a probability of 80 %. NaN where n < 3 or the spread is 0 or unknown.
     """
     if n < 3 or not spread > 0:
         return NAN
     freedom = n - 1
-    critical = -special.stdtrit(freedom, alpha / 2)
+    critical = -special.stdtrit(freedom, LEVEL / 2)
 
     def excess(effect: float) -> float:
         within = special.nctdtr(freedom, effect, critical) - special.nctdtr(freedom, effect, -critical)
-        return float(1 - np.nan_to_num(within) - power)  # NaN where it is too small to compute
+        return float(1 - np.nan_to_num(within) - POWER)  # NaN where it is too small to compute
 
     effect = optimize.brentq(excess, 1e-6, critical + 12, xtol=1e-6)
     return float(effect * spread / np.sqrt(n))
@@ -146,7 +129,6 @@ def ratio(
     strata: npt.ArrayLike | None = None,
     *,
     bounds: tuple[float, float] | None = None,
-    confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
@@ -158,14 +140,9 @@ def ratio(
     are given, it is that of a change so rare that it stayed unseen, as in `difference`. An end is infinite where resampled
     baselines reach 0; NaN where the baseline's mean is not positive.
     """
-    above, below = np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
-    labels = np.arange(np.size(above)) if clusters is None else np.asarray(clusters)
-    groups = np.zeros(np.size(above), dtype=int) if strata is None else np.asarray(strata)
-    both = np.isfinite(above) & np.isfinite(below)
-    if not both.any():
+    pairs = by_example([values, baseline], clusters, strata)
+    if not pairs:
         return NOTHING
-    above, below = above[both], below[both]
-    pairs = by_example([above, below], labels[both], groups[both])
     generator = np.random.default_rng(seed)
     points, draws, sizes = np.zeros(2), np.zeros((2, resamples)), [pair.shape[1] for pair in pairs]
     for pair, size in zip(pairs, sizes, strict=True):
@@ -176,12 +153,50 @@ def ratio(
     point = float(points[0] / points[1])
     if min(sizes) < 2:
         return Estimate(point, NAN, NAN, sum(sizes))
-    if bounds is not None and np.array_equal(above, below):
-        unseen = _unseen(bounds, confidence, sum(sizes)) / points[1]
+    if bounds is not None and all(np.array_equal(own, base) for own, base in pairs):
+        unseen = _unseen(bounds, sum(sizes)) / points[1]
         return Estimate(point, 1 - unseen, 1 + unseen, sum(sizes))
     with np.errstate(divide="ignore", invalid="ignore"):
         drawn = np.where(draws[1] > 0, draws[0] / draws[1], np.inf)
-    return Estimate(point, *expanded(point, drawn, min(sizes), confidence, "nearest"), sum(sizes))
+    return Estimate(point, *expanded(point, drawn, min(sizes), "nearest"), sum(sizes))
+
+
+def kept(
+    score: npt.ArrayLike,
+    baseline: npt.ArrayLike,
+    clusters: npt.ArrayLike | None = None,
+    strata: npt.ArrayLike | None = None,
+    *,
+    resamples: int = 5 * RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """The share of the baseline's mean score that is kept, from paired scores in 0..1; 1: nothing is lost.
+
+    The mean loss (baseline minus score, an example's values averaged first, strata counting equally) is bounded as
+    N. Gaffke does ("Three Test Statistics for a Nonparametric One-Sided Hypothesis on the Mean of a Nonnegative
+    Variable", Mathematical Methods of Statistics 14(4), 2005): the ordered losses, and one unseen example that loses
+    all, are weighed with the n + 1 gaps between n uniform values. Where examples lose nothing or all, this is Clopper
+    and Pearson's limit. A bound rises with every loss: of two settings on the same examples, the one that loses at
+    least as much in each never has the higher interval, whatever the draws (which they share). NaN where the
+    baseline's mean is not positive.
+    """
+    pairs = by_example([score, baseline], clusters, strata)
+    if not pairs:
+        return NOTHING
+    generator = np.random.default_rng(seed)
+    reference = float(np.mean([base.mean() for _, base in pairs]))
+    lost, most, least = 0.0, np.zeros(resamples), np.zeros(resamples)
+    for own, base in pairs:
+        ordered = np.sort(base - own)
+        gaps = generator.dirichlet(np.ones(len(ordered) + 1), resamples)
+        lost += float(ordered.mean()) / len(pairs)
+        most += (gaps @ np.r_[ordered, 1.0]) / len(pairs)
+        least += (gaps @ np.r_[-1.0, ordered]) / len(pairs)
+    n = sum(len(own) for own, _ in pairs)
+    if not reference > 0:
+        return Estimate(NAN, NAN, NAN, n)
+    worst, best = float(np.quantile(most, 1 - TAIL)), float(np.quantile(least, TAIL))
+    return Estimate(1 - lost / reference, max(0.0, 1 - worst / reference), 1 - best / reference, n)
 
 
 @dataclass(frozen=True)
