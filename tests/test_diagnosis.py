@@ -18,8 +18,8 @@ from testbed.codecs.diagnosed import Place
 from testbed.codecs.entropy import tables as known_tables
 from testbed.codecs.spec import parse
 from testbed.diagnosis import published, run, tables
-from testbed.diagnosis.choose import Loss, holds, smallest_set, surely_lost, told_forms, verdict
-from testbed.diagnosis.measure import Outcome
+from testbed.diagnosis.choose import Loss, best_form, holds, smallest_set, surely_lost, verdict
+from testbed.diagnosis.outcomes import Outcome, Outcomes
 
 PLACES: list[Place] = [(kind, layer) for layer in range(10) for kind in ("keys", "values")]
 
@@ -197,24 +197,19 @@ def test_the_smallest_form_that_holds_is_the_one_to_take() -> None:
         return {"codec": codec, "bits_per_element": bits, "nll": {"mean": mean}, "holds": holds}
 
     forms = [form("a", 4.25, 0.5, False), form("b", 4.5, 0.01, True), form("c", 5.0, 0.0, True)]
-    assert told_forms(forms) == "the smallest form that holds: b (4.50 bits an element)"
-    assert told_forms(forms[:1]) == "no form holds by itself; the smallest loss has a"
+    assert best_form(forms) == "the smallest form that holds: b (4.50 bits an element)"
+    assert best_form(forms[:1]) == "no form holds by itself; the smallest loss has a"
 
 
 def test_a_diagnosis_foretells_its_time_before_it_begins_and_after_each_example() -> None:
     said: list[str] = []
 
-    class Learns:
-        outcomes = 5
-
-        def add(self, probe: object) -> None:
-            """Takes no time."""
-
-    probe = SimpleNamespace(outcome=lambda widths: None)
+    probe = SimpleNamespace(outcome=lambda widths: None, full=None)
+    learns = Outcomes(dict.fromkeys(range(5), lambda variants: None))  # type: ignore[arg-type, return-value]
     times = iter([0.0, 4.0, 9.0, 30.0, 50.0, 90.0])  # 4 s to prefill, and 5 s an outcome
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("testbed.diagnosis.run.time", SimpleNamespace(monotonic=lambda: next(times)))
-        run._rank(lambda example: probe, [None] * 3, [Learns()], ", then more", said.append)  # type: ignore[arg-type, list-item, return-value]
+        run._rank(lambda example: probe, [None] * 3, [learns], ", then more", said.append)  # type: ignore[arg-type, list-item, return-value]
     assert said == [
         "example 1 of 3 prefilled; about 87 s at least to rank, then more",
         "example 1 of 3 ranked, 30 s; about 60 s more to rank, then more",

@@ -37,7 +37,7 @@ endpoint.stop()
 print(Path("log").read_text())
 """
 DIAGNOSE = """
-from testbed.diagnosis.launch import diagnosed
+from testbed.diagnosis.request import diagnosed
 from testbed.errors import TestbedError
 try:
     diagnosed({"model": "nowhere"}, print)

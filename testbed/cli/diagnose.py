@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from testbed.cli.parts import as_json, table
-from testbed.diagnosis.choose import told_forms
+from testbed.diagnosis.choose import best_form
 from testbed.errors import UsageError
 
 
@@ -70,7 +70,7 @@ def diagnose(
 ) -> Any:
     """Find the layers of MODEL whose keys or values cannot stand few bits, and write what `mixed` protects."""
     from testbed.codecs.diagnosed import default_path
-    from testbed.diagnosis import launch
+    from testbed.diagnosis import request
     from testbed.models.sources import resolve
     from testbed.tasks.prompt import parse_prompt
     from testbed.tasks.task import make_task
@@ -84,8 +84,8 @@ def diagnose(
     parse_prompt(options["prompt"])
     path = out or default_path(name, int(bits), scale)
     settings = {"model": model, "bits": int(bits), "high": int(high), "scale": scale, **options}
-    found = launch.diagnosed(settings, lambda line: click.echo(line, err=True))
-    launch.write(path, found)
+    found = request.diagnosed(settings, lambda line: click.echo(line, err=True))
+    request.write(path, found)
     figures = [] if by_layers else _draw(path)
     text = _text(found) + "".join(f"\n{what:<9} {where}" for what, where in [("file", path), *figures])
     return {**found, "file": str(path)}, text, 0
@@ -113,7 +113,7 @@ def _text(found: dict[str, Any]) -> str:
     layers = _layers(found["published"]) if "published" in found else _places(found)
     asked = f"{found['examples']} examples of {found['task']} at {found['context_tokens']} tokens"
     counted = asked if "published" in found else f"{asked} ranked, {found['examples']} others chose"
-    return "\n".join([layers, counted, found["verdict"], "", forms, told_forms(found["forms"]), ""])
+    return "\n".join([layers, counted, found["verdict"], "", forms, best_form(found["forms"]), ""])
 
 
 def _interval(found: dict[str, float]) -> str:

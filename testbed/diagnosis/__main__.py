@@ -1,4 +1,4 @@
-"""`testbed diagnose`'s own process: settings as a line of JSON on standard input; on standard output an object a line: each
+"""`testbed diagnose`'s own process: a `Request` as a line of JSON on standard input; on standard output an object a line: each
 ``part`` that is done, in words, and in the end what was ``found``, or the ``error``.
 """
 
@@ -12,12 +12,12 @@ from testbed.errors import TestbedError
 
 def main() -> int:
     """Runs the diagnosis; returns the exit status."""
+    from testbed.diagnosis.request import Request
     from testbed.diagnosis.run import diagnose
-    from testbed.diagnosis.settings import Settings
 
     try:
-        settings = Settings(**json.loads(sys.stdin.readline()))
-        _tell(found=diagnose(settings, lambda line: _tell(part=line.rstrip())))
+        request = Request(**json.loads(sys.stdin.readline()))
+        _tell(found=diagnose(request, lambda line: _tell(part=line.rstrip())))
     except TestbedError as error:
         _tell(error=str(error).replace("\n", " "))
         return error.exit_status

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from testbed.codecs.diagnosed import Place
+from testbed.diagnosis.outcomes import Outcome
 
 #: A set of more than this share of all keys and values is no bottleneck any more: the damage is everywhere.
 LARGEST_BOTTLENECK = 0.15
@@ -19,6 +20,14 @@ class Loss:
     nll: tuple[float, ...]
     score: tuple[float, ...]
 
+    def of(self, measure: str) -> tuple[float, ...]:
+        """`measure`: "nll" or "score"."""
+        return self.nll if measure == "nll" else self.score
+
+    def record(self) -> dict[str, Any]:
+        """Both with their intervals, for JSON."""
+        return {"nll": asdict(interval(self.nll)), "score": asdict(interval(self.score))}
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -29,21 +38,9 @@ class Interval:
     high: float
 
 
-class Judged(Protocol):
-    """What an outcome is compared by."""
-
-    @property
-    def nll(self) -> float:
-        """Of the gold answer, nats a token."""
-
-    @property
-    def score(self) -> float:
-        """The task's, 0 to 1."""
-
-
-def loss_of(full: Sequence[Judged], found: Sequence[Judged]) -> Loss:
+def loss_of(full: Sequence[Outcome], quantized: Sequence[Outcome]) -> Loss:
     """What outcomes lose against the full cache's of the same examples."""
-    pairs = list(zip(full, found, strict=True))
+    pairs = list(zip(full, quantized, strict=True))
     return Loss(tuple(b.nll - a.nll for a, b in pairs), tuple(a.score - b.score for a, b in pairs))
 
 
@@ -57,14 +54,12 @@ def interval(values: Sequence[float]) -> Interval:
 
 def holds(loss: Loss, measure: str, epsilon: float) -> bool:
     """Whether the loss is within epsilon: the far end of its 95 % interval, not its mean."""
-    found = interval(loss.nll if measure == "nll" else loss.score)
-    return found.high <= epsilon
+    return interval(loss.of(measure)).high <= epsilon
 
 
 def surely_lost(loss: Loss, measure: str, epsilon: float) -> bool:
     """Whether the loss is beyond epsilon: the near end of its 95 % interval. Few examples leave it open."""
-    found = interval(loss.nll if measure == "nll" else loss.score)
-    return found.low > epsilon
+    return interval(loss.of(measure)).low > epsilon
 
 
 def smallest_set(
@@ -114,7 +109,7 @@ def verdict(
     return f"bottleneck: {word} ({len(protected)} of {places} keys and values); the others stand int{low}"
 
 
-def told_forms(forms: list[dict[str, Any]]) -> str:
+def best_form(forms: list[dict[str, Any]]) -> str:
     """Which form to take: the smallest that holds; for people."""
     best = next((form for form in forms if form["holds"]), None)
     if best is None:

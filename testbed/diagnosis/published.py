@@ -8,22 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 from testbed.codecs.diagnosed import Place, write_places
-from testbed.diagnosis.choose import Judged, interval
+from testbed.diagnosis.choose import interval, loss_of
+from testbed.diagnosis.outcomes import Outcome
 
 WHOLE_COSTS = 0.05  #: of the full cache's score: INT4 everywhere is robust below
 LAYER_COSTS = 0.03  #: a layer alone that costs more is a bottleneck
 ROBUST, CONCENTRATED, DISTRIBUTED = "robust", "concentrated", "distributed"
-
-
-class Probed(Judged, Protocol):
-    """What an outcome is compared by, and what breaks ties."""
-
-    @property
-    def kl(self) -> float:
-        """From the full cache, nats a token."""
 
 
 def layer_places(layer: int) -> list[Place]:
@@ -32,22 +25,22 @@ def layer_places(layer: int) -> list[Place]:
 
 
 def judge(
-    full: Sequence[Probed], whole: Sequence[Probed], alone: Sequence[Sequence[Probed]]
+    full: Sequence[Outcome], whole: Sequence[Outcome], alone: Sequence[Sequence[Outcome]]
 ) -> dict[str, Any]:
     """What the rule says of outcomes, example by example: of the full cache, of INT4 everywhere, of each layer alone.
 
     A share is of the full cache's mean score, which must be above 0, else nothing costs anything.
     """
-    reference = sum(one.score for one in full) / len(full)
+    reference = sum(outcome.score for outcome in full) / len(full)
 
-    def cost(found: Sequence[Probed]) -> float:
-        lost = sum(a.score - b.score for a, b in zip(full, found, strict=True)) / len(full)
+    def cost(quantized: Sequence[Outcome]) -> float:
+        lost = sum(loss_of(full, quantized).score) / len(full)
         return lost / reference if reference else 0.0
 
-    costs = [cost(found) for found in alone]
+    costs = [cost(own) for own in alone]
     layers = [layer for layer, share in enumerate(costs) if share > LAYER_COSTS]
     damage = ROBUST if cost(whole) <= WHOLE_COSTS else CONCENTRATED if layers else DISTRIBUTED
-    harm = [sum(one.kl for one in found) / len(found) for found in alone]
+    harm = [sum(outcome.kl for outcome in own) / len(own) for own in alone]
     worst = max(range(len(alone)), key=lambda layer: (costs[layer], harm[layer]))
     return {
         "damage": damage,
@@ -59,9 +52,9 @@ def judge(
                 "layer": layer,
                 "costs": costs[layer],
                 "kl": harm[layer],
-                "nll": asdict(interval([b.nll - a.nll for a, b in zip(full, found, strict=True)])),
+                "nll": asdict(interval(loss_of(full, own).nll)),
             }
-            for layer, found in enumerate(alone)
+            for layer, own in enumerate(alone)
         ],
     }
 
@@ -90,30 +83,3 @@ def verdict(found: dict[str, Any], bits: int) -> str:
         most = f"the most layer {worst['layer']}, {worst['costs']:.1%}"
         return f"distributed: {whole}, and no layer alone more than {LAYER_COSTS:.0%} ({most})"
     return f"bottleneck: {whole}, and each of the layers {protected(found)} alone more than {LAYER_COSTS:.0%}"
-
-
-class Alone:
-    """Outcomes of the full cache, of everything quantized and of each layer alone, example by example."""
-
-    def __init__(self, layers: int, bits: int) -> None:
-        self._bits = bits
-        self._full: list[Probed] = []
-        self._whole: list[Probed] = []
-        self._alone: list[list[Probed]] = [[] for _ in range(layers)]
-
-    @property
-    def outcomes(self) -> int:
-        """How many an example takes."""
-        return len(self._alone) + 1
-
-    def add(self, probe: Any) -> None:
-        """One more example, a `measure.Probe`."""
-        self._full.append(probe.full)
-        every = [place for layer in range(len(self._alone)) for place in layer_places(layer)]
-        self._whole.append(probe.outcome(dict.fromkeys(every, self._bits)))
-        for layer, found in enumerate(self._alone):
-            found.append(probe.outcome(dict.fromkeys(layer_places(layer), self._bits)))
-
-    def judged(self) -> dict[str, Any]:
-        """What the rule says."""
-        return judge(self._full, self._whole, self._alone)

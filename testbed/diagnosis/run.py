@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 from testbed.codecs.diagnosed import FORMAT, Place, write_places
 from testbed.diagnosis import published
-from testbed.diagnosis.choose import Loss, holds, interval, smallest_set, surely_lost, verdict
-from testbed.diagnosis.choose import loss_of as loss_of_pairs
+from testbed.diagnosis.choose import Loss, holds, interval, loss_of, smallest_set, surely_lost, verdict
 from testbed.diagnosis.forms import Forms
-from testbed.diagnosis.measure import Outcome, Probe, damage, rescue
-from testbed.diagnosis.settings import Settings
+from testbed.diagnosis.outcomes import Outcome, Outcomes
+from testbed.diagnosis.request import Request
+from testbed.diagnosis.variants import Variants
 from testbed.endpoints.examples import prompted
 from testbed.models.language import LanguageModel
 from testbed.models.loading import load_model
 from testbed.tasks.task import Example, make_task
 
+Say = Callable[[str], None]
+VariantsOf = Callable[[Example], Variants]
 
-def diagnose(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
+
+def diagnose(request: Request, say: Say) -> dict[str, Any]:
     """The diagnosis, as it is written to its file. Raises TestbedError where model, task or examples cannot be had."""
     started = time.monotonic()
-    model = load_model(settings.model, threads=settings.threads)
-    probe_of, examples = _probes(model, settings)
-    forms = Forms(settings.bits)
-    method = _by_published_rule if settings.rule == "published" else _by_smallest_set
-    found = method(model, settings, probe_of, examples, forms, say)
-    table = forms.to_list(settings.measure, settings.epsilon)
+    model = load_model(request.model, threads=request.threads)
+    variants_of, examples = _prepared(model, request)
+    forms = Forms(request.bits)
+    if request.rule == "published":
+        found = _by_published_rule(model, request, variants_of, examples, forms, say)
+    else:
+        found = _by_smallest_set(model, request, variants_of, examples, forms, say)
+    table = forms.to_list(request.measure, request.epsilon)
     if "published" in found:
-        (own,) = (form["bits_per_element"] for form in table if form["scale"] == settings.scale)
-        found["published"]["sizes"] = published.sizes(found["published"], settings.bits, own)
+        (own,) = (form["bits_per_element"] for form in table if form["scale"] == request.scale)
+        found["published"]["sizes"] = published.sizes(found["published"], request.bits, own)
     return {
         "format": FORMAT,
-        **asdict(settings),
+        **asdict(request),
         "model": model.name,
         **found,
         "forms": table,
@@ -42,90 +47,81 @@ def diagnose(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-Probes = Callable[[Example], Probe]
+def _quantizing(places: Sequence[Place], bits: int) -> Callable[[Variants], Outcome]:
+    """These places coarse, all others full."""
+    widths = dict.fromkeys(places, bits)
+    return lambda variants: variants.outcome(widths)
 
 
 def _by_published_rule(
     model: LanguageModel,
-    settings: Settings,
-    probe_of: Probes,
+    request: Request,
+    variants_of: VariantsOf,
     examples: list[Example],
     forms: Forms,
-    say: Callable[[str], None],
+    say: Say,
 ) -> dict[str, Any]:
     """Each layer alone; see `published`."""
-    alone = published.Alone(model.num_layers, settings.bits)
-    _rank(probe_of, examples[: settings.examples], [forms, alone], "", say)
-    found = alone.judged()
+    layers = range(model.num_layers)
+    every = [place for layer in layers for place in published.layer_places(layer)]
+    ways = {layer: _quantizing(published.layer_places(layer), request.bits) for layer in layers}
+    alone: Outcomes[int | str] = Outcomes({"all": _quantizing(every, request.bits), **ways})
+    _rank(variants_of, examples[: request.examples], [forms, alone], "", say)
+    whole, each = alone.by_way["all"], [alone.by_way[layer] for layer in layers]
+    found = published.judge(alone.full, whole, each)
     return {
         "protect": published.protected(found),
-        "verdict": published.verdict(found, settings.bits),
+        "verdict": published.verdict(found, request.bits),
         "published": found,
     }
 
 
 def _by_smallest_set(
     model: LanguageModel,
-    settings: Settings,
-    probe_of: Probes,
+    request: Request,
+    variants_of: VariantsOf,
     examples: list[Example],
     forms: Forms,
-    say: Callable[[str], None],
+    say: Say,
 ) -> dict[str, Any]:
     """Keys and values one at a time, and the smallest set of them that holds on as many other examples."""
     places: list[Place] = [(kind, i) for i in range(model.num_layers) for kind in ("keys", "values")]
-    ranking = Ranking(places, settings.bits)
+    ranking = Ranking(places, request.bits)
     behind = ", and then about as long at most to choose"
-    _rank(probe_of, examples[: settings.examples], [forms, ranking], behind, say)
-    others = [probe_of(example) for example in examples[settings.examples :]]
-    for probe in others:
-        forms.add(probe)
+    _rank(variants_of, examples[: request.examples], [forms, ranking], behind, say)
+    others = [variants_of(example) for example in examples[request.examples :]]
+    for variants in others:
+        forms.add(variants)
     tried: dict[frozenset[Place], Loss] = {}
-    chosen, held = _smallest(ranking, others, settings, tried, say)
+    chosen, held = _smallest(ranking, others, request, tried, say)
     word = write_places(chosen)
-    surely = surely_lost(tried[chosen], settings.measure, settings.epsilon)
+    surely = surely_lost(tried[chosen], request.measure, request.epsilon)
     return {
         "protect": word,
-        "verdict": verdict(chosen, held, len(places), settings.bits, settings.high, word, surely),
+        "verdict": verdict(chosen, held, len(places), request.bits, request.high, word, surely),
         **ranking.to_dict([model.window(layer) for layer in range(model.num_layers)]),
         "sets": [
-            {
-                "protect": write_places(protected),
-                "size": len(protected),
-                "nll": asdict(interval(loss.nll)),
-                "score": asdict(interval(loss.score)),
-            }
+            {"protect": write_places(protected), "size": len(protected), **loss.record()}
             for protected, loss in sorted(tried.items(), key=lambda item: len(item[0]))
         ],
     }
 
 
-class Adds(Protocol):
-    """What learns from examples one by one."""
-
-    @property
-    def outcomes(self) -> int:
-        """How many an example takes."""
-
-    def add(self, probe: Probe) -> None:
-        """One more."""
-
-
 def _rank(
-    probe_of: Probes, examples: list[Example], learning: list[Adds], behind: str, say: Callable[[str], None]
+    variants_of: VariantsOf, examples: list[Example], learning: list[Outcomes[Any]], behind: str, say: Say
 ) -> None:
     """Gives each example to all that learn. Foretells how long that will take, from an outcome of the first, then from each."""
     started = time.monotonic()
     for number, example in enumerate(examples, 1):
-        probe = probe_of(example)
+        variants = variants_of(example)
         if number == 1:
-            made = time.monotonic() - started
-            probe.outcome({})
-            each = time.monotonic() - started - made
-            whole = (made + each * sum(one.outcomes for one in learning)) * len(examples)
+            prefilled = time.monotonic() - started
+            variants.outcome({})
+            each = time.monotonic() - started - prefilled
+            whole = (prefilled + each * sum(map(len, learning))) * len(examples)
             say(f"example 1 of {len(examples)} prefilled; about {duration(whole)} at least to rank{behind}")
-        for one in learning:
-            one.add(probe)
+        for outcomes in learning:
+            outcomes.add(variants)
         took = time.monotonic() - started
         left = took / number * (len(examples) - number)
         ahead = f"; about {duration(left)} more to rank{behind}" if left else ""
@@ -137,93 +133,83 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
-def _probes(model: LanguageModel, settings: Settings) -> tuple[Probes, list[Example]]:
-    """What probes an example, and the examples: those that rank layers, and as many that choose."""
-    task = prompted(model, make_task(settings.task, **settings.parameters), settings.prompt)
-    examples = task.examples(
-        2 * settings.examples, settings.context_tokens, lambda text: len(model.tokenize(text)), settings.seed
-    )
+def _prepared(model: LanguageModel, request: Request) -> tuple[VariantsOf, list[Example]]:
+    """What quantizes an example's cache, and the examples: those that rank layers, and as many that choose."""
+    task = prompted(model, make_task(request.task, **request.parameters), request.prompt)
+
+    def count(text: str) -> int:
+        return len(model.tokenize(text))
+
+    examples = task.examples(2 * request.examples, request.context_tokens, count, request.seed)
     ids = model.tokenize(task.prefix, start=True)
-    model.expect(task.reach(examples, lambda text: len(model.tokenize(text)), len(ids), task.max_new_tokens))
+    model.expect(task.reach(examples, count, len(ids), task.max_new_tokens))
     prefix = model.prefill(ids, None).cache if ids else None
-    widths = (settings.bits, settings.high)
-    return lambda example: Probe(model, task, example, prefix, widths, settings.scale), examples
+    widths = (request.bits, request.high)
+    return lambda example: Variants(model, task, example, prefix, widths, request.scale), examples
 
 
-class Ranking:
-    """What quantizing each place alone does to examples, and what sparing it alone wins back."""
+class Ranking(Outcomes[tuple[str, Place] | str]):
+    """What quantizing each place alone does to examples ("damage"), and all but it ("rescue"): what sparing it wins back."""
 
     def __init__(self, places: list[Place], bits: int) -> None:
-        self.places, self._bits = places, bits
-        self._full: list[Outcome] = []
-        self._everything: list[Outcome] = []
-        self._found: list[dict[str, list[Outcome]]] = [{"damage": [], "rescue": []} for _ in places]
-
-    @property
-    def outcomes(self) -> int:
-        """How many an example takes."""
-        return 2 * len(self.places) + 1
-
-    def add(self, probe: Probe) -> None:
-        """One more example: two outcomes a place."""
-        self._full.append(probe.full)
-        self._everything.append(probe.outcome(dict.fromkeys(self.places, self._bits)))
-        for place, found in zip(self.places, self._found, strict=True):
-            found["damage"].append(probe.outcome(damage(self.places, place, self._bits)))
-            found["rescue"].append(probe.outcome(rescue(self.places, place, self._bits)))
+        self.places = places
+        rest = {place: [other for other in places if other != place] for place in places}
+        super().__init__(
+            {"all": _quantizing(places, bits)}
+            | {("damage", place): _quantizing([place], bits) for place in places}
+            | {("rescue", place): _quantizing(rest[place], bits) for place in places}
+        )
 
     def ranked(self) -> list[Place]:
         """The places, from the most damaging on."""
-        harm = [_mean([outcome.kl for outcome in found["damage"]]) for found in self._found]
-        return [self.places[i] for i in sorted(range(len(self.places)), key=lambda i: -harm[i])]
+        harm = {place: _mean([o.kl for o in self.by_way["damage", place]]) for place in self.places}
+        return sorted(self.places, key=lambda place: -harm[place])
 
     def to_dict(self, windows: list[int | None]) -> dict[str, Any]:
         """Its part of the file; `windows`: each layer's."""
-        return {
-            "full": {
-                "score": _mean([o.score for o in self._full]),
-                "nll": _mean([o.nll for o in self._full]),
-            },
-            "all_quantized": _summary(self._full, self._everything),
-            "places": [
+        everything = self.by_way["all"]
+        places = []
+        for kind, layer in self.places:
+            damage, rescue = (self.by_way[what, (kind, layer)] for what in ("damage", "rescue"))
+            won = interval([a.kl - b.kl for a, b in zip(everything, rescue, strict=True)])
+            places.append(
                 {
                     "layer": layer,
                     "kind": kind,
                     "window": windows[layer],
-                    **{name: _summary(self._full, found[name]) for name in ("damage", "rescue")},
-                    "won": asdict(
-                        interval(
-                            [a.kl - b.kl for a, b in zip(self._everything, found["rescue"], strict=True)]
-                        )
-                    ),
+                    "damage": _summary(self.full, damage),
+                    "rescue": _summary(self.full, rescue),
+                    "won": asdict(won),
                 }
-                for (kind, layer), found in zip(self.places, self._found, strict=True)
-            ],
-        }
+            )
+        full = {"score": _mean([o.score for o in self.full]), "nll": _mean([o.nll for o in self.full])}
+        return {"full": full, "all_quantized": _summary(self.full, everything), "places": places}
 
 
 def _smallest(
     ranking: Ranking,
-    probes: list[Probe],
-    settings: Settings,
+    examples: list[Variants],
+    request: Request,
     tried: dict[frozenset[Place], Loss],
-    say: Callable[[str], None],
+    say: Say,
 ) -> tuple[frozenset[Place], bool]:
-    """The smallest set of places whose protection holds on `probes`, and whether it does; `tried` gets each set's loss."""
+    """The smallest set of places whose protection holds on `examples`, and whether it does; `tried` gets each set's loss."""
 
-    def loss_of(protected: frozenset[Place]) -> Loss:
+    def lost(protected: frozenset[Place]) -> Loss:
         if protected not in tried:
             mixture = {
-                place: settings.high if place in protected else settings.bits for place in ranking.places
+                place: request.high if place in protected else request.bits for place in ranking.places
             }
-            tried[protected] = loss_of_pairs(
-                [probe.full for probe in probes], [probe.outcome(mixture) for probe in probes]
+            tried[protected] = loss = loss_of([e.full for e in examples], [e.outcome(mixture) for e in examples])
+            nll, score = interval(loss.nll), interval(loss.score)
+            say(
+                f"{write_places(protected)}: loses {nll.mean:+.4f} [{nll.low:+.4f}, {nll.high:+.4f}] nats a token, "
+                f"{score.mean:+.3f} of the score"
             )
-            say(f"{write_places(protected)}: loses {_told(tried[protected])}")
         return tried[protected]
 
     return smallest_set(
-        ranking.ranked(), loss_of, lambda loss: holds(loss, settings.measure, settings.epsilon)
+        ranking.ranked(), lost, lambda loss: holds(loss, request.measure, request.epsilon)
     )
 
 
@@ -231,16 +217,7 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _summary(full: list[Outcome], found: list[Outcome]) -> dict[str, Any]:
+def _summary(full: list[Outcome], quantized: list[Outcome]) -> dict[str, Any]:
     """Mean KL with its interval, and what is lost of likelihood and score."""
-    loss = loss_of_pairs(full, found)
-    return {
-        "kl": asdict(interval([outcome.kl for outcome in found])),
-        "nll": asdict(interval(loss.nll)),
-        "score": asdict(interval(loss.score)),
-    }
-
-
-def _told(loss: Loss) -> str:
-    nll, score = interval(loss.nll), interval(loss.score)
-    return f"{nll.mean:+.4f} [{nll.low:+.4f}, {nll.high:+.4f}] nats a token, {score.mean:+.3f} of the score"
+    kl = asdict(interval([outcome.kl for outcome in quantized]))
+    return {"kl": kl, **loss_of(full, quantized).record()}

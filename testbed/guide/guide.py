@@ -11,7 +11,7 @@ from typing import Any
 from testbed.analysis.claims import rules
 from testbed.analysis.run import load
 from testbed.codecs.spec import parse
-from testbed.diagnosis import launch
+from testbed.diagnosis import request
 from testbed.errors import SpecError, UsageError
 from testbed.experiment import inputs
 from testbed.experiment.plan import make_plan
@@ -135,8 +135,8 @@ def _diagnosis(subject: Subject, scale: str, path: Path, say: Callable[[str], No
     }
     found = _known(path / _DIAGNOSIS, {**settings, "model": resolve(subject.model).name})
     if found is None:
-        found = launch.diagnosed(settings, say)
-        launch.write(path / _DIAGNOSIS, found)
+        found = request.diagnosed(settings, say)
+        request.write(path / _DIAGNOSIS, found)
     return Diagnosed(
         found["protect"], found["verdict"].startswith("bottleneck"), found["verdict"], found["examples"]
     )

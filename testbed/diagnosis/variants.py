@@ -1,9 +1,7 @@
-"""Runs a model on caches of which some keys and values are quantized, and compares with the full cache."""
+"""An example's cache with some keys and values quantized, and what a model makes of it beside the full one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +12,7 @@ from testbed.codecs.quantize.fp16 import FP16
 from testbed.codecs.quantize.integer import INTEGERS
 from testbed.codecs.quantize.mixed import coarse
 from testbed.codecs.steps import Part, Quantizer
+from testbed.diagnosis.outcomes import Outcome
 from testbed.models.kvcache import KVCache, KVLayer, join
 from testbed.models.language import LanguageModel
 from testbed.models.likelihood import mean_kl, mean_nll
@@ -21,16 +20,7 @@ from testbed.tasks.prompt import Prompted
 from testbed.tasks.task import Example
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One example under one setting. kl: of the gold answer's next-token distributions from the full cache's, nats a token."""
-
-    kl: float
-    nll: float
-    score: float
-
-
-class Probe:
+class Variants:
     """An example, prefilled once, whose context's keys and values can each be full, coarse or fine."""
 
     def __init__(
@@ -129,13 +119,3 @@ def quantized(cache: KVCache, method: Quantizer) -> KVCache:
             parts.append(method.decode(part, symbols.flatten(), numbers).to(values.dtype))
         layers.append(KVLayer(parts[0], parts[1], layer.positions, layer.window))
     return KVCache(layers, cache.length)
-
-
-def damage(places: Iterable[Place], place: Place, bits: int) -> dict[Place, int]:
-    """Only this place quantized."""
-    return {place: bits}
-
-
-def rescue(places: Iterable[Place], place: Place, bits: int) -> dict[Place, int]:
-    """All places quantized but this one."""
-    return {other: bits for other in places if other != place}
