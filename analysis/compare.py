@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pandas as pd
 
 from testbed import stats
 from testbed.analysis import comparisons, paired_latency, settings
+from testbed.analysis.describe import plain
 from testbed.analysis.run import Run, read_apart
 from testbed.errors import UsageError
 
@@ -48,12 +49,11 @@ def compare(first: Run, second: Run) -> list[Line]:
     shared = [key for key in groups[0] if key in groups[1]]
     if not shared:
         raise UsageError(f"{first.path} and {second.path} have no setting on the same link in common")
-    lines, ps = [], []
+    lines = []
     for key in shared:
         own = [g[key] for g in groups]
         pair = _pair(*own)
-        found, p = paired_latency.compared(pair["latency_s_b"].to_numpy(), pair["latency_s_a"].to_numpy())
-        ps.append(p)
+        ratio, p = paired_latency.compared(pair["latency_s_b"].to_numpy(), pair["latency_s_a"].to_numpy())
         clusters = settings.clusters(pair)
         lines.append(
             Line(
@@ -63,16 +63,16 @@ def compare(first: Run, second: Run) -> list[Line]:
                 quality=_both(
                     stats.mean(o["score"], settings.clusters(o), o["task"], bounds=(0, 1)) for o in own
                 ),
-                ratio=found,
+                ratio=ratio,
                 score=stats.difference(
                     pair["score_b"], pair["score_a"], clusters, pair["task"], bounds=(0.0, 1.0)
                 ),
                 nll=stats.difference(pair["nll_b"], pair["nll_a"], clusters, pair["task"]),
-                p=math.nan,
+                p=p,
             )
         )
-    adjusted = stats.holm(ps)
-    return [Line(**{**vars(one), "p": float(p)}) for one, p in zip(lines, adjusted, strict=True)]
+    adjusted = stats.holm([line.p for line in lines])
+    return [replace(line, p=float(p)) for line, p in zip(lines, adjusted, strict=True)]
 
 
 def _timed(rows: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -120,24 +120,22 @@ def _shown(value: object) -> str:
 def text(first: Run, second: Run, lines: list[Line]) -> str:
     """The comparison for the terminal."""
     out = [f"A {first.path}", f"B {second.path}", *(f"  {d}" for d in differences(first, second)), ""]
-    wide = max(len(one.setting) for one in lines)
-    for panel in dict.fromkeys(one.panel for one in lines):
+    wide = max(len(line.setting) for line in lines)
+    for panel in dict.fromkeys(line.panel for line in lines):
         out.append(panel)
         out.append(
             f"  {'setting':<{wide}}  {'A':>8}  {'B':>8}  {'B/A latency':>18}  {'p':>6}  {'A':>5}  {'B':>5}  "
             f"{'B−A score':>21}  {'B−A NLL':>24}  {'n':>4}"
         )
-        for one in (x for x in lines if x.panel == panel):
-            ratio = "unpaired"
-            if one.ratio.n:
-                ends = f" [{one.ratio.low:.2f}, {one.ratio.high:.2f}]" if math.isfinite(one.ratio.low) else ""
-                ratio = f"{one.ratio.value:.2f}{ends}"
-            out.append(
-                f"  {one.setting:<{wide}}  {one.latency[0].value:>6.3f} s  {one.latency[1].value:>6.3f} s  {ratio:>18}  "
-                f"{comparisons.p_text(one.p):>6}  {one.quality[0].value:>5.2f}  {one.quality[1].value:>5.2f}  "
-                f"{comparisons.signed(one.score.estimate, 2):>21}  {comparisons.signed(one.nll.estimate, 3):>24}  "
-                f"{one.ratio.n:>4}"
-            )
+        out += [
+            f"  {line.setting:<{wide}}  {line.latency[0].value:>6.3f} s  {line.latency[1].value:>6.3f} s  "
+            f"{line.ratio.text() if line.ratio.n else 'unpaired':>18}  {comparisons.p_text(line.p):>6}  "
+            f"{line.quality[0].value:>5.2f}  {line.quality[1].value:>5.2f}  "
+            f"{line.score.text(2, "+"):>21}  {line.nll.text(3, "+"):>24}  "
+            f"{line.ratio.n:>4}"
+            for line in lines
+            if line.panel == panel
+        ]
         out.append("")
     out.append(
         "latency: medians, and the median of the examples' ratios (to the first token where answers differ in length); "
@@ -149,19 +147,5 @@ def text(first: Run, second: Run, lines: list[Line]) -> str:
 
 def to_dict(first: Run, second: Run, lines: list[Line]) -> dict[str, Any]:
     """Plain values for JSON; what is unknown is None."""
-    return {
-        "a": str(first.path),
-        "b": str(second.path),
-        "differences": differences(first, second),
-        "settings": [_plain(asdict(one)) for one in lines],
-    }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value
+    known = {"a": str(first.path), "b": str(second.path), "differences": differences(first, second)}
+    return plain(known | {"settings": [asdict(line) for line in lines]})

@@ -163,11 +163,11 @@ def line(one: Comparison) -> dict[str, Any]:
         "baseline": one.baseline,
         "n": max(one.score.n, one.nll.n),
     }
-    found |= _interval("score_diff", one.score.estimate)
+    found |= _interval("score_diff", one.score)
     found |= {"score_p": one.score.p, "score_p_holm": one.p_score, "score_detectable": one.score.detectable}
     found |= _interval("score_ratio", one.ratio)
     found |= {"gained": one.answers.gained, "lost": one.answers.lost, "mcnemar_p": one.answers.p}
-    found |= _interval("nll_diff", one.nll.estimate)
+    found |= _interval("nll_diff", one.nll)
     found |= {"nll_p": one.nll.p, "nll_p_holm": one.p_nll, "nll_detectable": one.nll.detectable}
     found |= _interval("lost_share", one.lost) | {"lossless": one.lossless}
     return found | _interval("kl", one.kl)
@@ -240,8 +240,8 @@ def text(found: list[Comparison]) -> str:
             f"{'lost':>18}"
         )
         lines = [
-            f"  {f.setting:<{wide}}  {max(f.score.n, f.nll.n):>4}  {signed(f.score.estimate, 2):>22}  "
-            f"{p_text(f.p_score):>6}  {signed(f.nll.estimate, 3):>24}  {p_text(f.p_nll):>6}  "
+            f"  {f.setting:<{wide}}  {max(f.score.n, f.nll.n):>4}  {f.score.text(2, "+"):>22}  "
+            f"{p_text(f.p_score):>6}  {f.nll.text(3, "+"):>24}  {p_text(f.p_nll):>6}  "
             f"{number(f.nll.detectable, 3):>10}  {share(f.lost):>18}{'  lossless' if f.lossless else ''}"
             for f in own
         ]
@@ -257,14 +257,6 @@ def text(found: list[Comparison]) -> str:
 def number(value: float, digits: int) -> str:
     """A number, or a dash where there is none."""
     return f"{value:.{digits}f}" if np.isfinite(value) else "-"
-
-
-def signed(one: stats.Estimate, digits: int) -> str:
-    """A difference with its sign and interval."""
-    if not np.isfinite(one.value):
-        return "-"
-    interval = f" [{one.low:+.{digits}f}, {one.high:+.{digits}f}]" if np.isfinite(one.low) else ""
-    return f"{one.value:+.{digits}f}{interval}"
 
 
 def share(one: stats.Estimate) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import numpy as np
 import pandas as pd
 
 from testbed.analysis import settings
@@ -132,3 +136,21 @@ def uncalibrated(rows: pd.DataFrame) -> list[str]:
 def counted(number: int, what: str) -> str:
     """So many of something: ``1 trial``, ``2,000 trials``."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def plain(value: Any) -> Any:
+    """The value for JSON: numbers that it cannot write are None."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return bool(value) if isinstance(value, np.bool_) else value
+
+
+def megabytes(size: float) -> str:
+    """Bytes for people: MB, or kB below 0.1 MB; a dash for none."""
+    if not size > 0:
+        return "-"
+    return f"{size / 1e6:.2f} MB" if size >= 95_000 else f"{size / 1e3:.1f} kB"

@@ -89,8 +89,4 @@ def compared(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64]) -> 
 
 def text(one: LatencyRatio) -> str:
     """For people: ``×1.25 [1.10, 1.42]``; ``≈`` before it where the two are not told apart."""
-    if not one.ratio.n:
-        return "-"
-    ends = one.ratio.low, one.ratio.high
-    interval = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if math.isfinite(ends[0]) else ""
-    return f"{'×' if one.differs else '≈'}{one.ratio.value:.2f}{interval}"
+    return f"{'×' if one.differs else '≈'}{one.ratio.text()}" if one.ratio.n else "-"

@@ -6,7 +6,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from testbed import stats
@@ -21,6 +20,7 @@ from testbed.analysis.latency_model import (
     steady,
 )
 from testbed.analysis.measured_links import beyond
+from testbed.analysis.describe import plain
 from testbed.analysis.run import Run
 
 
@@ -97,8 +97,7 @@ class Recommendation:
                 "profiles": [asdict(h) for h in self.held_out],
             },
         }
-        plain: dict[str, Any] = _plain(value)
-        return plain
+        return plain(value)
 
 
 def recommend(
@@ -208,7 +207,7 @@ def text(found: Recommendation) -> str:
     ]
     for one in found.options:
         mark = "*" if one is found.choice else "+" if one.holds(found.floor) else " "
-        quality = "exact" if one.exact else _ratio(one.quality)
+        quality = "exact" if one.exact else one.quality.text()
         said = one.worst.text() if one.worst and not one.exact else ""
         said += f"  failed {one.failed} of {one.trials}" if one.failed else ""
         lines.append(
@@ -309,21 +308,5 @@ def _percent(value: float, sign: bool = False) -> str:
     return f"{value:+.1%}" if sign else f"{value:.1%}"
 
 
-def _ratio(one: stats.Estimate) -> str:
-    interval = f" [{one.low:.2f}, {one.high:.2f}]" if math.isfinite(one.low) else ""
-    return f"{one.value:.2f}{interval}" if math.isfinite(one.value) else "-"
-
-
 def _option(one: Option | None, floor: float) -> dict[str, Any] | None:
     return None if one is None else asdict(one) | {"holds": one.holds(floor)}
-
-
-def _plain(value: Any) -> Any:
-    """The value with numbers that JSON cannot write as None."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    return bool(value) if isinstance(value, np.bool_) else value

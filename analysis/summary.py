@@ -10,7 +10,7 @@ import pandas as pd
 
 from testbed import stats
 from testbed.analysis import paired_latency, settings
-from testbed.analysis.describe import caveats, computing, conditions
+from testbed.analysis.describe import caveats, computing, conditions, megabytes
 from testbed.analysis.run import Run
 from testbed.experiment.results import STAGES
 
@@ -138,7 +138,7 @@ def _block(name: str, rows: pd.DataFrame) -> str:
         marks = f"{mark}{tie if mark == '+' else ' '}"
         lines.append(
             f"  {marks} {one.label:<{width}}  {_seconds(latency.value):>8}  {_interval(latency, 3):<14}"
-            f"  {_quality(quality.value):>7}  {_interval(quality, 2):<13}  {_bytes(one.payload_bytes):>9}"
+            f"  {_quality(quality.value):>7}  {_interval(quality, 2):<13}  {megabytes(one.payload_bytes):>9}"
             + (f"  {said}" if said else "")
         )
     if chosen is None:
@@ -166,9 +166,3 @@ def _interval(estimate: stats.Estimate, digits: int) -> str:
     digits = digits if estimate.high < 10 else 1
     high = f"{estimate.high:.{digits}f}" if math.isfinite(estimate.high) else "∞"
     return f"[{estimate.low:.{digits}f}, {high}]"
-
-
-def _bytes(size: float) -> str:
-    if not size > 0:
-        return "-"
-    return f"{size / 1e6:.2f} MB" if size >= 95_000 else f"{size / 1e3:.1f} kB"

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from testbed import stats
 from testbed.analysis import settings
-from testbed.analysis.describe import caveats, conditions, counted, subject
+from testbed.analysis.describe import caveats, conditions, counted, megabytes, subject
 from testbed.analysis.figures.panels import fill
 from testbed.analysis.figures.style import (
     BLUE,
@@ -154,8 +154,3 @@ def _draw_bars(ax: Axes, rows: pd.DataFrame, stages: list[str], names: list[str]
 
 def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
-
-
-def megabytes(size: float) -> str:
-    """Bytes for people: MB, or kB below 0.1 MB."""
-    return f"{size / 1e6:.2f} MB" if size >= 95_000 else f"{size / 1e3:.1f} kB"

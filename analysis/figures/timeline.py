@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from testbed.analysis import settings
-from testbed.analysis.describe import caveats, conditions
+from testbed.analysis.describe import caveats, conditions, megabytes
 from testbed.analysis.figures import NotInThisRun
-from testbed.analysis.figures.stages import LOOKS, megabytes, patch
+from testbed.analysis.figures.stages import LOOKS, patch
 from testbed.analysis.figures.style import GREY, INK, Frame, bottom_legend, panel_title
 from testbed.analysis.run import Run, stage_names
 from testbed.experiment.results import STAGES

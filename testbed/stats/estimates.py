@@ -45,6 +45,14 @@ class Estimate:
     high: float
     n: int
 
+    def text(self, digits: int = 2, sign: str = "") -> str:
+        """For people: ``1.25 [1.10, 1.42]``, without the interval where there is none; a dash where there is no value."""
+        if math.isnan(self.value):
+            return "-"
+        form = f"{sign}.{digits}f"
+        interval = f" [{self.low:{form}}, {self.high:{form}}]" if math.isfinite(self.low) else ""
+        return f"{self.value:{form}}{interval}"
+
 
 NOTHING = Estimate(float("nan"), float("nan"), float("nan"), 0)
 

@@ -23,7 +23,7 @@ NAN = float("nan")
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(Estimate):
     """A mean paired difference with its interval over `n` examples.
 
     `p`: Wilcoxon's signed-rank test, two-sided, 1 where no example differs, NaN below two examples;
@@ -31,17 +31,8 @@ class Difference:
     a probability of 80 %; NaN where the data does not say.
     """
 
-    value: float
-    low: float
-    high: float
-    n: int
     p: float
     detectable: float
-
-    @property
-    def estimate(self) -> Estimate:
-        """The same without the tests."""
-        return Estimate(self.value, self.low, self.high, self.n)
 
 
 def difference(
