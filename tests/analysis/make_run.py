@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def make_run(
     }
     (path / "manifest.json").write_text(json.dumps(manifest))
     (path / "calibration.json").write_text("{}")
-    write_rows(path, rows)
+    rewrite(path, [dataclasses.asdict(row) for row in rows])
     return path
 
 
@@ -154,8 +155,40 @@ def write_diagnosis(path: Path) -> Path:
     return path
 
 
-def write_rows(path: Path, rows: list[Row]) -> None:
-    (path / "trials.jsonl").write_text("".join(json.dumps(dataclasses.asdict(r)) + "\n" for r in rows))
+def losing(path: Path, rise: dict[str, float], n: int = 80, **row: Any) -> Path:
+    """A run on one link with these codecs, whose NLL rises by so much on average, with noise between `n` examples."""
+    make_run(path, ("5g-edge",), ("fp16",), tasks=("needle",), examples=n, reference_score=1.0)
+    plain = [r for r in lines(path) if r["codec"] == "fp16"]
+    rng = np.random.default_rng(1)
+    rows = []
+    for codec, mean in rise.items():
+        for r in plain:
+            nll = r["reference_nll"] + mean * float(rng.uniform(0.5, 1.5))
+            rows.append(r | {"codec": codec, "nll": nll, "trial": f"{codec}/{r['example']}", **row})
+    rewrite(path, rows)
+    return path
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """The rows as they are written."""
+    return [json.loads(line) for line in (run / "trials.jsonl").read_text().split("\n") if line]
+
+
+def rewrite(run: Path, rows: list[dict[str, Any]]) -> None:
+    """These rows, and no others."""
+    (run / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def change(run: Path, how: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
+    """Every row with what `how` makes of some of its columns."""
+    rewrite(run, [row | how(row) for row in lines(run)])
+    return run
+
+
+def write_manifest(run: Path, **entries: Any) -> None:
+    """These entries besides those that are there."""
+    path = run / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
 def _row(rng: np.random.Generator, profile: str, placement: str, codec: str, task: str, example: int) -> Row:

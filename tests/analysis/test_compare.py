@@ -14,8 +14,7 @@ from testbed.analysis.run import load
 from testbed.cli import main
 from testbed.errors import UsageError
 from testbed.experiment.runner import other_threads
-from tests.analysis.make_run import make_run
-from tests.analysis.test_run_directory import lines, rewrite
+from tests.analysis.make_run import lines, make_run, rewrite
 
 
 @pytest.fixture

@@ -13,9 +13,8 @@ from testbed import analysis, stats
 from testbed.analysis import settings
 from testbed.analysis.run import load
 from testbed.analysis.summary import summarise
-from tests.analysis.make_run import make_run
-from tests.analysis.test_figures import drawn, texts
-from tests.analysis.test_run_directory import lines, rewrite
+from tests.analysis.make_run import lines, make_run, rewrite
+from tests.analysis.test_figures import drawn, texts, words
 
 ZEROS = {
     "error": "timed out",
@@ -50,7 +49,7 @@ def test_a_setting_without_a_task_has_no_mean_over_the_tasks_and_no_mark(tmp_pat
     found = _points(run)
     assert math.isnan(found["int8"].quality.value)
     assert found["fp16"].quality.value == 0.75
-    said = [t.get_text() for t in texts(drawn("latency_quality", run))]
+    said = texts(drawn("latency_quality", run))
     assert any("int8 failed 4 of 8" in t for t in said)
     assert "failed 4 of 8" in analysis.headline(run)
 
@@ -60,7 +59,7 @@ def test_a_setting_that_failed_everywhere_is_named_in_panels_terminal_report_and
 ) -> None:
     run = _made(tmp_path / "run", lambda r: r["codec"] == "int4")
     for name in ("latency_quality", "latency_cdf", "stages"):
-        said = [t.get_text() for t in texts(drawn(name, run))]
+        said = texts(drawn(name, run))
         assert any("failed 8 of 8" in t for t in said), name
     line = next(one for one in analysis.headline(run).splitlines() if " int4 " in one)
     assert "none" in line
@@ -73,7 +72,7 @@ def test_a_setting_that_failed_everywhere_is_named_in_panels_terminal_report_and
 
 def test_the_ring_does_not_pass_to_another_silently_where_the_fastest_failed(tmp_path: Path) -> None:
     run = _made(tmp_path / "run", lambda r: r["codec"] == "int8")
-    said = " ".join(t.get_text() for t in texts(drawn("latency_quality", run)))
+    said = words("latency_quality", run)
     assert "int8 failed 8 of 8" in said
 
 

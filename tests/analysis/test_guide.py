@@ -9,8 +9,7 @@ import pytest
 from testbed.analysis.run import load
 from testbed.cli import main
 from testbed.guide import procedure
-from tests.analysis.test_claims import _made
-from tests.analysis.test_run_directory import lines, rewrite
+from tests.analysis.make_run import lines, rewrite, losing
 
 
 def test_the_walk_ends_at_the_smallest_setting_that_is_enough(

@@ -13,9 +13,8 @@ from testbed import analysis
 from testbed.analysis import comparisons, paired_latency, settings
 from testbed.analysis.run import load
 from testbed.analysis.summary import summarise
-from tests.analysis.make_run import make_run
-from tests.analysis.test_figures import drawn, texts
-from tests.analysis.test_run_directory import lines, rewrite
+from tests.analysis.make_run import lines, make_run, rewrite
+from tests.analysis.test_figures import drawn, texts, words
 
 
 def _rows(**times: np.ndarray) -> pd.DataFrame:
@@ -74,9 +73,8 @@ def alike(tmp_path: Path) -> Path:
 def test_ties_are_ties_in_terminal_figures_and_tables_alike(alike: Path) -> None:
     text = analysis.headline(alike)
     assert text.count("\n  = ") == 2  # cloud or edge, on either link
-    assert sum("tied: " in t.get_text() for t in texts(drawn("regimes", alike))) == 2
-    said = " ".join(t.get_text() for t in texts(drawn("latency_quality", alike)))
-    assert "Dotted ring" in said
+    assert sum("tied: " in text for text in texts(drawn("regimes", alike))) == 2
+    assert "Dotted ring" in words("latency_quality", alike)
     table = summarise(load(alike)).set_index(["profile", "placement"])
     assert (table["latency_baseline"] == "cloud").all()
     assert (table.loc[(slice(None), "edge"), "latency_p_holm"] > 0.05).all()
@@ -96,7 +94,7 @@ def test_a_runs_figures_and_tables_name_one_latency_for_a_setting(alike: Path) -
     run = load(alike)
     ((_, rows), _) = settings.panels(run.attempts)
     medians = {m.label: m.latency.value for m in settings.measured(rows)}
-    bars = [t.get_text() for t in texts(drawn("stages", alike))]
+    bars = texts(drawn("stages", alike))
     for label, value in medians.items():
         assert f"{value:.3f} s" in analysis.headline(alike), label
         text = f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
@@ -113,6 +111,6 @@ def test_where_answers_differ_in_length_latency_ends_with_the_first_token(alike:
     assert run.latency == "time to first token"
     assert (run.rows["latency_s"] == run.rows["ttft_s"]).all()
     for name in ("latency_quality", "latency_cdf", "regimes"):
-        assert "time to first token" in " ".join(t.get_text() for t in texts(drawn(name, alike))), name
+        assert "time to first token" in words(name, alike), name
     assert "median time to first token" in analysis.headline(alike)
     assert summarise(run)["answer_tokens"].notna().all()

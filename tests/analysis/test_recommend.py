@@ -18,8 +18,7 @@ from testbed.analysis.run import load
 from testbed.analysis.settings import labelled
 from testbed.cli import main
 from testbed.errors import UsageError
-from tests.analysis.make_run import SWEEP, make_run
-from tests.analysis.test_run_directory import lines, rewrite
+from tests.analysis.make_run import SWEEP, lines, make_run, rewrite
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ import pytest
 
 from testbed.analysis import report
 from testbed.analysis.run import load
-from tests.analysis.make_run import make_run
-from tests.analysis.test_run_directory import lines, rewrite
+from tests.analysis.make_run import lines, make_run, rewrite
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -12,8 +12,7 @@ from testbed import analysis
 from testbed.analysis.run import load
 from testbed.analysis.summary import summarise
 from testbed.experiment.results import STAGES, write_json
-from tests.analysis.make_run import KV_BYTES, make_run
-from tests.analysis.test_run_directory import lines, rewrite
+from tests.analysis.make_run import KV_BYTES, lines, make_run, rewrite
 
 
 @pytest.fixture(scope="module")

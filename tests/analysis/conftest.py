@@ -1,0 +1,47 @@
+"""What tests of the analysis share: commands as people type them, and a run with much in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from testbed.cli import main
+from tests.analysis.make_run import PROFILES, SWEEP, lines, make_run, rewrite, write_calibration
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command: its exit status, what it prints, and what it prints as an error."""
+
+    def typed(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return typed
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Many settings with long names, a link without a rate, one out of tolerance."""
+    path = make_run(tmp_path_factory.mktemp("wide") / "run", examples=4, tasks=("needle",))
+    rows = lines(path)
+    longer = [
+        r | {"codec": r["codec"].replace("snapkv@0.25", "snapkv@0.5(window=32)") + "+zstd"}
+        for r in rows
+        if r["codec"]
+    ]
+    inline = "up:rate=10mbit,delay=20ms,jitter=5ms,loss=1%;down:rate=50mbit,delay=20ms"
+    odd = [
+        r | {"profile": inline, "rate_up_bps": None, "calibrated": False}
+        for r in rows
+        if r["profile"] == "lte"
+    ]
+    rewrite(path, [r | {"trial": str(i)} for i, r in enumerate(rows + longer + odd)])
+    write_calibration(path, (*PROFILES, *SWEEP, inline), off=("lte",), trace=inline)
+    return path
