@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from testbed.analysis.run import load
 from testbed.cli import cli
+from testbed.guide import procedure
 from testbed.guide.procedure import (
     DIAGNOSIS,
     INT4,
@@ -28,7 +29,7 @@ from testbed.guide.procedure import (
     Step,
     chosen,
 )
-from testbed.guide.procedure import steps as procedure_steps
+from tests.analysis.make_run import change, losing
 
 BY_TOKEN, SYMMETRIC = "int4(group=0, symmetric=true)", "int4(symmetric=true)"
 FORMS = {BY_TOKEN: 3.7, SYMMETRIC: 3.5, "int4": 3.2}
@@ -57,7 +58,7 @@ def walked(
         asked.append(f"diagnosis of {scale}")
         return Diagnosed("K3", bottleneck, "bottleneck: K3" if bottleneck else "no bottleneck", 8)
 
-    return list(procedure_steps(measure, diagnose, smaller)), asked
+    return list(procedure.steps(measure, diagnose, smaller)), asked
 
 
 def test_where_int4_is_enough_no_layers_are_diagnosed() -> None:
@@ -103,18 +104,37 @@ def test_a_task_that_the_model_cannot_do_ends_the_walk() -> None:
     assert [s.answer for s in steps] == [UNFIT]
 
 
+def test_the_walk_over_rows_ends_at_the_smallest_setting_that_is_enough(tmp_path: Path) -> None:
+    path = losing(tmp_path / "run", {"int8": 0.001, "int4": 0.3, "mixed(protect=3)": 0.004})
+    found, _ = procedure.answered([load(path)])
+    steps = found["smollm2-135m"]
+    assert [s.answer for s in steps] == ["yes", "no", "yes", "not measured"]
+    said = CliRunner().invoke(cli, ["guide", str(path)], catch_exceptions=False).stdout
+    assert "→ deploy mixed(protect=3)" in said
+    assert "--codec q2c@0.5+int8" in said
+
+
+def test_int4_is_judged_in_every_form_and_the_smallest_that_holds_is_taken(tmp_path: Path) -> None:
+    sizes = {"int4(group=0, symmetric=true)": 265, "int4(symmetric=true)": 281, "int4": 312}
+    rise = dict(zip(sizes, (0.4, 0.004, 0.001), strict=True))
+    path = losing(tmp_path / "run", rise)
+    change(path, lambda row: {"payload_bytes": sizes[row["codec"]], "kv_bytes": 1000})
+    found, _ = procedure.answered([load(path)])
+    step = found["smollm2-135m"][1]
+    assert (step.setting, step.answer) == ("int4(symmetric=true)", "yes")
+    assert step.smaller == pytest.approx(1000 / 281)
+    assert "int4(group=0, symmetric=true): 3.77× smaller, ΔNLL +0.4" in step.figures
+    assert "int4: 3.21× smaller, ΔNLL +0.001, yes" in step.figures
+
+
+def test_too_few_examples_leave_a_step_undecided(tmp_path: Path) -> None:
+    path = losing(tmp_path / "run", {"int8": 0.001}, n=20)
+    found, _ = procedure.answered([load(path)])
+    assert found["smollm2-135m"][0].answer == "undecided"
+
+
 def guided(model: Path, out: Path, *more: str) -> dict[str, Any]:
-    arguments = [
-        "guide",
-        str(model),
-        "--out",
-        str(out),
-        "--context-tokens",
-        "150",
-        "--threads",
-        "1",
-        "--json",
-    ]
+    arguments = ["guide", str(model), "--out", str(out), "--context-tokens", "150", "--threads", "1", "--json"]
     result = CliRunner().invoke(cli, [*arguments, *more], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(result.stdout)
@@ -125,9 +145,8 @@ def guided(model: Path, out: Path, *more: str) -> dict[str, Any]:
 def test_a_tiny_model_is_measured_step_by_step_and_what_is_there_is_not_repeated(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "testbed.analysis.claims.pool.LEAST_REFERENCE", -1.0
-    )  # random weights answer nothing
+    random_answers_count = ("testbed.analysis.claims.pool.LEAST_REFERENCE", -1.0)
+    monkeypatch.setattr(*random_answers_count)
     model, out = tiny_model("llama"), tmp_path / "guide"
     found = guided(model, out, "--examples", "2", "--diagnosed", "2")
     (steps,) = found["models"].values()

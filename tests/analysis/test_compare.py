@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,10 +11,10 @@ import pytest
 
 from testbed.analysis import compare, comparisons
 from testbed.analysis.run import load
-from testbed.cli import main
 from testbed.errors import UsageError
 from testbed.experiment.runner import other_threads
-from tests.analysis.make_run import lines, make_run, rewrite
+from tests.analysis.conftest import Command
+from tests.analysis.make_run import change, lines, make_run, write_manifest
 
 
 @pytest.fixture
@@ -22,29 +22,30 @@ def run(tmp_path: Path) -> Path:
     return make_run(tmp_path / "a", ("lte", "5g-mid"), ("fp16", "int8"), tasks=("needle",), examples=12)
 
 
-def test_matching_examples_are_compared_pair_by_pair(run: Path, tmp_path: Path) -> None:
-    other = make_run(tmp_path / "b", ("lte",), ("int8",), tasks=("needle",), examples=12)
-    rows = {(r["codec"], r["placement"], r["example"]): r for r in lines(run) if r["profile"] == "lte"}
-    changed = [
-        rows[r["codec"], r["placement"], r["example"]]
-        | {"e2e_s": 2 * rows[r["codec"], r["placement"], r["example"]]["e2e_s"]}
-        for r in lines(other)
-    ]
-    rewrite(other, changed)
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "b", ("lte",), ("int8",), tasks=("needle",), examples=12)
+
+
+def test_matching_examples_are_compared_pair_by_pair(run: Path, other: Path) -> None:
+    def key(row: dict[str, Any]) -> tuple[str, ...]:
+        return row["codec"], row["placement"], row["example"]
+
+    rows = {key(row): row for row in lines(run) if row["profile"] == "lte"}
+    change(other, lambda row: rows[key(row)] | {"e2e_s": 2 * rows[key(row)]["e2e_s"]})
     found = compare.compare(load(run), load(other))
     assert {(f.panel, f.setting) for f in found} == {("lte", "int8"), ("lte", "cloud"), ("lte", "edge")}
-    for one in found:
-        assert one.ratio.value == pytest.approx(2.0)
-        assert one.ratio.n == 12
-        assert one.score.value == one.nll.value == 0.0
-        assert one.p < 0.01
+    for line in found:
+        assert line.ratio.value == pytest.approx(2.0)
+        assert line.ratio.n == 12
+        assert line.score.value == line.nll.value == 0.0
+        assert line.p < 0.01
 
 
-def test_runs_without_the_same_examples_are_compared_unpaired(run: Path, tmp_path: Path) -> None:
-    other = make_run(tmp_path / "b", ("lte",), ("int8",), tasks=("needle",), examples=4)
-    rewrite(other, [r | {"example": f"other-{r['example']}"} for r in lines(other)])
+def test_runs_without_the_same_examples_are_compared_unpaired(run: Path, other: Path) -> None:
+    change(other, lambda row: {"example": f"other-{row['example']}"})
     found = compare.compare(load(run), load(other))
-    assert all(one.ratio.n == 0 for one in found)
+    assert all(line.ratio.n == 0 for line in found)
     assert "unpaired" in compare.text(load(run), load(other), found)
 
 
@@ -54,11 +55,10 @@ def test_runs_with_nothing_in_common_are_refused(run: Path, tmp_path: Path) -> N
         compare.compare(load(run), load(other))
 
 
-def test_the_command_line_compares(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["compare", str(run), str(run)])
-    assert ended.value.code == 0
-    assert "1.00 [1.00, 1.00]" in capsys.readouterr().out
+def test_the_command_line_compares(run: Path, command: Command) -> None:
+    status, out, _ = command("compare", run, run)
+    assert status == 0
+    assert "1.00 [1.00, 1.00]" in out
 
 
 def test_an_example_on_several_links_is_one_observation(run: Path) -> None:
@@ -86,13 +86,8 @@ def test_the_comparisons_are_written_as_a_table(run: Path) -> None:
 
 
 def test_the_table_has_the_answers_lost_and_the_share_of_examples_lost(run: Path) -> None:
-    rewrite(
-        run,
-        [
-            r | {"score": 0.0, "nll": r["reference_nll"] + 1} if r["example"] == "needle-0" else r
-            for r in lines(run)
-        ],
-    )
+    wrong = {"needle-0"}
+    change(run, lambda r: {"score": 0.0, "nll": r["reference_nll"] + 1} if r["example"] in wrong else {})
     table = pd.read_csv(comparisons.write(load(run)))
     own = table[(table["link"] == "all") & (table["setting"] == "fp16")].iloc[0]
     right = [
@@ -105,39 +100,27 @@ def test_the_table_has_the_answers_lost_and_the_share_of_examples_lost(run: Path
     assert not own["lossless"]
 
 
-def test_a_trial_that_failed_in_one_run_is_slower_there(run: Path, tmp_path: Path) -> None:
-    other = make_run(tmp_path / "b", ("lte",), ("int8",), ("split",), tasks=("needle",), examples=12)
+def test_a_trial_that_failed_in_one_run_is_slower_there(run: Path, other: Path) -> None:
     late = {f"needle-{i}" for i in range(7)}
-    rewrite(
-        other, [r | {"error": "timed out", "e2e_s": 0.0} if r["example"] in late else r for r in lines(other)]
-    )
-    (found,) = compare.compare(load(run), load(other))
+    change(other, lambda row: {"error": "timed out", "e2e_s": 0.0} if row["example"] in late else {})
+    found = next(line for line in compare.compare(load(run), load(other)) if line.setting == "int8")
     assert found.ratio.value == found.latency[1].value == float("inf")
     assert found.ratio.n == 12
 
 
-def test_runs_that_were_computed_in_unlike_numbers_of_threads_are_said_to_be(
-    run: Path, tmp_path: Path
+def test_runs_that_were_computed_in_unlike_numbers_of_threads_are_said_to_be_once(
+    run: Path, other: Path
 ) -> None:
-    other = make_run(tmp_path / "b", ("lte",), ("int8",), tasks=("needle",), examples=4)
     before = compare.differences(load(run), load(other))
-    rewrite(run, [r | {"threads": 1} for r in lines(run)])
-    rewrite(other, [r | {"threads": 2} for r in lines(other)])
-    said = [line for line in compare.differences(load(run), load(other)) if line not in before]
-    assert said == ["threads: 1 → 2"]
+    for path, threads in ((run, 1), (other, 2)):
+        change(path, lambda row, threads=threads: {"threads": threads})
+    assert set(compare.differences(load(run), load(other))) - set(before) == {"threads: 1 → 2"}
+    for path, threads in ((run, 1), (other, 2)):  # what was set and used alike is said once
+        write_manifest(path, settings={"threads": threads})
+    assert compare.differences(load(run), load(other)).count("threads: 1 → 2") == 1
 
 
 def test_a_run_that_goes_on_in_another_number_of_threads_says_so() -> None:
     assert other_threads([], 2) == other_threads([{"threads": 2}, {"threads": None}, {}], 2) == ""
     said = other_threads([{"threads": 1}, {"threads": 2}], 2)  # also when it was so at the start before
     assert said.startswith("computed in 2 threads, earlier trials of this run in 1:")
-
-
-def test_what_was_set_and_used_alike_is_said_once(run: Path, tmp_path: Path) -> None:
-    other = make_run(tmp_path / "b", ("lte",), ("int8",), tasks=("needle",), examples=4)
-    for path, threads in ((run, 1), (other, 2)):
-        rewrite(path, [r | {"threads": threads} for r in lines(path)])
-        manifest = json.loads((path / "manifest.json").read_text())
-        manifest["settings"] = {"threads": threads}
-        (path / "manifest.json").write_text(json.dumps(manifest))
-    assert compare.differences(load(run), load(other)).count("threads: 1 → 2") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from testbed import analysis
 from testbed.analysis import comparisons, paired_latency, settings
 from testbed.analysis.run import load
 from testbed.analysis.summary import summarise
-from tests.analysis.make_run import lines, make_run, rewrite
+from tests.analysis.make_run import change, make_run
 from tests.analysis.test_figures import drawn, texts, words
 
 
@@ -62,12 +63,12 @@ def alike(tmp_path: Path) -> Path:
     """Edge and cloud take as long on every link, by one computation; fp16 is ten times slower."""
     run = make_run(tmp_path / "run", ("5g-good", "lte"), ("fp16",), tasks=("needle",), examples=12)
     rng = np.random.default_rng(3)
-    made = []
-    for r in lines(run):
-        time = float({"split": 10, "cloud": 1.15, "edge": 1.0}[r["placement"]] * rng.lognormal(0, 0.5))
-        made.append(r | {"e2e_s": time, "ttft_s": time, "score": 1.0, "reference_score": 1.0})
-    rewrite(run, made)
-    return run
+
+    def timed(row: dict[str, Any]) -> dict[str, Any]:
+        time = float({"split": 10, "cloud": 1.15, "edge": 1.0}[row["placement"]] * rng.lognormal(0, 0.5))
+        return {"e2e_s": time, "ttft_s": time, "score": 1.0, "reference_score": 1.0}
+
+    return change(run, timed)
 
 
 def test_ties_are_ties_in_terminal_figures_and_tables_alike(alike: Path) -> None:
@@ -102,11 +103,8 @@ def test_a_runs_figures_and_tables_name_one_latency_for_a_setting(alike: Path) -
 
 
 def test_where_answers_differ_in_length_latency_ends_with_the_first_token(alike: Path) -> None:
-    made = [
-        r | {"answer_tokens": 4 if r["placement"] == "edge" else 9, "ttft_s": 0.5 * r["e2e_s"]}
-        for r in lines(alike)
-    ]
-    rewrite(alike, made)
+    tokens = {"edge": 4, "cloud": 9, "split": 9}
+    change(alike, lambda row: {"answer_tokens": tokens[row["placement"]], "ttft_s": 0.5 * row["e2e_s"]})
     run = load(alike)
     assert run.latency == "time to first token"
     assert (run.rows["latency_s"] == run.rows["ttft_s"]).all()

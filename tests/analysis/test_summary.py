@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,15 @@ import pytest
 from testbed import analysis
 from testbed.analysis.run import load
 from testbed.analysis.summary import summarise
+from testbed.experiment import compute
+from testbed.experiment.compute import Measurement, Side, Start
 from testbed.experiment.results import STAGES, write_json
-from tests.analysis.make_run import KV_BYTES, lines, make_run, rewrite
+from tests.analysis.make_run import KV_BYTES, change, lines, make_run, rewrite
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(
-        tmp_path_factory.mktemp("summary") / "run",
-        profiles=("5g-good", "lte"),
-        codecs=("fp16", "int8", "int4"),
-    )
+    return make_run(tmp_path_factory.mktemp("summary") / "run", ("5g-good", "lte"), ("fp16", "int8", "int4"))
 
 
 def test_there_is_one_row_per_cell_and_task_with_the_rows_own_statistics(run: Path) -> None:
@@ -48,68 +47,51 @@ def test_the_ratio_is_the_full_caches_bytes_over_the_payloads(run: Path) -> None
     assert np.isnan(summary.loc[("lte", "edge", "", "needle")]["ratio"])
 
 
-def test_failed_trials_are_counted_where_they_failed(run: Path, tmp_path: Path) -> None:
-    other = make_run(
-        tmp_path / "run", profiles=("lte",), codecs=("fp16", "int8"), tasks=("needle",), examples=4
-    )
-    rewrite(other, [r | {"error": "died" if r["codec"] == "int8" else ""} for r in lines(other)])
+def test_failed_trials_are_counted_where_they_failed(tmp_path: Path) -> None:
+    other = make_run(tmp_path / "run", ("lte",), ("fp16", "int8"), tasks=("needle",), examples=4)
+    change(other, lambda row: {"error": "died"} if row["codec"] == "int8" else {})
     summary = summarise(load(other)).set_index("codec")
     assert (summary.loc["int8", "failed"], summary.loc["int8", "n"]) == (4, 0)
     assert summary.loc["fp16", "failed"] == 0
 
 
+def marked(run: Path, mark: str) -> list[str]:
+    """The settings of the terminal's table that have this mark."""
+    return [line.split()[1] for line in analysis.headline(run).splitlines() if line.startswith(f"  {mark}")]
+
+
 def test_the_headline_marks_the_fastest_setting_that_keeps_95_percent(tmp_path: Path) -> None:
-    run = make_run(
-        tmp_path / "run", profiles=("lte",), codecs=("fp16", "int8", "int4"), tasks=("needle",), examples=4
-    )
+    run = make_run(tmp_path / "run", ("lte",), ("fp16", "int8", "int4"), ("split",), ("needle",), examples=4)
     scores = {"fp16": 1.0, "int8": 0.96, "int4": 0.94}
     speeds = {"fp16": 3.0, "int8": 2.0, "int4": 1.0}
-    rows = [r for r in lines(run) if r["placement"] == "split"]
-    changed = [
-        r | {"score": scores[r["codec"]], "e2e_s": speeds[r["codec"]], "reference_score": 1.0} for r in rows
-    ]
-    rewrite(run, changed)
-    marked = [line.split()[1] for line in analysis.headline(run).splitlines() if line.startswith("  *")]
-    assert marked == ["int8"]
+    change(run, lambda r: {"score": scores[r["codec"]], "e2e_s": speeds[r["codec"]], "reference_score": 1.0})
+    assert marked(run, "*") == ["int8"]
 
 
 def test_the_headline_marks_the_fastest_that_sends_kv_beside_the_fastest_of_all(run: Path) -> None:
-    text = analysis.headline(run)
-    starred = [line.split()[1] for line in text.splitlines() if line.startswith("  *")]
-    plus = [line.split()[1] for line in text.splitlines() if line.startswith("  +")]
+    starred = marked(run, "*")
     assert len(starred) == 2
     assert set(starred) <= {"cloud", "edge"}
-    assert set(plus) <= {"fp16", "int8", "int4"}
-    assert max(map(len, text.splitlines())) <= 110
+    assert set(marked(run, "+")) <= {"fp16", "int8", "int4"}
+    assert max(map(len, analysis.headline(run).splitlines())) <= 110
 
 
-def test_no_setting_is_marked_where_the_full_cache_scores_nothing(tmp_path: Path) -> None:
-    run = make_run(
-        tmp_path / "run", profiles=("lte",), codecs=("int8",), examples=3, score=0.0, reference_score=0.0
-    )
+@pytest.mark.parametrize(
+    ("score", "said"), [(0.0, "full cache scores nothing"), (None, "full cache unknown")]
+)
+def test_no_setting_is_marked_where_the_full_cache_scores_nothing_or_nobody_knows(
+    tmp_path: Path, score: float | None, said: str
+) -> None:
+    run = make_run(tmp_path / "run", ("lte",), ("int8",), examples=3, score=score, reference_score=score)
     text = analysis.headline(run)
-    assert "full cache scores nothing" in text
-    assert not any(line.startswith("  *") for line in text.splitlines())
-
-
-def test_rows_without_scores_still_give_a_table(tmp_path: Path) -> None:
-    run = make_run(
-        tmp_path / "run", profiles=("lte",), codecs=("int8",), examples=3, score=None, reference_score=None
-    )
-    text = analysis.headline(run)
-    assert "full cache unknown" in text
+    assert said in text
     assert "nan" not in text
+    assert marked(run, "*") == []
 
 
 def test_caveats_are_said(tmp_path: Path) -> None:
-    run = make_run(
-        tmp_path / "run",
-        profiles=("lte",),
-        codecs=("int8",),
-        examples=3,
-        calibrated=False,
-        reused="prefill,encode",
-    )
+    odd = {"calibrated": False, "reused": "prefill,encode"}
+    run = make_run(tmp_path / "run", ("lte",), ("int8",), examples=3, **odd)
     rewrite(run, lines(run)[:-1])
     text = analysis.headline(run)
     assert "prefill (100% of trials), encode (100% of trials)" in text
@@ -117,21 +99,24 @@ def test_caveats_are_said(tmp_path: Path) -> None:
     assert "from 5 to 6 examples" in text
 
 
-def test_how_the_machine_computed_is_told_and_trials_behind_a_disturbance_are_counted(tmp_path: Path) -> None:
-    path = make_run(tmp_path / "run", profiles=("lte",), codecs=("fp16",))
+def test_how_the_machine_computed_is_told_and_trials_beside_a_disturbance_are_counted(tmp_path: Path) -> None:
+    """Of measurements at 12:00 and 12:10 the second complains: a trial between them does not know of it yet."""
+    path = make_run(tmp_path / "run", ("lte",), ("fp16",), ("split",), ("needle",), examples=4)
     assert "Compute" not in analysis.headline(path)
-    rewrite(path, [row | {"compute_steady": number > 2} for number, row in enumerate(lines(path))])
-    side = {"least_s": 0.1, "most_s": 0.1, "share": 0.97}
-    made = [
-        {"tokens": 128, "ratio": 1.0, "edge": side | {"median_s": edge}, "cloud": side | {"median_s": 0.2}}
-        for edge in (0.2, 0.3)
-    ]
-    measurements = [one | {"complaints": said} for one, said in zip(made, ([], ["slow"]), strict=True)]
-    write_json(path / "compute.json", {"format": 2, "starts": [{"measurements": measurements}]})
-    told = analysis.headline(path)
-    assert "took the edge 0.2 s and the cloud 0.2 s (ratio 1.00), then 1.00 to 1.50 times that" in told
-    assert "97% of the time or more; 1 out of tolerance" in told
-    assert f"Compute was out of tolerance before 3 of {len(lines(path))} trials." in told
+    minutes = iter((1, 9, 10, 11))
+    change(path, lambda row: {"started_at": f"2025-01-01T12:{next(minutes):02}:00.500+00:00"})
+    first, second = (
+        Measurement(
+            f"2025-01-01T12:{at}:00.000+00:00", 128, Side(edge, 0.1, 0.4, 0.97), Side(0.2, 0.1, 0.4, None), 0.5, None, 0.0, off
+        )
+        for at, edge, off in (("00", 0.2, ()), ("10", 0.3, ("slow",)))
+    )  # fmt: skip
+    starts = [Start(True, (first, second)), Start(False, (first,))]
+    record = json.loads(json.dumps([start.record() for start in starts]))
+    assert compute.starts([{}, 3, *record]) == tuple(starts)
+    write_json(path / "compute.json", {"format": 3, "starts": record[:1]})
+    said = analysis.headline(path)
+    assert "took the edge 0.2 s and the cloud 0.2 s (ratio 1.00), then 1.00 to 1.50 times that" in said
+    assert "97% of the time or more; 1 out of tolerance" in said
+    assert "Compute was out of tolerance before or behind 2 of 4 trials." in said
     assert not summarise(load(path))["compute_steady"].all()
-    write_json(path / "compute.json", {"starts": [{"measurements": [{"edge": 3}]}]})
-    assert "no measurements that can be read" in analysis.headline(path)
