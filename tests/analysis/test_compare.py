@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,31 @@ def test_a_run_that_goes_on_in_another_number_of_threads_says_so() -> None:
     assert other_threads([], 2) == other_threads([{"threads": 2}, {"threads": None}, {}], 2) == ""
     said = other_threads([{"threads": 1}, {"threads": 2}], 2)  # also when it was so at the start before
     assert said.startswith("computed in 2 threads, earlier trials of this run in 1:")
+
+
+def rare(share: float, loss: float) -> Callable[[np.random.Generator, int], np.ndarray]:
+    return lambda rng, n: rng.normal(0, 0.01, n) + loss * (rng.random(n) < share)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lost", "n", "least", "most"),
+    [
+        # means above the margin: they pass only where the sample holds no such loss, or next to none
+        *((rare(0.04, 1.0), n, 0.0, 0.96**n + 0.05) for n in (50, 100)),
+        *((rare(0.1, 0.25), n, 0.0, 0.025) for n in (50, 100)),
+        (rare(0.02, 2.0), 100, 0.0, 0.98**100 + 0.05),
+        # what only rounds is shown to by fifty examples, and not by thirty
+        (lambda rng, n: rng.normal(0.002, 0.015, n), 50, 0.95, 1.0),
+        (lambda rng, n: rng.normal(0.002, 0.015, n), 30, 0.0, 0.0),
+    ],
+)
+def test_how_often_the_rule_of_what_is_lossless_lets_a_loss_pass(
+    lost: Callable[[np.random.Generator, int], np.ndarray], n: int, least: float, most: float
+) -> None:
+    rng, passed = np.random.default_rng(n), 0
+    columns = {"nll_base": 0.0, "score": 1.0, "score_base": 1.0, "kl": 0.0, "task": "qa"}
+    for _ in range(300):
+        pairs = pd.DataFrame({"nll": lost(rng, n), "example": list(map(str, range(n))), **columns})
+        passed += comparisons.compare(pairs, "m", "qa", "codec", comparisons.FULL).lossless
+    assert least <= passed / 300 <= most

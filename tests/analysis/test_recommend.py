@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats as reference
 
-from testbed import analysis, stats
+from testbed import analysis
 from testbed.analysis import recommend, report
 from testbed.analysis.latency_model import LatencyModel, Link, Transport, leave_one_out, median_error
 from testbed.analysis.run import load
@@ -182,43 +181,6 @@ def test_an_unlimited_link_is_predicted(run: Path) -> None:
     predicted = LatencyModel.fit(load(run).rows).predict(Link(float("inf"), 0.0, 0.0))
     assert isinstance(predicted, pd.DataFrame)
     assert np.isfinite(predicted["e2e_s"]).all()
-
-
-def test_of_two_settings_the_one_that_loses_more_in_every_answer_never_has_the_higher_bound() -> None:
-    rng = np.random.default_rng(1)
-    tasks = np.repeat(["one", "other"], [7, 9])
-    for _ in range(200):
-        full = rng.choice([0.0, 0.3, 1.0], 16, p=[0.2, 0.2, 0.6])
-        full[0] = 1.0
-        less = np.clip(full - rng.choice([-0.4, 0.0, 0.0, 0.2, 1.0], 16), 0, 1)
-        more = np.clip(less - rng.choice([0.0, 0.0, 0.1, 1.0], 16), 0, 1)
-        better, worse = stats.kept(less, full, None, tasks), stats.kept(more, full, None, tasks)
-        assert worse.value <= better.value
-        assert worse.low <= better.low
-        assert worse.high <= better.high
-
-
-def test_a_codec_that_lost_answers_does_not_hold_before_one_that_lost_none() -> None:
-    full = np.r_[np.ones(9), np.zeros(3)]
-    lost_none = stats.kept(full, full)
-    lost_one = stats.kept(np.r_[0.4, full[1:]], full)
-    assert lost_one.low < lost_none.low
-    assert lost_none.value == 1.0
-
-
-def test_a_bound_of_answers_that_are_right_or_wrong_is_clopper_and_pearsons() -> None:
-    score = np.r_[np.zeros(3), np.ones(57)]
-    limit = reference.binomtest(3, 60).proportion_ci().high
-    assert stats.kept(score, np.ones(60)).low == pytest.approx(1 - limit, abs=0.004)
-
-
-def test_a_bound_of_what_is_kept_covers_the_truth() -> None:
-    rng, held = np.random.default_rng(2), 0
-    for seed in range(400):
-        full = rng.beta(4, 1, 20)
-        score = full * (1 - (rng.random(20) < 0.2) * rng.beta(1, 2, 20))
-        held += stats.kept(score, full, resamples=1000, seed=seed).low <= 1 - 0.2 / 3
-    assert held / 400 >= 0.95
 
 
 def test_the_text_is_exact_and_is_chosen_on_a_slow_link(run: Path) -> None:
