@@ -16,7 +16,7 @@ import torch
 from testbed.codecs.codec import Codec, decode
 from testbed.endpoints.protocol import Compute, Computed
 from testbed.endpoints.side import Pace
-from testbed.experiment import compute
+from testbed.experiment import gate
 from testbed.models.loading import load_model
 from tests.codecs import test_every_codec as every
 from tests.codecs import test_second_device as second
@@ -101,8 +101,8 @@ def test_a_pair_answers_there_and_its_gate_finds_both_sides_alike(tiny_model: Ca
         def compute(self, side: str) -> Computed:
             return pair.edge.call(Compute())
 
-    compute.measure(Sides(), 1)
-    measured = [compute.measure(Sides(), 5) for _ in range(5)]
+    gate.measure(Sides(), 1)
+    measured = [gate.measure(Sides(), 5) for _ in range(5)]
     print(
         [(m.edge.median_s, m.cloud.median_s, m.edge.least_s, m.edge.most_s, m.edge.share) for m in measured]
     )

@@ -15,20 +15,18 @@ from testbed.analysis import recommend, report
 from testbed.analysis.latency_model import LatencyModel, Link, Transport, leave_one_out, median_error
 from testbed.analysis.run import load
 from testbed.analysis.settings import labelled
-from testbed.cli import main
 from testbed.errors import UsageError
-from tests.analysis.make_run import SWEEP, lines, make_run, rewrite
+from tests.analysis.conftest import Command
+from tests.analysis.make_run import PROFILES, SWEEP, change, lines, make_run, rewrite, write_manifest
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recommend") / "run"
     make_run(path, tuple(SWEEP), ("fp16", "int8", "q2c@0.25+int8"), tasks=("needle",), examples=90)
-    rows = lines(path)
-    exact = [r | {"nll": r["reference_nll"]} if r["codec"] in ("", "fp16") else r for r in rows]
     kept = {"": 1.0, "fp16": 1.0, "int8": 1.0, "q2c@0.25+int8": 0.5}
-    rewrite(path, [r | {"reference_score": 1.0, "score": kept[r["codec"]]} for r in exact])
-    return path
+    change(path, lambda row: {"nll": row["reference_nll"]} if row["codec"] in ("", "fp16") else {})
+    return change(path, lambda row: {"reference_score": 1.0, "score": kept[row["codec"]]})
 
 
 def _one(value: float) -> np.ndarray:
@@ -58,14 +56,11 @@ def _goodput(loss: float) -> float:
     return 10e6 / (both[1] - both[0])
 
 
-def test_rare_loss_limits_long_transfers_as_mathis_says() -> None:
-    assert _goodput(1e-3) == pytest.approx(1448 / 0.05 * (3 / 2 / 1e-3) ** 0.5, rel=0.02)
-
-
-def test_frequent_loss_limits_long_transfers_by_timeouts_as_padhye_says() -> None:
+def test_rare_loss_limits_long_transfers_as_mathis_says_and_frequent_loss_by_timeouts_as_padhye_says() -> None:
     """Equation 30 of the paper at p = 5 %, RTT = 50 ms, T0 = 250 ms, by hand: sqrt(2p/3) = 0.18257, 3 sqrt(3p/8) = 0.41079,
     1 + 32 p^2 = 1.08: 1 / (0.0091287 + 0.25 * 0.41079 * 0.05 * 1.08) = 1 / 0.0146744 = 68.146 segments a second; Mathis
     alone says 1.6 times that."""
+    assert _goodput(1e-3) == pytest.approx(1448 / 0.05 * (3 / 2 / 1e-3) ** 0.5, rel=0.02)
     assert _goodput(0.05) == pytest.approx(68.146 * 1448, rel=1e-3)
 
 
@@ -74,22 +69,12 @@ def test_the_fit_finds_the_numbers_that_made_the_rows(run: Path) -> None:
     truth = Transport(begin_s=0.004, efficiency=0.93, window=20_000.0)
     across = rows["placement"] != "edge"
     own = rows[across]
-    made = truth.transmit_s(
-        own["payload_bytes"].to_numpy(float),
-        own["rate_up_bps"].to_numpy(),
-        own["delay_up_s"].to_numpy(),
-        (own["delay_up_s"] + own["delay_down_s"]).to_numpy(),
-        own["loss_up"].to_numpy(),
-    )
+    columns = ("payload_bytes", "rate_up_bps", "delay_up_s", "delay_down_s", "loss_up")
+    payload, rate, up, down, loss = (own[column].to_numpy(float) for column in columns)
+    made = truth.transmit_s(payload, rate, up, up + down, loss)
     rows.loc[across, "transmit_s"] = made
     found = LatencyModel.fit(rows).transport
-    again = found.transmit_s(
-        own["payload_bytes"].to_numpy(float),
-        own["rate_up_bps"].to_numpy(),
-        own["delay_up_s"].to_numpy(),
-        (own["delay_up_s"] + own["delay_down_s"]).to_numpy(),
-        own["loss_up"].to_numpy(),
-    )
+    again = found.transmit_s(payload, rate, up, up + down, loss)
     assert float(np.median(np.abs(again / made - 1))) < 0.02
     assert found.efficiency == pytest.approx(0.93, rel=0.02)
 
@@ -120,10 +105,9 @@ def test_the_fastest_setting_that_holds_is_chosen(run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_error_of_every_held_out_cell_is_printed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["recommend", str(run), "--rate", "40mbit", "--delay", "20ms", "--held-out"])
-    said = capsys.readouterr().out.split("each profile predicted from the others")[1]
+def test_the_error_of_every_held_out_cell_is_printed(run: Path, command: Command) -> None:
+    _, out, _ = command("recommend", run, "--rate", "40mbit", "--delay", "20ms", "--held-out")
+    said = out.split("each profile predicted from the others")[1]
     found = leave_one_out(load(run).rows)
     row = next(line for line in said.splitlines() if line.startswith("  int8 "))
     assert row.split()[1:] == [f"{one.errors['int8']:+.1%}" for one in found]
@@ -149,13 +133,11 @@ def test_too_few_examples_do_not_show_that_a_floor_holds(run: Path) -> None:
     assert 0.95**72 < 0.025 <= 0.95**71
 
 
-def test_a_deadline_that_nothing_meets_leaves_no_choice(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["recommend", str(run), "--rate", "40mbit", "--delay", "20ms", "--deadline", "10ms", "--json"])
-    assert ended.value.code == 1
-    value = json.loads(capsys.readouterr().out)
+def test_a_deadline_that_nothing_meets_leaves_no_choice(run: Path, command: Command) -> None:
+    link = ("--rate", "40mbit", "--delay", "20ms")
+    status, out, _ = command("recommend", run, *link, "--deadline", "10ms", "--json")
+    assert status == 1
+    value = json.loads(out)
     assert value["choice"] is None
     assert value["held_out"]["median_error"] < 0.1
 
@@ -163,11 +145,10 @@ def test_a_deadline_that_nothing_meets_leaves_no_choice(
 @pytest.mark.parametrize(
     "wrong", [["--rate", "40"], ["--rate", "0mbit"], ["--quality", "2"], ["--deadline", "soon"]]
 )
-def test_a_wrong_request_is_one_line(run: Path, wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["recommend", str(run), "--rate", "40mbit", "--delay", "20ms", *wrong])
-    assert ended.value.code == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+def test_a_wrong_request_is_one_line(run: Path, wrong: list[str], command: Command) -> None:
+    status, _, err = command("recommend", run, "--rate", "40mbit", "--delay", "20ms", *wrong)
+    assert status == 2
+    assert len(err.splitlines()) == 1
 
 
 def test_a_run_on_one_link_says_that_the_error_is_unknown(run: Path) -> None:
@@ -197,9 +178,7 @@ def test_the_text_is_exact_and_is_chosen_on_a_slow_link(run: Path) -> None:
 
 def test_the_text_is_not_exact_where_edge_and_cloud_hold_the_model_in_different_formats(run: Path) -> None:
     path = make_run(run.parent / "formats", ("lte",), ("fp16",), examples=3)
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["settings"] = {"dtype": {"edge": "float32", "cloud": "bfloat16"}}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(path, settings={"dtype": {"edge": "float32", "cloud": "bfloat16"}})
     assert not any(o.exact for o in recommend.recommend(load(path), Link(10e6, 0.035, 0.035)).options)
 
 
@@ -229,11 +208,9 @@ def test_a_link_outside_of_what_was_measured_is_answered_as_extrapolated(run: Pa
 
 
 def test_a_setting_that_failed_is_never_chosen_and_says_so(run: Path, tmp_path: Path) -> None:
-    path = make_run(
-        tmp_path / "failed", tuple(SWEEP), ("fp16", "int8"), ("split",), tasks=("needle",), examples=3
-    )
-    rows = [r | {"nll": r["reference_nll"], "score": 1.0, "reference_score": 1.0} for r in lines(path)]
-    rewrite(path, [r | {"error": "timed out", "e2e_s": 0.0} if r["codec"] == "fp16" else r for r in rows])
+    path = make_run(tmp_path / "failed", tuple(SWEEP), ("fp16", "int8"), ("split",), ("needle",), examples=3)
+    change(path, lambda row: {"nll": row["reference_nll"], "score": 1.0, "reference_score": 1.0})
+    change(path, lambda row: {"error": "timed out", "e2e_s": 0.0} if row["codec"] == "fp16" else {})
     for link in (Link(20e6, 0.01, 0.01), Link(30e6, 0.02, 0.02)):
         found = recommend.recommend(load(path), link, 0.1)
         assert found.choice is None or found.choice.setting == "int8"
@@ -243,17 +220,8 @@ def test_a_setting_that_failed_is_never_chosen_and_says_so(run: Path, tmp_path: 
 
 def test_the_task_that_keeps_least_stands_beside_the_mean_of_several(run: Path, tmp_path: Path) -> None:
     path = make_run(tmp_path / "tasks", ("lte",), ("fp16", "int8"), ("split",), examples=4)
-    rewrite(
-        path,
-        [
-            r
-            | {
-                "reference_score": 1.0,
-                "score": 0.25 if (r["codec"], r["task"]) == ("int8", "passages") else 1.0,
-            }
-            for r in lines(path)
-        ],
-    )
+    kept = {("int8", "passages"): 0.25}
+    change(path, lambda r: {"reference_score": 1.0, "score": kept.get((r["codec"], r["task"]), 1.0)})
     said = recommend.text(recommend.recommend(load(path), Link(10e6, 0.035, 0.035)))
     assert next(line for line in said.splitlines() if " int8 " in line).endswith("passages 0.25")
     assert "passages 0.25" in analysis.headline(path)
@@ -261,9 +229,7 @@ def test_the_task_that_keeps_least_stands_beside_the_mean_of_several(run: Path, 
 
 
 def test_on_a_link_with_loss_the_error_is_that_of_links_with_loss(tmp_path: Path) -> None:
-    path = make_run(
-        tmp_path / "lossy", ("5g-good", "5g-mid", "5g-edge", "lte"), ("fp16",), tasks=("needle",), examples=3
-    )
+    path = make_run(tmp_path / "lossy", tuple(PROFILES), ("fp16",), tasks=("needle",), examples=3)
     found = recommend.recommend(load(path), Link(20e6, 0.02, 0.02, 0.002))
     lossy = [h for h in found.held_out if h.profile != "5g-good"]
     said = f"the model's median error is {median_error(lossy):.0%} over 3 of them"
