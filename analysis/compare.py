@@ -131,7 +131,7 @@ def text(first: Run, second: Run, lines: list[Line]) -> str:
             f"  {line.setting:<{wide}}  {line.latency[0].value:>6.3f} s  {line.latency[1].value:>6.3f} s  "
             f"{line.ratio.text() if line.ratio.n else 'unpaired':>18}  {comparisons.p_text(line.p):>6}  "
             f"{line.quality[0].value:>5.2f}  {line.quality[1].value:>5.2f}  "
-            f"{line.score.text(2, "+"):>21}  {line.nll.text(3, "+"):>24}  "
+            f"{line.score.text(2, '+'):>21}  {line.nll.text(3, '+'):>24}  "
             f"{line.ratio.n:>4}"
             for line in lines
             if line.panel == panel

@@ -240,8 +240,8 @@ def text(found: list[Comparison]) -> str:
             f"{'lost':>18}"
         )
         lines = [
-            f"  {f.setting:<{wide}}  {max(f.score.n, f.nll.n):>4}  {f.score.text(2, "+"):>22}  "
-            f"{p_text(f.p_score):>6}  {f.nll.text(3, "+"):>24}  {p_text(f.p_nll):>6}  "
+            f"  {f.setting:<{wide}}  {max(f.score.n, f.nll.n):>4}  {f.score.text(2, '+'):>22}  "
+            f"{p_text(f.p_score):>6}  {f.nll.text(3, '+'):>24}  {p_text(f.p_nll):>6}  "
             f"{number(f.nll.detectable, 3):>10}  {share(f.lost):>18}{'  lossless' if f.lossless else ''}"
             for f in own
         ]

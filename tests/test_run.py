@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 
 from benchmarks.kill_resume import leftovers, torture
-from testbed import analysis
 from testbed.experiment.plan import load_plan
 from testbed.experiment.results import COLUMNS, FORMAT, STAGES, RunDirectory
 from testbed.experiment.runner import Runner
 from testbed.net.fabric.accounting import LATE_S
-from tests.analysis.make_run import make_run
+from tests.analysis.make_run import headline, make_run
 from tests.tiny_models import tiny_model_directory
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +138,7 @@ class TestAWholeRun:
             assert measured["edge"]["median_s"] > 0 and measured["cloud"]["median_s"] > 0
         assert all(row["warnings"] for row in rows(finished) if not row["compute_steady"])
         unsteady = [row for row in RunDirectory(finished).rows() if not row["compute_steady"]]
-        table = analysis.headline(finished)
+        table = headline(finished)
         assert f"Compute, measured {len(start['measurements'])} times" in table
         assert ("Compute was out of tolerance" in table) == bool(unsteady)
 

@@ -74,12 +74,12 @@ def _enough(verdict: str, n: int, least: int = LEAST) -> str:
 
 def describe(one: Comparison) -> str:
     """ΔNLL first, the score beside it, and what so many examples could have shown."""
-    parts = [f"ΔNLL {one.nll.text(3, "+")}"]
+    parts = [f"ΔNLL {one.nll.text(3, '+')}"]
     if math.isfinite(one.nll.detectable):
         parts.append(f"detectable {one.nll.detectable:.3f}")
     if math.isfinite(one.kl.value):
         parts.append(f"KL {one.kl.value:.3f}")
-    parts.append(f"Δscore {one.score.text(3, "+")}")
+    parts.append(f"Δscore {one.score.text(3, '+')}")
     if math.isfinite(one.ratio.value):
         parts.append(f"score ratio {one.ratio.value:.2f} [{one.ratio.low:.2f}, {one.ratio.high:.2f}]")
     return ", ".join(parts)
@@ -212,7 +212,7 @@ def differs_between_models(
     ]
     beyond = estimate.low > ALIKE or estimate.high < -ALIKE
     verdict = HOLDS if beyond else FAILS if _within(estimate) else UNDECIDED
-    figures = f"difference of ΔNLL {estimate.text(3, "+")}; " + "; ".join(
+    figures = f"difference of ΔNLL {estimate.text(3, '+')}; " + "; ".join(
         f"{c.model}: {describe(c)}, n = {c.nll.n}" for c in compared
     )
     n = min(c.nll.n for c in compared)

@@ -115,15 +115,18 @@ def _resumable(started: Runner, error: Exception) -> Exception:
 
 def show_results(path: Path) -> None:
     """Draw a finished run; where there is too little to draw, say so: the rows are there all the same."""
-    from testbed import analysis
+    from testbed.analysis import report, summary
+    from testbed.analysis.figures import draw_all
+    from testbed.analysis.run import load
 
+    run = load(path)
     try:
-        click.echo(analysis.headline(path) + "\n")
-        click.echo(f"summary   {analysis.write_summary(path)}")
-        drawn = analysis.draw(path)
-        for figure in drawn:
+        click.echo(summary.table(run) + "\n")
+        click.echo(f"summary   {summary.write(run)}")
+        figures = draw_all(run)
+        for figure in figures:
             click.echo(f"plot      {figure}")
-        click.echo(f"report    {analysis.write_report(path, drawn)}")
+        click.echo(f"report    {report.write(run, figures)}")
     except UsageError as error:
         click.echo(f"testbed: nothing to draw: {error}", err=True)
     click.echo(f"rows      {path / 'trials.jsonl'}")

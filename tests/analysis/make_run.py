@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from testbed.analysis import summary
+from testbed.analysis.figures import draw_all
+from testbed.analysis.run import load
 from testbed.codecs.diagnosed import FORMAT as DIAGNOSIS_FORMAT
 from testbed.experiment.results import FORMAT, STAGES, Row
 from testbed.net.calibration.calibrate import Attempt, Calibration
@@ -258,3 +261,13 @@ def _row(rng: np.random.Generator, profile: str, placement: str, codec: str, tas
         kl=0.8 * rise * (0.5 + easy),
         reference_nll=nll,
     )
+
+
+def headline(run: Path) -> str:
+    """The terminal's table."""
+    return summary.table(load(run))
+
+
+def draw(run: Path, names: list[str] | None = None) -> list[Path]:
+    """The figures, written into the run's directory."""
+    return draw_all(load(run), names)

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from testbed import analysis, stats
-from testbed.analysis import settings
+from testbed import stats
+from testbed.analysis import report, settings
 from testbed.analysis.run import load
 from testbed.analysis.summary import summarise
-from tests.analysis.make_run import change, lines, make_run, rewrite
+from tests.analysis.make_run import change, headline, lines, make_run, rewrite
 from tests.analysis.test_figures import drawn, texts, words
 
 ZEROS = {"error": "timed out", "payload_bytes": 0} | dict.fromkeys(("e2e_s", "ttft_s", "transmit_s", "prefill_s"), 0.0)
@@ -43,7 +43,7 @@ def test_a_setting_without_a_task_has_no_mean_over_the_tasks_and_no_mark(tmp_pat
     assert found["fp16"].quality.value == 0.75
     said = texts(drawn("latency_quality", run))
     assert any("int8 failed 4 of 8" in t for t in said)
-    assert "failed 4 of 8" in analysis.headline(run)
+    assert "failed 4 of 8" in headline(run)
 
 
 def test_a_setting_that_failed_everywhere_is_named_in_panels_terminal_report_and_table(
@@ -53,10 +53,10 @@ def test_a_setting_that_failed_everywhere_is_named_in_panels_terminal_report_and
     for name in ("latency_quality", "latency_cdf", "stages"):
         said = texts(drawn(name, run))
         assert any("failed 8 of 8" in t for t in said), name
-    line = next(one for one in analysis.headline(run).splitlines() if " int4 " in one)
+    line = next(one for one in headline(run).splitlines() if " int4 " in one)
     assert "none" in line
     assert line.endswith("failed 8 of 8")
-    assert "failed 8 of 8" in analysis.write_report(run, []).read_text()
+    assert "failed 8 of 8" in report.write(load(run), []).read_text()
     table = summarise(load(run)).query("codec == 'int4'")
     assert (table["e2e_s"] == math.inf).all()
     assert list(table["failed"]) == [4, 4]

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from testbed import analysis
 from testbed.analysis.run import load
 from testbed.errors import UsageError
 from testbed.net.calibration.outcome import Check, Track
-from tests.analysis.make_run import lines, make_run, rewrite, write_calibration
+from tests.analysis.make_run import draw, lines, make_run, rewrite, write_calibration
 from tests.analysis.test_figures import drawn, texts, words
 
 
@@ -112,7 +111,7 @@ def test_fidelity_of_a_run_that_its_links_stopped_needs_no_trial(tmp_path: Path)
     path = make_run(tmp_path / "run", ("lte",), ("int8",))
     write_calibration(path, ("lte",), off=("lte",))
     (path / "trials.jsonl").unlink()
-    assert len(analysis.draw(path, ["fidelity"])) == 2
+    assert len(draw(path, ["fidelity"])) == 2
 
 
 def test_fidelity_says_that_trials_ran_before_the_link_was_measured_well(tmp_path: Path) -> None:
@@ -139,4 +138,4 @@ def test_a_calibration_without_measurements_is_said_in_words(tmp_path: Path, con
     path = make_run(tmp_path / "run", ("lte",), ("int8", "int4"), examples=1)
     (path / "calibration.json").write_text(content)
     with pytest.raises(UsageError, match="has no measured link"):
-        analysis.draw(path, ["fidelity"])
+        draw(path, ["fidelity"])

@@ -14,7 +14,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from testbed import analysis
 from testbed.analysis.figures import FIGURES, figure
 from testbed.analysis.figures.retention import split_selection
 from testbed.analysis.figures.style import LONGEST, WIDTH, marks, short, style
@@ -22,6 +21,7 @@ from testbed.analysis.run import load
 from testbed.errors import UsageError
 from tests.analysis.conftest import Command
 from tests.analysis.make_run import (
+    draw,
     CODECS,
     PROFILES,
     SWEEP,
@@ -75,7 +75,7 @@ def words(name: str, path: Path) -> str:
 @pytest.mark.slow
 def test_all_figures_are_written_as_picture_and_vector(small: Path) -> None:
     run = small
-    paths = analysis.draw(run)
+    paths = draw(run)
     left_out = {
         "regimes",
         "link_sweep",
@@ -97,8 +97,8 @@ def test_all_figures_are_written_as_picture_and_vector(small: Path) -> None:
 
 @pytest.mark.slow
 def test_the_same_rows_give_the_same_bytes(small: Path) -> None:
-    first = [p.read_bytes() for p in analysis.draw(small, ["stages"])]
-    assert [p.read_bytes() for p in analysis.draw(small, ["stages"])] == first
+    first = [p.read_bytes() for p in draw(small, ["stages"])]
+    assert [p.read_bytes() for p in draw(small, ["stages"])] == first
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_stage_bars_add_up_to_the_median_latency(run: Path) -> None:
 @pytest.mark.slow
 def test_two_rows_are_drawn_without_intervals(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", ("lte",), ("fp16", "int8"), ("split",), ("needle",), examples=1)
-    assert {p.stem for p in analysis.draw(path)} == {
+    assert {p.stem for p in draw(path)} == {
         "latency_quality",
         "latency_nll",
         "stages",
@@ -198,12 +198,12 @@ def test_two_rows_are_drawn_without_intervals(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_figures_that_the_run_has_no_data_for_are_left_out(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", ("lte",), ("int8",), tasks=("needle",), examples=3, nll=None)
-    assert {p.stem for p in analysis.draw(path)} == {"latency_quality", "stages", "latency_cdf", "timeline"}
+    assert {p.stem for p in draw(path)} == {"latency_quality", "stages", "latency_cdf", "timeline"}
 
 
 def test_equal_latencies_and_scores_are_drawn(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", ("lte",), ("int8", "int4"), examples=3, e2e_s=1.0, score=1.0)
-    assert analysis.draw(path, ["latency_quality"])
+    assert draw(path, ["latency_quality"])
 
 
 def test_a_filter_is_named_in_the_figure(run: Path) -> None:
@@ -215,8 +215,8 @@ def test_a_filter_is_named_in_the_figure(run: Path) -> None:
 
 def test_analysis_never_imports_torch_nor_a_window_system(small: Path) -> None:
     code = (
-        "import sys, pathlib, analysis; assert 'pandas' not in sys.modules\n"
-        f"p = pathlib.Path({str(small)!r}); analysis.headline(p); analysis.draw(p, ['stages'])\n"
+        "import sys, pathlib, testbed.cli.run; assert not {'pandas', 'matplotlib'} & set(sys.modules)\n"
+        f"testbed.cli.run.show_results(pathlib.Path({str(small)!r}))\n"
         "assert not {'torch', 'transformers', 'tkinter', 'matplotlib.pyplot'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
@@ -289,7 +289,7 @@ def test_a_figure_without_its_data_says_what_it_needs(
     plain = {"profiles": ("lte",), "codecs": ("int8", "int4"), "tasks": ("needle",), "examples": 3}
     path = make_run(tmp_path / "run", **plain | changes)
     with pytest.raises(UsageError, match=said):
-        analysis.draw(path, [name])
+        draw(path, [name])
 
 
 def test_rate_distortion_draws_mean_kl_against_mean_bits(run: Path) -> None:

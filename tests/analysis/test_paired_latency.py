@@ -10,11 +10,10 @@ import pandas as pd
 import pytest
 from scipy import stats as reference
 
-from testbed import analysis
 from testbed.analysis import comparisons, paired_latency, settings
 from testbed.analysis.run import load
 from testbed.analysis.summary import summarise
-from tests.analysis.make_run import change, make_run
+from tests.analysis.make_run import change, headline, make_run
 from tests.analysis.test_figures import drawn, texts, words
 
 
@@ -72,7 +71,7 @@ def alike(tmp_path: Path) -> Path:
 
 
 def test_ties_are_ties_in_terminal_figures_and_tables_alike(alike: Path) -> None:
-    text = analysis.headline(alike)
+    text = headline(alike)
     assert text.count("\n  = ") == 2  # cloud or edge, on either link
     assert sum("tied: " in text for text in texts(drawn("regimes", alike))) == 2
     assert "Dotted ring" in words("latency_quality", alike)
@@ -88,7 +87,7 @@ def test_ties_are_ties_in_terminal_figures_and_tables_alike(alike: Path) -> None
 
 
 def test_links_that_share_one_sample_of_computing_say_so(alike: Path) -> None:
-    assert "taken over on 2 links" in analysis.headline(alike)
+    assert "taken over on 2 links" in headline(alike)
 
 
 def test_a_runs_figures_and_tables_name_one_latency_for_a_setting(alike: Path) -> None:
@@ -97,7 +96,7 @@ def test_a_runs_figures_and_tables_name_one_latency_for_a_setting(alike: Path) -
     medians = {m.label: m.latency.value for m in settings.measured(rows)}
     bars = texts(drawn("stages", alike))
     for label, value in medians.items():
-        assert f"{value:.3f} s" in analysis.headline(alike), label
+        assert f"{value:.3f} s" in headline(alike), label
         text = f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
         assert any(t.startswith(text) for t in bars), label
 
@@ -110,5 +109,5 @@ def test_where_answers_differ_in_length_latency_ends_with_the_first_token(alike:
     assert (run.rows["latency_s"] == run.rows["ttft_s"]).all()
     for name in ("latency_quality", "latency_cdf", "regimes"):
         assert "time to first token" in words(name, alike), name
-    assert "median time to first token" in analysis.headline(alike)
+    assert "median time to first token" in headline(alike)
     assert summarise(run)["answer_tokens"].notna().all()

@@ -10,14 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from testbed import analysis
 from testbed.analysis import recommend, report
 from testbed.analysis.latency_model import LatencyModel, Link, Transport, leave_one_out, median_error
 from testbed.analysis.run import load
 from testbed.analysis.settings import labelled
 from testbed.errors import UsageError
 from tests.analysis.conftest import Command
-from tests.analysis.make_run import PROFILES, SWEEP, change, lines, make_run, rewrite, write_manifest
+from tests.analysis.make_run import PROFILES, SWEEP, change, headline, lines, make_run, rewrite, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +223,7 @@ def test_the_task_that_keeps_least_stands_beside_the_mean_of_several(run: Path, 
     change(path, lambda r: {"reference_score": 1.0, "score": kept.get((r["codec"], r["task"]), 1.0)})
     said = recommend.text(recommend.recommend(load(path), Link(10e6, 0.035, 0.035)))
     assert next(line for line in said.splitlines() if " int8 " in line).endswith("passages 0.25")
-    assert "passages 0.25" in analysis.headline(path)
+    assert "passages 0.25" in headline(path)
     assert "passages 0.25" in html.unescape(report.write(load(path), []).read_text())
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from testbed import analysis
+from testbed.analysis import report, summary
 from testbed.analysis.run import load
 from testbed.errors import UsageError
 from testbed.experiment.results import COLUMNS, FORMAT, MEASURED, READABLE, Row, RunDirectory, as_now
 from testbed.experiment.runner import resume
 from tests.analysis.conftest import Command
-from tests.analysis.make_run import change, lines, make_run, rewrite, write_calibration, write_manifest
+from tests.analysis.make_run import change, draw, headline, lines, make_run, rewrite, write_calibration, write_manifest
 from tests.analysis.test_figures import words
 
 COMMANDS = {
@@ -65,7 +65,7 @@ def test_values_of_the_wrong_kind_are_treated_as_missing(run: Path) -> None:
     loaded = load(change(run, lambda row: odd)).rows
     assert loaded[["nll", "score", "payload_bytes"]].isna().all(axis=None)
     assert (loaded["codec"] == "").all()
-    assert analysis.headline(run)
+    assert headline(run)
 
 
 def test_failed_trials_are_kept_apart_unless_they_finished_later(run: Path) -> None:
@@ -77,7 +77,7 @@ def test_failed_trials_are_kept_apart_unless_they_finished_later(run: Path) -> N
     assert RunDirectory(run).finished() == {r["trial"] for r in rows} - {rows[5]["trial"]}
     loaded = load(run)
     assert (len(loaded.failed), len(loaded.rows)) == (1, len(rows) - 1)
-    assert "1 trial failed (" in analysis.headline(run)
+    assert "1 trial failed (" in headline(run)
 
 
 def test_lines_that_are_no_trials_are_not_counted_as_finished_ones(run: Path) -> None:
@@ -100,7 +100,7 @@ def test_missing_or_broken_files_are_said_not_fatal(run: Path) -> None:
         "1 unreadable line of trials.jsonl passed over",
     )
     assert load(run).notes == known
-    assert f"Run directory: {'; '.join(known)}." in analysis.headline(run)
+    assert f"Run directory: {'; '.join(known)}." in headline(run)
     assert all(gap in words("stages", run) for gap in known)
 
 
@@ -137,7 +137,7 @@ def test_a_run_from_before_kl_and_slowdowns_opens_with_nothing_invented(run: Pat
     rows = load(run).rows
     assert rows["kl"].isna().all()
     assert (rows[["edge_slowdown", "cloud_slowdown"]] == 1.0).all(axis=None)
-    assert analysis.draw(run, ["latency_quality"])
+    assert draw(run, ["latency_quality"])
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_a_mean_over_all_rows_leaves_the_failed_ones_out(older: Path, lost: str)
     assert loaded.rows["answer_tokens"].isna().all()
 
 
-@pytest.mark.parametrize("act", [analysis.draw, analysis.write_summary, analysis.headline])
+@pytest.mark.parametrize("act", [draw, lambda run: summary.write(load(run)), headline])
 def test_a_run_without_finished_trials_says_so(run: Path, act) -> None:
     change(run, lambda row: {"error": "the cloud died\nat length"})
     with pytest.raises(UsageError, match=r"no finished trials \(12 failed, the first with: the cloud died\)"):
@@ -196,7 +196,7 @@ def test_a_run_without_finished_trials_says_so(run: Path, act) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give files away")
 def test_what_root_writes_belongs_to_the_runs_owner(run: Path) -> None:
     os.chown(run, 12345, 23456)
-    written = [analysis.write_summary(run), *analysis.draw(run, ["stages"])]
+    written = [summary.write(load(run)), *draw(run, ["stages"])]
     for path in [*written, run / "figures"]:
         assert (path.stat().st_uid, path.stat().st_gid) == (12345, 23456), path
 
@@ -290,5 +290,5 @@ def test_half_a_surrogate_pair_in_a_row_or_a_manifest_is_shown_as_a_question_mar
     write_manifest(run, name="\ud800")
     read = next(RunDirectory(run).rows())
     assert (read["answer"], read["profile"]) == ("?", "\U0001f600 ?")
-    analysis.write_summary(run)
-    analysis.write_report(run, [])
+    summary.write(load(run))
+    report.write(load(run), [])

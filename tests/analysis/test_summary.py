@@ -9,13 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from testbed import analysis
 from testbed.analysis.run import load
-from testbed.analysis.summary import summarise
+from testbed.analysis.summary import summarise, write
 from testbed.experiment import compute
 from testbed.experiment.compute import Measurement, Side, Start
 from testbed.experiment.results import STAGES, write_json
-from tests.analysis.make_run import KV_BYTES, change, lines, make_run, rewrite
+from tests.analysis.make_run import KV_BYTES, change, headline, lines, make_run, rewrite
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_is_one_row_per_cell_and_task_with_the_rows_own_statistics(run: Path) -> None:
-    summary = pd.read_csv(analysis.write_summary(run))
+    summary = pd.read_csv(write(load(run)))
     rows = load(run).rows
     assert len(summary) == rows.groupby(["cell", "task"]).ngroups == 2 * 5 * 2
     for _, line in summary.iterrows():
@@ -57,7 +56,7 @@ def test_failed_trials_are_counted_where_they_failed(tmp_path: Path) -> None:
 
 def marked(run: Path, mark: str) -> list[str]:
     """The settings of the terminal's table that have this mark."""
-    return [line.split()[1] for line in analysis.headline(run).splitlines() if line.startswith(f"  {mark}")]
+    return [line.split()[1] for line in headline(run).splitlines() if line.startswith(f"  {mark}")]
 
 
 def test_the_headline_marks_the_fastest_setting_that_keeps_95_percent(tmp_path: Path) -> None:
@@ -73,7 +72,7 @@ def test_the_headline_marks_the_fastest_that_sends_kv_beside_the_fastest_of_all(
     assert len(starred) == 2
     assert set(starred) <= {"cloud", "edge"}
     assert set(marked(run, "+")) <= {"fp16", "int8", "int4"}
-    assert max(map(len, analysis.headline(run).splitlines())) <= 110
+    assert max(map(len, headline(run).splitlines())) <= 110
 
 
 @pytest.mark.parametrize(
@@ -83,7 +82,7 @@ def test_no_setting_is_marked_where_the_full_cache_scores_nothing_or_nobody_know
     tmp_path: Path, score: float | None, said: str
 ) -> None:
     run = make_run(tmp_path / "run", ("lte",), ("int8",), examples=3, score=score, reference_score=score)
-    text = analysis.headline(run)
+    text = headline(run)
     assert said in text
     assert "nan" not in text
     assert marked(run, "*") == []
@@ -93,7 +92,7 @@ def test_caveats_are_said(tmp_path: Path) -> None:
     odd = {"calibrated": False, "reused": "prefill,encode"}
     run = make_run(tmp_path / "run", ("lte",), ("int8",), examples=3, **odd)
     rewrite(run, lines(run)[:-1])
-    text = analysis.headline(run)
+    text = headline(run)
     assert "prefill (100% of trials), encode (100% of trials)" in text
     assert "out of tolerance: lte" in text
     assert "from 5 to 6 examples" in text
@@ -102,7 +101,7 @@ def test_caveats_are_said(tmp_path: Path) -> None:
 def test_how_the_machine_computed_is_told_and_trials_beside_a_disturbance_are_counted(tmp_path: Path) -> None:
     """Of measurements at 12:00 and 12:10 the second complains: a trial between them does not know of it yet."""
     path = make_run(tmp_path / "run", ("lte",), ("fp16",), ("split",), ("needle",), examples=4)
-    assert "Compute" not in analysis.headline(path)
+    assert "Compute" not in headline(path)
     minutes = iter((1, 9, 10, 11))
     change(path, lambda row: {"started_at": f"2025-01-01T12:{next(minutes):02}:00.500+00:00"})
     first, second = (
@@ -115,7 +114,7 @@ def test_how_the_machine_computed_is_told_and_trials_beside_a_disturbance_are_co
     record = json.loads(json.dumps([start.record() for start in starts]))
     assert compute.starts([{}, 3, *record]) == tuple(starts)
     write_json(path / "compute.json", {"format": 3, "starts": record[:1]})
-    said = analysis.headline(path)
+    said = headline(path)
     assert "took the edge 0.2 s and the cloud 0.2 s (ratio 1.00), then 1.00 to 1.50 times that" in said
     assert "97% of the time or more; 1 out of tolerance" in said
     assert "Compute was out of tolerance before or behind 2 of 4 trials." in said
