@@ -78,7 +78,9 @@ def caveats(run: Run) -> list[str]:
         said.append(f"{_failures(run)}: infinite latencies, and no answers.")
     unsteady = int((~rows["compute_steady"]).sum())
     if unsteady:
-        said.append(f"Compute was out of tolerance before or behind {unsteady:,} of {counted(len(rows), 'trial')}.")
+        said.append(
+            f"Compute was out of tolerance before or behind {unsteady:,} of {counted(len(rows), 'trial')}."
+        )
     warned = int(((rows["warnings"] != "") & rows["calibrated"] & rows["compute_steady"]).sum())
     if warned:
         said.append(f"{counted(warned, 'trial')} with warnings.")

@@ -10,6 +10,7 @@ import pandas as pd
 
 from testbed import stats
 from testbed.analysis import settings
+from testbed.analysis.describe import plain
 from testbed.analysis.latency_model import (
     HeldOut,
     LatencyModel,
@@ -20,7 +21,6 @@ from testbed.analysis.latency_model import (
     steady,
 )
 from testbed.analysis.measured_links import beyond
-from testbed.analysis.describe import plain
 from testbed.analysis.run import Run
 
 

@@ -67,7 +67,9 @@ class Run:
         """A digest of each thing that the run read by name (a task's file, its model, a trace); empty where it kept none."""
         digests = {name: str(digest) for name, digest in self._kept("inputs").items()}
         traces = self._kept("traces").items()
-        return digests | {f"trace {n}": str(kept.get("sha256")) for n, kept in traces if isinstance(kept, dict)}
+        return digests | {
+            f"trace {n}": str(kept.get("sha256")) for n, kept in traces if isinstance(kept, dict)
+        }
 
     @property
     def diagnosis(self) -> dict[str, Any]:

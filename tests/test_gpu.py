@@ -106,4 +106,4 @@ def test_a_pair_answers_there_and_its_gate_finds_both_sides_alike(tiny_model: Ca
     print(
         [(m.edge.median_s, m.cloud.median_s, m.edge.least_s, m.edge.most_s, m.edge.share) for m in measured]
     )
-    assert 1 / compute.GROSS < median(m.ratio for m in measured) < compute.GROSS
+    assert 1 / gate.GROSS < median(m.ratio for m in measured) < gate.GROSS

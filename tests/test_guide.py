@@ -134,7 +134,17 @@ def test_too_few_examples_leave_a_step_undecided(tmp_path: Path) -> None:
 
 
 def guided(model: Path, out: Path, *more: str) -> dict[str, Any]:
-    arguments = ["guide", str(model), "--out", str(out), "--context-tokens", "150", "--threads", "1", "--json"]
+    arguments = [
+        "guide",
+        str(model),
+        "--out",
+        str(out),
+        "--context-tokens",
+        "150",
+        "--threads",
+        "1",
+        "--json",
+    ]
     result = CliRunner().invoke(cli, [*arguments, *more], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(result.stdout)

@@ -94,9 +94,7 @@ def _open(sample: Sample, compared: Comparison, **more: Any) -> Verdict:
     """What is not decided yet of a comparison."""
     what = f"{compared.setting} against {compared.baseline}"
     figures, values = describe(compared), comparisons.line(compared)
-    return Verdict(
-        sample.model, sample.task, what, UNDECIDED, figures, compared.nll.n, values=values, **more
-    )
+    return Verdict(sample.model, sample.task, what, UNDECIDED, figures, compared.nll.n, values=values, **more)
 
 
 def better(sample: Sample, setting: str, baseline: str) -> Verdict:

@@ -59,7 +59,9 @@ def draw(run: Run) -> Figure:
     draw_panel = partial(_draw_panel, legend.looks)
     fill(axes, columns, panels, draw_panel, f"{run.latency} (s)", "share of requests")
     handles = [
-        Line2D([], [], **{**mark.options(), "linestyle": DASHES[i % len(DASHES)], "markersize": 6}, label=name)
+        Line2D(
+            [], [], **{**mark.options(), "linestyle": DASHES[i % len(DASHES)], "markersize": 6}, label=name
+        )
         for i, (mark, name) in enumerate(zip(legend.looks.values(), legend.names.values(), strict=True))
     ]
     legend.draw(figure, frame, handles)

@@ -105,7 +105,9 @@ def _draw(ax: Axes, points: list[Point], looks: dict[str, Mark], metric: Metric)
             bar = (point.loss.low, point.loss.high)
             ax.plot([point.bits] * 2, bar, color=mark.color, lw=1.0, alpha=0.6, zorder=2)
         ax.plot(point.bits, point.loss.value, zorder=4, **mark.options())
-    best = [points[int(i)] for i in stats.pareto_front([p.bits for p in points], [-p.loss.value for p in points])]
+    best = [
+        points[int(i)] for i in stats.pareto_front([p.bits for p in points], [-p.loss.value for p in points])
+    ]
     crossed = [((p.bits, p.loss.low), (p.bits, p.loss.high)) for p in points if math.isfinite(p.loss.low)]
     crossed += front(ax, [(p.bits, p.loss.value) for p in best], FRONT)
     drawn = short(p.codec for p in points)

@@ -21,6 +21,7 @@ from testbed.analysis.settings import DELTA_NLL, SCORE, Metric
 from testbed.codecs.spec import written
 from testbed.errors import SpecError
 
+
 @dataclass(frozen=True)
 class Curve:
     """One selector with one quantizer: quality by the fraction kept."""

@@ -16,7 +16,7 @@ class Forms(Outcomes[str]):
     """What examples lose under each form, all keys and values quantized."""
 
     def __init__(self, bits: int) -> None:
-        self._methods = {scale: coarse(bits, scale) for scale in SCALES}
+        self._methods: dict[str, Quantizer] = {scale: coarse(bits, scale) for scale in SCALES}
         self._bits: dict[str, float] = {}
         super().__init__({scale: partial(self._outcome, scale) for scale in SCALES})
 

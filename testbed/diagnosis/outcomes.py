@@ -14,8 +14,8 @@ Way = TypeVar("Way", bound=Hashable)
 
 @dataclass(frozen=True)
 class Outcome:
-    """One example under one setting. kl: of the gold answer's next-token distributions from the full cache's, nll: of that answer,
-    both nats a token; score: the task's, 0 to 1.
+    """One example under one setting. kl: of the gold answer's next-token distributions from the full cache's, nats a token; nll:
+    of that answer, nats a token; score: the task's, 0 to 1.
     """
 
     kl: float

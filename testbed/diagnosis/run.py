@@ -65,10 +65,9 @@ def _by_published_rule(
     layers = range(model.num_layers)
     every = [place for layer in layers for place in published.layer_places(layer)]
     ways = {layer: _quantizing(published.layer_places(layer), request.bits) for layer in layers}
-    alone: Outcomes[int | str] = Outcomes({"all": _quantizing(every, request.bits), **ways})
+    alone = Outcomes(ways | {-1: _quantizing(every, request.bits)})
     _rank(variants_of, examples[: request.examples], [forms, alone], "", say)
-    whole, each = alone.by_way["all"], [alone.by_way[layer] for layer in layers]
-    found = published.judge(alone.full, whole, each)
+    found = published.judge(alone.full, alone.by_way[-1], [alone.by_way[layer] for layer in layers])
     return {
         "protect": published.protected(found),
         "verdict": published.verdict(found, request.bits),
@@ -200,7 +199,9 @@ def _smallest(
             mixture = {
                 place: request.high if place in protected else request.bits for place in ranking.places
             }
-            tried[protected] = loss = loss_of([e.full for e in examples], [e.outcome(mixture) for e in examples])
+            tried[protected] = loss = loss_of(
+                [e.full for e in examples], [e.outcome(mixture) for e in examples]
+            )
             nll, score = interval(loss.nll), interval(loss.score)
             say(
                 f"{write_places(protected)}: loses {nll.mean:+.4f} [{nll.low:+.4f}, {nll.high:+.4f}] nats a token, "
@@ -208,9 +209,7 @@ def _smallest(
             )
         return tried[protected]
 
-    return smallest_set(
-        ranking.ranked(), lost, lambda loss: holds(loss, request.measure, request.epsilon)
-    )
+    return smallest_set(ranking.ranked(), lost, lambda loss: holds(loss, request.measure, request.epsilon))
 
 
 def _mean(values: list[float]) -> float:

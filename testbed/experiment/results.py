@@ -368,10 +368,11 @@ class RunDirectory:
         import pandas as pd
 
         try:
-            rows = pd.read_parquet(self.path / "trials.parquet").to_dict("records")
+            table = pd.read_parquet(self.path / "trials.parquet")
         except (OSError, ValueError):
-            rows = []
-        return [as_now({str(k): v for k, v in row.items()}) for row in rows], ["trials.jsonl is missing"]
+            table = pd.DataFrame()
+        rows = [as_now({str(k): v for k, v in row.items()}) for row in table.to_dict("records")]
+        return rows, ["trials.jsonl is missing"]
 
     def finished(self) -> set[str]:
         """The trials that have a row without an error: what is not to be run again."""

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from testbed.analysis.claims import judges
-from testbed.analysis.claims import rules
+from testbed.analysis.claims import judges, rules
 from testbed.analysis.claims.judges import is_alone
 from testbed.analysis.claims.pool import Sample, collect
 from testbed.analysis.claims.rules import FAILS, HOLDS
@@ -40,7 +39,9 @@ class Question:
 
 _FORMS = " ".join(f"--codec '{codec}'" if "(" in codec else f"--codec {codec}" for codec in FORMS.values())
 INT8 = Question("Is INT8 enough?", lambda spec: is_alone(spec, "int8"), "run it: testbed run … --codec int8")
-INT4 = Question("Is INT4 enough?", lambda spec: is_alone(spec, "int4"), f"run its forms: testbed run … {_FORMS}")
+INT4 = Question(
+    "Is INT4 enough?", lambda spec: is_alone(spec, "int4"), f"run its forms: testbed run … {_FORMS}"
+)
 DIAGNOSIS = Question("Are a few layers to blame?", lambda _: False, "testbed diagnose MODEL")
 MIXED = Question(
     "Does protecting the diagnosed layers make INT4 lossless?",

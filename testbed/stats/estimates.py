@@ -79,7 +79,7 @@ def by_example(
     empty where nothing is left.
     """
     data = np.stack([np.asarray(side, dtype=np.float64).ravel() for side in sides])
-    known = np.isfinite(data).all(axis=0)
+    known = np.logical_and.reduce(np.isfinite(data))
     if not known.any():
         return []
     tasks = _codes(np.zeros(len(known)) if strata is None else strata, known)

@@ -154,7 +154,11 @@ def test_an_advantage_or_a_damage_grows_where_each_examples_slope_is_positive(
             # Examples differ in their slopes, whose mean is as asked.
             slope = per_doubling + (0.05 if number % 2 else -0.05)
             more = doublings * slope if row["codec"].startswith("snapkv") else 0.0
-            known = {"task": f"needle@{tokens}", "context_tokens": tokens, "trial": f"{row['trial']}/{tokens}"}
+            known = {
+                "task": f"needle@{tokens}",
+                "context_tokens": tokens,
+                "trial": f"{row['trial']}/{tokens}",
+            }
             rows.append(row | known | {"nll": row["nll"] + more})
     rewrite(path, rows)
     (growth,) = judged(path)["q2c-grows"]

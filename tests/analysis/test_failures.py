@@ -14,9 +14,11 @@ from testbed.analysis import report, settings
 from testbed.analysis.run import load
 from testbed.analysis.summary import summarise
 from tests.analysis.make_run import change, headline, lines, make_run, rewrite
-from tests.analysis.test_figures import drawn, texts, words
+from tests.analysis.test_figures import drawn, texts
 
-ZEROS = {"error": "timed out", "payload_bytes": 0} | dict.fromkeys(("e2e_s", "ttft_s", "transmit_s", "prefill_s"), 0.0)
+ZEROS = {"error": "timed out", "payload_bytes": 0} | dict.fromkeys(
+    ("e2e_s", "ttft_s", "transmit_s", "prefill_s"), 0.0
+)
 
 
 def _made(path: Path, fails, codecs: tuple[str, ...] = ("fp16", "int8", "int4"), examples: int = 4) -> Path:

@@ -21,11 +21,11 @@ from testbed.analysis.run import load
 from testbed.errors import UsageError
 from tests.analysis.conftest import Command
 from tests.analysis.make_run import (
-    draw,
     CODECS,
     PROFILES,
     SWEEP,
     change,
+    draw,
     lines,
     make_run,
     rewrite,
@@ -364,12 +364,16 @@ def test_regimes_puts_in_brackets_what_its_interval_does_not_show(tmp_path: Path
     path = make_run(tmp_path / "run", ("5g-mid", "lte"), ("int8",), ("split",), ("needle",), examples=80)
     change(path, lambda row: {"score": 1.0, "reference_score": 1.0})
     assert "int8" in texts(drawn("regimes", path))
-    few = [r for r in lines(path) if int(r["example"].split("-")[1]) < 10]  # none changed, but ten show little
+    few = [
+        r for r in lines(path) if int(r["example"].split("-")[1]) < 10
+    ]  # none changed, but ten show little
     rewrite(path, few)
     assert "(int8)" in texts(drawn("regimes", path))
 
 
-def test_a_diagnosis_is_plotted_from_its_file_its_directory_and_a_run(tmp_path: Path, command: Command) -> None:
+def test_a_diagnosis_is_plotted_from_its_file_its_directory_and_a_run(
+    tmp_path: Path, command: Command
+) -> None:
     file = write_diagnosis(tmp_path / "tiny-int4.json")
     (tmp_path / "other.json").write_text("[]")
     for subject in (file, tmp_path):

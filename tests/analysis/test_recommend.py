@@ -16,7 +16,16 @@ from testbed.analysis.run import load
 from testbed.analysis.settings import labelled
 from testbed.errors import UsageError
 from tests.analysis.conftest import Command
-from tests.analysis.make_run import PROFILES, SWEEP, change, headline, lines, make_run, rewrite, write_manifest
+from tests.analysis.make_run import (
+    PROFILES,
+    SWEEP,
+    change,
+    headline,
+    lines,
+    make_run,
+    rewrite,
+    write_manifest,
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +64,9 @@ def _goodput(loss: float) -> float:
     return 10e6 / (both[1] - both[0])
 
 
-def test_rare_loss_limits_long_transfers_as_mathis_says_and_frequent_loss_by_timeouts_as_padhye_says() -> None:
+def test_rare_loss_limits_long_transfers_as_mathis_says_and_frequent_loss_by_timeouts_as_padhye_says() -> (
+    None
+):
     """Equation 30 of the paper at p = 5 %, RTT = 50 ms, T0 = 250 ms, by hand: sqrt(2p/3) = 0.18257, 3 sqrt(3p/8) = 0.41079,
     1 + 32 p^2 = 1.08: 1 / (0.0091287 + 0.25 * 0.41079 * 0.05 * 1.08) = 1 / 0.0146744 = 68.146 segments a second; Mathis
     alone says 1.6 times that."""

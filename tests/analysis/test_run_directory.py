@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -16,7 +15,16 @@ from testbed.errors import UsageError
 from testbed.experiment.results import COLUMNS, FORMAT, MEASURED, READABLE, Row, RunDirectory, as_now
 from testbed.experiment.runner import resume
 from tests.analysis.conftest import Command
-from tests.analysis.make_run import change, draw, headline, lines, make_run, rewrite, write_calibration, write_manifest
+from tests.analysis.make_run import (
+    change,
+    draw,
+    headline,
+    lines,
+    make_run,
+    rewrite,
+    write_calibration,
+    write_manifest,
+)
 from tests.analysis.test_figures import words
 
 COMMANDS = {
@@ -61,7 +69,14 @@ def test_missing_columns_are_filled_and_unknown_ones_kept(run: Path) -> None:
 
 
 def test_values_of_the_wrong_kind_are_treated_as_missing(run: Path) -> None:
-    odd = {"e2e_s": 10**400, "nll": "low", "payload_bytes": [1], "codec": 7, "score": float("inf"), "calibrated": "no"}  # fmt: skip
+    odd = {
+        "e2e_s": 10**400,
+        "nll": "low",
+        "payload_bytes": [1],
+        "codec": 7,
+        "score": math.inf,
+        "calibrated": 3,
+    }
     loaded = load(change(run, lambda row: odd)).rows
     assert loaded[["nll", "score", "payload_bytes"]].isna().all(axis=None)
     assert (loaded["codec"] == "").all()
@@ -162,7 +177,9 @@ def test_the_zeros_of_an_older_runs_failed_row_are_read_as_unknown_and_its_secon
     assert all(row["e2e_s"] > 0 and row["queue_s"] == 0 for row in finished)
     assert directory.settings() == load(older).scenario == {"timeout": "90s"}
     assert tuple(range(1, FORMAT + 1)) == READABLE
-    assert all(as_now(row) == row for row in directory.rows())  # migrations leave rows of today's format alone
+    assert all(
+        as_now(row) == row for row in directory.rows()
+    )  # migrations leave rows of today's format alone
 
 
 @pytest.mark.parametrize("lost", ["", "trials.jsonl"])

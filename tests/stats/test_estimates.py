@@ -23,7 +23,7 @@ def clustered(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]
 BETA = np.random.default_rng(1).beta(2, 1, 200)  # at n = 200 the small-sample correction is within noise
 LOGNORMAL = np.random.default_rng(4).lognormal(0, 0.5, 41)
 VALUES, EXAMPLES = clustered(np.random.default_rng(1), 150)
-MEANS = np.array([VALUES[EXAMPLES == example].mean() for example in range(150)])
+MEANS = np.array([VALUES[example == EXAMPLES].mean() for example in range(150)])
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,9 @@ def mixture(rng: np.random.Generator, n: int) -> np.ndarray:
 TRUTHS: dict[Draw, float] = {lognormal: 0.05 * np.exp(0.5), gamma: 0.1, mixture: 0.1}
 
 
-def of_tasks(rng: np.random.Generator, first: Draw, second: Draw, sizes: tuple[int, int], **more) -> stats.Estimate:
+def of_tasks(
+    rng: np.random.Generator, first: Draw, second: Draw, sizes: tuple[int, int], **more
+) -> stats.Estimate:
     """The mean over two tasks, of which each has its own values."""
     values = np.concatenate([first(rng, sizes[0]), second(rng, sizes[1])])
     return stats.mean(values, None, np.repeat(["one", "other"], sizes), **more)
