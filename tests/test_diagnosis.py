@@ -124,19 +124,11 @@ def test_a_layer_that_costs_as_much_and_changes_more_is_the_worst() -> None:
 
 
 def diagnose(model: Path, out: Path, *more: str) -> dict[str, Any]:
-    arguments = [
-        "diagnose",
-        str(model),
-        "--examples",
-        "2",
-        "--context-tokens",
-        "150",
-        "--bits",
-        "2",
-        "--out",
-        str(out),
-    ]
-    result = CliRunner().invoke(cli, [*arguments, "--json", "--threads", "1", *more], catch_exceptions=False)
+    settings = {"examples": "2", "context-tokens": "150", "bits": "2", "threads": "1", "out": str(out)}
+    options = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    result = CliRunner().invoke(
+        cli, ["diagnose", str(model), *options, "--json", *more], catch_exceptions=False
+    )
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(result.stdout)
     return found
@@ -241,12 +233,8 @@ def test_a_wrong_request_is_refused_before_a_model_is_loaded(tmp_path: Path) -> 
         (["no-such-model"], "unknown model 'no-such-model'"),
         (["smollm2-135m", "--bits", "4", "--high", "4"], "--high 4 must be more than --bits 4"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-c", program, "diagnose", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [sys.executable, "-c", program, "diagnose", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert says in done.stderr
         assert done.stderr.count("\n") == 1

@@ -134,26 +134,24 @@ def test_a_cell_keeps_its_identity_when_other_parts_of_the_sweep_change() -> Non
     assert {cell.identity(few) for cell in few.cells(0, 256)} < found
 
 
-def test_the_seed_and_the_model_are_part_of_a_cells_identity() -> None:
-    identities = {
-        made.cells(0, 256)[0].identity(made) for made in (plan(), plan(seed=1), plan(model="gemma3-270m"))
-    }
-    assert len(identities) == 3
-
-
-def test_the_prompts_format_is_part_of_a_cell_and_auto_is_what_it_stands_for() -> None:
-    made = [plan(), plan(prompt="plain:2"), plan(prompt="plain:0"), plan(prompt="chat")]
+@pytest.mark.parametrize(
+    ("changes", "alike"),
+    [
+        ([{}, {"seed": 1}, {"model": "gemma3-270m"}], [0, 1, 2]),
+        (
+            [{}, {"prompt": "plain:2"}, {"prompt": "plain:0"}, {"prompt": "chat"}],
+            [0, 0, 2, 3],
+        ),  # auto is plain:2
+        ([{}, *({"compute": each} for each in ({"edge": 1}, {"edge": 4}, {"cloud": 4}))], [0, 0, 2, 3]),
+    ],
+)
+def test_what_changes_an_answer_or_a_time_is_part_of_a_cells_identity_and_what_is_the_same_is_none(
+    changes: list[dict[str, object]], alike: list[int]
+) -> None:
+    made = [plan(**each) for each in changes]
     identities = [each.cells(0, 256)[0].identity(each) for each in made]
-    assert identities[0] == identities[1]
-    assert len(set(identities)) == 3
-    assert str(made[3].prompt) == "chat:0"
-
-
-def test_an_emulated_slower_machine_is_another_cell_and_none_is_the_cell_it_always_was() -> None:
-    made = [plan(), plan(compute={"edge": 1}), plan(compute={"edge": 4}), plan(compute={"cloud": 4})]
-    identities = [each.cells(0, 256)[0].identity(each) for each in made]
-    assert identities[0] == identities[1]
-    assert len(set(identities)) == 3
+    assert [identities.index(identity) for identity in identities] == alike
+    assert str(plan(prompt="chat").prompt) == "chat:0"
 
 
 @pytest.mark.parametrize(
