@@ -80,8 +80,8 @@ def _timed(rows: pd.DataFrame, column: str) -> pd.DataFrame:
     return rows.assign(latency_s=rows[column].mask(rows["failed"].astype(bool), math.inf))
 
 
-def _both(found: Any) -> tuple[stats.Estimate, stats.Estimate]:
-    a, b = found
+def _both(estimates: Any) -> tuple[stats.Estimate, stats.Estimate]:
+    a, b = estimates
     return a, b
 
 

@@ -100,28 +100,28 @@ def pairs(table: pd.DataFrame, setting: str, baseline: str = FULL) -> pd.DataFra
     return own.merge(other, on=_KEYS, suffixes=("", "_base"))
 
 
-def compare(found: pd.DataFrame, model: str, task: str, setting: str, baseline: str) -> Comparison:
+def compare(both: pd.DataFrame, model: str, task: str, setting: str, baseline: str) -> Comparison:
     """The comparison of these pairs (from `pairs`); several tasks count equally."""
-    examples = settings.clusters(found)
-    score, base = found["score"], found["score_base"]
+    examples = settings.clusters(both)
+    score, base = both["score"], both["score_base"]
     right = [(side >= RIGHT_FROM).where(side.notna()).astype(float) for side in (score, base)]
     return Comparison(
         model=model,
         task=task,
         setting=setting,
         baseline=baseline,
-        score=stats.difference(score, base, examples, found["task"], bounds=(0.0, 1.0)),
-        ratio=stats.ratio(score, base, examples, found["task"], bounds=(0.0, 1.0)),
+        score=stats.difference(score, base, examples, both["task"], bounds=(0.0, 1.0)),
+        ratio=stats.ratio(score, base, examples, both["task"], bounds=(0.0, 1.0)),
         answers=stats.mcnemar(*right),
-        nll=stats.difference(found["nll"], found["nll_base"], examples, found["task"]),
-        kl=stats.mean(found["kl"], examples, found["task"]),
-        lost=stats.share_above(found["nll"] - found["nll_base"], LOST, examples),
+        nll=stats.difference(both["nll"], both["nll_base"], examples, both["task"]),
+        kl=stats.mean(both["kl"], examples, both["task"]),
+        lost=stats.share_above(both["nll"] - both["nll_base"], LOST, examples),
     )
 
 
-def family(found: Iterable[Comparison]) -> list[Comparison]:
+def family(compared: Iterable[Comparison]) -> list[Comparison]:
     """These comparisons as one family: with Holm's correction over them."""
-    members = list(found)
+    members = list(compared)
     nll = stats.holm([m.nll.p for m in members])
     score = stats.holm([m.score.p for m in members])
     return [replace(m, p_nll=float(a), p_score=float(b)) for m, a, b in zip(members, nll, score, strict=True)]
@@ -137,44 +137,56 @@ def against(run: Run, baseline: str = FULL) -> list[Comparison]:
     known = list(table["setting"].unique())
     if baseline != FULL and baseline not in known:
         raise UsageError(f"{run.path} has no setting {baseline!r}; choose from {FULL}, {', '.join(known)}")
-    found: list[Comparison] = []
+    compared: list[Comparison] = []
     for model, own in table.groupby("model", sort=False):
         tasks = list(own["task"].unique())
         for task in [*tasks, ""] if len(tasks) > 1 else tasks:
             part = own[own["task"] == task] if task else own
             labels = [s for s in known if s != baseline and s in set(part["setting"])]
             members = (compare(pairs(part, s, baseline), str(model), task, s, baseline) for s in labels)
-            found += family(m for m in members if m.score.n or m.nll.n)
-    return found
+            compared += family(m for m in members if m.score.n or m.nll.n)
+    return compared
 
 
-def frame(found: list[Comparison]) -> pd.DataFrame:
+def frame(compared: list[Comparison]) -> pd.DataFrame:
     """The comparisons as a table, one line each; `_lo` and `_hi` bound 95 % intervals."""
-    return pd.DataFrame([line(one) for one in found])
+    return pd.DataFrame([line(comparison) for comparison in compared])
 
 
-def line(one: Comparison) -> dict[str, Any]:
+def line(compared: Comparison) -> dict[str, Any]:
     """The comparison as one line of a table."""
-    found: dict[str, Any] = {
-        "model": one.model,
+    columns: dict[str, Any] = {
+        "model": compared.model,
         "link": "all",
-        "task": one.task or "all",
-        "setting": one.setting,
-        "baseline": one.baseline,
-        "n": max(one.score.n, one.nll.n),
+        "task": compared.task or "all",
+        "setting": compared.setting,
+        "baseline": compared.baseline,
+        "n": max(compared.score.n, compared.nll.n),
     }
-    found |= _interval("score_diff", one.score)
-    found |= {"score_p": one.score.p, "score_p_holm": one.p_score, "score_detectable": one.score.detectable}
-    found |= _interval("score_ratio", one.ratio)
-    found |= {"gained": one.answers.gained, "lost": one.answers.lost, "mcnemar_p": one.answers.p}
-    found |= _interval("nll_diff", one.nll)
-    found |= {"nll_p": one.nll.p, "nll_p_holm": one.p_nll, "nll_detectable": one.nll.detectable}
-    found |= _interval("lost_share", one.lost) | {"lossless": one.lossless}
-    return found | _interval("kl", one.kl)
+    columns |= _interval("score_diff", compared.score)
+    columns |= {
+        "score_p": compared.score.p,
+        "score_p_holm": compared.p_score,
+        "score_detectable": compared.score.detectable,
+    }
+    columns |= _interval("score_ratio", compared.ratio)
+    columns |= {
+        "gained": compared.answers.gained,
+        "lost": compared.answers.lost,
+        "mcnemar_p": compared.answers.p,
+    }
+    columns |= _interval("nll_diff", compared.nll)
+    columns |= {
+        "nll_p": compared.nll.p,
+        "nll_p_holm": compared.p_nll,
+        "nll_detectable": compared.nll.detectable,
+    }
+    columns |= _interval("lost_share", compared.lost) | {"lossless": compared.lossless}
+    return columns | _interval("kl", compared.kl)
 
 
-def _interval(name: str, one: stats.Estimate) -> dict[str, float]:
-    return {name: one.value, f"{name}_lo": one.low, f"{name}_hi": one.high}
+def _interval(name: str, estimate: stats.Estimate) -> dict[str, float]:
+    return {name: estimate.value, f"{name}_lo": estimate.low, f"{name}_hi": estimate.high}
 
 
 def write(run: Run, baseline: str = FULL) -> Path:
@@ -188,23 +200,23 @@ def write(run: Run, baseline: str = FULL) -> Path:
 
 def latency_frame(run: Run) -> pd.DataFrame:
     """A line for each link, task and setting: the median of the paired latency ratios, its interval and tests."""
-    found = []
+    lines = []
     for panel, rows in settings.panels(run.attempts):
         baseline = paired_latency.baseline_of(rows)
         tasks = [str(t) for t in rows["task"].unique()]
         for task in [*tasks, "all"] if len(tasks) > 1 else tasks:
             own = rows if task == "all" else rows[rows["task"] == task]
-            for one in paired_latency.ratios(own, baseline):
+            for compared in paired_latency.ratios(own, baseline):
                 line: dict[str, Any] = {"model": str(rows["model"].iloc[0]), "link": panel, "task": task}
                 line |= {
-                    "setting": one.setting,
+                    "setting": compared.setting,
                     "baseline": baseline,
-                    "n": one.ratio.n,
+                    "n": compared.ratio.n,
                     "latency": run.latency,
                 }
-                line |= _interval("latency_ratio", one.ratio)
-                found.append(line | {"latency_p": one.p, "latency_p_holm": one.p_holm})
-    return pd.DataFrame(found)
+                line |= _interval("latency_ratio", compared.ratio)
+                lines.append(line | {"latency_p": compared.p, "latency_p_holm": compared.p_holm})
+    return pd.DataFrame(lines)
 
 
 def latency_text(run: Run) -> str:
@@ -212,11 +224,11 @@ def latency_text(run: Run) -> str:
     blocks = []
     for panel, rows in settings.panels(run.attempts):
         baseline = paired_latency.baseline_of(rows)
-        found = paired_latency.ratios(rows, baseline)
-        wide = max([len(one.setting) for one in found] + [7])
+        ratios = paired_latency.ratios(rows, baseline)
+        wide = max([len(each.setting) for each in ratios] + [7])
         lines = [
-            f"  {one.setting:<{wide}}  {one.ratio.n:>4}  {paired_latency.text(one):>24}  {p_text(one.p_holm):>6}"
-            for one in found
+            f"  {each.setting:<{wide}}  {each.ratio.n:>4}  {paired_latency.text(each):>24}  {p_text(each.p_holm):>6}"
+            for each in ratios
         ]
         head = f"{panel} · {run.latency} over that of {baseline}"
         blocks.append("\n".join([head, f"  {'setting':<{wide}}  {'n':>4}  {'ratio':>24}  {'p':>6}", *lines]))
@@ -227,12 +239,12 @@ def latency_text(run: Run) -> str:
     return "\n\n".join([*blocks, note])
 
 
-def text(found: list[Comparison]) -> str:
+def text(compared: list[Comparison]) -> str:
     """The comparisons for the terminal: one block a model and task."""
     blocks = []
-    keys = list(dict.fromkeys((f.model, f.task) for f in found))
+    keys = list(dict.fromkeys((f.model, f.task) for f in compared))
     for model, task in keys:
-        own = [f for f in found if (f.model, f.task) == (model, task)]
+        own = [f for f in compared if (f.model, f.task) == (model, task)]
         wide = max(len(f.setting) for f in own)
         head = f"{model} · {task or 'all tasks'} · against {own[0].baseline}"
         columns = (
@@ -259,9 +271,9 @@ def number(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if np.isfinite(value) else "-"
 
 
-def share(one: stats.Estimate) -> str:
+def share(estimate: stats.Estimate) -> str:
     """A share of examples with its interval."""
-    return f"{one.value:.0%} [{one.low:.1%}, {one.high:.1%}]" if one.n else "-"
+    return f"{estimate.value:.0%} [{estimate.low:.1%}, {estimate.high:.1%}]" if estimate.n else "-"
 
 
 def p_text(p: float) -> str:

@@ -53,47 +53,53 @@ def caveats(run: Run) -> list[str]:
     """What a reader must know about these rows, a sentence each: reuse, links out of tolerance, failures,
     gaps.
     """
-    rows, said = run.rows, []
+    rows, sentences = run.rows, []
     if run.where:
-        said.append(f"Only rows where {run.where}.")
+        sentences.append(f"Only rows where {run.where}.")
     reused = rows["reused"].str.split(",").explode().str.strip()
     shares = reused[reused.fillna("") != ""].value_counts() / max(1, len(rows))
     if len(shares):
         parts = ", ".join(f"{stage} ({share:.0%} of trials)" for stage, share in shares.items())
-        said.append(
+        sentences.append(
             f"Times taken over from an identical earlier trial: {parts}; transmission is always real."
         )
     if (rows["emulator"] == "none").any():
-        said.append("Measured over loopback, without a link: latencies are this machine's compute alone.")
+        sentences.append(
+            "Measured over loopback, without a link: latencies are this machine's compute alone."
+        )
     off = uncalibrated(rows)
     if off:
-        said.append(f"Links measured out of tolerance: {', '.join(off)}.")
+        sentences.append(f"Links measured out of tolerance: {', '.join(off)}.")
     links = rows.loc[rows["reused"] != "", "profile"].nunique()
     if links > 1:
-        said.append(
+        sentences.append(
             f"Computing was measured once and taken over on {counted(links, 'link')}: what these show of it is one finding, not "
             "several."
         )
     if len(run.failed):
-        said.append(f"{_failures(run)}: infinite latencies, and no answers.")
+        sentences.append(f"{_failures(run)}: infinite latencies, and no answers.")
     unsteady = int((~rows["compute_steady"]).sum())
     if unsteady:
-        said.append(
+        sentences.append(
             f"Compute was out of tolerance before or behind {unsteady:,} of {counted(len(rows), 'trial')}."
         )
     warned = int(((rows["warnings"] != "") & rows["calibrated"] & rows["compute_steady"]).sum())
     if warned:
-        said.append(f"{counted(warned, 'trial')} with warnings.")
+        sentences.append(f"{counted(warned, 'trial')} with warnings.")
     lengths = rows.loc[rows["context_tokens"] > 0].groupby("task")["context_tokens"].agg(["min", "max"])
     if (lengths["max"] > 1.5 * lengths["min"]).any():
-        said.append(f"Contexts of {lengths['min'].min()} to {lengths['max'].max()} tokens are put together.")
+        sentences.append(
+            f"Contexts of {lengths['min'].min()} to {lengths['max'].max()} tokens are put together."
+        )
     sizes = pd.Series(settings.clusters(rows)).groupby([rows["profile"], rows["placement"], rows["codec"]])
     counts = sizes.nunique()
     if len(counts) and counts.min() < counts.max():
-        said.append(f"Settings have from {counts.min()} to {counts.max()} examples: compare them with care.")
+        sentences.append(
+            f"Settings have from {counts.min()} to {counts.max()} examples: compare them with care."
+        )
     if run.notes:
-        said.append(f"Run directory: {'; '.join(run.notes)}.")
-    return said
+        sentences.append(f"Run directory: {'; '.join(run.notes)}.")
+    return sentences
 
 
 def _failures(run: Run) -> str:
@@ -127,12 +133,12 @@ def computing(run: Run) -> str:
 
 def uncalibrated(rows: pd.DataFrame) -> list[str]:
     """The profiles whose link was out of tolerance before trials of these rows, and in how many where not in all."""
-    found = []
+    named = []
     for profile, own in rows.groupby("profile", sort=False):
         off = int((~own["calibrated"]).sum())
         if off:
-            found.append(f"{profile}" + ("" if off == len(own) else f" (in {off:,} of {len(own):,} trials)"))
-    return found
+            named.append(f"{profile}" + ("" if off == len(own) else f" (in {off:,} of {len(own):,} trials)"))
+    return named
 
 
 def counted(number: int, what: str) -> str:

@@ -141,15 +141,15 @@ def fit_transport(rows: pd.DataFrame) -> Transport:
 
     def residuals(x: Floats) -> Floats:
         model = Transport(*np.exp(start + spread * x))
-        said = np.log(model.transmit_s(payload, rate, one_way, rtt, loss))
-        parts = [weight * (said - measured) / noise]
+        predicted = np.log(model.transmit_s(payload, rate, one_way, rtt, loss))
+        parts = [weight * (predicted - measured) / noise]
         if opened.any():
             opening = np.log(rtt[opened] + model.connect_s) - np.log(handshake[opened])
             parts.append(0.2 * opening / noise)
         return np.concatenate([*parts, x])
 
-    found = optimize.least_squares(residuals, np.zeros(len(names)), loss="soft_l1")
-    return Transport(*(float(v) for v in np.exp(start + spread * found.x)))
+    fit = optimize.least_squares(residuals, np.zeros(len(names)), loss="soft_l1")
+    return Transport(*(float(v) for v in np.exp(start + spread * fit.x)))
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,8 @@ class LatencyModel:
         connect = table["opened"] * (link.rtt_s + self.transport.connect_s)
         across = (table["placement"] != "edge").astype(float)
         latency = table["compute"] + across * (connect + transmit + link.delay_down_s)
-        found = latency.groupby(table["setting"], sort=False)
-        return pd.DataFrame({"e2e_s": found.median(), "p95_s": found.quantile(0.95)})
+        by_setting = latency.groupby(table["setting"], sort=False)
+        return pd.DataFrame({"e2e_s": by_setting.median(), "p95_s": by_setting.quantile(0.95)})
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def leave_one_out(rows: pd.DataFrame, eligible: list[str] | None = None) -> list
     panels = [str(p) for p in labelled["panel"].unique()]
     if len(panels) < 2:
         return []
-    found = []
+    held_out = []
     for panel in panels:
         own = labelled[labelled["panel"] == panel]
         predicted = LatencyModel.fit(labelled[labelled["panel"] != panel]).predict(link_of(own))["e2e_s"]
@@ -241,11 +241,11 @@ def leave_one_out(rows: pd.DataFrame, eligible: list[str] | None = None) -> list
         sending = [s for s in options if s not in ("cloud", "edge")]
         if not options:
             continue
-        said, true = predicted.to_dict(), measured.to_dict()
+        guess, true = predicted.to_dict(), measured.to_dict()
         kv = sending or options
-        chosen, best = min(options, key=said.__getitem__), min(options, key=true.__getitem__)
-        chosen_kv, best_kv = min(kv, key=said.__getitem__), min(kv, key=true.__getitem__)
-        found.append(
+        chosen, best = min(options, key=guess.__getitem__), min(options, key=true.__getitem__)
+        chosen_kv, best_kv = min(kv, key=guess.__getitem__), min(kv, key=true.__getitem__)
+        held_out.append(
             HeldOut(
                 panel,
                 errors,
@@ -258,10 +258,10 @@ def leave_one_out(rows: pd.DataFrame, eligible: list[str] | None = None) -> list
                 link_of(own).loss_up,
             )
         )
-    return found
+    return held_out
 
 
-def median_error(found: list[HeldOut]) -> float:
+def median_error(held_out: list[HeldOut]) -> float:
     """Median of the absolute relative errors over all held-out cells that cross the link; NaN without any."""
-    errors = [abs(e) for one in found for e in one.errors.values()]
+    errors = [abs(e) for link in held_out for e in link.errors.values()]
     return float(np.median(errors)) if errors else float("nan")

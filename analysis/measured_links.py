@@ -23,10 +23,10 @@ def beyond(rows: pd.DataFrame, link: Link) -> list[str]:
     known = [link_of(own) for _, own in steady(rows).groupby("profile", sort=False)]
     if not known:
         raise UsageError("every link of this run changes over time: no other link can be predicted from it")
-    said = []
+    phrases = []
     for name, asked, values, text in (
-        ("rate", link.rate_up_bps, [one.rate_up_bps for one in known], _rate),
-        ("round trip", max(link.rtt_s, _AT_LEAST_S), [max(one.rtt_s, _AT_LEAST_S) for one in known], _time),
+        ("rate", link.rate_up_bps, [each.rate_up_bps for each in known], _rate),
+        ("round trip", max(link.rtt_s, _AT_LEAST_S), [max(each.rtt_s, _AT_LEAST_S) for each in known], _time),
     ):
         low, high = min(values), max(values)
         if low * 0.99 <= asked <= high * 1.01:
@@ -35,13 +35,13 @@ def beyond(rows: pd.DataFrame, link: Link) -> list[str]:
         away = nearest / asked if asked < low else asked / nearest
         if not away <= REACH:
             _refuse(name, text(asked), text(nearest))
-        said.append(f"{name} {text(asked)} (nearest measured: {text(nearest)})")
-    most = max(one.loss_up for one in known)
+        phrases.append(f"{name} {text(asked)} (nearest measured: {text(nearest)})")
+    most = max(each.loss_up for each in known)
     if link.loss_up > most * 1.05:
         if link.loss_up > max(LOSS_FACTOR * most, LOSS_REACH):
             _refuse("loss", _loss(link.loss_up), _loss(most))
-        said.append(f"loss {_loss(link.loss_up)} (nearest measured: {_loss(most)})")
-    return said
+        phrases.append(f"loss {_loss(link.loss_up)} (nearest measured: {_loss(most)})")
+    return phrases
 
 
 def _refuse(name: str, asked: str, nearest: str) -> None:

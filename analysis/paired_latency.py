@@ -55,15 +55,15 @@ def ratios(rows: pd.DataFrame, baseline: str, others: Iterable[str] | None = Non
     """Settings of one panel's rows (None: all but the baseline) over the baseline, as one family."""
     times = _by_example(rows)
     wanted = [s for s in times.columns if s != baseline] if others is None else list(others)
-    found = [_ratio(times, name, baseline) for name in wanted if name in times and baseline in times]
-    adjusted = stats.holm([one.p for one in found])
-    return [replace(one, p_holm=float(p)) for one, p in zip(found, adjusted, strict=True)]
+    family = [_ratio(times, name, baseline) for name in wanted if name in times and baseline in times]
+    adjusted = stats.holm([ratio.p for ratio in family])
+    return [replace(ratio, p_holm=float(p)) for ratio, p in zip(family, adjusted, strict=True)]
 
 
 def tied(rows: pd.DataFrame, best: str, others: Iterable[str]) -> list[str]:
     """Which of `others` are not shown to be slower than `best`."""
     compared = ratios(rows, best, [name for name in others if name != best])
-    return [one.setting for one in compared if not (one.differs and one.ratio.value > 1)]
+    return [ratio.setting for ratio in compared if not (ratio.differs and ratio.ratio.value > 1)]
 
 
 def _by_example(rows: pd.DataFrame) -> pd.DataFrame:
@@ -87,6 +87,6 @@ def compared(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64]) -> 
     return estimate, stats.signed_rank(logs) if len(logs) > 1 else math.nan
 
 
-def text(one: LatencyRatio) -> str:
+def text(latency: LatencyRatio) -> str:
     """For people: ``×1.25 [1.10, 1.42]``; ``≈`` before it where the two are not told apart."""
-    return f"{'×' if one.differs else '≈'}{one.ratio.text()}" if one.ratio.n else "-"
+    return f"{'×' if latency.differs else '≈'}{latency.ratio.text()}" if latency.ratio.n else "-"

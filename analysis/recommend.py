@@ -134,7 +134,7 @@ def _options(rows: pd.DataFrame, panel: str | None, link: Link) -> list[Option]:
     alike = dict(iter(settings.common(rows).groupby("setting", sort=False)))
     here = rows if panel is None else rows[rows["panel"] == panel]
     predicted = LatencyModel.fit(rows).predict(link) if panel is None else None
-    found = []
+    options = []
     for name, own in here.groupby("setting", sort=False):
         times = settings.latencies(own)
         compared = alike.get(name, rows.iloc[:0])
@@ -148,7 +148,7 @@ def _options(rows: pd.DataFrame, panel: str | None, link: Link) -> list[Option]:
                 for c, share in (("e2e_s", 0.5), ("p95_s", 0.05))
             )
         quality, exact = settings.kept_quality(compared) if len(compared) else (stats.NOTHING, False)
-        found.append(
+        options.append(
             Option(
                 setting=str(name),
                 placement=str(own["placement"].iloc[0]),
@@ -161,7 +161,7 @@ def _options(rows: pd.DataFrame, panel: str | None, link: Link) -> list[Option]:
                 worst=settings.worst_task(compared),
             )
         )
-    return sorted(found, key=lambda o: o.latency_s)
+    return sorted(options, key=lambda o: o.latency_s)
 
 
 def _same_link(rows: pd.DataFrame, link: Link) -> str | None:
@@ -185,118 +185,118 @@ def examples_needed(floor: float) -> int | None:
     return math.ceil(math.log((1 - stats.CONFIDENCE) / 2) / math.log(floor))
 
 
-def text(found: Recommendation) -> str:
+def text(advice: Recommendation) -> str:
     """The recommendation for the terminal."""
-    asked = f"{found.link.text()} · quality at least {found.floor:.0%} of the full cache's"
-    if found.deadline_s is not None:
-        asked += f" · within {found.deadline_s:g} s"
+    question = f"{advice.link.text()} · quality at least {advice.floor:.0%} of the full cache's"
+    if advice.deadline_s is not None:
+        question += f" · within {advice.deadline_s:g} s"
     source = (
-        f"latencies measured on {found.measured_as}"
-        if found.measured_as
+        f"latencies measured on {advice.measured_as}"
+        if advice.measured_as
         else "latencies predicted by the model fitted to this run"
     )
-    if found.latency != "end-to-end latency":
-        source += f"; latency is the {found.latency}: answers to the same question differ in length"
-    lines = [f"{found.model} · {asked}", source]
-    lines += [f"extrapolated, {one}" for one in found.beyond]
-    lines += ["", *_verdict(found)]
-    wide = max(len(o.setting) for o in found.options)
+    if advice.latency != "end-to-end latency":
+        source += f"; latency is the {advice.latency}: answers to the same question differ in length"
+    lines = [f"{advice.model} · {question}", source]
+    lines += [f"extrapolated, {option}" for option in advice.beyond]
+    lines += ["", *_verdict(advice)]
+    wide = max(len(o.setting) for o in advice.options)
     lines += [
         "",
         f"   {'setting':<{wide}}  {'latency':>9}  {'p95':>9}  {'quality of full':>22}  {'n':>4}  worst task",
     ]
-    for one in found.options:
-        mark = "*" if one is found.choice else "+" if one.holds(found.floor) else " "
-        quality = "exact" if one.exact else one.quality.text()
-        said = one.worst.text() if one.worst and not one.exact else ""
-        said += f"  failed {one.failed} of {one.trials}" if one.failed else ""
+    for option in advice.options:
+        mark = "*" if option is advice.choice else "+" if option.holds(advice.floor) else " "
+        quality = "exact" if option.exact else option.quality.text()
+        note = option.worst.text() if option.worst and not option.exact else ""
+        note += f"  failed {option.failed} of {option.trials}" if option.failed else ""
         lines.append(
-            f" {mark} {one.setting:<{wide}}  {_time(one.latency_s):>9}  {_time(one.p95_s):>9}  {quality:>22}  "
-            f"{one.quality.n:>4}  {said}".rstrip()
+            f" {mark} {option.setting:<{wide}}  {_time(option.latency_s):>9}  {_time(option.p95_s):>9}  {quality:>22}  "
+            f"{option.quality.n:>4}  {note}".rstrip()
         )
     lines += [
         "",
         "* chosen; + its quality holds too; exact: the full cache's answers by construction; brackets: 95 % interval of what "
         "is kept of the full cache's score (Gaffke's bound of the paired losses)",
     ]
-    return "\n".join([*lines, *_trust(found)])
+    return "\n".join([*lines, *_trust(advice)])
 
 
 def _time(value: float) -> str:
     return f"{value:.3f} s" if math.isfinite(value) else "none"
 
 
-def _verdict(found: Recommendation) -> list[str]:
+def _verdict(advice: Recommendation) -> list[str]:
     lines = []
-    if found.choice is None:
-        lines.append("no setting is shown to hold the quality" + (" in time" if found.deadline_s else ""))
+    if advice.choice is None:
+        lines.append("no setting is shown to hold the quality" + (" in time" if advice.deadline_s else ""))
     else:
-        lines.append(f"use {found.choice.setting}: {found.choice.latency_s:.3f} s")
-        if found.runners_up:
-            other = found.runners_up[0]
-            margin = other.latency_s / found.choice.latency_s - 1
+        lines.append(f"use {advice.choice.setting}: {advice.choice.latency_s:.3f} s")
+        if advice.runners_up:
+            other = advice.runners_up[0]
+            margin = other.latency_s / advice.choice.latency_s - 1
             lines.append(
-                f"next: {other.setting}, {other.latency_s:.3f} s ({other.latency_s - found.choice.latency_s:+.3f} s, "
+                f"next: {other.setting}, {other.latency_s:.3f} s ({other.latency_s - advice.choice.latency_s:+.3f} s, "
                 f"{margin:+.0%})"
             )
-    sending = next((o for o in found.options if o.holds(found.floor) and o.placement == "split"), None)
-    if sending is not None and sending is not found.choice:
+    sending = next((o for o in advice.options if o.holds(advice.floor) and o.placement == "split"), None)
+    if sending is not None and sending is not advice.choice:
         lines.append(f"of the settings that send KV: {sending.setting}, {sending.latency_s:.3f} s")
-    if found.without_proof is not None:
-        other = found.without_proof
+    if advice.without_proof is not None:
+        other = advice.without_proof
         lines.append(
             f"{other.setting} ({other.latency_s:.3f} s) keeps {other.quality.value:.0%} as far as its {other.quality.n} "
             "examples go, which are too few to show it"
         )
-        needed = examples_needed(found.floor)
+        needed = examples_needed(advice.floor)
         if needed is not None:
             lines[-1] += f" (at least {needed}, none of them changed, would)"
     return lines
 
 
-def _trust(found: Recommendation) -> list[str]:
-    if not found.held_out:
+def _trust(advice: Recommendation) -> list[str]:
+    if not advice.held_out:
         return ["the run has one link only: the model's error on other links is unknown"]
-    cells = sum(len(h.errors) for h in found.held_out)
-    lossy = [h for h in found.held_out if h.loss_up > 0]
-    right = sum(h.chosen_within <= 0.05 for h in found.held_out)
-    sent = sum(h.sending_within <= 0.05 for h in found.held_out)
-    count = len(found.held_out)
-    said = []
-    if found.beyond:
-        worst = max((abs(e) for h in found.held_out for e in h.errors.values()), default=math.nan)
-        said = [
+    cells = sum(len(h.errors) for h in advice.held_out)
+    lossy = [h for h in advice.held_out if h.loss_up > 0]
+    right = sum(h.chosen_within <= 0.05 for h in advice.held_out)
+    sent = sum(h.sending_within <= 0.05 for h in advice.held_out)
+    count = len(advice.held_out)
+    lines = []
+    if advice.beyond:
+        worst = max((abs(e) for h in advice.held_out for e in h.errors.values()), default=math.nan)
+        lines = [
             f"this link lies outside of what was measured: the error there is unknown (worst within: {worst:.0%})"
         ]
-    if found.link.loss_up > 0 and not found.measured_as:
+    if advice.link.loss_up > 0 and not advice.measured_as:
         error = f"{median_error(lossy):.0%} over {len(lossy)} of them" if lossy else "unknown"
-        said.append(
+        lines.append(
             f"on links with loss, where a request's time is a matter of luck, the model's median error is {error}"
         )
     return [
-        *said,
-        f"the model on links it was not fitted to: median error {median_error(found.held_out):.1%} over {cells} cells of "
+        *lines,
+        f"the model on links it was not fitted to: median error {median_error(advice.held_out):.1%} over {cells} cells of "
         f"{count} profiles; its choice is within 5 % of the measured best on {right} of {count} "
         f"({sent} of {count} among settings that send KV)",
     ]
 
 
-def held_out_table(found: list[HeldOut]) -> str:
+def held_out_table(held_out: list[HeldOut]) -> str:
     """Each held-out cell's relative error (predicted / measured − 1): a line a setting, a column a profile; below them what was
     chosen there and how much slower it is than the measured best.
     """
-    settings_ = list(dict.fromkeys(s for one in found for s in one.errors))
+    settings_ = list(dict.fromkeys(s for link in held_out for s in link.errors))
     wide = max([len(s) for s in settings_] + [len("slower than the best")])
-    keys = [chr(ord("A") + i) if i < 26 else str(i) for i in range(len(found))]
+    keys = [chr(ord("A") + i) if i < 26 else str(i) for i in range(len(held_out))]
     lines = ["each profile predicted from the others: predicted / measured latency − 1"]
-    lines += [f"  {key}  {one.profile}" for key, one in zip(keys, found, strict=True)]
+    lines += [f"  {key}  {link.profile}" for key, link in zip(keys, held_out, strict=True)]
     lines.append("  " + " " * wide + "".join(f"{key:>8}" for key in keys))
     for setting in settings_:
-        errors = [one.errors.get(setting, math.nan) for one in found]
+        errors = [link.errors.get(setting, math.nan) for link in held_out]
         lines.append(f"  {setting:<{wide}}" + "".join(f"{_percent(e, sign=True):>8}" for e in errors))
     for name, values in (
-        ("slower than the best", [one.chosen_within for one in found]),
-        ("… among those sent", [one.sending_within for one in found]),
+        ("slower than the best", [link.chosen_within for link in held_out]),
+        ("… among those sent", [link.sending_within for link in held_out]),
     ):
         lines.append(f"  {name:<{wide}}" + "".join(f"{_percent(v):>8}" for v in values))
     return "\n".join(lines)
@@ -308,5 +308,5 @@ def _percent(value: float, sign: bool = False) -> str:
     return f"{value:+.1%}" if sign else f"{value:.1%}"
 
 
-def _option(one: Option | None, floor: float) -> dict[str, Any] | None:
-    return None if one is None else asdict(one) | {"holds": one.holds(floor)}
+def _option(option: Option | None, floor: float) -> dict[str, Any] | None:
+    return None if option is None else asdict(option) | {"holds": option.holds(floor)}

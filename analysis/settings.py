@@ -126,18 +126,18 @@ def common(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _tasks(examples: set[str]) -> set[str]:
-    return {one.split(_BETWEEN)[0] for one in examples}
+    return {example.split(_BETWEEN)[0] for example in examples}
 
 
 def measured(rows: pd.DataFrame, metric: Metric = SCORE) -> list[Measured]:
     """The settings of one panel's rows (from `panels`), in the order in which the run met them."""
-    found = []
+    came_to = []
     compared = common(rows)
     quality_of = dict(iter(compared.groupby("setting", sort=False)))
     for label, own in rows.groupby("setting", sort=False):
         alike = quality_of.get(label, compared.iloc[:0])
         done = finished(own)
-        found.append(
+        came_to.append(
             Measured(
                 label=str(label),
                 placement=str(own["placement"].iloc[0]),
@@ -153,7 +153,7 @@ def measured(rows: pd.DataFrame, metric: Metric = SCORE) -> list[Measured]:
                 worst=worst_task(alike),
             )
         )
-    return found
+    return came_to
 
 
 def latencies(rows: pd.DataFrame) -> pd.Series[float]:
@@ -165,12 +165,12 @@ def worst_task(rows: pd.DataFrame) -> Worst | None:
     """Of one setting's finished rows the task that keeps least; None of a single task, or without scores."""
     if rows["task"].nunique() < 2:
         return None
-    found = [
+    shares = [
         Worst(str(task), stats.kept(own["score"], own["reference_score"], own["example"]))
         for task, own in rows.groupby("task", sort=False)
     ]
-    known = [one for one in found if math.isfinite(one.kept.value)]
-    return min(known, key=lambda one: one.kept.value, default=None)
+    known = [share for share in shares if math.isfinite(share.kept.value)]
+    return min(known, key=lambda share: share.kept.value, default=None)
 
 
 def clusters(rows: pd.DataFrame) -> pd.Series[str]:
@@ -210,14 +210,14 @@ def kept_quality(rows: pd.DataFrame) -> tuple[stats.Estimate, bool]:
     """One setting's score over the full cache's on the same examples (`stats.kept`), and whether it is the full cache's
     by construction (`is_exact`).
     """
-    found = stats.kept(rows["score"], rows["reference_score"], clusters(rows), rows["task"])
-    return found, is_exact(rows)
+    kept = stats.kept(rows["score"], rows["reference_score"], clusters(rows), rows["task"])
+    return kept, is_exact(rows)
 
 
 def shown_to_hold(rows: pd.DataFrame, floor: float = QUALITY_FLOOR) -> bool:
     """Whether one setting's quality holds by its interval's lower end, not by its estimate alone."""
-    found, exact = kept_quality(finished(rows))
-    return exact or bool(found.low >= floor - 1e-12)
+    kept, exact = kept_quality(finished(rows))
+    return exact or bool(kept.low >= floor - 1e-12)
 
 
 def holding(measured: list[Measured], full: float, floor: float = QUALITY_FLOOR) -> list[Measured]:

@@ -36,10 +36,10 @@ def summarise(run: Run) -> pd.DataFrame:
     rows = settings.labelled(run.attempts)
     groups = rows.groupby(["cell", "profile", "placement", "codec", "task"], sort=False)
     against = {
-        (str(panel), str(task), one.setting): one
+        (str(panel), str(task), ratio.setting): ratio
         for panel, own in rows.groupby("panel", sort=False)
         for task, part in own.groupby("task", sort=False)
-        for one in paired_latency.ratios(part, paired_latency.baseline_of(own))
+        for ratio in paired_latency.ratios(part, paired_latency.baseline_of(own))
     }
     baselines = {
         str(panel): paired_latency.baseline_of(own) for panel, own in rows.groupby("panel", sort=False)
@@ -52,17 +52,17 @@ def summarise(run: Run) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _ratio(baseline: str, one: paired_latency.LatencyRatio | None) -> dict[str, Any]:
+def _ratio(baseline: str, compared: paired_latency.LatencyRatio | None) -> dict[str, Any]:
     """The columns of a latency's comparison; empty for the baseline itself."""
     unknown = float("nan")
-    ratio = one.ratio if one else stats.NOTHING
+    ratio = compared.ratio if compared else stats.NOTHING
     return {
         "latency_baseline": baseline,
         "latency_ratio": ratio.value,
         "latency_ratio_lo": ratio.low,
         "latency_ratio_hi": ratio.high,
-        "latency_p": one.p if one else unknown,
-        "latency_p_holm": one.p_holm if one else unknown,
+        "latency_p": compared.p if compared else unknown,
+        "latency_p_holm": compared.p_holm if compared else unknown,
     }
 
 
@@ -130,16 +130,16 @@ def _block(name: str, rows: pd.DataFrame) -> str:
         f"{name}: {conditions(rows)} · {reference}",
         f"     {'setting':<{width}}  {'latency':>8}  {'':<14}  {'quality':>7}  {'':<13}  {'payload':>9}",
     ]
-    for one in sorted(measured, key=lambda m: m.latency.value):
-        latency, quality = one.latency, one.quality
-        tie = "=" if one.label in level else " "
-        mark = "*" if one is chosen else "+" if one is sending else tie
-        said = "  ".join([*([one.worst.text()] if one.worst else []), *([one.gap] if one.gap else [])])
+    for each in sorted(measured, key=lambda m: m.latency.value):
+        latency, quality = each.latency, each.quality
+        tie = "=" if each.label in level else " "
+        mark = "*" if each is chosen else "+" if each is sending else tie
+        notes = "  ".join([*([each.worst.text()] if each.worst else []), *([each.gap] if each.gap else [])])
         marks = f"{mark}{tie if mark == '+' else ' '}"
         lines.append(
-            f"  {marks} {one.label:<{width}}  {_seconds(latency.value):>8}  {_interval(latency, 3):<14}"
-            f"  {_quality(quality.value):>7}  {_interval(quality, 2):<13}  {megabytes(one.payload_bytes):>9}"
-            + (f"  {said}" if said else "")
+            f"  {marks} {each.label:<{width}}  {_seconds(latency.value):>8}  {_interval(latency, 3):<14}"
+            f"  {_quality(quality.value):>7}  {_interval(quality, 2):<13}  {megabytes(each.payload_bytes):>9}"
+            + (f"  {notes}" if notes else "")
         )
     if chosen is None:
         lines.append(

@@ -196,9 +196,9 @@ def table(judged: Judged, left_out: list[str]) -> str:
     """The verdicts as a Markdown table, for a page that records them; claims without rows are left away."""
     lines = ["| claim | model, task | compared | verdict | n | figures |", "|---|---|---|---|--:|---|"]
     for claim, verdicts in judged:
-        for one in verdicts:
-            where = one.model + (f", `{one.task}`" if one.task else "")
-            cells = (f"`{claim.name}`", where, one.what, one.verdict, str(one.n), one.figures)
+        for verdict in verdicts:
+            where = verdict.model + (f", `{verdict.task}`" if verdict.task else "")
+            cells = (f"`{claim.name}`", where, verdict.what, verdict.verdict, str(verdict.n), verdict.figures)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join([*lines, *(f"\n{sentence}." for sentence in left_out)])
 
@@ -212,8 +212,8 @@ def to_dict(judged: Judged, left_out: list[str]) -> dict[str, object]:
             "published": claim.published,
             "rule": claim.rule,
             "verdicts": [
-                {"claim": claim.name, **{k: v for k, v in asdict(one).items() if k != "values"}}
-                for one in verdicts
+                {"claim": claim.name, **{k: v for k, v in asdict(verdict).items() if k != "values"}}
+                for verdict in verdicts
             ],
         }
         for claim, verdicts in judged

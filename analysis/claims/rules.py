@@ -72,16 +72,18 @@ def _enough(verdict: str, n: int, least: int = LEAST) -> str:
     return verdict if n >= least else UNDECIDED
 
 
-def describe(one: Comparison) -> str:
+def describe(compared: Comparison) -> str:
     """ΔNLL first, the score beside it, and what so many examples could have shown."""
-    parts = [f"ΔNLL {one.nll.text(3, '+')}"]
-    if math.isfinite(one.nll.detectable):
-        parts.append(f"detectable {one.nll.detectable:.3f}")
-    if math.isfinite(one.kl.value):
-        parts.append(f"KL {one.kl.value:.3f}")
-    parts.append(f"Δscore {one.score.text(3, '+')}")
-    if math.isfinite(one.ratio.value):
-        parts.append(f"score ratio {one.ratio.value:.2f} [{one.ratio.low:.2f}, {one.ratio.high:.2f}]")
+    parts = [f"ΔNLL {compared.nll.text(3, '+')}"]
+    if math.isfinite(compared.nll.detectable):
+        parts.append(f"detectable {compared.nll.detectable:.3f}")
+    if math.isfinite(compared.kl.value):
+        parts.append(f"KL {compared.kl.value:.3f}")
+    parts.append(f"Δscore {compared.score.text(3, '+')}")
+    if math.isfinite(compared.ratio.value):
+        parts.append(
+            f"score ratio {compared.ratio.value:.2f} [{compared.ratio.low:.2f}, {compared.ratio.high:.2f}]"
+        )
     return ", ".join(parts)
 
 

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from testbed.analysis.describe import uncalibrated
+from testbed.analysis.describe import counted, uncalibrated
 from testbed.analysis.figures import NotInThisRun
 from testbed.analysis.figures.style import (
     BLUE,
@@ -59,12 +59,12 @@ def _error(check: Check | None) -> tuple[float, float, float] | None:
 
 def draw(run: Run) -> Figure:
     """A line for each profile: rate, one-way delay and loss, both ways, with tolerances; jitter and bursts where there are."""
-    found = [
+    links = [
         m
         for m in measured_links(run)
         if any(_error(m.check(w, q)) for w in WAYS for q in ("rate", "delay", "loss"))
     ]
-    if not found:
+    if not links:
         raise NotInThisRun(f"{run.path}: its calibration.json has no measured link")
     panels = [
         ("rate", "rate", "relative error (%)"),
@@ -74,13 +74,13 @@ def draw(run: Run) -> Figure:
         ("burst", "bursts", "mean length's error (%)"),
     ]
     panels = [
-        one
-        for one in panels
-        if one[0] in _ALWAYS or any(_error(m.check(w, one[0])) for m in found for w in WAYS)
+        each
+        for each in panels
+        if each[0] in _ALWAYS or any(_error(m.check(w, each[0])) for m in links for w in WAYS)
     ]
     frame = Frame(
-        title=_verdict([m for m in found if not m.ok], len(found), bool(uncalibrated(run.rows))),
-        subtitle=f"{_worst(found)}\n{subject(found)}",
+        title=_verdict([m for m in links if not m.ok], len(links), bool(uncalibrated(run.rows))),
+        subtitle=f"{_worst(links)}\n{subject(links)}",
         footnotes=[
             "Rate: a saturating flow at the receiver; line: 99 % interval of the mean over ten parts. Delay: median of probes "
             "that meet no queue, without their own serialisation; line: 99 % interval from order statistics, in tolerance where "
@@ -91,7 +91,7 @@ def draw(run: Run) -> Figure:
         ],
         rows=1,
         columns=len(panels),
-        panel=max(_LEAST_PANEL, _ROW * len(found)),
+        panel=max(_LEAST_PANEL, _ROW * len(links)),
         legend=0.3,
         left=2.0,
         between=0.22 if len(panels) == len(_ALWAYS) else 0.16,
@@ -100,22 +100,22 @@ def draw(run: Run) -> Figure:
     figure, axes = frame.figure()
     for ax, (what, title, label) in zip(axes, panels, strict=True):
         panel_title(ax, title, label)
-        _panel(ax, found, what, 5 if len(panels) == len(_ALWAYS) else 3)
-    axes[0].set_yticks(range(len(found)), [_short(m.profile) + ("" if m.ok else "  ✗") for m in found])
-    for tick, one in zip(axes[0].get_yticklabels(), found, strict=True):
-        tick.set_color(INK if one.ok else VERMILLION)
+        _panel(ax, links, what, 5 if len(panels) == len(_ALWAYS) else 3)
+    axes[0].set_yticks(range(len(links)), [_short(m.profile) + ("" if m.ok else "  ✗") for m in links])
+    for tick, each in zip(axes[0].get_yticklabels(), links, strict=True):
+        tick.set_color(INK if each.ok else VERMILLION)
     handles = [mark.handle(name) for mark, _, name in WAYS.values()]
     handles += [Line2D([], [], marker="|", ls="", ms=11, mew=1.8, color=INK, label="asked")]
     bottom_legend(figure, frame, [*handles, Patch(color=_BAND, label="tolerance")], 4)
     return figure
 
 
-def _panel(ax: Axes, found: list[Outcome], what: str, ticks: int) -> None:
+def _panel(ax: Axes, links: list[Outcome], what: str, ticks: int) -> None:
     ends = [0.0]
-    for row, one in enumerate(found):
+    for row, link in enumerate(links):
         for way, (mark, shift, _) in WAYS.items():
             y = row + shift
-            check = one.check(way, what)
+            check = link.check(way, what)
             if check is None or (error := _error(check)) is None:
                 continue
             if check.band is not None:
@@ -131,12 +131,12 @@ def _panel(ax: Axes, found: list[Outcome], what: str, ticks: int) -> None:
             ends += [value, low, high, asked]
     pad = 0.06 * (max(ends) - min(ends)) or 0.5
     ax.set_xlim(min(ends) - pad, max(ends) + pad)
-    ax.set_ylim(len(found) - 0.5, -0.5)
-    ax.set_yticks(range(len(found)), [])
+    ax.set_ylim(len(links) - 0.5, -0.5)
+    ax.set_yticks(range(len(links)), [])
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="y", visible=False)
     ax.xaxis.set_major_locator(MaxNLocator(ticks))
-    for row in range(1, len(found)):
+    for row in range(1, len(links)):
         ax.axhline(row - 0.5, color="#E6E6E6", lw=0.7, zorder=0)
 
 
@@ -153,31 +153,31 @@ def _verdict(out: list[Outcome], n: int, off: bool) -> str:
     return f"{len(out)} of {n} links {'was' if len(out) == 1 else 'were'} out of tolerance"
 
 
-def _worst(found: list[Outcome]) -> str:
+def _worst(links: list[Outcome]) -> str:
     """The largest error of each, in words."""
     errors = {
-        what: [error[0] for m in found for way in WAYS if (error := _error(m.check(way, what))) is not None]
+        what: [error[0] for m in links for way in WAYS if (error := _error(m.check(way, what))) is not None]
         for what in ("rate", "delay")
     }
-    said = []
+    parts = []
     if errors["rate"]:
         worst = round(float(max(errors["rate"], key=abs)), 2) + 0.0  # which makes -0.0 a plain one
-        said.append(f"largest error of a rate {worst:+.2f} %")
+        parts.append(f"largest error of a rate {worst:+.2f} %")
     if errors["delay"]:
-        said.append(f"of a delay {max(errors['delay'], key=abs):+.2f} ms")
-    losses = [check.ok for m in found for check in m.checks if check.what == "loss"]
+        parts.append(f"of a delay {max(errors['delay'], key=abs):+.2f} ms")
+    losses = [check.ok for m in links for check in m.checks if check.what == "loss"]
     if losses:
-        said.append(f"loss as asked in {sum(ok is True for ok in losses)} of {len(losses)} ways")
-    return " · ".join(said)
+        parts.append(f"loss as asked in {sum(ok is True for ok in losses)} of {len(losses)} ways")
+    return " · ".join(parts)
 
 
-def subject(found: list[Outcome]) -> str:
-    emulators = ", ".join(dict.fromkeys(m.emulator for m in found if m.emulator))
-    sizes = [check.n for m in found for check in m.checks if check.what in _ALWAYS and check.n]
-    links = f"{len(found)} link profile{'' if len(found) == 1 else 's'}"
+def subject(links: list[Outcome]) -> str:
+    emulators = ", ".join(dict.fromkeys(m.emulator for m in links if m.emulator))
+    sizes = [check.n for m in links for check in m.checks if check.what in _ALWAYS and check.n]
+    number = counted(len(links), "link profile")
     probes = [f"n = {min(sizes)} to {max(sizes)} probe packets a figure"] if sizes else []
     return " · ".join(
-        [links, *([f"{emulators} emulator"] if emulators else []), *probes, "last measurement of each"]
+        [number, *([f"{emulators} emulator"] if emulators else []), *probes, "last measurement of each"]
     )
 
 
@@ -194,7 +194,7 @@ def notes(run: Run) -> Iterator[str]:
 def measured_links(run: Run) -> list[Outcome]:
     """The last measurement of each profile that the rows name."""
     wanted = set(map(str, run.rows["profile"])) if run.where else None
-    return [one for one in outcomes(run.calibration) if wanted is None or one.profile in wanted]
+    return [outcome for outcome in outcomes(run.calibration) if wanted is None or outcome.profile in wanted]
 
 
 def spaced(profile: str) -> str:

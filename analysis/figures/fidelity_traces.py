@@ -22,15 +22,15 @@ _LOOK = {"up": (BLUE, "-"), "down": (VERMILLION, "--")}
 
 def draw(run: Run) -> Figure:
     """A panel for each trace and way: bytes per tenth of a second, asked and delivered; delays and losses in the same way."""
-    found = [m for m in measured_links(run) if m.curves or m.tracks]
-    if not found:
+    links = [m for m in measured_links(run) if m.curves or m.tracks]
+    if not links:
         raise NotInThisRun(f"{run.path}: none of its links was measured along a trace")
     drawn: list[tuple[Outcome, Curve | Track]] = []
-    for one in found:
-        drawn += [(one, curve) for curve in one.curves] + [(one, track) for track in one.tracks]
+    for link in links:
+        drawn += [(link, curve) for curve in link.curves] + [(link, track) for track in link.tracks]
     frame = Frame(
         title=_followed(drawn),
-        subtitle=f"{_worst(drawn)}\n{subject(found)}",
+        subtitle=f"{_worst(drawn)}\n{subject(links)}",
         footnotes=[
             "Bytes: of the network layer in equal parts of one stretch of the trace, while a flow saturates the link; no "
             "correlation is given where the trace is as good as constant. Delay and loss: means of the probes sent in each part; "
@@ -46,11 +46,11 @@ def draw(run: Run) -> Figure:
         below=0.42,
     )
     figure, axes = frame.figure()
-    for ax, (one, line) in zip(axes, drawn, strict=False):
+    for ax, (link, line) in zip(axes, drawn, strict=False):
         if isinstance(line, Curve):
-            _curve(ax, one, line)
+            _curve(ax, link, line)
         else:
-            _track(ax, one, line)
+            _track(ax, link, line)
     for ax in axes[len(drawn) :]:
         ax.remove()
     handles = [
@@ -62,26 +62,26 @@ def draw(run: Run) -> Figure:
     return figure
 
 
-def _curve(ax: Axes, one: Outcome, curve: Curve) -> None:
+def _curve(ax: Axes, link: Outcome, curve: Curve) -> None:
     shape = curve.correlation
-    said = f"correlation {shape:.4f}" if shape is not None else "constant: no correlation"
-    name = f"{WAYS[curve.way][2]}: {spaced(one.profile)}"
-    panel_title(ax, name, f"{said} · total {_total_error(curve):+.2f} %")
+    fit = f"correlation {shape:.4f}" if shape is not None else "constant: no correlation"
+    name = f"{WAYS[curve.way][2]}: {spaced(link.profile)}"
+    panel_title(ax, name, f"{fit} · total {_total_error(curve):+.2f} %")
     _steps(ax, curve, np.array(curve.asked_bytes) / 1e3, np.array(curve.delivered_bytes) / 1e3)
     ax.set_ylabel(f"kB per {curve.bin_s * 1e3:g} ms")
 
 
-def _track(ax: Axes, one: Outcome, track: Track) -> None:
-    check = one.check(track.way, f"{track.what} trace")
+def _track(ax: Axes, link: Outcome, track: Track) -> None:
+    check = link.check(track.way, f"{track.what} trace")
     scale, label = (1e3, "one-way delay (ms)") if track.what == "delay" else (100.0, "lost probes (%)")
-    said = f"n = {check.n if check else None}"
+    note = f"n = {check.n if check else None}"
     if check is not None and (measured := check.measured) is not None and (asked := check.asked) is not None:
-        said = (
-            f"median error {1e3 * measured:.2f} ms · {said}"
+        note = (
+            f"median error {1e3 * measured:.2f} ms · {note}"
             if track.what == "delay"
-            else f"in all {100 * measured:.2f} %, asked {100 * asked:.2f} % · {said}"
+            else f"in all {100 * measured:.2f} %, asked {100 * asked:.2f} % · {note}"
         )
-    panel_title(ax, f"{WAYS[track.way][2]}: {spaced(one.profile)}", said)
+    panel_title(ax, f"{WAYS[track.way][2]}: {spaced(link.profile)}", note)
     wanted, seen = (
         scale * np.array([math.nan if v is None else v for v in values], dtype=float)
         for values in (track.asked, track.measured)
@@ -109,17 +109,17 @@ def _total_error(curve: Curve) -> float:
 
 def _worst(drawn: list[tuple[Outcome, Curve | Track]]) -> str:
     curves = [line for _, line in drawn if isinstance(line, Curve)]
-    said = []
+    phrases = []
     if shapes := [shape for curve in curves if (shape := curve.correlation) is not None]:
-        said.append(f"least correlation {min(shapes):.4f}")
+        phrases.append(f"least correlation {min(shapes):.4f}")
     if curves:
         off = max((_total_error(curve) for curve in curves), key=abs)
-        said.append(f"largest error of the total {off:+.2f} %")
+        phrases.append(f"largest error of the total {off:+.2f} %")
     errors = [m.check(line.way, "delay trace") for m, line in drawn]
     if known := [check.measured for check in errors if check is not None and check.measured is not None]:
-        said.append(f"of a delay (median) {1e3 * max(known):.2f} ms")
+        phrases.append(f"of a delay (median) {1e3 * max(known):.2f} ms")
     parts = sum(len(line.asked_bytes if isinstance(line, Curve) else line.asked) for _, line in drawn)
-    return f"{', '.join(said)} · n = {parts} parts of {len(drawn)} stretches"
+    return f"{', '.join(phrases)} · n = {parts} parts of {len(drawn)} stretches"
 
 
 def _followed(drawn: list[tuple[Outcome, Curve | Track]]) -> str:
@@ -131,9 +131,9 @@ def _followed(drawn: list[tuple[Outcome, Curve | Track]]) -> str:
     }
     off = [
         line
-        for one, line in drawn
+        for link, line in drawn
         if any(
-            (check := one.check(line.way, what)) is not None and check.ok is False
+            (check := link.check(line.way, what)) is not None and check.ok is False
             for what in kinds["bytes" if isinstance(line, Curve) else line.what]
         )
     ]

@@ -107,7 +107,7 @@ def _panel(name: str, rows: pd.DataFrame, metric: Metric) -> Panel:
     measured = [m for m in every if math.isfinite(m.quality.value) and 0 < m.latency.value < math.inf]
     full = settings.full_cache_quality(rows) if metric is SCORE else 0.0
     able = settings.holding(measured, full) if metric is SCORE else []
-    chosen = [found[0] for found in (able, _split(able)) if found]
+    chosen = [group[0] for group in (able, _split(able)) if group]
     level = paired_latency.tied(rows, able[0].label, [m.label for m in able]) if able else []
     tied = [m for m in able if m.label in level and not any(m is c for c in chosen)]
     missing = [f"{m.label} {m.gap}" for m in every if m.gap]
@@ -174,15 +174,15 @@ def _draw_panel(ax: Axes, panel: Panel, looks: dict[str, Mark], metric: Metric) 
         return
     if math.isfinite(panel.full):
         ax.axhline(panel.full, zorder=1, **_FULL)
-    for one in panel.measured:
-        mark = looks[one.label]
-        for xs, ys in _bars(one):
+    for shown in panel.measured:
+        mark = looks[shown.label]
+        for xs, ys in _bars(shown):
             ax.plot(xs, ys, color=mark.color, lw=1.0, alpha=0.6, zorder=2, solid_capstyle="butt")
-        ax.plot(one.latency.value, one.quality.value, zorder=4, **mark.options())
-    for one, width in zip(panel.chosen, (1.4, 0.8), strict=False):
-        ax.plot(one.latency.value, one.quality.value, zorder=3.5, markeredgewidth=width, **_RING)
-    for one in panel.tied:
-        ax.scatter([one.latency.value], [one.quality.value], zorder=3.5, **_TIE)
+        ax.plot(shown.latency.value, shown.quality.value, zorder=4, **mark.options())
+    for shown, width in zip(panel.chosen, (1.4, 0.8), strict=False):
+        ax.plot(shown.latency.value, shown.quality.value, zorder=3.5, markeredgewidth=width, **_RING)
+    for shown in panel.tied:
+        ax.scatter([shown.latency.value], [shown.quality.value], zorder=3.5, **_TIE)
     limit_seconds(ax, (e for m in panel.measured for e in (m.latency.low, m.latency.value, m.latency.high)))
     whole, sent = (_front(measured, metric) for measured in (panel.measured, _split(panel.measured)))
     crossed = front(ax, [_place(m) for m in whole], FRONT)
@@ -191,9 +191,9 @@ def _draw_panel(ax: Axes, panel: Panel, looks: dict[str, Mark], metric: Metric) 
     _label(ax, panel, sent + whole, crossed)
 
 
-def _bars(one: Measured) -> Iterable[tuple[tuple[float, float], tuple[float, float]]]:
+def _bars(measured: Measured) -> Iterable[tuple[tuple[float, float], tuple[float, float]]]:
     """The intervals' lines as (xs, ys)."""
-    x, y = one.latency, one.quality
+    x, y = measured.latency, measured.quality
     return ((x.low, x.high), (y.value, y.value)), ((x.value, x.value), (y.low, y.high))
 
 
@@ -205,8 +205,8 @@ def _front(measured: list[Measured], metric: Metric) -> list[Measured]:
     return [measured[int(i)] for i in indices]
 
 
-def _place(one: Measured) -> tuple[float, float]:
-    return one.latency.value, one.quality.value
+def _place(measured: Measured) -> tuple[float, float]:
+    return measured.latency.value, measured.quality.value
 
 
 def _label(ax: Axes, panel: Panel, fronts: list[Measured], crossed: list[labels.Segment]) -> None:

@@ -108,8 +108,8 @@ def draw(diagnosis: dict[str, Any]) -> Figure:
 
 def _codec(diagnosis: dict[str, Any]) -> str:
     """The quantizer that was diagnosed, and what shares a scale where that is a token's whole key or value."""
-    one = " with one scale a token" if diagnosis.get("scale") == "token" else ""
-    return f"int{diagnosis['bits']}{one}"
+    scale = " with one scale a token" if diagnosis.get("scale") == "token" else ""
+    return f"int{diagnosis['bits']}{scale}"
 
 
 def _bars(ax: Axes, diagnosis: dict[str, Any], which: str) -> None:
@@ -117,8 +117,8 @@ def _bars(ax: Axes, diagnosis: dict[str, Any], which: str) -> None:
     for shift, (kind, (color, hatch, label)) in zip((-0.2, 0.2), KINDS.items(), strict=True):
         places = [place for place in diagnosis["places"] if place["kind"] == kind]
         layers = np.array([place["layer"] for place in places])
-        found = [place["won"] if which == "won" else place["damage"]["kl"] for place in places]
-        mean, low, high = ([interval[end] for interval in found] for end in ("mean", "low", "high"))
+        intervals = [place["won"] if which == "won" else place["damage"]["kl"] for place in places]
+        mean, low, high = ([interval[end] for interval in intervals] for end in ("mean", "low", "high"))
         ax.bar(
             layers + shift, mean, 0.38, color=color, hatch=hatch, edgecolor=INK, linewidth=0.4, label=label
         )

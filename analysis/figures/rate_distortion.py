@@ -80,13 +80,13 @@ def draw(run: Run) -> Figure:
 
 
 def _points(rows: pd.DataFrame, metric: Metric) -> list[Point]:
-    found = []
+    points = []
     for codec, own in settings.common(rows).groupby("codec", sort=False):
         loss = stats.mean(metric.values(own), settings.clusters(own), bounds=metric.bounds)
         bits = stats.mean(own["bits_per_element"], settings.clusters(own), resamples=1).value
         if math.isfinite(loss.value):
-            found.append(Point(str(codec), bits, loss))
-    return found
+            points.append(Point(str(codec), bits, loss))
+    return points
 
 
 def _draw(ax: Axes, points: list[Point], looks: dict[str, Mark], metric: Metric) -> None:

@@ -46,12 +46,12 @@ Place = tuple[float, float]  #: rate up (bit/s; 0: unlimited), delay up (s)
 
 def draw(run: Run) -> Figure:
     """Two panels: of all settings, and of those that send KV across the link."""
-    found = list(settings.panels(run.attempts))
-    if len(found) < 2:
+    panels = list(settings.panels(run.attempts))
+    if len(panels) < 2:
         raise NotInThisRun(f"{run.path} has one link only; regimes compares at least two profiles")
     maps = {
-        "all settings": _squares(found, everything=True),
-        "settings that send KV": _squares(found, everything=False),
+        "all settings": _squares(panels, everything=True),
+        "settings that send KV": _squares(panels, everything=False),
     }
     maps = {name: squares for name, squares in maps.items() if squares}
     if len(maps) == 2 and not any(m.placement != "split" for m in _winners(maps["all settings"])):
@@ -65,7 +65,7 @@ def draw(run: Run) -> Figure:
     frame = Frame(
         title=f"The fastest setting that keeps {QUALITY_FLOOR:.0%} of the full cache's quality, link by link",
         subtitle=(
-            f"{len(found)} emulated links by rate (up) and one-way delay · {subject(run.rows)}\n"
+            f"{len(panels)} emulated links by rate (up) and one-way delay · {subject(run.rows)}\n"
             f"its median {run.latency} with 95 % interval; below, the next best: how much slower (median ratio), or tied"
         ),
         footnotes=[
@@ -92,10 +92,10 @@ def _winners(squares: dict[Place, list[Square]]) -> list[Measured]:
     return [s.best for own in squares.values() for s in own if s.best is not None]
 
 
-def _squares(found: list[tuple[str, pd.DataFrame]], everything: bool) -> dict[Place, list[Square]]:
+def _squares(panels: list[tuple[str, pd.DataFrame]], everything: bool) -> dict[Place, list[Square]]:
     """The links by place; several share one where they differ in loss or in what the place does not show."""
     squares: dict[Place, list[Square]] = {}
-    for name, rows in found:
+    for name, rows in panels:
         measured = settings.measured(rows)
         full = settings.full_cache_quality(rows)
         if not everything:
@@ -108,8 +108,8 @@ def _squares(found: list[tuple[str, pd.DataFrame]], everything: bool) -> dict[Pl
         if measured:
             shown = best is not None and settings.shown_to_hold(rows[rows["setting"] == best.label])
             compared = ratios(rows, best.label, [m.label for m in able[1:]]) if best else []
-            slower = next((one for one in compared if second and one.setting == second.label), None)
-            ties = sum(not (one.differs and one.ratio.value > 1) for one in compared)
+            slower = next((other for other in compared if second and other.setting == second.label), None)
+            ties = sum(not (other.differs and other.ratio.value > 1) for other in compared)
             changes = len(steady(rows)) < len(rows)
             squares.setdefault(place, []).append(
                 Square(name, loss, best, second, shown, changes, slower, ties)
@@ -191,5 +191,5 @@ def _write(ax: Axes, x: float, y: float, text: str, size: float, share: float, *
     ax.text(x, y, text, ha="center", va="center", fontsize=size, **more)
 
 
-def _short(one: Measured) -> str:
-    return short([one.label])[one.label]
+def _short(measured: Measured) -> str:
+    return short([measured.label])[measured.label]

@@ -96,12 +96,12 @@ def _curves(rows: pd.DataFrame, metric: Metric) -> list[Curve]:
     whole: dict[str, stats.Estimate] = {}
     parts: dict[tuple[str, str], dict[float, stats.Estimate]] = {}
     for codec, own in settings.common(rows).groupby("codec", sort=False):
-        found = stats.mean(metric.values(own), settings.clusters(own), bounds=metric.bounds)
+        estimate = stats.mean(metric.values(own), settings.clusters(own), bounds=metric.bounds)
         selection = split_selection(str(codec))
         if selection is None:
-            whole[str(codec)] = found
+            whole[str(codec)] = estimate
         else:
-            parts.setdefault((selection[0], selection[2]), {})[selection[1]] = found
+            parts.setdefault((selection[0], selection[2]), {})[selection[1]] = estimate
     curves = []
     for (selector, rest), points in parts.items():
         ends = {1.0: whole[rest]} if rest in whole and 1.0 not in points else {}

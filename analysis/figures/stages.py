@@ -131,15 +131,15 @@ def _draw_bars(ax: Axes, rows: pd.DataFrame, stages: list[str], names: list[str]
     for place, label in enumerate(names):
         if label not in whole:
             continue  # not run on this profile
-        said = f"failed {failed[label]} of {tried[label]}" if failed[label] else ""
-        end, one, payload = float(start[place]), whole[label], float(payloads[label])
-        if math.isfinite(one.low) and math.isfinite(one.high):
-            ax.plot([one.low, one.high], [place, place], color=INK, lw=1.0, zorder=4)
-            ends.append(one.high)
-            end = max(end, one.high)
-        parts = [_seconds(one.value)] if math.isfinite(one.value) else []
+        note = f"failed {failed[label]} of {tried[label]}" if failed[label] else ""
+        end, median, payload = float(start[place]), whole[label], float(payloads[label])
+        if math.isfinite(median.low) and math.isfinite(median.high):
+            ax.plot([median.low, median.high], [place, place], color=INK, lw=1.0, zorder=4)
+            ends.append(median.high)
+            end = max(end, median.high)
+        parts = [_seconds(median.value)] if math.isfinite(median.value) else []
         parts += [megabytes(payload)] if payload > 0 else []
-        text = " · ".join([*parts, *([said] if said else [])])
+        text = " · ".join([*parts, *([note] if note else [])])
         ax.annotate(
             text,
             (end, place),
@@ -147,7 +147,7 @@ def _draw_bars(ax: Axes, rows: pd.DataFrame, stages: list[str], names: list[str]
             textcoords="offset points",
             va="center",
             fontsize=7.6,
-            color=VERMILLION if said else INK,
+            color=VERMILLION if note else INK,
         )
     return ends
 

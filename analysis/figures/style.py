@@ -108,15 +108,15 @@ def marks(settings: Iterable[tuple[str, str, str]]) -> dict[str, Mark]:
     shapes = dict(_SELECTORS)
     spare = iter(_SPARE * 20)
     taken: set[Mark] = set()
-    found: dict[str, Mark] = {}
+    chosen: dict[str, Mark] = {}
     for label, placement, codec in settings:
         mark = _PLACEMENTS.get(placement) or _codec_mark(codec, shapes, spare)
         for fill in ("top", "bottom", "right", "full", "none", "left"):
             if mark in taken:
                 mark = Mark(mark.marker, mark.color, fill, mark.size)
         taken.add(mark)
-        found[label] = mark
-    return found
+        chosen[label] = mark
+    return chosen
 
 
 def _codec_mark(codec: str, shapes: dict[str, tuple[str, str]], spare: Any) -> Mark:
@@ -126,8 +126,8 @@ def _codec_mark(codec: str, shapes: dict[str, tuple[str, str]], spare: Any) -> M
         parts = {}
     selector, quantizer = parts.get("selector"), parts.get("quantizer")
     bits = _bits(quantizer.text) if quantizer else 16 if parts else None
-    told = selector or parts.get("transform") or quantizer
-    name = codec if told is None else "" if told.name in _PLAIN else told.name
+    shown = selector or parts.get("transform") or quantizer
+    name = codec if shown is None else "" if shown.name in _PLAIN else shown.name
     if name not in shapes:
         shapes[name] = next(spare)
     marker, color = shapes[name]
@@ -277,13 +277,13 @@ def short(names: Iterable[str], longest: int = LONGEST) -> dict[str, str]:
     """Each name as it is drawn. Of a long one the parameters in parentheses become ``(…)``, the longest first; where two names
     would then be the same, those behind the first are numbered: ``(…) [2]``.
     """
-    found: dict[str, str] = {}
+    shown: dict[str, str] = {}
     taken: dict[str, int] = {}
     for name in dict.fromkeys(names):
         drawn = _middle(_without_parameters(name, longest), longest + 8)
         taken[drawn] = taken.get(drawn, 0) + 1
-        found[name] = drawn if taken[drawn] == 1 else f"{drawn} [{taken[drawn]}]"
-    return found
+        shown[name] = drawn if taken[drawn] == 1 else f"{drawn} [{taken[drawn]}]"
+    return shown
 
 
 def _without_parameters(name: str, longest: int) -> str:

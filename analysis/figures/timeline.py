@@ -77,9 +77,9 @@ def _trials(rows: pd.DataFrame) -> pd.DataFrame:
     known = [m.label for m in measured]
     order = [w for w in dict.fromkeys([*wanted, *known]) if w in known][:MOST]
     example = _typical(own, order)
-    found = own[(own["task"] == example[0]) & (own["example"] == example[1])]
-    found = found[found["setting"].isin(order)].drop_duplicates("setting")
-    return found.sort_values("setting", key=lambda s: s.map(order.index))
+    trials = own[(own["task"] == example[0]) & (own["example"] == example[1])]
+    trials = trials[trials["setting"].isin(order)].drop_duplicates("setting")
+    return trials.sort_values("setting", key=lambda s: s.map(order.index))
 
 
 def _typical(rows: pd.DataFrame, order: list[str]) -> tuple[str, str]:

@@ -60,7 +60,7 @@ def render(run: Run, figures: list[Path]) -> str:
     environment = jinja2.Environment(
         autoescape=True, loader=jinja2.FileSystemLoader(here), undefined=jinja2.StrictUndefined
     )
-    found, left_out = claims.judge([run])
+    judged, left_out = claims.judge([run])
     missing = [name for name in FIGURES if name not in {p.stem for p in figures}]
     return environment.get_template("page.html").render(
         title=str(run.manifest.get("name") or run.path.name),
@@ -74,7 +74,7 @@ def render(run: Run, figures: list[Path]) -> str:
         lines=_lines(summarise(run)),
         comparisons=comparisons.text(comparisons.against(run)) + "\n\n" + comparisons.latency_text(run),
         headline=table(run),
-        claims=found,
+        claims=judged,
         left_out=left_out,
         script=(here / "table.js").read_text(encoding="utf-8"),
         style=(here / "page.css").read_text(encoding="utf-8"),
@@ -94,28 +94,28 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     ]
     host = run.manifest.get("host")
     for key, value in host.items() if isinstance(host, dict) else ():
-        said = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
         if key == "memory_bytes" and isinstance(value, int):
-            said = f"{value / 1e9:.1f} GB"
-        facts.append((str(key).removesuffix("_bytes").replace("_", " "), said))
+            text = f"{value / 1e9:.1f} GB"
+        facts.append((str(key).removesuffix("_bytes").replace("_", " "), text))
     return [(name, value) for name, value in facts if value]
 
 
 def _caveats(run: Run) -> list[str]:
-    said = caveats(run)
+    sentences = caveats(run)
     slowed = run.rows[(run.rows["edge_slowdown"] != 1) | (run.rows["cloud_slowdown"] != 1)]
     if len(slowed):
-        said.append(
+        sentences.append(
             f"Compute is emulated in {len(slowed)} trials: stages stretched by up to "
             f"{slowed['edge_slowdown'].max():g} at the edge and {slowed['cloud_slowdown'].max():g} in the cloud."
         )
     warned = run.rows.loc[(run.rows["warnings"] != "") & run.rows["calibrated"], "warnings"]
     if len(warned):
-        said.append(f"The first warning: {str(warned.iloc[0])[:200]}")
+        sentences.append(f"The first warning: {str(warned.iloc[0])[:200]}")
     if len(run.failed):
         first = str(run.failed["error"].iloc[0]).splitlines()[0][:200]
-        said.append(f"The first failure: {first}")
-    return said
+        sentences.append(f"The first failure: {first}")
+    return sentences
 
 
 def _calibration(run: Run) -> list[dict[str, Any]]:
@@ -151,9 +151,9 @@ _UNITS: dict[str, Callable[[float], str]] = {
 }
 
 
-def _lines(found: pd.DataFrame) -> list[list[tuple[str, str]]]:
+def _lines(summary: pd.DataFrame) -> list[list[tuple[str, str]]]:
     """For each line and column what is shown, and what it sorts by."""
-    return [[_cell(row, name, digits) for name, _, digits in COLUMNS] for _, row in found.iterrows()]
+    return [[_cell(row, name, digits) for name, _, digits in COLUMNS] for _, row in summary.iterrows()]
 
 
 def _cell(row: pd.Series[Any], name: str, digits: int | None) -> tuple[str, str]:

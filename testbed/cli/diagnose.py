@@ -84,11 +84,11 @@ def diagnose(
     parse_prompt(options["prompt"])
     path = out or default_path(name, int(bits), scale)
     settings = {"model": model, "bits": int(bits), "high": int(high), "scale": scale, **options}
-    found = request.diagnosed(settings, lambda line: click.echo(line, err=True))
-    request.write(path, found)
+    diagnosis = request.diagnosed(settings, lambda line: click.echo(line, err=True))
+    request.write(path, diagnosis)
     figures = [] if by_layers else _draw(path)
-    text = _text(found) + "".join(f"\n{what:<9} {where}" for what, where in [("file", path), *figures])
-    return {**found, "file": str(path)}, text, 0
+    text = _text(diagnosis) + "".join(f"\n{what:<9} {where}" for what, where in [("file", path), *figures])
+    return {**diagnosis, "file": str(path)}, text, 0
 
 
 def _draw(path: Path) -> list[tuple[str, Path]]:
@@ -97,7 +97,7 @@ def _draw(path: Path) -> list[tuple[str, Path]]:
     return [("plot", figure) for figure in draw_file(path)]
 
 
-def _text(found: dict[str, Any]) -> str:
+def _text(diagnosis: dict[str, Any]) -> str:
     """The tables: the forms of the coarse integers, and what layers cost."""
     rows = [
         [
@@ -107,38 +107,42 @@ def _text(found: dict[str, Any]) -> str:
             f"{form['score']['mean']:+.3f}",
             "yes" if form["holds"] else "no",
         ]
-        for form in found["forms"]
+        for form in diagnosis["forms"]
     ]
     forms = table(rows, ["everywhere", "bits", "NLL lost", "score lost", "holds"])
-    layers = _layers(found["published"]) if "published" in found else _places(found)
-    asked = f"{found['examples']} examples of {found['task']} at {found['context_tokens']} tokens"
-    counted = asked if "published" in found else f"{asked} ranked, {found['examples']} others chose"
-    return "\n".join([layers, counted, found["verdict"], "", forms, best_form(found["forms"]), ""])
+    layers = _layers(diagnosis["published"]) if "published" in diagnosis else _places(diagnosis)
+    examples = (
+        f"{diagnosis['examples']} examples of {diagnosis['task']} at {diagnosis['context_tokens']} tokens"
+    )
+    counted = (
+        examples if "published" in diagnosis else f"{examples} ranked, {diagnosis['examples']} others chose"
+    )
+    return "\n".join([layers, counted, diagnosis["verdict"], "", forms, best_form(diagnosis["forms"]), ""])
 
 
-def _interval(found: dict[str, float]) -> str:
-    return f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+def _interval(interval: dict[str, float]) -> str:
+    return f"{interval['mean']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]"
 
 
-def _layers(found: dict[str, Any]) -> str:
+def _layers(rule: dict[str, Any]) -> str:
     """What each layer costs alone."""
     rows = [
-        [str(one["layer"]), f"{one['costs']:+.1%}", f"{one['kl']:.5f}", _interval(one["nll"])]
-        for one in found["each"]
+        [str(layer["layer"]), f"{layer['costs']:+.1%}", f"{layer['kl']:.5f}", _interval(layer["nll"])]
+        for layer in rule["each"]
     ]
-    whole = ["all", f"{found['whole_costs']:+.1%}", "", ""]
+    whole = ["all", f"{rule['whole_costs']:+.1%}", "", ""]
     size = (
-        f"with the bottlenecks at 16 bits {found['sizes']['without_scales']:.1%} of 16 bits are left, "
-        f"{found['sizes']['with_scales']:.1%} with scales"
+        f"with the bottlenecks at 16 bits {rule['sizes']['without_scales']:.1%} of 16 bits are left, "
+        f"{rule['sizes']['with_scales']:.1%} with scales"
     )
     return table([*rows, whole], ["layer", "score lost", "KL", "NLL lost"]) + f"\n{size}"
 
 
-def _places(found: dict[str, Any]) -> str:
+def _places(diagnosis: dict[str, Any]) -> str:
     """What each layer's keys and values lose alone, what sparing them alone wins back, and the sets that were tried."""
-    whole = found["all_quantized"]
+    whole = diagnosis["all_quantized"]
     rows = []
-    for place in found["places"]:
+    for place in diagnosis["places"]:
         damage, rescue = place["damage"], place["rescue"]
         rows.append(
             [
@@ -164,6 +168,6 @@ def _places(found: dict[str, Any]) -> str:
     lines += [
         f"protect {tried['protect']}: loses {tried['nll']['mean']:+.4f} "
         f"[{tried['nll']['low']:+.4f}, {tried['nll']['high']:+.4f}] nats a token, {tried['score']['mean']:+.3f} of the score"
-        for tried in found["sets"]
+        for tried in diagnosis["sets"]
     ]
     return "\n".join(lines)

@@ -67,12 +67,12 @@ def tasks() -> Any:
 
     from testbed.tasks.task import describe
 
-    found = describe()
+    known = describe()
     lines = []
-    for task in found:
+    for task in known:
         settings = ", ".join(f"{k}={v}" for k, v in task.parameters.items())
         lines.append(f"{task.name:<10} {task.summary}" + (f"\n           {settings}" if settings else ""))
-    return {"tasks": [asdict(task) for task in found]}, "\n".join(lines), 0
+    return {"tasks": [asdict(task) for task in known]}, "\n".join(lines), 0
 
 
 @click.group(invoke_without_command=True)
@@ -84,11 +84,11 @@ def models(context: click.Context, want_json: bool) -> None:
         return
     from testbed.models.sources import available
 
-    found = available()
+    known = available()
     rows = [
-        [m.name, "ready" if m.fetched else f"testbed models fetch {m.name}", m.description] for m in found
+        [m.name, "ready" if m.fetched else f"testbed models fetch {m.name}", m.description] for m in known
     ]
-    value = {"models": [{"name": m.name, "fetched": m.fetched, "description": m.description} for m in found]}
+    value = {"models": [{"name": m.name, "fetched": m.fetched, "description": m.description} for m in known]}
     click.echo(json.dumps(value, indent=2) if want_json else table(rows, ["model", "state", "what it is"]))
 
 

@@ -38,7 +38,7 @@ def up(topology: str, links: tuple[str, ...], emulator: str, captures: Path | No
     from testbed.net.profile.profile import parse_profile
     from testbed.net.topology.files import load_topology
 
-    made = load_topology(topology)
+    loaded = load_topology(topology)
     given = {}
     for text in links:
         name, equals, profile = text.partition("=")
@@ -47,7 +47,7 @@ def up(topology: str, links: tuple[str, ...], emulator: str, captures: Path | No
         given[name] = parse_profile(profile)
     require_root()
     with interruptible():
-        network = fabric.up(made, given, emulator, captures)
+        network = fabric.up(loaded, given, emulator, captures)
         try:
             described = describe(network)
         except BaseException:  # whoever interrupts it has not seen its name
@@ -82,14 +82,14 @@ def _network_text(described: dict[str, Any]) -> str:
 
 def _counted(counters: dict[str, float]) -> str:
     """What passed, and whatever else is not nothing."""
-    told = [f"{counters.get('packets', 0)} packets", f"{counters.get('bytes', 0)} bytes"]
-    told += [
+    parts = [f"{counters.get('packets', 0)} packets", f"{counters.get('bytes', 0)} bytes"]
+    parts += [
         f"{key.removesuffix('_s').replace('_', ' ')} "
         + (f"{value * 1e3:.2f} ms" if key.endswith("_s") else f"{value}")
         for key, value in counters.items()
         if value and key not in ("packets", "bytes", "recent_lateness_s")
     ]
-    return ", ".join(told)
+    return ", ".join(parts)
 
 
 @click.command(

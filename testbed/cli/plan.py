@@ -19,9 +19,9 @@ def plan(scenario: str, **changes: Any) -> Any:
     from testbed.experiment.plan import load_plan
     from testbed.units import format_duration, format_size, format_time
 
-    made = load_plan(scenario, **changes)
-    estimator = Estimator(made)
-    per_cell = made.scenario.examples * made.scenario.repeats
+    planned = load_plan(scenario, **changes)
+    estimator = Estimator(planned)
+    per_cell = planned.scenario.examples * planned.scenario.repeats
     cells = estimator.summary()
     seconds = sum(cell["trial_s"] for cell in cells) * per_cell
     sent = sum(cell["payload_bytes"] for cell in cells) * per_cell
@@ -38,11 +38,11 @@ def plan(scenario: str, **changes: Any) -> Any:
         for c in cells
     ]
     text = table(rows, ["task", "placement", "codec", "delivery", "profile", "payload", "transmit"])
-    text += f"\n\n{len(cells)} cells x {per_cell} = {made.trials} trials, "
+    text += f"\n\n{len(cells)} cells x {per_cell} = {planned.trials} trials, "
     text += f"{format_size(sent)} across the link, about {format_duration(seconds)}"
     if estimator.model is None:
-        text += f"\nmodel {made.scenario.model}: no configuration at hand, so cache sizes are unknown"
-    remarks = [remark for profile in made.profiles for remark in profile.remarks()]
+        text += f"\nmodel {planned.scenario.model}: no configuration at hand, so cache sizes are unknown"
+    remarks = [remark for profile in planned.profiles for remark in profile.remarks()]
     text += "".join(f"\n{remark}" for remark in remarks)
-    value = {"cells": cells, "trials": made.trials, "bytes": sent, "seconds": seconds, "remarks": remarks}
+    value = {"cells": cells, "trials": planned.trials, "bytes": sent, "seconds": seconds, "remarks": remarks}
     return value, text, 0

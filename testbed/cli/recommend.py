@@ -50,8 +50,8 @@ def recommend(
         raise UsageError(f"--rate {rate}: a link needs a rate above 0")
     link = Link(bits, one_way, one_way, parse_percentage(loss))
     limit = None if deadline is None else parse_time(deadline)
-    found = recommending.recommend(open_run(path, where), link, parse_fraction(quality), limit)
-    text = recommending.text(found)
-    if held_out and found.held_out:
-        text += f"\n\n{recommending.held_out_table(found.held_out)}"
-    return found.to_dict(), text, 0 if found.choice else 1
+    advice = recommending.recommend(open_run(path, where), link, parse_fraction(quality), limit)
+    text = recommending.text(advice)
+    if held_out and advice.held_out:
+        text += f"\n\n{recommending.held_out_table(advice.held_out)}"
+    return advice.to_dict(), text, 0 if advice.choice else 1

@@ -62,7 +62,7 @@ def run(
     else:
         assert scenario is not None
         plan = load_plan(scenario, **changes)
-        for remark in dict.fromkeys(said for profile in plan.profiles for said in profile.remarks()):
+        for remark in dict.fromkeys(note for profile in plan.profiles for note in profile.remarks()):
             click.echo(f"testbed: {remark}", err=True)
         require_root()
         removal.clean()
@@ -101,16 +101,16 @@ def _execute(started: Runner, show: Console) -> int:
 
 def _resumable(started: Runner, error: Exception) -> Exception:
     """What ended a run, with where its rows are and how it goes on."""
-    path, said = started.directory.path, str(error)
+    path, message = started.directory.path, str(error)
     if isinstance(error, OSError):
-        said = f"{error.filename or path}: {error.strerror or error}"
+        message = f"{error.filename or path}: {error.strerror or error}"
     try:
         rows = not isinstance(error, UsageError) and any(started.directory.rows())
     except (TestbedError, OSError):
         rows = False
     if rows:
-        said += f"; rows so far are in {path}; continue with  testbed run --resume {path}"
-    return (type(error) if isinstance(error, TestbedError) else StorageError)(said)
+        message += f"; rows so far are in {path}; continue with  testbed run --resume {path}"
+    return (type(error) if isinstance(error, TestbedError) else StorageError)(message)
 
 
 def show_results(path: Path) -> None:

@@ -48,8 +48,8 @@ def interval(values: Sequence[float]) -> Interval:
     """Paired bootstrap: the values are differences from the same example's full cache."""
     from testbed import stats
 
-    found = stats.mean(list(values))
-    return Interval(found.value, found.low, found.high)
+    estimate = stats.mean(list(values))
+    return Interval(estimate.value, estimate.low, estimate.high)
 
 
 def holds(loss: Loss, measure: str, epsilon: float) -> bool:

@@ -59,27 +59,29 @@ def judge(
     }
 
 
-def sizes(found: dict[str, Any], bits: int, true_bits: float) -> dict[str, float]:
+def sizes(judged: dict[str, Any], bits: int, true_bits: float) -> dict[str, float]:
     """What is left of 16 bits with the bottleneck layers at 16: without scales, as published (one layer of 28: 27.7 %), and with
     them. true_bits: of an element of the others, scales counted.
     """
-    kept, layers = len(found["layers"]), len(found["each"])
+    kept, layers = len(judged["layers"]), len(judged["each"])
     share = {"without_scales": float(bits), "with_scales": true_bits}
     return {name: (kept * 16 + (layers - kept) * each) / layers / 16 for name, each in share.items()}
 
 
-def protected(found: dict[str, Any]) -> str:
+def protected(judged: dict[str, Any]) -> str:
     """The word for `mixed`: the bottleneck layers, or none."""
-    return write_places(place for layer in found["layers"] for place in layer_places(layer))
+    return write_places(place for layer in judged["layers"] for place in layer_places(layer))
 
 
-def verdict(found: dict[str, Any], bits: int) -> str:
+def verdict(judged: dict[str, Any], bits: int) -> str:
     """One sentence for people."""
-    whole = f"int{bits} everywhere costs {found['whole_costs']:.1%} of the score"
-    if found["damage"] == ROBUST:
+    whole = f"int{bits} everywhere costs {judged['whole_costs']:.1%} of the score"
+    if judged["damage"] == ROBUST:
         return f"robust: {whole}, not more than {WHOLE_COSTS:.0%}"
-    worst = found["each"][found["worst"]]
-    if found["damage"] == DISTRIBUTED:
+    worst = judged["each"][judged["worst"]]
+    if judged["damage"] == DISTRIBUTED:
         most = f"the most layer {worst['layer']}, {worst['costs']:.1%}"
         return f"distributed: {whole}, and no layer alone more than {LAYER_COSTS:.0%} ({most})"
-    return f"bottleneck: {whole}, and each of the layers {protected(found)} alone more than {LAYER_COSTS:.0%}"
+    return (
+        f"bottleneck: {whole}, and each of the layers {protected(judged)} alone more than {LAYER_COSTS:.0%}"
+    )

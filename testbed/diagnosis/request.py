@@ -43,7 +43,7 @@ def diagnosed(settings: dict[str, Any], say: Callable[[str], None]) -> dict[str,
 
     Raises UsageError for a wrong request and EndpointError where the process fails.
     """
-    found: dict[str, Any] = {}
+    diagnosis: dict[str, Any] = {}
     complaint = ""
     with host("local").start(programs.module("testbed.diagnosis"), {}) as process:
         with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
@@ -53,17 +53,17 @@ def diagnosed(settings: dict[str, Any], say: Callable[[str], None]) -> dict[str,
             message = json.loads(line)
             if "part" in message:
                 say(message["part"])
-            found, complaint = message.get("found", found), message.get("error", complaint)
+            diagnosis, complaint = message.get("found", diagnosis), message.get("error", complaint)
         status, complaint = process.status(None), complaint or process.last_words()
     if status == UsageError.exit_status:
         raise UsageError(complaint)
     if status:
         raise EndpointError(f"the diagnosis ended with status {status}: {complaint[:300]}")
-    return found
+    return diagnosis
 
 
-def write(path: Path, found: dict[str, Any]) -> None:
+def write(path: Path, diagnosis: dict[str, Any]) -> None:
     """Write a diagnosis so that a reader sees the old file or the new one. Raises StorageError."""
     with files.storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    files.replace(path, json.dumps(found, indent=1).encode())
+    files.replace(path, json.dumps(diagnosis, indent=1).encode())

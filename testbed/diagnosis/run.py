@@ -30,18 +30,18 @@ def diagnose(request: Request, say: Say) -> dict[str, Any]:
     variants_of, examples = _prepared(model, request)
     forms = Forms(request.bits)
     if request.rule == "published":
-        found = _by_published_rule(model, request, variants_of, examples, forms, say)
+        judged = _by_published_rule(model, request, variants_of, examples, forms, say)
     else:
-        found = _by_smallest_set(model, request, variants_of, examples, forms, say)
+        judged = _by_smallest_set(model, request, variants_of, examples, forms, say)
     table = forms.to_list(request.measure, request.epsilon)
-    if "published" in found:
+    if "published" in judged:
         (own,) = (form["bits_per_element"] for form in table if form["scale"] == request.scale)
-        found["published"]["sizes"] = published.sizes(found["published"], request.bits, own)
+        judged["published"]["sizes"] = published.sizes(judged["published"], request.bits, own)
     return {
         "format": FORMAT,
         **asdict(request),
         "model": model.name,
-        **found,
+        **judged,
         "forms": table,
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -67,11 +67,11 @@ def _by_published_rule(
     ways = {layer: _quantizing(published.layer_places(layer), request.bits) for layer in layers}
     alone = Outcomes(ways | {-1: _quantizing(every, request.bits)})
     _rank(variants_of, examples[: request.examples], [forms, alone], "", say)
-    found = published.judge(alone.full, alone.by_way[-1], [alone.by_way[layer] for layer in layers])
+    judged = published.judge(alone.full, alone.by_way[-1], [alone.by_way[layer] for layer in layers])
     return {
-        "protect": published.protected(found),
-        "verdict": published.verdict(found, request.bits),
-        "published": found,
+        "protect": published.protected(judged),
+        "verdict": published.verdict(judged, request.bits),
+        "published": judged,
     }
 
 

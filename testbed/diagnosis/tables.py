@@ -68,10 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def counted(options: argparse.Namespace) -> tuple[str, Path]:
     """Prefills each context behind the task's prefix, counts, and keeps the tables: their name and file."""
-    asked, prompt = parse_task(options.task), parse_prompt(options.prompt)
+    plain, prompt = parse_task(options.task), parse_prompt(options.prompt)
     codec = Codec(options.codec, options.model)
     model = load_model(options.model)
-    task = prompted(model, asked, str(prompt or "auto"))
+    task = prompted(model, plain, str(prompt or "auto"))
     ids = model.tokenize(task.prefix, start=True)
     prefix = model.prefill(ids, None).cache if ids else None
     counts: Counts = {}
@@ -83,8 +83,8 @@ def counted(options: argparse.Namespace) -> tuple[str, Path]:
         f"{codec} on {options.model}, {options.task} in prompt {task.prompt}, "
         f"{options.examples} contexts of {options.context_tokens} tokens"
     )
-    made = tables.count(of, [counts[at] for at in sorted(counts)])
-    name, path = tables.save(made)
+    kept = tables.count(of, [counts[at] for at in sorted(counts)])
+    name, path = tables.save(kept)
     if options.out:
         files.replace(options.out, path.read_bytes())
     return name, options.out or path

@@ -68,10 +68,10 @@ class Variants:
 
     def _outcome(self, past: KVCache) -> Outcome:
         wanted = [self._gold, self._answer] if self._answer else [self._gold]
-        found, *forced = self._model.likelihoods(self._question, wanted, past)
+        likely, *forced = self._model.likelihoods(self._question, wanted, past)
         same = forced and self._ended(self._answer) and forced[0].argmax(-1).tolist() == self._answer
         score = self.full.score if same else self._score(self._generated(past))
-        return Outcome(mean_kl(self._reference, found), mean_nll(found, self._gold), score)
+        return Outcome(mean_kl(self._reference, likely), mean_nll(likely, self._gold), score)
 
     def _mixture(self, widths: dict[Place, int]) -> KVCache:
         layers = []

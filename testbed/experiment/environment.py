@@ -134,8 +134,8 @@ def _congestion() -> Finding:
 
 
 def _cuda() -> Finding:
-    found = sorted(str(p) for p in Path("/dev").glob("nvidia[0-9]*"))
-    return Finding("GPU", bool(found), ", ".join(found) or "none: models run on the CPU", False)
+    devices = sorted(str(p) for p in Path("/dev").glob("nvidia[0-9]*"))
+    return Finding("GPU", bool(devices), ", ".join(devices) or "none: models run on the CPU", False)
 
 
 def _models() -> list[Finding]:

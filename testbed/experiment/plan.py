@@ -143,8 +143,8 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
 
 def _beside(task: dict[str, Any]) -> dict[str, Any]:
     """The task with its file where it is: beside the scenario, or else as it is written."""
-    found = lookup.find(path) if isinstance(path := task.get("path"), str) and path else ""
-    return {**task, "path": found} if found else task
+    beside = lookup.find(path) if isinstance(path := task.get("path"), str) and path else ""
+    return {**task, "path": beside} if beside else task
 
 
 def _check_nodes(scenario: Scenario, topology: Topology, place: str) -> None:
@@ -172,11 +172,11 @@ def _check_links(given: list[str], topology: Topology, place: str) -> None:
 
 def _profiles(scenario: Scenario, place: str) -> tuple[Profile, ...]:
     """The profiles of the swept link."""
-    found = []
+    profiles = []
     for number, value in enumerate(scenario.profiles):
         here = f"{place}: profiles[{number}]"
-        found.append(_looked_up(here, partial(profile_from, value, here)))
-    return tuple(found)
+        profiles.append(_looked_up(here, partial(profile_from, value, here)))
+    return tuple(profiles)
 
 
 def _looked_up(place: str, read: Callable[[], Profile]) -> Profile:
@@ -214,25 +214,25 @@ def _bound(scenario: Scenario, place: str) -> tuple[Scenario, dict[str, str]]:
     """The scenario with what its codecs refer to written out, since a file may say another thing tomorrow, and those codecs as
     they were written, by what they are now.
     """
-    found, asked = [], {}
+    codecs, asked = [], {}
     for spec in scenario.codecs:
         bound = spec
         if spec.unfit:
             raise SpecError(f"{place}: codecs: {spec.unfit}")
         if spec.refers:
             bound = _at(f"{place}: codecs", lambda s=spec: s.bound(find_model(scenario.model).name))
-        if bound in found:
+        if bound in codecs:
             same = f" (it is {str(bound)!r})" if bound != spec or str(bound) in asked else ""
             raise SpecError(f"{place}: codecs: {str(spec)!r} is listed twice{same}")
-        found.append(bound)
+        codecs.append(bound)
         if spec.refers:
             asked[str(bound)] = str(spec)
-    return scenario.model_copy(update={"codecs": found}), asked
+    return scenario.model_copy(update={"codecs": codecs}), asked
 
 
 def moved(asked: object, model: str) -> list[str]:
     """A sentence for each codec of an earlier plan (its `asked`) whose file is gone or says another thing by now."""
-    said = []
+    sentences = []
     for bound, text in asked.items() if isinstance(asked, dict) else ():
         try:
             now = str(parse_codec(str(text)).bound(find_model(model).name))
@@ -240,8 +240,8 @@ def moved(asked: object, model: str) -> list[str]:
             now, why = "", str(error)
         if now != bound:
             today = f"is {now} by now" if now else f"cannot be looked up by now ({why})"
-            said.append(f"codec {text} was {bound} when this run began, and goes on so; it {today}")
-    return said
+            sentences.append(f"codec {text} was {bound} when this run began, and goes on so; it {today}")
+    return sentences
 
 
 def _check_extent(plan: Plan, place: str) -> None:

@@ -135,11 +135,11 @@ class Runner:
                 self._tally.expect(cell, trials)
                 self._expected += trials
 
-    def _write_stretch(self, name: str, about: dict[str, str], **found: Any) -> None:
+    def _write_stretch(self, name: str, about: dict[str, str], **figures: Any) -> None:
         # One entry for each time the run was started: its figures are of one stretch of time.
-        if any(found.values()):
+        if any(figures.values()):
             before = self.directory.entries(name, "starts")
-            ended = {"ended_at": utc_now(), **found}
+            ended = {"ended_at": utc_now(), **figures}
             self.directory.write(name, {"format": FORMAT, **about, "starts": [*before, ended]})
 
     def _write_manifest(self, loaded: dict[str, Loaded]) -> None:
@@ -200,7 +200,7 @@ class Runner:
     def _prove_compute(self, loaded: dict[str, Loaded]) -> Gate:
         """Measure how the sides compute before the first trial; a machine far from fit stops the run unless told to go on."""
         self._tally.say("measuring compute on both sides")
-        edge, cloud = ((one.device, one.dtype, one.threads) for one in (loaded["edge"], loaded["cloud"]))
+        edge, cloud = ((side.device, side.dtype, side.threads) for side in (loaded["edge"], loaded["cloud"]))
         before = self.directory.entries("compute.json", "starts")
 
         def write(start: Start) -> None:
@@ -282,7 +282,7 @@ class Runner:
         row.compute_steady = not complaints
         row.threads = self._threads
         row.warnings = "; ".join([*filter(None, [row.warnings, self._unlike]), *complaints])
-        told: list[str] = []
+        warnings: list[str] = []
         if reference.error:
             row.error = reference.error
             self.failures += 1
@@ -293,7 +293,7 @@ class Runner:
                 outcome = Outcome(reference.context_tokens, reference.nll or 0.0, kl=0.0)
             else:
                 row.trace_s = self._align(profile)
-                with self.session.account.trial(profile.name) as told:
+                with self.session.account.trial(profile.name) as warnings:
                     result = self.session.pair.trial(trial)
                 outcome = self.session.pair.outcome(result.request, trial.gold)
         except EndpointError as error:
@@ -303,7 +303,7 @@ class Runner:
             self.failures += 1
             return row
         finally:
-            row.warnings = "; ".join([*filter(None, [row.warnings]), *told])
+            row.warnings = "; ".join([*filter(None, [row.warnings]), *warnings])
         row.fill(result, outcome, task.score(result.answer, trial.example))
         if not self.session.linked:
             row.wire_bytes = 0  # its connection's bytes crossed none

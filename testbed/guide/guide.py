@@ -133,12 +133,15 @@ def _diagnosis(subject: Subject, scale: str, path: Path, say: Callable[[str], No
         "epsilon": rules.ALIKE,
         "threads": subject.threads,
     }
-    found = _known(path / _DIAGNOSIS, {**settings, "model": resolve(subject.model).name})
-    if found is None:
-        found = request.diagnosed(settings, say)
-        request.write(path / _DIAGNOSIS, found)
+    diagnosis = _known(path / _DIAGNOSIS, {**settings, "model": resolve(subject.model).name})
+    if diagnosis is None:
+        diagnosis = request.diagnosed(settings, say)
+        request.write(path / _DIAGNOSIS, diagnosis)
     return Diagnosed(
-        found["protect"], found["verdict"].startswith("bottleneck"), found["verdict"], found["examples"]
+        diagnosis["protect"],
+        diagnosis["verdict"].startswith("bottleneck"),
+        diagnosis["verdict"],
+        diagnosis["examples"],
     )
 
 
@@ -146,7 +149,7 @@ def _known(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     from testbed.codecs.diagnosed import load_diagnosis
 
     try:
-        found = load_diagnosis(path)
+        diagnosis = load_diagnosis(path)
     except SpecError:
         return None
-    return found if all(found.get(key) == value for key, value in settings.items()) else None
+    return diagnosis if all(diagnosis.get(key) == value for key, value in settings.items()) else None

@@ -137,12 +137,17 @@ def _below_int8(
             yield Step(question.text, "", SKIPPED, advice="INT4 is enough as it is")
         return
     scale = next((scale for scale, codec in FORMS.items() if codec == four.setting), "group")
-    found = diagnose(scale)
-    answer = YES if found.bottleneck else NO
-    yield Step(DIAGNOSIS.text, "", answer, f"{found.verdict} (n = {found.n} to rank, {found.n} to choose)")
-    if found.bottleneck:
+    diagnosed = diagnose(scale)
+    answer = YES if diagnosed.bottleneck else NO
+    yield Step(
+        DIAGNOSIS.text,
+        "",
+        answer,
+        f"{diagnosed.verdict} (n = {diagnosed.n} to rank, {diagnosed.n} to choose)",
+    )
+    if diagnosed.bottleneck:
         more = "" if scale == "group" else f", scale={scale}"
-        yield measure(MIXED, [f"mixed(high={HIGH}, protect={found.protect}{more})"])
+        yield measure(MIXED, [f"mixed(high={HIGH}, protect={diagnosed.protect}{more})"])
     else:
         yield Step(MIXED.text, "", SKIPPED, advice="there is no bottleneck to protect")
 

