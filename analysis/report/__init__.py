@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,35 +119,12 @@ def _caveats(run: Run) -> list[str]:
 
 def _calibration(run: Run) -> list[dict[str, Any]]:
     """Each profile's last measurement: asked, measured, verdict."""
+    verdicts = {True: "ok", False: "OUT", None: "–"}
     return [
-        {
-            "profile": outcome.profile,
-            "way": check.way,
-            "what": check.what,
-            "asked": _quantity(check.what, check.asked),
-            "measured": _quantity(check.what, check.measured),
-            "ok": "ok" if check.ok else "OUT" if check.ok is False else "–",
-        }
+        {"profile": outcome.profile, **check.line(), "ok": verdicts[check.ok]}
         for outcome in outcomes(run.calibration)
         for check in outcome.checks
     ]
-
-
-def _quantity(what: str, value: float | None) -> str:
-    if value is None:
-        return "–"
-    shown = _UNITS.get(what)
-    return shown(value) if shown else f"{value:.4g}"
-
-
-#: How a check's quantity is written, by what it checks; anything else is a bare number.
-_UNITS: dict[str, Callable[[float], str]] = {
-    "rate": lambda v: f"{v / 1e6:.4g} Mbit/s",
-    **dict.fromkeys(("delay", "jitter", "delay trace"), lambda v: f"{v * 1e3:.4g} ms"),
-    **dict.fromkeys(("loss", "loss trace"), lambda v: f"{v:.3%}"),
-    "rate trace": lambda v: f"{v / 1e6:,.4g} MB" if v >= 95_000 else f"{v / 1e3:.4g} kB",
-    "burst": lambda v: f"{v:.4g} packets in a row",
-}
 
 
 def _lines(summary: pd.DataFrame) -> list[list[tuple[str, str]]]:

@@ -57,67 +57,55 @@ class Finding:
 
 def examine() -> list[Finding]:
     """What a run would need, each looked at in turn."""
-    findings = [
+    from testbed.hosts import rootless
+    from testbed.models.sources import available
+
+    root, rootless_not = os.geteuid() == 0, rootless.obstacle()
+    no_root = "no: networks are built by `sudo testbed run`; plan, plot and models need none"
+    return [
         Finding("python", sys.version_info >= (3, 11), platform.python_version()),
-        _root(),
-        _rootless(),
-        _packet_sockets(),
-        _netem(),
-        *[
-            _program(name, package)
-            for name, package in (("nsenter", "util-linux"), ("setpriv", "util-linux"))
-        ],
+        Finding("root", root, "yes" if root else no_root, False),
+        Finding("rootless", not rootless_not, rootless_not or "testbed run --rootless works here", False),
+        _packet_sockets(root),
+        _netem(root),
+        _program("nsenter", "util-linux"),
+        _program("setpriv", "util-linux"),
         _program("iperf3", "iperf3", needed=False),
         _congestion(),
         _cuda(),
+        *(
+            Finding(
+                f"model {m.name}",
+                m.fetched,
+                "ready" if m.fetched else f"testbed models fetch {m.name}",
+                False,
+            )
+            for m in available()
+        ),
     ]
-    return [*findings, *_models()]
 
 
-def _root() -> Finding:
-    ok = os.geteuid() == 0
-    return Finding(
-        "root",
-        ok,
-        "yes" if ok else "no: networks are built by `sudo testbed run`; plan, plot and models need none",
-        False,
-    )
-
-
-def _rootless() -> Finding:
-    from testbed.hosts import rootless
-
-    obstacle = rootless.obstacle()
-    return Finding("rootless", not obstacle, obstacle or "testbed run --rootless works here", False)
-
-
-def _packet_sockets() -> Finding:
+def _packet_sockets(root: bool) -> Finding:
     from testbed.errors import TestbedError
     from testbed.net.emulators.relay.userspace import require_packet_sockets
 
-    if os.geteuid() != 0:
-        return Finding("packet sockets", False, "unknown without root", False)
+    obstacle = "" if root else "unknown without root"
     try:
-        require_packet_sockets()
+        if root:
+            require_packet_sockets()
     except TestbedError as error:
-        return Finding("packet sockets", False, str(error), False)
-    return Finding("packet sockets", True, "for the userspace emulator", False)
+        obstacle = str(error)
+    return Finding("packet sockets", not obstacle, obstacle or "for the userspace emulator", False)
 
 
-def _netem() -> Finding:
+def _netem(root: bool) -> Finding:
     from testbed.net.emulators.netem import support
 
-    if os.geteuid() != 0:
-        return Finding("netem", False, "unknown without root", False)
-    ok = support.available()
-    return Finding(
-        "netem",
-        ok,
-        "the kernel's own emulator"
-        if ok
-        else "this kernel has no sch_netem; links use the userspace emulator",
-        False,
+    able = root and support.available()
+    lacking = (
+        "this kernel has no sch_netem; links use the userspace emulator" if root else "unknown without root"
     )
+    return Finding("netem", able, "the kernel's own emulator" if able else lacking, False)
 
 
 def _program(name: str, package: str, needed: bool = True) -> Finding:
@@ -136,14 +124,3 @@ def _congestion() -> Finding:
 def _cuda() -> Finding:
     devices = sorted(str(p) for p in Path("/dev").glob("nvidia[0-9]*"))
     return Finding("GPU", bool(devices), ", ".join(devices) or "none: models run on the CPU", False)
-
-
-def _models() -> list[Finding]:
-    from testbed.models.sources import available
-
-    return [
-        Finding(
-            f"model {m.name}", m.fetched, "ready" if m.fetched else f"testbed models fetch {m.name}", False
-        )
-        for m in available()
-    ]

@@ -109,9 +109,8 @@ class Scenario(BaseModel):
     topology: str = "edge-cloud"
     edge: str = "edge"  #: node that holds the context
     cloud: str = "cloud"  #: node that answers
-    link: str | None = (
-        None  #: the link whose profile is swept; None: the topology's only one, or its "bottleneck"
-    )
+    #: the link whose profile is swept; None: the topology's only one, or its "bottleneck"
+    link: str | None = None
     profiles: Annotated[list[Any], BeforeValidator(_listed), Field(min_length=1)]
     model: str = "smollm2-135m"
     device: Annotated[Sides, BeforeValidator(_sides)] = Sides()
@@ -149,9 +148,8 @@ class Scenario(BaseModel):
     repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
     at: Literal["trial", "run"] = "trial"  #: when traces begin: with each trial, or once with the first
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
-    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] | None = (
-        None  #: None: what the task says its answers need
-    )
+    #: None: what the task says its answers need
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
     connection: Literal["per-request", "reuse"] = "per-request"
     congestion: str | None = None  #: None: the link's, or else the namespace's default
     emulator: Annotated[str, AfterValidator(emulators.known)] = "auto"

@@ -139,3 +139,18 @@ def test_a_calibration_without_measurements_is_said_in_words(tmp_path: Path, con
     (path / "calibration.json").write_text(content)
     with pytest.raises(UsageError, match="has no measured link"):
         draw(path, ["fidelity"])
+
+
+def test_a_measurement_is_written_in_its_own_unit() -> None:
+    values = {
+        "rate": 20e6,
+        "delay": 0.0205,
+        "loss": 0.001,
+        "jitter": 0.004,
+        "total": 2_500_000,
+        "burst": 3.5,
+        "law": 0.03,
+    }
+    checks = (Check("up", what, value, value, None, None, 9, True, "") for what, value in values.items())
+    shown = [check.line()["measured"] for check in checks]
+    assert shown == ["20mbit", "20.5ms", "0.1%", "4ms", "2.5 MB", "3.5", "0.030"]

@@ -148,24 +148,3 @@ def test_the_page_opens_from_disk_sorts_and_filters_in_a_browser(
     assert len(seen["left"]) == 2  # a line for each task
     assert all("lte" in line and "int8" in line for line in seen["left"])
     assert seen["said"].startswith("2 of ")
-
-
-@pytest.mark.parametrize(
-    ("what", "value", "shown"),
-    [
-        ("rate", 20e6, "20 Mbit/s"),
-        ("delay", 0.0205, "20.5 ms"),
-        ("delay trace", 0.002, "2 ms"),
-        ("jitter", 0.004, "4 ms"),
-        ("loss", 0.001, "0.100%"),
-        ("loss trace", 0.02, "2.000%"),
-        ("rate trace", 2_500_000, "2.5 MB"),
-        ("rate trace", 1200, "1.2 kB"),
-        ("burst", 3.5, "3.5 packets in a row"),
-        ("rate shape", 0.998, "0.998"),
-        ("loss shape", 1.04, "1.04"),
-        ("jitter distribution", 0.03, "0.03"),
-    ],
-)
-def test_a_measurement_is_written_in_its_own_unit(what: str, value: float, shown: str) -> None:
-    assert report._quantity(what, value) == shown

@@ -73,7 +73,7 @@ class Check:
 
     def line(self) -> dict[str, object]:
         """The figure as text: ``asked``, ``measured``, ``error``; with ``way``, ``what``, ``ok``."""
-        show = _SHOWN[self.what]
+        show = _SHOWN.get(self.what, str)
         error = ""
         if self.asked is not None and self.measured is not None:
             off = self.measured - self.asked
