@@ -219,7 +219,7 @@ def test_the_command_line_changes_a_scenario() -> None:
         "quick",
         assignments=["device.edge=cpu", "context_tokens=[64, 96]", "seed=7"],
         codecs=("int8",),
-        links=["access=rate=5mbit,delay=1ms"],
+        links={"access": "rate=5mbit,delay=1ms"},
         examples=2,
     )
     assert made.scenario.device.edge == "cpu"

@@ -29,13 +29,12 @@ def profiles() -> Any:
     """List the links' presets."""
     from testbed.net.profile.profile import PRESETS
 
-    rows, value = [], []
-    for profile in PRESETS.values():
-        rows.append([profile.name, str(profile.up), str(profile.down), profile.source])
-        value.append(
-            {"name": profile.name, "up": str(profile.up), "down": str(profile.down), "source": profile.source}
-        )
-    return {"profiles": value}, table(rows, ["profile", "up", "down", "source"]), 0
+    presets = [
+        {"name": preset.name, "up": str(preset.up), "down": str(preset.down), "source": preset.source}
+        for preset in PRESETS.values()
+    ]
+    rows = [list(preset.values()) for preset in presets]
+    return {"profiles": presets}, table(rows, ["profile", "up", "down", "source"]), 0
 
 
 @click.command()

@@ -9,13 +9,12 @@ from typing import Any
 
 import click
 
-from testbed.cli.parts import EMULATORS, as_json, require_root, rootless_option
-from testbed.errors import UsageError
+from testbed.cli.parts import EMULATORS, as_json, link_option, require_root, rootless_option
 
 
 @click.command()
 @click.argument("topology")
-@click.option("--link", "links", multiple=True, metavar="NAME=PROFILE", help="Put a link under this profile.")
+@link_option
 @click.option("--emulator", type=EMULATORS, default="auto", show_default=True)
 @click.option(
     "--captures",
@@ -25,7 +24,7 @@ from testbed.errors import UsageError
 )
 @rootless_option
 @as_json
-def up(topology: str, links: tuple[str, ...], emulator: str, captures: Path | None) -> Any:
+def up(topology: str, links: dict[str, str], emulator: str, captures: Path | None) -> Any:
     """Build TOPOLOGY and leave it standing, for `testbed exec` and your own programs.
 
     With --rootless it stands for as long as the shell that opens then, in which `testbed exec`, show and down work; for a
@@ -39,12 +38,7 @@ def up(topology: str, links: tuple[str, ...], emulator: str, captures: Path | No
     from testbed.net.topology.files import load_topology
 
     loaded = load_topology(topology)
-    given = {}
-    for text in links:
-        name, equals, profile = text.partition("=")
-        if not equals:
-            raise UsageError(f"--link {text!r}: write NAME=PROFILE, such as access=5g-mid")
-        given[name] = parse_profile(profile)
+    given = {name: parse_profile(profile) for name, profile in links.items()}
     require_root()
     with interruptible():
         network = fabric.up(loaded, given, emulator, captures)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,25 @@ def table(rows: list[list[str]], header: list[str]) -> str:
     return "\n".join(lines)
 
 
+def _profiles(context: click.Context, option: click.Parameter, texts: Sequence[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    for text, (_, equals, _) in zip(texts, pairs, strict=True):
+        if not equals:
+            raise UsageError(f"--link {text!r}: write NAME=PROFILE, such as access=5g-mid")
+    return {name: profile for name, _, profile in pairs}
+
+
+#: ``--link``: a profile by the name of a link.
+link_option = click.option(
+    "--link",
+    "links",
+    multiple=True,
+    metavar="NAME=PROFILE",
+    callback=_profiles,
+    help="Put a link under this profile.",
+)
+
+
 def sweep_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that change a scenario from the command line."""
     options = [
@@ -72,9 +91,7 @@ def sweep_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="CODEC",
             help="Use this codec instead of the scenario's (repeatable).",
         ),
-        click.option(
-            "--link", "links", multiple=True, metavar="NAME=PROFILE", help="Put a link under this profile."
-        ),
+        link_option,
         click.option("--examples", type=click.IntRange(1), help="Examples per task."),
         click.option("--emulator", type=EMULATORS, help="What imposes the links' conditions."),
     ]

@@ -87,7 +87,7 @@ def load_plan(
     *,
     assignments: Sequence[str] | None = None,
     codecs: Sequence[str] | None = None,
-    links: Sequence[str] | None = None,
+    links: dict[str, str] | None = None,
     examples: int | None = None,
     emulator: str | None = None,
 ) -> Plan:
@@ -102,17 +102,7 @@ def load_plan(
         if value is not None:
             settings[key] = list(value) if isinstance(value, tuple) else value
     with lookup.beside(path):
-        return make_plan(settings, str(path), _link_options(links or []))
-
-
-def _link_options(options: Sequence[str]) -> dict[str, str]:
-    given = {}
-    for option in options:
-        link, equals, profile = option.partition("=")
-        if not equals:
-            raise SpecError(f"--link {option!r}: write NAME=PROFILE, such as access=5g-mid")
-        given[link] = profile
-    return given
+        return make_plan(settings, str(path), links)
 
 
 def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None = None) -> Plan:
