@@ -18,8 +18,8 @@ from testbed.codecs.diagnosed import Place
 from testbed.codecs.entropy import tables as known_tables
 from testbed.codecs.spec import parse
 from testbed.diagnosis import published, run, tables
-from testbed.diagnosis.choose import Loss, best_form, holds, smallest_set, surely_lost, verdict
-from testbed.diagnosis.outcomes import Outcome, Outcomes
+from testbed.diagnosis.choose import Loss, Outcome, best_form, holds, smallest_set, surely_lost, verdict
+from testbed.diagnosis.variants import Outcomes
 
 PLACES: list[Place] = [(kind, layer) for layer in range(10) for kind in ("keys", "values")]
 

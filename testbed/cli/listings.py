@@ -95,7 +95,7 @@ def models(context: click.Context, want_json: bool) -> None:
 @click.argument("name")
 def fetch(name: str) -> None:
     """Download model NAME and convert it once into the cache."""
-    from testbed.models.sources import fetch as fetch_model
+    from testbed.models.fetching import fetch as fetch_model
 
     source = fetch_model(name)
     click.echo(f"{source.name} is in {source.path or 'the hub cache'}")

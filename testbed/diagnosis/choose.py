@@ -7,10 +7,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from testbed.codecs.diagnosed import Place
-from testbed.diagnosis.outcomes import Outcome
 
 #: A set of more than this share of all keys and values is no bottleneck any more: the damage is everywhere.
 LARGEST_BOTTLENECK = 0.15
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One example under one setting. kl: of the gold answer's next-token distributions from the full cache's, nats a token; nll:
+    of that answer, nats a token; score: the task's, 0 to 1.
+    """
+
+    kl: float
+    nll: float
+    score: float
 
 
 @dataclass(frozen=True)

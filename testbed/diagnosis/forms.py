@@ -7,9 +7,8 @@ from typing import Any
 
 from testbed.codecs.quantize.mixed import SCALES, coarse
 from testbed.codecs.steps import Part, Quantizer
-from testbed.diagnosis.choose import holds, loss_of
-from testbed.diagnosis.outcomes import Outcome, Outcomes
-from testbed.diagnosis.variants import Variants
+from testbed.diagnosis.choose import Outcome, holds, loss_of
+from testbed.diagnosis.variants import Outcomes, Variants
 
 
 class Forms(Outcomes[str]):

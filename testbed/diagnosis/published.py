@@ -11,8 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from testbed.codecs.diagnosed import Place, write_places
-from testbed.diagnosis.choose import interval, loss_of
-from testbed.diagnosis.outcomes import Outcome
+from testbed.diagnosis.choose import Outcome, interval, loss_of
 
 WHOLE_COSTS = 0.05  #: of the full cache's score: INT4 everywhere is robust below
 LAYER_COSTS = 0.03  #: a layer alone that costs more is a bottleneck

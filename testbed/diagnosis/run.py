@@ -9,11 +9,19 @@ from typing import Any
 
 from testbed.codecs.diagnosed import FORMAT, Place, write_places
 from testbed.diagnosis import published
-from testbed.diagnosis.choose import Loss, holds, interval, loss_of, smallest_set, surely_lost, verdict
+from testbed.diagnosis.choose import (
+    Loss,
+    Outcome,
+    holds,
+    interval,
+    loss_of,
+    smallest_set,
+    surely_lost,
+    verdict,
+)
 from testbed.diagnosis.forms import Forms
-from testbed.diagnosis.outcomes import Outcome, Outcomes
 from testbed.diagnosis.request import Request
-from testbed.diagnosis.variants import Variants
+from testbed.diagnosis.variants import Outcomes, Variants
 from testbed.endpoints.examples import prompted
 from testbed.models.language import LanguageModel
 from testbed.models.loading import load_model

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Mapping
+from typing import Generic, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -11,7 +14,7 @@ from testbed.codecs.quantize.fp16 import FP16
 from testbed.codecs.quantize.integer import INTEGERS
 from testbed.codecs.quantize.mixed import coarse
 from testbed.codecs.steps import Part, Quantizer
-from testbed.diagnosis.outcomes import Outcome
+from testbed.diagnosis.choose import Outcome
 from testbed.models.kvcache import KVCache, KVLayer, join
 from testbed.models.language import LanguageModel
 from testbed.models.likelihood import mean_kl, mean_nll
@@ -94,6 +97,28 @@ class Variants:
 
     def _score(self, ids: list[int]) -> float:
         return self._task.score(self._model.text(ids, self._task.stop), self._example)["score"]
+
+
+Way = TypeVar("Way", bound=Hashable)
+
+
+class Outcomes(Generic[Way]):
+    """Example by example what the full cache comes to, and each of these ways."""
+
+    def __init__(self, ways: Mapping[Way, Callable[[Variants], Outcome]]) -> None:
+        self._ways = ways
+        self.full: list[Outcome] = []
+        self.by_way: dict[Way, list[Outcome]] = {way: [] for way in ways}
+
+    def __len__(self) -> int:
+        """How many an example takes."""
+        return len(self._ways)
+
+    def add(self, variants: Variants) -> None:
+        """One more example."""
+        self.full.append(variants.full)
+        for way, outcome in self._ways.items():
+            self.by_way[way].append(outcome(variants))
 
 
 def _method(bits: int, scale: str | None) -> Quantizer:

