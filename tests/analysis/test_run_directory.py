@@ -159,7 +159,7 @@ def test_a_run_from_before_kl_and_slowdowns_opens_with_nothing_invented(run: Pat
 @pytest.fixture
 def older(run: Path) -> Path:
     """A run as format 2 left it: zeros where a trial failed, nothing of what came with format 3."""
-    new = ("queue_s", "token_s", "answer_tokens", "replayed")
+    new = ("queue_s", "token_s", "answer_tokens", "replayed", "delivery")
     rows = [{key: value for key, value in row.items() if key not in new} for row in lines(run)]
     zeros = {column: 0 for column in MEASURED if column not in new}
     rows[0] |= {"error": "nothing arrived for 1 s", "answer": "", "score": None, **zeros}
