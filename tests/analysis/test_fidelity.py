@@ -153,4 +153,4 @@ def test_a_measurement_is_written_in_its_own_unit() -> None:
     }
     checks = (Check("up", what, value, value, None, None, 9, True, "") for what, value in values.items())
     shown = [check.line()["measured"] for check in checks]
-    assert shown == ["20mbit", "20.5ms", "0.1%", "4ms", "2.5 MB", "3.5", "0.030"]
+    assert shown == ["20mbit", "20.5ms", "0.1%", "4ms", "2.5mb", "3.5", "0.030"]
