@@ -147,9 +147,9 @@ def test_a_measurement_is_written_in_its_own_unit() -> None:
         "delay": 0.0205,
         "loss": 0.001,
         "jitter": 0.004,
-        "total": 2_500_000,
+        "rate trace": 2_500_000,
         "burst": 3.5,
-        "law": 0.03,
+        "jitter distribution": 0.03,
     }
     checks = (Check("up", what, value, value, None, None, 9, True, "") for what, value in values.items())
     shown = [check.line()["measured"] for check in checks]
