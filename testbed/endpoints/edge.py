@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from testbed.codecs import spec
 from testbed.codecs.evidence import Needs, gather, prefill_for
 from testbed.delivery.delivery import parse
@@ -56,18 +58,6 @@ class Encoded:
 
 
 @dataclass
-class LocalAnswer:
-    """An answer given on this machine alone, and its stages."""
-
-    text: str
-    tokens: int
-    token_s: float | None
-    first_token_s: float
-    generate_s: float
-    used: bool = False  #: a row has carried these times as its own
-
-
-@dataclass
 class Prefilled:
     """The example at hand: its prefill and everything made from it so far."""
 
@@ -83,7 +73,8 @@ class Prefilled:
     prefill_s: float
     used: bool = False  #: a row has carried the prefill's time as its own
     encoded: dict[tuple[str, int], Encoded] = field(default_factory=dict)
-    local: dict[int, LocalAnswer] = field(default_factory=dict)
+    #: by repeat, its answer here; `reused`: what the next row with it has to call so
+    local: dict[int, TrialResult] = field(default_factory=dict)
     #: by codec ("": the text), delivery and repeat, the request by which the cloud knows its answer
     answered: dict[tuple[str, str, int], int] = field(default_factory=dict)
 
@@ -138,7 +129,7 @@ class Edge(InferenceSide):
         return FullCache(
             context_tokens=len(prefilled.ids),
             kv_bytes=prefilled.prefill.cache.nbytes,
-            answer=local.text,
+            answer=local.answer,
             nll=mean_nll(distributions, prefilled.gold),
             distributions=to_bytes(distributions),
             vocabulary=distributions.shape[1],
@@ -156,22 +147,10 @@ class Edge(InferenceSide):
         known = message.repeat in prefilled.local
         local = self._local(prefilled, message.repeat)
         if known and message.replay:
-            wait_until(time.monotonic() + local.first_token_s + local.generate_s)
-        if local.used:
-            reused += ["first_token", "generate"]
-        local.used = True
-        stages = billed(
-            in_turn(prefill=prefilled.prefill_s, first_token=local.first_token_s, generate=local.generate_s)
-        )
-        return TrialResult(
-            stages=stages,
-            e2e_s=stages.total(),
-            reused=tuple(reused),
-            replayed=message.replay and bool(reused),
-            answer=local.text,
-            answer_tokens=local.tokens,
-            token_s=local.token_s,
-        )
+            wait_until(time.monotonic() + local.stages.first_token_s + local.stages.generate_s)
+        prefilled.local[message.repeat] = structs.replace(local, reused=("first_token", "generate"))
+        reused += local.reused
+        return structs.replace(local, reused=tuple(reused), replayed=message.replay and bool(reused))
 
     def _split(self, message: TrialRequest) -> TrialResult:
         """Prefill, select, encode here; send; the cloud answers."""
@@ -227,7 +206,7 @@ class Edge(InferenceSide):
         self._at_hand = Prefilled((batch, example), own, chosen, prefix, gold, ids, prefill, took)
         return self._at_hand
 
-    def _local(self, prefilled: Prefilled, repeat: int) -> LocalAnswer:
+    def _local(self, prefilled: Prefilled, repeat: int) -> TrialResult:
         if repeat in prefilled.local:
             return prefilled.local[repeat]
         batch = prefilled.batch
@@ -245,9 +224,12 @@ class Edge(InferenceSide):
         text = self.model.text(ids, batch.task.stop)
         ended = self.pace.hold()
         first = times[0] if times else ended
-        local = LocalAnswer(text, len(ids), per_token(times), first - started, ended - first)
-        prefilled.local[repeat] = local
-        return local
+        stages = billed(
+            in_turn(prefill=prefilled.prefill_s, first_token=first - started, generate=ended - first)
+        )
+        result = TrialResult(stages, stages.total(), (), False, text, len(ids), per_token(times))
+        prefilled.local[repeat] = result
+        return result
 
     def _codec(self, text: str) -> Codec:
         """A codec by its text, read and made once: what it reads from files is no request's cost."""
