@@ -60,7 +60,7 @@ class Recommendation:
     """
 
     link: Link
-    floor: float
+    quality_floor: float
     deadline_s: float | None
     model: str
     measured_as: str | None  #: the measured profile that the link equals; None: predicted
@@ -69,35 +69,25 @@ class Recommendation:
     without_proof: Option | None
     held_out: list[HeldOut]
     latency: str = "end-to-end latency"  #: what the latencies are (`Run.latency`)
-    beyond: tuple[str, ...] = ()  #: what of the link lies outside of what was measured
+    beyond_measured: tuple[str, ...] = ()  #: what of the link lies outside of what was measured
 
     @property
     def runners_up(self) -> list[Option]:
         """The others that hold the floor, from the fastest on."""
-        return [o for o in self.options if o.holds(self.floor) and o is not self.choice]
+        return [o for o in self.options if o.holds(self.quality_floor) and o is not self.choice]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; what is unknown is None."""
-        value = {
-            "link": asdict(self.link),
-            "quality_floor": self.floor,
-            "deadline_s": self.deadline_s,
-            "model": self.model,
-            "measured_as": self.measured_as,
-            "latency": self.latency,
-            "beyond_measured": list(self.beyond),
-            "choice": _option(self.choice, self.floor),
-            "margin_s": self.runners_up[0].latency_s - self.choice.latency_s
-            if self.choice and self.runners_up
-            else None,
-            "without_proof": _option(self.without_proof, self.floor),
-            "options": [_option(o, self.floor) for o in self.options],
-            "held_out": {
-                "median_error": median_error(self.held_out),
-                "profiles": [asdict(h) for h in self.held_out],
-            },
-        }
-        return plain(value)
+        margin = (
+            self.runners_up[0].latency_s - self.choice.latency_s if self.choice and self.runners_up else None
+        )
+        held_out = {"median_error": median_error(self.held_out), "profiles": list(map(asdict, self.held_out))}
+        own = {"margin_s": margin, "held_out": held_out, "options": [self._plain(o) for o in self.options]}
+        chosen = {"choice": self._plain(self.choice), "without_proof": self._plain(self.without_proof)}
+        return plain(asdict(self) | own | chosen)
+
+    def _plain(self, option: Option | None) -> dict[str, Any] | None:
+        return None if option is None else asdict(option) | {"holds": option.holds(self.quality_floor)}
 
 
 def recommend(
@@ -116,7 +106,7 @@ def recommend(
     likely = [o.setting for o in options if o.seems_to_hold(floor)]
     return Recommendation(
         link=link,
-        floor=floor,
+        quality_floor=floor,
         deadline_s=deadline_s,
         model=", ".join(map(str, rows["model"].unique())),
         measured_as=panel,
@@ -125,7 +115,7 @@ def recommend(
         without_proof=seeming if seeming is not choice else None,
         held_out=leave_one_out(run.rows, likely),
         latency=run.latency,
-        beyond=outside,
+        beyond_measured=outside,
     )
 
 
@@ -187,7 +177,7 @@ def examples_needed(floor: float) -> int | None:
 
 def text(advice: Recommendation) -> str:
     """The recommendation for the terminal."""
-    question = f"{advice.link.text()} · quality at least {advice.floor:.0%} of the full cache's"
+    question = f"{advice.link.text()} · quality at least {advice.quality_floor:.0%} of the full cache's"
     if advice.deadline_s is not None:
         question += f" · within {advice.deadline_s:g} s"
     source = (
@@ -198,7 +188,7 @@ def text(advice: Recommendation) -> str:
     if advice.latency != "end-to-end latency":
         source += f"; latency is the {advice.latency}: answers to the same question differ in length"
     lines = [f"{advice.model} · {question}", source]
-    lines += [f"extrapolated, {option}" for option in advice.beyond]
+    lines += [f"extrapolated, {option}" for option in advice.beyond_measured]
     lines += ["", *_verdict(advice)]
     wide = max(len(o.setting) for o in advice.options)
     lines += [
@@ -206,7 +196,7 @@ def text(advice: Recommendation) -> str:
         f"   {'setting':<{wide}}  {'latency':>9}  {'p95':>9}  {'quality of full':>22}  {'n':>4}  worst task",
     ]
     for option in advice.options:
-        mark = "*" if option is advice.choice else "+" if option.holds(advice.floor) else " "
+        mark = "*" if option is advice.choice else "+" if option.holds(advice.quality_floor) else " "
         quality = "exact" if option.exact else option.quality.text()
         note = option.worst.text() if option.worst and not option.exact else ""
         note += f"  failed {option.failed} of {option.trials}" if option.failed else ""
@@ -239,7 +229,9 @@ def _verdict(advice: Recommendation) -> list[str]:
                 f"next: {other.setting}, {other.latency_s:.3f} s ({other.latency_s - advice.choice.latency_s:+.3f} s, "
                 f"{margin:+.0%})"
             )
-    sending = next((o for o in advice.options if o.holds(advice.floor) and o.placement == "split"), None)
+    sending = next(
+        (o for o in advice.options if o.holds(advice.quality_floor) and o.placement == "split"), None
+    )
     if sending is not None and sending is not advice.choice:
         lines.append(f"of the settings that send KV: {sending.setting}, {sending.latency_s:.3f} s")
     if advice.without_proof is not None:
@@ -248,7 +240,7 @@ def _verdict(advice: Recommendation) -> list[str]:
             f"{other.setting} ({other.latency_s:.3f} s) keeps {other.quality.value:.0%} as far as its {other.quality.n} "
             "examples go, which are too few to show it"
         )
-        needed = examples_needed(advice.floor)
+        needed = examples_needed(advice.quality_floor)
         if needed is not None:
             lines[-1] += f" (at least {needed}, none of them changed, would)"
     return lines
@@ -263,7 +255,7 @@ def _trust(advice: Recommendation) -> list[str]:
     sent = sum(h.sending_within <= 0.05 for h in advice.held_out)
     count = len(advice.held_out)
     lines = []
-    if advice.beyond:
+    if advice.beyond_measured:
         worst = max((abs(e) for h in advice.held_out for e in h.errors.values()), default=math.nan)
         lines = [
             f"this link lies outside of what was measured: the error there is unknown (worst within: {worst:.0%})"
@@ -306,7 +298,3 @@ def _percent(value: float, sign: bool = False) -> str:
     if not math.isfinite(value):
         return "-"
     return f"{value:+.1%}" if sign else f"{value:.1%}"
-
-
-def _option(option: Option | None, floor: float) -> dict[str, Any] | None:
-    return None if option is None else asdict(option) | {"holds": option.holds(floor)}

@@ -111,12 +111,11 @@ def _text(diagnosis: dict[str, Any]) -> str:
     ]
     forms = table(rows, ["everywhere", "bits", "NLL lost", "score lost", "holds"])
     layers = _layers(diagnosis["published"]) if "published" in diagnosis else _places(diagnosis)
-    examples = (
+    counted = (
         f"{diagnosis['examples']} examples of {diagnosis['task']} at {diagnosis['context_tokens']} tokens"
     )
-    counted = (
-        examples if "published" in diagnosis else f"{examples} ranked, {diagnosis['examples']} others chose"
-    )
+    if "published" not in diagnosis:
+        counted += f" ranked, {diagnosis['examples']} others chose"
     return "\n".join([layers, counted, diagnosis["verdict"], "", forms, best_form(diagnosis["forms"]), ""])
 
 
@@ -138,36 +137,26 @@ def _layers(rule: dict[str, Any]) -> str:
     return table([*rows, whole], ["layer", "score lost", "KL", "NLL lost"]) + f"\n{size}"
 
 
+def _costs(summary: dict[str, Any]) -> list[str]:
+    return [
+        f"{summary['kl']['mean']:.5f}",
+        f"{summary['nll']['mean']:+.4f}",
+        f"{summary['score']['mean']:+.3f}",
+    ]
+
+
 def _places(diagnosis: dict[str, Any]) -> str:
     """What each layer's keys and values lose alone, what sparing them alone wins back, and the sets that were tried."""
     whole = diagnosis["all_quantized"]
     rows = []
     for place in diagnosis["places"]:
-        damage, rescue = place["damage"], place["rescue"]
-        rows.append(
-            [
-                f"{'K' if place['kind'] == 'keys' else 'V'}{place['layer']}",
-                f"{damage['kl']['mean']:.5f}",
-                f"{damage['nll']['mean']:+.4f}",
-                f"{damage['score']['mean']:+.3f}",
-                f"{place['won']['mean']:+.5f}",
-                f"{whole['score']['mean'] - rescue['score']['mean']:+.3f}",
-            ]
-        )
-    rows.append(
-        [
-            "all",
-            f"{whole['kl']['mean']:.5f}",
-            f"{whole['nll']['mean']:+.4f}",
-            f"{whole['score']['mean']:+.3f}",
-            "",
-            "",
-        ]
-    )
+        won = whole["score"]["mean"] - place["rescue"]["score"]["mean"]
+        name = f"{'K' if place['kind'] == 'keys' else 'V'}{place['layer']}"
+        rows.append([name, *_costs(place["damage"]), f"{place['won']['mean']:+.5f}", f"{won:+.3f}"])
+    rows.append(["all", *_costs(whole), "", ""])
     lines = [table(rows, ["place", "damage KL", "NLL", "score lost", "rescue KL", "score won"])]
     lines += [
-        f"protect {tried['protect']}: loses {tried['nll']['mean']:+.4f} "
-        f"[{tried['nll']['low']:+.4f}, {tried['nll']['high']:+.4f}] nats a token, {tried['score']['mean']:+.3f} of the score"
+        f"protect {tried['protect']}: loses {_interval(tried['nll'])} nats a token, {tried['score']['mean']:+.3f} of the score"
         for tried in diagnosis["sets"]
     ]
     return "\n".join(lines)

@@ -26,7 +26,8 @@ from testbed.net.topology.topology import Topology
 from testbed.tasks.task import Task, make_task
 
 _MAX_TRIALS = 10_000_000
-_PARENTHESIZED = re.compile(r"[^\s'\"\[{][^'\"]*\([^'\"]*,[^'\"]*\)[^'\"]*")
+#: An item of a list in brackets, with parameters and not in quotes.
+_PARENTHESIZED = re.compile(r"""(?<=[\[, ])[\w@.:+-]+(\([^()'"]*\)[\w@.:+-]*)+(?=\s*[,\]])""")
 
 
 def scenario_path(name: str) -> Path:
@@ -62,24 +63,7 @@ def override(settings: dict[str, Any], assignments: Sequence[str]) -> None:
 def _quoted(text: str) -> str:
     """A list in brackets as YAML has to see it: what has commas in parentheses, such as ``q2c@0.25(pool=1, scope=global)``, is
     one item."""
-    if not (text.startswith("[") and text.endswith("]")):
-        return text
-    items, depth, quote = [""], 0, ""
-    for letter in text[1:-1]:
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "'\"" and not items[-1].strip():
-            quote = letter
-        elif letter in "([{":
-            depth += 1
-        elif letter in ")]}":
-            depth -= 1
-        if letter == "," and not depth and not quote:
-            items.append("")
-        else:
-            items[-1] += letter
-    plain = [item.strip() for item in items]
-    return "[" + ", ".join(json.dumps(i) if _PARENTHESIZED.fullmatch(i) else i for i in plain) + "]"
+    return _PARENTHESIZED.sub(lambda item: json.dumps(item[0]), text) if text.startswith("[") else text
 
 
 def load_plan(
