@@ -201,7 +201,11 @@ def test_a_diagnosis_foretells_its_time_before_it_begins_and_after_each_example(
     times = iter([0.0, 4.0, 9.0, 30.0, 50.0, 90.0])  # 4 s to prefill, and 5 s an outcome
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("testbed.diagnosis.run.time", SimpleNamespace(monotonic=lambda: next(times)))
-        run._rank(lambda example: probe, [None] * 3, [learns], ", then more", said.append)  # type: ignore[arg-type, list-item, return-value]
+        request = SimpleNamespace(examples=3)
+        work = SimpleNamespace(
+            request=request, examples=[None] * 3, variants_of=lambda example: probe, say=said.append
+        )
+        run._rank(work, [learns], ", then more")
     assert said == [
         "example 1 of 3 prefilled; about 87 s at least to rank, then more",
         "example 1 of 3 ranked, 30 s; about 60 s more to rank, then more",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from testbed.codecs.diagnosed import FORMAT, Place, write_places
@@ -31,17 +31,25 @@ Say = Callable[[str], None]
 VariantsOf = Callable[[Example], Variants]
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What a rule works with: the model, examples that rank its layers and as many that choose, and all forms."""
+
+    model: LanguageModel
+    request: Request
+    variants_of: VariantsOf
+    examples: list[Example]
+    forms: Forms
+    say: Say
+
+
 def diagnose(request: Request, say: Say) -> dict[str, Any]:
     """The diagnosis, as it is written to its file. Raises TestbedError where model, task or examples cannot be had."""
     started = time.monotonic()
     model = load_model(request.model, threads=request.threads)
-    variants_of, examples = _prepared(model, request)
-    forms = Forms(request.bits)
-    if request.rule == "published":
-        judged = _by_published_rule(model, request, variants_of, examples, forms, say)
-    else:
-        judged = _by_smallest_set(model, request, variants_of, examples, forms, say)
-    table = forms.to_list(request.measure, request.epsilon)
+    work = _Work(model, request, *_prepared(model, request), Forms(request.bits), say)
+    judged = (_by_published_rule if request.rule == "published" else _by_smallest_set)(work)
+    table = work.forms.to_list(request.measure, request.epsilon)
     if "published" in judged:
         (own,) = (form["bits_per_element"] for form in table if form["scale"] == request.scale)
         judged["published"]["sizes"] = published.sizes(judged["published"], request.bits, own)
@@ -61,46 +69,32 @@ def _quantizing(places: Sequence[Place], bits: int) -> Callable[[Variants], Outc
     return lambda variants: variants.outcome(widths)
 
 
-def _by_published_rule(
-    model: LanguageModel,
-    request: Request,
-    variants_of: VariantsOf,
-    examples: list[Example],
-    forms: Forms,
-    say: Say,
-) -> dict[str, Any]:
+def _by_published_rule(work: _Work) -> dict[str, Any]:
     """Each layer alone; see `published`."""
-    layers = range(model.num_layers)
+    layers, bits = range(work.model.num_layers), work.request.bits
     every = [place for layer in layers for place in published.layer_places(layer)]
-    ways = {layer: _quantizing(published.layer_places(layer), request.bits) for layer in layers}
-    alone = Outcomes(ways | {-1: _quantizing(every, request.bits)})
-    _rank(variants_of, examples[: request.examples], [forms, alone], "", say)
+    ways = {layer: _quantizing(published.layer_places(layer), bits) for layer in layers}
+    alone = Outcomes(ways | {-1: _quantizing(every, bits)})
+    _rank(work, [work.forms, alone], "")
     judged = published.judge(alone.full, alone.by_way[-1], [alone.by_way[layer] for layer in layers])
     return {
         "protect": published.protected(judged),
-        "verdict": published.verdict(judged, request.bits),
+        "verdict": published.verdict(judged, bits),
         "published": judged,
     }
 
 
-def _by_smallest_set(
-    model: LanguageModel,
-    request: Request,
-    variants_of: VariantsOf,
-    examples: list[Example],
-    forms: Forms,
-    say: Say,
-) -> dict[str, Any]:
+def _by_smallest_set(work: _Work) -> dict[str, Any]:
     """Keys and values one at a time, and the smallest set of them that holds on as many other examples."""
+    model, request = work.model, work.request
     places: list[Place] = [(kind, i) for i in range(model.num_layers) for kind in ("keys", "values")]
     ranking = Ranking(places, request.bits)
-    behind = ", and then about as long at most to choose"
-    _rank(variants_of, examples[: request.examples], [forms, ranking], behind, say)
-    others = [variants_of(example) for example in examples[request.examples :]]
+    _rank(work, [work.forms, ranking], ", and then about as long at most to choose")
+    others = [work.variants_of(example) for example in work.examples[request.examples :]]
     for variants in others:
-        forms.add(variants)
+        work.forms.add(variants)
     tried: dict[frozenset[Place], Loss] = {}
-    chosen, held = _smallest(ranking, others, request, tried, say)
+    chosen, held = _smallest(ranking, others, request, tried, work.say)
     word = write_places(chosen)
     surely = surely_lost(tried[chosen], request.measure, request.epsilon)
     return {
@@ -114,25 +108,25 @@ def _by_smallest_set(
     }
 
 
-def _rank(
-    variants_of: VariantsOf, examples: list[Example], learning: list[Outcomes[Any]], behind: str, say: Say
-) -> None:
-    """Gives each example to all that learn. Foretells how long that will take, from an outcome of the first, then from each."""
-    started = time.monotonic()
+def _rank(work: _Work, learning: list[Outcomes[Any]], behind: str) -> None:
+    """Gives each example that ranks to all that learn. Foretells how long that will take, from an outcome of the first, then
+    from each."""
+    started, examples = time.monotonic(), work.examples[: work.request.examples]
     for number, example in enumerate(examples, 1):
-        variants = variants_of(example)
+        variants = work.variants_of(example)
         if number == 1:
             prefilled = time.monotonic() - started
             variants.outcome({})
             each = time.monotonic() - started - prefilled
             whole = (prefilled + each * sum(map(len, learning))) * len(examples)
-            say(f"example 1 of {len(examples)} prefilled; about {duration(whole)} at least to rank{behind}")
+            about = f"about {duration(whole)} at least to rank{behind}"
+            work.say(f"example 1 of {len(examples)} prefilled; {about}")
         for outcomes in learning:
             outcomes.add(variants)
         took = time.monotonic() - started
         left = took / number * (len(examples) - number)
         ahead = f"; about {duration(left)} more to rank{behind}" if left else ""
-        say(f"example {number} of {len(examples)} ranked, {took:.0f} s{ahead}")
+        work.say(f"example {number} of {len(examples)} ranked, {took:.0f} s{ahead}")
 
 
 def duration(seconds: float) -> str:
