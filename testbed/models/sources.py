@@ -1,6 +1,6 @@
 """Where a model comes from: a preset, a directory, a GGUF file, a hub id or our short name of one. Imports no torch.
 
-Presets and GGUF files are converted once into the user's cache (`fetch`); everything else is loaded where
+Presets and GGUF files are converted once into the user's cache (`fetching`); everything else is loaded where
 it lies.
 """
 
