@@ -26,7 +26,7 @@ import torch
 from benchmarks.quantized_cache import BACKENDS, missing, round_trip
 from testbed.codecs.cache_format import Header, describe, dtype_name
 from testbed.codecs.codec import Codec, decode
-from testbed.codecs.fast.beginnings import Reader, Writer
+from testbed.codecs.fast.batch import Reader, Writer
 from testbed.codecs.layout import lay_out
 from testbed.models.kvcache import KVCache, KVLayer
 

@@ -22,7 +22,7 @@ from testbed.codecs.cache_format import (
 )
 from testbed.codecs.entropy import MOST_EXPANSION, compressed
 from testbed.codecs.evidence import Evidence, Kept, Needs
-from testbed.codecs.fast.beginnings import Reader, Writer, as_tensor
+from testbed.codecs.fast.batch import Reader, Writer, as_tensor
 from testbed.codecs.fast.threads import runs
 from testbed.codecs.layout import Layout, lay_out
 from testbed.codecs.progressive import Planes
@@ -88,10 +88,10 @@ def dequantize(
         elif codec.coder is None:
             reader.read_packed(which, packed)
         else:
-            found = _expanded(codec.coder, header, layout, symbols, device)
+            expanded = _expanded(codec.coder, header, layout, symbols, device)
             # Expanded and read while it is close to the core; a GPU is given all parts at once.
             for own in [range(i, i + 1) for i in which] if device.type == "cpu" else [which]:
-                reader.read(own, found)
+                reader.read(own, expanded)
 
     if codec.coder is None and not isinstance(symbols, Planes):
         packed = as_tensor(symbols).to(device)

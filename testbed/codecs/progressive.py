@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from testbed.codecs.entropy import MOST_EXPANSION, compressed, pack, unpack
-from testbed.codecs.fast.beginnings import as_tensor
+from testbed.codecs.fast.batch import as_tensor
 from testbed.codecs.layout import packed_bytes
 from testbed.codecs.steps import Coder, Part, Piece
 from testbed.errors import PayloadError
@@ -80,11 +80,11 @@ def read(data: memoryview, pieces: Sequence[Piece], coder: Coder | None) -> Plan
     while len(planes) < of and known == size:
         plane, known = np.zeros(size, dtype=np.uint8), 0
         for start, stretch in _stretches(size):
-            found = _chunk(data, at, len(planes), start, stretch, coder)
-            if found is None:
+            chunk = _chunk(data, at, len(planes), start, stretch, coder)
+            if chunk is None:
                 break
-            at, known = at + found[0], start + stretch.symbol_bytes
-            plane[start:known] = np.frombuffer(found[1], dtype=np.uint8)
+            at, known = at + chunk[0], start + stretch.symbol_bytes
+            plane[start:known] = np.frombuffer(chunk[1], dtype=np.uint8)
         planes.append(plane)
     complete = len(planes) if known == size else len(planes) - 1
     if not complete:

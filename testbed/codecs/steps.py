@@ -15,7 +15,6 @@ from testbed.codecs.method import Method
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from testbed.codecs.quantize.integer import Integer
     from testbed.models.kvcache import KVCache
 
 
@@ -51,6 +50,30 @@ class Piece:
     side_bytes: int
     symbols_at: int
     symbol_bytes: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Uniform quantization of groups of `size` elements: q = round((x - z) / s) + offset, in `bits` bits.
+
+    symmetric: z = 0 and q - offset from -levels to levels; else from 0 to levels, with a zero point for each group.
+    """
+
+    bits: int
+    symmetric: bool
+    size: int
+
+    @property
+    def levels(self) -> int:
+        """The largest multiple of the scale."""
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+    @property
+    def offset(self) -> int:
+        """What is added before q is stored: eight bits store int8, fewer store unsigned numbers."""
+        if self.bits == 8:
+            return 0 if self.symmetric else -128
+        return 2 ** (self.bits - 1) if self.symmetric else 0
 
 
 @dataclass(frozen=True)
@@ -103,8 +126,8 @@ class Quantizer(Method):
         """An entropy coder that it brings with it where the codec names none."""
         return None
 
-    def uniform(self, part: Part) -> Integer | None:
-        """The integers as which a part is coded, where that is token by token in groups of equal size: `batch` is for these."""
+    def uniform(self, part: Part) -> Grid | None:
+        """The grid of a part that is coded token by token in groups of equal size, which `fast` does in its place."""
         return None
 
     def symbol_bits(self, part: Part) -> int:
@@ -132,13 +155,6 @@ class Quantizer(Method):
         May write over `symbols` where that is not the payload itself; any bytes give a result, if not a good one.
         """
         raise NotImplementedError
-
-    def decode_into(self, part: Part, symbols: Tensor, side: Tensor, out: Tensor) -> Tensor:
-        """`decode`, written to and returned as `out` [kv_heads, tokens, head_dim], 16-bit or float32.
-
-        A quantizer whose format is the cache's own may override it to write once.
-        """
-        return out.copy_(self.decode(part, symbols, side))
 
     def require_finite(self, part: Part, values: Tensor) -> None:
         """Raises CodecError naming the place where values are NaN or infinite."""

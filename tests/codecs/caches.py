@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -67,6 +69,31 @@ def uneven_cache(seed: int = 0) -> KVCache:
     layer = random_layer(3, 64, 64, torch.arange(10, 200), torch.float16, generator)
     uneven = [[-1, -1, -1, 5], [-1, -1, -1, -1], [0, 1, 30, 189]]
     return KVCache([layer.select(torch.tensor(uneven)), layer, layer.select(torch.tensor(uneven[::-1]))], 200)
+
+
+def unlike_cache() -> KVCache:
+    """Layers of every shape in `SHAPES`, in fp16."""
+    layers = [layer for name in SHAPES for layer in make_cache(name).to(dtype=torch.float16).layers[:3]]
+    return KVCache(layers, 200)
+
+
+_CACHES = {
+    "alike": lambda: make_cache("grouped"),
+    "unlike": unlike_cache,
+    "ragged": ragged_cache,
+    "uneven": uneven_cache,
+    "no tokens": lambda: make_cache("no tokens"),
+}
+#: Every kind of layer in both formats, layers that are alike and layers that are not, and none of any tokens: for `cache_of`.
+CACHES = ("alike", "unlike", "unlike, in bf16", "ragged", "no tokens")
+
+
+@functools.cache
+def cache_of(name: str) -> KVCache:
+    """One of `CACHES`, or uneven heads; of all tests, which leave it as it is."""
+    name, _, in_bf16 = name.partition(", ")
+    made = _CACHES[name]()
+    return made.to(dtype=torch.bfloat16) if in_bf16 else made
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

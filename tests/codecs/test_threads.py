@@ -11,6 +11,7 @@ import torch
 from testbed.codecs import registry
 from testbed.codecs.codec import Codec
 from testbed.codecs.evidence import Evidence
+from testbed.codecs.fast.threads import bytes_for
 from tests.codecs.test_selectors import shaped_evidence
 
 CODECS = (
@@ -46,3 +47,10 @@ def test_the_same_evidence_gives_the_same_list_and_the_same_bytes_in_any_number_
         kept = codec.select(evidence)
         found.add((kept.digest(), hashlib.md5(codec.encode(evidence.cache, kept)).hexdigest()))
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("size", [1, 63, 4096, 5 << 20])
+def test_memory_begins_at_a_cache_line(size: int) -> None:
+    memory = bytes_for(size)
+    assert memory.size == size
+    assert memory.ctypes.data % 64 == 0

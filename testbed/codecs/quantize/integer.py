@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from testbed.codecs import CodecError
-from testbed.codecs.quantize import grid
-from testbed.codecs.steps import Part, Quantizer
+from testbed.codecs.quantize import divided
+from testbed.codecs.steps import Grid, Part, Quantizer
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -46,20 +47,12 @@ class Integer(Quantizer):
         return self.axis == "token"
 
     @property
-    def levels(self) -> int:
-        """The largest multiple of the scale."""
-        return 2 ** (self.width - 1) - 1 if self.symmetric else 2**self.width - 1
+    def _grid(self) -> Grid:
+        return Grid(self.width, self.symmetric, self.group)
 
-    @property
-    def offset(self) -> int:
-        """What is added to q before it is stored: eight bits store int8, fewer store unsigned numbers."""
-        if self.width == 8:
-            return 0 if self.symmetric else -128
-        return 2 ** (self.width - 1) if self.symmetric else 0
-
-    def uniform(self, part: Part) -> Integer | None:
-        fits = self.axis == "token" and part.head_dim % (self.group or part.head_dim) == 0
-        return self if fits else None
+    def uniform(self, part: Part) -> Grid | None:
+        size = self.group or part.head_dim
+        return replace(self._grid, size=size) if self.axis == "token" and part.head_dim % size == 0 else None
 
     def symbol_bits(self, part: Part) -> int:
         return self.width
@@ -88,56 +81,39 @@ class Integer(Quantizer):
         symbols = torch.empty(part.shape, dtype=torch.uint8, device=values.device)
         if not part.elements:
             return symbols, None
-        if self._fusible(part, values):
-            return symbols, self._encode_fused(part, values, symbols)
-        dtype = getattr(torch, part.dtype)
+        grid, dtype, uniform = self._grid, getattr(torch, part.dtype), self.uniform(part)
+        if uniform is not None and values.device.type == "cpu" and values.dtype == dtype:
+            return symbols, self._encode_compiled(part, uniform, values.contiguous(), symbols)
         numbers = []  # [kv_heads, rows, kinds, groups] of each stretch
         for elements, groups in self._stretches(part):
             shape = (groups.stop - groups.start, -1)
             target = self._turned(symbols.view(torch.int8))[..., elements].unflatten(-1, shape)
             x = self._turned(values)[..., elements].unflatten(-1, shape)
             try:
-                q, side = grid.quantize(x, self.levels, self.symmetric, dtype)
-            except grid.NotFinite:
+                q, side = _quantized(x, grid, dtype)
+            except _NotFinite:
                 raise self._not_finite(part) from None
             if values.dtype == torch.float32 and not self.symmetric:
                 # Numbers of 16 bits cannot leave the levels: x · (1/s) is below 2^15, so float32 holds it to 2^-8.
-                q.clamp_(0, self.levels)
-            target.copy_(q.add_(self.offset) if self.offset else q)
+                q.clamp_(0, grid.levels)
+            target.copy_(q.add_(grid.offset) if grid.offset else q)
             numbers.append(side)
         return symbols, numbers[0] if len(numbers) == 1 else torch.cat(numbers, -1)
 
-    def _fusible(self, part: Part, values: Tensor) -> bool:
-        """Whether `uniform` takes values like these: 16 bits, on the processor, in groups of equal size that lie together."""
-        import torch
-
-        return (
-            values.device.type == "cpu"
-            and values.dtype == getattr(torch, part.dtype)
-            and self.uniform(part) is not None
-        )
-
-    def _encode_fused(self, part: Part, values: Tensor, symbols: Tensor) -> Tensor:
-        """Writes the symbols; returns the side information [rows, kinds, groups]."""
+    def _encode_compiled(self, part: Part, grid: Grid, values: Tensor, symbols: Tensor) -> Tensor:
+        """What the processor does instead: writes the symbols, returns the side information."""
+        import numpy as np
         import torch
 
         from testbed.codecs.fast import uniform
 
-        rows = (part.kv_heads * part.tokens, self.groups(part), -1)
-        side = torch.empty((rows[0], 1 if self.symmetric else 2, rows[1]), dtype=torch.int16)
-        worst = uniform.QUANTIZE[part.dtype](
-            values.contiguous().view(torch.int16).view(rows).numpy(),
-            *self._settings,
-            side.numpy(),
-            symbols.view(torch.int8).view(rows).numpy(),
-        )
-        if not worst <= torch.finfo(values.dtype).max:
+        side = torch.empty(self.side_bytes(part), dtype=torch.uint8)
+        addresses = values.data_ptr(), side.data_ptr(), symbols.data_ptr()
+        table = np.array([uniform.row(grid, part, *addresses)], dtype=np.int64)
+        table[:, uniform.PACKED] = 8
+        if not uniform.encode(part.dtype, table)[0] <= torch.finfo(values.dtype).max:  # NaN is not, either
             raise self._not_finite(part)
         return side
-
-    @property
-    def _settings(self) -> tuple[bool, float, float]:
-        return self.symmetric, float(self.levels), float(self.offset)
 
     def _not_finite(self, part: Part) -> CodecError:
         return CodecError(
@@ -147,13 +123,13 @@ class Integer(Quantizer):
     def decode(self, part: Part, symbols: Tensor, side: Tensor) -> Tensor:
         import torch
 
-        dtype = getattr(torch, part.dtype)
+        grid, dtype = self._grid, getattr(torch, part.dtype)
         numbers = self._numbers(part, side)
         signed = symbols.view(torch.int8) if self.width == 8 else symbols
         x = signed.view(part.shape).to(torch.float32)
-        if self.offset:
-            x.sub_(self.offset)
-        fits = self.fits(part, side)
+        if grid.offset:
+            x.sub_(grid.offset)
+        fits = _fits(numbers, grid.levels, dtype)
         if not fits:
             numbers.mul_(0.5)  # L · s may be beyond float32 where L · s + z is not
         rows = self._turned(x)
@@ -165,29 +141,6 @@ class Integer(Quantizer):
         if not fits:
             x.clamp_(-torch.finfo(dtype).max / 2, torch.finfo(dtype).max / 2).mul_(2)
         return x
-
-    def decode_into(self, part: Part, symbols: Tensor, side: Tensor, out: Tensor) -> Tensor:
-        import torch
-
-        if part.elements and self._fusible(part, out) and out.is_contiguous():
-            from testbed.codecs.fast import uniform
-
-            rows = (part.kv_heads * part.tokens, self.groups(part), -1)
-            fits = uniform.DEQUANTIZE[part.dtype](
-                symbols.view(torch.int8).view(rows).numpy(),
-                *self._settings,
-                side.view(torch.int16).view(rows[0], -1, rows[1]).numpy(),
-                out.view(torch.int16).view(rows).numpy(),
-            )
-            if fits:
-                return out
-        return super().decode_into(part, symbols, side, out)
-
-    def fits(self, part: Part, side: Tensor) -> bool:
-        """Whether every number from a part's symbols to its values is finite in the part's 16 bits."""
-        import torch
-
-        return grid.fits(self._numbers(part, side), self.levels, getattr(torch, part.dtype))
 
     def _numbers(self, part: Part, side: Tensor) -> Tensor:
         """Scales and zero points as they were sent, [kv_heads, rows, kinds, groups] in float32."""
@@ -262,3 +215,76 @@ class Int2(Integer):
 
 
 INTEGERS: dict[int, type[Integer]] = {8: Int8, 4: Int4, 3: Int3, 2: Int2}  #: by bits of a symbol
+
+
+class _NotFinite(ValueError):
+    """Values that are NaN or infinite, or too far apart for a scale in 16 bits."""
+
+
+def _quantized(x: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [kv_heads, rows, groups, size] -> q in float32, and the side information [kv_heads, rows, kinds, groups] in `dtype`.
+
+    The kinds are scales, and zero points where not symmetric. Raises _NotFinite.
+    """
+    import torch
+
+    levels = grid.levels
+    if grid.symmetric:
+        scale, inverse = _scale(divided(_largest(x), levels), levels, dtype)
+        return torch.mul(x, inverse[..., None]).round_(), scale[..., None, :]
+    working = x.to(torch.float32, copy=True)
+    # The zero point as it is sent (which 16-bit values reach exactly); divided first: a difference may overflow.
+    zero = working.amin(-1).add_(0.0).to(dtype)  # + 0: no -0
+    low = zero.float()
+    step = (divided(working.amax(-1), levels) - divided(low, levels)).clamp_min_(0)
+    scale, inverse = _scale(step, levels, dtype)
+    working.mul_(inverse[..., None]).sub_((low * inverse)[..., None]).round_()
+    return working, torch.stack((scale, zero), -2)
+
+
+def _fits(numbers: Tensor, levels: int, dtype: torch.dtype) -> bool:
+    """Whether every number on the way from q to x̂ is finite in 16 bits. numbers: side information in float32.
+
+    A scale that was rounded up may lead past the largest number, which is then as near as x̂ can be.
+    """
+    import torch
+
+    if not numbers.numel():
+        return True
+    largest = torch.finfo(dtype).max
+    span = numbers[:, :, 0] * levels
+    if numbers.shape[2] == 1:
+        return float(span.amax()) <= largest
+    return float((numbers[:, :, 1] + span).amax()) <= largest and float(span.amax()) <= largest
+
+
+def _scale(step: Tensor, levels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The scales in 16 bits and their reciprocals in float32 (0 for a scale of 0).
+
+    Where neighbouring numbers are far apart (bf16 beside 127 levels; fp16's subnormal numbers), a scale rounded
+    down may leave round(max / scale) above the levels; then it is the next number up. None is below float32's
+    smallest normal number, whose reciprocal is finite.
+    """
+    import torch
+
+    format = torch.finfo(dtype)
+    least, most = (float(extreme) for extreme in step.aminmax())
+    if not most <= format.max:
+        raise _NotFinite
+    if least >= format.smallest_normal and levels * format.eps / 2 < 0.45:
+        scale = step.to(dtype)
+        return scale, scale.float().reciprocal_()
+    scale = step.clamp_min(torch.finfo(torch.float32).tiny).to(dtype)
+    short = scale.float() * (1 + 0.49 / levels) < step
+    scale = (scale.view(torch.int16) + short.to(torch.int16)).view(dtype)  # the next positive number
+    return scale, scale.float().reciprocal_().masked_fill_(scale == 0, 0.0)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude along the last dimension, in float32; NaN where there is one."""
+    import torch
+
+    if x.dtype == torch.float32 or x.shape[-1] < 64:
+        return x.to(torch.float32).abs().amax(-1)
+    # Without the sign, 16-bit floats are in the order of their bits, which the processor compares ten times as fast.
+    return (x.view(torch.int16) & 0x7FFF).amax(-1).view(x.dtype).float()

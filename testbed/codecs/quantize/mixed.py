@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from testbed.codecs import diagnosed
 from testbed.codecs.quantize.fp16 import FP16
 from testbed.codecs.quantize.integer import INTEGERS, Integer
-from testbed.codecs.steps import Part, Quantizer
+from testbed.codecs.steps import Grid, Part, Quantizer
 
 #: Whose scales the coarse integers have: each group of 32 elements (and a zero point), the same without zero points, or each
 #: token and KV head.
@@ -77,7 +77,7 @@ class Mixed(Quantizer):
             return coarse(self.low, self.scale)
         return FP16() if self.high == 16 else INTEGERS[self.high]()
 
-    def uniform(self, part: Part) -> Integer | None:
+    def uniform(self, part: Part) -> Grid | None:
         return self._method(part).uniform(part)
 
     def symbol_bits(self, part: Part) -> int:
