@@ -20,9 +20,13 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
 from testbed.codecs import registry
 from testbed.codecs.codec import Codec, decode
-from testbed.codecs.entropy.measure import entropy
+from testbed.codecs.entropy import pack
 from testbed.codecs.evidence import Evidence, Kept, gather
 from testbed.codecs.layout import packed_bytes
 from testbed.diagnosis.choose import interval
@@ -61,6 +65,29 @@ def every_method() -> list[str]:
     # By default `mixed` asks a diagnosis that this machine may not have; these keys are the ones it finds on smollm2-135m.
     quantized = [{"mixed": "mixed(protect=K23)"}.get(name, name) for name in registry.QUANTIZERS]
     return [*quantized, *transformed, *coded, *more, *selected]
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """Zeroth-order entropies: what a coder reaches that knows the frequencies, and nothing of neighbours."""
+
+    bits_per_symbol: float  #: at most the symbols' width
+    bits_per_packed_byte: float  #: of bytes as `pack` makes them, at most 8
+    bits_per_element: float  #: bits_per_symbol × symbols / elements of keys or values
+
+
+def entropy(symbols: Tensor, bits: int, elements: int) -> Entropy:
+    """Of a part's uint8 symbols, each of `bits` bits (1 to 8), that stand for `elements` elements."""
+    flat = symbols.flatten()
+    each = _bits(flat.cpu().numpy())
+    packed = _bits(pack(flat, bits).cpu().numpy())
+    return Entropy(each, packed, each * flat.numel() / max(elements, 1))
+
+
+def _bits(values: npt.NDArray[np.uint8]) -> float:
+    counts = np.bincount(values, minlength=1)
+    share = counts[counts > 0] / max(len(values), 1)
+    return float(-(share * np.log2(share)).sum()) if len(share) else 0.0
 
 
 @dataclass(frozen=True)

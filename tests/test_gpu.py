@@ -20,7 +20,7 @@ from testbed.experiment import gate
 from testbed.models.loading import load_model
 from tests.codecs import test_every_codec as every
 from tests.codecs import test_second_device as second
-from tests.codecs.caches import same_cache
+from tests.codecs.caches import cache_of, same_cache
 from tests.endpoints.pair import in_this_process
 from tests.tiny_models import FAMILIES
 
@@ -32,14 +32,14 @@ CODECS = [
 ]
 #: A GPU adds up in another order, and of equal outliers takes others: a norm, a symbol or an outlier may be another one.
 INEXACT = ("normsep", "turbo", "kvquant")
-CACHES = ["grouped", "sliding layers", "ragged", "uneven, in the other format"]
+CACHES = ["alike", "unlike, in bf16", "ragged", "uneven, in bf16"]
 TEXT = "Context: The harbour clock was mended in spring by Anna Lind, and the keeper wrote the code 4821."
 
 
 @pytest.mark.parametrize("name", CACHES)
 @pytest.mark.parametrize("text", CODECS)
 def test_payloads_and_what_they_are_decoded_to_are_the_processors(text: str, name: str) -> None:
-    cache = every.cache_of(name)
+    cache = cache_of(name)
     payload = Codec(text).encode(cache)
     ours = Codec(text).encode(cache.to("cuda"))
     decoded = decode(payload, "cuda")

@@ -15,19 +15,13 @@ from testbed.codecs import CodecError, registry
 from testbed.codecs.codec import Codec, decode
 from testbed.models.kvcache import KVCache, KVLayer
 from testbed.models.rope import Rope
+from tests.codecs.test_every_codec import VARIANTS
 
 HEADS, TOKENS, DIM = 2, 37, 64
 INTEGERS = ("int8", "int4", "int3", "int2", "int8(symmetric=false)", "int4(symmetric=true, group=0)", "fp16")
 TEXTS = (
     *({"mixed": "mixed(low=2, high=8, protect=K0.V1)"}.get(name, name) for name in registry.QUANTIZERS),
-    *INTEGERS,
-    "turbo(bits=1)",
-    "turbo(outliers=0)",
-    "kvquant(bits=1, outliers=0)",
-    "normsep(bits=2)",
-    "kivi(residual=0)",
-    "cachegen(level=1, anchor=10)",
-    "planes(bits=2)",
+    *VARIANTS,
     *(
         f"delta({given})+{integer}"
         for given, integer in itertools.product(

@@ -15,7 +15,7 @@ from testbed.codecs.transform.unrotated import Unrotated
 from testbed.errors import PayloadError
 from testbed.models.kvcache import KVCache, KVLayer
 from testbed.models.rope import Rope
-from tests.codecs.caches import SHAPES, make_cache, ragged_cache
+from tests.codecs.caches import CACHES, cache_of, make_cache
 
 
 def turned_one_by_one(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
@@ -94,7 +94,7 @@ def test_pruned_heads_are_turned_by_the_positions_they_kept() -> None:
     assert float((back.keys.float() - pruned.layers[0].keys.float()).abs().max()) < 0.25
 
 
-@pytest.mark.parametrize("name", [*SHAPES, "ragged"])
+@pytest.mark.parametrize("name", CACHES)
 @pytest.mark.parametrize("bits, outliers", [(3, 0.01), (2, 0.1)])
 def test_levels_are_never_worse_than_a_uniform_grid_and_outliers_are_exact(
     name: str, bits: int, outliers: float
@@ -103,7 +103,7 @@ def test_levels_are_never_worse_than_a_uniform_grid_and_outliers_are_exact(
 
     The grid's own is at most (half a step)² of each vector, whose range is without its outliers.
     """
-    cache = ragged_cache() if name == "ragged" else make_cache(name)
+    cache = cache_of(name)
     eps = torch.finfo(cache.dtype).eps
     decoded = decode(Codec(f"kvquant(bits={bits}, outliers={outliers})").encode(cache))
     for ours, theirs in zip(decoded.layers, cache.layers, strict=True):

@@ -16,14 +16,10 @@ from testbed.codecs import cache_format
 from testbed.codecs.codec import Beginning, Codec, Decoder, decode
 from testbed.errors import PayloadError
 from testbed.models.kvcache import KVCache
-from tests.codecs.caches import SHAPES, make_cache, ragged_cache, same_cache
+from tests.codecs.caches import CACHES, cache_of, make_cache, same_cache
 from tests.codecs.test_quantizers import group_bounds
 
-TEXTS = ("planes", "planes(bits=4)", "planes(bits=3, group=0)", "planes+zstd", "planes(bits=2)+zstd")
-
-
-def cache_of(name: str) -> KVCache:
-    return ragged_cache() if name == "ragged" else make_cache(name)
+TEXTS = ("planes", "planes(bits=3, group=0)", "planes(bits=2)+zstd")
 
 
 def small_cache() -> KVCache:
@@ -51,7 +47,7 @@ def beginning(payload: bytes | memoryview) -> Beginning | str:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("name", [*SHAPES, "ragged"])
+@pytest.mark.parametrize("name", CACHES)
 def test_a_whole_payload_is_as_good_as_the_integers(bits: int, name: str) -> None:
     cache = cache_of(name)
     for coder in ("", "+zstd"):
@@ -104,9 +100,7 @@ def cut_after(payload: bytes, planes: int, cache: KVCache) -> bytes:
 
 
 @pytest.mark.parametrize("bits, group", [(8, 32), (4, 32), (3, 0)])
-@pytest.mark.parametrize(
-    "name", ["grouped", "multi-head bf16", "odd dimensions", "sliding layers", "latent", "ragged"]
-)
+@pytest.mark.parametrize("name", [name for name in CACHES if name != "no tokens"])
 def test_each_plane_halves_the_bound(bits: int, group: int, name: str) -> None:
     """With k of B planes an element is the middle of 2^(B-k) levels: off by at most that many half steps and its own half."""
     cache = cache_of(name)
@@ -118,6 +112,8 @@ def test_each_plane_halves_the_bound(bits: int, group: int, name: str) -> None:
         total, count = 0.0, 0
         for ours, theirs in zip(found.cache.layers, cache.layers, strict=True):
             for x, back in ((theirs.keys, ours.keys), (theirs.values, ours.values)):
+                if not x.numel():
+                    continue
                 final = group_bounds(x, bits, group, False, "token")
                 # the final bound holds half a step; so many more steps may the middle be off, and be rounded with 16 bits
                 unsure = 2.0 ** (bits - planes - 1) if planes < bits else 0.0

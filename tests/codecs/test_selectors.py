@@ -88,12 +88,6 @@ def question_weights(evidence: Evidence, layer: int) -> Tensor:
     )
 
 
-def context_weights(evidence: Evidence, layer: int, last: int) -> Tensor:
-    assert evidence.context_queries is not None and evidence.context_query_positions is not None
-    queries, positions = evidence.context_queries[layer][:, -last:], evidence.context_query_positions[-last:]
-    return by_kv_head(attention(evidence, layer, queries, positions))
-
-
 def scores_of(text: str, evidence: Evidence, layer: int) -> Tensor:
     return Codec(text).spec.selector.scores(evidence, layer)  # type: ignore[union-attr]
 
@@ -117,32 +111,6 @@ def test_q2c_is_the_mean_attention_of_the_question(prefix: int, layer: int) -> N
     )
     pooled = scores_of("q2c@0.5(pool=5)", evidence, layer).double()
     torch.testing.assert_close(pooled, neighbours(expected, 5, "max"), atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("how", ["max", "mean"])
-def test_snapkv_pools_the_attention_of_the_last_tokens(how: str) -> None:
-    evidence = make_evidence()
-    for layer in (0, 2):
-        mean = context_weights(evidence, layer, 8).mean(1)
-        expected = neighbours(mean[:, : CONTEXT - 8], 5, how)
-        found = scores_of(f"snapkv@0.5(window=8, kernel=5, pool={how})", evidence, layer).double()
-        torch.testing.assert_close(found[:, : CONTEXT - 8], expected, atol=1e-6, rtol=1e-5)
-
-
-def test_snapkv_may_be_observed_by_the_question() -> None:
-    evidence = make_evidence()
-    expected = neighbours(question_weights(evidence, 0).mean(1), 7, "max")
-    found = scores_of("snapkv@0.5(question=true)", evidence, 0).double()
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-
-
-def test_h2o_sums_the_attention_of_all_context_tokens() -> None:
-    evidence = make_evidence()
-    for layer in (0, 2):
-        expected = context_weights(evidence, layer, CONTEXT).sum(1)
-        torch.testing.assert_close(
-            scores_of("h2o@0.5", evidence, layer).double(), expected, atol=1e-5, rtol=1e-5
-        )
 
 
 def highest(scores: Tensor, budget: int, always: set[int]) -> list[int]:
@@ -183,20 +151,6 @@ def test_window_keeps_sinks_and_the_last_tokens() -> None:
     kept = Codec("window@0.25").select(make_evidence())
     assert kept.layers[0] is not None
     assert kept.layers[0].tolist() == [0, 1, 2, 3, *range(49, 60)]
-
-
-@pytest.mark.parametrize("name", ["q2c", "snapkv", "h2o", "window", "random"])
-@pytest.mark.parametrize("ratio", [0.001, 0.02, 0.1, 0.33, 0.5, 0.75, 0.99, 1])
-@pytest.mark.parametrize("context", [1, 3, CONTEXT])
-def test_the_budget_is_met_exactly(name: str, ratio: float, context: int) -> None:
-    evidence = make_evidence(context=context)
-    kept = Codec(f"{name}@{ratio}").select(evidence)
-    budget = max(1, round(ratio * context))
-    assert kept.tokens == budget
-    pruned = kept.apply(evidence.cache)
-    assert [layer.tokens for layer in pruned.layers] == [budget, context, budget]
-    for layer in pruned.layers:
-        assert bool((layer.positions.diff() > 0).all())
 
 
 def test_a_small_budget_keeps_the_most_important_of_what_is_always_kept() -> None:
