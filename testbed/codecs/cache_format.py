@@ -302,16 +302,16 @@ def dtype_name(cache: KVCache) -> Format:
     """The 16-bit format that all of a cache is in; raises CodecError for another."""
     if not 0 < len(cache.layers) <= MOST_LAYERS:
         raise CodecError(f"a cache of {len(cache.layers)} layers cannot be encoded")
-    found = {
+    dtypes = {
         str(part.dtype).removeprefix("torch.")
         for layer in cache.layers
         for part in (layer.keys, layer.values)
     }
-    if len(found) > 1 or not found <= {"float16", "bfloat16"}:
+    if len(dtypes) > 1 or not dtypes <= {"float16", "bfloat16"}:
         raise CodecError(
-            f"a cache in {' and '.join(sorted(found))} cannot be encoded; hold it in float16 or bfloat16"
+            f"a cache in {' and '.join(sorted(dtypes))} cannot be encoded; hold it in float16 or bfloat16"
         )
-    return "float16" if "float16" in found else "bfloat16"
+    return "float16" if "float16" in dtypes else "bfloat16"
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -330,12 +330,12 @@ def layer_positions(header: Header, data: memoryview, device: str | torch.device
     import torch
 
     starts = np.cumsum([0, *(code.size for code in header.lists)]).tolist()
-    made: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], Tensor] = {}
+    shared: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], Tensor] = {}
     layers = []
     for group in header.layers:
         heads = group.kv_heads if len(group.lists) > 1 else 1
         key = (group.tokens, heads, tuple(group.lists), tuple(group.counts))
-        if key not in made:
+        if key not in shared:
             _check_counts(group)
             if len(group.lists) not in (1, group.kv_heads) or max(group.lists) >= len(header.lists):
                 raise PayloadError(f"{len(group.lists)} position lists for a layer of {group.kv_heads} heads")
@@ -348,8 +348,8 @@ def layer_positions(header: Header, data: memoryview, device: str | torch.device
                 raise PayloadError(f"a position lies behind the {header.length} tokens seen")
             if group.counts:
                 rows = [np.pad(row, (group.tokens - len(row), 0), constant_values=-1) for row in rows]
-            made[key] = torch.from_numpy(rows[0] if len(rows) == 1 else np.stack(rows)).to(device)
-        layers.append(made[key])
+            shared[key] = torch.from_numpy(rows[0] if len(rows) == 1 else np.stack(rows)).to(device)
+        layers.append(shared[key])
     return layers
 
 

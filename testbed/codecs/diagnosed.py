@@ -49,9 +49,9 @@ def read_places(word: str) -> frozenset[Place]:
 
 def write_places(places: Iterable[Place]) -> str:
     """The shortest word for some places; ``none`` for no places."""
-    found = set(places)
-    keys = {layer for kind, layer in found if kind == "keys"}
-    values = {layer for kind, layer in found if kind == "values"}
+    chosen = set(places)
+    keys = {layer for kind, layer in chosen if kind == "keys"}
+    values = {layer for kind, layer in chosen if kind == "values"}
     items = [*_ranges("", keys & values), *_ranges("K", keys - values), *_ranges("V", values - keys)]
     return ".".join(items) or "none"
 
@@ -83,17 +83,17 @@ def _suffix(scale: str) -> str:
 def load_diagnosis(path: Path) -> dict[str, Any]:
     """A diagnosis from its file. Raises SpecError naming the file and what is wrong with it."""
     try:
-        found = json.loads(read_at_most(path, _LARGEST_FILE))
+        diagnosis = json.loads(read_at_most(path, _LARGEST_FILE))
     except OSError as error:
         raise SpecError(f"diagnosis {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError):
         raise SpecError(f"diagnosis {path}: not a JSON file") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if not isinstance(diagnosis, dict) or diagnosis.get("format") != FORMAT:
         raise SpecError(f"diagnosis {path}: not a file that `testbed diagnose` wrote (format {FORMAT})")
-    if not isinstance(found.get("protect"), str) or is_reference(found["protect"]):
+    if not isinstance(diagnosis.get("protect"), str) or is_reference(diagnosis["protect"]):
         raise SpecError(f"diagnosis {path}: it does not say what to protect")
-    read_places(found["protect"])
-    return found
+    read_places(diagnosis["protect"])
+    return diagnosis
 
 
 def look_up(word: str, model: str | None, bits: int, scale: str = "group") -> str:
@@ -114,9 +114,9 @@ def look_up(word: str, model: str | None, bits: int, scale: str = "group") -> st
             )
     else:
         path = Path(word).expanduser()
-    found = load_diagnosis(path)
-    if model is not None and found.get("model") not in (model, None):
+    diagnosis = load_diagnosis(path)
+    if model is not None and diagnosis.get("model") not in (model, None):
         raise SpecError(
-            f"diagnosis {path}: it is of model {str(found.get('model'))[:60]!r}, not of {model!r}"
+            f"diagnosis {path}: it is of model {str(diagnosis.get('model'))[:60]!r}, not of {model!r}"
         )
-    return write_places(read_places(found["protect"]))
+    return write_places(read_places(diagnosis["protect"]))

@@ -37,13 +37,13 @@ class Needs:
     def of_all(cls, needs: Iterable[Needs]) -> Needs:
         """What serves every one of these."""
         each = list(needs)
-        counts = [one.context_queries for one in each]
+        counts = [need.context_queries for need in each]
         return cls(
             None if None in counts else max((n for n in counts if n is not None), default=0),
-            any(one.question for one in each),
-            any(one.answer for one in each),
-            any(one.context_attention for one in each),
-            any(one.context_inputs for one in each),
+            any(need.question for need in each),
+            any(need.answer for need in each),
+            any(need.context_attention for need in each),
+            any(need.context_inputs for need in each),
         )
 
 

@@ -114,16 +114,16 @@ def load(path: Path) -> tuple[str, Tables]:
     except OSError as error:
         raise SpecError(f"tables {path}: {error.strerror or error}") from None
     try:
-        found = msgspec.msgpack.decode(data, type=Tables)
+        tables = msgspec.msgpack.decode(data, type=Tables)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise SpecError(f"tables {path}: {str(error)[:100]}") from None
-    for i, part in enumerate(found.parts):
+    for i, part in enumerate(tables.parts):
         if len(part.data) != part.kv_heads * part.channels << part.bits:
             raise SpecError(f"tables {path}: part {i} has another number of frequencies than its shape")
         rows = part.frequencies()
         if not ((rows.max(1) == 255).all() and rows.min() >= 1):
             raise SpecError(f"tables {path}: part {i} has frequencies that nobody counts")
-    return _name(data), found
+    return _name(data), tables
 
 
 def size(name: str) -> int:
@@ -137,9 +137,9 @@ def known(name: str) -> Tables:
     path = directory() / f"{name}.tables"
     if not is_name(name) or not path.is_file():
         raise SpecError(f"the tables {name[:40]} are not on this machine; copy their file to {path}")
-    found, tables = load(path)
-    if found != name:
-        raise SpecError(f"tables {path}: the file holds the tables {found}, not {name}")
+    held, tables = load(path)
+    if held != name:
+        raise SpecError(f"tables {path}: the file holds the tables {held}, not {name}")
     return tables
 
 

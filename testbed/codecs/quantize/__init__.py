@@ -18,14 +18,14 @@ def side_of(*tensors: Tensor) -> Tensor:
 
 def cut_side(side: Tensor, *kinds: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
     """The tensors of these shapes and formats that lie one behind the other in uint8 `side`, as views."""
-    found, at = [], 0
+    tensors, at = [], 0
     for shape, dtype in kinds:
         size = dtype.itemsize
         for length in shape:
             size *= length
-        found.append(side[at : at + size].view(dtype).view(shape))
+        tensors.append(side[at : at + size].view(dtype).view(shape))
         at += size
-    return found
+    return tensors
 
 
 def rounded_up(scale: Tensor, dtype: torch.dtype) -> Tensor:

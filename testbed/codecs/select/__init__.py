@@ -79,18 +79,20 @@ class Selector(Method):
         budgets = dict(zip(prunable, self.budgets(tokens, budget, len(prunable)), strict=True))
         chosen: dict[int, Tensor] = {}
         if self.scope == "global" and any(len(always) < each for each in budgets.values()):
-            asked = prunable[-1:] if self.layers == "last" else prunable
-            total = torch.stack([self.scores(evidence, layer).mean(0) for layer in asked]).mean(0)
-        made: dict[int, Tensor] = {}  # one tensor for the layers that share a list
+            ranking = prunable[-1:] if self.layers == "last" else prunable
+            total = torch.stack([self.scores(evidence, layer).mean(0) for layer in ranking]).mean(0)
+        shared: dict[int, Tensor] = {}  # one tensor for the layers that share a list
         for layer, own in budgets.items():
             if self.scope != "global" and len(always) < own:
                 index = self.choose(self.scores(evidence, layer), always, own)
                 # A layer's only head needs no list of its own, and has no empty places.
                 chosen[layer] = index[0] if index.dim() == 2 and len(index) == 1 else index
                 continue
-            if own not in made:
-                made[own] = always[:own].sort().values if len(always) >= own else highest(total, always, own)
-            chosen[layer] = made[own]
+            if own not in shared:
+                shared[own] = (
+                    always[:own].sort().values if len(always) >= own else highest(total, always, own)
+                )
+            chosen[layer] = shared[own]
         return Kept(tuple(chosen.get(layer) for layer in range(len(evidence.cache.layers))), tokens)
 
 

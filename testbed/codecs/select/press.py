@@ -74,8 +74,8 @@ class Press(Selector):
                 press.post_init_from_model(inputs.network)
                 scores = press.score(module, states, keys, values, None, arguments)
         except Exception as error:  # a foreign package, which asserts and raises as it likes
-            said = (str(error).strip().splitlines() or ["no reason given"])[0]
-            raise CodecError(f"{self.name} cannot score this model's layer {layer}: {said}") from error
+            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+            raise CodecError(f"{self.name} cannot score this model's layer {layer}: {reason}") from error
         if tuple(scores.shape) != (1, held.kv_heads, tokens):
             raise CodecError(
                 f"{self.name} gives scores of the shape {tuple(scores.shape)} for {tokens} tokens"
@@ -108,11 +108,11 @@ def find_press(name: str) -> type[Press]:
     reason = unavailable()
     if reason:
         raise SpecError(f"{name} is not available: {reason}")
-    found = _selectors()
-    if name not in found:
-        names = ", ".join(sorted(other.removeprefix(PREFIX) for other in found))
+    selectors = _selectors()
+    if name not in selectors:
+        names = ", ".join(sorted(other.removeprefix(PREFIX) for other in selectors))
         raise SpecError(f"kvpress has no score press {name.removeprefix(PREFIX)[:40]!r}; it has {names}")
-    return found[name]
+    return selectors[name]
 
 
 def presses() -> list[type[Press]]:
@@ -150,13 +150,13 @@ def _selectors() -> dict[str, type[Press]]:
         for node in ast.parse(file.read_text(encoding="utf-8")).body
         if isinstance(node, ast.ClassDef)
     }
-    found = {}
+    selectors = {}
     for name in classes:
         lineage = _lineage(name, classes)
         if lineage and not any(_defines(node, "compress") for node in lineage):
-            made = _selector(name, lineage)
-            found[made.name] = made
-    return found
+            selector = _selector(name, lineage)
+            selectors[selector.name] = selector
+    return selectors
 
 
 def _lineage(name: str, classes: dict[str, ast.ClassDef]) -> list[ast.ClassDef]:
@@ -181,22 +181,22 @@ def _selector(name: str, lineage: list[ast.ClassDef]) -> type[Press]:
                 kind, default = _type(part.annotation), _constant(part.value)
                 if kind is not None and default is not None and part.target.id != "compression_ratio":
                     fields[part.target.id] = (part.target.id, kind, dataclasses.field(default=default))
-    said = next((ast.get_docstring(node) for node in lineage if ast.get_docstring(node)), None) or name
-    link = re.search(r"https?://arxiv\.org/\S*?(\d{4}\.\d{4,5})", said)
+    docstring = next((ast.get_docstring(node) for node in lineage if ast.get_docstring(node)), None) or name
+    link = re.search(r"https?://arxiv\.org/\S*?(\d{4}\.\d{4,5})", docstring)
     version = importlib.metadata.version("kvpress")
-    made = dataclasses.make_dataclass(
+    selector = dataclasses.make_dataclass(
         name,
         list(fields.values()),
         bases=(Press,),
         frozen=True,
         namespace={
-            "__doc__": said,
+            "__doc__": docstring,
             "name": PREFIX + name.removesuffix("Press"),
             "press": name,
             "source": f"kvpress {version}" + (f" (arXiv:{link[1]})" if link else ""),
         },
     )
-    return cast(type[Press], made)
+    return cast(type[Press], selector)
 
 
 def _type(annotation: ast.expr) -> Any:

@@ -38,26 +38,27 @@ def encode(transform: Transform, cache: KVCache, quantizer: Quantizer) -> tuple[
             largest = max(largest, *extremes, 0.0)
     if largest <= torch.finfo(cache.dtype).max / _ROOM:
         return transform.encode(cache, quantizer)
-    found, side = transform.encode(_times(cache, 2.0**-_HALVINGS), quantizer)
-    return found, _SCALED + side
+    changed, side = transform.encode(_times(cache, 2.0**-_HALVINGS), quantizer)
+    return changed, _SCALED + side
 
 
 def decode(transform: Transform, cache: KVCache, side: bytes, dtype: torch.dtype) -> KVCache:
     """The inverse: from float32 to `dtype`, whose largest number stands for what is beyond it. Raises as `transform.decode`."""
     import torch
 
-    found = transform.decode(cache, side.removeprefix(_SCALED))
+    restored = transform.decode(cache, side.removeprefix(_SCALED))
     if side.startswith(_SCALED):
-        found = _times(found, 2.0**_HALVINGS)
+        restored = _times(restored, 2.0**_HALVINGS)
     limit = torch.finfo(dtype).max
 
     def saturated(x: Tensor) -> Tensor:
         return x.clamp(-limit, limit).to(dtype)
 
     layers = [
-        replace(layer, keys=saturated(layer.keys), values=saturated(layer.values)) for layer in found.layers
+        replace(layer, keys=saturated(layer.keys), values=saturated(layer.values))
+        for layer in restored.layers
     ]
-    return replace(found, layers=layers)
+    return replace(restored, layers=layers)
 
 
 def _times(cache: KVCache, factor: float) -> KVCache:

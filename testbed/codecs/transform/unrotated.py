@@ -68,14 +68,14 @@ class Unrotated(Transform):
 
     def decode(self, cache: KVCache, side: bytes) -> KVCache:
         try:
-            found = msgspec.msgpack.decode(side, type=_Side)
+            sent = msgspec.msgpack.decode(side, type=_Side)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise PayloadError(f"rotary embeddings: {str(error)[:100]}") from None
-        kinds = [_read(kind) for kind in found.kinds]
-        if len(found.layers) != len(cache.layers) or max(found.layers, default=-1) >= len(kinds):
+        kinds = [_read(kind) for kind in sent.kinds]
+        if len(sent.layers) != len(cache.layers) or max(sent.layers, default=-1) >= len(kinds):
             raise PayloadError("rotary embeddings do not fit the layers")
         layers = []
-        for layer, index in zip(cache.layers, found.layers, strict=True):
+        for layer, index in zip(cache.layers, sent.layers, strict=True):
             rope = kinds[index] if index >= 0 else None
             if rope is not None and not rope.fits(layer.head_dim):
                 raise PayloadError(f"a rotary embedding does not fit a head of {layer.head_dim}")
