@@ -26,13 +26,14 @@ MODULES = [
 START = """
 from pathlib import Path
 from testbed.endpoints.endpoint import Endpoint
+from testbed.endpoints.protocol import Load
+from testbed.errors import UsageError
 from testbed.hosts.local import Local
-from testbed.errors import EndpointError
 endpoint = Endpoint.start({role!r}, Local(), Path("log"))
 try:
-    endpoint.call("load", 60, model="nowhere", device="cpu", dtype="auto", threads=1, slowdown=1.0)
-except EndpointError:
-    pass
+    endpoint.call(Load("nowhere", "cpu"), 60)
+except UsageError as error:
+    print(error)
 endpoint.stop()
 print(Path("log").read_text())
 """
@@ -66,7 +67,8 @@ def ran(directory: Path, *command: str) -> str:
 
 @pytest.mark.parametrize("role", ["edge", "cloud"])
 def test_not_an_endpoint(poisoned: Path, role: str) -> None:
-    assert "POISON" not in ran(poisoned, sys.executable, "-P", "-c", START.format(role=role))
+    said = ran(poisoned, sys.executable, "-P", "-c", START.format(role=role))
+    assert "nowhere" in said and "POISON" not in said
 
 
 def test_not_a_diagnosis(poisoned: Path) -> None:
