@@ -217,7 +217,7 @@ def test_bursts_and_the_spread_of_losses_are_those_of_the_relays_chain(model: Gi
     profile = parse_profile(f"delay=1ms,loss={model}")
     chain = loss_of(direction_conditions(profile, "up"), random.Random(5))
     assert chain is not None
-    lost = [chain.lost() for _ in range(200_000)]
+    lost = [chain() for _ in range(200_000)]
     bursts = [len(list(run)) for was_lost, run in groupby(lost) if was_lost]
     assert sum(lost) / len(lost) == pytest.approx(model.mean, rel=0.05)
     assert model.chain().burst == pytest.approx(mean(bursts), rel=0.05)
@@ -248,7 +248,7 @@ def test_a_bursty_loss_is_judged_by_an_interval_that_knows_of_bursts():
     asked = Direction(loss_model=model)
     chain = loss_of(direction_conditions(parse_profile(f"delay=0ms,loss={model}"), "up"), random.Random(9))
     assert chain is not None
-    flows = [arrived([None if chain.lost() else 0.0 for _ in range(2000)]) for _ in range(200)]
+    flows = [arrived([None if chain() else 0.0 for _ in range(2000)]) for _ in range(200)]
     checks = [loss_check("up", asked, flow) for flow in flows]
     # Independent losses' interval is too narrow by the root of some 19, and would fail half of them.
     assert sum(check.ok is False for check in checks) <= 8

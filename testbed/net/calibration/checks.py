@@ -144,9 +144,7 @@ def burst_check(way: str, model: LossModel, flow: Arrived) -> Check:
 LEAST_DELAYS = 50  # probes; fewer tell too little to judge by
 SPREAD_TOLERANCE = 0.1  # of the standard deviation, beyond what its interval allows for
 TIMING_S = 0.2e-3  # what the emulator's and the time stamps' own precision may add
-_KOLMOGOROV = (
-    1.628  # over the root of n: the distance that 1 % of samples exceed (Kolmogorov 1933; Smirnov 1948)
-)
+_KOLMOGOROV = 1.628  # over the root of n: what 1 % of samples exceed (Kolmogorov 1933; Smirnov 1948)
 
 
 def jitter_checks(way: str, direction: Direction, flow: Arrived, packet_bytes: int) -> list[Check]:

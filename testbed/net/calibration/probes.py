@@ -187,11 +187,8 @@ UNLIMITED_BPS = 300e6
 """What is offered where there is no limit; the result is reported, not judged."""
 SLACK_S = 0.1
 """For the last packet of a phase, over what the profile explains."""
-_OVERLOAD, _OVERLOAD_FAST = (
-    1.2,
-    1.1,
-)  # a saturating flow's rate over the asked one; what is lost of it costs time, too
-_FAST_BPS = 200e6
+_OVERLOAD, _OVERLOAD_FAST, _FAST_BPS = 1.2, 1.1, 200e6
+"""A saturating flow's rate over the asked one; less where that is fast, since what is lost of it costs time, too."""
 _CLOSEST_S = 0.3e-3  # two probes of many; a slow prober's are further apart
 _LONGEST_S = 600.0  # of a flow whose number of packets is given
 

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from math import isfinite
 from statistics import median
 from typing import TYPE_CHECKING, Literal
@@ -44,6 +45,25 @@ _LEAST_BPS = 200e3
 _SMALL_PACKET = 200
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """A part of a trace: where it begins in the trace, when that is (CLOCK_MONOTONIC), and how long it lasts."""
+
+    begin_s: float
+    at_s: float
+    seconds: float
+
+    @property
+    def bins(self) -> int:
+        """How many times `BIN_S` it lasts."""
+        return round(self.seconds / BIN_S)
+
+    def bin_of(self, time_s: float) -> int | None:
+        """The number of the bin that a time is in; None: in none."""
+        number = int((time_s - self.at_s) / BIN_S)
+        return number if time_s >= self.at_s and number < self.bins else None
+
+
 def follow(
     prober: Prober, profile: Profile, apply: Callable[[float], object], seconds: float = STRETCH_S
 ) -> list[Curve]:
@@ -68,9 +88,8 @@ def follow(
             for way in group
         }
         arrived = prober.run(trains, max(steady[way].delay_s for way in group) + 0.2)
-        curves += [
-            _curve(way, schedules[way], arrived[way], sizes[way], start, begin, seconds) for way in group
-        ]
+        stretch = Stretch(begin, start, seconds)
+        curves += [_curve(way, schedules[way], arrived[way], sizes[way], stretch) for way in group]
     return curves
 
 
@@ -137,23 +156,14 @@ def _train(
     )
 
 
-def _curve(
-    way: Way,
-    schedule: Schedule | Deliveries,
-    flow: Arrived,
-    size: int,
-    start: float,
-    begin: float,
-    seconds: float,
-) -> Curve:
-    bins = round(seconds / BIN_S)
-    delivered = [0] * bins
+def _curve(way: Way, schedule: Schedule | Deliveries, flow: Arrived, size: int, stretch: Stretch) -> Curve:
+    delivered = [0] * stretch.bins
     for time_s in flow.arrived_s:
-        number = int((time_s - start) / BIN_S) if time_s >= start else -1
-        if 0 <= number < bins:
+        if (number := stretch.bin_of(time_s)) is not None:
             delivered[number] += size
-    asked = [schedule.capacity(start + i * BIN_S, start + (i + 1) * BIN_S) for i in range(bins)]
-    return Curve(way, begin, BIN_S, tuple(asked), tuple(delivered))
+    edges = [stretch.at_s + i * BIN_S for i in range(stretch.bins + 1)]
+    asked = [schedule.capacity(begin, end) for begin, end in pairwise(edges)]
+    return Curve(way, stretch.begin_s, BIN_S, tuple(asked), tuple(delivered))
 
 
 def curve_checks(curve: Curve, emulator: type[Emulator] | Emulator) -> list[Check]:
@@ -201,20 +211,20 @@ def follow_values(
     start = time.monotonic() + _VALUES_LEAD_S
     apply(start - begin)
     steady = profile.steady()
+    stretch = Stretch(begin, start, seconds)
     train = PacketTrain(1_000_000, PROBE_BYTES, _interval(steady), seconds + _VALUES_LEAD_S)
     arrived = prober.run(dict.fromkeys(begins, train), _settle(profile, begins))
     tracks: list[Track] = []
     checks: list[Check] = []
     for way in begins:
         direction, schedule = profile.ways[way], _schedule(profile, way, start - begin)
-        probes = [
-            p for p in expected(direction, schedule, arrived[way]) if start <= p.sent_s < start + seconds
-        ]
+        observed = expected(direction, schedule, arrived[way])
+        probes = [probe for probe in observed if stretch.bin_of(probe.sent_s) is not None]
         if schedule.delays is not None:
-            tracks.append(_track(way, "delay", probes, start, begin, seconds))
+            tracks.append(_track(way, "delay", probes, stretch))
             checks.append(delay_track_check(way, direction, probes))
         if schedule.losses is not None:
-            tracks.append(_track(way, "loss", probes, start, begin, seconds))
+            tracks.append(_track(way, "loss", probes, stretch))
             checks += loss_track_checks(way, probes)
     return tracks, checks
 
@@ -312,18 +322,11 @@ def _chi_square(degrees: int) -> float:
     return float(chdtri(degrees, 1 - CONFIDENCE))
 
 
-def _track(
-    way: Way,
-    what: Literal["delay", "loss"],
-    probes: list[Observation],
-    start: float,
-    begin: float,
-    seconds: float,
-) -> Track:
-    bins: list[list[Observation]] = [[] for _ in range(round(seconds / BIN_S))]
+def _track(way: Way, what: Literal["delay", "loss"], probes: list[Observation], stretch: Stretch) -> Track:
+    bins: list[list[Observation]] = [[] for _ in range(stretch.bins)]
     for probe in probes:
-        number = int((probe.sent_s - start) / BIN_S)
-        if number < len(bins) and (what == "loss" or probe.delay_s is not None):
+        number = stretch.bin_of(probe.sent_s)
+        if number is not None and (what == "loss" or probe.delay_s is not None):
             bins[number].append(probe)
     if what == "delay":
         asked = [_mean([p.asked_delay_s for p in part]) for part in bins]
@@ -331,7 +334,7 @@ def _track(
     else:
         asked = [_mean([p.asked_loss for p in part]) for part in bins]
         measured = [_mean([float(p.delay_s is None) for p in part]) for part in bins]
-    return Track(way, what, begin, BIN_S, tuple(asked), tuple(measured))
+    return Track(way, what, stretch.begin_s, BIN_S, tuple(asked), tuple(measured))
 
 
 def _mean(values: list[float]) -> float | None:

@@ -27,9 +27,7 @@ class Counters:
     dropped_queue: int  # because the profile's queue was full
     worst_lateness_s: float  # a packet's leaving after its logical time; 0 where the emulator cannot know
     delivered: int = 0  # packets that left
-    overrun: int = (
-        0  # packets the emulator itself lost, because it could not keep up: not part of any profile
-    )
+    overrun: int = 0  # that the emulator itself lost, because it could not keep up
     # What follows an emulator may not be able to tell: 0.
     dropped_aqm: int = 0  # by the queue's management (CoDel)
     marked: int = 0  # congestion experienced, instead of lost or dropped

@@ -74,9 +74,7 @@ class Spread:
     delays: tuple[float, ...]  # ascending, equally likely
     median_s: float
     deviation_s: float  # standard
-    kurtosis: (
-        float  # fourth central moment over the squared second; 3 for a normal law, 0 where nothing deviates
-    )
+    kurtosis: float  # fourth central moment over the squared second; 0 where nothing deviates
 
 
 def spread(law: str | JitterTable, jitter_s: float, delay_s: float) -> Spread:

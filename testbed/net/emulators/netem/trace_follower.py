@@ -14,20 +14,16 @@ no more and no less: errors do not add up. What a link could have carried while 
 
 from __future__ import annotations
 
-import gc
-import json
 import os
 import select
-import socket
 import struct
-import sys
 from dataclasses import dataclass
 from math import inf
 from time import monotonic
 from typing import Any
 
 from testbed.net.emulators.netem.qdiscs import ETHERNET_HEADER, HOLD, RELEASE, SLACK_S, Plug, TokenBucket
-from testbed.net.emulators.relay.control import Control, be_punctual
+from testbed.net.emulators.relay.control import Control, be_punctual, take_orders
 from testbed.net.netlink import TCA_KIND, TCA_OPTIONS, Netlink, attribute, text
 from testbed.net.profile.deliveries import Deliveries
 from testbed.net.profile.schedule import Schedule, unpack
@@ -52,9 +48,7 @@ class Pacer:
     def __init__(self, schedule: Schedule | Deliveries, mtu: int, now: float, delivered: int) -> None:
         self._schedule, self._mtu = schedule, mtu
         self._now, self._delivered = now, delivered
-        self._behind = (
-            0.0  # bytes that the trace had for what waited, and that did not leave; below 0: sent ahead
-        )
+        self._behind = 0.0  # bytes that the trace had for what waited, and did not leave; below 0: sent ahead
         self._idle = True
 
     def step(self, now: float, until: float, delivered: int, waiting: int) -> Pace:
@@ -251,10 +245,7 @@ class Follower:
 
 def main() -> None:
     """Follows a link's traces; the only argument is a file descriptor with JSON in it (see `serving.start`)."""
-    with os.fdopen(int(sys.argv[1]), "rb") as file:
-        orders = json.loads(file.read())
-    gc.disable()
-    control = Control(socket.socket(fileno=orders["control"]), orders["listening"])
+    control, _ = take_orders()
     be_punctual()
     with Netlink.here() as netlink:  # which takes the right to administer the network: it stays root
         Follower(netlink).serve(control)

@@ -38,9 +38,7 @@ class Conditions(NamedTuple):
     overhead_bytes: int = 0
     mtu: int = 1500
     seed: int | None = None
-    schedule: Schedule | Deliveries | None = (
-        None  # what changes over time; it crosses beside these, as a file
-    )
+    schedule: Schedule | Deliveries | None = None  # what changes over time; it crosses as a file
 
     def plain(self) -> dict[str, Any]:
         """For JSON, without the schedule."""

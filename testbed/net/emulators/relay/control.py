@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import socket
+import sys
 from typing import Any, Protocol
 
 from testbed.net.program import end_sleeps_exactly, schedule_in_real_time
@@ -15,6 +17,14 @@ from testbed.net.program import end_sleeps_exactly, schedule_in_real_time
 LARGEST = 1 << 18  # bytes of a message
 _FILES = 4  # descriptors that may come with one
 _PRIORITY = 2  # just above the probers' (prober.py), which must not hold up the link they measure
+
+
+def take_orders() -> tuple[Control, dict[str, dict[str, Any]]]:
+    """What such a process is started with, in the file whose descriptor is its only argument: who orders it, and its links."""
+    with os.fdopen(int(sys.argv[1]), "rb") as file:
+        orders = json.loads(file.read())
+    gc.disable()  # nothing here forms cycles, and a collection takes longer than a packet may wait
+    return Control(socket.socket(fileno=orders["control"]), orders["listening"]), orders["links"]
 
 
 def be_punctual() -> None:

@@ -7,20 +7,16 @@ open file descriptors and nothing else.
 from __future__ import annotations
 
 import contextlib
-import gc
-import json
 import os
 import select
 import signal
-import socket
-import sys
 import threading
 from math import inf
 from time import monotonic, sleep
 from typing import Any
 
 from testbed.net.emulators.relay.conditions import Conditions
-from testbed.net.emulators.relay.control import Control, be_punctual
+from testbed.net.emulators.relay.control import Control, be_punctual, take_orders
 from testbed.net.emulators.relay.line import Line
 from testbed.net.emulators.relay.port import BATCH, Port, Receiver
 from testbed.net.profile.schedule import unpack
@@ -203,12 +199,9 @@ def _stop(number: int, frame: object) -> None:
 
 def main() -> None:
     """Serves links; the only argument is a file descriptor with JSON in it (see `serving.start`)."""
-    with os.fdopen(int(sys.argv[1]), "rb") as file:
-        orders = json.loads(file.read())
-    gc.disable()  # nothing here forms cycles, and a collection takes longer than a packet may wait
-    control = Control(socket.socket(fileno=orders["control"]), orders["listening"])
+    control, links = take_orders()
     relay = Relay()
-    for name, order in orders["links"].items():
+    for name, order in links.items():
         link = RelayedLink(Port(order["port_a"]), Port(order["port_b"]), order["seed"])
         link.apply(order["conditions"], order.get("files", []))
         relay.add(name, link)

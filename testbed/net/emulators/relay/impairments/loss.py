@@ -2,76 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
-from typing import Protocol
 
 from testbed.net.emulators.relay import packet
 from testbed.net.emulators.relay.conditions import Conditions
 from testbed.net.emulators.relay.impairments.contract import Context, Onward
 
-
-class Loss(Protocol):
-    """Which packets are lost."""
-
-    def lost(self) -> bool:
-        """Whether the next packet is."""
+Lost = Callable[[], bool]
+"""Whether the next packet is lost."""
 
 
-class Independent:
+def independent(probability: float, chance: Random) -> Lost:
     """Each packet on its own."""
-
-    def __init__(self, probability: float, chance: Random) -> None:
-        self.probability = probability
-        self._random = chance.random
-
-    def lost(self) -> bool:
-        return self._random() < self.probability
+    random = chance.random
+    return lambda: random() < probability
 
 
-class GilbertElliott:
+def gilbert_elliott(p: float, r: float, bad_loss: float, good_loss: float, chance: Random) -> Lost:
     """A good and a bad state, each with its loss."""
+    leaving, losses, state, random = (p, r), (good_loss, bad_loss), 0, chance.random
 
-    def __init__(self, p: float, r: float, bad_loss: float, good_loss: float, chance: Random) -> None:
-        self._leave = (p, r)
-        self._loss = (good_loss, bad_loss)
-        self._state = 0
-        self._random = chance.random
+    def lost() -> bool:
+        nonlocal state
+        loss = losses[state]
+        if random() < leaving[state]:
+            state ^= 1
+        return loss == 1 or (loss > 0 and random() < loss)
 
-    def lost(self) -> bool:
-        loss = self._loss[self._state]
-        if self._random() < self._leave[self._state]:
-            self._state ^= 1
-        return loss == 1 or (loss > 0 and self._random() < loss)
+    return lost
 
 
-class FourState:
+def four_state(p13: float, p31: float, p32: float, p23: float, p14: float, chance: Random) -> Lost:
     """1: received in a gap, 2: received in a burst, 3: lost in a burst, 4: lost alone."""
+    # From each state: the probabilities of the first and of the second of two ways out.
+    ways = {1: (p14, 4, p13, 3), 2: (p23, 3, 0.0, 2), 3: (p32, 2, p31, 1), 4: (1.0, 1, 0.0, 1)}
+    state, random = 1, chance.random
 
-    def __init__(self, p13: float, p31: float, p32: float, p23: float, p14: float, chance: Random) -> None:
-        # From each state: the probabilities of the first and of the second of two ways out.
-        self._ways = {1: (p14, 4, p13, 3), 2: (p23, 3, 0.0, 2), 3: (p32, 2, p31, 1), 4: (1.0, 1, 0.0, 1)}
-        self._state = 1
-        self._random = chance.random
-
-    def lost(self) -> bool:
-        first, there, second, elsewhere = self._ways[self._state]
-        draw = self._random()
+    def lost() -> bool:
+        nonlocal state
+        first, there, second, elsewhere = ways[state]
+        draw = random()
         if draw < first:
-            self._state = there
+            state = there
         elif draw < first + second:
-            self._state = elsewhere
-        return self._state >= 3
+            state = elsewhere
+        return state >= 3
+
+    return lost
 
 
-def loss_of(conditions: Conditions, chance: Random) -> Loss | None:
+_MODELS: dict[str, Callable[..., Lost]] = {"gilbert": gilbert_elliott, "states": four_state}
+
+
+def loss_of(conditions: Conditions, chance: Random) -> Lost | None:
     """What a direction's conditions ask for; None: nothing is lost."""
-    model = dict(conditions.loss_model or {})
-    kind = model.pop("kind", None)
-    if kind == "gilbert":
-        return GilbertElliott(**model, chance=chance)
-    if kind == "states":
-        return FourState(**model, chance=chance)
-    return Independent(conditions.loss, chance) if conditions.loss else None
+    if conditions.loss_model is not None:
+        model = dict(conditions.loss_model)
+        return _MODELS[model.pop("kind")](**model, chance=chance)
+    return independent(conditions.loss, chance) if conditions.loss else None
 
 
 def loss(context: Context, onward: Onward) -> Onward:
@@ -89,7 +78,7 @@ def loss(context: Context, onward: Onward) -> Onward:
     def lost(now: float) -> bool:
         if traced is not None:
             return random() < (traced.loss_at(now) or 0.0)
-        return model is not None and model.lost()
+        return model is not None and model()
 
     def take(frame: bytes, now: float, copies: int = 1) -> None:
         if lost(now):
