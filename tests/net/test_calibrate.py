@@ -25,7 +25,7 @@ from testbed.net.calibration.traces import (
 )
 from testbed.net.profile.profile import parse_profile
 from testbed.net.profile.schedule import Schedule
-from testbed.net.program import PACKAGE
+from testbed.programs import isolated
 from tests.net.wire import Conditioned, wire
 
 
@@ -93,16 +93,16 @@ def test_a_prober_that_dies_is_an_error_that_says_so():
 @pytest.mark.parametrize("module", ["testbed.net.calibration.prober", "testbed.net.emulators.relay.relay"])
 def test_the_probing_and_relaying_programs_need_the_standard_library_and_their_own_parts_alone(module: str):
     # They are started isolated and without site-packages, for speed.
-    load = f"import sys; sys.path.insert(0, sys.argv[1]); import {module}; print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", load, str(PACKAGE)], capture_output=True, text=True, check=True
-    )
+    argv = isolated(module)
+    argv[4] = f"import sys; sys.path.insert(0, sys.argv[1]); import {module}; print(*sys.modules)"
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     ours = {name for name in loaded if name.startswith("testbed.")}
     assert {name.split(".")[0] for name in loaded - ours} <= sys.stdlib_module_names | {"testbed", "__main__"}
     rooms = ("testbed.net.emulators", "testbed.net.profile", "testbed.net.calibration")
     assert all(
-        name in ("testbed.net", "testbed.net.program", "testbed.errors") or name.startswith(rooms)
+        name in ("testbed.net", "testbed.net.sockets", "testbed.programs", "testbed.errors")
+        or name.startswith(rooms)
         for name in ours
     ), ours
     assert not any(name.endswith((".userspace", ".netem", ".emulator")) for name in ours)

@@ -22,7 +22,7 @@ from testbed.net.emulators.relay.userspace import PROGRAM
 from testbed.net.profile.deliveries import Deliveries
 from testbed.net.profile.jitter import table
 from testbed.net.profile.schedule import Schedule
-from testbed.net.program import command
+from testbed.programs import isolated
 
 FRAME = bytes(24 + 1250)  # 10,000 bits behind the headers: 1 ms at 10 Mbit/s
 
@@ -231,7 +231,7 @@ class Process:
         with os.fdopen(os.memfd_create("orders"), "wb", buffering=0) as file:
             file.write(json.dumps(orders).encode())
             file.seek(0)
-            argv = command(PROGRAM, str(file.fileno()))
+            argv = isolated(PROGRAM, str(file.fileno()))
             self.process = subprocess.Popen(argv, pass_fds=(*passed, file.fileno()))
         for sock in inner:
             sock.close()

@@ -1,6 +1,6 @@
 """The probing process of one node: sends numbered UDP packets on schedule and notes when the other node's arrive.
 
-A program of its own (`testbed.net.program`) so that nothing else in Python shares its time. Arrivals carry the kernel's
+A program of its own (`testbed.programs`) so that nothing else in Python shares its time. Arrivals carry the kernel's
 receive time stamps (SO_TIMESTAMPNS, socket(7)), so it does not matter when this process gets to read them.
 
 It takes orders on standard input, a line of JSON each: a plan (see `send`), answered with a line of JSON when all of it is
@@ -21,7 +21,8 @@ import time
 from math import inf
 from typing import Any
 
-from testbed.net.program import SO_TIMESTAMPNS, end_sleeps_exactly, schedule_in_real_time
+from testbed.net.sockets import SO_TIMESTAMPNS
+from testbed.programs import end_sleeps_exactly, schedule_in_real_time
 
 MESSAGE = struct.Struct("=IIq")  # phase, number, CLOCK_MONOTONIC nanoseconds when sent
 ARRIVAL = struct.Struct("=Iqq")  # number, sent, arrived (both CLOCK_MONOTONIC nanoseconds)

@@ -16,11 +16,12 @@ from typing import Any, Protocol
 
 from testbed.errors import NetworkError
 from testbed.hosts.namespaces import call_inside
-from testbed.net import program
 from testbed.net.calibration import prober
 from testbed.net.calibration.prober import MESSAGE, UDP_OVERHEAD
 from testbed.net.profile.profile import Direction, Profile
 from testbed.net.profile.trace import WAYS, Way
+from testbed.net.sockets import SO_TIMESTAMPNS, enlarge_buffers
+from testbed.programs import isolated
 
 _RECEIVE_BUFFER = 128 << 20  # a whole phase fits, so a receiver that does not get to run loses nothing
 _SEND_BUFFER = 4 << 20
@@ -119,15 +120,15 @@ def _batch(train: PacketTrain) -> int:
 
 def _open(address: str) -> socket.socket:
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    program.enlarge_buffers(sock, _RECEIVE_BUFFER, _SEND_BUFFER)
-    sock.setsockopt(socket.SOL_SOCKET, program.SO_TIMESTAMPNS, 1)
+    enlarge_buffers(sock, _RECEIVE_BUFFER, _SEND_BUFFER)
+    sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
     sock.bind((address, 0))
     return sock
 
 
 def _start(sock: socket.socket, urgent: bool) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        program.command(prober.__name__, str(sock.fileno()), *(["urgent"] if urgent else [])),
+        isolated(prober.__name__, str(sock.fileno()), *(["urgent"] if urgent else [])),
         pass_fds=(sock.fileno(),),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

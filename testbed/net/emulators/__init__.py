@@ -7,7 +7,6 @@ packet in front of it has left and its own bytes have been sent at the rate.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 # The relay process comes by here, too, and has to be there at once: nothing heavy is imported.
@@ -19,21 +18,18 @@ if TYPE_CHECKING:
     from testbed.net.emulators.emulator import Attachment, Emulator
 
 
-def _netem() -> type[Emulator]:
-    from testbed.net.emulators.netem.netem import Netem
-
-    return Netem
-
-
-def _userspace() -> type[Emulator]:
-    from testbed.net.emulators.relay.userspace import Userspace
-
-    return Userspace
-
-
-_KINDS: dict[str, Callable[[], type[Emulator]]] = {"netem": _netem, "userspace": _userspace}
+_KINDS = {
+    "netem": "testbed.net.emulators.netem.netem:Netem",
+    "userspace": "testbed.net.emulators.relay.userspace:Userspace",
+}
 """The preferred ones first."""
 NAMES = ("auto", *_KINDS)
+
+
+def _kind(name: str) -> type[Emulator]:
+    from testbed.kinds import load
+
+    return load(_KINDS[name])
 
 
 def known(name: str) -> str:
@@ -48,7 +44,7 @@ def choose(name: str = "auto", *, seed: int | None = None) -> Emulator:
 
     *seed* fixes the random losses and delays (netem: since Linux 6.6). Raises UsageError when this machine cannot run it.
     """
-    *preferred, last = (_KINDS[kind]() for kind in (_KINDS if known(name) == "auto" else (name,)))
+    *preferred, last = map(_kind, _KINDS if known(name) == "auto" else (name,))
     for kind in preferred:
         if kind.available():
             return kind(seed)
@@ -60,4 +56,4 @@ def reattach(name: str, wire: str, link: str, a: str, b: str, keep: Path) -> Att
     """The running attachment that emulator *name* made earlier with ``keep``; raises NetworkError when it is gone."""
     if name not in _KINDS:
         raise NetworkError(f"link {link}: its emulator {name!r} is not known here")
-    return _KINDS[name]()().reattach(wire, link, a, b, keep=keep)
+    return _kind(name)().reattach(wire, link, a, b, keep=keep)

@@ -12,7 +12,7 @@ import socket
 import sys
 from typing import Any, Protocol
 
-from testbed.net.program import end_sleeps_exactly, schedule_in_real_time
+from testbed.programs import end_sleeps_exactly, schedule_in_real_time
 
 LARGEST = 1 << 18  # bytes of a message
 _FILES = 4  # descriptors that may come with one

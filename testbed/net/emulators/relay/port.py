@@ -11,7 +11,7 @@ import socket
 import struct
 from time import monotonic, time
 
-from testbed.net.program import SO_TIMESTAMPNS, enlarge_buffers
+from testbed.net.sockets import SO_TIMESTAMPNS, enlarge_buffers
 
 SOL_PACKET = 263
 PACKET_STATISTICS, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 6, 15, 23

@@ -1,6 +1,6 @@
 """The relay process: takes frames from one port, keeps each until its logical departure time, sends it through the other.
 
-One process serves one link or many, both ways. userspace.py starts it as a program of its own (`testbed.net.program`), with
+One process serves one link or many, both ways. userspace.py starts it as a program of its own (`testbed.programs`), with
 open file descriptors and nothing else.
 """
 

@@ -26,7 +26,7 @@ from testbed.hosts import processes
 from testbed.hosts.namespaces import call_inside
 from testbed.identity import as_root
 from testbed.net.emulators.relay.control import LARGEST
-from testbed.net.program import command
+from testbed.programs import isolated
 
 _ANSWER_S = 5.0
 _STOPPED_S = 1.0
@@ -82,7 +82,7 @@ class ServingProcess:
             files = (file for link in links.values() for file in link.get("files", ()))
             ports = (link[port] for link in links.values() for port in ("port_a", "port_b") if port in link)
             passed = (theirs.fileno(), orders.fileno(), *ports, *files)
-            launch = partial(_launch, command(module, str(orders.fileno())), passed, log)
+            launch = partial(_launch, isolated(module, str(orders.fileno())), passed, log)
             process = launch() if namespace is None else call_inside(namespace, launch)
             _CHILDREN[process.pid] = process
             identity = (process.pid, processes.start_time(process.pid) or 0)
