@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence, Set
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -60,11 +60,8 @@ class Counters:
         return {name: value for name, value in asdict(self).items() if name != "recent_lateness_s"}
 
     def _with(self, other: Counters, sign: int, lateness_s: float) -> Counters:
-        counts = {
-            f.name: getattr(self, f.name) + sign * getattr(other, f.name)
-            for f in fields(self)
-            if not f.name.endswith("_s")
-        }
+        others = asdict(other)
+        counts = {n: v + sign * others[n] for n, v in asdict(self).items() if not n.endswith("_s")}
         return Counters(**counts, worst_lateness_s=lateness_s, recent_lateness_s=lateness_s)
 
 

@@ -99,18 +99,15 @@ class Trace:
     column: Literal["", "up", "down"] = ""
 
     def __str__(self) -> str:
-        options = []
-        if self.scale != 1:
-            options.append(
-                f"scale={self.scale:g}" if float(f"{self.scale:g}") == self.scale else f"scale={self.scale!r}"
-            )
-        if self.offset_s:
-            options.append(f"offset={exact_time(self.offset_s)}")
-        if self.end != "loop":
-            options.append(f"end={self.end}")
-        if self.column:
-            options.append(f"column={self.column}")
-        return str(self.source) + (f"({','.join(options)})" if options else "")
+        scale = f"{self.scale:g}" if float(f"{self.scale:g}") == self.scale else repr(self.scale)
+        options = {
+            "scale": "" if self.scale == 1 else scale,
+            "offset": exact_time(self.offset_s) if self.offset_s else "",
+            "end": "" if self.end == "loop" else self.end,
+            "column": self.column,
+        }
+        written = ",".join(f"{key}={value}" for key, value in options.items() if value)
+        return str(self.source) + (f"({written})" if written else "")
 
     @property
     def sets_rate(self) -> bool:
