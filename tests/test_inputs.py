@@ -9,15 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from testbed import lookup
+from testbed.codecs.diagnosed import FORMAT
+from testbed.codecs.entropy import tables
 from testbed.errors import UsageError
 from testbed.experiment import inputs
 from testbed.experiment.plan import load_plan, make_plan
 from testbed.experiment.results import RunDirectory, write_json
 from testbed.experiment.runner import resume
 from testbed.experiment.scenario import Plan
-from testbed.net.profile import lookup
 from testbed.net.profile.trace import File
 from testbed.net.topology.files import load_topology
 
@@ -184,3 +187,101 @@ def test_a_run_without_traces_keeps_none(tmp_path: Path) -> None:
     assert inputs.keep_traces(load_plan("quick"), directory) == {}
     assert list(directory.path.iterdir()) == []
     assert inputs.kept_traces(None, directory.path) == {}
+
+
+def model_in(folder: Path) -> None:
+    """What looks like a model's directory."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def test_a_jitter_table_is_found_kept_and_followed_as_a_trace_is(scenario: Path, tmp_path: Path) -> None:
+    table, written = scenario.with_name("own.dist"), "delay=20ms,jitter=table(1ms,file=own.dist)"
+    table.write_text("-8192 0 8192\n")
+    model_in(scenario.parent / "tiny")
+    scenario.write_text(
+        f"profiles: ['{written}', '{written},trace:walk.csv']\ntasks: [needle]\nmodel: tiny\n"
+    )
+    plan, directory = load_plan(str(scenario)), RunDirectory.create(tmp_path / "run")
+    assert plan.profiles[0].text() == written
+    entry = inputs.keep_traces(plan, directory)
+    assert set(entry) == {"own.dist", "walk.csv"}
+    before = inputs.described(plan)
+    assert list(before) == ["jitter table own.dist", f"model {scenario.parent / 'tiny'}"]
+    table.unlink()
+    again = resumed(plan, directory, entry)
+    assert [p.text() for p in again.profiles] == [p.text() for p in plan.profiles]
+    assert again.profiles[0] == plan.profiles[0]
+    assert inputs.described(again) == before
+    table.write_text("0\n")
+    Path("own.dist").write_text("1\n")  # in the working directory
+    assert load_plan(str(scenario)).profiles[0].up.jitter_law.entries == (0,)  # type: ignore[union-attr]
+
+
+def test_a_model_and_what_codecs_name_are_found_beside_the_scenario(
+    scenario: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TESTBED_CACHE", str(tmp_path / "cache"))
+    own = scenario.parent
+    for name in ("tiny", "smollm2-135m"):  # of which one is a name of ours
+        model_in(own / name)
+    (own / "found.json").write_text(json.dumps({"format": FORMAT, "model": "tiny", "protect": "K1"}))
+    counted = tables.Counted(1, 1, 1, bytes([255, 9]))
+    (own / "own.tables").write_bytes(msgspec.msgpack.encode(tables.Tables(tables.FORMAT, "", [counted])))
+    scenario.write_text(
+        "profiles: [lte]\ntasks: [needle]\nmodel: tiny\n"
+        "codecs: ['mixed(protect=found.json)', 'int4+ans(table=own.tables)']\n"
+    )
+    made = load_plan(str(scenario)).scenario
+    assert made.model == str(own / "tiny")
+    codecs = [str(codec) for codec in made.codecs]
+    assert codecs[0] == "mixed(protect=K1)" and tables.size(codecs[1][-33:-1]) > 0
+    assert (
+        make_plan(made.model_dump(mode="json"), "manifest.json").scenario == made
+    )  # from wherever it goes on
+    named = load_plan(str(scenario), assignments=["model=smollm2-135m", "codecs=fp16"]).scenario
+    assert named.model == "smollm2-135m"
+
+
+def test_what_the_hub_gave_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    kept = {"model org/model": "models--org--model", "task hub:squad": "datasets--rajpurkar--squad"}
+    for folder in kept.values():
+        for commit in ("c0ffee", "decade"):
+            (tmp_path / folder / "snapshots" / commit).mkdir(parents=True)
+            (tmp_path / folder / "snapshots" / commit / "config.json").write_text("{}")
+        (tmp_path / folder / "refs").mkdir()
+        (tmp_path / folder / "refs" / "main").write_text("decade")
+    settings = {
+        "name": "hub",
+        "profiles": "lte",
+        "model": "org/model",
+        "tasks": {"task": "qa", "path": "hub:squad"},
+    }
+    plan = make_plan(settings, "hub.yaml")
+    before = inputs.described(plan)
+    assert before == dict.fromkeys(kept, "decade")
+    inputs.check_unchanged(before, plan)
+    for name, folder in kept.items():
+        (tmp_path / folder / "refs" / "main").write_text("c0ffee")
+        with pytest.raises(UsageError, match=f"{name}: has changed since this run began"):
+            inputs.check_unchanged(before, plan)
+        (tmp_path / folder / "refs" / "main").write_text("decade")
+    shutil.rmtree(tmp_path / "models--org--model" / "snapshots" / "c0ffee")
+    shutil.rmtree(tmp_path / "models--org--model" / "refs")  # as a download of one commit leaves it
+    assert inputs.described(plan) == before
+    shutil.rmtree(tmp_path / "datasets--rajpurkar--squad")
+    assert "task hub:squad" not in inputs.described(plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("own-topology.yaml", "topology"), ("table.dist", "jitter table"), ("rows.jsonl", "task file")],
+)
+def test_a_run_does_not_go_on_with_another_file(began: Path, name: str, what: str) -> None:
+    path = began.parent / name
+    path.write_text(path.read_text() + ("" if name == "rows.jsonl" else "# another\n") + "\n")
+    with pytest.raises(UsageError, match=rf"{what} .*{name}: has changed since this run began"):
+        taken_up(began)

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from testbed import lookup
 from testbed.errors import SpecError
 from testbed.files import read_at_most
 
@@ -113,7 +114,7 @@ def look_up(word: str, model: str | None, bits: int, scale: str = "group") -> st
                 + ("`" if scale == "group" else f" --scale {scale}`")
             )
     else:
-        path = Path(word).expanduser()
+        path = Path(lookup.find(word) or word).expanduser()
     diagnosis = load_diagnosis(path)
     if model is not None and diagnosis.get("model") not in (model, None):
         raise SpecError(

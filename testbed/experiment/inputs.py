@@ -1,11 +1,13 @@
-"""What a run reads by name and somebody may change, as it was when the run began: of traces a copy, of all else a digest.
+"""What a run reads by name and somebody may change, as it was when the run began: of traces and jitter tables a copy,
+of all else a digest.
 
-traces/<first digits of its SHA-256>-<name>        a copy, so that a run can be read, plotted and resumed though the trace goes
+traces/<first digits of its SHA-256>-<name>        a copy, so that a run can be read, plotted and resumed though the file goes
 manifest: traces        what the scenario says -> file, sha256, bytes
 manifest: inputs        "task file …", "topology …", "jitter table …", "model …" -> SHA-256; rows of two are no one run's
 
 Of a model's directory the digest is over its JSON files and, of each file of weights, its size and 64 KiB at 64 places, so that
-many gigabytes are known in no time and another training is told apart.
+many gigabytes are known in no time and another training is told apart. Of what comes from the hub it is the commit that is in
+its cache, where there is one before the run begins.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from testbed import files
 from testbed.errors import UsageError
 from testbed.experiment.results import RunDirectory
 from testbed.experiment.scenario import Plan
-from testbed.models.sources import resolve
+from testbed.models.sources import hub_commit, resolve
 from testbed.net.profile.jitter import JitterTable
 from testbed.net.profile.profile import Profile
 from testbed.net.profile.trace import File
+from testbed.tasks.hub import parse_hub
 from testbed.tasks.rows import HUB
 
 _TRACES = "traces"
@@ -42,10 +45,17 @@ def described(plan: Plan) -> dict[str, str]:
     for profile in _profiles(plan):
         for law in (profile.up.jitter_law, profile.down.jitter_law):
             if isinstance(law, JitterTable):
-                paths[f"jitter table {law.path}"] = Path(law.path)
-    if (directory := resolve(plan.scenario.model).path) is not None:
-        paths[f"model {plan.scenario.model}"] = directory
-    return {name: _digest(path) for name, path in paths.items()}
+                paths[f"jitter table {law.path}"] = law.found()
+    model, commits = resolve(plan.scenario.model), {}
+    if model.path is not None:
+        paths[f"model {plan.scenario.model}"] = model.path
+    else:
+        commits[f"model {plan.scenario.model}"] = hub_commit("models", model.location)
+    for task in plan.tasks:
+        if (path := str(getattr(task, "path", ""))).startswith(HUB):
+            commits[f"task {path}"] = hub_commit("datasets", parse_hub(path.removeprefix(HUB))[0])
+    digests = {name: _digest(path) for name, path in paths.items()}
+    return digests | {name: commit for name, commit in commits.items() if commit}
 
 
 def check_unchanged(before: object, plan: Plan) -> None:
@@ -62,15 +72,16 @@ def check_unchanged(before: object, plan: Plan) -> None:
 
 
 def keep_traces(plan: Plan, directory: RunDirectory) -> dict[str, Any]:
-    """Copies every file that the plan's links follow; the manifest's entry. Raises UsageError, with the file's name."""
+    """Copies every trace and jitter table of the plan's links; the manifest's entry. Raises UsageError, with the file's name."""
     kept: dict[str, Any] = {}
-    followed = [way.trace for profile in _profiles(plan) for way in (profile.up, profile.down)]
-    for file in dict.fromkeys(t.source for t in followed if t is not None and isinstance(t.source, File)):
+    ways = [way for profile in _profiles(plan) for way in (profile.up, profile.down)]
+    named = [part for way in ways for part in (way.trace and way.trace.source, way.jitter_law)]
+    for file in dict.fromkeys(part for part in named if isinstance(part, File | JitterTable)):
         source = file.found()
         digest = _digest(source)
         if file.path in kept and kept[file.path]["sha256"] != digest:
             raise UsageError(
-                f"trace {file.path}: names two different files in this scenario; give one of them by its whole path"
+                f"{file.path}: names two different files in this scenario; give one of them by its whole path"
             )
         target = directory.path / _TRACES / f"{digest[:12]}-{source.name}"
         with files.storing(target):

@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from testbed import strict_yaml
+from testbed import lookup, strict_yaml
 from testbed.codecs.spec import parse as parse_codec
 from testbed.errors import SpecError, UsageError
 from testbed.experiment.scenario import Plan, Scenario
 from testbed.models.sources import find as find_model
-from testbed.net.profile import lookup
+from testbed.models.sources import has_a_name
 from testbed.net.profile.profile import Profile, parse_profile, profile_from
 from testbed.net.topology.files import load_topology
 from testbed.net.topology.topology import Topology
@@ -96,7 +96,8 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     scenario = strict_yaml.checked(Scenario, settings, place)
     if beside := lookup.find(scenario.topology):  # and so it is found again when the run is resumed
         scenario = scenario.model_copy(update={"topology": beside})
-    scenario = scenario.model_copy(update={"tasks": [_beside(task) for task in scenario.tasks]})
+    tasks = [_beside(task) for task in scenario.tasks]
+    scenario = scenario.model_copy(update={"tasks": tasks, "model": _model_beside(scenario.model)})
     topology = _at(f"{place}: topology", lambda: load_topology(scenario.topology))
     _check_nodes(scenario, topology, place)
     link = _swept_link(scenario, topology, place)
@@ -119,6 +120,13 @@ def _beside(task: dict[str, Any]) -> dict[str, Any]:
     """The task with its file where it is: beside the scenario, or else as it is written."""
     beside = lookup.find(path) if isinstance(path := task.get("path"), str) and path else ""
     return {**task, "path": beside} if beside else task
+
+
+def _model_beside(name: str) -> str:
+    """The model where it is, if that is a directory or a GGUF file beside the scenario; a name of ours is no path."""
+    found = Path(lookup.find(name) or name)
+    is_model = found.is_dir() or found.suffix.lower() == ".gguf"
+    return str(found) if lookup.find(name) and is_model and not has_a_name(name) else name
 
 
 def _check_nodes(scenario: Scenario, topology: Topology, place: str) -> None:
@@ -221,8 +229,11 @@ def moved(asked: object, model: str) -> list[str]:
 def _check_extent(plan: Plan, place: str) -> None:
     if len({p.text() for p in plan.profiles}) < len(plan.profiles):
         raise SpecError(f"{place}: profiles: the same conditions are listed twice")
-    if len(set(deliveries := plan.scenario.delivery)) < len(deliveries):
-        raise SpecError(f"{place}: delivery: one is listed twice: {', '.join(map(str, deliveries))}")
+    for key in ("tasks", "placements", "context_tokens", "delivery"):
+        listed = getattr(plan.scenario, key)
+        for value in listed:
+            if listed.count(value) > 1:  # whose trials would be one another's
+                raise SpecError(f"{place}: {key}: {str(value)!r} is listed twice")
     if plan.trials > _MAX_TRIALS:
         raise SpecError(f"{place}: {plan.trials} trials; at most {_MAX_TRIALS} make a run")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from msgspec import structs
 
+from testbed import lookup
 from testbed.codecs.spec import CodecSpec
 from testbed.endpoints.protocol import Loaded, Outcome
 from testbed.errors import EndpointError, NetworkError
@@ -27,7 +28,6 @@ from testbed.experiment.session import Opening, across_links
 from testbed.experiment.trial import Reference, Trial, new_row
 from testbed.hosts.processes import interruptible
 from testbed.models.sources import resolve
-from testbed.net.profile import lookup
 from testbed.net.profile.profile import Profile
 from testbed.net.traffic.traffic import require_tools
 from testbed.tasks.task import Example, Task

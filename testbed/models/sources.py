@@ -253,11 +253,33 @@ def file_stamp(path: Path) -> list[object]:
 
 
 def _hub(name: str) -> ModelSource:
+    fetched = any(_in_hub_cache("models", name).glob("snapshots/*/config.json"))
+    return ModelSource(name, "hub", None, fetched, origin=f"https://huggingface.co/{name}")
+
+
+def _in_hub_cache(kind: str, name: str) -> Path:
+    """Where the hub's own cache keeps one of its `models` or `datasets`."""
     home = os.environ.get("HF_HOME") or str(_home() / ".cache" / "huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-    snapshots = hub / f"models--{name.replace('/', '--')}" / "snapshots"
-    fetched = any(snapshots.glob("*/config.json"))
-    return ModelSource(name, "hub", None, fetched, origin=f"https://huggingface.co/{name}")
+    return hub / f"{kind}--{name.replace('/', '--')}"
+
+
+def hub_commit(kind: str, name: str) -> str:
+    """The commit of one of the hub's `models` or `datasets` that its cache has: of the branch that is loaded, else the only one;
+    empty where there is none. Asks nobody.
+    """
+    kept = _in_hub_cache(kind, name)
+    try:
+        return (kept / "refs" / "main").read_text(encoding="ascii").strip()[:64]
+    except (OSError, ValueError):
+        commits = [path.name for path in kept.glob("snapshots/*")]
+        return commits[0] if len(commits) == 1 else ""
+
+
+def has_a_name(name: str) -> bool:
+    """Whether a name is one of ours, whatever directories there are: a preset, a model of the hub, a GGUF file's that was
+    converted."""
+    return name in PRESETS or name in HUB_MODELS or name in _converted_names()
 
 
 def _hub_model(model: HubModel) -> ModelSource:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from testbed import lookup
 from testbed.codecs.entropy import tables
 from testbed.codecs.steps import Coder, Piece
 from testbed.errors import PayloadError, SpecError
@@ -51,7 +52,8 @@ class ANS(Coder):
     def bound(self, model: str | None) -> ANS:
         if not self.refers:
             return self
-        return replace(self, table=tables.save(tables.load(Path(self.table).expanduser())[1])[0])
+        path = Path(lookup.find(self.table) or self.table).expanduser()
+        return replace(self, table=tables.save(tables.load(path)[1])[0])
 
     @property
     def shared_bytes(self) -> int:

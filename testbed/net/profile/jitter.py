@@ -11,7 +11,9 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from testbed import lookup
 from testbed.errors import SpecError
 from testbed.files import read_at_most
 
@@ -29,19 +31,24 @@ either way."""
 class JitterTable:
     """A law out of a file: numbers between blanks, 8192 standing for one jitter; ``#`` begins a comment.
 
-    Make one with `read_table`.
+    Make one with `read_table`. *at*: where the file is, as was found beside the one that names it (`testbed.lookup`).
     """
 
     path: str
     entries: tuple[int, ...] = field(repr=False)
+    at: str = field(default="", repr=False, compare=False)
+
+    def found(self) -> Path:
+        """Where the file is."""
+        return Path(self.at or self.path)
 
 
 def read_table(path: str) -> JitterTable:
     """The table in a file. Raises SpecError naming the file, and the line, for what is none."""
     if not path or len(path) > 300 or _FORBIDDEN & set(path):
         raise SpecError(f"jitter table {path[:40]!r}: no file name of that kind is understood here")
-    entries: list[int] = []
-    for number, line in enumerate(_text(path).split("\n"), 1):
+    entries, at = list[int](), lookup.find(path)
+    for number, line in enumerate(_text(path, at or path).split("\n"), 1):
         for word in line.partition("#")[0].split():
             try:
                 value = int(word)
@@ -52,12 +59,12 @@ def read_table(path: str) -> JitterTable:
             entries.append(value)
     if not 1 <= len(entries) <= _MAX_ENTRIES:
         raise SpecError(f"jitter table {path}: {len(entries)} entries; 1 to {_MAX_ENTRIES} are understood")
-    return JitterTable(path, tuple(entries))
+    return JitterTable(path, tuple(entries), at)
 
 
-def _text(path: str) -> str:
+def _text(path: str, at: str) -> str:
     try:
-        return read_at_most(path, _MAX_FILE).decode("ascii", "replace")
+        return read_at_most(at, _MAX_FILE).decode("ascii", "replace")
     except OSError as error:
         raise SpecError(f"jitter table {path}: {error.strerror}") from None
 

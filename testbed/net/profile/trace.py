@@ -24,8 +24,8 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
+from testbed import lookup
 from testbed.errors import SpecError, UnitError
-from testbed.net.profile import lookup
 from testbed.net.profile.deliveries import Deliveries
 from testbed.net.profile.generators import Flap, Outage, Sine, Step
 from testbed.net.profile.recordings.files import read_recording
@@ -52,7 +52,7 @@ _SHORT_S = 1.0
 
 class File(msgspec.Struct, frozen=True, tag="file"):
     """A recording, by the path of its file: as written. *at*: where it is, as was found beside the file that names it
-    (`testbed.net.profile.lookup`); else it is looked for from the working directory, and among the shipped scenarios."""
+    (`testbed.lookup`); else it is looked for from the working directory, and among the shipped scenarios."""
 
     path: str
     at: str = ""

@@ -37,9 +37,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from testbed import strict_yaml
+from testbed import lookup, strict_yaml
 from testbed.errors import SpecError
-from testbed.net.profile import lookup
 from testbed.net.profile.profile import profile_from
 from testbed.net.topology.topology import MAX_NODES, Link, Node, Topology
 from testbed.strict_yaml import did_you_mean

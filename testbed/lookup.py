@@ -1,10 +1,10 @@
-"""Where traces' files are looked for while a file that names them is read.
+"""Where files are looked for while a file that names them is read: traces, tables, questions, models, topologies.
 
     with beside(path):          # of the scenario or topology
-        …profiles are parsed…
+        …what it names is parsed…
 
-What is found beside the file, or among a run's own copies, is remembered in the trace (`trace.File`); everything else
-is looked for when it is needed: from the working directory, then among the shipped scenarios.
+What is found beside the file, or among a run's own copies, is remembered by whoever asked; everything else is looked for when
+it is needed, from the working directory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _copies: ContextVar[Mapping[str, Path] | None] = ContextVar("copies", default=No
 
 @contextlib.contextmanager
 def beside(file: Path) -> Iterator[None]:
-    """Relative traces are looked for in the folder of *file* first."""
+    """Relative paths are looked for in the folder of *file* first."""
     token = _folder.set(file.absolute().parent)
     try:
         yield
@@ -30,7 +30,7 @@ def beside(file: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def among(copies: Mapping[str, Path]) -> Iterator[None]:
-    """What traces say -> the file that is used for it, before anything else."""
+    """What was written -> the file that is used for it, before anything else."""
     token = _copies.set(copies)
     try:
         yield
@@ -39,7 +39,7 @@ def among(copies: Mapping[str, Path]) -> Iterator[None]:
 
 
 def find(written: str) -> str:
-    """Where the file that a trace names is, as far as that is fixed as it is read; empty where it is not."""
+    """Where what was named so is, as far as that is fixed as it is read; empty where it is not."""
     copies, folder = _copies.get(), _folder.get()
     if copies is not None and written in copies:
         return str(copies[written])
