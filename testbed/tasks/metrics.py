@@ -1,8 +1,10 @@
-"""Scores of a short answer against its gold answers: SQuAD 1.1's, and what MLQA makes of them for other languages.
+"""Scores of a short answer against its gold answers: SQuAD 1.1's, and what MLQA and KorQuAD make of them for other languages.
 
 Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text", EMNLP 2016, section 6.1. Lewis et al., "MLQA:
 Evaluating Cross-lingual Extractive Question Answering", ACL 2020: all of Unicode's punctuation, and characters in the place of
-words where a script puts no spaces between words. On ASCII text both are the same.
+words where a script puts no spaces between words. On ASCII text both are the same. Lim et al., "KorQuAD1.0: Korean QA Dataset for
+Machine Reading Comprehension", arXiv:1909.07005: Korean puts spaces between phrases, to whose words particles are joined, so F1
+is of characters, and an exact match of whole texts.
 """
 
 from __future__ import annotations
@@ -14,9 +16,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-#: A character of a script that puts no spaces between words.
-_UNSPACED = re.compile(
-    "["
+#: Characters of scripts that put no spaces between words.
+UNSPACED = (
     "\u3005-\u3007\u3021-\u3029\u303b"  # marks and numbers that stand among Han characters
     "\u3041-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # kana
     "\u3105-\u312f\u31a0-\u31bf"  # Bopomofo
@@ -24,8 +25,12 @@ _UNSPACED = re.compile(
     "\u0e00-\u0eff\u0f00-\u0fff"  # Thai, Lao, Tibetan
     "\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f"  # Myanmar
     "\u1780-\u17ff\u19e0-\u19ff"  # Khmer
-    "]"
 )
+
+
+#: Hangul: syllables, and the letters that they are made of.
+KOREAN = "\u1100-\u11ff\u3131-\u318e\ua960-\ua97f\uac00-\ud7ff\uffa0-\uffdc"
+_UNSPACED, _KOREAN = re.compile(f"[{UNSPACED}]"), re.compile(f"[{KOREAN}]")
 
 
 def unspaced(character: str) -> bool:
@@ -68,11 +73,19 @@ def exact_match(answer: str, golds: Sequence[str]) -> float:
 
 
 def token_f1(answer: str, golds: Sequence[str]) -> float:
-    """The best F1 over the gold answers, in 0..1: overlap of the two bags of normalised words.
+    """The best F1 over the gold answers, in 0..1: overlap of the two bags of normalised words, or where one of the two is Korean
+    of their characters, digits and letters of other scripts among them.
 
     Two texts that are both empty after normalisation agree (1.0); an empty one and another do not (0.0).
     """
-    return max((_f1(normalize(answer).split(), normalize(gold).split()) for gold in golds), default=0.0)
+    return max((_f1(*_pieces(normalize(answer), normalize(gold))) for gold in golds), default=0.0)
+
+
+def _pieces(given: str, gold: str) -> tuple[list[str], list[str]]:
+    """What two normalised texts are compared by."""
+    if _KOREAN.search(given + gold):
+        return list(given.replace(" ", "")), list(gold.replace(" ", ""))
+    return given.split(), gold.split()
 
 
 def _f1(given: list[str], gold: list[str]) -> float:

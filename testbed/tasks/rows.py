@@ -15,7 +15,7 @@ import yaml
 
 from testbed.errors import UsageError
 from testbed.tasks.jsonl import Row, read_rows
-from testbed.tasks.metrics import unspaced
+from testbed.tasks.metrics import KOREAN, UNSPACED, unspaced
 from testbed.tasks.padding import CountTokens, Depth, among_distractors, around, depth_of, sentences
 from testbed.tasks.passages import load_passages
 from testbed.tasks.task import Example, ExtractiveTask
@@ -148,7 +148,11 @@ def may_distract(text: str, row: Row) -> bool:
 
 def _stands_in(answer: str, text: str) -> bool:
     """Whether `text` holds the answer, and not as a part of a longer word."""
-    before, behind = ("" if not c.isalnum() or unspaced(c) else r"\b" for c in (answer[0], answer[-1]))
+    starts, ends = (c.isalnum() and not unspaced(c) for c in (answer[0], answer[-1]))
+    before = rf"(?:\b|(?<=[{UNSPACED}]))" if starts else ""
+    behind = (
+        rf"(?:\b|(?=[{UNSPACED}{KOREAN}]))" if ends else ""
+    )  # Korean joins particles to words of any script
     pattern = f"{before}{re.escape(unicodedata.normalize('NFC', answer))}{behind}"
     return re.search(pattern, unicodedata.normalize("NFC", text), re.IGNORECASE) is not None
 

@@ -117,6 +117,27 @@ def test_chinese_is_cut_into_words_as_mlqas_script_does(text: str) -> None:
     assert normalize(text).split() == mixed_segmentation(bare)
 
 
+def korquad_f1(prediction: str, ground_truth: str) -> float:
+    """KorQuAD's evaluate-v1.0.py, of texts in lower case without punctuation."""
+    prediction_char = [char for token in prediction.split() for char in token]
+    ground_truth_char = [char for token in ground_truth.split() for char in token]
+    num_same = sum((Counter(prediction_char) & Counter(ground_truth_char)).values())
+    if num_same == 0:
+        return 0
+    precision, recall = num_same / len(prediction_char), num_same / len(ground_truth_char)
+    return (2 * precision * recall) / (precision + recall)
+
+
+korean = st.text(st.sampled_from("\uc11c\uc6b8\uc5d0\uc740 12bx "), max_size=12)
+
+
+@given(korean, korean)
+def test_korean_scores_are_those_of_korquads_script(answer: str, gold: str) -> None:
+    answer, gold = f"\ub144{answer}", f"\uc740{gold}"
+    assert token_f1(answer, [gold]) == pytest.approx(korquad_f1(answer, gold))
+    assert exact_match(answer, [gold]) == (answer.split() == gold.split())
+
+
 @pytest.mark.parametrize(
     ("answer", "gold", "em", "f1"),
     [
@@ -140,7 +161,20 @@ def test_chinese_is_cut_into_words_as_mlqas_script_does(text: str) -> None:
             1.0,
         ),
         ("iPhone15\u3092 2023\u5e74", "2023\u5e74", 0.0, 2 * 2 / (4 + 2)),
-        ("\ud55c\uad6d\uc758 \uc218\ub3c4", "\uc218\ub3c4", 0.0, 2 / 3),  # Korean puts spaces between words
+        ("\ud55c\uad6d\uc758 \uc218\ub3c4", "\uc218\ub3c4", 0.0, 2 * 2 / (5 + 2)),
+        (
+            "\uc11c\uc6b8\uc5d0\uc11c",
+            "\uc11c\uc6b8",
+            0.0,
+            2 * 2 / (4 + 2),
+        ),  # "in Seoul": a particle is joined to it
+        ("2002\ub144", "2002", 0.0, 2 * 4 / (5 + 4)),
+        (
+            "\u1109\u1165\u110b\u116e\u11af",
+            "\uc11c\uc6b8",
+            1.0,
+            1.0,
+        ),  # letters, and the syllables that they make
         ("co\u00adoperate", "cooperate", 1.0, 1.0),  # a soft hyphen
     ],
 )

@@ -246,6 +246,11 @@ def test_a_text_that_answers_the_question_is_no_distractor_whatever_its_script()
         assert not may_distract(text, row)
     for text in ("京都は東にあります。", "It costs $ 5.", "cafeteria", "a hundred doors"):
         assert may_distract(text, row)
+    row = Row("1", "한국의 수도는 서울이다.", "수도는?", ("서울", "2002", "Paris"))
+    for text in ("그는 서울에서 산다.", "2002년에 왔다.", "Paris에 간다.", "彼はParisに行く。"):
+        assert not may_distract(text, row)
+    for text in ("그는 부산에서 산다.", "12002년에 왔다.", "Parisian"):
+        assert may_distract(text, row)
 
 
 def test_a_long_text_without_spaces_is_cut_down_to_the_sentences_around_its_answer(tmp_path: Path) -> None:
