@@ -86,8 +86,11 @@ class LiveCache:
     def _rounded(self, tensor: Tensor) -> Tensor:
         if self.cache_dtype == tensor.dtype:
             return tensor
-        # A value past the format's range would become infinite and poison every later softmax.
-        return tensor.clamp(-self._limit, self._limit).to(self.cache_dtype)
+        if torch.finfo(tensor.dtype).max > self._limit:
+            # A value past the format's range would become infinite and poison every later softmax. In float32: the limit itself
+            # is no number of every format.
+            tensor = tensor.float().clamp(-self._limit, self._limit)
+        return tensor.to(self.cache_dtype)
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any

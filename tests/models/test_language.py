@@ -216,14 +216,26 @@ def test_an_ordinary_program_may_change_what_a_prefill_gave_in_place(tiny_model:
         tensor.mul_(2)
 
 
-def test_values_beyond_sixteen_bits_are_cut_to_the_largest() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_beyond_sixteen_bits_are_cut_to_the_largest(dtype: torch.dtype) -> None:
     from testbed.models.live import LiveCache
 
-    live = LiveCache(
-        None, 1, dtype=torch.float32, cache_dtype=torch.float16, device=torch.device("cpu"), layers=1
-    )
-    keys, values = live.update(torch.full((1, 1, 1, 2), 1e6), torch.full((1, 1, 1, 2), -1e6), 0)
-    assert keys.flatten().tolist() == [65504.0] * 2 and values.flatten().tolist() == [-65504.0] * 2
+    live = LiveCache(None, 1, dtype=dtype, cache_dtype=torch.float16, device=torch.device("cpu"), layers=1)
+    large = torch.full((1, 1, 1, 2), 1e6, dtype=dtype)
+    keys, values = live.update(large, -large, 0)
+    cut = torch.tensor(65504.0).to(dtype).item()
+    assert keys.flatten().tolist() == [cut] * 2 and values.flatten().tolist() == [-cut] * 2
+
+
+@pytest.mark.parametrize("held", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_caches_are_held_in_any_format_whichever_the_model_computes_in(
+    tiny_model: Tiny, dtype: str, held: str
+) -> None:
+    model = load_model(str(tiny_model("llama")), dtype=dtype, threads=1, cache_dtype=getattr(torch, held))
+    cache = past_of(model, *parts(model))
+    assert cache.dtype == getattr(torch, held)
+    assert model.prefill([1, 2], cache).logits is not None
 
 
 @pytest.mark.parametrize(
