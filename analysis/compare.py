@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,8 +21,9 @@ _KEYS = ["task", "example"]
 @dataclass(frozen=True)
 class Line:
     """One setting on one profile in both runs. `ratio`: the second run's latency over the first's, median
-    over the examples that both have (a failed trial is infinite); `score`, `nll`: second − first on these; `p`:
-    Wilcoxon's for the latency after Holm's correction over all lines; without matching examples these are empty (n = 0).
+    over the examples that both have (a failed trial is infinite); `quality`: mean scores on those that both answered, or
+    without any on each run's own; `score`, `nll`: second − first; `p`: Wilcoxon's for the latency after Holm's correction over
+    all lines; without matching examples these are empty (n = 0). `failed`: of how many `trials`.
     """
 
     panel: str
@@ -32,6 +34,8 @@ class Line:
     score: stats.Difference
     nll: stats.Difference
     p: float
+    failed: tuple[int, int] = (0, 0)
+    trials: tuple[int, int] = (0, 0)
 
 
 def compare(first: Run, second: Run) -> list[Line]:
@@ -60,9 +64,9 @@ def compare(first: Run, second: Run) -> list[Line]:
                 panel=str(key[0]),
                 setting=str(key[1]),
                 latency=_both(stats.median(o["latency_s"], settings.clusters(o)) for o in own),
-                quality=_both(
-                    stats.mean(o["score"], settings.clusters(o), o["task"], bounds=(0, 1)) for o in own
-                ),
+                quality=_qualities(pair, own),
+                failed=_both(int(o["failed"].sum()) for o in own),
+                trials=_both(len(o) for o in own),
                 ratio=ratio,
                 score=stats.difference(
                     pair["score_b"], pair["score_a"], clusters, pair["task"], bounds=(0.0, 1.0)
@@ -80,7 +84,18 @@ def _timed(rows: pd.DataFrame, column: str) -> pd.DataFrame:
     return rows.assign(latency_s=rows[column].mask(rows["failed"].astype(bool), math.inf))
 
 
-def _both(estimates: Any) -> tuple[stats.Estimate, stats.Estimate]:
+def _qualities(pair: pd.DataFrame, own: list[pd.DataFrame]) -> tuple[stats.Estimate, stats.Estimate]:
+    """Mean scores over the examples that both runs answered, lest failures make one of them better."""
+    both = pair.dropna(subset=["score_a", "score_b"])
+    sides = [both["score_a"], both["score_b"]] if len(both) else [o["score"] for o in own]
+    rows = [both, both] if len(both) else own
+    return _both(
+        stats.mean(side, settings.clusters(r), r["task"], bounds=(0, 1))
+        for side, r in zip(sides, rows, strict=True)
+    )
+
+
+def _both(estimates: Iterable[Any]) -> tuple[Any, Any]:
     a, b = estimates
     return a, b
 
@@ -132,7 +147,7 @@ def text(first: Run, second: Run, lines: list[Line]) -> str:
             f"{line.ratio.text() if line.ratio.n else 'unpaired':>18}  {comparisons.p_text(line.p):>6}  "
             f"{line.quality[0].value:>5.2f}  {line.quality[1].value:>5.2f}  "
             f"{line.score.text(2, '+'):>21}  {line.nll.text(3, '+'):>24}  "
-            f"{line.ratio.n:>4}"
+            f"{line.ratio.n:>4}{_failures(line)}"
             for line in lines
             if line.panel == panel
         ]
@@ -143,6 +158,12 @@ def text(first: Run, second: Run, lines: list[Line]) -> str:
         "p: Wilcoxon signed-rank of the latencies after Holm's correction; n: examples in both"
     )
     return "\n".join(out)
+
+
+def _failures(line: Line) -> str:
+    """What failed, for a line's end."""
+    counts = zip("AB", line.failed, line.trials, strict=True)
+    return "".join(f"  {name} failed {failed} of {tried}" for name, failed, tried in counts if failed)
 
 
 def to_dict(first: Run, second: Run, lines: list[Line]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from testbed.analysis import settings
 from testbed.analysis.run import Run
-from testbed.units import format_fraction
+from testbed.units import format_fraction, positional
 
 
 def conditions(rows: pd.DataFrame) -> str:
@@ -33,7 +33,7 @@ def _same(a: float, b: float) -> bool:
 
 
 def _rate(bits_per_second: float) -> str:
-    return "∞" if bits_per_second != bits_per_second else f"{bits_per_second / 1e6:.4g}"
+    return "∞" if bits_per_second != bits_per_second else positional(f"{bits_per_second / 1e6:.4g}")
 
 
 def subject(rows: pd.DataFrame) -> str:
@@ -77,7 +77,7 @@ def caveats(run: Run) -> list[str]:
             "several."
         )
     if len(run.failed):
-        sentences.append(f"{_failures(run)}: infinite latencies, and no answers.")
+        sentences.append(f"{failures(run)}: infinite latencies, and no answers.")
     unsteady = int((~rows["compute_steady"]).sum())
     if unsteady:
         sentences.append(
@@ -102,7 +102,7 @@ def caveats(run: Run) -> list[str]:
     return sentences
 
 
-def _failures(run: Run) -> str:
+def failures(run: Run) -> str:
     """How many trials failed, and of which settings most."""
     both = settings.labelled(run.attempts)
     counts = both.groupby("setting", sort=False)["failed"].agg(["sum", "size"])

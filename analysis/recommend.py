@@ -21,6 +21,7 @@ from testbed.analysis.latency_model import (
     steady,
 )
 from testbed.analysis.measured_links import beyond
+from testbed.analysis.paired_latency import tied
 from testbed.analysis.run import Run
 
 
@@ -70,6 +71,8 @@ class Recommendation:
     held_out: list[HeldOut]
     latency: str = "end-to-end latency"  #: what the latencies are (`Run.latency`)
     beyond_measured: tuple[str, ...] = ()  #: what of the link lies outside of what was measured
+    #: on a measured link, what holds too and is not shown to be slower than the choice
+    tied: tuple[str, ...] = ()
 
     @property
     def runners_up(self) -> list[Option]:
@@ -104,6 +107,10 @@ def recommend(
     choice = next((o for o in able if o.holds(floor)), None)
     seeming = next((o for o in able if o.seems_to_hold(floor)), None)
     likely = [o.setting for o in options if o.seems_to_hold(floor)]
+    level: list[str] = []
+    if panel and choice:
+        held = [o.setting for o in able if o.holds(floor)]
+        level = tied(rows[rows["panel"] == panel], choice.setting, held)
     return Recommendation(
         link=link,
         quality_floor=floor,
@@ -116,6 +123,7 @@ def recommend(
         held_out=leave_one_out(run.rows, likely),
         latency=run.latency,
         beyond_measured=outside,
+        tied=tuple(level),
     )
 
 
@@ -196,7 +204,8 @@ def text(advice: Recommendation) -> str:
         f"   {'setting':<{wide}}  {'latency':>9}  {'p95':>9}  {'quality of full':>22}  {'n':>4}  worst task",
     ]
     for option in advice.options:
-        mark = "*" if option is advice.choice else "+" if option.holds(advice.quality_floor) else " "
+        mark = "*" if option is advice.choice else "=" if option.setting in advice.tied else " "
+        mark = "+" if mark == " " and option.holds(advice.quality_floor) else mark
         quality = "exact" if option.exact else option.quality.text()
         note = option.worst.text() if option.worst and not option.exact else ""
         note += f"  failed {option.failed} of {option.trials}" if option.failed else ""
@@ -206,7 +215,8 @@ def text(advice: Recommendation) -> str:
         )
     lines += [
         "",
-        "* chosen; + its quality holds too; exact: the full cache's answers by construction; brackets: 95 % interval of what "
+        "* chosen; + its quality holds too; = and it is not shown to be slower; exact: the full cache's answers by construction; "
+        "brackets: 95 % interval of what "
         "is kept of the full cache's score (Gaffke's bound of the paired losses)",
     ]
     return "\n".join([*lines, *_trust(advice)])
@@ -229,6 +239,8 @@ def _verdict(advice: Recommendation) -> list[str]:
                 f"next: {other.setting}, {other.latency_s:.3f} s ({other.latency_s - advice.choice.latency_s:+.3f} s, "
                 f"{margin:+.0%})"
             )
+        if advice.tied:
+            lines.append(f"not shown to be slower than it, example by example: {', '.join(advice.tied)}")
     sending = next(
         (o for o in advice.options if o.holds(advice.quality_floor) and o.placement == "split"), None
     )

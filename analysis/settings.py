@@ -195,14 +195,15 @@ _SAME_NLL = 1e-3
 
 
 def is_exact(rows: pd.DataFrame) -> bool:
-    """Whether one setting's finished rows answer as the full cache does by construction, whatever an interval says: the
-    text was sent or nothing was (the same model in the same format reads the same text), or the cache arrived bit for bit.
+    """Whether one setting's finished rows answer as the full cache does by construction, whatever an interval of scores says:
+    the text was sent or nothing was (the same model in the same format reads the same text), or the cache arrived bit for bit.
+    Likelihoods that are another computation's say that it is not so.
     """
     if rows.empty or ("one_format" in rows and not rows["one_format"].all()):
         return False
-    if str(rows["placement"].iloc[0]) != "split":
-        return True
     apart = (rows["nll"] - rows["reference_nll"]).abs()
+    if str(rows["placement"].iloc[0]) != "split":
+        return not bool((apart > _SAME_NLL).any())
     return str(rows["codec"].iloc[0]) == "fp16" and bool((apart <= _SAME_NLL).all())
 
 

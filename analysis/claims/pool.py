@@ -9,6 +9,7 @@ import pandas as pd
 
 from testbed import stats
 from testbed.analysis import comparisons, settings
+from testbed.analysis.describe import failures
 from testbed.analysis.run import Run, read_apart
 from testbed.errors import UsageError
 
@@ -71,7 +72,12 @@ def collect(runs: list[Run]) -> tuple[Pool, list[str]]:
         raise UsageError(f"not the same in all of these runs: {apart}; judge runs that read the same ones")
     rows = settings.labelled(pd.concat(_by_seed(runs), ignore_index=True))
     table = comparisons.by_example(rows)
-    admitted, left_out = [], []
+    admitted = []
+    left_out = [
+        f"{run.path.name}: {failures(run)}: left out, so that verdicts are on what was answered"
+        for run in runs
+        if len(run.failed)
+    ]
     for (model, task), own in table.groupby(["model", "task"], sort=False):
         full = stats.mean(own["reference_score"], own["example"], bounds=(0.0, 1.0))
         least = LEAST_REFERENCE_CHOICE if str(task).startswith("choice") else LEAST_REFERENCE

@@ -56,6 +56,13 @@ def test_nothing_is_decided_below_fifty_examples_and_of_times_below_twenty(tmp_p
         assert verdicts("transmission-dominates", path) == [verdict]
 
 
+def test_what_failed_is_said_beside_verdicts_on_what_was_answered(tmp_path: Path) -> None:
+    run = losing(tmp_path / "run", {"int8": 0.01})
+    rewrite(run, [r | {"error": "timed out"} if i < 20 else r for i, r in enumerate(lines(run))])
+    _, left_out = claims.judge([load(run)])
+    assert any("20 trials failed (int8 20 of" in one and "left out, so that" in one for one in left_out)
+
+
 def test_rare_large_losses_are_no_lossless_setting(tmp_path: Path) -> None:
     """The mean of a hundred is within the margin, although a tenth of them lose a nat each token."""
     path = losing(tmp_path / "run", {"int8": 0.0}, n=100)

@@ -50,6 +50,18 @@ def test_runs_without_the_same_examples_are_compared_unpaired(run: Path, other: 
     assert "unpaired" in compare.text(load(run), load(other), found)
 
 
+def test_a_run_is_not_better_for_what_failed_in_it(run: Path, tmp_path: Path) -> None:
+    """Half of the answers are wrong in both runs; in the second one those requests failed."""
+    wrong = [f"needle-{i}" for i in range(6)]
+    rewrite(run, [r | {"score": float(r["example"] not in wrong)} for r in lines(run)])
+    other = make_run(tmp_path / "b", ("lte",), ("int8",), ("split",), tasks=("needle",), examples=12)
+    made = [r | {"score": 1.0} for r in lines(other)]
+    rewrite(other, [r | {"error": "timed out"} if r["example"] in wrong else r for r in made])
+    (one,) = compare.compare(load(run), load(other))
+    assert one.quality[0].value == one.quality[1].value == 1.0
+    assert "B failed 6 of 12" in compare.text(load(run), load(other), [one])
+
+
 def test_runs_with_nothing_in_common_are_refused(run: Path, tmp_path: Path) -> None:
     other = make_run(tmp_path / "b", ("5g-good",), ("int8",), tasks=("needle",), examples=4)
     with pytest.raises(UsageError, match="no setting on the same link in common"):

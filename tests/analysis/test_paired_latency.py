@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from scipy import stats as reference
 
-from testbed.analysis import comparisons, paired_latency, settings
+from testbed.analysis import comparisons, paired_latency, recommend, settings
+from testbed.analysis.latency_model import Link
 from testbed.analysis.run import load
 from testbed.analysis.summary import summarise
 from tests.analysis.make_run import change, headline, make_run
@@ -84,6 +85,17 @@ def test_ties_are_ties_in_terminal_figures_and_tables_alike(alike: Path) -> None
     assert own.loc["edge", "baseline"] == "cloud"
     assert own.loc["fp16", "latency_ratio_lo"] > 1
     assert "lte · end-to-end latency over that of cloud" in comparisons.latency_text(load(alike))
+
+
+def test_a_recommendation_on_a_measured_link_names_ties(alike: Path) -> None:
+    found = recommend.recommend(load(alike), Link(10e6, 0.035, 0.035, 0.005))
+    assert found.measured_as == "lte" and found.choice is not None
+    (other,) = {"cloud", "edge"} - {found.choice.setting}
+    assert found.tied == (other,)
+    said = recommend.text(found)
+    assert f"not shown to be slower than it, example by example: {other}" in said
+    assert f" = {other} " in said and " + fp16 " in said
+    assert recommend.recommend(load(alike), Link(20e6, 0.02, 0.02)).tied == ()
 
 
 def test_links_that_share_one_sample_of_computing_say_so(alike: Path) -> None:
