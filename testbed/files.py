@@ -39,6 +39,7 @@ def replacing(path: Path, mode: int = 0o644, owner: tuple[int, int] | None = Non
         try:
             with open(handle, "rb"):
                 yield temporary
+                os.fsync(handle)  # a file system may say only now that it has no room
                 os.fchmod(handle, mode)
                 if owner is not None:
                     os.fchown(handle, *owner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -61,6 +62,21 @@ def test_what_is_replaced_stays_where_the_new_one_has_no_room(tmp_path: Path) ->
     assert limited(lambda: files.replace(path, b"x" * 100_000), 20_000) == 1
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_disk_refuses_only_when_it_has_to_be_there_is_not_taken_for_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for act in (lambda: files.replace(tmp_path / "f", b"new"), lambda: files.append(tmp_path / "f", b"new")):
+        (tmp_path / "f").write_bytes(b"old")
+        with monkeypatch.context() as patch, pytest.raises(StorageError, match="No space left"):
+            patch.setattr(os, "fsync", refuse)
+            act()
+        assert (tmp_path / "f").read_bytes() == b"old"
+        assert list(tmp_path.iterdir()) == [tmp_path / "f"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
