@@ -274,14 +274,3 @@ def test_what_the_hub_gave_is_known_by_its_commit(tmp_path: Path, monkeypatch: p
     assert inputs.described(plan) == before
     shutil.rmtree(tmp_path / "datasets--rajpurkar--squad")
     assert "task hub:squad" not in inputs.described(plan)
-
-
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [("own-topology.yaml", "topology"), ("table.dist", "jitter table"), ("rows.jsonl", "task file")],
-)
-def test_a_run_does_not_go_on_with_another_file(began: Path, name: str, what: str) -> None:
-    path = began.parent / name
-    path.write_text(path.read_text() + ("" if name == "rows.jsonl" else "# another\n") + "\n")
-    with pytest.raises(UsageError, match=rf"{what} .*{name}: has changed since this run began"):
-        taken_up(began)

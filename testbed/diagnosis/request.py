@@ -11,7 +11,7 @@ from typing import Any
 
 from testbed import files, programs
 from testbed.errors import EndpointError, UsageError
-from testbed.hosts.host import host
+from testbed.hosts.host import host, lines
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def diagnosed(settings: dict[str, Any], say: Callable[[str], None]) -> dict[str,
         with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
             process.stdin.write(json.dumps(settings).encode() + b"\n")
             process.stdin.flush()
-        for line in process.stdout:
+        for line in lines(process, "the diagnosis"):
             message = json.loads(line)
             if "part" in message:
                 say(message["part"])

@@ -72,11 +72,12 @@ def counted(options: argparse.Namespace) -> tuple[str, Path]:
     codec = Codec(options.codec, options.model)
     model = load_model(options.model)
     task = prompted(model, plain, str(prompt or "auto"))
-    ids = model.tokenize(task.prefix, start=True)
+    ids, length = model.tokenize(task.prefix, start=True), lambda text: len(model.tokenize(text))
+    examples = task.examples(options.examples, options.context_tokens, length, options.seed)
+    model.expect(task.reach(examples, length, len(ids), task.max_new_tokens))
     prefix = model.prefill(ids, None).cache if ids else None
     counts: Counts = {}
-    lengths = (options.examples, options.context_tokens, lambda text: len(model.tokenize(text)))
-    for example in task.examples(*lengths, options.seed):
+    for example in examples:
         context = model.prefill(model.tokenize(task.context_text(example)), prefix).cache
         add_counts(counts, codec, model.knowing_ropes(context))
     of = (

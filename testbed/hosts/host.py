@@ -7,10 +7,13 @@ Kinds are a registry, `KINDS`. One more is a file with a class that does what `H
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+import os
+import select
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, Self
 
+from testbed.errors import EndpointError
 from testbed.hosts.channel import Channel
 
 
@@ -69,6 +72,29 @@ class Host(Protocol):
 
     def clock(self) -> tuple[float, float]:
         """By how much its monotonic clock is ahead of ours, and how far that may be off; seconds."""
+
+
+#: A process that stands still for longer is given up.
+_STOPPED_S, _LOOK_S = 1.0, 0.25
+
+
+def lines(process: Process, what: str) -> Iterator[bytes]:
+    """What a process prints, line by line, until it ends, however long that takes. Raises EndpointError, naming `what` it is,
+    where it stands still."""
+    rest = b""
+    while True:
+        if select.select([process.stdout], [], [], _LOOK_S)[0]:
+            piece = os.read(process.stdout.fileno(), 1 << 16)
+            if not piece:
+                break
+            *whole, rest = (rest + piece).split(b"\n")
+            yield from whole
+        if (stopped_s := process.stopped_s()) > _STOPPED_S:
+            raise EndpointError(
+                f"{what} (process {process.pid}) has been stopped for {stopped_s:.1f} s (SIGSTOP)"
+            )
+    if rest:
+        yield rest
 
 
 #: Kind -> the class, as ``module:name``; imported once such a host is asked for.

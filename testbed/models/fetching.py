@@ -23,7 +23,7 @@ from typing import IO
 from testbed import programs
 from testbed.errors import TestbedError, UsageError
 from testbed.files import open_own, replace
-from testbed.hosts.host import host
+from testbed.hosts.host import host, lines
 from testbed.identity import of_user
 from testbed.models import sources
 from testbed.models.sources import ModelSource, Preset, Wheel
@@ -173,7 +173,8 @@ def _convert(gguf_file: Path, directory: Path, say: Say) -> None:
     program = programs.module("testbed.models.convert", str(gguf_file), str(directory))
     with host("local").start(program, {}) as process:
         process.stdin.close()
-        process.stdout.read()
+        for _ in lines(process, "the conversion"):
+            pass  # it says nothing that matters, and ends
         status = process.status(None)
         why = process.last_words() or f"exit status {status}"
     if status != 0:

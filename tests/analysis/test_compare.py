@@ -15,7 +15,7 @@ from testbed.analysis.run import load
 from testbed.errors import UsageError
 from testbed.experiment.runner import other_threads
 from tests.analysis.conftest import Command
-from tests.analysis.make_run import change, lines, make_run, write_manifest
+from tests.analysis.make_run import change, lines, make_run, rewrite, write_manifest
 
 
 @pytest.fixture

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from testbed.endpoints.endpoint import Endpoint
 from testbed.endpoints.protocol import Load
-from testbed.errors import UsageError
+from testbed.errors import EndpointError, UsageError
 from testbed.hosts import host as hosts
-from testbed.hosts.host import host
+from testbed.hosts.host import host, lines
 
 
 def test_an_endpoint_runs_on_a_kind_of_host_that_is_one_file_and_one_line(
@@ -52,6 +53,17 @@ def test_a_program_that_does_not_exist_is_an_error_that_names_it() -> None:
     with host("local").start(["no-such-program"], {}) as process:
         assert process.status(None) not in (0, None)
         assert "no-such-program" in process.last_words()
+
+
+def test_what_a_program_prints_comes_line_by_line_until_it_ends_or_stands_still() -> None:
+    with host("local").start(["sh", "-c", "echo one; sleep 0.4; echo two; printf three"], {}) as process:
+        assert list(lines(process, "it")) == [b"one", b"two", b"three"]
+    started, said = time.monotonic(), []
+    stops = ["sh", "-c", "echo one; kill -STOP $$; echo two"]
+    refused = pytest.raises(EndpointError, match=r"the diagnosis \(process \d+\) has been stopped for 1")
+    with refused, host("local").start(stops, {}) as process:
+        said += lines(process, "the diagnosis")
+    assert time.monotonic() - started < 8 and process.status() == -9
 
 
 def test_files_reach_a_host_and_come_back(tmp_path: Path) -> None:
