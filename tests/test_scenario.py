@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from testbed.analysis.describe import conditions
 from testbed.codecs.entropy import tables
 from testbed.codecs.steps import Part
 from testbed.errors import SpecError, UsageError
@@ -17,6 +20,8 @@ from testbed.experiment.estimate import Estimator
 from testbed.experiment.plan import load_plan, make_plan, moved
 from testbed.experiment.results import FORMAT, RunDirectory
 from testbed.experiment.scenario import Plan
+from testbed.experiment.trial import Reference, Trial, new_row
+from testbed.tasks.task import Example
 
 BASE = {"name": "t", "profiles": ["5g-mid"], "tasks": ["needle"], "codecs": ["fp16", "int8"], "examples": 3}
 
@@ -166,6 +171,9 @@ def test_what_changes_an_answer_or_a_time_is_part_of_a_cells_identity_and_what_i
         ({"codecs": ["fp16", "q2x@0.25"]}, r"t.yaml: codecs\[1\]: .*q2x"),
         ({"codecs": ["int8", "int8"]}, r"codecs: 'int8' is listed twice"),
         ({"profiles": ["lte", "lte"]}, r"listed twice"),
+        ({"tasks": ["needle", {"task": "needle"}]}, r"tasks: .*'needle'.* is listed twice"),
+        ({"placements": ["split", "cloud", "split"]}, r"placements: 'split' is listed twice"),
+        ({"context_tokens": [256, 256]}, r"context_tokens: 256 is listed twice"),
         ({"placements": ["moon"]}, r"t.yaml: placements\[0\]"),
         ({"tasks": ["noodle"]}, r"t.yaml: tasks\[0\]: .*noodle"),
         ({"tasks": [{"task": "needle", "sharpness": 3}]}, r"t.yaml: tasks\[0\]: .*sharpness"),
@@ -382,3 +390,13 @@ def test_the_forecast_takes_a_slow_traces_mean_and_ends_a_request_at_its_timeout
     for bps in (1600, 400):
         assert took[bps][0] == pytest.approx(took[bps][1], rel=0.1)
     assert took[4][0] == 300.0
+
+
+def test_a_row_has_the_mean_rate_of_a_trace_slower_than_any_steady_link(tmp_path: Path) -> None:
+    (tmp_path / "slow.csv").write_text("time_s,rate_mbps\n0,0.0004\n1,0.0004\n")
+    made = plan(profiles=[f"delay=5ms,trace:{tmp_path / 'slow.csv'}"], placements=["cloud"])
+    trial = Trial(made.cells(0, 256)[0], "", 0, 0, 0, Example("1", "", "?", ("x",)), "x")
+    row = new_row(trial, made, "userspace", Reference(), True)
+    assert row.rate_up_bps == row.rate_down_bps == pytest.approx(400)
+    shown = conditions(pd.DataFrame([dataclasses.asdict(row) | {"trace_s": 0.0}]))
+    assert shown.startswith("means of a trace: 0.0004 Mbit/s · 5 ms one way")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from testbed.codecs.entropy import tables
 from testbed.deadline import Deadline
 from testbed.endpoints.protocol import Forget
 from testbed.endpoints.sessions import MAX_CLIENTS, Sessions
@@ -15,6 +17,7 @@ from testbed.errors import EndpointError
 from testbed.transport import wire
 from testbed.transport.transport import find
 from tests.endpoints.pair import Pair, in_this_process
+from tests.test_files import a_row
 from tests.tiny_models import tiny_model_directory
 
 
@@ -99,3 +102,15 @@ def test_only_so_many_clients_are_remembered() -> None:
         sessions.of(f"passing {number}")
         assert sessions.of("kept") is kept
     assert len(sessions._of) == MAX_CLIENTS
+
+
+def test_a_row_has_the_bytes_that_the_cloud_needed_beforehand(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "directory", lambda: tmp_path)
+    counted = tables.Counted(4, 2, 16, bytes([255]) * (2 * 16 * 16))
+    name, path = tables.save(tables.Tables(tables.FORMAT, "", [counted] * 6))
+    for codec, shared in (("int4+ans", 0), (f"int4+ans(table={name})", path.stat().st_size)):
+        made, result = a_row(1), pair.ask(codec)
+        made.fill(result, pair.outcome(result), {"score": 1.0, "em": 1.0, "f1": 1.0})
+        assert made.shared_bytes == shared
