@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 def a_row(number: int) -> Row:
     texts = dict.fromkeys(
-        ("cell", "started_at", "model", "task", "example", "placement", "codec", "profile", "link", "emulator",
+        ("cell", "started_at", "model", "task", "example", "placement", "codec", "delivery", "profile", "link", "emulator",
          "transport", "congestion"), "x")  # fmt: skip
     return Row(trial=f"t{number}", repeat=0, context_tokens=1, answer="y" * 700, **texts)  # type: ignore[arg-type]
 
@@ -37,6 +37,8 @@ def limited(program: Callable[[], None], bytes_a_file: int) -> int:
             program()
         except StorageError as error:
             os._exit(1 if "File too large" in str(error) else 3)
+        except BaseException:
+            os._exit(4)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
