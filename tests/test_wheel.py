@@ -22,7 +22,7 @@ LEFT_OUT = shutil.ignore_patterns(
 )
 OPTIONAL = {"datasets", "kvpress"}
 """What is imported only where it is installed: each refusal names it."""
-INDIRECT = {"accelerate", "pyarrow", "safetensors", "paramiko", "pyroute2"}
+INDIRECT = {"accelerate", "pyarrow", "safetensors", "paramiko"}
 """What is declared and imported by nothing of ours: what transformers reads a GGUF file with, pandas' and transformers' file
 formats, and what is to be used later."""
 NAMES = {"pyyaml": "yaml"}

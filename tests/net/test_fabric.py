@@ -18,15 +18,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pyroute2.ethtool.ioctl import IoctlEthtool
 
 from testbed.errors import NetworkError, SpecError, UsageError
 from testbed.hosts import namespaces, processes
-from testbed.hosts.namespaces import call_inside
+from testbed.hosts.namespaces import call_in_scratch, call_inside
 from testbed.net.fabric import removal, state
+from testbed.net.fabric.batch import Batch
 from testbed.net.fabric.description import describe
 from testbed.net.fabric.execute import execute
 from testbed.net.fabric.fabric import Fabric, up
-from testbed.net.fabric.offloads import Ethtool
 from testbed.net.profile.profile import PRESETS, parse_profile
 from testbed.net.topology.files import load_topology
 from testbed.net.topology.topology import Link, Node, Topology
@@ -86,9 +87,9 @@ def host_network() -> dict[str, str]:
 
 def test_what_crosses_a_link_is_never_larger_than_the_mtu(shared: Fabric) -> None:
     for name in (shared.namespace("edge1"), shared.state.wire):
-        with namespaces.inside(name), Ethtool() as ethtool:
-            features = ethtool.features("eth0" if name.endswith("edge1") else "l0a")
-        on = {feature for feature, active in features.items() if active}
+        with namespaces.inside(name):
+            features = IoctlEthtool("eth0" if name.endswith("edge1") else "l0a").get_features()
+        on = {feature for feature, active, *_ in features if active}
         assert not on & {"tx-tcp-segmentation", "tx-generic-segmentation", "tx-udp-segmentation", "rx-gro"}
     if shutil.which("ethtool"):
         listing = run_in(shared.namespace("edge1"), "ethtool", "-k", "eth0").stdout
@@ -477,3 +478,18 @@ def test_a_capture_ends_with_the_process_that_built_the_network(tmp_path: Path) 
     pid, started = map(int, made.stdout.split()[:2])
     assert eventually(lambda: not processes.is_running(pid, started))
     assert removal.clean() != []
+
+
+def test_a_request_that_the_kernel_refuses_is_named_and_those_behind_it_are_done_all_the_same() -> None:
+    def work() -> str:
+        with Batch("here") as batch:
+            batch.route("replace", oif=1, dst="10.9.0.0/24", gateway="192.0.2.1")
+            for number in range(300):  # more than are sent at once
+                batch.addr("replace", index=1, address=f"10.0.{number // 200}.{number % 200}", prefixlen=24)
+            with pytest.raises(
+                NetworkError, match=r"^here: route to 10\.9\.0\.0/24: Network is (down|unreach)"
+            ):
+                batch.send()
+        return subprocess.run(["ip", "-4", "addr", "show", "lo"], capture_output=True, text=True).stdout
+
+    assert call_in_scratch(work).count("inet 10.") == 300

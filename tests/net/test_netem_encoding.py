@@ -146,7 +146,7 @@ class _Kernel:
         self._dump = dump
 
     def interface(self, name: str) -> Interface:
-        return Interface(1, 65536, 0)
+        return Interface(1, 65536)
 
     def traffic(self, *_: object, what: str) -> None:
         pass

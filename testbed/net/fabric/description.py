@@ -65,9 +65,9 @@ def problems(network: State) -> list[str]:
     if network.boot != namespaces.boot_id():
         return ["the machine was booted since: nothing of it is left"]
     gone = [name for name in network.namespaces if not namespaces.path(name).exists()]
-    dead = [one for one in network.processes if not processes.is_running(one.pid, one.started)]
-    said = [f"namespace {name} is gone" for name in gone]
-    return said + [f"process {one.pid} ({one.what}) has ended" for one in dead]
+    dead = [helper for helper in network.processes if not processes.is_running(helper.pid, helper.started)]
+    lines = [f"namespace {name} is gone" for name in gone]
+    return lines + [f"process {helper.pid} ({helper.what}) has ended" for helper in dead]
 
 
 def _live_counters(network: State, number: int) -> dict[str, dict[str, Any]] | None:

@@ -223,7 +223,7 @@ class Fabric:
         """
         attachment = self._attachments[self.topology.link_number(link)]
         if patience_s is None:
-            profile = next(one.profile for one in self.topology.links if one.name == link)
+            profile = self.topology.link(link).profile
             patience_s = min(_LONGEST_SETTLING_S, 2 * profile.steady().round_trip_s + _SETTLING_S)
         now = time.monotonic()
         until, quiet_since = now + patience_s, now

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterable
+from pathlib import Path
 
 from testbed.errors import TestbedError, UsageError
 from testbed.hosts import namespaces, processes
@@ -20,7 +22,6 @@ from testbed.net.fabric.state import (
     netns_marker,
     place,
 )
-from testbed.net.netlink import Netlink
 
 _NAME = re.compile(r"tb-([0-9a-f]{4})-[a-z0-9-]+")
 _MARK = re.compile(r"testbed ([0-9a-f]+) ([0-9a-f]{4}) (\d{1,10}) (\d{1,20})")  # `State.mark`
@@ -32,15 +33,10 @@ def remove(state: State) -> list[str]:
     Returns what it removed, a line each. What still runs inside the namespaces, and would keep them alive, is ended;
     so is what writes to the network's files: an emulator that its maker had no time to put on record.
     """
-    removed = []
+    helpers: list[Process] = []
     if state.boot == namespaces.boot_id():
-        found = {*processes.running_inside(state.namespaces), *processes.writing_below(state.directory)}
-        helpers = [*state.processes, *(Process(*process, "working for the network") for process in found)]
-        removed += [f"process {p.pid} ({p.what})" for p in helpers if processes.end(p.pid, p.started)]
-    removed += [f"namespace {name}" for name in state.namespaces if namespaces.delete(name)]
-    if state.directory.is_dir():
-        shutil.rmtree(state.directory, ignore_errors=True)
-        removed.append(f"directory {state.directory}")
+        helpers = [*state.processes, *_working(state.namespaces, state.directory)]
+    removed = _take_away(helpers, state.namespaces, state.directory)
     if file_of(state.id).exists():
         file_of(state.id).unlink()
         removed.append(f"state {file_of(state.id)}")
@@ -60,26 +56,32 @@ def orphans() -> dict[str, list[str]]:
     return found
 
 
-def _left_behind(name: str, network: str) -> bool:
+def _left_behind(name: str, identifier: str) -> bool:
+    from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
+
     try:
-        with Netlink(name) as netlink:
-            mark = _MARK.fullmatch(netlink.interface("lo").alias)
-    except (TestbedError, OSError):  # no namespace, or none that can be entered
+        with namespaces.inside(name), IPRoute() as network:
+            (loopback,) = network.link("get", index=1)
+    except (TestbedError, NetlinkError, OSError):  # no namespace, or none that can be entered
         return False
-    ours = mark is not None and mark[1] == place() and mark[2] == network
+    mark = _MARK.fullmatch(loopback.get("ifalias") or "")
+    ours = mark is not None and mark[1] == place() and mark[2] == identifier
     return ours and not processes.is_running(int(mark[3]), int(mark[4]))  # type: ignore[index]
 
 
-def _remove_orphan(network: str, names: list[str]) -> list[str]:
-    rest = directory() / network
-    found = {*processes.running_inside(names), *processes.writing_below(rest)}
-    removed = [
-        f"process {pid} (working for network {network})" for pid, at in found if processes.end(pid, at)
-    ]
+def _working(names: Iterable[str], directory: Path) -> list[Process]:
+    """What runs in these namespaces or writes below the directory."""
+    found = {*processes.running_inside(names), *processes.writing_below(directory)}
+    return [Process(*process, "working for the network") for process in found]
+
+
+def _take_away(helpers: Iterable[Process], names: Iterable[str], directory: Path) -> list[str]:
+    removed = [f"process {p.pid} ({p.what})" for p in helpers if processes.end(p.pid, p.started)]
     removed += [f"namespace {name}" for name in names if namespaces.delete(name)]
-    if rest.is_dir():
-        shutil.rmtree(rest, ignore_errors=True)
-        removed.append(f"directory {rest}")
+    if directory.is_dir():
+        shutil.rmtree(directory, ignore_errors=True)
+        removed.append(f"directory {directory}")
     return removed
 
 
@@ -102,10 +104,11 @@ def clean() -> list[str]:
                 removed += remove(state)
         if namespaces.may_administer():
             for network, names in orphans().items():
-                removed += _remove_orphan(network, names)
-        for rest in directory().glob(".*.tmp"):  # a write that was cut short; whoever writes holds the lock
-            rest.unlink()
-            removed.append(f"file {rest}")
+                rest = directory() / network
+                removed += _take_away(_working(names, rest), names, rest)
+        for unfinished in directory().glob(".*.tmp"):  # whoever writes holds the lock
+            unfinished.unlink()
+            removed.append(f"file {unfinished}")
         namespaces.release_directory(netns_marker())
     return removed
 

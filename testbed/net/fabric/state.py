@@ -98,7 +98,7 @@ class State:
         Made where it is not there yet: a thousand of them, each with a thousand lines, would take longer than the rest of the
         network. Raises SpecError, NetworkError.
         """
-        names = [one.name for one in self.topology.nodes]
+        names = [node.name for node in self.topology.nodes]
         wanted = {
             naming.HOSTS: (
                 self.directory / "hosts" / node,

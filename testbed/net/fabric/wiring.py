@@ -9,22 +9,27 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
 
 from testbed.errors import NetworkError, UsageError
 from testbed.hosts import namespaces
+from testbed.net.fabric.batch import Batch, Peer
 from testbed.net.fabric.offloads import Ethtool
 from testbed.net.fabric.state import State
-from testbed.net.netlink import Batch, Peer
 from testbed.net.profile.presets import PRESETS
 from testbed.net.profile.profile import MTU
-from testbed.net.topology.routing import PREFIX_BITS, Interface
-from testbed.net.topology.topology import Topology
+from testbed.net.topology.routing import Interface
+from testbed.net.topology.topology import Link, Topology
 
 _MIN_BUFFER_BYTES, _MAX_BUFFER_BYTES = 32_000_000, 1_000_000_000
 _LOOPBACK = 1
+_NODAD, _LINK_SCOPE = 0x02, 253  # IFA_F_NODAD, RT_SCOPE_LINK
 _FIRST_INDEX = 10
+_QUIET = {f"net/ipv6/conf/{scope}/disable_ipv6": "1" for scope in ("all", "default")}
 
 
 def build(state: State, segments: Mapping[int, Mapping[str, int]] | None = None) -> None:
@@ -43,7 +48,7 @@ def build(state: State, segments: Mapping[int, Mapping[str, int]] | None = None)
         def furnish(name: str) -> None:
             nonlocal wire
             if name == state.wire:
-                _set_sysctls(_quiet())
+                _set_sysctls(_QUIET)
                 wire = closing.enter_context(_Wire(state, segments))
             else:
                 assert wire is not None  # it is furnished first
@@ -62,7 +67,7 @@ class _Wire:
         self.namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._closing.callback(os.close, self.namespace)
         self._batch = self._closing.enter_context(Batch(f"network {state.id}: links"))
-        self._batch.up(_LOOPBACK, "lo", state.mark)
+        self._batch.link("set", index=_LOOPBACK, state="up", ifalias=state.mark)
         self._ethtool = self._closing.enter_context(Ethtool())
 
     def __enter__(self) -> _Wire:
@@ -76,11 +81,9 @@ class _Wire:
         for end in ends:
             second = end.end == "b"
             name = wire_ends(end.link)[second]
-            if max(self._segments.get(end.link, {"up": 1}).values()) > 1:
-                self._ethtool.allow_tcp_segmentation_alone(name)
-            else:
-                self._ethtool.disable_segmentation(name)
-            self._batch.up(_FIRST_INDEX + 2 * end.link + second, name)
+            several = max(self._segments.get(end.link, {"up": 1}).values()) > 1
+            self._ethtool.disable_segmentation(name, but_tcp=several)
+            self._batch.link("set", index=_FIRST_INDEX + 2 * end.link + second, state="up")
         self._batch.send()
 
 
@@ -114,18 +117,13 @@ def allow_tcp_buffers(state: State) -> None:
 
 def allow_super_packets(state: State, number: int, segments: Mapping[str, int]) -> None:
     """How many TCP segments may enter link *number* as one packet, ``up`` and ``down``; 1, as it is at first: none."""
-    topology = state.topology
-    link = topology.links[number]
-    for node, end, way in ((link.a, "a", "up"), (link.b, "b", "down")):
-        name = next(i.name for i in topology.interfaces(node) if (i.link, i.end) == (number, end))
-        with namespaces.inside(state.namespace(node)), Ethtool() as ethtool:
-            with Batch(f"network {state.id}: node {node}") as batch:
-                batch.super_packets(socket.if_nametoindex(name), segments[way], name)
-                batch.send()
+    for end, way in zip(_ends(state.topology, number), ("up", "down"), strict=True):
+        with _changing(state, state.namespace(end.node)) as network, Ethtool() as ethtool:
+            network.link("set", index=socket.if_nametoindex(end.name), gso_max_segs=segments[way])
             if segments[way] > 1:
-                ethtool.enable_tcp_segmentation(name)
+                ethtool.enable_tcp_segmentation(end.name)
             else:
-                ethtool.disable_segmentation(name)
+                ethtool.disable_segmentation(end.name)
     if max(segments.values()) > 1:
         with namespaces.inside(state.wire), Ethtool() as ethtool:
             for name in wire_ends(number):
@@ -134,15 +132,27 @@ def allow_super_packets(state: State, number: int, segments: Mapping[str, int]) 
 
 def set_mtu(state: State, number: int, mtu: int) -> None:
     """The largest packet of link *number*, both ways and at all four of its interfaces."""
-    link = state.topology.links[number]
     places = [(state.wire, name) for name in wire_ends(number)]
-    for node, end in ((link.a, "a"), (link.b, "b")):
-        names = [i.name for i in state.topology.interfaces(node) if (i.link, i.end) == (number, end)]
-        places += [(state.namespace(node), name) for name in names]
+    places += [(state.namespace(end.node), end.name) for end in _ends(state.topology, number)]
     for namespace, name in places:
-        with namespaces.inside(namespace), Batch(f"network {state.id}: mtu") as batch:
-            batch.mtu(socket.if_nametoindex(name), mtu, name)
-            batch.send()
+        with _changing(state, namespace) as network:
+            network.link("set", index=socket.if_nametoindex(name), mtu=mtu)
+
+
+def _ends(topology: Topology, number: int) -> list[Interface]:
+    """Link *number*'s ``a`` and ``b``."""
+    link = topology.links[number]
+    return [end for node in (link.a, link.b) for end in topology.interfaces(node) if end.link == number]
+
+
+@contextlib.contextmanager
+def _changing(state: State, namespace: str) -> Iterator[IPRoute]:
+    """For changes to a namespace that is there; this thread is in it. Raises NetworkError where the kernel refuses one."""
+    try:
+        with namespaces.inside(namespace), IPRoute(ext_ack=True) as network:
+            yield network
+    except NetlinkError as error:
+        raise NetworkError(f"network {state.id}: {namespace}: the kernel refused: {error.args[1]}") from None
 
 
 def _buffer_sysctls(topology: Topology) -> dict[str, str]:
@@ -154,10 +164,6 @@ def _buffer_sysctls(topology: Topology) -> dict[str, str]:
 def has_ipv6() -> bool:
     """Whether this kernel has IPv6."""
     return Path("/proc/sys/net/ipv6").is_dir()
-
-
-def _quiet() -> dict[str, str]:
-    return {"net/ipv6/conf/all/disable_ipv6": "1", "net/ipv6/conf/default/disable_ipv6": "1"}
 
 
 def _node_sysctls(topology: Topology, node: str) -> dict[str, str]:
@@ -189,49 +195,38 @@ def _node_sysctls(topology: Topology, node: str) -> dict[str, str]:
     return values
 
 
-def _sysctl(name: str) -> str:
-    # /proc/sys/net shows the namespace of the thread that opens the file
-    return f"/proc/sys/{name}"
-
-
 def _set_sysctls(values: dict[str, str]) -> None:
+    # /proc/sys/net shows the namespace of the thread that opens the file. There are a dozen a node: no more than it takes.
     for name, value in values.items():
+        congestion = name.endswith("tcp_congestion_control")
         try:
-            file = os.open(
-                _sysctl(name), os.O_WRONLY | os.O_CLOEXEC
-            )  # there are a dozen a node: no more than it takes
+            file = os.open(f"/proc/sys/{name}", os.O_WRONLY | os.O_CLOEXEC)
             try:
                 os.write(file, value.encode())
             finally:
                 os.close(file)
-        except FileNotFoundError as error:
-            if name.startswith("net/ipv6/"):
-                continue  # a kernel without IPv6 is as quiet as asked
-            _refuse(name, value, error)
-        except PermissionError as error:
-            if not name.endswith("tcp_congestion_control"):
-                _refuse(name, value, error)
-            # The kernel has it but restricts it; the routes set it regardless.
         except OSError as error:
-            _refuse(name, value, error)
+            if isinstance(error, FileNotFoundError) and name.startswith("net/ipv6/"):
+                continue  # a kernel without IPv6 is as quiet as asked
+            if isinstance(error, PermissionError) and congestion:
+                continue  # the kernel has it but restricts it; the routes set it regardless
+            if congestion:
+                offered = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
+                raise UsageError(
+                    f"congestion control {value!r}: this kernel offers {', '.join(offered)}"
+                ) from None
+            raise NetworkError(f"sysctl {name.replace('/', '.')} = {value}: {error.strerror}") from None
 
 
-def _refuse(name: str, value: str, error: OSError) -> None:
-    if name.endswith("tcp_congestion_control"):
-        offered = Path(_sysctl("net/ipv4/tcp_available_congestion_control")).read_text().split()
-        raise UsageError(f"congestion control {value!r}: this kernel offers {', '.join(offered)}") from None
-    raise NetworkError(f"sysctl {name.replace('/', '.')} = {value}: {error.strerror}") from None
-
-
-def _mac(number: int, last: int) -> bytes:
-    return bytes((0x02, 0x74, 0x62, number >> 8, number & 255, last))
+def _mac(number: int, last: int) -> str:
+    return f"02:74:62:{number >> 8:02x}:{number & 255:02x}:{last:02x}"
 
 
 def _configure_node(state: State, node: str, wire: _Wire, segments: Mapping[int, Mapping[str, int]]) -> None:
     """Makes the node's links, with their ends in the wire, and its addresses, neighbours and routes. Call it inside the node."""
     topology = state.topology
     with Batch(f"network {state.id}: node {node}") as batch:
-        batch.up(_LOOPBACK, "lo", state.mark)
+        batch.link("set", index=_LOOPBACK, state="up", ifalias=state.mark)
         ends = topology.interfaces(node)
         indices = {end.name: _FIRST_INDEX + place for place, end in enumerate(ends)}
         for end in ends:
@@ -239,7 +234,6 @@ def _configure_node(state: State, node: str, wire: _Wire, segments: Mapping[int,
         batch.send()
         wire.raise_ends(ends)
         for end in ends:
-            batch.ready(indices[end.name], end.name)
             _address_end(batch, topology, end, indices[end.name])
         _add_routes(batch, topology, node, indices)
         batch.send()
@@ -248,48 +242,30 @@ def _configure_node(state: State, node: str, wire: _Wire, segments: Mapping[int,
         _set_sysctls({"net/ipv6/conf/all/forwarding": "1"})
     with Ethtool() as ethtool:
         for end in ends:
-            if _allowed(segments, end) > 1:
-                ethtool.allow_tcp_segmentation_alone(end.name)
-            else:
-                ethtool.disable_segmentation(end.name)
+            ethtool.disable_segmentation(end.name, but_tcp=_allowed(segments, end) > 1)
 
 
-def _add_routes(batch: Batch, topology: Topology, node: str, indices: Mapping[str, int]) -> None:
+def _add_routes(requests: Batch | IPRoute, topology: Topology, node: str, indices: Mapping[str, int]) -> None:
     """The node's routes that leave by these interfaces, name -> index."""
     for route in topology.routes(node):
         if route.interface in indices:
-            congestion = topology.links[route.link].congestion
-            batch.route(
-                indices[route.interface], route.destination, node, via=route.via, congestion=congestion
-            )
+            oif, metrics = indices[route.interface], _metrics(topology.links[route.link])
+            requests.route("replace", oif=oif, dst=route.destination, gateway=route.via, metrics=metrics)
 
 
 def set_link(state: State, number: int, up: bool) -> None:
     """Takes both nodes' interfaces of a link down, or brings them up with all that the kernel forgot, whoever took them down:
     addresses, neighbours and routes. Raises NetworkError."""
-    topology = state.topology
-    for node in (topology.links[number].a, topology.links[number].b):
-        ends = [end for end in topology.interfaces(node) if end.link == number]
-        with namespaces.inside(state.namespace(node)), Batch(f"network {state.id}: node {node}") as batch:
-            indices = {end.name: socket.if_nametoindex(end.name) for end in ends}
-            for end in ends:
-                if up:
-                    batch.up(indices[end.name], end.name)
-                else:
-                    batch.down(indices[end.name], end.name)
-            batch.send()
-    if not up:
-        return
+    ends = _ends(state.topology, number)
+    for end in ends:
+        with _changing(state, state.namespace(end.node)) as network:
+            network.link("set", index=socket.if_nametoindex(end.name), state="up" if up else "down")
     # Not before both ends are up: what leaves by an interface without a carrier has no route.
-    for node in (topology.links[number].a, topology.links[number].b):
-        ends = [end for end in topology.interfaces(node) if end.link == number]
-        with namespaces.inside(state.namespace(node)), Batch(f"network {state.id}: node {node}") as batch:
-            indices = {end.name: socket.if_nametoindex(end.name) for end in ends}
-            for end in ends:
-                batch.ready(indices[end.name], end.name)
-                _address_end(batch, topology, end, indices[end.name], again=True)
-            _add_routes(batch, topology, node, indices)
-            batch.send()
+    for end in ends if up else []:
+        with _changing(state, state.namespace(end.node)) as network:
+            index = socket.if_nametoindex(end.name)
+            _address_end(network, state.topology, end, index)
+            _add_routes(network, state.topology, end.node, {end.name: index})
 
 
 def _allowed(segments: Mapping[int, Mapping[str, int]], end: Interface) -> int:
@@ -300,22 +276,40 @@ def _add_end(batch: Batch, end: Interface, index: int, wire: int, segments: int)
     second = end.end == "b"
     name = wire_ends(end.link)[second]
     peer = Peer(name, _FIRST_INDEX + 2 * end.link + second, _mac(end.link, 0x1A + second), wire, segments)
-    batch.veth(end.name, index, _mac(end.link, 0x0A + second), MTU, peer, end.name)
+    batch.veth(end.name, index, _mac(end.link, 0x0A + second), MTU, peer)
 
 
-def _address_end(batch: Batch, topology: Topology, end: Interface, index: int, again: bool = False) -> None:
-    second = end.end == "b"
-    congestion = topology.links[end.link].congestion
-    for address, other, network, bits in (
-        (end.address, end.peer, end.network, PREFIX_BITS[4]),
-        (end.address6, end.peer6, end.network6, PREFIX_BITS[6]),
+def _address_end(requests: Batch | IPRoute, topology: Topology, end: Interface, index: int) -> None:
+    """Has an interface send, once it and its other end are up, and gives it its addresses and its neighbour.
+
+    When only its other end comes up, the kernel lets it send when it gets round to it (linkwatch: a hundred interfaces a second),
+    and drops what is sent before. A queueing discipline, here the one it will have anyway, makes it look at once.
+    """
+    requests.tc("replace", "noqueue", index)
+    second, metrics = end.end == "b", _metrics(topology.links[end.link])
+    for address, other, destination, flags, scope in (
+        (end.address, end.peer, end.network, 0, _LINK_SCOPE),
+        (
+            end.address6,
+            end.peer6,
+            end.network6,
+            _NODAD,
+            0,
+        ),  # used at once: nobody is asked whether it is taken
     ):
         if not address:
             continue
-        batch.address(index, address, bits, end.name, again)
+        bits = int(destination.partition("/")[2])
+        requests.addr("replace", index=index, address=address, prefixlen=bits, flags=flags)
         # Known for good, so that no packet that asks for it queues, is lost or counted on the emulated link.
-        batch.neighbour(index, other, _mac(end.link, 0x0A + (not second)), end.name)
-        if congestion:  # the route that came with the address, again
-            # By route (ip-route(8), congctl) and not only by sysctl: a namespace may only set those algorithms as its
-            # default that the host allows everybody, and each link can have its own this way.
-            batch.route(index, network, end.name, source=address, congestion=congestion)
+        requests.neigh("replace", ifindex=index, dst=other, lladdr=_mac(end.link, 0x0A + (not second)))
+        if metrics:  # the route that came with the address, again
+            requests.route(
+                "replace", oif=index, dst=destination, prefsrc=address, metrics=metrics, scope=scope
+            )
+
+
+def _metrics(link: Link) -> dict[str, str] | None:
+    """By route (ip-route(8), congctl) and not only by sysctl: a namespace may only set those algorithms as its default that the
+    host allows everybody, and each link can have its own this way."""
+    return {"cc_algo": link.congestion} if link.congestion else None

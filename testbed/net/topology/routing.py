@@ -66,21 +66,8 @@ def interfaces(
         }
         for node, end, other, peer_node in ((a, "a", "b", b), (b, "b", "a", a)):
             (address, address6), (peer, peer6) = ends[end], ends[other]
-            found[node].append(
-                Interface(
-                    node,
-                    f"eth{len(found[node])}",
-                    number,
-                    end,
-                    address,
-                    peer,
-                    peer_node,
-                    network,
-                    address6,
-                    peer6,
-                    network6,
-                )
-            )
+            addresses = (address, peer, peer_node, network, address6, peer6, network6)
+            found[node].append(Interface(node, f"eth{len(found[node])}", number, end, *addresses))
     return {node: tuple(ends) for node, ends in found.items()}
 
 
@@ -161,7 +148,7 @@ Spans = list[tuple[int, int]]
 class Tree:
     """Routes of a network without circles: one that has one link fewer than nodes, all of which hang together.
 
-    Seen from any node, every link lies behind exactly one of its own. So one walk from the first node down tells, for each node,
+    Seen from any node, every link lies behind exactly one of its own. So, from the first node down, it is known of each node
     which links lie below it; all others lie above. Links below are kept as spans of numbers, one for each node of a line.
     """
 
