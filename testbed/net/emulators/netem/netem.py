@@ -48,7 +48,7 @@ from testbed.net.emulators.netem.qdiscs import (
     get,
     put,
 )
-from testbed.net.emulators.netem.redirect import end_redirect, redirect, redirected
+from testbed.net.emulators.netem.redirect import INGRESS, INGRESS_PARENT, redirect, redirected
 from testbed.net.emulators.relay.serving import ServingProcess
 from testbed.net.netlink import CREATE, EXCLUSIVE, REPLACE, RTM_DELQDISC, Interface, Netlink
 
@@ -120,9 +120,7 @@ class NetemAttachment(Attachment):
     def create(self, profile: Profile) -> None:
         """Puts the queueing disciplines and redirects in place."""
         self._configure(profile, time.monotonic(), created=True)
-        with Netlink(self._wire) as netlink:
-            for source, target in self._ends.values():
-                redirect(netlink, netlink.interface(source).index, netlink.interface(target).index)
+        redirect(self._wire, self._ends.values())
 
     def apply(self, profile: Profile, origin_s: float | None = None, *, fresh: bool = False) -> None:
         """See `Attachment.apply`. What waits is lost where a bottleneck of another kind takes its place (`hierarchy`)."""
@@ -238,12 +236,13 @@ class NetemAttachment(Attachment):
     def detach(self) -> None:
         self.follow_no_more()
         with contextlib.suppress(NetworkError), Netlink(self._wire) as netlink:
-            for source, name in self._ends.values():
-                with contextlib.suppress(NetworkError):
-                    end_redirect(netlink, netlink.interface(source).index)
-                with contextlib.suppress(NetworkError):
-                    target = netlink.interface(name).index
-                    netlink.traffic(RTM_DELQDISC, 0, target, OUTER, ROOT, 0, what=f"tc qdisc del {name}")
+            for source, target in self._ends.values():
+                for name, handle, parent in ((source, INGRESS, INGRESS_PARENT), (target, OUTER, ROOT)):
+                    with contextlib.suppress(NetworkError):
+                        index = netlink.interface(name).index
+                        netlink.traffic(
+                            RTM_DELQDISC, 0, index, handle, parent, 0, what=f"tc qdisc del {name}"
+                        )
 
 
 def _orders(planned: Hierarchy, target: Interface) -> dict[str, Any]:

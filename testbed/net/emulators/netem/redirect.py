@@ -3,76 +3,45 @@
 from __future__ import annotations
 
 import errno
+import socket
 import struct
+from collections.abc import Iterable
 
-from testbed.net.netlink import (
-    CREATE,
-    EXCLUSIVE,
-    RTM_DELQDISC,
-    RTM_NEWQDISC,
-    RTM_NEWTFILTER,
-    TCA_KIND,
-    TCA_OPTIONS,
-    Attributes,
-    Netlink,
-    RefusedError,
-    attribute,
-    attributes,
-    nested,
-    text,
-)
+from testbed.errors import NetworkError
+from testbed.hosts import namespaces
+from testbed.net.netlink import Attributes, Netlink, attributes
 
-_INGRESS_PARENT, _INGRESS = 0xFFFFFFF1, 0xFFFF0000
-_PRIORITY_1_ALL_PROTOCOLS = 1 << 16 | struct.unpack("=H", struct.pack("!H", 0x0003))[0]
-_STOLEN, _EGRESS_REDIRECT = 4, 1
+INGRESS, INGRESS_PARENT = 0xFFFF0000, 0xFFFFFFF1
 _STATS_BASIC, _STATS_PACKETS64 = 1, 8
 # Which attribute of a filter's options holds its actions. Kernels have one filter or the other, most have both.
 _ACTIONS = {"matchall": 2, "u32": 7}
 
 
-def redirect(netlink: Netlink, source: int, target: int) -> None:
-    """From now on, what arrives at interface *source* leaves through interface *target* (indices)."""
-    netlink.traffic(
-        RTM_NEWQDISC,
-        CREATE | EXCLUSIVE,
-        source,
-        _INGRESS,
-        _INGRESS_PARENT,
-        0,
-        text(TCA_KIND, "ingress"),
-        what="tc ingress",
-    )
-    for kind, position in _ACTIONS.items():
-        try:
-            netlink.traffic(
-                RTM_NEWTFILTER,
-                CREATE | EXCLUSIVE,
-                source,
-                0,
-                _INGRESS,
-                _PRIORITY_1_ALL_PROTOCOLS,
-                text(TCA_KIND, kind),
-                nested(TCA_OPTIONS, *_match_everything(kind), nested(position, _mirred(target))),
-                what=f"tc filter {kind} with mirred",
-            )
-            return
-        except RefusedError as refusal:
-            if refusal.number != errno.ENOENT or kind == "u32":
-                raise
+def redirect(wire: str, ends: Iterable[tuple[str, str]]) -> None:
+    """From now on, what arrives at the first of two interfaces of the wire leaves through the second. Raises NetworkError."""
+    from pyroute2 import IPRoute, NetlinkError, protocols  # not before: who only counts need not wait for it
 
-
-def end_redirect(netlink: Netlink, source: int) -> None:
-    """Undoes `redirect`; nothing happens when there was none."""
-    try:
-        netlink.traffic(RTM_DELQDISC, 0, source, _INGRESS, _INGRESS_PARENT, 0, what="tc ingress")
-    except RefusedError as refusal:
-        if refusal.number not in (errno.ENOENT, errno.EINVAL, errno.ENODEV):
-            raise
+    with namespaces.inside(wire), IPRoute(ext_ack=True) as network:
+        for source, target in ends:
+            here, there = map(socket.if_nametoindex, (source, target))
+            action = {"kind": "mirred", "direction": "egress", "action": "redirect", "ifindex": there}
+            filtered = {"parent": INGRESS, "prio": 1, "protocol": protocols.ETH_P_ALL, "action": action}
+            try:
+                network.tc("add", "ingress", here)
+                try:
+                    network.tc("add-filter", "matchall", here, **filtered)
+                except NetlinkError as refusal:
+                    if refusal.code != errno.ENOENT:
+                        raise
+                    # every packet has these 32 bits, whatever they are
+                    network.tc("add-filter", "u32", here, target=0, keys=["0x0/0x0+0"], **filtered)
+            except NetlinkError as refusal:
+                raise NetworkError(f"{source}: tc ingress with mirred: {refusal.args[1]}") from None
 
 
 def redirected(netlink: Netlink, source: int) -> tuple[int, int]:
     """Packets and bytes (network layer: the Ethernet header is off at ingress) that were redirected so far."""
-    for item in netlink.filters(source, _INGRESS):
+    for item in netlink.filters(source, INGRESS):
         actions = attributes(item.options).get(_ACTIONS.get(item.kind, 0))
         if actions:
             first = attributes(attributes(actions).get(1, b""))
@@ -86,16 +55,3 @@ def counted(stats: Attributes) -> tuple[int, int]:
     if _STATS_PACKETS64 in stats:
         packets = struct.unpack("=Q", stats[_STATS_PACKETS64])[0]
     return packets, total
-
-
-def _match_everything(kind: str) -> list[bytes]:
-    if kind == "matchall":
-        return []
-    # struct tc_u32_sel: terminal, one key; the key's mask 0 matches whatever stands at offset 0.
-    selector = struct.pack("=BBBxHHhhI", 1, 0, 1, 0, 0, 0, 0, 0) + struct.pack("=IIii", 0, 0, 0, 0)
-    return [attribute(5, selector)]
-
-
-def _mirred(target: int) -> bytes:
-    parameters = struct.pack("=IIiiiiI", 0, 0, _STOLEN, 0, 0, _EGRESS_REDIRECT, target)  # struct tc_mirred
-    return nested(1, text(1, "mirred"), nested(2, attribute(2, parameters)))
