@@ -6,7 +6,6 @@ Kinds are a registry, `KINDS`. One more is a file with a class that does what `H
 
 from __future__ import annotations
 
-import importlib
 import os
 import select
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import IO, Any, Protocol, Self
 
 from testbed.errors import EndpointError
 from testbed.hosts.channel import Channel
+from testbed.kinds import load
 
 
 class Process(Protocol):
@@ -106,6 +106,5 @@ KINDS = {
 
 def host(kind: str, **settings: Any) -> Host:
     """A host of a kind; the settings are what its class takes. Raises KeyError for a kind that there is not."""
-    module, _, name = KINDS[kind].partition(":")
-    made: Host = getattr(importlib.import_module(module), name)(**settings)
+    made: Host = load(KINDS[kind])(**settings)
     return made

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import PurePath
 from typing import Any, ClassVar, Protocol
 
 from testbed.errors import UsageError
+from testbed.kinds import load
 from testbed.tasks.metrics import exact_match, token_f1
 
 CountTokens = Callable[[str], int]
@@ -191,8 +191,7 @@ def _find(name: str) -> Any:
     if name not in TASKS:
         remedy = _near(name, TASKS) or f"known are {', '.join(TASKS)}"
         raise UsageError(f"unknown task {name!r}; {remedy} (see `testbed tasks`)")
-    module, cls = TASKS[name].split(":")
-    return getattr(importlib.import_module(module), cls)
+    return load(TASKS[name])
 
 
 def _near(word: str, known: Mapping[str, Any]) -> str:

@@ -30,7 +30,6 @@ MAGIC = b"TBED"
 PREFIX = struct.Struct("!4sBBHIQI")
 MAX_HEADER = 64 * 1024
 MAX_CHUNKS = 1 << 16
-MAX_PAYLOAD = 1 << 36  #: what a frame may declare at all; a receiver sets its own, lower bound
 
 Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 Instant = Annotated[float, Meta(ge=0, le=1e10)]  #: seconds of the host's monotonic clock, never NaN
@@ -146,7 +145,7 @@ def pack(header: Header, payload_length: int = 0) -> bytes:
     return fixed + struct.pack("!I", zlib.crc32(body, zlib.crc32(fixed))) + body
 
 
-def unpack_prefix(data: bytes, max_payload: int = MAX_PAYLOAD) -> Prefix:
+def unpack_prefix(data: bytes, max_payload: int) -> Prefix:
     """Check a frame's fixed part (`PREFIX.size` bytes). Raises WireError; nothing is allocated by what it claims."""
     if len(data) != PREFIX.size:
         raise WireError(f"truncated frame: {len(data)} of {PREFIX.size} bytes of its fixed part")

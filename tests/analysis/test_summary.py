@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from testbed.analysis.run import load
+from testbed.analysis.settings import labelled
 from testbed.analysis.summary import summarise, write
 from testbed.experiment import compute
 from testbed.experiment.compute import Measurement, Side, Start
@@ -44,6 +45,14 @@ def test_the_ratio_is_the_full_caches_bytes_over_the_payloads(run: Path) -> None
     int8 = summary.loc[("lte", "split", "int8", "needle")]
     assert int8["ratio"] == pytest.approx(KV_BYTES / int8["payload_bytes"])
     assert np.isnan(summary.loc[("lte", "edge", "", "needle")]["ratio"])
+
+
+def test_a_delivery_that_is_not_whole_makes_another_setting(tmp_path: Path) -> None:
+    other = make_run(tmp_path / "run", ("lte",), ("fp16", "int8"), tasks=("needle",), examples=4)
+    change(other, lambda row: {"delivery": "halves(wait=0.2)"} if row["codec"] == "int8" else {})
+    rows = load(other)
+    assert set(labelled(rows.rows)["setting"]) == {"fp16", "int8 · halves(wait=0.2)", "cloud", "edge"}
+    assert summarise(rows).set_index("codec").loc["int8", "delivery"] == "halves(wait=0.2)"
 
 
 def test_failed_trials_are_counted_where_they_failed(tmp_path: Path) -> None:
