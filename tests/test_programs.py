@@ -28,10 +28,10 @@ from testbed.errors import UsageError
 from testbed.hosts.local import Local
 endpoint = Endpoint.start({role!r}, Local(), Path("log"))
 try:
-    endpoint.call(Load("nowhere", "cpu"), 60)
+    with endpoint.process:
+        endpoint.call(Load("nowhere", "cpu"), 60)
 except UsageError as error:
     print(error)
-endpoint.stop()
 print(Path("log").read_text())
 """
 DIAGNOSE = """

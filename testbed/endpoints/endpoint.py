@@ -104,7 +104,3 @@ class Endpoint:
         )
         said = f"{words[:300]} (see {log})" if words else f"it printed nothing to {log}"
         return f"the {self.role} process ended ({fate}): {said}"
-
-    def stop(self) -> None:
-        """End the process: it leaves when the channel closes, and is killed where it does not."""
-        self.process.stop()

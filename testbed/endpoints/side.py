@@ -134,12 +134,8 @@ class InferenceSide:
 
     def handlers(self) -> Handlers:
         """What this side does for the orchestrator, by message."""
-        return {
-            Hello: lambda message: Greeting(),
-            Load: self.load,
-            Compute: self.compute,
-            Learn: self.learn,
-        }
+        own: Handlers = {Load: self.load, Compute: self.compute, Learn: self.learn}
+        return {Hello: lambda message: Greeting(), **own}
 
     def load(self, message: Load) -> Loaded:
         """Load the model and run it once, so that the first trial does not pay for thread pools and lazy kernels; integers'

@@ -72,7 +72,5 @@ def _endpoint(role: str, host: Host, directory: RunDirectory) -> Iterator[Endpoi
     with files.storing(logs):
         logs.mkdir(exist_ok=True)
     endpoint = Endpoint.start(role, host, logs / f"{role}.log")
-    try:
+    with endpoint.process:
         yield endpoint
-    finally:
-        endpoint.stop()

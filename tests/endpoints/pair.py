@@ -86,12 +86,8 @@ class Pair:
 def started(directory: Path, model: Path, task: str = "needle", **slowdown: float) -> Iterator[Pair]:
     """Each side as a process of its own."""
     sides = [Endpoint.start(role, Local(), directory / f"{role}.log") for role in ("edge", "cloud")]
-    try:
+    with sides[0].process, sides[1].process:
         yield Pair(*sides, model, task, slowdown)
-    finally:
-        for side in sides:
-            side.process.kill()
-            side.stop()
 
 
 def in_this_process(model: Path, **about: Any) -> Pair:

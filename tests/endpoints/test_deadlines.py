@@ -114,10 +114,9 @@ def test_an_answer_on_the_control_channel_is_whole_in_time_and_belongs_to_its_ca
 @pytest.fixture(params=["edge", "cloud"])
 def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Endpoint]:
     endpoint = Endpoint.start(request.param, Local(), tmp_path / "log")
-    endpoint.call(Hello(), 120)
-    yield endpoint
-    endpoint.process.kill()
-    endpoint.stop()
+    with endpoint.process:
+        endpoint.call(Hello(), 120)
+        yield endpoint
 
 
 @pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP])

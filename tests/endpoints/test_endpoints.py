@@ -292,12 +292,12 @@ def test_an_endpoint_has_no_capability_left_and_its_threads_sleep_where_they_wai
     monkeypatch.setenv("GOMP_SPINCOUNT", "infinity")
     for role in ("edge", "cloud"):
         endpoint = Endpoint.start(role, Local(), tmp_path / "log")
-        endpoint.call(Hello(), 60)
-        process = Path(f"/proc/{endpoint.process.pid}")
-        environment = (process / "environ").read_text().split("\0")
-        lines = (line.partition(":") for line in (process / "status").read_text().splitlines())
+        with endpoint.process:
+            endpoint.call(Hello(), 60)
+            process = Path(f"/proc/{endpoint.process.pid}")
+            environment = (process / "environ").read_text().split("\0")
+            lines = (line.partition(":") for line in (process / "status").read_text().splitlines())
         status = {key: value.strip() for key, _, value in lines}
-        endpoint.stop()
         if os.geteuid() == 0:
             assert {int(value, 16) for key, value in status.items() if key.startswith("Cap")} == {0}
         assert status["NoNewPrivs"] == "1"

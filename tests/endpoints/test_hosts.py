@@ -20,12 +20,9 @@ def test_an_endpoint_runs_on_a_kind_of_host_that_is_one_file_and_one_line(
 ) -> None:
     monkeypatch.setitem(hosts.KINDS, "marked", "tests.endpoints.marked_host:Marked")
     endpoint = Endpoint.start("cloud", host("marked", mark="here"), tmp_path / "log")
-    try:
-        with pytest.raises(UsageError, match="nowhere"):
-            endpoint.call(Load("nowhere", "cpu"), 120)
-        assert "MARK=here" in Path(f"/proc/{endpoint.process.pid}/environ").read_text().split("\0")
-    finally:
-        endpoint.stop()
+    with endpoint.process as process, pytest.raises(UsageError, match="nowhere"):
+        assert "MARK=here" in Path(f"/proc/{process.pid}/environ").read_text().split("\0")
+        endpoint.call(Load("nowhere", "cpu"), 120)
 
 
 def test_a_programs_streams_environment_status_and_last_words_are_its_starters(
