@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -66,10 +67,13 @@ class Pool:
 
 def collect(runs: list[Run]) -> tuple[Pool, list[str]]:
     """The pool of these runs, and a sentence for each model and task that is left out. Raises UsageError where one has no rows,
-    and where one name stands for several things that they read: such rows are no one sample.
+    and where two that read unlike things by one name have a task of a model in common: their rows are no one sample.
     """
-    if apart := read_apart(runs):
-        raise UsageError(f"not the same in all of these runs: {apart}; judge runs that read the same ones")
+    for pair in itertools.combinations(runs, 2):
+        first, second = (set(zip(run.rows["model"], run.rows["task"], strict=True)) for run in pair)
+        if (apart := read_apart(pair)) and first & second:
+            names = " and ".join(str(run.path) for run in pair)
+            raise UsageError(f"{names}: not the same in both: {apart}; judge runs that read the same ones")
     rows = settings.labelled(pd.concat(_by_seed(runs), ignore_index=True))
     table = comparisons.by_example(rows)
     admitted = []
@@ -78,6 +82,8 @@ def collect(runs: list[Run]) -> tuple[Pool, list[str]]:
         for run in runs
         if len(run.failed)
     ]
+    if apart := read_apart(runs):
+        left_out.append(f"not the same in all of these runs: {apart} (those that differ share no task)")
     for (model, task), own in table.groupby(["model", "task"], sort=False):
         full = stats.mean(own["reference_score"], own["example"], bounds=(0.0, 1.0))
         least = LEAST_REFERENCE_CHOICE if str(task).startswith("choice") else LEAST_REFERENCE

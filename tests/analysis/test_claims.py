@@ -213,12 +213,16 @@ def test_examples_of_different_seeds_are_not_paired(tmp_path: Path) -> None:
 def test_runs_that_read_unlike_things_by_one_name_are_not_pooled_and_said_to_be_compared(
     tmp_path: Path, command: Command, kept: dict[str, Any], what: str
 ) -> None:
-    runs = [losing(tmp_path / name, {"int8": 0.01}) for name in "ab"]
+    runs = [losing(tmp_path / name / "run", {"int8": 0.01}) for name in "ab"]
     for run, digest in zip(runs, "01", strict=True):
         write_manifest(run, **json.loads(json.dumps(kept).replace("%", digest)))
-    with pytest.raises(UsageError, match=f"not the same in all of these runs: {what}; judge runs"):
+    with pytest.raises(UsageError, match=f"run: not the same in both: {what}; judge runs"):
         judged(*runs)
     assert f"not the same in both, though named alike: {what}\n" in command("compare", *runs)[1]
+    change(runs[1], lambda row: {"task": "other"})  # whose rows are nobody's pairs
+    _, (said,) = claims.judge([load(run) for run in runs])
+    assert said == f"not the same in all of these runs: {what} (those that differ share no task)"
+    change(runs[1], lambda row: {"task": "needle"})
     write_manifest(runs[1], **json.loads(json.dumps(kept).replace("%", "0")))
     assert verdicts("int8-lossless", *runs) == ["holds"]
     assert "named alike" not in command("compare", *runs)[1]
