@@ -111,7 +111,7 @@ def compare(both: pd.DataFrame, model: str, task: str, setting: str, baseline: s
         setting=setting,
         baseline=baseline,
         score=stats.difference(score, base, examples, both["task"], bounds=(0.0, 1.0)),
-        ratio=stats.ratio(score, base, examples, both["task"], bounds=(0.0, 1.0)),
+        ratio=stats.kept(score, base, examples, both["task"]),
         answers=stats.mcnemar(*right),
         nll=stats.difference(both["nll"], both["nll_base"], examples, both["task"]),
         kl=stats.mean(both["kl"], examples, both["task"]),
@@ -259,7 +259,7 @@ def text(compared: list[Comparison]) -> str:
         ]
         blocks.append("\n".join([head, columns, *lines]))
     note = (
-        "brackets: 95 % bootstrap intervals over examples; p: Wilcoxon signed-rank after Holm's correction; "
+        "brackets: 95 % intervals over examples; p: Wilcoxon signed-rank after Holm's correction; "
         f"detectable: the ΔNLL that so many examples show with a probability of 80 %; lost: the share of examples whose ΔNLL is "
         f"above {LOST:g}; lossless: ΔNLL's interval ends at or below {ALIKE:g}, that share's at or below {MOST_LOST:.0%}"
     )

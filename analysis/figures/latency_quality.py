@@ -124,7 +124,7 @@ def _figure(run: Run, panels: list[Panel], columns: int, metric: Metric, title: 
     compared = f"{counted(len(legend.looks), 'setting')} on {links} · {subject(run.rows)}"
     frame = Frame(
         title=title,
-        subtitle=f"{compared}\n{what}; median of the {run.latency}; bars: 95 % bootstrap intervals over examples",
+        subtitle=f"{compared}\n{what}; median of the {run.latency}; bars: 95 % intervals over examples",
         footnotes=[_reading(panels), *caveats(run)],
         rows=math.ceil(len(panels) / columns),
         columns=columns,

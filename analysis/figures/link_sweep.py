@@ -65,7 +65,7 @@ def draw(run: Run) -> Figure:
         + " and ".join(s.condition.label.split(" (")[0].split(",")[0] for s in sweeps),
         subtitle=(
             f"{counted(len(legend.looks), 'setting')} · {subject(run.rows)}\n"
-            f"median of the {run.latency} and mean score; bars: 95 % bootstrap intervals over examples"
+            f"median of the {run.latency} and mean score; bars: 95 % intervals over examples"
         ),
         footnotes=[
             "Points of one setting are joined by lines for the eye. Qualities at one value stand beside each other for "

@@ -61,7 +61,7 @@ def draw(run: Run) -> Figure:
         title="What is left of the answers when tokens are dropped",
         subtitle=(
             f"{counted(len(named), 'selector')} · {subject(run.rows)}\n"
-            "mean over examples against the fraction of context tokens kept; bars: 95 % bootstrap intervals"
+            "mean over examples against the fraction of context tokens kept; bars: 95 % intervals"
         ),
         footnotes=[
             ("1: the same precision with every token kept. " if whole else "")

@@ -21,7 +21,6 @@ from testbed.stats.paired import (
     holm,
     kept,
     mcnemar,
-    ratio,
     signed_rank,
     smallest_detectable,
 )
@@ -41,7 +40,6 @@ __all__ = [
     "median",
     "pareto_front",
     "quantile",
-    "ratio",
     "share_above",
     "signed_rank",
     "smallest_detectable",

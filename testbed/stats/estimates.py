@@ -1,8 +1,8 @@
 """One sample's mean, median, quantiles and shares with intervals, over examples; and which points none other beats.
 
-The unit of resampling is the example (the *cluster*): an example's rows (repeats, links) are not
-independent. An interval of an unbounded mean is the wider, end by end, of two bootstrap intervals, that of a
-score the second of them:
+The unit is the example (the *cluster*): an example's rows (repeats, links) are not independent. The mean of what has
+bounds, such as a score, has Gaffke's interval (`bounded`). That of an unbounded mean is the wider, end by end, of two
+bootstrap intervals:
 
 * the studentized one (bootstrap-t; B. Efron and R. Tibshirani, "An Introduction to the Bootstrap", 1993,
   section 12.5), which follows skewness: losses are mostly near 0 and now and then large, and an interval that
@@ -92,30 +92,32 @@ def by_example(
     return groups
 
 
-def expanded(point: float, draws: Floats, least: int, method: Any = "linear") -> tuple[float, float]:
-    """The ends of a bootstrap interval, expanded for the smallest stratum's `least` examples; it holds the point."""
-    low, high = np.quantile(draws, _tails(least), method=method)
-    return min(float(low), point), max(float(high), point)
+def bounded(
+    groups: Sequence[Floats], bounds: tuple[float, float], resamples: int, seed: int
+) -> tuple[float, float]:
+    """The ends of the interval of a mean over strata (`groups`) of values within `bounds`, as N. Gaffke has it ("Three Test
+    Statistics for a Nonparametric One-Sided Hypothesis on the Mean of a Nonnegative Variable", Mathematical Methods of
+    Statistics 14(4), 2005): the ordered values, and one unseen example at the bound, are weighed with the n + 1 gaps between n
+    uniform values. Where every value lies on a bound, this is Clopper and Pearson's. Either end rises with every value,
+    whatever the draws: of two samples of one size the one that is nowhere lower never has the lower end.
+    """
+    generator = np.random.default_rng(seed)
+    least, most = np.zeros(resamples), np.zeros(resamples)
+    for own in groups:
+        ordered = np.sort(own)
+        gaps = generator.dirichlet(np.ones(len(ordered) + 1), resamples)
+        least += (gaps @ np.r_[bounds[0], ordered]) / len(groups)
+        most += (gaps @ np.r_[ordered, bounds[1]]) / len(groups)
+    return float(np.quantile(least, TAIL)), float(np.quantile(most, 1 - TAIL))
 
 
-def _resampled_means(
-    values: Floats, resamples: int, bounds: tuple[float, float] | None, seed: np.random.Generator
-) -> tuple[Floats, Floats]:
+def _resampled_means(values: Floats, resamples: int, generator: np.random.Generator) -> tuple[Floats, Floats]:
     """Bootstrap distribution of the mean of independent `values`, and of its squared standard error: each
     [resamples].
     """
     n = len(values)
-    if bounds is not None and n > 1 and bool((values == values[0]).all()) and values[0] in bounds:
-        # Every example is at the ceiling (or the floor): resampling would claim certainty. Clopper and
-        # Pearson's limit for n successes out of n is the quantile of Beta(n, 1); it bounds the mean of any
-        # variable with these bounds.
-        low, high = bounds
-        share = seed.beta(n, 1, resamples)
-        return np.asarray(low + (high - low) * (share if values[0] == high else 1 - share)), np.zeros(
-            resamples
-        )
-    drawn = values[seed.integers(0, n, (resamples, n))]
-    return drawn.mean(axis=1), drawn.var(axis=1, ddof=1 if n > 1 else 0) / n
+    drawn = values[generator.integers(0, n, (resamples, n))]
+    return drawn.mean(axis=1), drawn.var(axis=1, ddof=1) / n
 
 
 def _studentized(point: float, draws: Floats, squared: Floats, error: float) -> tuple[float, float]:
@@ -137,41 +139,35 @@ def mean(
     strata: npt.ArrayLike | None = None,
     *,
     bounds: tuple[float, float] | None = None,
-    skewed: bool | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """Mean over examples with its bootstrap interval (see above).
+    """Mean over examples with its interval (see above).
 
     `clusters` names each value's example (None: each value its own): an example's values are averaged
     first, so that each example counts once. `strata` names each value's task: the result is then the mean
     over the tasks' means, with examples resampled within their task. `bounds`: the least and largest
-    possible value; where all values of a stratum lie on one of them the interval is Clopper and Pearson's.
-    `skewed`: whether the studentized interval takes part; None: where there are no bounds (a score has no long
-    tail, and few different values make that interval needlessly wide). Values that are not finite are left
-    out. With one example per stratum there is no interval (NaN).
+    possible value. Values that are not finite are left out. With one example per stratum there is no interval (NaN).
     """
-    groups = by_example([values], clusters, strata)
+    groups = [averaged for (averaged,) in by_example([values], clusters, strata)]
     if not groups:
         return NOTHING
-    point, draws, squared, sizes = 0.0, np.zeros(resamples), np.zeros(resamples), [g.shape[1] for g in groups]
-    error = 0.0
-    generator = np.random.default_rng(seed)
-    for (averaged,) in groups:
-        point += float(averaged.mean()) / len(groups)
-        if min(sizes) < 2:
-            continue
-        means, errors = _resampled_means(averaged, resamples, bounds, generator)
-        draws += means / len(groups)
-        squared += errors / len(groups) ** 2
-        error += float(averaged.var(ddof=1)) / len(averaged) / len(groups) ** 2
+    sizes, point = [len(own) for own in groups], float(np.mean([own.mean() for own in groups]))
     if min(sizes) < 2:
         return Estimate(point, float("nan"), float("nan"), sum(sizes))
-    low, high = expanded(point, draws, min(sizes))
-    if skewed if skewed is not None else bounds is None:
-        ends = _studentized(point, draws, squared, math.sqrt(error))
-        low, high = min(low, ends[0]), max(high, ends[1])
-    return Estimate(point, low, high, sum(sizes))
+    if bounds is not None:
+        low, high = bounded(groups, bounds, resamples, seed)
+        return Estimate(point, min(low, point), max(high, point), sum(sizes))
+    generator = np.random.default_rng(seed)
+    draws, squared, error = np.zeros(resamples), np.zeros(resamples), 0.0
+    for own in groups:
+        means, errors = _resampled_means(own, resamples, generator)
+        draws += means / len(groups)
+        squared += errors / len(groups) ** 2
+        error += float(own.var(ddof=1)) / len(own) / len(groups) ** 2
+    low, high = (float(end) for end in np.quantile(draws, _tails(min(sizes))))
+    ends = _studentized(point, draws, squared, math.sqrt(error))
+    return Estimate(point, min(low, point, ends[0]), max(high, point, ends[1]), sum(sizes))
 
 
 def median(

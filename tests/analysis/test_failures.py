@@ -48,6 +48,18 @@ def test_a_setting_without_a_task_has_no_mean_over_the_tasks_and_no_mark(tmp_pat
     assert "failed 4 of 8" in headline(run)
 
 
+def test_a_setting_that_answered_most_but_lacks_a_task_takes_nobodys_place(tmp_path: Path) -> None:
+    """int8 has all of one task's answers and none of the other's, fp16 and int4 fewer answers of both."""
+
+    def fails(row: dict[str, object]) -> bool:
+        last = int(str(row["example"]).split("-")[1])
+        return row["task"] == "passages" if row["codec"] == "int8" else last >= 4
+
+    found = _points(_made(tmp_path / "run", fails, examples=10))
+    assert math.isnan(found["int8"].quality.value)
+    assert found["fp16"].quality.value == found["int4"].quality.value == 0.75
+
+
 def test_a_setting_that_failed_everywhere_is_named_in_panels_terminal_report_and_table(
     tmp_path: Path,
 ) -> None:

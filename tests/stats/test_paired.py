@@ -71,37 +71,17 @@ def test_holms_correction_agrees_with_statsmodels_and_a_hand_computation() -> No
     assert stats.holm([]).size == 0
 
 
-RNG = np.random.default_rng(5)
-B = RNG.beta(2, 2, 200)
-A = np.clip(B + RNG.normal(0.1, 0.1, 200), 0, 1)
-
-
-@pytest.mark.parametrize(("ours", "operator"), [(stats.difference, np.subtract), (stats.ratio, np.divide)])
-def test_the_interval_of_a_difference_or_ratio_agrees_with_scipys_paired_bootstrap(ours, operator) -> None:
-    def statistic(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
-        return operator(x.mean(axis), y.mean(axis))
-
-    settings = {"paired": True, "method": "percentile", "n_resamples": 20_000, "rng": 6}
-    low, high = reference.bootstrap((A, B), statistic, **settings).confidence_interval
-    found = ours(A, B, bounds=(0, 1), resamples=20_000)
-    assert found.value == pytest.approx(operator(A.mean(), B.mean()))
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.05 * (high - low))
-
-
-def test_an_interval_of_a_ratio_is_fiellers() -> None:
-    """E. C. Fieller, "Some Problems in Interval Estimation", J. R. Statist. Soc. B 16(2), 1954: the values r for which the
-    mean of a − r b does not differ from 0."""
+def test_the_interval_of_a_difference_agrees_with_scipys_paired_bootstrap() -> None:
     rng = np.random.default_rng(5)
-    b = rng.normal(2, 0.5, 400)
-    a = 1.4 * b + rng.normal(0, 0.5, 400)
-    t = reference.t.ppf(0.975, 399)
-    (va, cab), (_, vb) = np.cov(a, b) / 400
-    m, n = a.mean(), b.mean()
-    square, half, rest = n**2 - t**2 * vb, m * n - t**2 * cab, m**2 - t**2 * va
-    low, high = ((half + sign * np.sqrt(half**2 - square * rest)) / square for sign in (-1, 1))
-    ours = stats.ratio(a, b, resamples=20_000)
-    assert ours.value == pytest.approx(m / n)
-    assert (ours.low, ours.high) == pytest.approx((low, high), abs=0.05 * (high - low))
+    b = rng.beta(2, 2, 200)
+    a = np.clip(b + rng.normal(0.1, 0.1, 200), 0, 1)
+    settings = {"paired": True, "method": "percentile", "n_resamples": 20_000, "rng": 6}
+    low, high = reference.bootstrap(
+        (a, b), lambda x, y, axis: x.mean(axis) - y.mean(axis), **settings
+    ).confidence_interval
+    found = stats.difference(a, b, resamples=20_000)
+    assert found.value == pytest.approx(a.mean() - b.mean())
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.05 * (high - low))
 
 
 def test_the_smallest_difference_that_darwins_maize_shows_has_a_power_of_80_percent() -> None:
@@ -114,28 +94,26 @@ def test_the_smallest_difference_that_darwins_maize_shows_has_a_power_of_80_perc
     assert found == pytest.approx(29.3, abs=0.2)
 
 
-def test_rows_of_one_example_count_once_in_differences_and_ratios() -> None:
+def test_rows_of_one_example_count_once_in_differences() -> None:
     rng = np.random.default_rng(7)
     a, b, examples = rng.random(20), rng.random(20), np.arange(20)
     often = [np.repeat(x, 6) for x in (a, b, examples)]
     assert stats.difference(*often).low == pytest.approx(stats.difference(a, b, examples).low)
     assert stats.difference(*often).p == pytest.approx(stats.difference(a, b, examples).p)
     assert stats.difference(*often).detectable == pytest.approx(stats.difference(a, b, examples).detectable)
-    assert stats.ratio(*often).high == pytest.approx(stats.ratio(a, b, examples).high)
 
 
 def test_equal_scores_do_not_claim_certainty() -> None:
-    found = stats.difference(np.ones(30), np.ones(30), bounds=(0, 1))
+    found = stats.difference(np.ones(30), np.ones(30), bounds=(0, 1), resamples=20_000)
     assert found.value == 0
     # Clopper and Pearson's upper limit for 0 of 30: 1 - 0.025^(1/30).
-    assert found.high == pytest.approx(reference.binomtest(0, 30).proportion_ci().high)
-    assert (found.low, found.p) == (-found.high, 1.0)
+    assert found.high == pytest.approx(reference.binomtest(0, 30).proportion_ci().high, abs=0.005)
+    assert (found.low, found.p, found.detectable) == (pytest.approx(-found.high, abs=0.005), 1.0, found.high)
 
 
-def test_a_ratio_over_nothing_has_no_value() -> None:
-    assert np.isnan(stats.ratio([1, 1], [0, 0]).value)
-    assert stats.ratio([1, 1, 1, 1], [0, 0, 0, 1]).high == float("inf")
-    assert stats.ratio([], []).n == 0
+def test_what_is_kept_of_nothing_has_no_value() -> None:
+    assert np.isnan(stats.kept([1, 1], [0, 0]).value)
+    assert stats.kept([], []).n == 0
 
 
 def test_pairs_with_a_gap_are_left_out() -> None:
@@ -165,14 +143,13 @@ def difference(rng: np.random.Generator, n: int, seed: int) -> stats.Difference:
     [
         (8, 0.2, lambda rng, i: difference(rng, 25, i)),
         (8, 0.2, lambda rng, i: difference(rng, 60, i)),
-        (9, 1.5, lambda rng, i: stats.ratio(*_scores(rng, 60), resamples=500, seed=i)),
     ],
-    ids=["difference of 25", "difference of 60", "ratio"],
+    ids=["difference of 25", "difference of 60"],
 )
 def test_a_95_percent_interval_covers_the_truth_95_times_of_100(seed: int, truth: float, estimate) -> None:
     rng = np.random.default_rng(seed)
     found = [estimate(rng, i) for i in range(2000)]
-    assert 0.93 <= np.mean([e.low <= truth <= e.high for e in found]) <= 0.97
+    assert np.mean([e.low <= truth <= e.high for e in found]) >= 0.95
 
 
 def test_of_two_settings_the_one_that_loses_more_in_every_answer_never_has_the_higher_bound() -> None:
