@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from testbed.codecs.steps import Part, Piece, Quantizer
+    from testbed.codecs.steps import Grid, Part, Piece, Quantizer
     from testbed.models.kvcache import KVCache
 
 
@@ -42,25 +42,30 @@ class _Table:
     def __init__(
         self, quantizer: Quantizer, layout: Layout, values: Sequence[Tensor], side: Tensor, packed_at: int
     ) -> None:
-        self.takes = np.zeros(len(layout.pieces), dtype=bool)
+        self.takes = [False] * len(layout.pieces)
         self._kept: list[Tensor] = []  # alive while their addresses are in use
         if not values or values[0].device.type != "cpu":
             return
         from testbed.codecs.fast import uniform
 
-        dtype, side_at = (
-            str(values[0].dtype).removeprefix("torch."),
-            side.data_ptr(),
-        )  # a cache has one format
-        self._dtype = dtype
+        self._dtype = str(values[0].dtype).removeprefix("torch.")  # a cache has one
         self._rows = np.zeros((len(values), uniform.COLUMNS), dtype=np.int64)
-        for i, (piece, own) in enumerate(zip(layout.pieces, values, strict=True)):
-            grid = quantizer.uniform(piece.part) if piece.part.elements else None
-            if grid is not None and piece.part.dtype == dtype:
-                self._kept.append(own.contiguous())
-                addresses = self._kept[-1].data_ptr(), side_at + piece.side_at, packed_at + piece.symbols_at
-                self._rows[i] = uniform.row(grid, piece.part, *addresses)
-                self.takes[i] = True
+        known: dict[tuple[Grid, tuple[int, int, int]], tuple[int, ...]] = {}
+        rows = []
+        for i, piece in enumerate(layout.pieces):
+            part = piece.part
+            grid = quantizer.uniform(part) if part.elements else None
+            if grid is not None and part.dtype == self._dtype:
+                self.takes[i], shape = True, part.shape
+                if (grid, shape) not in known:
+                    known[grid, shape] = uniform.settings(grid, part)
+                self._kept.append(values[i].contiguous())
+                addresses = self._kept[-1].data_ptr(), piece.side_at, piece.symbols_at
+                rows.append((*addresses, *known[grid, shape]))
+        if rows:
+            self._rows[self.takes] = rows
+            self._rows[:, uniform.SIDE] += side.data_ptr()
+            self._rows[:, uniform.SYMBOLS] += packed_at
 
     def taken(self, which: range) -> list[int]:
         """Those of these parts that the loops take."""
@@ -178,7 +183,8 @@ class Reader:
     def read_packed(self, which: range, packed: Tensor) -> None:
         """The same from the whole section of packed symbols, uint8, on the targets' device."""
         taken = self._table.taken(which)
-        begins = [packed.data_ptr() + self.pieces[i].symbols_at for i in taken]
+        begin = packed.data_ptr()
+        begins = [begin + self.pieces[i].symbols_at for i in taken]
         left = self._table.decode(taken, begins, [True] * len(taken))
         self._read(which, left, lambda i: (_cut(packed, self.pieces[i]), True))
 

@@ -26,10 +26,10 @@ VALUES, SIDE, SYMBOLS, _ROWS, _GROUPS, _SIZE, PACKED, _SYMMETRIC, _LEVELS, _OFFS
 COLUMNS = 10
 
 
-def row(grid: Grid, part: Part, values: int, side: int, symbols: int) -> tuple[int, ...]:
-    """The row of a part that has this grid, and of the addresses where it lies."""
+def settings(grid: Grid, part: Part) -> tuple[int, ...]:
+    """The columns behind the addresses, of a part that has this grid."""
     shape = (part.kv_heads * part.tokens, part.head_dim // grid.size, grid.size)
-    return (values, side, symbols, *shape, grid.bits, grid.symmetric, grid.levels, grid.offset)
+    return (*shape, grid.bits, grid.symmetric, grid.levels, grid.offset)
 
 
 def encode(dtype: str, table: Table) -> npt.NDArray[np.float32]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from testbed.codecs import CodecError
@@ -46,13 +47,14 @@ class Integer(Quantizer):
     def by_token(self) -> bool:
         return self.axis == "token"
 
-    @property
+    @cached_property
     def _grid(self) -> Grid:
         return Grid(self.width, self.symmetric, self.group)
 
     def uniform(self, part: Part) -> Grid | None:
-        size = self.group or part.head_dim
-        return replace(self._grid, size=size) if self.axis == "token" and part.head_dim % size == 0 else None
+        if self.axis != "token" or (self.group and part.head_dim % self.group):
+            return None
+        return self._grid if self.group else Grid(self.width, self.symmetric, part.head_dim)
 
     def symbol_bits(self, part: Part) -> int:
         return self.width
@@ -109,7 +111,7 @@ class Integer(Quantizer):
 
         side = torch.empty(self.side_bytes(part), dtype=torch.uint8)
         addresses = values.data_ptr(), side.data_ptr(), symbols.data_ptr()
-        table = np.array([uniform.row(grid, part, *addresses)], dtype=np.int64)
+        table = np.array([(*addresses, *uniform.settings(grid, part))], dtype=np.int64)
         table[:, uniform.PACKED] = 8
         if not uniform.encode(part.dtype, table)[0] <= torch.finfo(values.dtype).max:  # NaN is not, either
             raise self._not_finite(part)
