@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 from testbed.errors import NetworkError
 from testbed.net.emulators.emulator import Counters
-from testbed.net.emulators.netem.hierarchy import BOTTLENECKS
-from testbed.net.emulators.netem.options import ECN, QOPT
+from testbed.net.emulators.netem.options import BOTTLENECKS, ECN, QOPT
 from testbed.net.emulators.netem.qdiscs import BUCKET, CODEL, OUTER, find, get
 from testbed.net.emulators.netem.redirect import counted
 from testbed.net.netlink import Netlink, TrafficObject, attributes

@@ -33,7 +33,7 @@ from testbed.net.emulators.netem.counters import (
     outer_and_bottleneck,
     waiting,
 )
-from testbed.net.emulators.netem.hierarchy import Hierarchy, hierarchy
+from testbed.net.emulators.netem.options import Hierarchy, hierarchy
 from testbed.net.emulators.netem.qdiscs import (
     BUCKET,
     CLOSED,
@@ -123,7 +123,7 @@ class NetemAttachment(Attachment):
         redirect(self._wire, self._ends.values())
 
     def apply(self, profile: Profile, origin_s: float | None = None, *, fresh: bool = False) -> None:
-        """See `Attachment.apply`. What waits is lost where a bottleneck of another kind takes its place (`hierarchy`)."""
+        """See `Attachment.apply`. What waits is lost where a bottleneck of another kind takes its place (`options.hierarchy`)."""
         support.refuse(profile)
         # A netem that holds nothing keeps no order with what was.
         fresh = fresh and self.under_way() > 0

@@ -1,4 +1,13 @@
-"""The options of the kernel's netem, in full, and where its read-back differs. tc-netem(8); linux/pkt_sched.h."""
+"""What the queueing disciplines of a direction are told: the outer netem, and the bottleneck inside of it. tc-netem(8).
+
+1: netem  delay, jitter, loss, duplication, corruption, reordering
+└ 2: netem  rate, queue                                            where that can do it: it is the most exact
+└ 3: tbf  rate                                                     else
+  └ 4: plug | 5: codel | 6: bfifo  queue                           of a trace's rate | CoDel | otherwise
+└ 7: pfifo                                                         nothing to limit, and no netem allowed
+
+Netem's options are sent in full and read back (linux/pkt_sched.h); those of the others are in `qdiscs`.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +15,19 @@ import struct
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from testbed.net.emulators.netem import qdiscs
+from testbed.net.emulators.netem.qdiscs import BFIFO, BUCKET, CODEL, NETEM, OUTER, PFIFO, PLUG, ROOT, Qdisc
 from testbed.net.netlink import attribute, attributes, nested
 from testbed.net.profile.jitter import JitterTable, table
 from testbed.net.profile.loss import GilbertElliott, LossModel
 
 if TYPE_CHECKING:
+    from testbed.net.profile.deliveries import Deliveries
     from testbed.net.profile.profile import Profile
+    from testbed.net.profile.schedule import Schedule
     from testbed.net.profile.trace import Way
 
-_ETHERNET_HEADER = 14
+
 _GENEROUS = 1_000_000  # packets: no limit
 _NO_TIME_BPS = 8e12  # a full-sized packet takes 1.5 ns
 _NS_PER_TICK = 64  # of the legacy fields, PSCHED_SHIFT = 6
@@ -132,7 +145,7 @@ def options(profile: Profile, way: Way, mtu: int, seed: int | None = None) -> tu
         # One more: the packet that is being sent is in the queue, too.
         limit_packets=_GENEROUS if waiting is None else -(-waiting // mtu) + 1,
         rate_bytes_per_s=max(1, round(direction.rate_bps / 8)) if direction.rate_bps else 0,
-        packet_overhead=direction.overhead_bytes - _ETHERNET_HEADER if direction.rate_bps else 0,
+        packet_overhead=direction.overhead_bytes - qdiscs.ETHERNET_HEADER if direction.rate_bps else 0,
     )
     return outer, inner
 
@@ -183,3 +196,65 @@ def _of_full(probability: float) -> int:
 
 def _number(layout: str, data: bytes | None, default: int) -> int:
     return default if data is None else struct.unpack(layout, data)[0]
+
+
+BOTTLENECKS = {NETEM: "netem", BUCKET: "tbf", PFIFO: "pfifo"}
+"""What may be inside of the outer netem, one at a time."""
+_UNLIMITED_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """One direction's qdiscs. *stab*: what goes with the outer one, beside its options."""
+
+    outer: Options
+    stab: bytes
+    inner: tuple[Qdisc, ...]
+
+    @property
+    def qdiscs(self) -> tuple[Qdisc, ...]:
+        """All, from the outside in."""
+        return (Qdisc(OUTER, ROOT, "netem", self.outer), *self.inner)
+
+
+def hierarchy(
+    profile: Profile,
+    way: Way,
+    mtu: int,
+    seed: int | None,
+    schedule: Schedule | Deliveries | None,
+    now: float,
+) -> Hierarchy:
+    """What one direction is to be, under *schedule* as it is at *now*. *mtu*: network-layer bytes of a full-sized packet."""
+    direction = profile.ways[way]
+    outer, inner = options(profile, way, mtu, seed)
+    if schedule is not None:
+        delay, loss = schedule.delay_at(now), schedule.loss_at(now)
+        if delay is not None or loss is not None:
+            outer = ordered(replace(outer, seed=None))
+            outer = at_present(outer, delay, loss)
+    rate_bps, traced = direction.rate_bps, schedule is not None and schedule.gives_rate
+    if traced:
+        rate_bps = profile.steady(peak=True).ways[way].rate_bps or 8.0 * _UNLIMITED_BYTES
+    elif direction.queue.codel is None and not direction.duplicate:
+        return Hierarchy(outer, b"", (Qdisc(NETEM, OUTER + 1, "netem", inner),))
+    elif rate_bps is None:  # nothing ever waits
+        return Hierarchy(outer, b"", (Qdisc(PFIFO, OUTER + 1, "pfifo", qdiscs.Fifo(inner.limit_packets)),))
+    stab = qdiscs.size_offset(direction.overhead_bytes - qdiscs.ETHERNET_HEADER)
+    bucket = Qdisc(BUCKET, OUTER + 1, "tbf", qdiscs.bucket(rate_bps, mtu))
+    return Hierarchy(outer, stab, (bucket, _queue(profile, way, mtu, traced)))
+
+
+def _queue(profile: Profile, way: Way, mtu: int, held: bool) -> Qdisc:
+    """The queue inside of a token bucket. One packet more than the profile's: the one that is being sent is in it, too."""
+    direction = profile.ways[way]
+    waiting = profile.queue_bytes(way)
+    packets = _UNLIMITED_BYTES // mtu if waiting is None else -(-waiting // mtu) + 1
+    if held:
+        return Qdisc(PLUG, BUCKET + 1, "plug", qdiscs.Plug(packets * (mtu + qdiscs.ETHERNET_HEADER)))
+    codel = direction.queue.codel
+    if codel is not None:
+        times_us = round(codel.target_s * 1e6), round(codel.interval_s * 1e6)
+        return Qdisc(CODEL, BUCKET + 1, "codel", qdiscs.CoDelQueue(*times_us, packets, direction.ecn))
+    overhead = direction.overhead_bytes * packets
+    return Qdisc(BFIFO, BUCKET + 1, "bfifo", qdiscs.Fifo((waiting or _UNLIMITED_BYTES) + mtu + overhead))

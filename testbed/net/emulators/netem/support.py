@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from testbed.errors import UsageError
 from testbed.net.emulators.emulator import refuse_unknown
-from testbed.net.emulators.netem.hierarchy import hierarchy
-from testbed.net.emulators.netem.options import PRNG_SEED, QOPT, Options
+from testbed.net.emulators.netem.options import PRNG_SEED, QOPT, Options, hierarchy
 from testbed.net.emulators.netem.qdiscs import (
     OUTER,
     ROOT,
