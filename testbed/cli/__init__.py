@@ -14,19 +14,7 @@ from typing import NoReturn
 import click
 
 from testbed import __version__, identity
-from testbed.cli import (
-    calibrate,
-    claims,
-    diagnose,
-    guide,
-    listings,
-    network,
-    plan,
-    plot,
-    recommend,
-    report,
-    run,
-)
+from testbed.cli import answers, calibrate, diagnose, guide, listings, network, plan, run
 from testbed.errors import TestbedError
 
 #: What the system says of a file that was asked for wrongly; anything else is its own trouble.
@@ -63,12 +51,12 @@ for _command in (
     listings.codecs,
     listings.tasks,
     listings.models,
-    plot.plot,
+    answers.plot,
     diagnose.diagnose,
-    report.report,
-    report.compare,
-    recommend.recommend,
-    claims.claims,
+    answers.report,
+    answers.compare,
+    answers.recommend,
+    answers.claims,
     guide.guide,
 ):
     cli.add_command(_command)

@@ -1,0 +1,115 @@
+"""What runs' rows say: `testbed plot`, `report`, `compare`, `recommend`, `claims`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from testbed.cli.parts import as_json, open_run
+
+
+@click.command()
+@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("figures", nargs=-1, metavar="[FIGURE]...")
+@click.option("--where", help="Only rows for which this holds, such as 'profile==\"5g-mid\"'.")
+def plot(path: Path, figures: tuple[str, ...], where: str | None) -> None:
+    """Draw a run's figures anew, from its directory alone; or a diagnosis, from its file or a directory of such files."""
+    from testbed.analysis import summary
+    from testbed.analysis.figures import draw_all
+    from testbed.analysis.figures.layer_sensitivity import draw_file, is_diagnosis
+    from testbed.analysis.run import load
+
+    if is_diagnosis(path) and set(figures) <= {"layer_sensitivity"}:
+        for figure in draw_file(path):
+            click.echo(f"plot      {figure}")
+        return
+    run = open_run(path, where)
+    whole = run if where is None else load(path)
+    if len(whole.rows):  # a run that its links stopped has figures of these, and nothing to sum up
+        click.echo(f"summary   {summary.write(whole)}")
+    for figure in draw_all(run, list(figures) or None):
+        click.echo(f"plot      {figure}")
+
+
+@click.command()
+@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+def report(path: Path) -> None:
+    """Write RUN's report: one page with figures, table, claims and caveats, to be read without a network."""
+    from testbed.analysis import report
+
+    click.echo(f"report    {report.write(open_run(path))}")
+
+
+@click.command()
+@click.argument("first", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("second", metavar="RUN", type=click.Path(path_type=Path))
+@as_json
+def compare(first: Path, second: Path) -> Any:
+    """Put two runs side by side, paired where their examples match."""
+    from testbed.analysis import compare as comparing
+
+    a, b = open_run(first), open_run(second)
+    lines = comparing.compare(a, b)
+    return comparing.to_dict(a, b, lines), comparing.text(a, b, lines), 0
+
+
+@click.command()
+@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--rate", required=True, help="The link's rate from edge to cloud, such as 40mbit.")
+@click.option("--delay", required=True, help="Its one-way delay, such as 20ms.")
+@click.option("--loss", default="0%", show_default=True, help="Its packet loss.")
+@click.option(
+    "--quality", default="0.95", show_default=True, help="Share of the full cache's quality to keep."
+)
+@click.option("--deadline", help="The longest median latency to accept, such as 500ms.")
+@click.option("--where", help="Only rows for which this holds.")
+@click.option(
+    "--held-out",
+    is_flag=True,
+    help="Print the latency model's error in every cell that it was not fitted to.",
+)
+@as_json
+def recommend(
+    path: Path,
+    rate: str,
+    delay: str,
+    loss: str,
+    quality: str,
+    deadline: str | None,
+    where: str | None,
+    held_out: bool,
+) -> Any:
+    """Name the setting of RUN to deploy on a link: the fastest whose quality is shown to hold.
+
+    Exit status 1 where there is none.
+    """
+    from testbed.analysis import recommend as recommending
+    from testbed.analysis.latency_model import Link
+    from testbed.errors import UsageError
+    from testbed.units import parse_fraction, parse_percentage, parse_rate, parse_time
+
+    one_way, bits = parse_time(delay), parse_rate(rate)
+    if bits <= 0:
+        raise UsageError(f"--rate {rate}: a link needs a rate above 0")
+    link = Link(bits, one_way, one_way, parse_percentage(loss))
+    limit = None if deadline is None else parse_time(deadline)
+    advice = recommending.recommend(open_run(path, where), link, parse_fraction(quality), limit)
+    text = recommending.text(advice)
+    if held_out and advice.held_out:
+        text += f"\n\n{recommending.held_out_table(advice.held_out)}"
+    return advice.to_dict(), text, 0 if advice.choice else 1
+
+
+@click.command()
+@click.argument("paths", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--markdown", is_flag=True, help="Print the verdicts as a Markdown table.")
+@as_json
+def claims(paths: tuple[Path, ...], markdown: bool) -> Any:
+    """Judge the published claims by the rows of RUN...: holds, fails or undecided, with the figures."""
+    from testbed.analysis import claims as judging
+
+    judged, left_out = judging.judge([open_run(path) for path in paths])
+    printed = judging.table(judged, left_out) if markdown else judging.text(judged, left_out)
+    return judging.to_dict(judged, left_out), printed, 0
