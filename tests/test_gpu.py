@@ -52,7 +52,10 @@ def test_payloads_and_what_they_are_decoded_to_are_the_processors(text: str, nam
     for other in (decoded.to("cpu"), decode(ours)):
         for a, b in zip(other.layers, decode(payload).layers, strict=True):
             for found, expected in ((a.keys.float(), b.keys.float()), (a.values.float(), b.values.float())):
-                assert torch.isclose(found, expected, rtol=0.02, atol=0.01).float().mean() > 0.98
+                alike = torch.isclose(found, expected, rtol=0.02, atol=0.01)
+                assert (
+                    found.shape == expected.shape and alike.sum() >= 0.98 * alike.numel()
+                )  # a layer may be empty
 
 
 @pytest.mark.parametrize("family", FAMILIES)
