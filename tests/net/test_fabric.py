@@ -128,7 +128,7 @@ def test_bulk_tcp_crosses_two_links_in_packets_of_the_mtu_under_the_links_conges
         server.terminate()
         server.wait()
     after = received()
-    assert after[0] - before[0] > 20_000_000
+    assert after[0] - before[0] > 10_000_000  # iperf3 ends when all is sent, and with what is under way then
     assert (after[0] - before[0]) / (after[1] - before[1]) <= 1514
 
 
