@@ -15,12 +15,12 @@ from testbed.analysis.latency_model import (
     HeldOut,
     LatencyModel,
     Link,
+    beyond,
     leave_one_out,
     link_of,
     median_error,
     steady,
 )
-from testbed.analysis.measured_links import beyond
 from testbed.analysis.paired_latency import tied
 from testbed.analysis.run import Run
 

@@ -314,8 +314,8 @@ def other_threads(rows: Iterable[dict[str, Any]], threads: int) -> str:
     """A sentence where these rows of earlier trials say another number of the edge's threads; else empty."""
     others = {int(row["threads"]) for row in rows if row.get("threads") is not None} - {threads}
     earlier = " and ".join(map(str, sorted(others)))
-    said = f"computed in {threads} threads, earlier trials of this run in {earlier}: last bits may differ"
-    return said if others else ""
+    sentence = f"computed in {threads} threads, earlier trials of this run in {earlier}: last bits may differ"
+    return sentence if others else ""
 
 
 def check_ready(plan: Plan) -> None:
