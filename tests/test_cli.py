@@ -10,33 +10,26 @@ from pathlib import Path
 
 import pytest
 
-from testbed.cli import main
+from tests.command import command
 
 ROOT = Path(__file__).parents[1]
 
 
-def testbed(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "testbed", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-testbed.__test__ = False  # type: ignore[attr-defined]
-
-
-def complaint(*arguments: str, **environment: str) -> str:
+def complaint(*arguments: str) -> str:
     """The one line that a wrong request gives, with exit status 2."""
-    done = testbed(*arguments, **environment)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    return lines[0]
+    done = command(*arguments)
+    assert done.status == 2, done
+    assert "Traceback" not in done.errors
+    (line,) = done.errors.strip().splitlines()
+    return line
+
+
+def test_a_program_ends_with_the_commands_status_and_its_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "testbed", "plan", "nowhere"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("testbed: no scenario file nowhere")
 
 
 @pytest.mark.parametrize(
@@ -63,17 +56,19 @@ def test_a_wrong_request_is_one_line_and_status_2(arguments: tuple[str, ...], wo
     assert words in complaint(*arguments)
 
 
-def test_a_model_that_was_not_fetched_is_named_with_the_remedy(tmp_path: Path) -> None:
-    line = complaint("plan", "quick", TESTBED_CACHE=str(tmp_path))
-    assert "testbed models fetch smollm2-135m" in line
+def test_a_model_that_was_not_fetched_is_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TESTBED_CACHE", str(tmp_path))
+    assert "testbed models fetch smollm2-135m" in complaint("plan", "quick")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give root up")
-@pytest.mark.parametrize("command", [("up", "edge-cloud"), ("calibrate", "lte"), ("clean",)])
-def test_without_root_the_remedy_is_named(command: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("arguments", [("up", "edge-cloud"), ("calibrate", "lte"), ("clean",)])
+def test_without_root_the_remedy_is_named(arguments: tuple[str, ...]) -> None:
     done = subprocess.run(
         ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--securebits=+noroot", sys.executable, "-c",
-         "import os, sys; os.geteuid = lambda: 1000; from testbed.cli import main; main(sys.argv[1:])", *command],
+         "import os, sys; os.geteuid = lambda: 1000; from testbed.cli import main; main(sys.argv[1:])", *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
@@ -97,17 +92,18 @@ def test_a_network_needs_no_tun_device(tmp_path: Path) -> None:
 
 
 def test_plan_answers_in_json() -> None:
-    done = testbed("plan", "quick", "--set", "model=HuggingFaceTB/SmolLM2-135M", "--json")
-    value = json.loads(done.stdout)
+    done = command("plan", "quick", "--set", "model=HuggingFaceTB/SmolLM2-135M", "--json")
+    value = json.loads(done.out)
     assert value["trials"] == len(value["cells"]) * 3
 
 
-@pytest.mark.parametrize("command", ["codecs", "tasks", "profiles", "models"])
-def test_lists_are_printed_and_given_as_json(command: str) -> None:
-    assert testbed(command).stdout.count("\n") >= 2
-    assert (
-        len(json.loads(testbed(command, "--json").stdout)[command if command != "codecs" else "methods"]) >= 2
-    )
+@pytest.mark.parametrize(
+    ("listed", "key"),
+    [("codecs", "methods"), ("tasks", "tasks"), ("profiles", "profiles"), ("models", "models")],
+)
+def test_lists_are_printed_and_given_as_json(listed: str, key: str) -> None:
+    assert command(listed).out.count("\n") >= 2
+    assert len(json.loads(command(listed, "--json").out)[key]) >= 2
 
 
 def test_the_orchestrator_never_imports_torch() -> None:
@@ -115,6 +111,7 @@ def test_the_orchestrator_never_imports_torch() -> None:
         "import sys, testbed.cli, testbed.experiment.runner, testbed.experiment.plan, testbed.experiment.estimate\n"
         "import testbed.experiment.environment\n"
         "import testbed.net.fabric.fabric, testbed.net.calibration.calibrate, testbed.experiment.results\n"
+        "import testbed.models.kvcache, testbed.models.attention, testbed.models.sources, testbed.models.fetching\n"
         "from testbed.codecs.registry import describe; describe()\n"
         "from testbed.tasks.task import describe; from testbed.tasks.task import make_task; describe(); make_task('needle')\n"
         "plan = testbed.experiment.plan.load_plan('5g')\n"
@@ -138,17 +135,10 @@ def test_a_models_directory_that_holds_none_is_one_line(tmp_path: Path, config: 
     "argument", ["x" * 256, "1e400", "[" * 100_000, "\udcff\udcfe", "9" * 5000, "\u202e", "a\nb"]
 )
 @pytest.mark.parametrize(
-    "command",
+    "asked",
     [("plan",), ("plot",), ("models", "fetch"), ("up",), ("plan", "quick", "--codec"), ("plan", "quick", "--set"),
      ("plan", "quick", "--link"), ("plan", "quick", "--examples"), ("calibrate",), ("run", "--resume")],
 )  # fmt: skip
-def test_what_nobody_means_is_one_short_line(
-    command: tuple[str, ...], argument: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    prefix = {"--set": "timeout=", "--link": "access="}.get(command[-1], "")
-    with pytest.raises(SystemExit) as ended:
-        main([*command, prefix + argument])
-    assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert len(said.strip().splitlines()) == 1
-    assert len(said) < 1500
+def test_what_nobody_means_is_one_short_line(asked: tuple[str, ...], argument: str) -> None:
+    prefix = {"--set": "timeout=", "--link": "access="}.get(asked[-1], "")
+    assert len(complaint(*asked, prefix + argument)) < 1500

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +18,7 @@ from testbed.codecs.spec import parse
 from testbed.diagnosis import published, run, tables
 from testbed.diagnosis.choose import Loss, Outcome, best_form, holds, smallest_set, surely_lost, verdict
 from testbed.diagnosis.variants import Outcomes
+from tests.command import command
 
 PLACES: list[Place] = [(kind, layer) for layer in range(10) for kind in ("keys", "values")]
 
@@ -149,6 +148,15 @@ def test_a_tiny_model_is_diagnosed_into_a_file_that_mixed_reads(
     assert found["sets"][0]["protect"] == "none"
     codec = parse(f"mixed(low=2, protect={out})").bound(found["model"])
     assert str(codec) == str(parse(f"mixed(low=2, protect={found['protect']})"))
+    forms = {form["codec"]: form for form in found["forms"]}
+    assert list(forms) == ["int2(symmetric=true)", "int2(group=0, symmetric=true)", "int2"]
+    # Judged at their true bytes; 16 elements a head: a group is no longer than a token's own.
+    assert [form["bits_per_element"] for form in forms.values()] == [3.0, 3.0, 4.0]
+    losses = [form["nll"]["mean"] for form in forms.values()]
+    assert losses[0] == losses[1] != losses[2]
+    assert (
+        found["all_quantized"]["nll"]["mean"] != 0
+    )  # of the examples that rank; forms: of those that choose, too
     assert {path.name for path in tmp_path.iterdir()} == {
         "found.json",
         "found-layer_sensitivity.png",
@@ -167,21 +175,6 @@ def test_the_published_rule_quantizes_each_layer_alone_with_a_scale_a_token_and_
     assert all(one["kl"] > 0 for one in found["published"]["each"])
     assert found["published"]["damage"] in ("robust", "concentrated", "distributed")
     assert str(parse(f"mixed(low=2, high=16, protect={out}, scale=token)").bound(found["model"]))
-
-
-@pytest.mark.slow
-def test_every_form_of_the_coarse_integers_is_judged_at_its_true_bytes(
-    tiny_model: Callable[[str], Path], tmp_path: Path
-) -> None:
-    found = diagnose(tiny_model("llama"), tmp_path / "found.json")
-    forms = {form["codec"]: form for form in found["forms"]}
-    assert list(forms) == ["int2(symmetric=true)", "int2(group=0, symmetric=true)", "int2"]
-    # 16 elements a head: a group is no longer than a token's own.
-    assert [form["bits_per_element"] for form in forms.values()] == [3.0, 3.0, 4.0]
-    losses = [form["nll"]["mean"] for form in forms.values()]
-    assert losses[0] == losses[1] != losses[2]
-    whole = found["all_quantized"]["nll"]["mean"]
-    assert whole != 0  # of the examples that rank; forms are judged by those that choose, too
 
 
 def test_the_smallest_form_that_holds_is_the_one_to_take() -> None:
@@ -231,14 +224,12 @@ def test_tables_are_counted_in_the_prompt_of_the_run(
     assert tables.main([*asked, "--prompt", "letter"]) == 2
 
 
-def test_a_wrong_request_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
-    program = "import sys; from testbed.cli import main; main(sys.argv[1:])"
+def test_a_wrong_request_is_refused_before_a_model_is_loaded() -> None:
     for arguments, says in (
         (["no-such-model"], "unknown model 'no-such-model'"),
         (["smollm2-135m", "--bits", "4", "--high", "4"], "--high 4 must be more than --bits 4"),
     ):
-        command = [sys.executable, "-c", program, "diagnose", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        assert says in done.stderr
-        assert done.stderr.count("\n") == 1
+        done = command("diagnose", *arguments)
+        assert done.status == 2
+        assert says in done.errors
+        assert done.errors.count("\n") == 1

@@ -180,13 +180,8 @@ def test_a_tiny_model_is_measured_step_by_step_and_what_is_there_is_not_repeated
     first, second, *_ = json.loads(from_rows.stdout)["models"][str(model)]
     assert first["setting"] == "int8" and second["setting"] in FORMS
 
-
-@pytest.mark.slow
-def test_a_model_that_does_not_answer_the_task_is_said_so(
-    tiny_model: Callable[[str], Path], tmp_path: Path
-) -> None:
-    found = guided(tiny_model("llama"), tmp_path / "guide", "--examples", "2")
-    (steps,) = found["models"].values()
+    monkeypatch.undo()  # and a model that does not answer the task is said to be unfit
+    (steps,) = guided(model, out, "--examples", "3", "--diagnosed", "2")["models"].values()
     assert [s["answer"] for s in steps] == [UNFIT]
     assert "the full cache scores 0.00" in steps[0]["figures"]
 
@@ -195,16 +190,19 @@ def test_a_wrong_request_is_one_line_and_loads_no_torch(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "manifest.json").write_text('{"format": 2, "name": "other", "settings": {"name": "5g"}}')
-    program = "import sys; from testbed.cli import main\ntry: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
-    for arguments, says in (
-        (["no-such-model"], "unknown model 'no-such-model'"),
-        (["smollm2-135m", str(run)], "name one model to measure, or the directories of runs"),
-        (["smollm2-135m", "--task", "nedle"], "unknown task 'nedle'"),
-        (["smollm2-135m", "--out", str(run)], "was measured with name 5g, not guide"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-c", program, "guide", *arguments], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 2, done.stderr
-        assert says in done.stderr
-        assert done.stderr.count("\n") == 1
+    asked = {
+        "unknown model 'no-such-model'": ["no-such-model"],
+        "name one model to measure, or the directories of runs": ["smollm2-135m", str(run)],
+        "unknown task 'nedle'": ["smollm2-135m", "--task", "nedle"],
+        "was measured with name 5g, not guide": ["smollm2-135m", "--out", str(run)],
+    }
+    program = (
+        "import json, sys; from tests.command import command\n"
+        "for says, asked in json.loads(sys.argv[1]).items():\n"
+        "    done = command('guide', *asked)\n"
+        "    assert (done.status, done.errors.count(chr(10))) == (2, 1) and says in done.errors, done\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, json.dumps(asked)], check=True, cwd=Path(__file__).parents[1]
+    )

@@ -1,0 +1,30 @@
+"""The command line in this process: exit status and what it says, without the second that another process takes to begin."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+
+from testbed.cli import main
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended, and what it said."""
+
+    status: int
+    out: str
+    errors: str
+
+
+def command(*arguments: str) -> Ended:
+    """`testbed` with these arguments."""
+    out, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+            main(list(arguments))
+    except SystemExit as ended:
+        said = [stream.buffer.getvalue().decode() for stream in (out, errors)]  # type: ignore[attr-defined]
+        return Ended(int(ended.code or 0), *said)
+    raise AssertionError("the command line always ends by a status")
