@@ -65,7 +65,8 @@ def host_state() -> dict[str, str]:
 
 
 def leftovers() -> list[str]:
-    """Namespaces, mounts, interfaces and processes that look like the testbed's (processes: of this Python environment)."""
+    """Namespaces, mounts, interfaces and processes that look like the testbed's (processes: of this Python environment, and of
+    the directory of states that TESTBED_STATE names)."""
     found = (
         [f"namespace {p.name}" for p in Path("/run/netns").glob("tb-*")]
         if Path("/run/netns").is_dir()
@@ -82,9 +83,12 @@ def leftovers() -> list[str]:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
+            given = (process / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
+        state = os.environ.get("TESTBED_STATE")
         ours = words[0] == os.fsencode(sys.executable)
+        ours = ours and (state is None or os.fsencode(f"TESTBED_STATE={state}") in given)
         if ours and any(b"testbed.endpoints" in word or b"testbed/net/" in word for word in words):
             found.append(f"process {process.name} {b' '.join(words).decode(errors='replace')[:80]}")
     return found
@@ -120,7 +124,7 @@ def torture(kills: int, seed: int, directory: Path, model: Path, scenario: str =
         process.communicate()
         killed_at.append(_rows(out))
         subprocess.run([sys.executable, "-m", "testbed", "clean"], cwd=ROOT, check=True, capture_output=True)
-        untidy.append(sorted(set(_settled(mine)) - mine))
+        untidy.append(sorted(set(settled(mine)) - mine))
     last = _start(path, out)
     _, errors = last.communicate()
     rows = [json.loads(line) for line in (out / "trials.jsonl").read_text().split("\n") if line]
@@ -166,8 +170,8 @@ def _let_run(process: subprocess.Popen[str], out: Path, generator: random.Random
         time.sleep(generator.uniform(0.0, 0.3))
 
 
-def _settled(mine: set[str]) -> list[str]:
-    """Leftovers once the kernel has had a moment to reap what was killed."""
+def settled(mine: set[str]) -> list[str]:
+    """`leftovers` once the kernel has had a moment to reap what was killed."""
     for _ in range(20):
         found = leftovers()
         if not set(found) - mine:

@@ -1,10 +1,11 @@
-"""What all tests share: hypothesis profiles, and skips that say why."""
+"""What all tests share: hypothesis profiles, skips that say why, and which tests run beside which (`make test`)."""
 
 from __future__ import annotations
 
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,18 @@ settings.register_profile("long", max_examples=10_000, deadline=None, suppress_h
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 MODEL = "smollm2-135m"
+NETWORKS = "networks"
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker has one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m deselects
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _mark_products(items)
+    _mark_lanes(items)
+    if hasattr(config, "workerinput"):
+        items.sort(key=_turn)
     reasons: dict[str, str | None] = {}
     for item in items:
         for marker in ("netns", "netem", "model"):
@@ -61,6 +69,33 @@ def _mark_products(items: list[pytest.Item]) -> None:
                 case.add_marker(pytest.mark.full)
 
 
+def _mark_lanes(items: list[pytest.Item]) -> None:
+    """What measures links has the machine for itself; what else builds networks does so one after the other."""
+    for item in items:
+        if item.get_closest_marker("netns") or item.get_closest_marker("netem"):
+            of_links = item.path.parent.name == "net"
+            item.add_marker(pytest.mark.alone if of_links else pytest.mark.xdist_group(NETWORKS))
+
+
+def _turn(item: pytest.Item) -> int:
+    """The order in which workers begin: what takes longest in one piece comes first."""
+    if item.path.name == "test_netem_guest.py":
+        return 0
+    return 1 if item.get_closest_marker("xdist_group") else 2
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where tests are run by several workers: those of a group by one of them, and those of a file, whose fixtures they share."""
+    from xdist.scheduler import LoadGroupScheduling
+
+    class Lanes(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return str(super()._split_scope(nodeid)).split("::")[0]
+
+    return Lanes(config, log)
+
+
 def _missing(marker: str) -> str | None:
     """Why tests with this marker cannot run here; None where they can."""
     if marker == "model":
@@ -89,6 +124,14 @@ def data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no data sets at {path}")
     return path
+
+
+@pytest.fixture(scope="module")
+def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A module's networks have a directory of states of their own: nobody else cleans them away."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TESTBED_STATE", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 tiny_model = tiny_models.tiny_model

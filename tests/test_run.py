@@ -9,52 +9,53 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from benchmarks.kill_resume import leftovers, torture
+from benchmarks.kill_resume import host_state, leftovers, settled
 from testbed.experiment.plan import load_plan
 from testbed.experiment.results import COLUMNS, FORMAT, STAGES, RunDirectory
 from testbed.experiment.runner import Runner
 from testbed.net.fabric.accounting import LATE_S
 from tests.analysis.make_run import headline, make_run
-from tests.tiny_models import tiny_model_directory
+from tests.runs import SCENARIO, TRIALS, rows, run, undrawn, unmeasured
 
 ROOT = Path(__file__).parents[1]
-SCENARIO = """\
-name: tiny
-profiles: ["rate=20mbit,delay=5ms", "rate=50mbit,delay=1ms"]
-placements: [split, cloud, edge]
-codecs: [fp16, int8, q2c@0.25+int4, h2o@0.5+int8, random@0.5+int8+zstd]
-tasks: [needle]
-context_tokens: 300
-examples: 2
-threads: 1
-max_new_tokens: 6
-"""
-TRIALS = 2 * 2 * (5 + 1 + 1)  # profiles, examples; codecs where the cache crosses, and the other placements
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "testbed", "run", *arguments, "--accept-uncalibrated"],
-        cwd=ROOT, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-
-
-def rows(directory: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (directory / "trials.jsonl").read_text().split("\n") if line]
+pytestmark = pytest.mark.usefixtures("own_state")
 
 
 @pytest.fixture(scope="module")
-def scenario(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("scenario")
-    path = directory / "tiny.yaml"
-    path.write_text(SCENARIO + f"model: {tiny_model_directory('llama', directory / 'model')}\n")
+def scenario(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scenario") / "tiny.yaml"
+    path.write_text(SCENARIO + f"model: {tiny_model('llama')}\n")
     return path
+
+
+def made(directory: Path) -> int:
+    """How many whole rows a run has."""
+    written = directory / "trials.jsonl"
+    return written.read_bytes().count(b"\n") if written.exists() else 0
+
+
+def started(*arguments: str) -> subprocess.Popen[str]:
+    """A run in a process of its own, which has made a few trials more."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.runs", "run", *arguments, "--accept-uncalibrated"],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        # A shell that puts the tests in the background has the signal ignored, which programs inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    out, deadline = Path(arguments[-1]), time.monotonic() + 100
+    enough = made(out) + 3
+    while made(out) < enough and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return process
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +64,8 @@ def finished(scenario: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = set(leftovers())
     out = tmp_path_factory.mktemp("run") / "out"
     done = run(str(scenario), "--out", str(out))
-    assert done.returncode == 0, done.stderr
-    assert "latency_quality.png" in done.stdout
+    assert done.status == 0, done.errors
+    assert "latency_quality.png" in done.out
     assert set(leftovers()) == before
     return out
 
@@ -163,38 +164,33 @@ class TestAWholeRun:
             lost = sum(counted[way]["overrun"] for way in ("up", "down"))
             assert bool(warned) == (late > LATE_S or lost > 0)
 
-    def test_gives_the_same_answers_tokens_and_bytes_when_run_again(
+    def test_is_interrupted_and_killed_and_gives_the_same_answers_tokens_and_bytes_when_resumed(
         self, finished: Path, scenario: Path, tmp_path: Path
     ) -> None:
-        out = tmp_path / "again"
-        assert run(str(scenario), "--out", str(out)).returncode == 0
-        same = ("answer", "kept_digest", "payload_digest", "payload_bytes", "nll", "score")
-        first = {row["trial"]: [row[key] for key in same] for row in rows(finished)}
-        assert {row["trial"]: [row[key] for key in same] for row in rows(out)} == first
-
-    def test_stops_on_ctrl_c_and_is_finished_by_resume(self, scenario: Path, tmp_path: Path) -> None:
-        before, out = set(leftovers()), tmp_path / "stopped"
-        process = subprocess.Popen(
-            [sys.executable, "-m", "testbed", "run", str(scenario), "--out", str(out), "--accept-uncalibrated"],
-            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            # A shell that puts the tests in the background has the signal ignored, which programs inherit.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
-        for _ in range(2000):
-            if process.poll() is not None or ((out / "trials.jsonl").exists() and len(rows(out)) >= 3):
-                break
-            time.sleep(0.05)
+        before, host, out = set(leftovers()), host_state(), tmp_path / "stopped"
+        process = started(str(scenario), "--out", str(out))
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130, errors
         assert f"--resume {out}" in errors
         assert set(leftovers()) == before
-        assert 0 < len(rows(out)) < TRIALS
+        interrupted = made(out)
         with (out / "trials.jsonl").open("a") as file:
             file.write('{"trial": "cut off in the mid')
-        done = run("--resume", str(out))
-        assert done.returncode == 0, done.stderr
-        assert len(rows(out)) == len({row["trial"] for row in rows(out)}) == TRIALS
+
+        process = started("--resume", str(out))
+        process.kill()
+        process.communicate()
+        assert interrupted < made(out) < TRIALS
+        subprocess.run([sys.executable, "-m", "testbed", "clean"], cwd=ROOT, check=True, capture_output=True)
+        assert set(settled(before)) == before
+        assert host_state() == host
+
+        with unmeasured():
+            assert run("--resume", str(out)).status == 0
+        same = ("answer", "kept_digest", "payload_digest", "payload_bytes", "nll", "score", "error")
+        again = [[row["trial"], *(row[key] for key in same)] for row in rows(out)]
+        assert sorted(again) == sorted([row["trial"], *(row[key] for key in same)] for row in rows(finished))
 
     def test_says_so_and_stops_where_it_is_finished_already(self, finished: Path, tmp_path: Path) -> None:
         out = tmp_path / "finished"
@@ -202,9 +198,9 @@ class TestAWholeRun:
         (out / "trials.parquet").unlink()
         before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
         done = run("--resume", str(out))
-        assert done.returncode == 0, done.stderr
-        assert "is finished" in done.stdout
-        assert "building" not in done.stderr
+        assert done.status == 0, done.errors
+        assert "is finished" in done.out
+        assert "building" not in done.errors
         assert (out / "trials.parquet").exists()
         assert {name: (out / name).read_bytes() for name in before} == before
 
@@ -216,8 +212,9 @@ class TestAWholeRun:
         before = rows(out)
         before[5] |= {"error": "the cloud did not answer", "answer": "", "score": None, "e2e_s": 0.0}
         (out / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before))
-        done = run("--resume", str(out))
-        assert done.returncode == 0, done.stderr
+        with unmeasured():
+            done = run("--resume", str(out))
+        assert done.status == 0, done.errors
         assert rows(out)[:-1] == before
         again, first = rows(out)[-1], rows(finished)[5]
         same = ("trial", "cell", "answer", "score", "nll", "payload_digest", "error")
@@ -225,13 +222,6 @@ class TestAWholeRun:
         assert again["e2e_s"] > 0
         measured = json.loads((out / "calibration.json").read_text())["measurements"]
         assert [one["profile"] for one in measured][2:] == [again["profile"]]  # no other has trials ahead
-
-    def test_survives_being_killed(self, tmp_path: Path) -> None:
-        result = torture(2, 3, tmp_path, tiny_model_directory("llama", tmp_path / "model"))
-        assert result["left_behind_after_clean"] == []
-        assert result["repeated"] == []
-        assert result["host_changed"] == {}
-        assert (result["trials"], result["failed"], result["final_exit_status"]) == (result["expected"], 0, 0)
 
 
 def test_rows_that_another_process_adds_before_the_lock_is_had_are_not_repeated(tmp_path: Path) -> None:
@@ -247,14 +237,13 @@ def test_rows_that_another_process_adds_before_the_lock_is_had_are_not_repeated(
 
 @pytest.mark.netem
 @pytest.mark.slow
-def test_a_whole_run_on_the_kernels_own_emulator(tmp_path: Path) -> None:
-    path = tmp_path / "netem.yaml"
-    small = SCENARIO.replace("examples: 2", "examples: 1")
-    path.write_text(small + f"model: {tiny_model_directory('llama', tmp_path / 'model')}\nemulator: netem\n")
-    done = run(str(path), "--out", str(tmp_path / "out"))
-    assert done.returncode == 0, done.stderr
+def test_a_whole_run_on_the_kernels_own_emulator(scenario: Path, tmp_path: Path) -> None:
+    codecs = ["fp16", "q2c@0.25+int4"]
+    with undrawn():
+        done = run(str(scenario), "--out", str(tmp_path / "out"), emulator="netem", examples=1, codecs=codecs)
+    assert done.status == 0, done.errors
     found = rows(tmp_path / "out")
-    assert len(found) == TRIALS // 2
+    assert len(found) == 2 * (2 + 1 + 1)
     assert {(row["emulator"], row["error"]) for row in found} == {("netem", "")}
     assert all(row["answer"] == row["reference_answer"].strip() for row in found if row["codec"] == "fp16")
     assert os.geteuid() == 0
@@ -265,21 +254,19 @@ def test_a_whole_run_on_the_kernels_own_emulator(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at", ["trial", "run"])
 def test_every_row_says_where_in_its_trace_it_began(scenario: Path, tmp_path: Path, at: str) -> None:
     out = tmp_path / "out"
-    changes = [
-        *["--set", "profiles=['delay=5ms,sine:10mbit..30mbit*2s', 'rate=20mbit,delay=5ms']"],
-        *["--set", f"at={at}", "--set", "placements=[split, edge]", "--codec", "fp16", "--examples", "2"],
-        *["--emulator", "userspace"],
-    ]
-    done = run(str(scenario), "--out", str(out), *changes)
-    assert done.returncode == 0, done.stderr
+    profiles = ["delay=5ms,sine:10mbit..30mbit*2s", "rate=20mbit,delay=5ms"]
+    with unmeasured():
+        done = run(
+            str(scenario), "--out", str(out), "--emulator", "userspace",
+            profiles=profiles, at=at, placements=["split", "edge"], codecs=["fp16"],
+        )  # fmt: skip
+    assert done.status == 0, done.errors
     changing = [row for row in rows(out) if row["profile"].endswith("*2s") and row["placement"] == "split"]
     assert all(row["trace_s"] is None for row in rows(out) if row not in changing)
     assert all(row["error"] == "" and row["rate_up_bps"] == pytest.approx(20e6) for row in changing)
     first, second = (row["trace_s"] for row in changing)
     assert first < 1.0
     assert second < 1.0 if at == "trial" else second > first
-    curves = json.loads((out / "calibration.json").read_text())["measurements"][0]["attempts"][-1]["curves"]
-    assert [curve["way"] for curve in curves] == ["up", "down"]
 
 
 @pytest.mark.netns
@@ -293,34 +280,37 @@ def test_every_row_says_where_in_its_trace_it_began(scenario: Path, tmp_path: Pa
     ],
 )
 def test_what_dies_or_stands_still_during_a_trial_ends_the_run_by_name(
-    scenario: Path, tmp_path: Path, who: str, fate: signal.Signals, said: str
+    scenario: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str, fate: signal.Signals, said: str
 ) -> None:
     out, state = tmp_path / "out", tmp_path / "state"
-    slow = ["--set", "profiles=['rate=100kbit,delay=5ms']", "--set", "placements=[split]", "--codec", "fp16"]
-    slow += ["--emulator", "userspace"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "testbed", "run", str(scenario), "--out", str(out), "--accept-uncalibrated", *slow],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "TESTBED_STATE": str(state)},
-    )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while not (out / "trials.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(1.0)  # the second trial crosses, which takes some ten seconds
-    if who == "relay":
-        (kept,) = state.glob("*.json")
-        pid = json.loads(kept.read_text())["processes"][0]["pid"]
-    else:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        (pid,) = (
-            int(p) for p in children if f"testbed.endpoints.{who}" in Path(f"/proc/{p}/cmdline").read_text()
-        )
-    os.kill(pid, fate)
-    started = time.monotonic()
-    _, errors = process.communicate(timeout=60)
-    assert time.monotonic() - started < 20  # a second or two, and taking the network away, on a busy machine
-    assert process.returncode == 1
-    assert re.search(said, errors), errors
-    assert f"--resume {out}" in errors
-    assert len(rows(out)) >= 1
+    monkeypatch.setenv("TESTBED_STATE", str(state))
+    struck: list[float] = []
+
+    def strike() -> None:
+        while not (out / "trials.jsonl").exists():
+            time.sleep(0.05)
+        time.sleep(1.0)  # the second trial crosses, which takes some ten seconds
+        if who == "relay":
+            (kept,) = state.glob("*.json")
+            pid = json.loads(kept.read_text())["processes"][0]["pid"]
+        else:
+            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            of_role = f"testbed.endpoints.{who}"
+            (pid,) = (int(p) for p in children if of_role in Path(f"/proc/{p}/cmdline").read_text())
+        os.kill(pid, fate)
+        struck.append(time.monotonic())
+
+    threading.Thread(target=strike, daemon=True).start()
+    with unmeasured():
+        done = run(
+            str(scenario), "--out", str(out), "--emulator", "userspace",
+            profiles=["rate=100kbit,delay=5ms"], placements=["edge", "split"], codecs=["fp16"],
+        )  # fmt: skip
+    assert (
+        time.monotonic() - struck[0] < 20
+    )  # a second or two, and taking the network away, on a busy machine
+    assert done.status == 1
+    assert re.search(said, done.errors), done.errors
+    assert f"--resume {out}" in done.errors
+    assert len(rows(out)) == 1
     assert list(state.glob("*.json")) == []  # nothing of its network is left to be removed

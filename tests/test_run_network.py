@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.kill_resume import leftovers
 from testbed.experiment.results import MEASURED
-from tests.test_run import SCENARIO, rows, run
-from tests.tiny_models import tiny_model_directory
+from tests.runs import SCENARIO, rows, run, unmeasured
+
+pytestmark = [pytest.mark.netns, pytest.mark.slow, pytest.mark.usefixtures("own_state")]
 
 TOPOLOGY = """\
 nodes: [edge, other, router, cloud]
@@ -38,30 +40,35 @@ def frames(path: Path) -> list[tuple[int, bytes]]:
     return found
 
 
-@pytest.mark.netns
-@pytest.mark.slow
-def test_a_run_leaves_captures_traffic_and_traces_in_its_directory_and_nothing_else(tmp_path: Path) -> None:
-    before = set(leftovers())
-    (tmp_path / "net.yaml").write_text(TOPOLOGY)
-    (tmp_path / "walk.csv").write_text("time_s,rate_mbps\n0,20\n1,30\n")
+@pytest.fixture
+def scenario(tiny_model: Callable[[str], Path], tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(
         SCENARIO.replace("examples: 2", "examples: 1")
-        + f"model: {tiny_model_directory('llama', tmp_path / 'model')}\n"
-        + f"topology: {tmp_path / 'net.yaml'}\nlink: access\nemulator: userspace\n"
-        + "traffic: [{from: other, to: cloud, kind: udp, rate: 1mbit}]\n"
+        + f"emulator: userspace\nmodel: {tiny_model('llama')}\n"
     )
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _unmeasured() -> Iterator[None]:
+    with unmeasured():
+        yield
+
+
+def test_a_run_leaves_captures_traffic_and_traces_in_its_directory_and_nothing_else(
+    scenario: Path, tmp_path: Path
+) -> None:
+    before = set(leftovers())
+    (tmp_path / "net.yaml").write_text(TOPOLOGY)
+    (tmp_path / "walk.csv").write_text("time_s,rate_mbps\n0,20\n1,30\n")
+    traffic = [{"from": "other", "to": "cloud", "kind": "udp", "rate": "1mbit"}]
+    with scenario.open("a") as file:
+        file.write(f"topology: {tmp_path / 'net.yaml'}\nlink: access\ntraffic: {json.dumps(traffic)}\n")
     out = tmp_path / "out"
-    changes = [
-        "--set",
-        "profiles=['delay=2ms,trace:walk.csv']",
-        "--set",
-        "placements=[split]",
-        "--codec",
-        "fp16",
-    ]
-    done = run(str(path), "--out", str(out), *changes)
-    assert done.returncode == 0, done.stderr
+    one = {"profiles": ["delay=2ms,trace:walk.csv"], "placements": ["split"], "codecs": ["fp16"]}
+    done = run(str(scenario), "--out", str(out), **one)
+    assert done.status == 0, done.errors
     assert set(leftovers()) == before
     assert [row["error"] for row in rows(out)] == [""]
 
@@ -86,18 +93,15 @@ def test_a_run_leaves_captures_traffic_and_traces_in_its_directory_and_nothing_e
     assert (out / kept["file"]).read_bytes() == (tmp_path / "walk.csv").read_bytes()
 
 
-@pytest.mark.netns
-@pytest.mark.slow
 @pytest.mark.parametrize("at", ["trial", "run"])
-def test_a_reused_answer_meets_the_outage_that_a_computed_one_met(tmp_path: Path, at: str) -> None:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(SCENARIO + f"model: {tiny_model_directory('llama', tmp_path / 'model')}\n")
+def test_a_reused_answer_meets_the_outage_that_a_computed_one_met(
+    scenario: Path, tmp_path: Path, at: str
+) -> None:
     out = tmp_path / "out"
     alike = [f"rate=20mbit,delay={delay}ms,outage:3s@0.5s" for delay in (5, 6)]
-    changes = {"profiles": alike, "placements": ["cloud"], "examples": 1, "at": at, "compute.cloud": 30}
-    options = [part for key, value in changes.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    done = run(str(path), "--out", str(out), *options, "--emulator", "userspace")
-    assert done.returncode == 0, done.stderr
+    slow = {"compute.cloud": 30}
+    done = run(str(scenario), "--out", str(out), profiles=alike, placements=["cloud"], at=at, **slow)
+    assert done.status == 0, done.errors
     computed, reused = rows(out)
     assert computed["reused"] == "" and not computed["replayed"]
     assert reused["reused"] == "prefill,first_token,generate" and reused["replayed"]
@@ -108,21 +112,13 @@ def test_a_reused_answer_meets_the_outage_that_a_computed_one_met(tmp_path: Path
         assert reused["trace_s"] - computed["trace_s"] > computed["e2e_s"] > 3
 
 
-@pytest.mark.netns
-@pytest.mark.slow
-def test_a_failed_trial_leaves_no_times_and_no_counts(tmp_path: Path) -> None:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(SCENARIO + f"model: {tiny_model_directory('llama', tmp_path / 'model')}\n")
+def test_a_failed_trial_leaves_no_times_and_no_counts(scenario: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    changes = {
-        "profiles": ["rate=20mbit,delay=5ms,outage:6s@0s"],
-        "placements": ["edge", "cloud"],
-        "examples": 1,
-        "timeout": "1s",
-    }
-    options = [part for key, value in changes.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    done = run(str(path), "--out", str(out), *options, "--emulator", "userspace")
-    assert done.returncode == 1, done.stderr
+    profiles = ["rate=20mbit,delay=5ms,outage:6s@0s"]
+    done = run(
+        str(scenario), "--out", str(out), profiles=profiles, placements=["edge", "cloud"], timeout="1s"
+    )
+    assert done.status == 1, done.errors
     here, failed = rows(out)
     assert here["e2e_s"] > 0 and here["answer_tokens"] >= 1
     assert failed["error"] and failed["trace_s"] is not None and failed["kv_bytes"] == here["kv_bytes"]
