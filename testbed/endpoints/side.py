@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -226,4 +227,6 @@ def main(make_handlers: Callable[[], Handlers]) -> None:
     """An endpoint process: answer the orchestrator, which asks over standard input and output, until it goes away."""
     channel = Channel.of_this_process()
     channel.serve(make_handlers())
-    sys.stdout.flush()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)  # an interpreter with torch in it takes a second of a processor, and more, to be taken apart
