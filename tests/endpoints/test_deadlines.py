@@ -19,15 +19,13 @@ import pytest
 from testbed.deadline import Deadline
 from testbed.endpoints.client import Client
 from testbed.endpoints.endpoint import Endpoint
-from testbed.endpoints.protocol import Hello, Link, Serve, TrialRequest
+from testbed.endpoints.protocol import Hello, Link, Load, Serve
 from testbed.errors import EndpointError, NetworkError, TestbedError
 from testbed.experiment.deployment import Pair
 from testbed.hosts.channel import Channel, Result, pack
 from testbed.hosts.local import Local
 from testbed.transport import wire
 from testbed.transport.tcp import Tcp, TcpStream
-from tests.endpoints.pair import started
-from tests.tiny_models import tiny_model_directory
 
 FATES = {signal.SIGKILL: r"ended \(signal SIGKILL\)", signal.SIGSTOP: "has been stopped for 1"}
 NOTICED_S = 8.0  #: a second or two, on a machine that has other things to do
@@ -181,20 +179,22 @@ def test_the_cloud_serves_whoever_asks_however_many_are_silent_and_says_when_it_
 
 
 @pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_cloud_that_dies_or_stands_still_during_a_request_is_named(
-    tmp_path: Path, fate: signal.Signals
+def test_a_cloud_that_dies_or_stands_still_while_the_edge_is_waited_for_is_named(
+    tiny_model: Callable[[str], Path], tmp_path: Path, fate: signal.Signals
 ) -> None:
-    with started(tmp_path, tiny_model_directory("llama", tmp_path / "model"), cloud=2000.0) as both:
-        pair = Pair(SimpleNamespace(scenario=None), both.edge, both.cloud)  # type: ignore[arg-type]
-        message = TrialRequest("split", 0, 0, codec="fp16", link=both.link)
-        timer = threading.Timer(1.0, os.kill, (both.cloud.process.pid, fate))
-        timer.start()
-        with (
-            noticed(1.0 + NOTICED_S),
-            pytest.raises(EndpointError, match=f"the cloud process .*{FATES[fate]}"),
-        ):
-            pair._call(both.edge, message, 120.0)
+    loading = Load(str(tiny_model("llama")), threads=1)  # which takes seconds
+    pair = Pair(
+        SimpleNamespace(scenario=None),  # type: ignore[arg-type]
+        *(Endpoint.start(role, Local(), tmp_path / role) for role in ("edge", "cloud")),
+    )
+    named = pytest.raises(EndpointError, match=f"the cloud process .*{FATES[fate]}")
+    with pair.edge.process, pair.cloud.process:
+        threading.Timer(0.5, os.kill, (pair.cloud.process.pid, fate)).start()
+        with noticed(0.5 + NOTICED_S), named:
+            pair._call(pair.edge, loading, 120.0)
         assert not pair.alive
+        for side in (pair.edge, pair.cloud):
+            side.process.kill()
 
 
 Answering = Callable[[float], tuple[dict[str, Any], dict[str, Any]]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,12 +19,11 @@ from testbed.transport import wire
 from testbed.transport.transport import find
 from tests.endpoints.pair import Pair, in_this_process
 from tests.test_files import a_row
-from tests.tiny_models import tiny_model_directory
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return in_this_process(tiny_model_directory("llama", tmp_path_factory.mktemp("sessions")))
+def pair(tiny_model: Callable[[str], Path]) -> Pair:
+    return in_this_process(tiny_model("llama"))
 
 
 def test_one_clients_memory_is_no_other_ones(pair: Pair) -> None:
