@@ -7,8 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from testbed.errors import UsageError
 from testbed.tasks import make_task
@@ -66,17 +64,6 @@ def test_no_distractor_holds_the_answer() -> None:
     for example in make_task("multihop").examples(20, 1200, Counter(), seed=4):
         others = set(example.context.splitlines()) - set(golds(example.id))
         assert not any(re.search(rf"\b{re.escape(example.answers[0])}\b", text) for text in others)
-
-
-@given(count=st.integers(1, 12), tokens=st.integers(280, 900), seed=st.integers(0, 99))
-def test_the_same_arguments_give_the_same_examples_and_a_larger_count_only_adds(
-    count: int, tokens: int, seed: int
-) -> None:
-    task = make_task("multihop")
-    assert (
-        task.examples(count, tokens, Counter(), seed)
-        == task.examples(count + 2, tokens, Counter(), seed)[:count]
-    )
 
 
 def test_a_files_rows_need_gold_paragraphs(tmp_path: Path) -> None:

@@ -60,14 +60,6 @@ def test_a_list_of_depths_is_taken_in_turn_and_random_ones_differ() -> None:
     assert len(set(shares("random"))) > 3
 
 
-def test_the_same_arguments_give_the_same_examples_and_a_larger_count_only_adds() -> None:
-    task = make_task("needle", needles=3)
-    few, many = task.examples(3, 400, Counter(), seed=5), task.examples(9, 400, Counter(), seed=5)
-    assert many[:3] == few
-    assert len({e.id for e in many}) == len({e.context for e in many}) == 9
-    assert task.examples(3, 400, Counter(), seed=6)[0].context != few[0].context
-
-
 def test_the_question_does_not_depend_on_the_length_or_the_depth() -> None:
     short = make_task("needle").examples(4, 200, Counter(), seed=5)
     long = make_task("needle", depth=0.3).examples(4, 2000, Counter(), seed=5)

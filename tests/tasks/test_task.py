@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from testbed.errors import UsageError
 from testbed.tasks import Example, Task, describe, make_task, parse_task
-from tests.tasks.counting import pieces
+from tests.tasks.counting import Counter, pieces
 
 
 @pytest.fixture(params=["needle", "passages", "qa", "choice", "multihop", "multikey", "variables"])
@@ -58,6 +60,18 @@ def test_a_score_ends_at_the_stop_and_is_the_tasks_metric(name: str) -> None:
     assert scores["score"] == scores[task.metric]
     assert task.score(" Tiber.", EXAMPLE) == {"score": 1.0, "em": 1.0, "f1": 1.0}
     assert task.score("", EXAMPLE) == {"score": 0.0, "em": 0.0, "f1": 0.0}
+
+
+@pytest.mark.parametrize("name", ["needle", "passages", "multihop", "multikey", "variables"])
+@given(seed=st.integers(0, 99), tokens=st.integers(280, 900), count=st.integers(1, 6))
+def test_the_same_arguments_give_the_same_examples_and_a_larger_count_only_adds(
+    name: str, seed: int, tokens: int, count: int
+) -> None:
+    task = make_task(name)
+    few, more = (task.examples(n, tokens, Counter(), seed) for n in (count, count + 2))
+    assert more[:count] == few
+    assert len({example.id for example in more}) == len(more)
+    assert task.examples(count, tokens, Counter(), seed + 1) != few
 
 
 def test_the_gold_answer_begins_with_a_space_and_is_the_first() -> None:
