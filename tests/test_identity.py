@@ -100,7 +100,7 @@ def guarded(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def run(home: Path) -> Path:
     """A finished run's directory, the user's."""
-    made = make_run(home / "run")
+    made = make_run(home / "run", examples=1)
     for path in (home, *home.rglob("*")):
         os.chown(path, USER, USER)
     return made
@@ -185,7 +185,7 @@ def test_a_name_that_could_be_foreseen_is_not_used(run: Path, secret: Path) -> N
 def test_figures_and_reports_go_nowhere_that_links_point(run: Path, secret: Path, guarded: Path) -> None:
     (run / "summary.csv").unlink(missing_ok=True)
     (run / "summary.csv").symlink_to(secret)
-    done = testbed("plot", str(run))
+    done = testbed("plot", str(run), "timeline")
     assert done.returncode == 0, done.stderr
     assert not (run / "summary.csv").is_symlink()
     assert all_users(run)
@@ -193,7 +193,7 @@ def test_figures_and_reports_go_nowhere_that_links_point(run: Path, secret: Path
         figure.unlink()
     (run / "figures").rmdir()
     (run / "figures").symlink_to(guarded)
-    done = testbed("plot", str(run))
+    done = testbed("plot", str(run), "timeline")
     assert done.returncode != 0
     assert "Permission denied" in done.stderr
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ PREFIX = (
     "Question: What is the key for the shed?\nAnswer: 9034\n\n"
 )
 FILLER = "The river runs past the old mill and the day was calm. "
-NEEDLES = [("blue boat", "73519", 3, 18), ("green lamp", "2046", 9, 18), ("north gate", "58831", 30, 46)]
+LONG = ("north gate", "58831", 30, 46)  # longer than gemma's window
+NEEDLES = {
+    "smollm2-135m": [("blue boat", "73519", 3, 18), LONG],
+    "gemma3-270m": [("green lamp", "2046", 9, 18), LONG],
+}
 
 
 @pytest.fixture(scope="module", params=["smollm2-135m", "gemma3-270m"])
@@ -36,8 +41,11 @@ def edge(preset: str) -> LanguageModel:
 
 
 @pytest.fixture(scope="module")
-def cloud(preset: str) -> LanguageModel:
-    return load_model(preset)
+def cloud(preset: str) -> Iterator[LanguageModel]:
+    """Loaded with the hub switched off."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield load_model(preset)
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +58,11 @@ def plain(preset: str) -> Any:
 
 @pytest.mark.model
 @pytest.mark.slow
-@pytest.mark.parametrize(("thing", "number", "depth", "sentences"), NEEDLES)
+@pytest.mark.parametrize("which", [0, 1], ids=["short", "long"])
 def test_the_split_path_answers_as_one_machine_and_as_transformers(
-    edge: LanguageModel, cloud: LanguageModel, plain: Any, thing: str, number: str, depth: int, sentences: int
+    edge: LanguageModel, cloud: LanguageModel, plain: Any, which: int
 ) -> None:
+    thing, number, depth, sentences = NEEDLES[edge.name][which]
     needle = f"The pass number for the {thing} is {number}. "
     prefix = edge.tokenize(PREFIX, start=True)
     context = edge.tokenize("Context: " + FILLER * depth + needle + FILLER * (sentences - depth))
@@ -77,12 +86,6 @@ def test_the_split_path_answers_as_one_machine_and_as_transformers(
     assert edge.text(here, "\n") == edge.text(theirs, "\n")
     if edge.name == "smollm2-135m":  # the other is not good enough at this for each needle
         assert edge.text(here).strip() == number
-
-
-@pytest.mark.model
-def test_presets_load_with_the_hub_switched_off(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert load_model(preset).name == preset
 
 
 @pytest.mark.model
