@@ -7,23 +7,30 @@ from pathlib import Path
 
 import pytest
 
-from testbed.cli import main
+from testbed.analysis.figures import FIGURES
+from tests import command as commands
 from tests.analysis.make_run import PROFILES, SWEEP, lines, make_run, rewrite, write_calibration
 
 Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
+def command() -> Command:
     """Runs a command: its exit status, what it prints, and what it prints as an error."""
 
     def typed(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
+        done = commands.command(*map(str, arguments))
+        return done.status, done.out, done.errors
 
     return typed
+
+
+@pytest.fixture
+def few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who draws all figures draws two, for tests of something else."""
+    few = {name: FIGURES[name] for name in ("stages", "timeline")}
+    for module in ("figures", "report"):
+        monkeypatch.setattr(f"testbed.analysis.{module}.FIGURES", few)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,10 @@ def drawn(name: str, path: Path) -> Figure:
     return made
 
 
+#: A figure of a run that stays as it is, drawn once.
+once = functools.cache(drawn)
+
+
 def texts(made: Figure) -> list[str]:
     shown = (t.get_text() for t in made.findobj(Text) if isinstance(t, Text) and t.get_visible())
     return [text.replace("\n", " ") for text in shown if text.strip()]
@@ -103,16 +108,11 @@ def test_the_same_rows_give_the_same_bytes(small: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
-@pytest.mark.parametrize("which", ["run", "wide"])
-def test_no_text_leaves_the_picture(name: str, which: str, request: pytest.FixtureRequest) -> None:
-    path = request.getfixturevalue(which)
-    if name == "latency_quality_by_task" and which == "wide":
-        pytest.skip("this run has one task")
-    if name == "link_sweep":
-        path = request.getfixturevalue("sweep")
+def test_no_text_leaves_the_picture(name: str, run: Path, wide: Path, sweep: Path) -> None:
+    path = {"latency_quality_by_task": run, "link_sweep": sweep}.get(name, wide)
     if name == "layer_sensitivity":
         write_diagnosis(path / "diagnosis.json")
-    made = drawn(name, path)
+    made = once(name, path)
     box = made.get_tightbbox(FigureCanvasAgg(made).get_renderer())  # inches, around all that is drawn
     width, height = made.get_size_inches()
     assert box.x0 >= 0
@@ -132,7 +132,7 @@ def test_one_setting_that_loses_nothing_is_drawn_whole_and_counted_as_one(tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["latency_quality", "latency_nll", "latency_quality_by_task"])
 def test_labels_in_a_panel_cover_neither_each_other_nor_a_mark(name: str, run: Path) -> None:
-    made = drawn(name, run)
+    made = once(name, run)
     renderer = FigureCanvasAgg(made).get_renderer()
     checked = 0
     for ax in made.axes:
@@ -176,7 +176,7 @@ def test_every_setting_has_its_own_mark() -> None:
 
 
 def test_stage_bars_add_up_to_the_median_latency(run: Path) -> None:
-    ax = drawn("stages", run).axes[0]
+    ax = once("stages", run).axes[0]
     rows = load(run).rows
     own = rows[(rows["profile"] == "5g-good") & (rows["codec"] == "fp16")]
     first = [p for p in ax.patches if abs(p.get_y() + p.get_height() / 2) < 0.01]
@@ -229,7 +229,7 @@ def test_marks_are_colours_of_the_colour_blind_safe_palette() -> None:
 
 
 def test_regimes_names_the_fastest_that_keeps_the_quality_and_the_next(sweep: Path) -> None:
-    said = texts(drawn("regimes", sweep))
+    said = texts(once("regimes", sweep))
     rows = load(sweep).rows
     for profile in SWEEP:
         own = rows[rows["profile"] == profile]
@@ -247,7 +247,7 @@ def test_regimes_names_the_fastest_that_keeps_the_quality_and_the_next(sweep: Pa
 
 
 def test_link_sweep_draws_the_medians_of_links_that_differ_in_one_condition(sweep: Path) -> None:
-    made = drawn("link_sweep", sweep)
+    made = once("link_sweep", sweep)
     rows = load(sweep).rows
     edge = rows[(rows["delay_up_s"] == 0.01) & (rows["codec"] == "int8")].groupby("rate_up_bps")["e2e_s"]
     expected = edge.median()
@@ -256,7 +256,7 @@ def test_link_sweep_draws_the_medians_of_links_that_differ_in_one_condition(swee
 
 
 def test_link_sweep_s_qualities_stand_beside_each_other(sweep: Path) -> None:
-    made = drawn("link_sweep", sweep)
+    made = once("link_sweep", sweep)
     lower = made.axes[2]
     marks_at = [
         line.get_xdata()[0]

@@ -63,7 +63,7 @@ def test_names_cannot_become_markup(tmp_path: Path) -> None:
     assert "&lt;img src=x" in text
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("few_figures")
 def test_what_is_missing_in_the_directory_is_said(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ("lte",), ("fp16", "int8"), tasks=("needle",), examples=4)
     failed = [r | {"error": "the cloud died"} if i == 0 else r for i, r in enumerate(lines(run))]

@@ -219,7 +219,7 @@ def test_what_root_writes_belongs_to_the_runs_owner(run: Path) -> None:
         assert (path.stat().st_uid, path.stat().st_gid) == (12345, 23456), path
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("few_figures")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_says_what_is_missing_and_goes_on(name: str, run: Path, command: Command) -> None:
     rows = lines(run)
@@ -238,7 +238,7 @@ def test_every_command_says_what_is_missing_and_goes_on(name: str, run: Path, co
         assert f"testbed: {run}: {gap}\n" in err
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("few_figures")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_manifest_that_says_nothing_stops_no_command(name: str, run: Path, command: Command) -> None:
     (run / "manifest.json").write_text('{"format": 2, "settings": 3, "host": [1], "name": null, "inputs": 7}')
