@@ -26,8 +26,8 @@ _REQUEST, _ACK, _ECHO, _DUMP = 0x1, 0x4, 0x8, 0x300
 _ERROR, _DONE = 2, 3
 _SOL_NETLINK, _CAP_ACK, _EXT_ACK, _ACK_TLVS = 270, 10, 11, 0x200
 _HEADER = struct.Struct("=IHHII")
-_TC = struct.Struct("=BxxxiIII")  # struct tcmsg: family, index, handle, parent, info
-_LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
+TC = struct.Struct("=BxxxiIII")  # struct tcmsg: family, index, handle, parent, info
+LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
 _ANSWER_S = 60
 _AT_ONCE = 200  # requests: their bytes have to fit into the socket's buffer
 _TYPE_MASK = 0x3FFF  # without the flags NESTED and NET_BYTEORDER
@@ -111,10 +111,10 @@ class Netlink:
 
     def interface(self, name: str) -> Interface:
         """Raises NetworkError when the namespace has no such interface."""
-        body = _LINK.pack(0, 0, 0, 0, 0) + text(3, name)
+        body = LINK.pack(0, 0, 0, 0, 0) + text(3, name)
         (reply,) = self._exchange(RTM_GETLINK, 0, body, f"interface {name}")
-        found = attributes(reply[_LINK.size :])
-        return Interface(_LINK.unpack_from(reply)[2], struct.unpack("=I", found[4])[0])
+        found = attributes(reply[LINK.size :])
+        return Interface(LINK.unpack_from(reply)[2], struct.unpack("=I", found[4])[0])
 
     def traffic(
         self,
@@ -128,7 +128,7 @@ class Netlink:
         what: str,
     ) -> None:
         """One traffic control request; raises NetworkError beginning with *what* when the kernel refuses."""
-        body = _TC.pack(0, ifindex, handle, parent, info) + b"".join(attrs)
+        body = TC.pack(0, ifindex, handle, parent, info) + b"".join(attrs)
         self._exchange(message, flags | _ACK, body, what)
 
     def request(self, requests: Sequence[Request]) -> None:
@@ -160,12 +160,12 @@ class Netlink:
     def change(self, ifindex: int, changes: list[tuple[int, int, bytes]]) -> None:
         """Changes qdiscs in place, (handle, parent, attributes) each, all with one system call. Raises NetworkError."""
         what = f"interface {ifindex}: tc qdisc change"
-        bodies = [_TC.pack(0, ifindex, handle, parent, 0) + attrs for handle, parent, attrs in changes]
+        bodies = [TC.pack(0, ifindex, handle, parent, 0) + attrs for handle, parent, attrs in changes]
         self.request([(RTM_NEWQDISC, 0, body, what) for body in bodies])
 
     def qdisc(self, ifindex: int, handle: int) -> TrafficObject | None:
         """The queueing discipline of that handle, asked for by itself: a dump would list those of every interface there is."""
-        body = _TC.pack(0, ifindex, handle, 0, 0)
+        body = TC.pack(0, ifindex, handle, 0, 0)
         try:
             (reply,) = self._exchange(
                 RTM_GETQDISC, _ECHO, body, f"interface {ifindex}: qdisc {handle >> 16:x}:"
@@ -176,7 +176,7 @@ class Netlink:
 
     def filters(self, ifindex: int, parent: int) -> list[TrafficObject]:
         """All filters of an interface below *parent*."""
-        body = _TC.pack(0, ifindex, 0, parent, 0)
+        body = TC.pack(0, ifindex, 0, parent, 0)
         replies = self._exchange(RTM_GETTFILTER, _DUMP, body, f"interface {ifindex}: filters")
         return [found for found in map(_described, replies) if found.ifindex == ifindex]
 
@@ -213,8 +213,8 @@ class Netlink:
 
 
 def _described(reply: bytes) -> TrafficObject:
-    _, index, handle, up, _ = _TC.unpack_from(reply)
-    found = attributes(reply[_TC.size :])
+    _, index, handle, up, _ = TC.unpack_from(reply)
+    found = attributes(reply[TC.size :])
     kind = found.get(TCA_KIND, b"").rstrip(b"\0").decode(errors="replace")
     stats = attributes(found.get(TCA_STATS2, b""))
     return TrafficObject(index, handle, up, kind, found.get(TCA_OPTIONS, b""), stats)

@@ -13,16 +13,24 @@ from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from typing import Literal
 
-from testbed.net.netlink import CREATE, EXCLUSIVE, REPLACE, RTM_NEWQDISC, Netlink, attribute, nested, text
+from testbed.net.netlink import (
+    CREATE,
+    EXCLUSIVE,
+    LINK,
+    REPLACE,
+    RTM_NEWQDISC,
+    TC,
+    Netlink,
+    attribute,
+    nested,
+    text,
+)
 
 _NEWLINK, _NEWADDR, _NEWROUTE, _NEWNEIGH = 16, 20, 24, 28
-_LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
 _ADDRESS = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, flags, scope, index
 _NEIGHBOUR = struct.Struct("=BxxxiHBB")  # struct ndmsg: family, index, state, flags, type
-_ROUTE = struct.Struct(
-    "=8BI"
-)  # struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
-_TRAFFIC = struct.Struct("=BxxxiIII")  # struct tcmsg: family, index, handle, parent, info
+# struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
+_ROUTE = struct.Struct("=8BI")
 _ROOT = 0xFFFFFFFF  # TC_H_ROOT
 _UP, _NOARP, _MULTICAST = 0x1, 0x80, 0x1000
 _PERMANENT = 0x80
@@ -71,23 +79,23 @@ class Batch:
         """A veth pair: one end here, up and without ARP and multicast (nobody may talk on a link but those who use it), the other
         in another namespace, down."""
         flags, change = _UP | _NOARP, _UP | _NOARP | _MULTICAST
-        there = _LINK.pack(0, 0, peer.index, 0, 0) + _named(peer.name, peer.mac, mtu)
+        there = LINK.pack(0, 0, peer.index, 0, 0) + _named(peer.name, peer.mac, mtu)
         there += attribute(28, struct.pack("=i", peer.namespace))  # IFLA_NET_NS_FD
         # IFLA_LINKINFO: kind, data: VETH_INFO_PEER
         kind = nested(18, text(1, "veth"), nested(2, attribute(1, there)))
-        body = _LINK.pack(0, 0, index, flags, change) + _named(name, mac, mtu) + kind
+        body = LINK.pack(0, 0, index, flags, change) + _named(name, mac, mtu) + kind
         if peer.segments > 1:
             body += attribute(_GSO_MAX_SEGMENTS, struct.pack("=I", peer.segments))
         self._add(_NEWLINK, CREATE | EXCLUSIVE, body, name)
 
     def link(self, command: Literal["set"], index: int, state: Literal["up"], ifalias: str = "") -> None:
         """An interface that goes up, with a note about it."""
-        body = _LINK.pack(0, 0, index, _UP, _UP) + (text(20, ifalias) if ifalias else b"")
+        body = LINK.pack(0, 0, index, _UP, _UP) + (text(20, ifalias) if ifalias else b"")
         self._add(_NEWLINK, 0, body, f"interface {index}")
 
     def tc(self, command: Literal["replace"], kind: Literal["noqueue"], index: int) -> None:
         """An interface without a queue."""
-        body = _TRAFFIC.pack(0, index, 0, _ROOT, 0) + text(1, kind)
+        body = TC.pack(0, index, 0, _ROOT, 0) + text(1, kind)
         self._add(RTM_NEWQDISC, CREATE | REPLACE, body, f"interface {index}: {kind}")
 
     def addr(
