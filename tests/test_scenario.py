@@ -175,6 +175,7 @@ def test_what_changes_an_answer_or_a_time_is_part_of_a_cells_identity_and_what_i
         ({"placements": ["split", "cloud", "split"]}, r"placements: 'split' is listed twice"),
         ({"context_tokens": [256, 256]}, r"context_tokens: '256' is listed twice"),
         ({"placements": ["moon"]}, r"t.yaml: placements\[0\]"),
+        ({"emulator": "ns3"}, r"t.yaml: emulator: unknown emulator 'ns3'; use one of auto, netem, userspace"),
         ({"tasks": ["noodle"]}, r"t.yaml: tasks\[0\]: .*noodle"),
         ({"tasks": [{"task": "needle", "sharpness": 3}]}, r"t.yaml: tasks\[0\]: .*sharpness"),
         ({"tasks": [{"needle": 1}]}, r"t.yaml: tasks\[0\]: write a task's name"),
