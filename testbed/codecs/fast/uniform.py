@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numba
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -53,46 +54,39 @@ def decode(dtype: str, table: Table) -> npt.NDArray[np.bool_]:
     return fits
 
 
-@intrinsic
-def _pointer(context: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        from llvmlite import ir
-
-        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-
-    return types.CPointer(types.uint8)(types.int64), generate
-
-
 def _converted(source: Any, target: Any, instructions: Any) -> Any:
-    """An intrinsic from one numba type to another. instructions: (builder, LLVM's types, value) -> value."""
+    """An intrinsic from one numba type to another. instructions: LLVM's, (builder, value) -> value."""
 
     @intrinsic
     def convert(context: Any, value: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            from llvmlite import ir
-
-            return instructions(builder, ir, arguments[0])
+            return instructions(builder, arguments[0])
 
         return target(source), generate
 
     return convert
 
 
+_pointer = _converted(
+    types.int64,
+    types.CPointer(types.uint8),
+    lambda build, address: build.inttoptr(address, ir.IntType(8).as_pointer()),
+)
 _float_of_bits = _converted(
-    types.int32, types.float32, lambda build, ir, bits: build.bitcast(bits, ir.FloatType())
+    types.int32, types.float32, lambda build, bits: build.bitcast(bits, ir.FloatType())
 )
 _bits_of_float = _converted(
-    types.float32, types.int32, lambda build, ir, value: build.bitcast(value, ir.IntType(32))
+    types.float32, types.int32, lambda build, value: build.bitcast(value, ir.IntType(32))
 )
 _float_of_half = _converted(
     types.int16,
     types.float32,
-    lambda build, ir, bits: build.fpext(build.bitcast(bits, ir.HalfType()), ir.FloatType()),
+    lambda build, bits: build.fpext(build.bitcast(bits, ir.HalfType()), ir.FloatType()),
 )
 _half_of_float = _converted(
     types.float32,
     types.int16,
-    lambda build, ir, value: build.bitcast(build.fptrunc(value, ir.HalfType()), ir.IntType(16)),
+    lambda build, value: build.bitcast(build.fptrunc(value, ir.HalfType()), ir.IntType(16)),
 )
 
 
@@ -124,15 +118,14 @@ def _halves_at(address: Any, shape: Any) -> Any:
 
 
 _LANES = 16  #: values that are written at a time past the caches
-_ROUND = np.float32(
-    1.5 * 2**23
-)  # adding and subtracting it rounds half to even, as the unit in its last place is 1
+#: Adding and subtracting it rounds half to even, as the unit in its last place is 1.
+_ROUND = np.float32(1.5 * 2**23)
 
 
 @numba.njit(inline="always")
-def _quantize(x: Any, half: Any, symmetric: Any, levels: Any, offset: Any, side: Any, out: Any) -> Any:
+def _quantize(x: Any, half: Any, how: Any, side: Any, out: Any) -> Any:
     """x [rows, groups, size] -> q in `out`, scales and zero points in `side` [rows, kinds, groups]; returns the largest step."""
-    groups, size = x.shape[1], x.shape[2]
+    (_, groups, size), (symmetric, levels, offset) = x.shape, how
     worst, tiny, zero = np.float32(0), np.float32(2.0**-126), np.float32(0)
     reach, plus = np.float32(1) + np.float32(0.49) / levels, np.int32(offset)
     for row in range(x.shape[0]):
@@ -190,8 +183,6 @@ def _dequantized(half: bool) -> Any:
 
 
 def _generate(builder: Any, half: bool, source: Any, target: Any, *numbers: Any) -> None:
-    from llvmlite import ir
-
     int8, int16, int32, float32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 
     def lanes_of(kind: Any) -> Any:
@@ -228,29 +219,16 @@ def _fence(context: Any) -> Any:
 
 
 @numba.njit(inline="always")
-def _dequantize(
-    source: Any,
-    bits: Any,
-    shape: Any,
-    half: Any,
-    symmetric: Any,
-    levels: Any,
-    offset: Any,
-    side: Any,
-    target: Any,
-) -> Any:
+def _dequantize(source: Any, bits: Any, shape: Any, half: Any, how: Any, side: Any, target: Any) -> Any:
     """(q - offset) · s + z, [rows, groups, size], at `target`; returns whether every number on the way is finite in 16 bits.
 
     bits: of a symbol in a byte at `source`, 8, 4 or 2; a byte's are of rows that lie apart (`_combine`). Symbols become values in
     registers, which are written past the caches: what is decoded is larger than those, and an ordinary store first fetches what
     it writes over. It must be asked for at the store itself, which a loop in Python has no words for: hence LLVM's instructions.
     """
-    rows, groups, size = shape
-    fits, zero, largest = (
-        True,
-        np.float32(0),
-        np.float32(65504.0) if half else np.float32(3.3895313892515355e38),
-    )
+    (rows, groups, size), (symmetric, levels, offset) = shape, how
+    fits, zero = True, np.float32(0)
+    largest = np.float32(65504.0) if half else np.float32(3.3895313892515355e38)
     mask, share, less = np.uint8((1 << bits) - 1), 8 // bits, np.int32(offset)
     for i in range(share):
         at, shift = source, np.uint8(i * bits)
@@ -271,26 +249,22 @@ def _dequantize(
 
 
 @numba.njit(nogil=True)
-def _dequantize_half(
-    source: Any, bits: Any, shape: Any, symmetric: Any, levels: Any, offset: Any, side: Any, target: Any
-) -> Any:
+def _dequantize_half(source: Any, bits: Any, shape: Any, how: Any, side: Any, target: Any) -> Any:
     """Once for each format and number of bits: what is known beforehand costs little, or nothing."""
     if bits == 8:
-        return _dequantize(source, 8, shape, True, symmetric, levels, offset, side, target)
+        return _dequantize(source, 8, shape, True, how, side, target)
     if bits == 4:
-        return _dequantize(source, 4, shape, True, symmetric, levels, offset, side, target)
-    return _dequantize(source, 2, shape, True, symmetric, levels, offset, side, target)
+        return _dequantize(source, 4, shape, True, how, side, target)
+    return _dequantize(source, 2, shape, True, how, side, target)
 
 
 @numba.njit(nogil=True)
-def _dequantize_bfloat(
-    source: Any, bits: Any, shape: Any, symmetric: Any, levels: Any, offset: Any, side: Any, target: Any
-) -> Any:
+def _dequantize_bfloat(source: Any, bits: Any, shape: Any, how: Any, side: Any, target: Any) -> Any:
     if bits == 8:
-        return _dequantize(source, 8, shape, False, symmetric, levels, offset, side, target)
+        return _dequantize(source, 8, shape, False, how, side, target)
     if bits == 4:
-        return _dequantize(source, 4, shape, False, symmetric, levels, offset, side, target)
-    return _dequantize(source, 2, shape, False, symmetric, levels, offset, side, target)
+        return _dequantize(source, 4, shape, False, how, side, target)
+    return _dequantize(source, 2, shape, False, how, side, target)
 
 
 @numba.njit(inline="always")
@@ -374,48 +348,25 @@ def _room(table: Any) -> Any:
 
 
 @numba.njit(inline="always")
+def _of(row: Any) -> Any:
+    """What a row says of a part: shape, symbols, how they are quantized, bits of one where it lies, side information."""
+    shape, symmetric = (row[_ROWS], row[_GROUPS], row[_SIZE]), row[_SYMMETRIC] != 0
+    how = symmetric, np.float32(row[_LEVELS]), np.float32(row[_OFFSET])
+    side = _halves_at(row[SIDE], (shape[0], 1 if symmetric else 2, shape[1]))
+    return shape, shape[0] * shape[1] * shape[2], how, row[PACKED], side
+
+
+@numba.njit(inline="always")
 def _encode_parts(table: Any, half: Any, worst: Any) -> Any:
     room = _room(table)
     for i in range(len(table)):
         row = table[i]
-        shape, bits, symmetric = (row[_ROWS], row[_GROUPS], row[_SIZE]), row[PACKED], row[_SYMMETRIC] != 0
-        levels, offset, count = (
-            np.float32(row[_LEVELS]),
-            np.float32(row[_OFFSET]),
-            shape[0] * shape[1] * shape[2],
-        )
-        values = _halves_at(row[VALUES], shape)
-        side = _halves_at(row[SIDE], (shape[0], 1 if symmetric else 2, shape[1]))
+        shape, count, how, bits, side = _of(row)
         packed = _bytes_at(row[SYMBOLS], _packed_bytes(count, bits))
         symbols = packed if bits == 8 else room[:count]
-        worst[i] = _quantize(values, half, symmetric, levels, offset, side, symbols.reshape(shape))
+        worst[i] = _quantize(_halves_at(row[VALUES], shape), half, how, side, symbols.reshape(shape))
         if bits != 8:
             pack(symbols, bits, packed)
-
-
-@numba.njit(inline="always")
-def _decode_parts(table: Any, half: Any, fits: Any) -> Any:
-    room = _room(table)
-    for i in range(len(table)):
-        row = table[i]
-        shape, bits, symmetric = (row[_ROWS], row[_GROUPS], row[_SIZE]), row[PACKED], row[_SYMMETRIC] != 0
-        levels, offset, count = (
-            np.float32(row[_LEVELS]),
-            np.float32(row[_OFFSET]),
-            shape[0] * shape[1] * shape[2],
-        )
-        if shape[2] % _LANES or row[VALUES] % (2 * _LANES):
-            fits[i] = False
-            continue
-        side = _halves_at(row[SIDE], (shape[0], 1 if symmetric else 2, shape[1]))
-        source = row[SYMBOLS]
-        if bits == 3 or shape[0] % (8 // bits):  # a byte's symbols are not of whole rows
-            unpack(_bytes_at(source, _packed_bytes(count, bits)), bits, room[:count])
-            source, bits = np.int64(room.ctypes.data), 8
-        if half:
-            fits[i] = _dequantize_half(source, bits, shape, symmetric, levels, offset, side, row[VALUES])
-        else:
-            fits[i] = _dequantize_bfloat(source, bits, shape, symmetric, levels, offset, side, row[VALUES])
 
 
 @numba.njit(types.void(_table, types.boolean, types.float32[::1]), **_OPTIONS)
@@ -428,4 +379,18 @@ def _encode(table: Any, half: Any, worst: Any) -> None:
 
 @numba.njit(types.void(_table, types.boolean, types.boolean[::1]), **_OPTIONS)
 def _decode(table: Any, half: Any, fits: Any) -> None:
-    _decode_parts(table, half, fits)
+    room = _room(table)
+    for i in range(len(table)):
+        row = table[i]
+        shape, count, how, bits, side = _of(row)
+        source, target = row[SYMBOLS], row[VALUES]
+        if shape[2] % _LANES or target % (2 * _LANES):
+            fits[i] = False
+            continue
+        if bits == 3 or shape[0] % (8 // bits):  # a byte's symbols are not of whole rows
+            unpack(_bytes_at(source, _packed_bytes(count, bits)), bits, room[:count])
+            source, bits = np.int64(room.ctypes.data), 8
+        if half:
+            fits[i] = _dequantize_half(source, bits, shape, how, side, target)
+        else:
+            fits[i] = _dequantize_bfloat(source, bits, shape, how, side, target)
