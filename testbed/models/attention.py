@@ -106,6 +106,8 @@ def backend(
     unknown = [what for name, what in _TERMS.items() if others.get(name) is not None]
     if unknown or attention_mask is not None or query.shape[0] != 1:
         raise NotImplementedError(f"its attention has {', '.join(unknown) or 'a mask or a batch of its own'}")
+    if not getattr(module, "is_causal", True):
+        raise NotImplementedError("its attention sees later tokens, not earlier ones alone")
     layer: int = module.layer_idx  # type: ignore[assignment]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     run.observe(layer, query[0], scaling=scaling, softcap=softcap, window=sliding_window)

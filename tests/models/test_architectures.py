@@ -58,6 +58,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "layers of the kinds chunked_attention",
     ),
     "rwkv": ("RwkvConfig", {"hidden_size": 32, "num_hidden_layers": 2}, OWN_CODE),
+    "bert": ("BertConfig", {**_USUAL, "intermediate_size": 64}, "sees later tokens"),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        {**_GROUPED, "head_dim": 16, "use_bidirectional_attention": True},
+        "sees later tokens",
+    ),
 }
 
 
