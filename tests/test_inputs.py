@@ -19,7 +19,7 @@ from testbed.errors import UsageError
 from testbed.experiment import inputs
 from testbed.experiment.plan import load_plan, make_plan
 from testbed.experiment.results import RunDirectory, write_json
-from testbed.experiment.runner import resume
+from testbed.experiment.runner import begin, resume
 from testbed.experiment.scenario import Plan
 from testbed.net.profile.trace import File
 from testbed.net.topology.files import load_topology
@@ -274,3 +274,31 @@ def test_what_the_hub_gave_is_known_by_its_commit(tmp_path: Path, monkeypatch: p
     assert inputs.described(plan) == before
     shutil.rmtree(tmp_path / "datasets--rajpurkar--squad")
     assert "task hub:squad" not in inputs.described(plan)
+
+
+@pytest.mark.parametrize("instant", ["while it begins", "when it has begun"])
+def test_of_two_runs_that_begin_in_one_directory_at_once_one_is_refused(
+    instant: str, scenario: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = load_plan(str(scenario))
+    if instant == "while it begins":
+        keep = inputs.keep_traces
+
+        def during(asked: Plan, run: RunDirectory) -> dict[str, Any]:
+            with pytest.raises(UsageError, match="another testbed process is working on this run"):
+                begin(plan, tmp_path / "run")
+            return keep(asked, run)
+
+        monkeypatch.setattr(inputs, "keep_traces", during)
+        assert begin(plan, tmp_path / "run").manifest()["name"] == plan.scenario.name
+        return
+
+    def between(path: Path) -> RunDirectory:  # the other one begins where this one has seen nothing yet
+        write_json(path / "manifest.json", {"name": "other"})
+        return RunDirectory(path)
+
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(RunDirectory, "create", between)
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        begin(plan, tmp_path / "run")
+    assert RunDirectory(tmp_path / "run").manifest()["name"] == "other"

@@ -241,10 +241,7 @@ class RunDirectory:
     @classmethod
     def create(cls, path: Path) -> RunDirectory:
         """Make the directory (and its parents). Raises UsageError where it exists and is not empty."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UsageError(
-                f"{path} exists and is not empty; choose another --out, or continue it with --resume {path}"
-            )
+        cls(path).check_new()
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -267,6 +264,13 @@ class RunDirectory:
             return run
         check_format(version, path)
         return run
+
+    def check_new(self) -> None:
+        """Raises UsageError where the directory, or another file of its name, exists and is not empty."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UsageError(
+                f"{self.path} exists and is not empty; choose another --out, or continue it with --resume {self.path}"
+            )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -340,18 +340,20 @@ def start(plan: Plan, out: Path, watch: Watcher, accept_uncalibrated: bool) -> R
 def begin(plan: Plan, out: Path) -> RunDirectory:
     """The new directory of a run, with what is known before it. Raises UsageError."""
     directory = RunDirectory.create(out)
-    directory.write(
-        "manifest.json",
-        {
-            "format": FORMAT,
-            "name": plan.scenario.name,
-            "settings": plan.scenario.model_dump(mode="json"),
-            "asked": plan.asked,
-            "created": utc_now(),
-            "traces": inputs.keep_traces(plan, directory),
-            "inputs": inputs.described(plan),
-        },
-    )
+    with directory.locked():
+        directory.check_new()  # another process may have begun in it meanwhile
+        directory.write(
+            "manifest.json",
+            {
+                "format": FORMAT,
+                "name": plan.scenario.name,
+                "settings": plan.scenario.model_dump(mode="json"),
+                "asked": plan.asked,
+                "created": utc_now(),
+                "traces": inputs.keep_traces(plan, directory),
+                "inputs": inputs.described(plan),
+            },
+        )
     return directory
 
 
