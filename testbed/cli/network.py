@@ -41,11 +41,11 @@ def up(topology: str, links: dict[str, str], emulator: str, captures: Path | Non
     given = {name: parse_profile(profile) for name, profile in links.items()}
     require_root()
     with interruptible():
-        network = fabric.up(loaded, given, emulator, captures)
         try:
+            network = fabric.up(loaded, given, emulator, captures)
             described = describe(network)
         except BaseException:  # whoever interrupts it has not seen its name
-            removal.down(network.id)
+            removal.remove_own()
             raise
     if rootless.inside():
         click.echo(_network_text(described), err=True)

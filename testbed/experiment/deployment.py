@@ -154,8 +154,10 @@ class Pair:
             self._check_network()
 
         try:
-            return endpoint.call(message, within_s, besides)
+            answer = endpoint.call(message, within_s, besides)
         except EndpointError:
             for other in (self.edge, self.cloud):  # whose end is perhaps what the answer tells of
                 other.check(within_s=_ENDING_S)
             raise
+        self._check_network()  # an answer may come too soon for anybody to have looked
+        return answer

@@ -49,6 +49,14 @@ def is_running(pid: int, started: int) -> bool:
     return pid > 0 and start_time(pid) == started
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether the process stands still (SIGSTOP)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] == "T"
+    except (OSError, IndexError):
+        return False
+
+
 class Watch:
     """Looks after a process that may be stopped (SIGSTOP), which nothing but its state tells."""
 
@@ -58,11 +66,7 @@ class Watch:
 
     def stopped_s(self) -> float:
         """For how long it has been seen standing still, in seconds, look after look; 0: it runs, or is gone."""
-        try:
-            state = Path(f"/proc/{self._pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-        except (OSError, IndexError):
-            state = ""
-        if state != "T":
+        if not is_stopped(self._pid):
             self._stopped = None
             return 0.0
         if self._stopped is None:

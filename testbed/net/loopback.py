@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from testbed.errors import NetworkError
-from testbed.hosts.host import Host, host
+from testbed.hosts.host import Host, Process, host
 from testbed.net.profile.profile import Direction, Profile
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ class Loopback:
 
     def record_process(self, pid: int, started: int | None = None, what: str = "helper") -> None:
         """Nothing is left behind that would have to be found."""
+
+    def watching(self, process: Process, what: str) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def apply(self, link: str, profile: Profile, origin_s: float | None = None) -> None:
         """There is no link to be changed."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from testbed.net.profile.profile import Profile
 
 if TYPE_CHECKING:
-    from testbed.hosts.host import Host
+    from testbed.hosts.host import Host, Process
     from testbed.net.calibration.calibrate import Calibration
     from testbed.net.emulators.emulator import Counters
 
@@ -34,6 +35,10 @@ class Network(Protocol):
         """Notes a process that runs on a node, for whoever cleans up should this one die."""
         ...
 
+    def watching(self, process: Process, what: str) -> AbstractContextManager[None]:
+        """While the block runs, `check` looks after a process on which conditions depend, such as background traffic."""
+        ...
+
     def apply(self, link: str, profile: Profile, origin_s: float | None = None) -> None:
         """Puts the link under another profile, whose traces begin at `origin_s` (CLOCK_MONOTONIC; None: now)."""
         ...
@@ -51,7 +56,7 @@ class Network(Protocol):
         ...
 
     def check(self) -> None:
-        """Raises NetworkError where something that a link depends on has ended or stands still."""
+        """Raises NetworkError where something that a link, or what crosses it, depends on has ended or stands still."""
         ...
 
     def __enter__(self) -> Self: ...

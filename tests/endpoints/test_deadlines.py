@@ -139,6 +139,16 @@ def test_what_a_call_depends_on_ends_it(endpoint: Endpoint) -> None:
         endpoint.call(Hello(), 120, gone)
 
 
+def test_an_answer_that_comes_at_once_hides_no_network_that_is_broken() -> None:
+    def broken() -> None:
+        raise NetworkError("background traffic has ended")
+
+    endpoint: Any = SimpleNamespace(role="edge", call=lambda *_: None)
+    plan: Any = SimpleNamespace(scenario=None)
+    with pytest.raises(NetworkError, match="background traffic"):
+        Pair(plan, endpoint, endpoint, broken)._call(endpoint, Hello(), 1.0)
+
+
 def _failure(port: int) -> str:
     """What the cloud says of a request that it cannot answer."""
     connection = Tcp().connect("127.0.0.1", port, None, 5.0)

@@ -102,6 +102,9 @@ def test_show_tells_of_a_dead_relay_and_of_a_namespace_that_is_gone() -> None:
     assert describe(network)["problems"] == []
     assert run_testbed("show").returncode == 0
     (relay,) = network.processes
+    os.kill(relay.pid, signal.SIGSTOP)
+    assert eventually(lambda: describe(network)["problems"] != [])
+    assert "stands still" in describe(network)["problems"][0]
     os.kill(relay.pid, signal.SIGKILL)
     os.waitpid(relay.pid, 0)
     subprocess.run(["ip", "netns", "del", network.namespace("cloud")], check=True)
@@ -154,6 +157,27 @@ def test_clean_finds_a_network_whose_state_was_deleted_and_nothing_that_only_loo
             subprocess.run(["ip", "netns", "del", name], check=False)
 
 
+def test_show_tells_of_an_emulator_that_nobody_reaches() -> None:
+    """Or, of netem, that somebody took away."""
+    network = up(EDGE_CLOUD, emulator="userspace")
+    (network.keep / "l0.sock").unlink()
+    (problem,) = describe(network)["problems"]
+    assert problem.startswith("link access is not as it was made: ")
+
+
+def test_clean_leaves_a_network_alone_whose_state_it_cannot_read() -> None:
+    """As another version of the testbed may have written it."""
+    assert run_testbed("up", "edge-cloud", "--emulator", "userspace").returncode == 0
+    (id,) = [network.id for network in state.list_states()]
+    written = state.file_of(id).read_bytes()
+    state.file_of(id).write_bytes(written.replace(b'"version": 1', b'"version": 9'))
+    assert state.list_states() == [] and len(state.read_states()[1]) == 1
+    assert run_testbed("clean").stdout == "nothing to remove\n"
+    assert len([name for name in namespaces.names() if name.startswith(f"tb-{id}-")]) == 3
+    state.file_of(id).write_bytes(written)
+    assert describe(state.find(id))["problems"] == []
+
+
 def test_closed_standard_files_do_not_keep_a_network_from_standing() -> None:
     command = f"{sys.executable} -m testbed up edge-cloud --emulator userspace >&- 2>&- <&-"
     assert subprocess.run(["sh", "-c", command], cwd=REPOSITORY, timeout=60).returncode == 0
@@ -166,7 +190,7 @@ def test_closed_standard_files_do_not_keep_a_network_from_standing() -> None:
 def test_an_interrupt_while_the_network_is_told_of_removes_it(number: signal.Signals) -> None:
     program = (
         "import os, time; from testbed.net.fabric import description; from testbed.cli import main\n"
-        "def slow(network, number):\n print('telling', flush=True); time.sleep(30)\n"
+        "def slow(*_):\n print('telling', flush=True); time.sleep(30)\n"
         "description._live_counters = slow; main(['up', 'edge-cloud', '--emulator', 'userspace'])"
     )
     with subprocess.Popen(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import time
 from typing import Any
 
 import pytest
 
-from testbed.errors import UsageError
+from testbed.errors import NetworkError, UsageError
 from testbed.hosts import processes
 from testbed.net.fabric.fabric import Fabric
 from testbed.net.loopback import Loopback
@@ -114,3 +116,27 @@ def test_flows_end_when_the_block_fails() -> None:
             subprocess.run(["ip", "netns", "pids", fabric.namespace("edge")], capture_output=True).stdout
             == b""
         )
+
+
+@pytest.mark.netns
+@pytest.mark.usefixtures("own_state")
+@pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("end", ["edge", "cloud"])
+def test_an_end_of_a_flow_that_dies_or_stands_still_is_named_while_it_is_needed(
+    end: str, fate: signal.Signals
+) -> None:
+    """Or what is measured beside it would be measured on an idle link."""
+    named = r"\w+" if fate == signal.SIGKILL else end  # of a death the other end may be the first to tell
+    says = rf"from edge to cloud: its end at {named} \(process \d+\) has (ended|been stopped)"
+    told_late = False
+    with Fabric.build(load_topology("edge-cloud"), Direct()) as fabric:
+        with pytest.raises(NetworkError, match=says), running(fabric, [flow("edge", "cloud")]):
+            fabric.check()
+            (dead,) = [one for one in fabric.state.processes if one.what == f"traffic at {end}"]
+            os.kill(dead.pid, fate)
+            for _ in range(100):
+                time.sleep(0.1)
+                fabric.check()
+            told_late = True
+        fabric.check()
+    assert not told_late

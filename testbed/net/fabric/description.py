@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from testbed.errors import TestbedError
+from testbed.errors import TestbedError, UsageError
 from testbed.hosts import namespaces, processes
 from testbed.net.fabric import state
 from testbed.net.fabric.state import State
@@ -34,6 +34,7 @@ def describe(network: State) -> dict[str, Any]:
         }
         for node in topology.nodes
     ]
+    silent: list[str] = []
     links = [
         {
             "name": link.name,
@@ -42,12 +43,12 @@ def describe(network: State) -> dict[str, Any]:
             "profile": str(link.profile),
             "conditions": link.profile.text(),
             "congestion": link.congestion,
-            "counters": _live_counters(network, number),
+            "counters": _live_counters(network, number, silent),
         }
         for number, link in enumerate(topology.links)
     ]
     return {
-        "problems": problems(network),
+        "problems": problems(network) or silent,
         "id": network.id,
         "topology": topology.name,
         "emulator": network.emulator,
@@ -65,18 +66,28 @@ def problems(network: State) -> list[str]:
     if network.boot != namespaces.boot_id():
         return ["the machine was booted since: nothing of it is left"]
     gone = [name for name in network.namespaces if not namespaces.path(name).exists()]
-    dead = [helper for helper in network.processes if not processes.is_running(helper.pid, helper.started)]
+    helpers = network.processes
+    dead = [one for one in helpers if not processes.is_running(one.pid, one.started)]
+    stopped = [one for one in helpers if one not in dead and processes.is_stopped(one.pid)]
     lines = [f"namespace {name} is gone" for name in gone]
-    return lines + [f"process {helper.pid} ({helper.what}) has ended" for helper in dead]
+    lines += [f"process {helper.pid} ({helper.what}) has ended" for helper in dead]
+    return lines + [f"process {helper.pid} ({helper.what}) stands still (SIGSTOP)" for helper in stopped]
 
 
-def _live_counters(network: State, number: int) -> dict[str, dict[str, Any]] | None:
+def _live_counters(network: State, number: int, silent: list[str]) -> dict[str, dict[str, Any]] | None:
+    """None where nobody may ask, or where nobody answers, which `silent` then tells of."""
+    from testbed.net import emulators
+
     try:
         namespaces.require_root()
         if not network.keep.is_dir():
             return None
         counters = reattach(network, number).counters()
-    except (TestbedError, OSError):
+    except UsageError:
+        return None
+    except (TestbedError, OSError) as error:
+        if network.emulator in emulators.NAMES:
+            silent.append(f"link {network.topology.links[number].name} is not as it was made: {error}")
         return None
     return {way: asdict(values) for way, values in counters.items()}
 

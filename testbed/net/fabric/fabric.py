@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -24,12 +24,13 @@ from testbed.net.profile.profile import MTU, Profile
 from testbed.net.topology.topology import Topology
 
 if TYPE_CHECKING:
-    from testbed.hosts.host import Host
+    from testbed.hosts.host import Host, Process
     from testbed.net.calibration.calibrate import Calibration
     from testbed.net.emulators.emulator import Attachment, Counters, Emulator
 
 _LOOK_S, _QUIET_S = 2e-3, 10e-3  # what a packet brings about at the other end is sent within the latter
 _SETTLING_S, _LONGEST_SETTLING_S = 0.1, 5.0
+_STOPPED_S = 1.0  # a process that stands still for longer is given up
 
 
 class Fabric:
@@ -45,6 +46,7 @@ class Fabric:
         self._capturing: subprocess.Popen[bytes] | None = None
         self._mtus: dict[int, int] = {}  # link -> its own, where it ever had one
         self._super_packets: dict[int, dict[str, int]] = {}  # link -> what is allowed, where that is any
+        self._watched: list[tuple[Process, str]] = []
 
     @classmethod
     def build(
@@ -240,6 +242,25 @@ class Fabric:
         for attachment, link in zip(self._attachments, self.topology.links, strict=True):
             if (fate := attachment.fate()) is not None:
                 raise NetworkError(f"link {link.name}: {fate}")
+        for process, what in self._watched:
+            if process.status() is not None:
+                raise NetworkError(
+                    f"{what} (process {process.pid}) has ended: {process.last_words() or 'killed'}"
+                )
+            if (stopped_s := process.stopped_s()) > _STOPPED_S:
+                raise NetworkError(
+                    f"{what} (process {process.pid}) has been stopped for {stopped_s:.1f} s (SIGSTOP)"
+                )
+        if self._capturing is not None and self._capturing.poll() is not None:
+            raise NetworkError(f"the capture of packets (process {self._capturing.pid}) has ended")
+
+    @contextlib.contextmanager
+    def watching(self, process: Process, what: str) -> Iterator[None]:
+        self._watched.append((process, what))
+        try:
+            yield
+        finally:
+            self._watched.remove((process, what))
 
     def _shape_packets(self, number: int, profile: Profile) -> None:
         """Sees to it that what enters the link is of the size that its profile, and its emulator, ask for."""

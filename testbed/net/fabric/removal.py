@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -46,8 +47,9 @@ def remove(state: State) -> list[str]:
 
 def orphans() -> dict[str, list[str]]:
     """Networks of the testbed whose state was deleted: id -> their namespaces, each of which has the testbed's mark. Not those
-    whose maker still runs, which may write it anew. To be called with the right to enter them."""
-    known = {state.id for state in list_states()}
+    whose maker still runs, which may write it anew, nor those whose state is there and cannot be read: of another version, say.
+    To be called with the right to enter them."""
+    known = {path.stem for path in directory().glob("*.json")}
     found: dict[str, list[str]] = {}
     for name in namespaces.names():
         match = _NAME.fullmatch(name)
@@ -111,6 +113,19 @@ def clean() -> list[str]:
             removed.append(f"file {unfinished}")
         namespaces.release_directory(netns_marker())
     return removed
+
+
+def remove_own() -> None:
+    """Removes what this very process made and has not removed, whether it was to stay or not. Not to be interrupted."""
+    own = os.getpid(), processes.start_time(os.getpid())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, processes.PASSED_ON)
+    try:
+        with locked():
+            for state in list_states():
+                if (state.pid, state.started) == own:
+                    remove(state)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def down(run_id: str | None = None) -> list[str]:

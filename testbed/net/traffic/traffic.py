@@ -74,6 +74,9 @@ def running(network: Network, flows: Sequence[Flow]) -> Iterator[list[dict[str, 
             address = network.address(each.target)
             sender = _start(network, each.source, "send", each.kind, address, port, *map(str, numbers))
             ending.callback(_kill, sender)
+            for process, end in ((sender, each.source), (receiver, each.target)):
+                what = f"background traffic from {each.source} to {each.target}: its end at {end}"
+                ending.enter_context(network.watching(process, what))
             pairs.append((each, sender, receiver))
         try:
             yield results
