@@ -22,6 +22,7 @@ from testbed.experiment.results import COLUMNS, FORMAT, STAGES, RunDirectory
 from testbed.experiment.runner import Runner
 from testbed.net.fabric.accounting import LATE_S
 from tests.analysis.make_run import headline, make_run
+from tests.command import hear_signals
 from tests.runs import SCENARIO, TRIALS, rows, run, undrawn, unmeasured
 
 ROOT = Path(__file__).parents[1]
@@ -48,8 +49,7 @@ def started(*arguments: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.runs", "run", *arguments, "--accept-uncalibrated"],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        # A shell that puts the tests in the background has the signal ignored, which programs inherit.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=hear_signals,
     )  # fmt: skip
     out, deadline = Path(arguments[-1]), time.monotonic() + 100
     enough = made(out) + 3

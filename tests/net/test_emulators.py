@@ -20,6 +20,7 @@ from testbed.net import emulators
 from testbed.net.calibration.calibrate import Calibration, calibrate
 from testbed.net.emulators.emulator import Attachment
 from testbed.net.profile.profile import parse_profile
+from tests.net.conftest import eventually
 from tests.net.wire import Conditioned, Wire
 
 EMULATORS = [
@@ -151,13 +152,18 @@ def test_a_connection_does_not_meet_the_packets_of_the_link_before(net: Wire, em
             attachment.apply(parse_profile("delay=15ms"), fresh=True)
             assert attachment.under_way() == 0
             behind.append(handshake_s(net, listener))
+
+    # What closes the last connection may be; and on a slow machine what closes the first ones is sent again.
+    def under_way() -> int:
+        up = attachment.counters()["up"]
+        return up.packets - up.delivered - up.cleared
+
+    assert eventually(lambda: under_way() == 0)
     counted = attachment.counters()
     attachment.detach()
     assert 0.03 <= min(behind) < 0.06  # 240 ms and more before
     assert counted["up"].cleared >= 3
     assert (counted["up"].dropped_loss, counted["up"].dropped_queue) == (0, 0)
-    sent = counted["up"].delivered + counted["up"].cleared
-    assert sent <= counted["up"].packets <= sent + 3  # the last connection's closing is under way
 
 
 @pytest.mark.parametrize("emulator", EMULATORS)

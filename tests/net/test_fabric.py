@@ -31,6 +31,7 @@ from testbed.net.fabric.fabric import Fabric, up
 from testbed.net.profile.profile import PRESETS, parse_profile
 from testbed.net.topology.files import load_topology
 from testbed.net.topology.topology import Link, Node, Topology
+from tests.command import hear_signals
 from tests.net.conftest import eventually
 from tests.net.direct import Direct
 
@@ -322,14 +323,12 @@ def test_a_signal_to_the_testbed_reaches_the_command() -> None:
             f"sys.exit(execute(state.find({fabric.id!r}), 'edge', ['sh', '-c', sys.argv[1]]))"
         )
         script = "trap 'echo caught; exit 5' INT; echo ready; while :; do sleep 0.05; done"
-        # A shell that puts the tests in the background has the signal ignored, which programs inherit.
-        heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
         with subprocess.Popen(
             [sys.executable, "-c", program, script],
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             text=True,
-            preexec_fn=heard,
+            preexec_fn=hear_signals,
         ) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == "ready\n"

@@ -22,6 +22,7 @@ from testbed.net.fabric.description import describe
 from testbed.net.fabric.fabric import Fabric, up
 from testbed.net.topology.files import load_topology, topology_from
 from testbed.net.topology.topology import Topology
+from tests.command import hear_signals
 from tests.net.conftest import eventually
 from tests.net.direct import Direct
 
@@ -194,7 +195,11 @@ def test_an_interrupt_while_the_network_is_told_of_removes_it(number: signal.Sig
         "description._live_counters = slow; main(['up', 'edge-cloud', '--emulator', 'userspace'])"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_signals,
     ) as running:
         assert running.stdout is not None
         assert running.stdout.readline() == "telling\n"
@@ -211,6 +216,7 @@ def test_a_command_in_a_node_ends_with_the_terminal_and_with_whoever_started_it(
     command = [sys.executable, "-m", "testbed", "exec", "edge", "--", "sleep", "1000"]
     child, terminal = pty.fork()  # the leader of a session of its own, as in a terminal that runs one command
     if child == 0:
+        hear_signals()
         os.chdir(REPOSITORY)
         os.execv(command[0], command)
     try:
