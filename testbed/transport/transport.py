@@ -18,7 +18,7 @@ from testbed.errors import UsageError, WireError
 from testbed.kinds import load
 from testbed.transport import wire
 
-#: By the name that scenarios and rows have.
+#: By name.
 TRANSPORTS: dict[str, str] = {
     "tcp": "testbed.transport.tcp:Tcp",
 }

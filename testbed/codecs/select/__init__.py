@@ -54,7 +54,9 @@ class Selector(Method):
 
     def scores(self, evidence: Evidence, layer: int) -> Tensor:
         """What each context token is worth: float32 [kv_heads, tokens]. Not called when `always` fills the budget."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{self.name}: `always` left room in the budget, and it has no `scores` to fill it by"
+        )
 
     def budgets(self, tokens: int, budget: int, layers: int) -> list[int]:
         """How many tokens each of the prunable layers keeps, first layer first; `budget` on average."""
