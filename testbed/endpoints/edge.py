@@ -65,9 +65,8 @@ class Prefilled:
     batch: TaskExamples
     example: Example
     prefix: Prefix
-    gold: list[
-        int
-    ]  #: the answer's tokens, which no deployment has: for likelihoods, and for selectors that look at them
+    #: the answer's tokens, which no deployment has: for likelihoods, and for selectors that look at them
+    gold: list[int]
     ids: list[int]
     prefill: Prefill
     prefill_s: float

@@ -119,16 +119,6 @@ class KVLayer:
             self, keys=self.keys[:, part], values=self.values[:, part], positions=self.positions[..., part]
         )
 
-    def drop_before(self, position: int) -> KVLayer:
-        """Without the tokens before the absolute `position`.
-
-        Raises ValueError where that would leave the heads with different numbers of tokens.
-        """
-        first = (self.positions < position).sum(-1)
-        if first.dim() and not bool((first == first[0]).all()):
-            raise ValueError("heads hold different tokens, so dropping by position would leave them unequal")
-        return self.slice(int(first.max()))
-
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> KVLayer:
         """On another device, or with keys and values in another format; shares what need not change."""
         return replace(

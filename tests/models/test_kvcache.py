@@ -75,12 +75,8 @@ def test_joining_what_overlaps_or_does_not_fit_is_refused() -> None:
         join(KVCache([layer(0, 3)], 3), KVCache([layer(3, 3)] * 2, 6))
 
 
-def test_dropping_by_position_and_slicing() -> None:
-    assert layer(10, 6).drop_before(13).positions.tolist() == [13, 14, 15]
+def test_slicing_counts_from_the_end_too() -> None:
     assert layer(10, 6).slice(-2).positions.tolist() == [14, 15]
-    ragged = layer(0, 4).select(torch.tensor([[0, 2], [2, 3]]))
-    with pytest.raises(ValueError, match="unequal"):
-        ragged.drop_before(2)
 
 
 def test_a_clone_shares_nothing() -> None:

@@ -11,7 +11,6 @@ import struct
 VNET_HEADER = 10  # flags, gso_type (bytes), hdr_len, gso_size, csum_start, csum_offset
 ETHERNET_HEADER = 14
 HEADERS = VNET_HEADER + ETHERNET_HEADER
-GSO_TYPE = 1  # its place; 0: an ordinary packet
 
 _VNET = struct.Struct("=BBHHHH")
 _NEEDS_CHECKSUM = 1
