@@ -148,6 +148,13 @@ def test_a_cell_keeps_its_identity_when_other_parts_of_the_sweep_change() -> Non
             [0, 0, 2, 3],
         ),  # auto is plain:2
         ([{}, *({"compute": each} for each in ({"edge": 1}, {"edge": 4}, {"cloud": 4}))], [0, 0, 2, 3]),
+        (
+            [
+                {"compute": {"edge": each}}
+                for each in (4, {"prefill": 4, "decode": 4}, {"prefill": 4}, {"prefill": 4, "decode": False})
+            ],
+            [0, 0, 2, 3],
+        ),
     ],
 )
 def test_what_changes_an_answer_or_a_time_is_part_of_a_cells_identity_and_what_is_the_same_is_none(
@@ -163,7 +170,19 @@ def test_what_changes_an_answer_or_a_time_is_part_of_a_cells_identity_and_what_i
     ("changes", "message"),
     [
         ({"prompt": "shout"}, r"t.yaml: prompt: .*write auto, plain or chat"),
-        ({"compute": {"edge": 0.5}}, r"t.yaml: compute.edge: .*greater than or equal to 1"),
+        ({"compute": {"edge": 0.5}}, r"t.yaml: compute.edge: '0.5' is no factor of 1 to 1000"),
+        (
+            {"compute": {"edge": {"decod": 2}}},
+            r"t.yaml: compute.edge: unknown key 'decod'; did you mean 'decode'",
+        ),
+        (
+            {"compute": {"edge": {"decode": False}}, "placements": ["split", "edge"]},
+            r"t.yaml: placements: compute.edge has `decode: no`, .* in placement 'edge'; leave that placement out",
+        ),
+        (
+            {"compute": {"cloud": {"decode": False}}},
+            r"compute.cloud has `decode: no`, .* in placement 'split'",
+        ),
         ({"compute": {"edge": float("inf")}}, r"t.yaml: compute.edge"),
         ({"profils": ["lte"]}, r"t.yaml: unknown key 'profils'; did you mean 'profiles'"),
         ({"profiles": ["rate=5mb"]}, r"t.yaml: profiles\[0\]: .*'mb'"),

@@ -102,18 +102,33 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 def _caveats(run: Run) -> list[str]:
     sentences = caveats(run)
-    slowed = run.rows[(run.rows["edge_slowdown"] != 1) | (run.rows["cloud_slowdown"] != 1)]
-    if len(slowed):
-        sentences.append(
-            f"Compute is emulated in {len(slowed)} trials: stages stretched by up to "
-            f"{slowed['edge_slowdown'].max():g} at the edge and {slowed['cloud_slowdown'].max():g} in the cloud."
-        )
+    sentences += _emulated(run.rows)
     warned = run.rows.loc[(run.rows["warnings"] != "") & run.rows["calibrated"], "warnings"]
     if len(warned):
         sentences.append(f"The first warning: {str(warned.iloc[0])[:200]}")
     if len(run.failed):
         first = str(run.failed["error"].iloc[0]).splitlines()[0][:200]
         sentences.append(f"The first failure: {first}")
+    return sentences
+
+
+def _emulated(rows: pd.DataFrame) -> list[str]:
+    """What of a run's compute was not this machine's own."""
+    columns = [f"{side}_{what}" for side in ("edge", "cloud") for what in ("slowdown", "decode_slowdown")]
+    slowed, sentences = rows[(rows[columns] > 1).any(axis=1)], []
+    if len(slowed):
+        most = [slowed[columns[i : i + 2]].max().max() for i in (0, 2)]
+        sentences.append(
+            f"Compute is emulated in {len(slowed)} trials: stages stretched by up to "
+            f"{float(most[0]):g} at the edge and {float(most[1]):g} in the cloud."
+        )
+    for side in ("edge", "cloud"):
+        devices = rows[f"{side}_device"]
+        for device in sorted({str(name) for name in devices} - {""}):
+            sentences.append(
+                f"The {side}'s compute is replayed in {int((devices == device).sum())} trials: it takes as long as was "
+                f"measured for {device}."
+            )
     return sentences
 
 

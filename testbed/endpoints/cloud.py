@@ -193,13 +193,13 @@ class Cloud(InferenceSide):
         rebuild = self._prefill if request.placement == "cloud" else self._decode
         payload = _payload(arrived)
         rebuilt = rebuild(payload, prefix)
-        rebuilt_at = self.pace.hold()
+        rebuilt_at = self.pace.hold("prefill" if request.placement == "cloud" else "codec")
         question_ids = self.model.tokenize(request.question, closing=prefix.closing)
         firsts: list[wire.FirstToken] = []
         times: list[float] = []
 
         def on_token(index: int, token: int) -> None:
-            times.append(self.pace.hold())
+            times.append(self.pace.hold("decode" if index else "prefill"))
             if index == 0:
                 firsts.append(wire.FirstToken(id=request.id, token=token, sent_at=times[0]))
                 connection.send(firsts[0])
@@ -208,7 +208,7 @@ class Cloud(InferenceSide):
         ids = self.answer(
             question_ids, rebuilt.past, request.max_new_tokens, request.stop, request.choices, on_token
         )
-        done_at = self.pace.hold()
+        done_at = self.pace.hold("decode" if firsts else "prefill")
         if not firsts:  # nothing but the end of the text: the first token is the empty answer
             on_token(0, 0)
         rebuild_s = rebuilt_at - began

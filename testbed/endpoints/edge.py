@@ -218,10 +218,10 @@ class Edge(InferenceSide):
             batch.max_new_tokens,
             batch.task.stop,
             batch.task.choice_texts(prefilled.example),
-            lambda index, token: times.append(self.pace.hold()),
+            lambda index, token: times.append(self.pace.hold("decode" if index else "prefill")),
         )
         text = self.model.text(ids, batch.task.stop)
-        ended = self.pace.hold()
+        ended = self.pace.hold("decode" if times else "prefill")
         first = times[0] if times else ended
         stages = billed(
             in_turn(prefill=prefilled.prefill_s, first_token=first - started, generate=ended - first)
@@ -258,9 +258,9 @@ class Edge(InferenceSide):
         )
         asked = self.pace.hold()
         kept = codec.select(evidence)
-        selected = self.pace.hold()
+        selected = self.pace.hold("codec")
         pieces = codec.chunks(cache, kept)
-        encode_s = self.pace.hold() - selected
+        encode_s = self.pace.hold("codec") - selected
         question_s = asked - started if codec.needs.question else 0.0
         return Encoded(pieces, selected - started, encode_s, question_s, codec.spec.shared_bytes)
 

@@ -14,15 +14,15 @@ from msgspec import Meta, Struct, structs
 from testbed import __version__
 from testbed.delivery.delivery import WHOLE
 from testbed.errors import UsageError
+from testbed.speed.words import HERE, Speed
 from testbed.tasks.task import Example
 
-VERSION = 1
+VERSION = 2
 
 Count = Annotated[int, Meta(ge=0, le=1 << 48)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Seconds = Annotated[float, Meta(ge=0, le=1e7)]  #: never NaN
 Nats = Annotated[float, Meta(ge=-1e-3, le=1e6)]  #: finite; below 0 by rounding alone
-Slowdown = Annotated[float, Meta(ge=1, le=1e6)]
 Name = Annotated[str, Meta(max_length=512)]
 #: What times, added up, may differ from the whole by.
 ROUNDING_S = 1e-5
@@ -72,18 +72,18 @@ class Loaded(Part):
     head_dim: Count
     max_positions: Count
     kv_bytes_per_token: Count
-    slowdown: Slowdown
+    speed: Speed
     threads: Count
 
 
 class Load(Message[Loaded]):
-    """Load a model. slowdown: stretches this side's compute stages from then on."""
+    """Load a model. speed: this side's from then on."""
 
     model: str
     device: Name = "auto"
     dtype: Name = "auto"
     threads: Count | None = None
-    slowdown: Slowdown = 1.0
+    speed: Speed = HERE
 
 
 class Computed(Part):

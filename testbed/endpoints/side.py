@@ -15,6 +15,7 @@ from testbed import kinds
 from testbed.delivery.delivery import DELIVERIES
 from testbed.endpoints.protocol import Compute, Computed, Greeting, Hello, Learn, Load, Loaded
 from testbed.hosts.channel import Channel
+from testbed.speed.words import HERE, Speed, Work
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,8 @@ def wait_until(moment: float) -> None:
 
 
 class Pace:
-    """An emulated slower machine: how many times slower than this host an endpoint computes. 1 waits for nothing.
+    """An emulated slower machine: how many times slower than this host an endpoint computes, passes over many tokens and
+    generated ones each by a factor of their own. 1 waits for nothing.
 
     The wait is part of the measured path: it stands where the slower machine would still compute, so that what follows
     (a transmission, the next token) begins as late as it would there. Only compute is stretched, never the link.
@@ -46,8 +48,8 @@ class Pace:
     device: where it computes. A GPU is waited for, as what it was given is not done when the call that gave it returns.
     """
 
-    def __init__(self, slowdown: float = 1.0, device: torch.device | None = None) -> None:
-        self.slowdown, self.device = slowdown, device
+    def __init__(self, speed: Speed = HERE, device: torch.device | None = None) -> None:
+        self.speed, self.device = speed, device
         self._since = time.monotonic()
 
     def begin(self) -> float:
@@ -55,15 +57,16 @@ class Pace:
         self._since = time.monotonic()
         return self._since
 
-    def hold(self) -> float:
-        """Wait for what the computing since `begin` (or the last `hold`) would have taken longer; returns the time."""
+    def hold(self, work: Work = "prefill") -> float:
+        """Wait for what the computing since `begin` (or the last `hold`), of that kind, would have taken longer; returns the
+        time."""
         if self.device is not None and self.device.type == "cuda":
             import torch
 
             torch.cuda.synchronize(self.device)
-        if self.slowdown > 1.0:
+        if (factor := self.speed.factor(work)) > 1.0:
             computed = time.monotonic() - self._since
-            wait_until(self._since + computed * self.slowdown)
+            wait_until(self._since + computed * factor)
         return self.begin()
 
 
@@ -152,7 +155,7 @@ class InferenceSide:
         for target in DELIVERIES.values():
             kinds.load(target)
         model = load_model(message.model, device=message.device, dtype=message.dtype, threads=message.threads)
-        self._model, self.pace = model, Pace(message.slowdown, model.device)
+        self._model, self.pace = model, Pace(message.speed, model.device)
         warm = model.tokenize("The quick brown fox jumps over the lazy dog. " * 12)
         prefilled = model.prefill(warm, None)
         model.generate(warm[:8], prefilled.cache, 4, "")
@@ -166,14 +169,14 @@ class InferenceSide:
             head_dim=model.head_dim,
             max_positions=model.max_positions,
             kv_bytes_per_token=model.kv_bytes_per_token,
-            slowdown=message.slowdown,
+            speed=message.speed,
             threads=torch.get_num_threads(),
         )
 
     def share(self, other: InferenceSide) -> None:
         """Take the model and the prefixes that another side of this process has loaded."""
         self._model, self.prefixes = other.model, other.prefixes
-        self.pace = Pace(other.pace.slowdown, other.pace.device)
+        self.pace = Pace(other.pace.speed, other.pace.device)
 
     def compute(self, message: Compute) -> Computed:
         """How long a fixed piece of compute takes this side, before anything is stretched."""

@@ -69,7 +69,7 @@ class Pair:
                 device=getattr(self.scenario.device, side),
                 dtype=getattr(self.scenario.dtype, side),
                 threads=self.scenario.threads,
-                slowdown=getattr(self.scenario.compute, side),
+                speed=getattr(self.scenario.compute, side),
             )
             loaded[side] = self._call(endpoint, message, _LOAD_S)
         return loaded

@@ -17,6 +17,7 @@ from testbed.codecs.layout import expected_bytes
 from testbed.errors import UsageError
 from testbed.experiment.scenario import Cell, Plan
 from testbed.models.sources import resolve
+from testbed.speed.words import Speed
 
 _TEXT_BYTES_PER_TOKEN = 4.5
 _MSS_BYTES = 1448
@@ -119,16 +120,18 @@ class Estimator:
         reading = self.model.parameters * _QUESTION_TOKENS / 2 / _DECODE_MACS / 2
         generating = self.model.parameters * _ANSWER_TOKENS / 2 / _DECODE_MACS / 2
         prefill = self.model.parameters * (cell.context_tokens or 512) / _PREFILL_MACS
-        here = getattr(scenario.compute, "cloud" if across else "edge")
-        in_full = here * (reading + generating + (prefill if cell.placement == "cloud" else 0.0))
+        here: Speed = getattr(scenario.compute, "cloud" if across else "edge")
+        passes = reading + (prefill if cell.placement == "cloud" else 0.0)
+        generating *= here.factor("decode")
+        in_full = here.factor("prefill") * passes + generating
         replays = self.plan.replays(cell)
         if cell.placement != "cloud" and (replays or scenario.reuse == "none"):
-            in_full += scenario.compute.edge * prefill
+            in_full += scenario.compute.edge.factor("prefill") * prefill
         if replays or scenario.reuse != "all":
             return in_full
         shared = len(self.plan.profiles)
         # What is computed once is waited for on the other links up to the first token's acknowledgement.
-        repeated = in_full - here * generating if across else 0.0
+        repeated = in_full - generating if across else 0.0
         return (in_full + repeated * (shared - 1)) / shared
 
     def seconds(self, cell: Cell) -> float:

@@ -111,6 +111,7 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     # The manifest keeps these settings, so that --resume runs what the command line asked for.
     scenario = scenario.model_copy(update={"links": others})
     scenario, asked = _bound(scenario, place)
+    _check_decoding(scenario, place)
     plan = Plan(scenario, _under(topology, scenario, place), link, profiles, _tasks(scenario, place), asked)
     _check_extent(plan, place)
     return plan
@@ -210,6 +211,17 @@ def _bound(scenario: Scenario, place: str) -> tuple[Scenario, dict[str, str]]:
         if spec.refers:
             asked[str(bound)] = str(spec)
     return scenario.model_copy(update={"codecs": codecs}), asked
+
+
+def _check_decoding(scenario: Scenario, place: str) -> None:
+    """A side that cannot decode makes no answer."""
+    for side in ("edge", "cloud"):
+        answers = [p for p in scenario.placements if (p == "edge") == (side == "edge")]
+        if getattr(scenario.compute, side).decode is None and answers:
+            raise SpecError(
+                f"{place}: placements: compute.{side} has `decode: no`, and the {side} is who answers in placement "
+                f"{answers[0]!r}; leave that placement out, or give decode a factor"
+            )
 
 
 def moved(asked: object, model: str) -> list[str]:

@@ -31,7 +31,7 @@ from testbed.errors import StorageError, UsageError
 from testbed.experiment import compute
 from testbed.units import exact_time
 
-FORMAT = 4
+FORMAT = 5
 
 #: The stages of a request in the order in which they happen; their sum is `e2e_s`.
 STAGES = Stages.__struct_fields__
@@ -100,9 +100,15 @@ class Row:
     tokens_kept: int | None = None
     answer_tokens: int | None = None  #: of the answer, without the end token; of a choice, those of its text
     bits_per_element: float | None = None
-    #: the edge's compute stages were stretched by this factor; 1: as this host computes
+    #: the edge's passes over many tokens, and its coding, were stretched by this factor; 1: as this host computes
     edge_slowdown: float = 1.0
     cloud_slowdown: float = 1.0
+    edge_decode_slowdown: float | None = 1.0  #: and its generated tokens; None: it cannot generate any
+    cloud_decode_slowdown: float | None = 1.0
+    edge_device: str = (
+        ""  #: whose measured times were waited for, by its profile's name; empty: computed here
+    )
+    cloud_device: str = ""
 
     answer: str = ""
     score: float | None = None
@@ -178,6 +184,12 @@ def _deliveries_came(row: dict[str, Any]) -> dict[str, Any]:
     return {"delivery": "whole", **row}
 
 
+def _decoding_came(row: dict[str, Any]) -> dict[str, Any]:
+    """4 → 5: generated tokens were stretched as all else, and every side computed."""
+    came = {f"{side}_decode_slowdown": row.get(f"{side}_slowdown", 1.0) for side in ("edge", "cloud")}
+    return {**came, "edge_device": "", "cloud_device": "", **row}
+
+
 def _times_have_units(manifest: dict[str, Any]) -> dict[str, Any]:
     """A scenario's timeout, which was in bare seconds before units were asked for."""
     settings = manifest.get("settings")
@@ -189,7 +201,7 @@ def _times_have_units(manifest: dict[str, Any]) -> dict[str, Any]:
 
 #: By format, what makes a row of it one of the next. A resumed run has rows of several formats under one manifest, so each leaves
 #: alone what is of its result's format already; so do those of manifests.
-_MIGRATIONS = {1: _slowdowns_came, 2: _failures_measured_nothing, 3: _deliveries_came}
+_MIGRATIONS = {1: _slowdowns_came, 2: _failures_measured_nothing, 3: _deliveries_came, 4: _decoding_came}
 _MANIFESTS = (_times_have_units,)
 #: Formats that this version reads.
 READABLE = (*_MIGRATIONS, FORMAT)

@@ -33,6 +33,8 @@ from testbed.net import emulators
 from testbed.net.profile.profile import Profile
 from testbed.net.topology.topology import Link, Topology
 from testbed.net.traffic.traffic import Flow
+from testbed.speed.words import HERE, Speed
+from testbed.speed.words import parse as parse_speed
 from testbed.tasks.prompt import DEFAULT, PromptFormat, choose_prompt, parse_prompt
 from testbed.tasks.task import Task
 from testbed.units import exact_time, parse_time
@@ -91,12 +93,17 @@ def _sides(value: Any) -> Any:
     return {"edge": value, "cloud": value} if isinstance(value, str) else value
 
 
+_Speed = Annotated[
+    InstanceOf[Speed], BeforeValidator(parse_speed), PlainSerializer(Speed.written, when_used="json")
+]
+
+
 class Compute(BaseModel):
-    """How many times slower than this host each endpoint computes."""
+    """How each endpoint computes: so many times slower than this host, or as a device that was measured."""
 
     model_config = ConfigDict(extra="forbid")
-    edge: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] = 1.0
-    cloud: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] = 1.0
+    edge: _Speed = HERE
+    cloud: _Speed = HERE
 
 
 class Scenario(BaseModel):
@@ -205,7 +212,7 @@ class Cell:
             settings["at"] = scenario.at
         # Only where it is asked for, so that cells of runs from before these settings keep theirs.
         if scenario.compute != Compute():
-            settings["compute"] = [scenario.compute.edge, scenario.compute.cloud]
+            settings["compute"] = [scenario.compute.edge.written(), scenario.compute.cloud.written()]
         if scenario.traffic:
             settings["traffic"] = scenario.traffic
         if self.delivery != Whole():

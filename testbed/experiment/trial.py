@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 from testbed.experiment.results import Row, utc_now
-from testbed.experiment.scenario import Cell, Plan
+from testbed.experiment.scenario import Cell, Compute, Plan
 from testbed.tasks.task import Example
 
 
@@ -69,14 +70,25 @@ def new_row(trial: Trial, plan: Plan, emulator: str, reference: Reference, calib
         loss_up=steady.up.loss,
         loss_down=steady.down.loss,
         kv_bytes=reference.kv_bytes,
-        edge_slowdown=scenario.compute.edge,
-        cloud_slowdown=scenario.compute.cloud,
+        **_speeds(scenario.compute),
         reference_answer=reference.answer,
         reference_score=reference.score,
         reference_nll=reference.nll,
         calibrated=calibrated,
         warnings="" if calibrated else "link out of tolerance",
     )
+
+
+def _speeds(compute: Compute) -> dict[str, Any]:
+    """The columns of how both sides compute."""
+    columns: dict[str, Any] = {}
+    for side, speed in (("edge", compute.edge), ("cloud", compute.cloud)):
+        columns |= {
+            f"{side}_slowdown": speed.prefill,
+            f"{side}_decode_slowdown": speed.decode,
+            f"{side}_device": speed.device,
+        }
+    return columns
 
 
 def task_label(plan: Plan, task: int, context_tokens: int | None) -> str:

@@ -156,6 +156,18 @@ def test_a_run_from_before_kl_and_slowdowns_opens_with_nothing_invented(run: Pat
     assert draw(run, ["latency_quality"])
 
 
+def test_in_a_run_from_before_tokens_had_a_factor_of_their_own_they_were_stretched_as_all_else(
+    run: Path,
+) -> None:
+    new = ("edge_decode_slowdown", "cloud_decode_slowdown", "edge_device", "cloud_device")
+    rows = [{key: value for key, value in r.items() if key not in new} for r in lines(run)]
+    rewrite(run, [row | {"edge_slowdown": 4.0} for row in rows])
+    write_manifest(run, format=4)
+    read = load(run).rows
+    assert (read["edge_decode_slowdown"] == 4.0).all() and (read["cloud_decode_slowdown"] == 1.0).all()
+    assert (read[["edge_device", "cloud_device"]] == "").all(axis=None)
+
+
 @pytest.fixture
 def older(run: Path) -> Path:
     """A run as format 2 left it: zeros where a trial failed, nothing of what came with format 3."""

@@ -12,6 +12,7 @@ from testbed.endpoints.endpoint import Endpoint
 from testbed.endpoints.loopback import Loopback
 from testbed.endpoints.protocol import FullCache, Link, Outcome, TrialRequest, TrialResult
 from testbed.hosts.local import Local
+from testbed.speed.words import Speed
 
 CODECS = (
     "fp16",
@@ -54,7 +55,7 @@ class Pair:
         self.loaded = []
         for side in dict.fromkeys((edge, cloud)):
             factor = (slowdown or {}).get(side.role, 1.0)
-            message = protocol.Load(str(model), device, dtype, threads=1, slowdown=factor)
+            message = protocol.Load(str(model), device, dtype, threads=1, speed=Speed(factor, factor))
             self.loaded.append(side.call(message, 120))
         about = {"count": 3, "context_tokens": 300, "codecs": CODECS, "max_new_tokens": 8}
         prepared = edge.call(protocol.Prepare(task, **about), 60)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from testbed.errors import EndpointError
 from testbed.experiment import deployment, gate
 from testbed.hosts.local import Local, Namespace
 from testbed.identity import User
+from testbed.speed.words import Speed
 from testbed.tasks.rows import choice_rows
 from testbed.transport import wire
 from testbed.transport.tcp import Tcp
@@ -95,7 +96,7 @@ def test_an_outcome_is_not_made_up_from_a_cache_that_is_gone(pair: Pair) -> None
 
 
 def test_a_slower_machine_leaves_the_answer(pair: Pair, slow: Pair) -> None:
-    assert [side.slowdown for side in slow.loaded] == [5.0, 20.0]
+    assert [side.speed for side in slow.loaded] == [Speed(5.0, 5.0), Speed(20.0, 20.0)]
     given = {
         pair.ask("int8", 2).answer,
         *(slow.ask(what, 2).answer for what in ("int8", "int8", "cloud", "edge")),

@@ -6,6 +6,7 @@ import pytest
 
 from testbed.endpoints import side as module
 from testbed.endpoints.side import Pace
+from testbed.speed.words import Speed
 
 
 class Clock:
@@ -28,14 +29,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.mark.parametrize(("slowdown", "took_s"), [(4.0, 8.0), (1.0, 2.0)])
 def test_computing_takes_as_many_times_longer_as_asked(clock: Clock, slowdown: float, took_s: float) -> None:
-    pace = Pace(slowdown)
+    pace = Pace(Speed(slowdown))
     started = pace.begin()
     clock.now += 2.0
     assert pace.hold() - started == pytest.approx(took_s)
 
 
 def test_each_piece_is_stretched_once_and_what_lies_between_is_not(clock: Clock) -> None:
-    pace = Pace(3.0)
+    pace = Pace(Speed(3.0))
     started = pace.begin()
     clock.now += 1.0
     assert pace.hold() - started == pytest.approx(3.0)
@@ -43,3 +44,20 @@ def test_each_piece_is_stretched_once_and_what_lies_between_is_not(clock: Clock)
     pace.begin()
     clock.now += 2.0
     assert pace.hold() - started == pytest.approx(3.0 + 0.5 + 6.0)
+
+
+def test_generated_tokens_are_stretched_by_a_factor_of_their_own(clock: Clock) -> None:
+    pace = Pace(Speed(2.0, 8.0))
+    started = pace.begin()
+    for work, took_s in (("prefill", 2.0), ("codec", 2.0), ("decode", 8.0)):
+        clock.now += 1.0
+        now = pace.hold(work)
+        assert now - started == pytest.approx(took_s)
+        started = now
+
+
+def test_a_side_that_cannot_decode_waits_for_no_token(clock: Clock) -> None:
+    pace = Pace(Speed(2.0, None))
+    started = pace.begin()
+    clock.now += 1.0
+    assert pace.hold("decode") - started == pytest.approx(1.0)

@@ -12,7 +12,7 @@ import pytest
 
 from testbed import __version__
 from testbed.endpoints.endpoint import Endpoint
-from testbed.endpoints.protocol import Compute, Examine, Forget, Hello, Serve, TrialRequest
+from testbed.endpoints.protocol import VERSION, Compute, Examine, Forget, Hello, Serve, TrialRequest
 from testbed.errors import EndpointError, UsageError
 from testbed.hosts.channel import Channel, Refused
 from testbed.hosts.host import Process
@@ -21,7 +21,7 @@ TRIAL = {"stages": {"transmit_s": 1.0}, "e2e_s": 1.0, "reused": [], "replayed": 
 TRIAL |= {"answer_tokens": 1, "token_s": None}
 OUTCOME = {"tokens_kept": 3, "nll": 0.5}
 COMPUTED = {"tokens": 128, "seconds": 0.1, "share": None}
-NOW = {"version": 1, "testbed": __version__}
+NOW = {"version": VERSION, "testbed": __version__}
 NAN, INF = float("nan"), float("inf")
 
 Answering = Callable[[Any, Any], Endpoint]
@@ -76,7 +76,7 @@ def test_an_answer_that_cannot_be_is_an_error_that_names_its_place(
 
 
 @pytest.mark.parametrize(
-    "greeting", [{"version": 0, "testbed": "0.0.1"}, {"version": 2, "testbed": "0.0.1", "x": 1}]
+    "greeting", [{"version": 0, "testbed": "0.0.1"}, {"version": VERSION + 1, "testbed": "0.0.1", "x": 1}]
 )
 def test_a_testbed_that_speaks_another_version_is_refused_by_name_with_the_remedy(
     greeting: dict[str, Any],
