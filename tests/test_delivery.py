@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
@@ -15,8 +16,9 @@ from testbed.delivery.delivery import DELIVERIES, Bytes, Delivery, parse
 from testbed.delivery.whole import Whole
 from testbed.errors import SpecError
 from testbed.experiment.estimate import Estimator
-from testbed.experiment.plan import make_plan
+from testbed.experiment.plan import load_plan, make_plan
 from testbed.experiment.scenario import Plan
+from testbed.kinds import Time
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,23 @@ class Reversed(Delivery):
         return reversed(list(chunks))
 
 
+@dataclass(frozen=True)
+class Laddered(Reversed):
+    """With a list, a time and a delivery of its own."""
+
+    family: ClassVar = DELIVERIES
+    name: ClassVar[str] = "laddered"
+
+    levels: tuple[str, ...] = ()
+    deadline: Time | None = None
+    then: Reversed = Reversed()
+
+
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DELIVERIES, "reversed", "tests.test_delivery:Reversed")
+    monkeypatch.setattr(Reversed, "family", DELIVERIES, raising=False)
+    for kind in (Reversed, Laddered):
+        monkeypatch.setitem(DELIVERIES, kind.name, f"tests.test_delivery:{kind.__name__}")
 
 
 def plan(**changes: object) -> Plan:
@@ -87,7 +103,9 @@ def test_a_text_has_one_canonical_form_that_reads_back(written: str, canonical: 
         ("whole+whole", "unknown"),
         ("whole@2", "unknown"),
         ("", "unknown"),
-        ("a" * 10_000, "unknown"),
+        ("a" * 10_000, "10000 characters, but it has at most 2000"),
+        ("reversed(by=2", "ends within its parentheses"),
+        ("reversed(by=2))", r"the \) behind 'reversed\(by=2\)' closes nothing"),
     ],
 )
 def test_what_cannot_be_read_is_named_with_its_remedy(text: str, complaint: str) -> None:
@@ -114,3 +132,56 @@ def test_cells_of_runs_from_before_deliveries_keep_their_identity() -> None:
     made = plan(delivery=["whole", "reversed"])
     whole, _, backwards, _ = (c for c in made.cells(0, 256) if c.codec_text == "fp16")
     assert whole.identity(made) == "2853c9a4383b" != backwards.identity(made)
+
+
+LADDER = (
+    "laddered(by=2, levels=[int8, q2c@0.25(pool=1, scope=global)+int4], deadline=2s, then=reversed(by=3))"
+)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (f"[{LADDER}]", [LADDER]),
+        (f"[whole, {LADDER}, reversed(by=2)]", ["whole", LADDER, "reversed(by=2)"]),
+        (f'["{LADDER}", whole]', [LADDER, "whole"]),
+        (f"['reversed(by=2, what=bytes)', {LADDER}]", ["reversed(by=2, what=bytes)", LADDER]),
+        (LADDER, [LADDER]),
+        ("[ laddered( levels = [ int8,fp16 ], deadline = 800ms ) ]", ["laddered(levels=[int8, fp16], deadline=800ms)"]),
+    ],
+)  # fmt: skip
+def test_lists_in_parentheses_are_written_on_the_command_line_as_they_are(
+    written: str, read: list[str]
+) -> None:
+    made = load_plan("quick", assignments=[f"delivery={written}"])
+    assert [str(delivery) for delivery in made.scenario.delivery] == read
+    kept = make_plan(made.scenario.model_dump(mode="json"), "manifest.json")
+    assert kept.scenario.delivery == made.scenario.delivery
+
+
+def test_a_delivery_with_a_list_is_written_in_a_file_in_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "ladder.yaml"
+    path.write_text(f'profiles: [lte]\ntasks: [needle]\ndelivery: [whole, "{LADDER}"]\n')
+    assert [str(delivery) for delivery in load_plan(str(path)).scenario.delivery] == ["whole", LADDER]
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ("delivery: [whole, reversed(by=2, what=bytes)]", r'delivery\[1\].*quote it, as \["stream\(by=layers, chunk=8\)"\]'),
+        ("delivery: [laddered(levels=[int8])]", r"ladder.yaml:3: "),
+    ],
+)  # fmt: skip
+def test_a_delivery_that_yaml_has_split_is_told(tmp_path: Path, written: str, says: str) -> None:
+    path = tmp_path / "ladder.yaml"
+    path.write_text(f"profiles: [lte]\ntasks: [needle]\n{written}\n")
+    with pytest.raises(SpecError, match=says):
+        load_plan(str(path))
+
+
+@pytest.mark.parametrize(
+    "text", ["[laddered(levels=[int8, fp16)]", "[laddered(levels=[int8]), reversed(by=2]"]
+)
+def test_parentheses_that_do_not_match_on_the_command_line_are_told(text: str) -> None:
+    with pytest.raises(SpecError):
+        load_plan("quick", assignments=[f"delivery={text}"])

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from testbed import lookup, strict_yaml
+from testbed import kinds, lookup, strict_yaml
 from testbed.codecs.spec import parse as parse_codec
 from testbed.errors import SpecError, UsageError
 from testbed.experiment.scenario import Plan, Scenario
@@ -26,8 +26,7 @@ from testbed.net.topology.topology import Topology
 from testbed.tasks.task import Task, make_task
 
 _MAX_TRIALS = 10_000_000
-#: An item of a list in brackets, with parameters and not in quotes.
-_PARENTHESIZED = re.compile(r"""(?<=[\[, ])[\w@.:+-]+(\([^()'"]*\)[\w@.:+-]*)+(?=\s*[,\]])""")
+_IN_QUOTES = re.compile(r""""(?:[^"\\]|\\.)*"|'[^']*'""")
 
 
 def scenario_path(name: str) -> Path:
@@ -61,9 +60,25 @@ def override(settings: dict[str, Any], assignments: Sequence[str]) -> None:
 
 
 def _quoted(text: str) -> str:
-    """A list in brackets as YAML has to see it: what has commas in parentheses, such as ``q2c@0.25(pool=1, scope=global)``, is
-    one item."""
-    return _PARENTHESIZED.sub(lambda item: json.dumps(item[0]), text) if text.startswith("[") else text
+    """A list in brackets as YAML has to see it: what has commas or brackets in parentheses, such as
+    ``q2c@0.25(pool=1, scope=global)`` or ``adaptive(levels=[int8, text])``, is one item."""
+    plain = _IN_QUOTES.sub(
+        lambda quoted: "_" * len(quoted[0]), text
+    )  # whose commas and parentheses are YAML's affair
+    if not (plain.startswith("[") and plain.endswith("]")) or "{" in plain:
+        return text
+    try:
+        pieces = kinds.split(plain[1:-1])
+    except SpecError:  # which whoever reads the items says in its place
+        return text
+    items, at = [], 1
+    for piece in pieces:
+        item = text[at : at + len(piece)]
+        items.append(
+            json.dumps(item.strip()) if "(" in piece and not piece.lstrip().startswith("[") else item
+        )
+        at += len(piece) + 1
+    return f"[{','.join(items)}]"
 
 
 def load_plan(

@@ -46,18 +46,22 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-def _codec(value: Any) -> CodecSpec:
-    text = str(value)
+def _unsplit(text: str, what: str, example: str) -> str:
+    """The text, which YAML has not split. Raises SpecError where it has."""
     if text.count("(") > text.count(")"):
         raise SpecError(
-            f"codec {text[:80]!r}: ends within its parentheses; in brackets, YAML splits at commas: "
-            'quote it, as ["q2c@0.25(pool=1, scope=global)+int8"]'
+            f"{what} {text[:80]!r}: ends within its parentheses; in brackets, YAML splits at commas: "
+            f'quote it, as ["{example}"]'
         )
-    return parse_codec(text)
+    return text
+
+
+def _codec(value: Any) -> CodecSpec:
+    return parse_codec(_unsplit(str(value), "codec", "q2c@0.25(pool=1, scope=global)+int8"))
 
 
 def _delivery(value: Any) -> Delivery:
-    return parse_delivery(str(value))
+    return parse_delivery(_unsplit(str(value), "delivery", "stream(by=layers, chunk=8)"))
 
 
 def _seconds(value: Any) -> float:
