@@ -31,13 +31,16 @@ def plan(scenario: str, **changes: Any) -> Any:
             c["placement"],
             c["codec"] or "-",
             c["delivery"],
+            c["transport"],
             c["profile"],
             format_size(c["payload_bytes"]),
             format_time(c["transmit_s"]),
         ]
         for c in cells
     ]
-    text = table(rows, ["task", "placement", "codec", "delivery", "profile", "payload", "transmit"])
+    text = table(
+        rows, ["task", "placement", "codec", "delivery", "transport", "profile", "payload", "transmit"]
+    )
     text += f"\n\n{len(cells)} cells x {per_cell} = {planned.trials} trials, "
     text += f"{format_size(sent)} across the link, about {format_duration(seconds)}"
     if estimator.model is None:

@@ -12,7 +12,7 @@ from testbed.endpoints.protocol import ROUNDING_S, Link
 from testbed.endpoints.spans import Span
 from testbed.errors import EndpointError
 from testbed.transport import wire
-from testbed.transport.transport import Bytes, Stats, Stream, Transport, find
+from testbed.transport.transport import Bytes, Stats, Stream, Transport, parse
 
 #: What the cloud makes of what comes, by placement.
 REBUILDS = {"split": "decode", "cloud": "prefill"}
@@ -33,15 +33,15 @@ class Answered:
 
 
 class Client:
-    """The edge's connections to the cloud, one a link where the run keeps them."""
+    """The edge's connections to the cloud, one a link and transport that keeps them."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, Stream] = {}
+        self._kept: dict[tuple[str, str], Stream] = {}
 
     def ask(self, request: wire.Request, context: Iterable[Bytes], link: Link) -> Answered:
         """Send a request and its context's chunks, and wait for the answer. Raises EndpointError."""
         deadline = Deadline(link.timeout)
-        transport = find(link.transport)
+        transport = parse(link.transport)
         started = time.monotonic()
         connection, fresh = self._connect(transport, link)
         before = _NOTHING if fresh else connection.stats()
@@ -56,12 +56,12 @@ class Client:
             answered_at += answer.skipped_s
             if deadline.passed(answered_at):  # as it would have been had the cloud computed it again
                 raise EndpointError(f"nothing arrived within {deadline}")
-            keep = link.reuse
+            keep = transport.connection == "reuse"
         finally:
             if keep:
-                self._kept[link.name] = connection
+                self._kept[link.name, link.transport] = connection
             else:
-                self._kept.pop(link.name, None)
+                self._kept.pop((link.name, link.transport), None)
                 connection.finish()
         cost = connection.stats()
         turn_at = answer.received_at + answer.queue_s
@@ -84,8 +84,9 @@ class Client:
 
     def _connect(self, transport: Transport, link: Link) -> tuple[Stream, bool]:
         """A connection for this request, and whether it was opened for it."""
-        if link.reuse and link.name in self._kept:
-            return self._kept[link.name], False
+        kept = self._kept.get((link.name, link.transport))
+        if kept is not None:
+            return kept, False
         return transport.connect(link.address, link.port, link.congestion, link.timeout), True
 
 

@@ -18,7 +18,8 @@ from testbed.endpoints.side import Handlers, InferenceSide, Prefix, digest, main
 from testbed.errors import NotFiniteError, PayloadError, SpecError, TestbedError, WireError
 from testbed.models.kvcache import EMPTY
 from testbed.transport import wire
-from testbed.transport.transport import Arrived, Listener, Stream, find
+from testbed.transport.transport import Arrived, Listener, Stream
+from testbed.transport.transport import parse as parse_transport
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,9 +62,9 @@ class Cloud(InferenceSide):
             return thread.submit(super().compute, message).result()
 
     def serve(self, message: Serve) -> int:
-        """Listen, and answer requests from now on; returns the port."""
+        """Listen by one more transport, and answer requests from now on; returns the port."""
         self.max_payload, self._request_s = message.max_payload, message.request_s
-        listener = find(message.transport).listen(congestion=message.congestion)
+        listener = parse_transport(message.transport).listen(congestion=message.congestion)
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
         return listener.port
 

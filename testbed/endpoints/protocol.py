@@ -140,7 +140,7 @@ class Prepare(Message[Prepared]):
 
 
 class Serve(Message[Port]):
-    """Listen, and answer requests from now on.
+    """Listen by one transport (its canonical text), and answer requests from now on; asked again, by one more.
 
     max_payload: bounds what a request may make the cloud allocate, in bytes; request_s: what its bytes may take to come.
     """
@@ -184,7 +184,8 @@ class Compare(Message[None]):
 
 
 class Link(Part):
-    """Where the cloud is, and how it is asked. name: of the conditions, by which a connection that is kept is found again."""
+    """Where the cloud is, and how it is asked. name: of the conditions, by which a connection that is kept is found again.
+    transport: canonical text; congestion: the control that it uses where it names none."""
 
     address: Name
     port: Port
@@ -192,7 +193,6 @@ class Link(Part):
     transport: Name = "tcp"
     congestion: Name | None = None
     timeout: Seconds = 120.0
-    reuse: bool = False  #: keep the connection for the next request
     client: Name = ""
 
 

@@ -49,7 +49,7 @@ class Pair:
     ) -> None:
         self.plan, self.scenario, self.edge, self.cloud = plan, plan.scenario, edge, cloud
         self._check_network = check
-        self._link: Link | None = None
+        self._links: dict[str, Link] = {}  #: by transport
         self._longest = 0
 
     @property
@@ -100,20 +100,16 @@ class Pair:
         return batches
 
     def serve(self, address: str, kv_bytes_per_token: int) -> None:
-        """The cloud listens, on `address` as the edge sees it, for payloads of at most what the longest context can make."""
-        congestion = self.scenario.congestion or self.plan.swept.congestion
+        """The cloud listens by each transport, on `address` as the edge sees it, for payloads of at most what the longest context
+        can make."""
+        congestion, timeout = self.plan.swept.congestion, self.scenario.timeout
         bound = 2 * self._longest * kv_bytes_per_token + _PAYLOAD_SLACK
-        timeout = self.scenario.timeout
-        transport, _, kept = self.scenario.transport.partition("+")
-        message = protocol.Serve(bound, congestion, request_s=timeout, transport=transport)
-        self._link = Link(
-            address,
-            self._call(self.cloud, message, _SHORT_S),
-            transport=transport,
-            congestion=congestion,
-            timeout=timeout,
-            reuse=kept == "reuse",
-        )
+        for transport in map(str, self.scenario.transport):
+            message = protocol.Serve(bound, congestion, request_s=timeout, transport=transport)
+            port = self._call(self.cloud, message, _SHORT_S)
+            self._links[transport] = Link(
+                address, port, transport=transport, congestion=congestion, timeout=timeout
+            )
 
     def reference(self, batch: Batch, number: int) -> FullCache:
         """The example's answer with the full cache on the edge alone, which the cloud keeps to compare with.
@@ -127,7 +123,8 @@ class Pair:
 
     def trial(self, trial: Trial) -> TrialResult:
         """A trial; across the link, where its placement crosses one, as it is now."""
-        cell, link = trial.cell, self._link
+        cell = trial.cell
+        link = self._links.get(str(cell.transport))
         message = protocol.TrialRequest(
             cell.placement,
             trial.batch,

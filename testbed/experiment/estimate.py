@@ -129,7 +129,7 @@ class Estimator:
             in_full += scenario.compute.edge.factor("prefill") * prefill
         if replays or scenario.reuse != "all":
             return in_full
-        shared = len(self.plan.profiles)
+        shared = len(self.plan.profiles) * len(scenario.transport)
         # What is computed once is waited for on the other links up to the first token's acknowledgement.
         repeated = in_full - generating if across else 0.0
         return (in_full + repeated * (shared - 1)) / shared
@@ -147,6 +147,7 @@ class Estimator:
                 "placement": cell.placement,
                 "codec": cell.codec_text,
                 "delivery": str(cell.delivery),
+                "transport": str(cell.transport),
                 "profile": cell.profile.name,
                 "payload_bytes": round(self.payload_bytes(cell)),
                 "transmit_s": self.transmit_s(cell),

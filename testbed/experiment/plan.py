@@ -6,7 +6,9 @@ Nothing here knows torch or asks anything of the kernel: `testbed plan` runs it 
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,6 +26,9 @@ from testbed.net.profile.profile import Profile, parse_profile, profile_from
 from testbed.net.topology.files import load_topology
 from testbed.net.topology.topology import Topology
 from testbed.tasks.task import Task, make_task
+from testbed.transport.tcp import Tcp
+from testbed.transport.transport import Transport
+from testbed.units import format_rate
 
 _MAX_TRIALS = 10_000_000
 _IN_QUOTES = re.compile(r""""(?:[^"\\]|\\.)*"|'[^']*'""")
@@ -190,12 +195,11 @@ def _under(topology: Topology, scenario: Scenario, place: str) -> Topology:
         name: _at(f"{place}: links.{name}", lambda n=name, v=value: profile_from(v, f"{place}: links.{n}"))
         for name, value in scenario.links.items()
     }
+    # What the kernel keeps for the privileged is set on routes: there it can be one alone.
+    named = {kind.congestion for kind in scenario.transport if isinstance(kind, Tcp)}
+    congestion = named.pop() if len(named) == 1 else ""
     links = tuple(
-        replace(
-            item,
-            profile=fixed.get(item.name, item.profile),
-            congestion=scenario.congestion or item.congestion,
-        )
+        replace(item, profile=fixed.get(item.name, item.profile), congestion=congestion or item.congestion)
         for item in topology.links
     )
     return replace(topology, links=links)
@@ -256,13 +260,26 @@ def moved(asked: object, model: str) -> list[str]:
 def _check_extent(plan: Plan, place: str) -> None:
     if len({p.text() for p in plan.profiles}) < len(plan.profiles):
         raise SpecError(f"{place}: profiles: the same conditions are listed twice")
-    for key in ("tasks", "placements", "context_tokens", "delivery"):
+    for key in ("tasks", "placements", "context_tokens", "delivery", "transport"):
         listed = getattr(plan.scenario, key)
         for value in listed:
             if listed.count(value) > 1:  # whose trials would be one another's
                 raise SpecError(f"{place}: {key}: {str(value)!r} is listed twice")
+    for kind, profile in itertools.product(plan.scenario.transport, plan.profiles):
+        _check_rate(kind, profile, place)
     if plan.trials > _MAX_TRIALS:
         raise SpecError(f"{place}: {plan.trials} trials; at most {_MAX_TRIALS} make a run")
+
+
+def _check_rate(kind: Transport, profile: Profile, place: str) -> None:
+    """Raises SpecError where the link is faster than the transport: not the link would be measured."""
+    peak = profile.steady(peak=True)
+    rate = max(math.inf if way.rate_bps is None else way.rate_bps for way in (peak.up, peak.down))
+    if rate > kind.keeps_up_bps:
+        has = "no rate" if rate == math.inf else f"up to {format_rate(rate)}"
+        raise SpecError(
+            f"{place}: transport: {kind} keeps up with {format_rate(kind.keeps_up_bps)}, and profile {profile.name} has {has}"
+        )
 
 
 def _swept_link(scenario: Scenario, topology: Topology, place: str) -> str:

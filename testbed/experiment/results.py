@@ -58,7 +58,7 @@ class Row:
     profile: str  #: name of the link's conditions
     link: str
     emulator: str
-    transport: str  #: "tcp" or "tcp+reuse"
+    transport: str  #: what moved the payload, canonical text; empty where nothing crosses the link
     congestion: str
 
     rate_up_bps: float | None = None  #: None: unlimited
@@ -184,10 +184,14 @@ def _deliveries_came(row: dict[str, Any]) -> dict[str, Any]:
     return {"delivery": "whole", **row}
 
 
-def _decoding_came(row: dict[str, Any]) -> dict[str, Any]:
-    """4 → 5: generated tokens were stretched as all else, and every side computed."""
+def _decoding_and_transports_came(row: dict[str, Any]) -> dict[str, Any]:
+    """4 → 5: generated tokens were stretched as all else, and every side computed; what keeps a connection was called
+    ``tcp+reuse``, and a transport was named where nothing crossed a link."""
     came = {f"{side}_decode_slowdown": row.get(f"{side}_slowdown", 1.0) for side in ("edge", "cloud")}
-    return {**came, "edge_device": "", "cloud_device": "", **row}
+    row = {**came, "edge_device": "", "cloud_device": "", **row}
+    if row.get("placement") == "edge":
+        return row | {"transport": ""}
+    return row | {"transport": "tcp(connection=reuse)"} if row.get("transport") == "tcp+reuse" else row
 
 
 def _times_have_units(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +205,12 @@ def _times_have_units(manifest: dict[str, Any]) -> dict[str, Any]:
 
 #: By format, what makes a row of it one of the next. A resumed run has rows of several formats under one manifest, so each leaves
 #: alone what is of its result's format already; so do those of manifests.
-_MIGRATIONS = {1: _slowdowns_came, 2: _failures_measured_nothing, 3: _deliveries_came, 4: _decoding_came}
+_MIGRATIONS = {
+    1: _slowdowns_came,
+    2: _failures_measured_nothing,
+    3: _deliveries_came,
+    4: _decoding_and_transports_came,
+}
 _MANIFESTS = (_times_have_units,)
 #: Formats that this version reads.
 READABLE = (*_MIGRATIONS, FORMAT)

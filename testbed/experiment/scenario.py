@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     InstanceOf,
     PlainSerializer,
+    model_validator,
 )
 
 from testbed import strict_yaml
@@ -37,6 +38,9 @@ from testbed.speed.words import HERE, Speed
 from testbed.speed.words import parse as parse_speed
 from testbed.tasks.prompt import DEFAULT, PromptFormat, choose_prompt, parse_prompt
 from testbed.tasks.task import Task
+from testbed.transport.tcp import Tcp
+from testbed.transport.transport import Transport
+from testbed.transport.transport import parse as parse_transport
 from testbed.units import exact_time, parse_time
 
 Placement = Literal["split", "cloud", "edge"]
@@ -62,6 +66,10 @@ def _codec(value: Any) -> CodecSpec:
 
 def _delivery(value: Any) -> Delivery:
     return parse_delivery(_unsplit(str(value), "delivery", "stream(by=layers, chunk=8)"))
+
+
+def _transport(value: Any) -> Transport:
+    return parse_transport(str(value))
 
 
 def _seconds(value: Any) -> float:
@@ -146,6 +154,16 @@ class Scenario(BaseModel):
         BeforeValidator(_listed),
         Field(min_length=1),
     ] = [Whole()]
+    #: what moves it, and a text
+    transport: Annotated[
+        list[
+            Annotated[
+                InstanceOf[Transport], BeforeValidator(_transport), PlainSerializer(str, when_used="json")
+            ]
+        ],
+        BeforeValidator(_listed),
+        Field(min_length=1),
+    ] = [Tcp()]
     tasks: Annotated[
         list[Annotated[dict[str, Any], BeforeValidator(_task)]], BeforeValidator(_listed), Field(min_length=1)
     ]
@@ -161,8 +179,9 @@ class Scenario(BaseModel):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     #: None: what the task says its answers need
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
-    connection: Literal["per-request", "reuse"] = "per-request"
-    congestion: str | None = None  #: None: the link's, or else the namespace's default
+    #: of every TCP in `transport`, in whose parameters they are kept
+    connection: Annotated[Literal["per-request", "reuse"], Field(exclude=True)] = "per-request"
+    congestion: Annotated[str | None, Field(exclude=True)] = None
     emulator: Annotated[str, AfterValidator(emulators.known)] = "auto"
     reuse: Literal["all", "prefill", "none"] = "all"
     timeout: Annotated[
@@ -171,10 +190,23 @@ class Scenario(BaseModel):
     links: dict[str, Any] = {}  #: profiles of links that are not swept
     traffic: Annotated[list[Annotated[dict[str, Any], BeforeValidator(_flow)]], BeforeValidator(_listed)] = []
 
-    @property
-    def transport(self) -> str:
-        """As rows name it."""
-        return "tcp+reuse" if self.connection == "reuse" else "tcp"
+    @model_validator(mode="after")
+    def _folded(self) -> Scenario:
+        """Say of each TCP what `connection` and `congestion` say of all that do not say it themselves."""
+        given = {"connection": self.connection == "reuse", "congestion": bool(self.congestion)}
+        kinds = [_fold(kind, self.connection, self.congestion) for kind in self.transport]
+        if any(given.values()) and not any(isinstance(kind, Tcp) for kind in kinds):
+            words = " and ".join(word for word, said in given.items() if said)
+            raise SpecError(f"{words}: of TCP, and the transport is {', '.join(map(str, kinds))}")
+        self.transport, self.connection, self.congestion = kinds, "per-request", None
+        return self
+
+
+def _fold(kind: Transport, connection: str, congestion: str | None) -> Transport:
+    if not isinstance(kind, Tcp):
+        return kind
+    kept: Literal["fresh", "reuse"] = "reuse" if connection == "reuse" else kind.connection
+    return replace(kind, connection=kept, congestion=kind.congestion or congestion or "")
 
 
 @dataclass(frozen=True)
@@ -186,6 +218,7 @@ class Cell:
     placement: Placement
     codec: CodecSpec | None  #: None: no KV cache crosses the link
     delivery: Delivery
+    transport: Transport  #: of `edge`, which uses none, the scenario's first
     profile: Profile
 
     @property
@@ -209,8 +242,7 @@ class Cell:
             "profile": self.profile.text(),
             "topology": plan.topology.name,
             "link": plan.link,
-            "transport": scenario.transport,
-            "congestion": scenario.congestion,
+            **_of_transport(self.transport),
         }
         if self.profile.changes:
             settings["at"] = scenario.at
@@ -225,6 +257,14 @@ class Cell:
             settings["prompt"] = str(plan.prompt)
         text = json.dumps(settings, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def _of_transport(transport: Transport) -> dict[str, str | None]:
+    """A transport's part of a cell's identity; TCP's is as it was when there was no other."""
+    if not isinstance(transport, Tcp):
+        return {"transport": str(transport), "congestion": None}
+    kept = "+reuse" if transport.connection == "reuse" else ""
+    return {"transport": f"tcp{kept}", "congestion": transport.congestion or None}
 
 
 @dataclass(frozen=True)
@@ -272,7 +312,7 @@ class Plan:
             or any(profile.changes for profile in others)
             or (scenario.at == "run" and any(profile.changes for profile in self.profiles))
             or bool(scenario.traffic)
-            or scenario.connection == "reuse"
+            or cell.transport.connection == "reuse"
             or scenario.compute != Compute()
             or any(link.pcap for link in self.topology.links)
         )
@@ -282,13 +322,18 @@ class Plan:
         yield from itertools.product(range(len(self.scenario.tasks)), self.scenario.context_tokens)
 
     def cells(self, task: int, context_tokens: int | None) -> list[Cell]:
-        """The cells of one task and context length, in the order in which an example visits them: links innermost,
-        so that what two links share is made once, and a slow drift of the machine touches all links alike."""
+        """The cells of one task and context length, in the order in which an example visits them: links innermost, and
+        transports next, so that what they share is made once, and a slow drift of the machine touches all links alike."""
         cells = []
         for placement in self.scenario.placements:
             caches = itertools.product(self.scenario.codecs, self.scenario.delivery)
+            transports = self.scenario.transport[:1] if placement == "edge" else self.scenario.transport
             for codec, delivery in caches if placement == "split" else [(None, Whole())]:
-                cells += [Cell(task, context_tokens, placement, codec, delivery, p) for p in self.profiles]
+                cells += [
+                    Cell(task, context_tokens, placement, codec, delivery, transport, profile)
+                    for transport in transports
+                    for profile in self.profiles
+                ]
         return cells
 
     @property

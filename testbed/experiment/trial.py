@@ -61,7 +61,7 @@ def new_row(trial: Trial, plan: Plan, emulator: str, reference: Reference, calib
         profile=cell.profile.name,
         link=plan.link,
         emulator=emulator,
-        transport=scenario.transport,
+        transport="" if cell.placement == "edge" else str(cell.transport),
         congestion="",
         rate_up_bps=cell.profile.up.mean_rate_bps("up"),
         rate_down_bps=cell.profile.down.mean_rate_bps("down"),

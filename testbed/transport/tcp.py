@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import re
 import socket
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from testbed.deadline import Deadline
 from testbed.errors import EndpointError, UsageError
@@ -18,6 +22,7 @@ _TIMESTAMPS = 1  #: TCPI_OPT_TIMESTAMPS
 _HEADERS, _TIMESTAMP_OPTION = 14 + 20 + 20, 12
 _PIECE = 1 << 20
 _MOST_PIECES = 1024  #: IOV_MAX
+_CONGESTION = re.compile(r"[a-z0-9_-]{1,15}")  # TCP_CA_NAME_MAX
 _GIVE_UP = struct.pack("ii", 1, 0)  # struct linger: at once, with a reset (socket(7))
 
 
@@ -122,13 +127,23 @@ class TcpListener(Listener):
         self.socket.close()
 
 
+@dataclass(frozen=True)
 class Tcp(Transport):
-    """TCP as the kernel has it."""
+    """TCP as the kernel has it. congestion: its congestion control; none: the link's, or else the kernel's default."""
 
-    name = "tcp"
+    name: ClassVar[str] = "tcp"
+    source: ClassVar[str] = "RFC 9293, and Linux' tcp(7)"
+    keeps_up_bps: ClassVar[float] = math.inf  # whatever a link has, the kernel fills
+
+    congestion: str = ""
+
+    def __post_init__(self) -> None:
+        named = not self.congestion or _CONGESTION.fullmatch(self.congestion) is not None
+        self.require("congestion", "a name such as cubic", named)
 
     def listen(self, address: str = "0.0.0.0", congestion: str | None = None) -> TcpListener:
         """A listening socket on a port of the kernel's choice."""
+        congestion = self.congestion or congestion
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
             set_congestion(sock, congestion)
@@ -143,6 +158,7 @@ class Tcp(Transport):
         self, address: str, port: int, congestion: str | None = None, timeout: float = 60.0
     ) -> TcpStream:
         """Connect, and look what congestion control came of it."""
+        congestion = self.congestion or congestion
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
             set_congestion(sock, congestion)

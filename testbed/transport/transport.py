@@ -1,7 +1,7 @@
 """What edge and cloud ask of whatever moves their frames: a stream each way, with a bound, a deadline and a count of its bytes.
 
 A transport is one file with a class of each kind below, and one line in `TRANSPORTS`. A stream moves bytes in order; frames are
-made of them here, once for all transports.
+made of them here, once for all transports. Scenarios write a `Transport` as ``tcp(congestion=bbr, connection=reuse)``.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+from testbed import kinds
 from testbed.deadline import Deadline
-from testbed.errors import UsageError, WireError
-from testbed.kinds import load
+from testbed.errors import WireError
 from testbed.transport import wire
 
 #: By name.
@@ -212,16 +212,18 @@ class Listener(ABC):
         self.close()
 
 
-class Transport(ABC):
-    """A way to move frames."""
+@dataclass(frozen=True)
+class Transport(kinds.Kind, ABC):
+    """A way to move frames. connection: whether each request opens one of its own, or one is kept for all of a link's."""
 
-    name: ClassVar[str]
+    keeps_up_bps: ClassVar[float]  #: greatest rate of a link that it still fills, on the machine of the docs
+
+    connection: Literal["fresh", "reuse"] = "fresh"
 
     @abstractmethod
     def listen(self, address: str = "0.0.0.0", congestion: str | None = None) -> Listener:
-        """Listen on a port of the kernel's choice. congestion: the control of what this side sends; None: the route's.
-
-        Raises UsageError where there is none of that name.
+        """Listen on a port of the kernel's choice. congestion: the kernel's control of what this side sends, where the transport
+        uses one and names none itself; None: the route's. Raises UsageError where there is none of that name.
         """
 
     @abstractmethod
@@ -231,9 +233,7 @@ class Transport(ABC):
         """Connect. Raises EndpointError where nobody answers, UsageError where the congestion control cannot be had."""
 
 
-def find(name: str) -> Transport:
-    """The transport of that name. Raises UsageError."""
-    if name not in TRANSPORTS:
-        raise UsageError(f"transport {name!r}: unknown; there is {', '.join(TRANSPORTS)}")
-    transport: Transport = load(TRANSPORTS[name])()
+def parse(text: str) -> Transport:
+    """The transport that is written so. Raises SpecError."""
+    transport: Transport = kinds.parse(text, TRANSPORTS, "transport")
     return transport

@@ -232,7 +232,7 @@ def test_the_edge_placement_sends_nothing(pair: Pair) -> None:
 
 
 def test_a_connection_can_be_kept_for_the_next_request(pair: Pair) -> None:
-    kept = {"reuse": True, "name": "kept"}
+    kept = {"transport": "tcp(connection=reuse)", "name": "kept"}
     first, second = (pair.ask("int8", 0, link=kept).stages.connect_s for _ in range(2))
     assert first > 0 == second
 

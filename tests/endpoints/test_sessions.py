@@ -16,7 +16,7 @@ from testbed.endpoints.protocol import Forget
 from testbed.endpoints.sessions import MAX_CLIENTS, Sessions
 from testbed.errors import EndpointError
 from testbed.transport import wire
-from testbed.transport.transport import find
+from testbed.transport.transport import parse
 from tests.endpoints.pair import Pair, in_this_process
 from tests.test_files import a_row
 
@@ -48,7 +48,7 @@ def test_two_clients_at_once_each_get_their_own_answer_under_the_same_number(pai
 
     def ask(client: str, chunk: int = 1000) -> str:
         request = wire.Request(99, "cloud", "", pair.prefix, "Q?", "", 4, client=client)
-        stream = find("tcp").connect("127.0.0.1", pair.link.port, None, 60.0)
+        stream = parse("tcp").connect("127.0.0.1", pair.link.port, None, 60.0)
         text = texts[client]
         stream.send_request(request, (text[i : i + chunk] for i in range(0, len(text), chunk)), checked=True)
         frames = [stream.receive(0, Deadline(60.0)) for _ in range(2)]

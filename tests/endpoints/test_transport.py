@@ -10,7 +10,7 @@ from testbed.endpoints.client import Client
 from testbed.endpoints.cloud import Cloud
 from testbed.endpoints.protocol import Link, Serve
 from testbed.errors import EndpointError, UsageError
-from testbed.transport.transport import TRANSPORTS, find
+from testbed.transport.transport import TRANSPORTS, parse
 from tests.endpoints.test_wire import request
 
 #: Long enough for several pieces.
@@ -34,4 +34,4 @@ def test_edge_and_cloud_speak_over_whichever_transport_the_link_names(transport:
 
 def test_an_unknown_transport_is_named_with_those_that_exist() -> None:
     with pytest.raises(UsageError, match=r"'pigeon': unknown; there is tcp"):
-        find("pigeon")
+        parse("pigeon")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from testbed.deadline import Deadline
 from testbed.transport.tcp import Tcp, TcpListener, TcpStream
@@ -25,8 +27,9 @@ class XorListener(TcpListener):
         return XorStream(self.socket.accept()[0])
 
 
+@dataclass(frozen=True)
 class Xor(Tcp):
-    name = "xor"
+    name: ClassVar[str] = "xor"
 
     def listen(self, address: str = "0.0.0.0", congestion: str | None = None) -> XorListener:
         return XorListener(super().listen(address, congestion).socket)
