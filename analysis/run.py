@@ -21,7 +21,8 @@ from testbed import files
 from testbed.errors import UsageError
 from testbed.experiment import compute
 from testbed.experiment.compute import Start
-from testbed.experiment.results import STAGES, Row, RunDirectory
+from testbed.experiment.results import RunDirectory
+from testbed.experiment.row import STAGES, Row
 from testbed.identity import behind_sudo
 
 

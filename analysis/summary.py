@@ -12,7 +12,7 @@ from testbed import stats
 from testbed.analysis import paired_latency, settings
 from testbed.analysis.describe import caveats, computing, conditions, megabytes
 from testbed.analysis.run import Run
-from testbed.experiment.results import STAGES
+from testbed.experiment.row import STAGES
 
 _SAME = ("model", "emulator", "link", "delivery", "transport", "congestion")
 

@@ -15,7 +15,8 @@ import pytest
 
 from testbed import files
 from testbed.errors import StorageError
-from testbed.experiment.results import Row, RunDirectory
+from testbed.experiment.results import RunDirectory
+from testbed.experiment.row import Row
 from tests.analysis.make_run import make_run
 
 ROOT = Path(__file__).parents[1]

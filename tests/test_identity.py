@@ -141,7 +141,8 @@ def test_a_directory_of_logs_that_is_a_link_leads_where_the_user_may_write(run: 
 
 APPEND = """
 from pathlib import Path
-from testbed.experiment.results import Row, RunDirectory
+from testbed.experiment.results import RunDirectory
+from testbed.experiment.row import Row
 directory = RunDirectory(Path(sys.argv[1]))
 rows = list(directory.rows())
 directory.append(Row(**rows[0]))

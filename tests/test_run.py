@@ -18,7 +18,8 @@ import pytest
 
 from benchmarks.kill_resume import host_state, leftovers, settled
 from testbed.experiment.plan import load_plan
-from testbed.experiment.results import COLUMNS, FORMAT, STAGES, RunDirectory
+from testbed.experiment.results import FORMAT, RunDirectory
+from testbed.experiment.row import COLUMNS, STAGES
 from testbed.experiment.runner import Runner
 from testbed.net.fabric.accounting import LATE_S
 from tests.analysis.make_run import headline, make_run

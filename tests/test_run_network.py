@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kill_resume import leftovers
-from testbed.experiment.results import MEASURED
+from testbed.experiment.row import MEASURED
 from tests.runs import SCENARIO, rows, run, unmeasured
 
 pytestmark = [pytest.mark.netns, pytest.mark.slow, pytest.mark.usefixtures("own_state")]

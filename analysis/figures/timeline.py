@@ -13,7 +13,7 @@ from testbed.analysis.figures import NotInThisRun
 from testbed.analysis.figures.stages import LOOKS, patch
 from testbed.analysis.figures.style import GREY, INK, Frame, bottom_legend, panel_title
 from testbed.analysis.run import Run, stage_names
-from testbed.experiment.results import STAGES
+from testbed.analysis.spans import in_order
 
 MOST = 5  #: settings beside each other
 _PLACES = ("edge", "link", "cloud")
@@ -103,14 +103,6 @@ def _where(stage: str, placement: str) -> str:
     return "edge" if stage == "prefill_s" and placement == "split" else "cloud"
 
 
-def _order(placement: str) -> list[str]:
-    """The stages as they follow each other: a cloud that is sent the text prefills after it has arrived."""
-    if placement != "cloud":
-        return list(STAGES)
-    rest = [s for s in STAGES if s != "prefill_s"]
-    return [*rest[: rest.index("queue_s") + 1], "prefill_s", *rest[rest.index("queue_s") + 1 :]]
-
-
 def _draw_trial(ax: Axes, trial: pd.Series, longest: float) -> None:
     payload = trial["payload_bytes"]
     sent = f"{megabytes(float(payload))} sent" if payload else "nothing sent"
@@ -118,7 +110,7 @@ def _draw_trial(ax: Axes, trial: pd.Series, longest: float) -> None:
     panel_title(ax, str(trial["setting"]), f"{trial['e2e_s']:.2f} s · {sent} · {score}")
     reused = {f"{name.strip()}_s" for name in str(trial["reused"]).split(",") if name.strip()}
     at = 0.0
-    for stage in _order(str(trial["placement"])):
+    for stage in in_order(str(trial["placement"])):
         length = float(trial[stage])
         if length <= 0:
             continue

@@ -23,148 +23,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from msgspec import structs
-
 from testbed import files
-from testbed.endpoints.protocol import Outcome, Stages, TrialResult
 from testbed.errors import StorageError, UsageError
 from testbed.experiment import compute
+from testbed.experiment.row import COLUMNS, MEASURED, Row, in_turn
 from testbed.units import exact_time
 
 FORMAT = 5
 
-#: The stages of a request in the order in which they happen; their sum is `e2e_s`.
-STAGES = Stages.__struct_fields__
-
-
-@dataclass
-class Row:
-    """One trial. Seconds, bytes, bits per second, fractions. A stage that a placement does not have is 0; what a trial
-    measures (`MEASURED`) is None where it failed.
-    """
-
-    trial: str  #: identity of this trial within the run: the same settings, example and repeat give the same value
-    cell: str  #: identity of the settings; stable across runs
-    repeat: int
-    started_at: str  #: UTC, ISO 8601
-
-    model: str
-    task: str
-    example: str
-    context_tokens: int
-    placement: str  #: split, cloud or edge
-    codec: str  #: canonical text; empty where no KV cache crosses the link
-    delivery: str  #: how the payload crosses, canonical text
-    profile: str  #: name of the link's conditions
-    link: str
-    emulator: str
-    transport: str  #: what moved the payload, canonical text; empty where nothing crosses the link
-    congestion: str
-
-    rate_up_bps: float | None = None  #: None: unlimited
-    rate_down_bps: float | None = None
-    delay_up_s: float = 0.0
-    delay_down_s: float = 0.0
-    loss_up: float = 0.0
-    loss_down: float = 0.0
-    #: how far the profile's traces had come when the trial began; None: nothing changes
-    trace_s: float | None = None
-
-    prefill_s: float | None = None
-    select_s: float | None = None
-    encode_s: float | None = None
-    #: opening the request's connection, until its first byte is handed over; 0 when one is reused
-    connect_s: float | None = None
-    transmit_s: float | None = None  #: first byte handed to the socket -> last byte received, on one clock
-    #: last byte received -> this request's turn: the cloud answers one at a time
-    queue_s: float | None = None
-    decode_s: float | None = None
-    first_token_s: float | None = None  #: cache rebuilt -> first token back at the edge
-    generate_s: float | None = None  #: first -> last token, as they arrive at the edge
-    ttft_s: float | None = None
-    e2e_s: float | None = None
-    #: mean time of a token behind the first, where it is computed; None: there is none
-    token_s: float | None = None
-    reused: str = ""  #: comma-separated stages taken from an identical earlier trial
-    replayed: bool = False  #: those were waited for in real time; False: but for what no link could show
-
-    #: of select_s, the question's pass behind the context: part of the prefill where an edge reads both at once
-    question_s: float | None = None
-
-    kv_bytes: int = 0
-    payload_bytes: int | None = None
-    shared_bytes: int = 0  #: what both sides must have had beforehand to read the payload: a coder's tables
-    #: of the request's connection, both ways, headers of packets and what was sent again included
-    wire_bytes: int | None = None
-    retransmits: int | None = None
-    tokens_kept: int | None = None
-    answer_tokens: int | None = None  #: of the answer, without the end token; of a choice, those of its text
-    bits_per_element: float | None = None
-    #: the edge's passes over many tokens, and its coding, were stretched by this factor; 1: as this host computes
-    edge_slowdown: float = 1.0
-    cloud_slowdown: float = 1.0
-    edge_decode_slowdown: float | None = 1.0  #: and its generated tokens; None: it cannot generate any
-    cloud_decode_slowdown: float | None = 1.0
-    edge_device: str = (
-        ""  #: whose measured times were waited for, by its profile's name; empty: computed here
-    )
-    cloud_device: str = ""
-
-    answer: str = ""
-    score: float | None = None
-    em: float | None = None
-    f1: float | None = None
-    reference_answer: str = ""
-    reference_score: float | None = None
-    nll: float | None = None
-    reference_nll: float | None = None
-    kl: float | None = None  #: mean KL divergence from the full cache's next-token distributions, nats
-    payload_digest: str = ""  #: BLAKE2b of the payload: equal digests, equal bytes
-    kept_digest: str = ""  #: BLAKE2b of the kept positions of every layer and head
-    calibrated: bool = True  #: False: the link was measured out of tolerance and the run was told to go on
-    #: False: this machine computed unsteadily, or unlike for both sides, when it was measured before the trial; as it is read,
-    #: also when it was measured behind it (`RunDirectory.rows`)
-    compute_steady: bool = True
-    #: of the edge's compute: a prefill in more may differ in its last bits, and what is made of it
-    threads: int | None = None
-    warnings: str = ""
-    error: str = ""
-
-    def fill(self, result: TrialResult, outcome: Outcome, scores: dict[str, float]) -> None:
-        """Put in what the endpoints measured, and the answer's scores: their fields are called as the columns are."""
-        measured = {
-            **scores,
-            **structs.asdict(result),
-            **structs.asdict(result.stages),
-            **structs.asdict(outcome),
-        }
-        for column in measured.keys() & set(COLUMNS):
-            setattr(self, column, measured[column])
-        self.answer, self.reused = result.answer.strip(), ",".join(result.reused)
-        self.ttft_s = result.e2e_s - result.stages.generate_s
-        sent = result.payload_bytes if self.placement == "split" else 0
-        self.bits_per_element = sent * 8 / (self.kv_bytes / 2) if self.kv_bytes else 0.0
-
-
-COLUMNS = tuple(f.name for f in dataclasses.fields(Row))
-#: What a trial is made for: times, counts, scores.
-MEASURED = (
-    *STAGES,
-    "ttft_s",
-    "e2e_s",
-    "token_s",
-    "payload_bytes",
-    "wire_bytes",
-    "retransmits",
-    "tokens_kept",
-    "answer_tokens",
-    "bits_per_element",
-    "score",
-    "em",
-    "f1",
-    "nll",
-    "kl",
-)
 #: What makes a line a row: the trial that it tells of.
 _IDENTITY = ("trial", "task", "example", "placement")
 
@@ -184,11 +50,13 @@ def _deliveries_came(row: dict[str, Any]) -> dict[str, Any]:
     return {"delivery": "whole", **row}
 
 
-def _decoding_and_transports_came(row: dict[str, Any]) -> dict[str, Any]:
-    """4 → 5: generated tokens were stretched as all else, and every side computed; what keeps a connection was called
-    ``tcp+reuse``, and a transport was named where nothing crossed a link."""
+def _pipelines_came(row: dict[str, Any]) -> dict[str, Any]:
+    """4 → 5: one stage came after the other, generated tokens were stretched as all else, and every side computed; what keeps a
+    connection was called ``tcp+reuse``, and a transport was named where nothing crossed a link."""
     came = {f"{side}_decode_slowdown": row.get(f"{side}_slowdown", 1.0) for side in ("edge", "cloud")}
-    row = {**came, "edge_device": "", "cloud_device": "", **row}
+    measured = in_turn(row)
+    known = dict.fromkeys(measured) if row.get("error") else measured
+    row = {**known, **came, "edge_device": "", "cloud_device": "", **row}
     if row.get("placement") == "edge":
         return row | {"transport": ""}
     return row | {"transport": "tcp(connection=reuse)"} if row.get("transport") == "tcp+reuse" else row
@@ -205,12 +73,7 @@ def _times_have_units(manifest: dict[str, Any]) -> dict[str, Any]:
 
 #: By format, what makes a row of it one of the next. A resumed run has rows of several formats under one manifest, so each leaves
 #: alone what is of its result's format already; so do those of manifests.
-_MIGRATIONS = {
-    1: _slowdowns_came,
-    2: _failures_measured_nothing,
-    3: _deliveries_came,
-    4: _decoding_and_transports_came,
-}
+_MIGRATIONS = {1: _slowdowns_came, 2: _failures_measured_nothing, 3: _deliveries_came, 4: _pipelines_came}
 _MANIFESTS = (_times_have_units,)
 #: Formats that this version reads.
 READABLE = (*_MIGRATIONS, FORMAT)

@@ -22,7 +22,8 @@ from testbed.experiment.deployment import Batch
 from testbed.experiment.environment import describe_host
 from testbed.experiment.gate import Gate
 from testbed.experiment.progress import Tally, Watcher
-from testbed.experiment.results import FORMAT, Row, RunDirectory, utc_now
+from testbed.experiment.results import FORMAT, RunDirectory, utc_now
+from testbed.experiment.row import Row
 from testbed.experiment.scenario import Cell, Plan
 from testbed.experiment.session import Opening, across_links
 from testbed.experiment.trial import Reference, Trial, new_row

@@ -6,7 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from testbed.experiment.results import Row, utc_now
+from testbed.experiment.results import utc_now
+from testbed.experiment.row import Row
 from testbed.experiment.scenario import Cell, Compute, Plan
 from testbed.tasks.task import Example
 

@@ -18,7 +18,8 @@ from testbed.analysis import summary
 from testbed.analysis.figures import draw_all
 from testbed.analysis.run import load
 from testbed.codecs.diagnosed import FORMAT as DIAGNOSIS_FORMAT
-from testbed.experiment.results import FORMAT, STAGES, Row
+from testbed.experiment.results import FORMAT
+from testbed.experiment.row import STAGES, Row, in_turn
 from testbed.net.calibration.calibrate import Attempt, Calibration
 from testbed.net.calibration.checks import delay_check, loss_check, rate_check
 from testbed.net.calibration.outcome import Check, Curve
@@ -218,7 +219,7 @@ def _row(rng: np.random.Generator, profile: str, placement: str, codec: str, tas
     correct = easy < right + float(rng.normal(0, 0.05)) * (codec != "fp16")
     f1 = 1.0 if correct else round(float(rng.beta(0.6, 3)), 3)
     nll = 0.4 + easy
-    return Row(
+    row = Row(
         trial=f"{profile}/{placement}/{codec}/{task}/{example}",
         cell=f"{profile}/{placement}/{codec}/{task}",
         repeat=0,
@@ -261,6 +262,7 @@ def _row(rng: np.random.Generator, profile: str, placement: str, codec: str, tas
         kl=0.8 * rise * (0.5 + easy),
         reference_nll=nll,
     )
+    return dataclasses.replace(row, **in_turn(dataclasses.asdict(row)))
 
 
 def headline(run: Path) -> str:

@@ -13,7 +13,8 @@ import pytest
 from testbed.analysis import report, summary
 from testbed.analysis.run import load
 from testbed.errors import UsageError
-from testbed.experiment.results import COLUMNS, FORMAT, MEASURED, READABLE, Row, RunDirectory, as_now
+from testbed.experiment.results import FORMAT, READABLE, RunDirectory, as_now
+from testbed.experiment.row import COLUMNS, MEASURED, Row
 from testbed.experiment.runner import resume
 from tests.analysis.conftest import Command
 from tests.analysis.make_run import (

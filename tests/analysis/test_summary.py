@@ -14,7 +14,8 @@ from testbed.analysis.settings import labelled
 from testbed.analysis.summary import summarise, write
 from testbed.experiment import compute
 from testbed.experiment.compute import Measurement, Side, Start
-from testbed.experiment.results import STAGES, write_json
+from testbed.experiment.results import write_json
+from testbed.experiment.row import STAGES
 from tests.analysis.make_run import KV_BYTES, change, headline, lines, make_run, rewrite
 
 
