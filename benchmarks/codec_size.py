@@ -31,9 +31,10 @@ from testbed.codecs.evidence import Evidence, Kept, gather
 from testbed.codecs.layout import packed_bytes
 from testbed.diagnosis.choose import interval
 from testbed.models.kvcache import KVCache, join
-from testbed.models.language import LanguageModel, Prefill
+from testbed.models.language import LanguageModel
 from testbed.models.likelihood import mean_kl, mean_nll
 from testbed.models.loading import load_model
+from testbed.models.prefill import Prefill
 from testbed.tasks import Task, parse_task
 from testbed.tasks.task import Example
 

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.evidence import Needs, gather, prefill_for
-from testbed.models.language import LanguageModel, Prefill
+from testbed.models.language import LanguageModel
 from testbed.models.loading import load_model
+from testbed.models.prefill import Prefill
 from testbed.models.sources import resolve
 from testbed.tasks.task import make_task
 

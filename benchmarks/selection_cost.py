@@ -22,8 +22,9 @@ import torch
 
 from testbed.codecs.codec import Codec
 from testbed.codecs.evidence import Needs, gather, prefill_for
-from testbed.models.language import LanguageModel, Prefill
+from testbed.models.language import LanguageModel
 from testbed.models.loading import load_model
+from testbed.models.prefill import Prefill
 
 CODECS = [
     "q2c@0.25", "q2c@0.25(pool=1, scope=global)", "snapkv@0.25", "snapkv@0.25(question=true)", "h2o@0.25",

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from testbed.models.inputs import AttentionInputs
     from testbed.models.kvcache import KVCache, KVLayer
-    from testbed.models.language import LanguageModel, Prefill
+    from testbed.models.language import LanguageModel
+    from testbed.models.prefill import BlockPrefill, Prefill
     from testbed.models.rotary import Rotation
 
 
@@ -220,7 +221,14 @@ class Kept:
 
 def prefill_for(model: LanguageModel, needs: Needs, ids: Sequence[int], prefix: KVCache | None) -> Prefill:
     """The context's prefill behind `prefix`, with what `needs` asks to be kept of it."""
-    return model.prefill(
+    return blocks_for(model, needs, ids, prefix).finish()
+
+
+def blocks_for(
+    model: LanguageModel, needs: Needs, ids: Sequence[int], prefix: KVCache | None
+) -> BlockPrefill:
+    """As `prefill_for`, in blocks: what its `finish` gives is what `gather` takes."""
+    return model.blocks(
         ids,
         prefix,
         queries=needs.context_queries,

@@ -31,7 +31,7 @@ from testbed.transport.transport import Bytes
 
 if TYPE_CHECKING:
     from testbed.codecs.codec import Codec
-    from testbed.models.language import Prefill
+    from testbed.models.prefill import Prefill
     from testbed.tasks.prompt import Prompted
     from testbed.tasks.task import Example
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
 @dataclass
 class AttentionInputs:
-    """Of one pass of `network`, by layer: its attention module, hidden states [1, tokens, hidden], cosines and sines."""
+    """Of one pass of `network`, by layer: its attention module, hidden states [1, tokens, hidden], cosines and sines
+    ([1, tokens, …] each; one tensor of complex numbers in some models).
+    """
 
     network: Any
     modules: dict[int, Any] = field(default_factory=dict)
@@ -42,3 +45,18 @@ def recorded(network: Any) -> Iterator[AttentionInputs]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def in_turn(parts: Sequence[AttentionInputs]) -> AttentionInputs:
+    """What attention modules were given in passes that went on one behind the other, as if it had been one pass."""
+    if len(parts) == 1:
+        return parts[0]
+    states = {i: torch.cat([part.hidden_states[i] for part in parts], 1) for i in parts[0].hidden_states}
+    embeddings = {i: _behind([part.position_embeddings[i] for part in parts]) for i in parts[0].modules}
+    return AttentionInputs(parts[0].network, parts[0].modules, states, embeddings)
+
+
+def _behind(parts: list[Any]) -> Any:
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts, 1)
+    return tuple(torch.cat(each, 1) for each in zip(*parts, strict=True))

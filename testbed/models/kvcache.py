@@ -106,11 +106,12 @@ class KVLayer:
         return replace(self, keys=keys, values=values, positions=positions)
 
     def empty_first(self) -> KVLayer:
-        """With each head's empty places before its tokens, whose order stays."""
-        if self.counts is None:
+        """With each head's empty places before its tokens, whose order stays; as few of them as the fullest head allows."""
+        if (counts := self.counts) is None:
             return self
         held = self.positions != EMPTY
-        return self._gathered(held.to(self.positions.dtype).argsort(dim=1, stable=True))
+        places = held.to(self.positions.dtype).argsort(dim=1, stable=True)
+        return self._gathered(places[:, self.tokens - max(counts) :])
 
     def slice(self, start: int, stop: int | None = None) -> KVLayer:
         """The tokens from index `start` up to `stop`, as views; negative numbers count from the end."""
@@ -118,6 +119,22 @@ class KVLayer:
         return replace(
             self, keys=self.keys[:, part], values=self.values[:, part], positions=self.positions[..., part]
         )
+
+    def between(self, start: int, stop: int | None = None) -> KVLayer:
+        """The tokens at the absolute positions `start` up to `stop` (None: all from there), as views.
+
+        Where heads hold different ones of these, their places are gathered into a copy.
+        """
+        first = (self.positions < start).sum(-1)
+        last = first.new_tensor(self.tokens) if stop is None else (self.positions < stop).sum(-1)
+        last = last.maximum(first)
+        if first.dim() == 0 or bool((first == first[0]).all() & (last == last[0]).all()):
+            return self.slice(int(first.flatten()[0]), int(last.flatten()[0]))
+        import torch
+
+        most = int((last - first).max())
+        places = last[:, None] + torch.arange(-most, 0, device=first.device)
+        return self._gathered(places.masked_fill(places < first[:, None], EMPTY))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> KVLayer:
         """On another device, or with keys and values in another format; shares what need not change."""
@@ -215,3 +232,37 @@ def join(*caches: KVCache) -> KVCache:
             raise ValueError(f"layer {len(layers)}: the parts' positions overlap or are out of order")
         layers.append(joined)
     return KVCache(layers, caches[-1].length)
+
+
+def stack(*caches: KVCache) -> KVCache:
+    """The layers of one cache above those of the next: what `layers` took apart. Raises ValueError where lengths differ."""
+    lengths = sorted({cache.length for cache in caches})
+    if len(lengths) != 1:
+        raise ValueError(f"stack() takes caches of one length, not {lengths}")
+    return KVCache([layer for cache in caches for layer in cache.layers], lengths[0])
+
+
+def layers(cache: KVCache, start: int, stop: int) -> KVCache:
+    """The layers `start` up to `stop`, sharing memory. Raises ValueError where there are none such."""
+    if not 0 <= start < stop <= len(cache.layers):
+        raise ValueError(f"layers {start} to {stop} of a cache of {len(cache.layers)} layers")
+    return KVCache(cache.layers[start:stop], cache.length)
+
+
+def between(cache: KVCache, start: int, stop: int) -> KVCache:
+    """The tokens at the absolute positions `start` up to `stop` in every layer (see `KVLayer.between`).
+
+    What `join` makes one cache again. Raises ValueError where the positions are none of this cache.
+    """
+    if not 0 <= start <= stop <= cache.length:
+        raise ValueError(f"positions {start} to {stop} of a cache that ends at {cache.length}")
+    return KVCache([layer.between(start, stop) for layer in cache.layers], stop)
+
+
+def seen_from(cache: KVCache, position: int) -> KVCache:
+    """Without what no query at the absolute position `position` or behind it sees, since it lies before a layer's window."""
+    cut = [
+        layer if layer.window is None else layer.between(max(0, position - layer.window + 1))
+        for layer in cache.layers
+    ]
+    return KVCache(cut, cache.length)

@@ -9,8 +9,7 @@ ids = model.generate(model.tokenize(question), join(prefix.cache, context.cache)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from torch import Tensor
 from testbed.errors import NotFiniteError, UsageError
 from testbed.models import attention as _attention
 from testbed.models import kvcache as _kvcache
-from testbed.models.inputs import AttentionInputs, recorded
 from testbed.models.kvcache import KVCache, KVLayer
 from testbed.models.likelihood import log_probabilities, mean_nll
 from testbed.models.live import LayerShape, LiveCache, LivePass
+from testbed.models.prefill import BlockPrefill, Prefill
 from testbed.models.rotary import Rotation, Rotations
 from testbed.models.stretching import Stretching
 
@@ -94,20 +93,6 @@ class Tokens:
         """The text of token ids, without special tokens; with `stop`, only what is before it."""
         decoded: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return decoded if not stop else decoded.partition(stop)[0]
-
-
-@dataclass
-class Prefill:
-    """What a stretch of tokens left behind."""
-
-    cache: KVCache  #: of these tokens alone, in 16 bits, on the model's device
-    queries: list[Tensor]  #: per layer [q_heads, n, head_dim] of the last n tokens; n may be 0
-    query_positions: Tensor  #: int64 [n]: their absolute positions
-    logits: Tensor | None  #: float32 [vocabulary] behind the last token; None where there were no tokens
-    #: per layer float32 [kv_heads, tokens]: the attention that these tokens pay to each of themselves, summed over them
-    #: and averaged over the query heads of a KV head (of attention's own ones, where a latent is cached)
-    attention: list[Tensor] | None = None
-    inputs: AttentionInputs | None = None  #: what the attention modules were given, where that was asked for
 
 
 class LanguageModel:
@@ -330,22 +315,31 @@ class LanguageModel:
         inputs: keep what attention modules are given.
         Raises UsageError past the model's length, NotFiniteError where the cache or the logits are not all numbers.
         """
-        length = self._check_length(past, len(ids))
+        return self.blocks(ids, past, queries, attention, inputs).finish()
+
+    def blocks(
+        self,
+        ids: Sequence[int],
+        past: KVCache | None,
+        queries: int | None = 0,
+        attention: bool = False,
+        inputs: bool = False,
+    ) -> BlockPrefill:
+        """A `prefill` that goes on block by block: `run(stop)` gives each block's cache, `finish()` what `prefill` gives."""
+        self._check_length(past, len(ids))
         live = self._live(past, len(ids))
-        if not ids:
-            return Prefill(live.export(self.shapes), [], torch.arange(0), None)
-        with recorded(self._network) if inputs else nullcontext() as given:
-            logits, run = self._forward(live, ids, queries=queries, attention=attention)
-        if live.first_not_finite(past=False) is not None:  # behind a window, the last token sees none of it
-            raise NotFiniteError(self._not_finite(live))
-        kept = len(ids) if queries is None else min(queries, len(ids))
-        # Copies made here are ordinary tensors; those of inference mode could not be changed in place
-        # elsewhere.
-        observed = [run.queries.pop(layer).clone() for layer in range(self.num_layers)] if kept else []
-        positions = torch.arange(length + len(ids) - kept, length + len(ids), device=self.device)
-        held = run.attention
-        paid = None if held is None else [held[i][:, -len(ids) :].clone() for i in range(self.num_layers)]
-        return Prefill(live.export(self.shapes), observed, positions, logits[-1].float().clone(), paid, given)
+        return BlockPrefill(
+            ids, live, self._forward_finite, self._network, self.shapes, queries, attention, inputs
+        )
+
+    def _forward_finite(
+        self, live: LiveCache, ids: Sequence[int], *, queries: int, attention: bool
+    ) -> tuple[Tensor, LivePass]:
+        """As `_forward`; raises NotFiniteError of keys and values, too."""
+        logits, run = self._forward(live, ids, queries=queries, attention=attention)
+        if live.first_not_finite(past=False, last=len(ids)) is not None:
+            raise NotFiniteError(self._not_finite(live))  # behind a window, the last token sees none of it
+        return logits, run
 
     def generate(
         self,
@@ -423,7 +417,7 @@ class LanguageModel:
             logits, taught = first, list(answer[:-1])
             if taught:
                 behind, _ = self._forward(live, taught, keep=len(taught))
-                live.rewind(len(taught))
+                live.rewind(len(ids_question))
                 logits = torch.cat([first, behind])
             found.append(log_probabilities(logits))
         return found

@@ -111,12 +111,12 @@ class LiveCache:
         self.written[layer_idx] += keys.shape[2]
         return held[0], held[1]
 
-    def rewind(self, count: int) -> None:
-        """Forget the last `count` tokens written here, so that others can stand in their place."""
-        if not 0 <= count <= min(self.written):
-            raise ValueError(f"{count} tokens to forget of {min(self.written)}")
-        self.written = [written - count for written in self.written]
-        self.length -= count
+    def rewind(self, tokens: int) -> None:
+        """Forget all but the first `tokens` tokens written here, so that others can stand in their place."""
+        if not 0 <= tokens <= min(self.written):
+            raise ValueError(f"{tokens} tokens to keep of {min(self.written)}")
+        self.written = [tokens] * len(self.written)
+        self.length = self.start + tokens
 
     def held(self, layer: int) -> tuple[Tensor, Tensor]:
         """The layer's keys and values so far, [1, kv_heads, tokens, d], as views."""
@@ -126,11 +126,15 @@ class LiveCache:
         total = self._past[layer] + self.written[layer]
         return keys[:, :, :total], values[:, :, :total]
 
-    def first_not_finite(self, past: bool) -> int | None:
-        """The first layer whose keys or values hold NaN or infinity, among those of the past or those written here."""
+    def first_not_finite(self, past: bool, last: int | None = None) -> int | None:
+        """The first layer whose keys or values hold NaN or infinity, among those of the past or those written here.
+
+        last: of those written here, look at so many of the last ones.
+        """
         flags = []
         for index, start in enumerate(self._past):
-            span = slice(0, start) if past else slice(start, start + self.written[index])
+            end = start + self.written[index]
+            span = slice(0, start) if past else slice(start if last is None else end - last, end)
             parts = [
                 held[:, :, span] for held in (self._keys[index], self._values[index]) if held is not None
             ]
@@ -145,30 +149,33 @@ class LiveCache:
         """Positions of the layer's tokens that were there from the start; None where there were none."""
         return self._past_positions[layer]
 
-    def export(self, shapes: list[LayerShape]) -> KVCache:
+    def export(self, shapes: list[LayerShape], last: int | None = None) -> KVCache:
         """What was written since the start, in the cache format, sharing no memory with this.
 
-        A sliding-window layer gives up what no later query can see: all but the last window - 1 tokens.
+        A sliding-window layer gives up what no later query can see: all but the last window - 1 tokens. With `last`, it is the
+        last tokens written, so many of them in every layer.
         """
-        shared: dict[int, Tensor] = {}
-        layers = []
-        for index, shape in enumerate(shapes):
-            count = self.written[index]
-            kept = count if shape.window is None else min(count, shape.window - 1)
-            end = self._past[index] + count
-            tensors = []
-            for store, width in ((self._keys, shape.head_dim), (self._values, shape.value_dim)):
-                buffer = store[index]
-                if buffer is None:
-                    buffer = torch.empty(1, shape.kv_heads, 0, width, device=self.device)
-                part = buffer[0, :, end - kept : end]
-                tensors.append(
-                    torch.empty(part.shape, dtype=self.cache_dtype, device=self.device).copy_(part)
-                )
-            if kept not in shared:
-                shared[kept] = torch.arange(self.start + count - kept, self.start + count, device=self.device)
-            layers.append(KVLayer(tensors[0], tensors[1], shared[kept], shape.window))
+        positions: dict[int, Tensor] = {}
+        layers = [self.export_layer(index, shape, last) for index, shape in enumerate(shapes)]
+        for layer in layers:  # equal ones are one
+            layer.positions = positions.setdefault(layer.tokens, layer.positions)
         return KVCache(layers, self.length)
+
+    def export_layer(self, index: int, shape: LayerShape, last: int | None = None) -> KVLayer:
+        """One layer of `export`."""
+        count = self.written[index]
+        kept = count if shape.window is None else min(count, shape.window - 1)
+        kept = kept if last is None else last
+        end = self._past[index] + count
+        tensors = []
+        for store, width in ((self._keys, shape.head_dim), (self._values, shape.value_dim)):
+            buffer = store[index]
+            if buffer is None:
+                buffer = torch.empty(1, shape.kv_heads, 0, width, device=self.device)
+            part = buffer[0, :, end - kept : end]
+            tensors.append(torch.empty(part.shape, dtype=self.cache_dtype, device=self.device).copy_(part))
+        positions = torch.arange(self.start + count - kept, self.start + count, device=self.device)
+        return KVLayer(tensors[0], tensors[1], positions, shape.window)
 
 
 class LivePass:

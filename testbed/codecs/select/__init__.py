@@ -117,7 +117,7 @@ class OnlineSelection:
         """Take in the cache of the next chunk's tokens; returns what to keep of all that has arrived."""
         import torch
 
-        from testbed.models.language import Prefill
+        from testbed.models.prefill import Prefill
 
         self._arrived = chunk if self._arrived is None else self._model.join(self._arrived, chunk)
         context = Prefill(self._arrived, [], torch.arange(0), None)

@@ -1,0 +1,119 @@
+"""Prefill: what a stretch of tokens leaves behind, computed at once or in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from testbed.models.inputs import AttentionInputs, in_turn, recorded
+from testbed.models.kvcache import KVCache
+from testbed.models.live import LayerShape, LiveCache, LivePass
+
+
+@dataclass
+class Prefill:
+    """What a stretch of tokens left behind."""
+
+    cache: KVCache  #: of these tokens alone, in 16 bits, on the model's device
+    queries: list[Tensor]  #: per layer [q_heads, n, head_dim] of the last n tokens; n may be 0
+    query_positions: Tensor  #: int64 [n]: their absolute positions
+    logits: Tensor | None  #: float32 [vocabulary] behind the last token; None where there were no tokens
+    #: per layer float32 [kv_heads, tokens]: the attention that these tokens pay to each of themselves, summed over them
+    #: and averaged over the query heads of a KV head (of attention's own ones, where a latent is cached)
+    attention: list[Tensor] | None = None
+    inputs: AttentionInputs | None = None  #: what the attention modules were given, where that was asked for
+
+
+class BlockPrefill:
+    """A prefill that goes on block by block, in one cache: each block's part of it is at hand before the next is computed.
+
+    `LanguageModel.blocks` makes it. A block whose pass raises is forgotten: those before it stand, and it may be run again.
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[int],
+        live: LiveCache,
+        forward: Callable[..., tuple[Tensor, LivePass]],
+        network: Any,
+        shapes: list[LayerShape],
+        queries: int | None,
+        attention: bool,
+        inputs: bool,
+    ) -> None:
+        """forward(live, ids, queries=…, attention=…): the last token's logits [1, vocabulary], and what the pass kept."""
+        self._ids, self._live, self._forward = ids, live, forward
+        self._network, self._shapes = network, shapes
+        self._queries = len(ids) if queries is None else min(queries, len(ids))
+        self._observed: list[list[Tensor]] = [[] for _ in shapes]  # by layer, of one block after the other
+        self._paid: list[Tensor] | None = [] if attention else None
+        self._inputs: list[AttentionInputs] | None = [] if inputs else None
+        self._logits: Tensor | None = None
+        self.done = 0  #: tokens that have been prefilled
+
+    def run(self, stop: int) -> KVCache:
+        """Go on up to token `stop` (of these, from 0; it is not among them); the cache of what that adds, a copy.
+
+        Sliding windows hold all of the block's tokens, as later ones may be computed behind it wherever it lies;
+        `kvcache.seen_from` leaves out what nothing behind all of them sees. Joined and cut so, the blocks' caches are the one
+        that `finish` gives. Raises ValueError where nothing is left to be done up to there, and what `prefill` raises.
+        """
+        if not self.done < stop <= len(self._ids):
+            raise ValueError(f"{self.done} of {len(self._ids)} tokens are prefilled; none can end at {stop}")
+        begun = self.done
+        self._advance(stop)
+        return self._live.export(self._shapes, stop - begun)
+
+    def finish(self) -> Prefill:
+        """Prefill what is left; then what `prefill` gives of all tokens. To be called once: it hands out what was kept."""
+        if self.done < len(self._ids):
+            self._advance(len(self._ids))
+        # Copies made here are ordinary tensors; those of inference mode could not be changed in place elsewhere.
+        observed = [torch.cat(parts, 1) for parts in self._emptied(self._observed)] if self._queries else []
+        last = self._live.length
+        return Prefill(
+            self._live.export(self._shapes),
+            observed,
+            torch.arange(last - self._queries, last, device=self._live.device),
+            self._logits,
+            self._paid or None,
+            in_turn(self._inputs) if self._inputs else None,
+        )
+
+    @staticmethod
+    def _emptied(lists: list[list[Tensor]]) -> Any:
+        """One after the other, each let go of before the next is asked for."""
+        while lists:
+            yield lists.pop(0)
+
+    def _advance(self, stop: int) -> None:
+        block, behind = self._ids[self.done : stop], len(self._ids) - stop
+        kept = max(0, min(len(block), self._queries - behind))
+        try:
+            with recorded(self._network) if self._inputs is not None else nullcontext() as given:
+                logits, run = self._forward(self._live, block, queries=kept, attention=self._paid is not None)
+        except BaseException:
+            self._live.rewind(self.done)
+            raise
+        self.done = stop
+        self._logits = logits[-1].float().clone()
+        if kept:
+            for layer, parts in enumerate(self._observed):
+                parts.append(run.queries.pop(layer))
+        if run.attention is not None:
+            self._add_up([run.attention[layer][:, -stop:] for layer in range(len(self._shapes))])
+        if given is not None and self._inputs is not None:
+            self._inputs.append(given)
+
+    def _add_up(self, paid: list[Tensor]) -> None:
+        """Per layer [kv_heads, tokens so far]: what a block's tokens pay to each of these, to what those before it paid."""
+        assert self._paid is not None
+        if not self._paid:
+            self._paid = [sums.new_zeros(sums.shape[0], len(self._ids)) for sums in paid]
+        for total, sums in zip(self._paid, paid, strict=True):
+            total[:, : sums.shape[1]] += sums
