@@ -44,6 +44,14 @@ class NotFiniteError(TestbedError):
     """A model's caches or logits are NaN or infinite: what would be measured with them says nothing."""
 
 
+class LateError(TestbedError):
+    """What a computation waits for did not come in time."""
+
+
+class Stopped(TestbedError):
+    """A computation was given up on request: nobody needs its result any more."""
+
+
 class WireError(TestbedError, ValueError):
     """Bytes from the network that are not a valid frame."""
 

@@ -205,33 +205,34 @@ def join(*caches: KVCache) -> KVCache:
     Each must end no later than the next begins. Heads that differ in one part make the joined positions per
     head. Raises ValueError where the parts do not fit together.
     """
-    import torch
-
     if not caches:
         raise ValueError("join() needs at least one cache")
     if len({len(cache.layers) for cache in caches}) > 1:
         raise ValueError(f"caches of {[len(cache.layers) for cache in caches]} layers cannot be joined")
     if len(caches) == 1:
         return caches[0]
-    layers: list[KVLayer] = []
-    for parts in zip(*(cache.layers for cache in caches), strict=True):
-        shapes = {(part.kv_heads, part.head_dim, part.values.shape[2], part.window) for part in parts}
-        if len(shapes) > 1:
-            raise ValueError(
-                f"layer {len(layers)}: parts differ in heads, dimensions or window: {sorted(shapes, key=str)}"
-            )
-        per_head = any(part.positions.dim() == 2 for part in parts)
-        positions = [
-            part.positions.expand(part.kv_heads, -1) if per_head else part.positions for part in parts
-        ]
-        keys = torch.cat([part.keys for part in parts], 1)
-        values = torch.cat([part.values for part in parts], 1)
-        stretch = replace(parts[0], keys=keys, values=values, positions=torch.cat(positions, -1))
-        joined = stretch.empty_first()
-        if not _ascends(joined.positions):
-            raise ValueError(f"layer {len(layers)}: the parts' positions overlap or are out of order")
-        layers.append(joined)
-    return KVCache(layers, caches[-1].length)
+    held = zip(*(cache.layers for cache in caches), strict=True)
+    return KVCache([join_layers(parts, index) for index, parts in enumerate(held)], caches[-1].length)
+
+
+def join_layers(parts: Sequence[KVLayer], index: int) -> KVLayer:
+    """`join` for the parts of one layer, which is the `index`th where an error names it."""
+    import torch
+
+    shapes = {(part.kv_heads, part.head_dim, part.values.shape[2], part.window) for part in parts}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"layer {index}: parts differ in heads, dimensions or window: {sorted(shapes, key=str)}"
+        )
+    per_head = any(part.positions.dim() == 2 for part in parts)
+    positions = [part.positions.expand(part.kv_heads, -1) if per_head else part.positions for part in parts]
+    keys = torch.cat([part.keys for part in parts], 1)
+    values = torch.cat([part.values for part in parts], 1)
+    stretch = replace(parts[0], keys=keys, values=values, positions=torch.cat(positions, -1))
+    joined = stretch.empty_first()
+    if not _ascends(joined.positions):
+        raise ValueError(f"layer {index}: the parts' positions overlap or are out of order")
+    return joined
 
 
 def stack(*caches: KVCache) -> KVCache:

@@ -20,10 +20,11 @@ from torch import Tensor
 from testbed.errors import NotFiniteError, UsageError
 from testbed.models import attention as _attention
 from testbed.models import kvcache as _kvcache
+from testbed.models.arriving import Past
 from testbed.models.kvcache import KVCache, KVLayer
 from testbed.models.likelihood import log_probabilities, mean_nll
 from testbed.models.live import LayerShape, LiveCache, LivePass
-from testbed.models.prefill import BlockPrefill, Prefill
+from testbed.models.prefill import BlockPrefill, OnLayer, Prefill
 from testbed.models.rotary import Rotation, Rotations
 from testbed.models.stretching import Stretching
 
@@ -237,7 +238,7 @@ class LanguageModel:
 
     join = staticmethod(_kvcache.join)
 
-    def _live(self, past: KVCache | None, capacity: int) -> LiveCache:
+    def _live(self, past: Past | None, capacity: int) -> LiveCache:
         if past is not None and len(past.layers) != self.num_layers:
             raise ValueError(f"a cache of {len(past.layers)} layers for a model of {self.num_layers}")
         return LiveCache(
@@ -249,7 +250,7 @@ class LanguageModel:
             layers=self.num_layers,
         )
 
-    def _check_length(self, past: KVCache | None, new: int) -> int:
+    def _check_length(self, past: Past | None, new: int) -> int:
         length = past.length if past is not None else 0
         if length + new > self._longest:
             which = "takes" if self._longest == self.max_positions else "was told to expect"
@@ -304,30 +305,39 @@ class LanguageModel:
     def prefill(
         self,
         ids: Sequence[int],
-        past: KVCache | None,
+        past: Past | None,
         queries: int | None = 0,
         attention: bool = False,
         inputs: bool = False,
+        on_layer: OnLayer | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> Prefill:
         """Run ids behind `past` (None: from the start) and give the KV cache of these ids alone.
 
         queries: how many of the last tokens' queries to keep; None: all. attention: sum up what they pay to each other.
-        inputs: keep what attention modules are given.
-        Raises UsageError past the model's length, NotFiniteError where the cache or the logits are not all numbers.
+        inputs: keep what attention modules are given. on_layer: is given each layer of the cache, a copy, as soon as it is final.
+        stop: asked before each layer whether to give up.
+        Raises UsageError past the model's length, NotFiniteError where the cache or the logits are not all numbers (`on_layer`
+        may have been given some of these), Stopped where `stop` said so.
         """
-        return self.blocks(ids, past, queries, attention, inputs).finish()
+        return self.blocks(ids, past, queries, attention, inputs, stop).finish(on_layer)
 
     def blocks(
         self,
         ids: Sequence[int],
-        past: KVCache | None,
+        past: Past | None,
         queries: int | None = 0,
         attention: bool = False,
         inputs: bool = False,
+        stop: Callable[[], bool] | None = None,
     ) -> BlockPrefill:
-        """A `prefill` that goes on block by block: `run(stop)` gives each block's cache, `finish()` what `prefill` gives."""
+        """A `prefill` that goes on block by block: `run(stop)` gives each block's cache, `finish()` what `prefill` gives.
+
+        stop: asked before each layer of each block whether to give up; a block that is given up changes nothing.
+        """
         self._check_length(past, len(ids))
         live = self._live(past, len(ids))
+        live.stop = stop
         return BlockPrefill(
             ids, live, self._forward_finite, self._network, self.shapes, queries, attention, inputs
         )
@@ -344,7 +354,7 @@ class LanguageModel:
     def generate(
         self,
         ids: Sequence[int],
-        past: KVCache | None,
+        past: Past | None,
         max_new_tokens: int,
         stop: str | None,
         on_token: Callable[[int, int], None] | None = None,
@@ -381,9 +391,7 @@ class LanguageModel:
             feed, before = [token], decoded
         return answer
 
-    def likelihood(
-        self, ids_question: Sequence[int], ids_answer: Sequence[int], past: KVCache | None
-    ) -> Tensor:
+    def likelihood(self, ids_question: Sequence[int], ids_answer: Sequence[int], past: Past | None) -> Tensor:
         """Log-probabilities in nats of what may follow, at each token of the answer and behind the true ones.
 
         float32 [answer tokens, vocabulary]. Raises ValueError where question or answer have no tokens.
@@ -395,12 +403,12 @@ class LanguageModel:
         logits, _ = self._forward(self._live(past, len(ids)), ids, keep=len(ids_answer))
         return log_probabilities(logits)
 
-    def nll(self, ids_question: Sequence[int], ids_answer: Sequence[int], past: KVCache | None) -> float:
+    def nll(self, ids_question: Sequence[int], ids_answer: Sequence[int], past: Past | None) -> float:
         """Mean negative log-likelihood in nats of the answer's tokens, each behind the true ones."""
         return mean_nll(self.likelihood(ids_question, ids_answer, past), ids_answer)
 
     def likelihoods(
-        self, ids_question: Sequence[int], answers: Sequence[Sequence[int]], past: KVCache | None
+        self, ids_question: Sequence[int], answers: Sequence[Sequence[int]], past: Past | None
     ) -> list[Tensor]:
         """`likelihood` of several answers behind one question, which is read once.
 
@@ -423,7 +431,7 @@ class LanguageModel:
         return found
 
     def option_nlls(
-        self, ids_question: Sequence[int], options: Sequence[Sequence[int]], past: KVCache | None
+        self, ids_question: Sequence[int], options: Sequence[Sequence[int]], past: Past | None
     ) -> list[float]:
         """Mean negative log-likelihood in nats a token of each option behind the question, which is read once.
 

@@ -6,12 +6,15 @@ length, sliding-window layers too; the masks of `attention` decide who sees what
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from testbed.errors import Stopped
+from testbed.models.arriving import ArrivingCache, Past
 from testbed.models.kvcache import KVCache, KVLayer
 
 
@@ -28,7 +31,7 @@ class LayerShape:
 
 
 class LiveCache:
-    """Keys and values in the model's own format, behind a `KVCache` or from nothing.
+    """Keys and values in the model's own format, behind a past or from nothing.
 
     What is written is rounded to `cache_dtype` first, so that a cache taken out in that format is exactly
     what attention read. `capacity` tokens can be written without a copy; more make it grow.
@@ -38,7 +41,7 @@ class LiveCache:
 
     def __init__(
         self,
-        past: KVCache | None,
+        past: Past | None,
         capacity: int,
         *,
         dtype: torch.dtype,
@@ -50,28 +53,36 @@ class LiveCache:
         self.length = past.length if past is not None else 0
         self.start = self.length  #: absolute position of the first token written here
         self.written = [0] * layers
-        self._past = [0] * layers if past is None else [layer.tokens for layer in past.layers]
+        #: Asked before a layer's keys and values are written: whether to give up.
+        self.stop: Callable[[], bool] | None = None
+        #: Told when a layer's keys and values are there, before attention reads them.
+        self.on_layer: Callable[[int], None] | None = None
+        self._past = [0] * layers
         self._capacity = capacity
         self._limit = torch.finfo(cache_dtype).max
         self._keys: list[Tensor | None] = [None] * layers
         self._values: list[Tensor | None] = [None] * layers
         self._past_positions: list[Tensor | None] = [None] * layers
-        if past is not None:
-            self._load(past)
+        self._to_come: dict[
+            int, ArrivingCache
+        ] = {}  #: by layer, where its past is to be had when it is written behind
+        if isinstance(past, ArrivingCache):
+            self._to_come = dict.fromkeys(range(layers), past)
+        elif past is not None:
+            for index in range(layers):
+                self._load(index, past)
 
-    def _load(self, past: KVCache) -> None:
-        """Copy the past in. Layers with equal positions share one tensor, so that they share masks too."""
-        seen: list[Tensor] = []
-        for index, layer in enumerate(past.layers):
-            self._keys[index] = self._grown(layer.keys[None], layer.tokens + self._capacity)
-            self._values[index] = self._grown(layer.values[None], layer.tokens + self._capacity)
-            positions = layer.positions.cpu()
-            if layer.tokens and int(positions.max()) >= past.length:
-                raise ValueError(f"layer {index} holds a token at or past the cache's length {past.length}")
-            twin = next((p for p in seen if p is positions or torch.equal(p, positions)), None)
-            if twin is None:
-                seen.append(positions)
-            self._past_positions[index] = positions if twin is None else twin
+    def _load(self, index: int, past: Past) -> None:
+        """Copy a layer of the past in. Layers with equal positions share one tensor, so that they share masks too."""
+        layer = past.layers[index]
+        self._keys[index] = self._grown(layer.keys[None], layer.tokens + self._capacity)
+        self._values[index] = self._grown(layer.values[None], layer.tokens + self._capacity)
+        positions = layer.positions.cpu()
+        if layer.tokens and int(positions.max()) >= past.length:
+            raise ValueError(f"layer {index} holds a token at or past the cache's length {past.length}")
+        known = (p for p in self._past_positions if p is not None)
+        twin = next((p for p in known if p is positions or torch.equal(p, positions)), positions)
+        self._past[index], self._past_positions[index] = layer.tokens, twin
 
     def _grown(self, tensor: Tensor, capacity: int) -> Tensor:
         _, heads, tokens, width = tensor.shape
@@ -95,7 +106,15 @@ class LiveCache:
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values, [1, kv_heads, n, d]; returns all that it holds now."""
+        """Write a layer's new keys and values, [1, kv_heads, n, d]; returns all that it holds now.
+
+        Raises Stopped where `stop` says so, and what the layer's past raises.
+        """
+        if self.stop is not None and self.stop():
+            raise Stopped(f"a pass was given up before layer {layer_idx}")
+        if layer_idx in self._to_come:
+            self._load(layer_idx, self._to_come[layer_idx])
+            del self._to_come[layer_idx]
         count = self._past[layer_idx] + self.written[layer_idx]
         total = count + keys.shape[2]
         held = []
@@ -109,6 +128,8 @@ class LiveCache:
             store[layer_idx] = buffer
             held.append(buffer[:, :, :total])
         self.written[layer_idx] += keys.shape[2]
+        if self.on_layer is not None:
+            self.on_layer(layer_idx)
         return held[0], held[1]
 
     def rewind(self, tokens: int) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from testbed.models.inputs import AttentionInputs, in_turn, recorded
-from testbed.models.kvcache import KVCache
+from testbed.models.kvcache import KVCache, KVLayer
 from testbed.models.live import LayerShape, LiveCache, LivePass
+
+#: Takes a layer's index and its keys and values.
+OnLayer = Callable[[int, KVLayer], None]
 
 
 @dataclass
@@ -69,10 +73,18 @@ class BlockPrefill:
         self._advance(stop)
         return self._live.export(self._shapes, stop - begun)
 
-    def finish(self) -> Prefill:
-        """Prefill what is left; then what `prefill` gives of all tokens. To be called once: it hands out what was kept."""
+    def finish(self, on_layer: OnLayer | None = None) -> Prefill:
+        """Prefill what is left; then what `prefill` gives of all tokens. To be called once: it hands out what was kept.
+
+        on_layer: is given each layer of the cache, a copy, as soon as it is final, while later ones are still to be computed.
+        """
+        tell = None if on_layer is None else partial(self._tell, on_layer)
         if self.done < len(self._ids):
+            self._live.on_layer = tell
             self._advance(len(self._ids))
+        elif tell is not None:
+            for index in range(len(self._shapes)):
+                tell(index)
         # Copies made here are ordinary tensors; those of inference mode could not be changed in place elsewhere.
         observed = [torch.cat(parts, 1) for parts in self._emptied(self._observed)] if self._queries else []
         last = self._live.length
@@ -84,6 +96,10 @@ class BlockPrefill:
             self._paid or None,
             in_turn(self._inputs) if self._inputs else None,
         )
+
+    def _tell(self, on_layer: OnLayer, index: int) -> None:
+        with torch.inference_mode(False):  # ordinary tensors, here too
+            on_layer(index, self._live.export_layer(index, self._shapes[index]))
 
     @staticmethod
     def _emptied(lists: list[list[Tensor]]) -> Any:
