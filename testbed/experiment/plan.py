@@ -54,7 +54,8 @@ def override(settings: dict[str, Any], assignments: Sequence[str]) -> None:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise SpecError(f"--set {assignment!r}: write KEY=VALUE")
-        value = strict_yaml.parse(_quoted(text), f"--set {key}")
+        quoted = _at(f"--set {key}", partial(_quoted, text))
+        value = strict_yaml.parse(quoted, f"--set {key}")
         target = settings
         *parents, last = key.split(".")
         for parent in parents:
@@ -66,18 +67,15 @@ def override(settings: dict[str, Any], assignments: Sequence[str]) -> None:
 
 def _quoted(text: str) -> str:
     """A list in brackets as YAML has to see it: what has commas or brackets in parentheses, such as
-    ``q2c@0.25(pool=1, scope=global)`` or ``adaptive(levels=[int8, text])``, is one item."""
+    ``q2c@0.25(pool=1, scope=global)`` or ``adaptive(levels=[int8, text])``, is one item. Raises SpecError where parentheses do
+    not match."""
     plain = _IN_QUOTES.sub(
         lambda quoted: "_" * len(quoted[0]), text
     )  # whose commas and parentheses are YAML's affair
-    if not (plain.startswith("[") and plain.endswith("]")) or "{" in plain:
-        return text
-    try:
-        pieces = kinds.split(plain[1:-1])
-    except SpecError:  # which whoever reads the items says in its place
+    if not (plain.startswith("[") and plain.endswith("]") and "(" in plain) or "{" in plain:
         return text
     items, at = [], 1
-    for piece in pieces:
+    for piece in kinds.split(plain[1:-1]):
         item = text[at : at + len(piece)]
         items.append(
             json.dumps(item.strip()) if "(" in piece and not piece.lstrip().startswith("[") else item
