@@ -1,6 +1,7 @@
 """What a delivery is: which chunks of a context cross a link and when, and what the far side makes of them.
 
-Adding one is a file with a class, and a line in `DELIVERIES`.
+Adding one is a file with a class, and a line in `DELIVERIES`. One kind cuts what a codec made of the whole context; the other,
+`Pipelined`, cuts the context itself, so that each part is made, sent and decoded while others are.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from testbed import kinds
 
@@ -18,23 +20,52 @@ DELIVERIES = {
 
 #: What a text crosses by, and a cache where nobody says otherwise.
 WHOLE = "whole"
+#: Levels that are no codec: the far side computes the part from its tokens, or does without it.
+TEXT, SKIP = "text", "skip"
 
 Bytes = bytes | bytearray | memoryview
 
 
+class Part(NamedTuple):
+    """A part of a context: tokens, or layers, from `start` up to `stop`. priority: 0 is needed most."""
+
+    by: Literal["tokens", "layers"]
+    start: int
+    stop: int
+    priority: int = 0
+
+
 @dataclass(frozen=True)
-class Delivery(kinds.Kind, ABC):
+class Delivery(kinds.Kind):
     """Base of all deliveries."""
 
-    @abstractmethod
     def send(self, pieces: Iterable[Bytes]) -> Iterable[Bytes]:
         """At the edge: of the pieces as a codec makes them, the chunks that are to cross. Each is sent before the next is asked
         for; a list of them, which are all there, is handed over at once.
         """
+        return list(pieces)
 
-    @abstractmethod
     def receive(self, chunks: Iterable[Bytes]) -> Iterable[Bytes]:
         """At the cloud: of the chunks as they come, the codec's bytes in their order, cut anywhere."""
+        return list(chunks)
+
+
+@dataclass(frozen=True)
+class Pipelined(Delivery, ABC):
+    """Base of those by parts, each of which is prefilled, encoded, sent and decoded while others are."""
+
+    @abstractmethod
+    def parts(self, tokens: int, layers: int) -> list[Part]:
+        """The parts of a context of so many tokens in a model of so many layers, in the order in which they are sent."""
+
+    def ladder(self, codec: str) -> tuple[str, ...]:
+        """The levels at which a part may be sent in a request for `codec`, the best first: codecs' texts, `TEXT`, `SKIP`."""
+        return (codec,)
+
+
+def cut(by: Literal["tokens", "layers"], length: int, chunk: int) -> list[Part]:
+    """A length in parts of `chunk`, the last one perhaps shorter."""
+    return [Part(by, start, min(start + chunk, length)) for start in range(0, length, chunk)]
 
 
 def parse(text: str) -> Delivery:
