@@ -19,7 +19,9 @@ from typing import Any
 from testbed import kinds, lookup, strict_yaml
 from testbed.codecs.spec import parse as parse_codec
 from testbed.errors import SpecError, UsageError
+from testbed.experiment.devices import look_up
 from testbed.experiment.scenario import Plan, Scenario
+from testbed.models.shapes import find_shape, is_shape
 from testbed.models.sources import find as find_model
 from testbed.models.sources import has_a_name
 from testbed.net.profile.profile import Profile, parse_profile, profile_from
@@ -129,8 +131,12 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     # The manifest keeps these settings, so that --resume runs what the command line asked for.
     scenario = scenario.model_copy(update={"links": others})
     scenario, asked = _bound(scenario, place)
+    if is_shape(scenario.model):
+        _at(f"{place}: model", lambda: find_shape(scenario.model))
+    scenario, devices = look_up(scenario, place)
     _check_decoding(scenario, place)
-    plan = Plan(scenario, _under(topology, scenario, place), link, profiles, _tasks(scenario, place), asked)
+    conditions = _under(topology, scenario, place)
+    plan = Plan(scenario, conditions, link, profiles, _tasks(scenario, place), asked, devices)
     _check_extent(plan, place)
     return plan
 
