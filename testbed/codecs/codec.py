@@ -148,6 +148,11 @@ class Codec:
         return self.selector.needs() if self.selector else Needs()
 
     @property
+    def asks(self) -> bool:
+        """Whether what `select` keeps depends on the request: its question, or its answer."""
+        return self.needs.question or self.needs.answer
+
+    @property
     def undoes_rope(self) -> bool:
         """Whether `encode` makes use of a cache that knows its rotary embedding."""
         return self.transform is not None and self.transform.undoes_rope

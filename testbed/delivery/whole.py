@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from testbed.delivery.delivery import Bytes, Delivery
+from testbed.delivery.delivery import Delivery
 
 
 @dataclass(frozen=True)
@@ -15,9 +14,3 @@ class Whole(Delivery):
 
     name: ClassVar[str] = "whole"
     source: ClassVar[str] = "a payload in one transfer, which every bytes-over-rate figure means"
-
-    def send(self, pieces: Iterable[Bytes]) -> list[Bytes]:
-        return list(pieces)
-
-    def receive(self, chunks: Iterable[Bytes]) -> list[Bytes]:
-        return list(chunks)

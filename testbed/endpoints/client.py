@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from testbed.deadline import Deadline
+from testbed.endpoints.feed import Feed
 from testbed.endpoints.protocol import ROUNDING_S, Link
-from testbed.endpoints.spans import Span
+from testbed.endpoints.spans import CLOUD, LINK, Span
 from testbed.errors import EndpointError
 from testbed.transport import wire
 from testbed.transport.transport import Bytes, Stats, Stream, Transport, parse
 
 #: What the cloud makes of what comes, by placement.
-REBUILDS = {"split": "decode", "cloud": "prefill"}
+REBUILDS = {"split": "decode", "store": "decode", "cloud": "prefill"}
 #: A cloud's answer holds no payload.
 _NO_PAYLOAD = 0
 _NOTHING = Stats(0, 0, 0, "")
@@ -32,6 +34,20 @@ class Answered:
     congestion: str
 
 
+@dataclass
+class _Exchange:
+    """What is known of a request while it is under way. `sent`: each chunk's transmission, which has no end yet."""
+
+    began: float = 0.0  #: from when on it is billed
+    sent_at: float = 0.0
+    sent: list[Span] = field(default_factory=list)
+    first: wire.FirstToken | None = None
+    first_at: float = 0.0
+    answer: wire.Answer | None = None
+    answered_at: float = 0.0
+    failures: list[BaseException] = field(default_factory=list)
+
+
 class Client:
     """The edge's connections to the cloud, one a link and transport that keeps them."""
 
@@ -40,21 +56,56 @@ class Client:
 
     def ask(self, request: wire.Request, context: Iterable[Bytes], link: Link) -> Answered:
         """Send a request and its context's chunks, and wait for the answer. Raises EndpointError."""
-        deadline = Deadline(link.timeout)
-        transport = parse(link.transport)
+
+        def converse(connection: Stream, exchange: _Exchange, deadline: Deadline) -> None:
+            checked = request.placement == "cloud"  # a codec's bytes have checksums of their own
+            exchange.sent_at = connection.send_request(request, context, checked, deadline)
+            exchange.sent.append(Span("transmit", exchange.sent_at, exchange.sent_at, 0, LINK))
+            _listen(connection, exchange, request.id, deadline)
+
+        return self._asked(link, converse, time.monotonic())
+
+    def feed(self, request: wire.Request, feed: Feed, link: Link) -> Answered:
+        """Send a request and the chunks of its context, each as soon as it is made, while this thread prefills; and wait for
+        the answer. Raises EndpointError, and what making them raises.
+        """
         started = time.monotonic()
+
+        def converse(connection: Stream, exchange: _Exchange, deadline: Deadline) -> None:
+            exchange.sent_at = connection.send(request, deadline=deadline)
+            listening = _Thread(lambda: _listen(connection, exchange, request.id, deadline, feed), feed)
+            sending = _Thread(lambda: _send(connection, exchange, request.id, feed, deadline), feed)
+            try:
+                feed.prefill()
+            except BaseException:
+                feed.stop()
+                connection.abort()
+                raise
+            finally:
+                for thread in (sending, listening):
+                    thread.join()
+            for thread in (
+                listening,
+                sending,
+            ):  # what the cloud says tells more than that nothing more could be sent
+                if thread.failure is not None:
+                    raise thread.failure
+
+        return self._asked(link, converse, started)
+
+    def _asked(
+        self, link: Link, converse: Callable[[Stream, _Exchange, Deadline], None], started: float
+    ) -> Answered:
+        """What an exchange over the link's connection came to."""
+        deadline, transport = Deadline(link.timeout), parse(link.transport)
         connection, fresh = self._connect(transport, link)
         before = _NOTHING if fresh else connection.stats()
-        keep = False
+        exchange, keep = _Exchange(), False
         try:
-            checked = request.placement == "cloud"  # a codec's bytes have checksums of their own
-            sent_at = connection.send_request(request, context, checked, deadline)
-            began = started if fresh else sent_at  # no instant lies between two stages: they sum to the whole
-            first, first_at = _expect(connection, wire.FirstToken, request.id, deadline)
-            answer, answered_at = _expect(connection, wire.Answer, request.id, deadline)
-            _check_times(sent_at, first, first_at, answer, answered_at)
-            answered_at += answer.skipped_s
-            if deadline.passed(answered_at):  # as it would have been had the cloud computed it again
+            converse(connection, exchange, deadline)
+            exchange.began = started if fresh else exchange.sent_at  # no instant lies between two stages
+            spans = _spans(exchange)
+            if deadline.passed(spans[-1].end):  # as it would have been had the cloud computed it again
                 raise EndpointError(f"nothing arrived within {deadline}")
             keep = transport.connection == "reuse"
         finally:
@@ -64,21 +115,12 @@ class Client:
                 self._kept.pop((link.name, link.transport), None)
                 connection.finish()
         cost = connection.stats()
-        turn_at = answer.received_at + answer.queue_s
-        rebuilt_at = turn_at + answer.prefill_s + answer.decode_s
-        spans = [
-            Span("connect", began, sent_at),
-            Span("transmit", sent_at, answer.received_at),
-            Span("queue", answer.received_at, turn_at),
-            Span(REBUILDS[request.placement], turn_at, rebuilt_at),
-            Span("first_token", rebuilt_at, first_at),
-            Span("generate", first_at, answered_at),
-        ]
+        assert exchange.answer is not None
         return Answered(
-            answer=answer,
+            answer=exchange.answer,
             spans=spans,
             wire_bytes=cost.sent + cost.received - before.sent - before.received,
-            retransmits=cost.sent_again - before.sent_again + answer.retransmits,
+            retransmits=cost.sent_again - before.sent_again + exchange.answer.retransmits,
             congestion=cost.congestion,
         )
 
@@ -90,30 +132,95 @@ class Client:
         return transport.connect(link.address, link.port, link.congestion, link.timeout), True
 
 
-def _expect(connection: Stream, kind: type[Any], id: int, deadline: Deadline) -> tuple[Any, float]:
-    received = connection.receive(_NO_PAYLOAD, deadline)
-    if received is None:
-        raise EndpointError("the cloud closed the connection without an answer")
-    if isinstance(received.header, wire.Failure):
-        raise EndpointError(f"the cloud: {received.header.message}")
-    if not isinstance(received.header, kind) or received.header.id != id:
-        raise EndpointError(f"the cloud sent a {type(received.header).__name__} frame out of turn")
-    return received.header, received.at
+class _Thread(threading.Thread):
+    """Runs a part of an exchange; its failure ends the feed, and is the exchange's."""
+
+    def __init__(self, work: Callable[[], None], feed: Feed) -> None:
+        super().__init__(daemon=True)
+        self._work, self._feed = work, feed
+        self.failure: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self.failure = error
+            self._feed.stop()
+
+
+def _send(connection: Stream, exchange: _Exchange, id: int, feed: Feed, deadline: Deadline) -> None:
+    """Every chunk, as soon as it is made, and the request's end."""
+    count = length = 0
+    for chunk in feed:
+        header = wire.Chunk(id, count, False, chunk.crc, chunk.level, chunk.part.start, chunk.part.stop)
+        started = connection.send(header, chunk.payload, deadline)
+        sent = Span("transmit", started, started, count, LINK, feed.levels[chunk.level], len(chunk.payload))
+        exchange.sent.append(sent)
+        count, length = count + 1, length + len(chunk.payload)
+    connection.send(wire.End(id, count, length), deadline=deadline)
+
+
+def _listen(
+    connection: Stream, exchange: _Exchange, id: int, deadline: Deadline, feed: Feed | None = None
+) -> None:
+    """What the cloud says of a request, up to its answer. Raises EndpointError."""
+    while exchange.answer is None:
+        received = connection.receive(_NO_PAYLOAD, deadline)
+        if received is None:
+            raise EndpointError("the cloud closed the connection without an answer")
+        header: Any = received.header
+        if isinstance(header, wire.Failure):
+            raise EndpointError(f"the cloud: {header.message}")
+        if header.id == id and isinstance(header, wire.Receipt) and feed is not None:
+            feed.arrived(header.index, received.at)
+        elif header.id == id and isinstance(header, wire.Enough) and feed is not None:
+            feed.stop()
+        elif header.id == id and isinstance(header, wire.FirstToken) and exchange.first is None:
+            exchange.first, exchange.first_at = header, received.at
+        elif header.id == id and isinstance(header, wire.Answer) and exchange.first is not None:
+            exchange.answer, exchange.answered_at = header, received.at
+        else:
+            raise EndpointError(f"the cloud sent a {type(header).__name__} frame out of turn")
+
+
+def _spans(exchange: _Exchange) -> list[Span]:
+    """The exchange's spans. Raises EndpointError where the cloud's times cannot be."""
+    first, answer = exchange.first, exchange.answer
+    assert first is not None and answer is not None
+    arrived = answer.arrived or (answer.received_at,)
+    _check_times(exchange, first, answer, arrived)
+    ended = exchange.answered_at + answer.skipped_s
+    worked = [Span(w.stage, w.start, w.end, w.chunk, CLOUD) for w in answer.worked]
+    worked[-1] = worked[-1]._replace(end=exchange.first_at)  # it ends with its way to this side
+    return [
+        Span("connect", exchange.began, exchange.sent_at, 0, LINK),
+        *(sent._replace(end=at) for sent, at in zip(exchange.sent, arrived, strict=False)),
+        *worked,
+        Span("generate", exchange.first_at, ended, 0, CLOUD),
+    ]
 
 
 def _check_times(
-    sent_at: float, first: wire.FirstToken, first_at: float, answer: wire.Answer, answered_at: float
+    exchange: _Exchange, first: wire.FirstToken, answer: wire.Answer, arrived: tuple[float, ...]
 ) -> None:
     """Raises EndpointError where the cloud's times do not lie between the request and its answer, in their order."""
-    arrived, done = answer.received_at, answer.sent_at
-    took = answer.queue_s + answer.prefill_s + answer.decode_s + answer.first_token_s + answer.generate_s
-    took -= answer.skipped_s
+    worked, done = answer.worked, answer.sent_at
+    sent = [span.start for span in exchange.sent]
     in_order = (
-        sent_at <= arrived <= first.sent_at <= first_at <= answered_at
-        and first.sent_at <= done <= answered_at
+        len(arrived) <= len(sent)
+        and all(start <= at for start, at in zip(sent, arrived, strict=False))
+        and all(exchange.sent_at <= w.start <= w.end <= first.sent_at + ROUNDING_S for w in worked)
+        and bool(worked)
+        and worked[-1].stage == "first_token"
+        and exchange.sent_at <= answer.received_at <= done
+        and first.sent_at <= exchange.first_at <= exchange.answered_at
+        and first.sent_at <= done <= exchange.answered_at
     )
-    if not in_order or took > done - arrived + ROUNDING_S:
+    generated = answer.generate_s - answer.skipped_s
+    if not in_order or generated > done - first.sent_at + ROUNDING_S:
         raise EndpointError(
-            f"the cloud's answer has times that cannot be: of a request of {sent_at:.6f} to {answered_at:.6f} s it says "
-            f"received at {arrived:.6f}, first token at {first.sent_at:.6f}, sent at {done:.6f}, took {took:.6f} s"
+            f"the cloud's answer has times that cannot be: of a request of {exchange.sent_at:.6f} to "
+            f"{exchange.answered_at:.6f} s it says received at {answer.received_at:.6f}, first token at "
+            f"{first.sent_at:.6f}, sent at {done:.6f}, generated for {answer.generate_s:.6f} s"
         )

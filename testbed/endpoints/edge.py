@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from msgspec import structs
 
 from testbed.codecs import spec
-from testbed.codecs.evidence import Needs, gather, prefill_for
-from testbed.delivery.delivery import parse
-from testbed.endpoints.client import REBUILDS, Client
+from testbed.codecs.evidence import Needs, blocks_for, gather, prefill_for
+from testbed.delivery.delivery import SKIP, TEXT, Pipelined, parse
+from testbed.endpoints.client import REBUILDS, Answered, Client
+from testbed.endpoints.feed import Context, Feed, Made, run_lengths
 from testbed.endpoints.protocol import (
     FullCache,
     Learn,
@@ -23,7 +24,7 @@ from testbed.endpoints.protocol import (
     TrialRequest,
     TrialResult,
 )
-from testbed.endpoints.side import Handlers, InferenceSide, Prefix, main, per_token, wait_until
+from testbed.endpoints.side import Handlers, InferenceSide, Pace, Prefix, main, per_token, wait_until
 from testbed.endpoints.spans import Span, behind, billed, in_turn
 from testbed.tasks.task import make_task
 from testbed.transport import wire
@@ -31,6 +32,7 @@ from testbed.transport.transport import Bytes
 
 if TYPE_CHECKING:
     from testbed.codecs.codec import Codec
+    from testbed.codecs.evidence import Evidence
     from testbed.models.prefill import Prefill
     from testbed.tasks.prompt import Prompted
     from testbed.tasks.task import Example
@@ -76,6 +78,8 @@ class Prefilled:
     local: dict[int, TrialResult] = field(default_factory=dict)
     #: by codec ("": the text), delivery and repeat, the request by which the cloud knows its answer
     answered: dict[tuple[str, str, int], int] = field(default_factory=dict)
+    #: by placement, delivery and repeat, what was made of it in parts
+    made: dict[tuple[str, str, int], Made] = field(default_factory=dict)
 
 
 class Edge(InferenceSide):
@@ -136,7 +140,8 @@ class Edge(InferenceSide):
 
     def trial(self, message: TrialRequest) -> TrialResult:
         """One request, in its placement."""
-        return {"split": self._split, "cloud": self._cloud, "edge": self._edge}[message.placement](message)
+        own = {"split": self._split, "store": self._store, "cloud": self._cloud, "edge": self._edge}
+        return own[message.placement](message)
 
     def _edge(self, message: TrialRequest) -> TrialResult:
         """Everything here."""
@@ -153,20 +158,88 @@ class Edge(InferenceSide):
 
     def _split(self, message: TrialRequest) -> TrialResult:
         """Prefill, select, encode here; send; the cloud answers."""
-        codec = self._codec(message.codec)
+        delivery = parse(message.delivery)
+        if isinstance(delivery, Pipelined):
+            return self._feed(message, delivery)
         prefilled, reused = self._take_up(message)
-        key = (message.codec, message.repeat)
-        if message.reuse == "all" and key in prefilled.encoded:
-            encoded = prefilled.encoded[key]
+        encoded, known = self._encoded(prefilled, message)
+        if known:
             reused += ["select", "encode"]
             if message.replay:
                 wait_until(time.monotonic() + encoded.select_s + encoded.encode_s)
-        else:
-            encoded = self._encode(prefilled, codec)
-            if message.reuse == "all":
-                prefilled.encoded[key] = encoded
         here = in_turn(prefill=prefilled.prefill_s, select=encoded.select_s, encode=encoded.encode_s)
         return self._ask(prefilled, message, encoded, here, reused)
+
+    def _store(self, message: TrialRequest) -> TrialResult:
+        """The context was prefilled earlier, and encoded where the request does not decide what is sent of it."""
+        delivery = parse(message.delivery)
+        if isinstance(delivery, Pipelined):
+            return self._feed(message, delivery)
+        prefilled = self._prefilled(message.batch, message.example)
+        encoded, known = self._encoded(prefilled, message)
+        reused, here = [], list[Span]()
+        if self._codec(message.codec).asks:
+            reused = ["select", "encode"] if known else []
+            if known and message.replay:
+                wait_until(time.monotonic() + encoded.select_s + encoded.encode_s)
+            here = in_turn(select=encoded.select_s, encode=encoded.encode_s)
+        result = self._ask(prefilled, message, encoded, here, reused)
+        stored_s = 0.0 if here else encoded.select_s + encoded.encode_s
+        return structs.replace(result, store_prefill_s=prefilled.prefill_s, store_encode_s=stored_s)
+
+    def _encoded(self, prefilled: Prefilled, message: TrialRequest) -> tuple[Encoded, bool]:
+        """The payload, and whether it is an earlier trial's."""
+        key = (message.codec, message.repeat)
+        if message.reuse == "all" and key in prefilled.encoded:
+            return prefilled.encoded[key], True
+        encoded = self._encode(prefilled, self._codec(message.codec))
+        if message.reuse == "all":
+            prefilled.encoded[key] = encoded
+        return encoded, False
+
+    def _feed(self, message: TrialRequest, delivery: Pipelined) -> TrialResult:
+        """The context in parts, each made while others cross."""
+        if message.link is None:
+            raise ValueError("no link to ask the cloud over")
+        if message.reuse == "none":
+            self._at_hand = None
+        prefilled, stored = self._prefilled(message.batch, message.example), message.placement == "store"
+        made = prefilled.made.setdefault((message.placement, message.delivery, message.repeat), Made())
+        if message.reuse == "prefill":
+            made = replace(made, kept={}, payloads={})
+        levels, cache = delivery.levels(message.codec), prefilled.prefix.cache
+        context = Context(
+            ids=prefilled.ids,
+            begin=cache.length if cache is not None else 0,
+            num_layers=self.model.num_layers,
+            vocabulary=self.model.vocabulary,
+            codecs={level: self._codec(level) for level in levels if level not in (TEXT, SKIP)},
+            blocks=lambda: blocks_for(self.model, self._needs, prefilled.ids, cache),
+            select=lambda codec, prefill: codec.select(self._evidence(prefilled, codec, prefill)),
+            knowing=self.model.knowing_ropes,
+            pace=lambda: Pace(self.pace.speed, self.pace.device),
+            stored=prefilled.prefill if stored else None,
+            made=made,
+        )
+        feed = Feed(context, delivery, levels)
+        if stored:
+            feed.store()
+        request = self._request_for(prefilled, message, 0, levels)
+        answered = self._client.feed(request, feed, message.link)
+        result = self._result(
+            prefilled, message, answered, [*feed.spans, *answered.spans], sorted(feed.reused)
+        )
+        return structs.replace(
+            result,
+            replayed=bool(feed.reused),
+            payload_bytes=feed.payload_bytes,
+            shared_bytes=max((codec.spec.shared_bytes for codec in context.codecs.values()), default=0),
+            chunks=len(feed.sent),
+            levels=run_lengths(feed.sent),
+            tokens_left_out=answered.answer.left_out,
+            store_prefill_s=prefilled.prefill_s if stored else 0.0,
+            store_encode_s=feed.stored_s,
+        )
 
     def _cloud(self, message: TrialRequest) -> TrialResult:
         """The context's text crosses, the cloud does the rest."""
@@ -223,10 +296,11 @@ class Edge(InferenceSide):
         text = self.model.text(ids, batch.task.stop)
         ended = self.pace.hold("decode" if times else "prefill")
         first = times[0] if times else ended
-        stages = billed(
-            in_turn(prefill=prefilled.prefill_s, first_token=first - started, generate=ended - first)
+        spans = in_turn(prefill=prefilled.prefill_s, first_token=first - started, generate=ended - first)
+        stages = billed(spans)
+        result = TrialResult(
+            stages, stages.total(), tuple(spans), (), False, text, len(ids), per_token(times)
         )
-        result = TrialResult(stages, stages.total(), (), False, text, len(ids), per_token(times))
         prefilled.local[repeat] = result
         return result
 
@@ -242,20 +316,23 @@ class Edge(InferenceSide):
         text = prefilled.batch.task.question_text(prefilled.example)
         return self.model.tokenize(text, closing=prefilled.prefix.closing)
 
+    def _evidence(self, prefilled: Prefilled, codec: Codec, prefill: Prefill) -> Evidence:
+        return gather(
+            self.model,
+            codec.needs,
+            prefilled.prefix.cache,
+            prefill,
+            self._question(prefilled) if codec.asks else (),
+            prefilled.gold if codec.needs.answer else (),
+            seed=f"{prefilled.key[0]}/{prefilled.example.id}",
+        )
+
     def _encode(self, prefilled: Prefilled, codec: Codec) -> Encoded:
         cache = prefilled.prefill.cache
         if codec.undoes_rope:  # known from the model, once for all requests
             cache = self.model.knowing_ropes(cache)
         started = self.pace.begin()
-        evidence = gather(
-            self.model,
-            codec.needs,
-            prefilled.prefix.cache,
-            prefilled.prefill,
-            self._question(prefilled) if codec.needs.question or codec.needs.answer else (),
-            prefilled.gold if codec.needs.answer else (),
-            seed=f"{prefilled.key[0]}/{prefilled.example.id}",
-        )
+        evidence = self._evidence(prefilled, codec, prefilled.prefill)
         asked = self.pace.hold()
         kept = codec.select(evidence)
         selected = self.pace.hold("codec")
@@ -263,6 +340,30 @@ class Edge(InferenceSide):
         encode_s = self.pace.hold("codec") - selected
         question_s = asked - started if codec.needs.question else 0.0
         return Encoded(pieces, selected - started, encode_s, question_s, codec.spec.shared_bytes)
+
+    def _request_for(
+        self, prefilled: Prefilled, message: TrialRequest, same_as: int, levels: tuple[str, ...] = ()
+    ) -> wire.Request:
+        """The next request to the cloud."""
+        assert message.link is not None
+        self._request += 1
+        batch, example = prefilled.batch, prefilled.example
+        return wire.Request(
+            id=self._request,
+            placement=message.placement,
+            codec=message.codec,
+            prefix=prefilled.prefix.digest,
+            question=batch.task.question_text(example),
+            stop=batch.task.stop,
+            max_new_tokens=batch.max_new_tokens,
+            choices=tuple(batch.task.choice_texts(example)),
+            same_as=same_as,
+            replay=message.replay,
+            client=message.link.client,
+            delivery=message.delivery,
+            levels=levels,
+            tokens=len(prefilled.ids) if levels else 0,
+        )
 
     def _ask(
         self,
@@ -275,35 +376,40 @@ class Edge(InferenceSide):
         """Ask the cloud. `here`: what lies behind; `reused`: of its stages, those taken over."""
         if message.link is None:
             raise ValueError("no link to ask the cloud over")
-        self._request += 1
-        batch, example = prefilled.batch, prefilled.example
         key = (message.codec, message.delivery, message.repeat)
         known = prefilled.answered.get(key, 0) if message.reuse == "all" else 0
-        request = wire.Request(
-            id=self._request,
-            placement=message.placement,
-            codec=message.codec,
-            prefix=prefilled.prefix.digest,
-            question=batch.task.question_text(example),
-            stop=batch.task.stop,
-            max_new_tokens=batch.max_new_tokens,
-            choices=tuple(batch.task.choice_texts(example)),
-            same_as=known,
-            replay=message.replay,
-            client=message.link.client,
-            delivery=message.delivery,
-        )
+        request = self._request_for(prefilled, message, known)
         context = parse(message.delivery).send(encoded.pieces)
         answered = self._client.ask(request, context, message.link)
-        answer = answered.answer
-        if answer.reused:
+        if answered.answer.reused:
             reused = [*reused, REBUILDS[message.placement], "first_token", "generate"]
         elif message.reuse == "all":
             prefilled.answered[key] = request.id
-        spans = behind(here, answered.spans)
+        result = self._result(prefilled, message, answered, behind(here, answered.spans), reused)
+        return structs.replace(
+            result,
+            payload_bytes=sum(map(len, encoded.pieces)),
+            shared_bytes=encoded.shared_bytes,
+            question_s=encoded.question_s,
+        )
+
+    def _result(
+        self,
+        prefilled: Prefilled,
+        message: TrialRequest,
+        answered: Answered,
+        spans: list[Span],
+        reused: list[str],
+    ) -> TrialResult:
+        """What a request came to, on this side's clock."""
+        answer = answered.answer
+        began = min(span.start for span in spans)
+        spans = [span._replace(start=span.start - began, end=span.end - began) for span in spans]
+        stages = billed(spans)
         return TrialResult(
-            stages=billed(spans),
-            e2e_s=spans[-1].end - spans[0].start,
+            stages=stages,
+            e2e_s=max(span.end for span in spans),
+            spans=tuple(spans),
             reused=tuple(reused),
             replayed=message.replay and bool(reused),
             answer=answer.text,
@@ -312,10 +418,7 @@ class Edge(InferenceSide):
             wire_bytes=answered.wire_bytes,
             retransmits=answered.retransmits,
             congestion=answered.congestion,
-            payload_bytes=sum(map(len, encoded.pieces)),
-            shared_bytes=encoded.shared_bytes,
-            question_s=encoded.question_s,
-            request=request.id,
+            request=answered.answer.id,
         )
 
 

@@ -7,7 +7,7 @@ host may be of another version, so `Hello` comes first. What an older copy would
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_args
 
 from msgspec import Meta, Struct, structs
 
@@ -196,6 +196,23 @@ class Link(Part):
     client: Name = ""
 
 
+EDGE, LINK, CLOUD = "edge", "link", "cloud"
+
+
+class Span(NamedTuple):
+    """A stage at work on a chunk, from one moment to another. side: where (`EDGE`, `LINK`, `CLOUD`); level: of the chunk, of so
+    many bytes, where it crosses.
+    """
+
+    stage: Name
+    start: Seconds
+    end: Seconds
+    chunk: int = 0
+    side: Name = EDGE
+    level: str = ""
+    bytes: int = 0
+
+
 class Stages(Part):
     """A request's stages in the order in which they happen, seconds; 0: a placement does not have it."""
 
@@ -219,6 +236,7 @@ class TrialResult(Part):
 
     stages: Stages
     e2e_s: Seconds  #: their sum
+    spans: tuple[Span, ...]  #: from the request's start on
     reused: tuple[Name, ...]  #: stages taken from an earlier trial
     replayed: bool  #: and waited for
     answer: str
@@ -231,6 +249,11 @@ class TrialResult(Part):
     shared_bytes: Count = 0
     question_s: Seconds | None = None
     request: Count = 0  #: the cloud's `Examine` names it by this
+    chunks: Count | None = None  #: of a delivery in parts
+    levels: str = ""  #: as what they were sent
+    tokens_left_out: Count | None = None
+    store_prefill_s: Seconds = 0.0  #: making what was stored
+    store_encode_s: Seconds = 0.0
 
     def __post_init__(self) -> None:
         if abs(self.stages.total() - self.e2e_s) > ROUNDING_S:
@@ -243,7 +266,7 @@ class TrialRequest(Message[TrialResult], tag="trial"):
     """Make a trial of an example of a batch. codec: its canonical text; `split` placement alone has one. delivery: of what
     crosses, its canonical text. link: all but `edge`."""
 
-    placement: Literal["split", "cloud", "edge"]
+    placement: Literal["split", "store", "cloud", "edge"]
     batch: Count
     example: Count
     repeat: Count = 0

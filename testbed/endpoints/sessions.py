@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
 from testbed.endpoints.protocol import Outcome
+from testbed.endpoints.turns import Turns
 from testbed.errors import EndpointError
 from testbed.transport import wire
 from testbed.transport.transport import Stream
@@ -91,46 +90,22 @@ class Session:
         return served.past
 
 
-class Sessions:
+class Sessions(Turns):
     """Every client's session, and their queue: one computes at a time, and clients take turns."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        super().__init__()
         self._of: OrderedDict[str, Session] = OrderedDict()
-        #: clients in the order of their turns, each with its own requests in the order in which they came
-        self._waiting: OrderedDict[str, deque[object]] = OrderedDict()
-        self._computing = False
+        self._kept = threading.Lock()
 
     def of(self, client: str) -> Session:
         """A client's session, begun where there is none."""
-        with self._changed:
+        with self._kept:
             session = self._of.setdefault(client, Session())
             self._of.move_to_end(client)
             while len(self._of) > MAX_CLIENTS:
                 self._of.popitem(last=False)
         return session
-
-    @contextmanager
-    def turn(self, client: str) -> Iterator[None]:
-        """Wait for this client's turn, and compute. Whoever had one goes behind all clients that wait."""
-        ticket = object()
-        with self._changed:
-            self._waiting.setdefault(client, deque()).append(ticket)
-            self._changed.wait_for(lambda: not self._computing and self._next() is ticket)
-            own = self._waiting.pop(client)
-            own.popleft()
-            if own:
-                self._waiting[client] = own
-            self._computing = True
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._computing = False
-                self._changed.notify_all()
-
-    def _next(self) -> object:
-        return next(iter(self._waiting.values()))[0]
 
 
 class Admission:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
-from typing import NamedTuple
 
-from testbed.endpoints.protocol import Stages
+from msgspec import structs
+
+from testbed.endpoints.protocol import CLOUD, EDGE, LINK, Span, Stages
 
 #: The pipeline: a stage is named as its column, without the unit.
 PIPELINE = tuple(column.removesuffix("_s") for column in Stages.__struct_fields__)
-
-
-class Span(NamedTuple):
-    """A stage at work on a chunk, from one moment to another."""
-
-    stage: str
-    start: float
-    end: float
-    chunk: int = 0
 
 
 def in_turn(**seconds: float) -> list[Span]:
@@ -51,3 +43,44 @@ def billed(spans: Iterable[Span]) -> Stages:
         latest = max((s for s, count in enumerate(working) if count), default=upcoming)
         seconds[latest] += until - since
     return Stages(*seconds)
+
+
+def busy(spans: Iterable[Span]) -> Stages:
+    """How long each stage was at work, whatever else was at the same time."""
+    seconds = [0.0] * len(PIPELINE)
+    reached = [float("-inf")] * len(PIPELINE)
+    for span in sorted(spans, key=lambda span: span.start):
+        stage = PIPELINE.index(span.stage)
+        seconds[stage] += max(0.0, span.end - max(span.start, reached[stage]))
+        reached[stage] = max(reached[stage], span.end)
+    return Stages(*seconds)
+
+
+def hidden(spans: Sequence[Span]) -> float:
+    """What of the stages' work the pipeline hid behind later ones; waiting in a queue is none."""
+    worked, exposed = (structs.asdict(stages) for stages in (busy(spans), billed(spans)))
+    return sum(max(0.0, worked[stage] - exposed[stage]) for stage in worked if stage != "queue_s")
+
+
+def bound(spans: Iterable[Span], delay_s: float = 0.0) -> float:
+    """The makespan, in seconds, of the same work in an ideal pipeline: edge, link and cloud each do one thing after another, in
+    the order in which they did, each as soon as they are free and what it needs of its chunk is there. Nothing queues.
+
+    Of a chunk the link takes the time from when it could cross (it was handed over, the one before it had arrived) until it had.
+    delay_s: what of that is the way, one-way, on which chunks follow each other.
+    """
+    free, ready = dict.fromkeys((EDGE, LINK, CLOUD), 0.0), dict[int, float]()
+    arrived = end = float("-inf")
+    began = None
+    for span in sorted(spans, key=lambda span: (span.start, span.end)):
+        if span.stage == "queue":
+            continue
+        began = span.start if began is None else began
+        takes, behind = span.end - span.start, 0.0
+        if span.stage == "transmit":
+            takes, behind = max(0.0, span.end - max(arrived, span.start + delay_s)), delay_s
+            arrived = max(arrived, span.end)
+        finished = max(free[span.side], ready.get(span.chunk, 0.0)) + takes
+        free[span.side], ready[span.chunk] = finished, finished + behind
+        end = max(end, finished + behind)
+    return end if began is not None else 0.0

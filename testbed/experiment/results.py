@@ -6,7 +6,8 @@ results/<scenario>-<UTC time>/
     compute.json        how long a fixed piece of compute took each side, before, between and after the trials
     counters.json       what the emulator counted while trials crossed the link
     trials.jsonl        one JSON object a line and trial, appended and flushed
-    trials.parquet      the same, written at the end
+    spans.jsonl         when each stage of a trial was at work on which chunk: a line a trial, before its row
+    trials.parquet  spans.parquet      the same, written at the end
     summary.csv  figures/  report.html
 """
 
@@ -17,13 +18,14 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from testbed import files
+from testbed.endpoints.protocol import Span
 from testbed.errors import StorageError, UsageError
 from testbed.experiment import compute
 from testbed.experiment.row import COLUMNS, MEASURED, Row, in_turn
@@ -31,6 +33,7 @@ from testbed.units import exact_time
 
 FORMAT = 5
 
+SPANS = "spans.jsonl"
 #: What makes a line a row: the trial that it tells of.
 _IDENTITY = ("trial", "task", "example", "placement")
 
@@ -95,6 +98,19 @@ def check_format(version: object, path: Path) -> None:
         raise UsageError(
             f"{path}: written in format {version!r}; this version reads the formats {formats}{remedy}"
         )
+
+
+def _span(span: Span) -> dict[str, Any]:
+    """As a line has it: seconds from the request's start, to the microsecond."""
+    return {
+        "chunk": span.chunk,
+        "stage": span.stage,
+        "start_s": round(span.start, 6),
+        "end_s": round(span.end, 6),
+        "side": span.side,
+        "level": span.level,
+        "bytes": span.bytes,
+    }
 
 
 def utc_now() -> str:
@@ -207,21 +223,30 @@ class RunDirectory:
             raise UsageError(f"{path} does not hold a JSON object")
         return value
 
-    def append(self, row: Row) -> None:
-        """Append one row and see it on the disk; a kill or a full disk leaves whole rows. Raises StorageError."""
-        line = json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n"
-        files.append(self.path / "trials.jsonl", line.encode("utf-8", "backslashreplace"))
+    def append(self, row: Row, spans: Sequence[Span] = ()) -> None:
+        """Append one row, behind its spans, and see it on the disk; a kill or a full disk leaves whole rows.
+
+        Raises StorageError.
+        """
+        if spans:
+            self._append(SPANS, {"trial": row.trial, "spans": [_span(span) for span in spans]})
+        self._append("trials.jsonl", dataclasses.asdict(row))
+
+    def _append(self, name: str, entry: dict[str, Any]) -> None:
+        line = json.dumps(entry, ensure_ascii=False) + "\n"
+        files.append(self.path / name, line.encode("utf-8", "backslashreplace"))
 
     def repair(self) -> int:
-        """Cut off a last line that a kill left unfinished; returns how many bytes went."""
-        path = self.path / "trials.jsonl"
-        if not path.exists():
-            return 0
-        with files.storing(path), open(files.open_own(path, os.O_RDWR), "r+b") as rows:
-            data = rows.read()
-            whole = data.rfind(b"\n") + 1
-            rows.truncate(whole)
-        return len(data) - whole
+        """Cut off last lines that a kill left unfinished; returns how many bytes went."""
+        gone = 0
+        for path in (self.path / SPANS, self.path / "trials.jsonl"):
+            if path.exists():
+                with files.storing(path), open(files.open_own(path, os.O_RDWR), "r+b") as lines:
+                    data = lines.read()
+                    whole = data.rfind(b"\n") + 1
+                    lines.truncate(whole)
+                gone += len(data) - whole
+        return gone
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows so far, as this version writes them; a cut-off last line, and any other that is no trial's row, is passed
@@ -267,21 +292,36 @@ class RunDirectory:
         return {row["trial"] for row in self.rows() if not row.get("error")}
 
     def write_parquet(self) -> None:
-        """Write ``trials.parquet`` from the rows, typed by `Row`'s columns.
+        """Write ``trials.parquet`` from the rows, typed by `Row`'s columns, and ``spans.parquet`` from the spans.
 
         Raises UsageError where a column holds values of several kinds, which no run writes.
         """
         import pandas as pd
 
         frame = pd.DataFrame(list(self.rows()), columns=list(COLUMNS))
-        with files.replacing(self.path / "trials.parquet") as temporary:
-            try:
-                for column in dataclasses.fields(Row):
-                    if column.type == "int | None":  # whole, and missing in failed rows
-                        frame[column.name] = frame[column.name].astype("Int64")
-                frame.to_parquet(temporary, index=False)
-            except (ValueError, TypeError) as error:
-                reason = str(error).splitlines()[0]
-                raise UsageError(
-                    f"{self.path / 'trials.jsonl'}: rows that no run writes: {reason}"
-                ) from error
+        for column in dataclasses.fields(Row):
+            if column.type == "int | None":  # whole, and missing in failed rows
+                with self._typed("trials.jsonl"):
+                    frame[column.name] = frame[column.name].astype("Int64")
+        self._write_table("trials", frame)
+        if (self.path / SPANS).exists():
+            self._write_table("spans", pd.DataFrame(self._spans(), columns=["trial", *_span(Span("", 0, 0))]))
+
+    def _write_table(self, name: str, frame: Any) -> None:
+        with files.replacing(self.path / f"{name}.parquet") as temporary, self._typed(f"{name}.jsonl"):
+            frame.to_parquet(temporary, index=False)
+
+    @contextlib.contextmanager
+    def _typed(self, source: str) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"{self.path / source}: rows that no run writes: {reason}") from error
+
+    def _spans(self) -> Iterator[dict[str, Any]]:
+        with files.reading(self.path / SPANS) as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError, RecursionError, TypeError, AttributeError):
+                    entry = _parsed(line)
+                    yield from [{"trial": entry["trial"], **span} for span in entry["spans"]]

@@ -9,6 +9,7 @@ from typing import Any
 from msgspec import structs
 
 from testbed.endpoints.protocol import Outcome, Stages, TrialResult
+from testbed.endpoints.spans import bound, busy, hidden
 
 #: The stages of a request in the order in which they happen; their sum is `e2e_s`.
 STAGES = Stages.__struct_fields__
@@ -79,7 +80,7 @@ class Row:
     busy_decode_s: float | None = None
     busy_first_token_s: float | None = None
     busy_generate_s: float | None = None
-    overlap_s: float | None = None  #: their sum less `e2e_s`: what the pipeline hid
+    overlap_s: float | None = None  #: what of them the pipeline hid behind later stages
     #: makespan of the same chunks' stage times where edge, link and cloud each do one thing at a time and never wait in vain
     bound_s: float | None = None
     naive_s: float | None = (
@@ -159,6 +160,11 @@ class Row:
         self.ttft_s = result.e2e_s - result.stages.generate_s
         sent = result.payload_bytes if self.placement in SENDING else 0
         self.bits_per_element = sent * 8 / (self.kv_bytes / 2) if self.kv_bytes else 0.0
+        for stage, seconds in structs.asdict(busy(result.spans)).items():
+            setattr(self, f"busy_{stage}", seconds)
+        self.overlap_s, self.bound_s = hidden(result.spans), bound(result.spans, self.delay_up_s)
+        stored_s = result.store_prefill_s + result.store_encode_s
+        self.amortized_s = result.e2e_s + stored_s / self.questions_per_context
         for column, value in in_turn(dataclasses.asdict(self)).items():
             if getattr(self, column) is None:
                 setattr(self, column, value)

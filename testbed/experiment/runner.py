@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from msgspec import structs
 
 from testbed import lookup
 from testbed.codecs.spec import CodecSpec
-from testbed.endpoints.protocol import Loaded, Outcome
+from testbed.endpoints.protocol import Loaded, Outcome, Span
 from testbed.errors import EndpointError, NetworkError
 from testbed.experiment import inputs
 from testbed.experiment.compute import Start
@@ -237,7 +237,7 @@ class Runner:
                     self._gate.between()
                 reference = self._reference(batch, number, task, todo[0].example)
                 for trial in todo:
-                    self.directory.append(self._trial(trial, task, reference))
+                    self.directory.append(*self._trial(trial, task, reference))
                     self._tally.done(trial.cell)
 
     def _reference(self, batch: Batch, number: int, task: Task, example: Example) -> Reference:
@@ -274,8 +274,8 @@ class Runner:
             self._identities[cell] = cell.identity(self.plan)
         return self._identities[cell]
 
-    def _trial(self, trial: Trial, task: Task, reference: Reference) -> Row:
-        """One request, and its row; what fails is in the row's `error`."""
+    def _trial(self, trial: Trial, task: Task, reference: Reference) -> tuple[Row, Sequence[Span]]:
+        """One request: its row and its spans; what fails is in the row's `error`."""
         profile = trial.cell.profile
         calibrated = profile.text() not in self._uncalibrated
         row = new_row(trial, self.plan, self.session.network.emulation, reference, calibrated)
@@ -287,7 +287,7 @@ class Runner:
         if reference.error:
             row.error = reference.error
             self.failures += 1
-            return row
+            return row, ()
         try:
             if trial.cell.placement == "edge":
                 result = self.session.pair.trial(trial)
@@ -302,13 +302,13 @@ class Runner:
                 raise
             row.error = str(error)
             self.failures += 1
-            return row
+            return row, ()
         finally:
             row.warnings = "; ".join([*filter(None, [row.warnings]), *warnings])
         row.fill(result, outcome, task.score(result.answer, trial.example))
         if not self.session.linked:
             row.wire_bytes = 0  # its connection's bytes crossed none
-        return row
+        return row, result.spans
 
 
 def other_threads(rows: Iterable[dict[str, Any]], threads: int) -> str:

@@ -26,15 +26,15 @@ from pydantic import (
 from testbed import strict_yaml
 from testbed.codecs.spec import CodecSpec
 from testbed.codecs.spec import parse as parse_codec
-from testbed.delivery.delivery import Delivery
+from testbed.delivery.delivery import Delivery, Pipelined
 from testbed.delivery.delivery import parse as parse_delivery
 from testbed.delivery.whole import Whole
 from testbed.errors import SpecError
+from testbed.experiment.row import SENDING
 from testbed.net import emulators
 from testbed.net.profile.profile import Profile
 from testbed.net.topology.topology import Link, Topology
 from testbed.net.traffic.traffic import Flow
-from testbed.speed.files import Device
 from testbed.speed.words import HERE, Speed
 from testbed.speed.words import parse as parse_speed
 from testbed.tasks.prompt import DEFAULT, PromptFormat, choose_prompt, parse_prompt
@@ -44,7 +44,7 @@ from testbed.transport.transport import Transport
 from testbed.transport.transport import parse as parse_transport
 from testbed.units import exact_time, parse_time
 
-Placement = Literal["split", "cloud", "edge"]
+Placement = Literal["split", "store", "cloud", "edge"]
 
 
 def _listed(value: Any) -> Any:
@@ -185,6 +185,9 @@ class Scenario(BaseModel):
     congestion: Annotated[str | None, Field(exclude=True)] = None
     emulator: Annotated[str, AfterValidator(emulators.known)] = "auto"
     reuse: Literal["all", "prefill", "none"] = "all"
+    questions_per_context: Annotated[int, Field(ge=1, le=1_000_000)] = (
+        1  #: that share what making a stored cache costs
+    )
     timeout: Annotated[
         float, BeforeValidator(_seconds), Field(gt=0, le=86400), PlainSerializer(exact_time, when_used="json")
     ] = 120.0
@@ -249,7 +252,7 @@ class Cell:
             settings["at"] = scenario.at
         # Only where it is asked for, so that cells of runs from before these settings keep theirs.
         if scenario.compute != Compute():
-            settings["compute"] = [plan.computes(side) for side in ("edge", "cloud")]
+            settings["compute"] = [scenario.compute.edge.written(), scenario.compute.cloud.written()]
         if scenario.traffic:
             settings["traffic"] = scenario.traffic
         if self.delivery != Whole():
@@ -271,8 +274,7 @@ def _of_transport(transport: Transport) -> dict[str, str | None]:
 @dataclass(frozen=True)
 class Plan:
     """A scenario with everything it names looked up, and its cells. `asked`: codecs that referred to a file, such as
-    ``mixed(protect=auto)``, by what that file said: the codec as the scenario has it now. `devices`: whose times
-    are waited for, by side.
+    ``mixed(protect=auto)``, by what that file said: the codec as the scenario has it now.
     """
 
     scenario: Scenario
@@ -281,17 +283,10 @@ class Plan:
     profiles: tuple[Profile, ...]
     tasks: tuple[Task, ...]
     asked: dict[str, str] = field(default_factory=dict)
-    devices: dict[str, Device] = field(default_factory=dict)
 
     def flows(self) -> list[Flow]:
         """The background traffic."""
         return [Flow.model_validate(value) for value in self.scenario.traffic]
-
-    def computes(self, side: str) -> Any:
-        """How a side computes, as a cell's identity has it: a device by its times, wherever its file lies."""
-        speed: Speed = getattr(self.scenario.compute, side)
-        device = self.devices.get(side)
-        return (replace(speed, device=f"{device.name}/{device.digest}") if device else speed).written()
 
     @property
     def swept(self) -> Link:
@@ -315,6 +310,8 @@ class Plan:
         connection (TCP forgets while it idles), a capture. Emulated machines compute in real time, so they wait, too.
         """
         scenario = self.scenario
+        # Where nothing crosses, nothing can come too soon.
+        slowed = scenario.compute != Compute() and cell.placement != "edge"
         others = [link.profile for link in self.topology.links if link.name != self.link]
         return (
             cell.profile.changes
@@ -322,7 +319,8 @@ class Plan:
             or (scenario.at == "run" and any(profile.changes for profile in self.profiles))
             or bool(scenario.traffic)
             or cell.transport.connection == "reuse"
-            or scenario.compute != Compute()
+            or slowed
+            or isinstance(cell.delivery, Pipelined)
             or any(link.pcap for link in self.topology.links)
         )
 
@@ -337,7 +335,7 @@ class Plan:
         for placement in self.scenario.placements:
             caches = itertools.product(self.scenario.codecs, self.scenario.delivery)
             transports = self.scenario.transport[:1] if placement == "edge" else self.scenario.transport
-            for codec, delivery in caches if placement == "split" else [(None, Whole())]:
+            for codec, delivery in caches if placement in SENDING else [(None, Whole())]:
                 cells += [
                     Cell(task, context_tokens, placement, codec, delivery, transport, profile)
                     for transport in transports

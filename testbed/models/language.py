@@ -99,8 +99,6 @@ class Tokens:
 class LanguageModel:
     """A model with its tokenizer. Instances are independent; one is for one thread at a time."""
 
-    stands_in = False  #: whether it is a shape alone (`shape.ShapeModel`), whose answers mean nothing
-
     def __init__(
         self,
         name: str,
@@ -156,6 +154,11 @@ class LanguageModel:
         return shapes
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens there are."""
+        return int(self._network.config.get_text_config(decoder=True).vocab_size)
+
+    @property
     def stretches(self) -> bool:
         """Whether a prompt's length decides how its keys are turned (LongRoPE, dynamic NTK)."""
         return bool(self._stretching)
@@ -189,9 +192,10 @@ class LanguageModel:
         """The layer's sliding-window length; None: it sees everything."""
         return self.shapes[layer].window
 
-    def knowing_ropes(self, cache: KVCache) -> KVCache:
-        """The cache with each layer's rotary embedding told. Raises UsageError where no plain numbers describe it."""
-        ropes = self._rotations.ropes(self._latent)
+    def knowing_ropes(self, cache: KVCache, first: int = 0) -> KVCache:
+        """The cache with each layer's rotary embedding told. first: which layer its first one is. Raises UsageError where no
+        plain numbers describe it."""
+        ropes = self._rotations.ropes(self._latent)[first : first + len(cache.layers)]
         layers = [replace(layer, rope=rope) for layer, rope in zip(cache.layers, ropes, strict=True)]
         return KVCache(layers, cache.length)
 

@@ -32,19 +32,20 @@ class TcpStream(Stream):
     def __init__(self, sock: socket.socket) -> None:
         super().__init__()
         self.socket = sock
+        self._out = sock.dup()  # whose timeout is the sending thread's own
         self._stats = Stats(0, 0, 0, "")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def write(self, pieces: Sequence[memoryview], deadline: Deadline) -> None:
         """The first call carries headers and payload together, so that no header travels in a segment of its own."""
         try:
-            self.socket.settimeout(deadline.left())
-            sent = self.socket.sendmsg(pieces[:_MOST_PIECES])
+            self._out.settimeout(deadline.left())
+            sent = self._out.sendmsg(pieces[:_MOST_PIECES])
             for piece in pieces:
                 rest, sent = piece[sent:], max(0, sent - len(piece))
                 if len(rest):
-                    self.socket.settimeout(deadline.left())
-                    self.socket.sendall(rest)  # its timeout is that of the whole piece
+                    self._out.settimeout(deadline.left())
+                    self._out.sendall(rest)  # its timeout is that of the whole piece
         except TimeoutError as error:
             raise EndpointError(f"the peer did not take a whole frame within {deadline}") from error
         except OSError as error:
@@ -103,6 +104,7 @@ class TcpStream(Stream):
     def close(self) -> None:
         """Close at once."""
         self.stats()
+        self._out.close()
         self.socket.close()
 
     def abort(self) -> None:

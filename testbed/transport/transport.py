@@ -6,10 +6,11 @@ made of them here, once for all transports. Scenarios write a `Transport` as ``t
 
 from __future__ import annotations
 
+import threading
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -49,29 +50,22 @@ class Received:
     at: float
 
 
-@dataclass
-class Arrived:
-    """A request that is whole: its context as it came, and when its end was there (monotonic seconds)."""
-
-    request: wire.Request
-    chunks: list[memoryview]
-    at: float
-
-
 class Stream(ABC):
-    """One connection that carries frames. Not shared between threads, but for `abort`."""
+    """One connection that carries frames. One thread receives; any may `send`, and `abort`."""
 
     def __init__(self) -> None:
         self.since = time.monotonic()  #: when the last request began to be waited for
         self.engaged = False  #: whether its header has come, whose context or answer is due
+        self._sending = threading.Lock()
 
     def send(self, header: wire.Header, payload: Bytes = b"", deadline: Deadline | None = None) -> float:
         """Send a frame from where it lies; returns when its first byte was handed over (monotonic seconds).
 
         The whole of it is handed over by the `deadline` (None: in `SEND_S`). Raises EndpointError.
         """
-        started = time.monotonic()
-        self.write(_frame(header, payload), deadline or Deadline(SEND_S))
+        with self._sending:
+            started = time.monotonic()
+            self.write(_frame(header, payload), deadline or Deadline(SEND_S))
         return started
 
     def send_request(
@@ -122,23 +116,27 @@ class Stream(ABC):
         self._fill(payload, deadline)
         return Received(header, payload, time.monotonic())
 
-    def receive_request(self, max_payload: int, deadline: Deadline, request_s: float) -> Arrived | None:
-        """The next request with all of its context, which has at most so many bytes; None where the peer closed before it.
-
-        It begins by the `deadline`, and is whole `request_s` seconds later. Raises as `receive` does.
+    def receive_request(self, deadline: Deadline, request_s: float) -> tuple[wire.Request, Deadline] | None:
+        """The next request, which begins by the `deadline`, and until when all of it must be here: `request_s` seconds later.
+        None where the peer closed before it. Raises as `receive` does.
         """
         received = self.receive(0, deadline, request_s)
         if received is None:
             return None
-        request = received.header
-        if not isinstance(request, wire.Request):
-            raise WireError(f"a {type(request).__name__} frame where a request was expected")
-        deadline, context = Deadline(request_s), wire.Assembly(request.id, max_payload)
-        chunks: list[memoryview] = []
+        if not isinstance(received.header, wire.Request):
+            raise WireError(f"a {type(received.header).__name__} frame where a request was expected")
+        return received.header, Deadline(request_s)
+
+    def receive_context(
+        self, request: wire.Request, max_payload: int, deadline: Deadline
+    ) -> Iterator[Received]:
+        """The chunks of a request's context, of at most so many bytes, and behind them its end. Raises as `receive` does."""
+        context = wire.Assembly(request, max_payload)
         while (frame := self.receive(context.room, deadline)) is not None:
-            if context.take(frame.header, frame.payload):
-                return Arrived(request, chunks, frame.at)
-            chunks.append(frame.payload)
+            whole = context.take(frame.header, frame.payload)
+            yield frame
+            if whole:
+                return
         raise WireError("the connection closed inside a request")
 
     def _fill(self, buffer: memoryview, deadline: Deadline, may_end: bool = False) -> bool:

@@ -8,33 +8,36 @@ the CRC-32 covers the fixed
 part before it and the header. The payload follows as it is, so it can be sent from where it lies.
 
     edge → cloud    Request · Chunk · Chunk · … · End
-    cloud → edge    FirstToken · Answer, or Failure
+    cloud → edge    Receipt for each chunk, where they are wanted · Enough · FirstToken · Answer, or Failure
 
 A request's context (a codec's bytes, or the prompt's text) comes in chunks, whose number and length nobody need know beforehand:
-each is at most what is still allowed to come, and the end says what there was.
+each is at most what is still allowed to come, and the end says what there was. Of a delivery in parts each chunk is a payload
+that stands by itself, of the part and at the level that it names.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from testbed.errors import WireError
 
-VERSION = 3
+VERSION = 4
 MAGIC = b"TBED"
 PREFIX = struct.Struct("!4sBBHIQI")
 MAX_HEADER = 64 * 1024
 MAX_CHUNKS = 1 << 16
+MAX_PARTS = 256  #: chunks of a delivery in parts, whose times an answer has to tell
 
 Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 Instant = Annotated[float, Meta(ge=0, le=1e10)]  #: seconds of the host's monotonic clock, never NaN
 Seconds = Annotated[float, Meta(ge=0, le=1e7)]
 Tokens = Annotated[int, Meta(ge=0, le=65536)]
+Index = Annotated[int, Meta(ge=0, lt=MAX_CHUNKS)]
 Text = Annotated[str, Meta(max_length=32 * 1024)]
 Name = Annotated[str, Meta(max_length=512)]
 
@@ -58,6 +61,11 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     replay: bool = False  #: such an answer comes as late as it was computed, even where nobody could tell
     delivery: Name = "whole"  #: how the context comes: what its chunks are
     client: Name = ""  #: whose request it is; its `id` and `same_as` are that client's numbers
+    levels: Annotated[
+        tuple[Name, ...], Meta(max_length=64)
+    ] = ()  #: what chunks of a delivery in parts may be
+    tokens: Count = 0  #: of the context, where it comes in parts
+    receipts: bool = False  #: each chunk's arrival is to be told
 
 
 class Chunk(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -67,6 +75,9 @@ class Chunk(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     index: Count  #: 0, 1, …
     last: bool  #: nothing but the `End` follows; where the sender does not know yet, it says no
     crc: Count | None  #: of the payload; None: what it holds has a checksum of its own
+    level: Index = 0  #: which of the request's levels
+    start: Count = 0  #: the part: tokens of the context, or layers, from here …
+    stop: Count = 0  #: … up to here
 
 
 class End(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -77,12 +88,35 @@ class End(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     length: Count
 
 
+class Receipt(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Cloud to edge: a chunk is there."""
+
+    id: Count
+    index: Index
+    at: Instant
+
+
+class Enough(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Cloud to edge: no further chunks are needed."""
+
+    id: Count
+
+
 class FirstToken(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Cloud to edge, as soon as the first token is known."""
 
     id: Count
     token: Count
     sent_at: Instant
+
+
+class Worked(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
+    """A stage at work at the cloud. chunk: on which one."""
+
+    stage: Literal["queue", "decode", "prefill", "first_token"]
+    start: Instant
+    end: Instant
+    chunk: Index = 0
 
 
 class Answer(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -92,16 +126,17 @@ class Answer(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     text: Text
     tokens: Tokens
     received_at: Instant  #: last byte of the request
-    queue_s: Seconds  #: from then until its turn came
-    decode_s: Seconds
-    prefill_s: Seconds  #: `cloud` placement: the context's prefill
-    first_token_s: Seconds  #: computing the first token
+    arrived: Annotated[
+        tuple[Instant, ...], Meta(max_length=MAX_PARTS)
+    ]  #: of a delivery in parts, each chunk's last byte
+    worked: Annotated[tuple[Worked, ...], Meta(max_length=4 * MAX_PARTS)]  #: up to the first token, in order
     generate_s: Seconds  #: computing the others
     token_s: Seconds | None  #: computing one of the others, in the mean; None: there were none
     skipped_s: Seconds  #: of `generate_s`, what a reused answer did not wait for
     sent_at: Instant
     reused: bool
     retransmits: Count
+    left_out: Count = 0  #: context tokens that the answer was given without
 
 
 class Failure(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -111,7 +146,7 @@ class Failure(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     message: Text
 
 
-Header = Request | FirstToken | Answer | Failure | Chunk | End
+Header = Request | FirstToken | Answer | Failure | Chunk | End | Receipt | Enough
 KINDS: dict[int, type[Header]] = {
     1: Request,
     2: FirstToken,
@@ -119,6 +154,8 @@ KINDS: dict[int, type[Header]] = {
     4: Failure,
     5: Chunk,
     6: End,
+    7: Receipt,
+    8: Enough,
 }
 _KIND_OF = {struct_type: kind for kind, struct_type in KINDS.items()}
 _ENCODER = msgspec.msgpack.Encoder()
@@ -179,33 +216,40 @@ def unpack_header(prefix: Prefix, body: bytes) -> Header:
 class Assembly:
     """What may come of a request's context: chunks in order and complete, and never more of them than its bounds."""
 
-    def __init__(self, id: int, bound: int) -> None:
-        self.id = id
+    def __init__(self, request: Request, bound: int) -> None:
+        self.request = request
         self.room = bound  #: bytes that may still come
+        self._most = MAX_PARTS if request.levels else MAX_CHUNKS
         self._count = 0
         self._length = 0
         self._last = False
 
     def take(self, header: Header, payload: memoryview) -> bool:
         """The next frame; returns whether the context is whole. Raises WireError where it is not what has to come now."""
-        if isinstance(header, End) and header.id == self.id:
+        if isinstance(header, End) and header.id == self.request.id:
             if (header.chunks, header.length) != (self._count, self._length):
                 raise WireError(
                     f"a request ends with {header.chunks} chunks of {header.length} bytes; "
                     f"{self._count} of {self._length} have come"
                 )
             return True
-        if not isinstance(header, Chunk) or header.id != self.id:
+        if not isinstance(header, Chunk) or header.id != self.request.id:
             raise WireError(f"a {type(header).__name__} frame inside another request's chunks")
         if self._last or header.index != self._count:
             expected = "nothing but its end" if self._last else f"chunk {self._count}"
             raise WireError(f"chunk {header.index} of a request where {expected} was expected")
-        if self._count == MAX_CHUNKS or len(payload) > self.room:
+        if self._count == self._most or len(payload) > self.room:
             raise WireError(
-                f"a request of more than {MAX_CHUNKS} chunks, or of more bytes than are accepted here"
+                f"a request of more than {self._most} chunks, or of more bytes than are accepted here"
             )
         if header.crc is not None and zlib.crc32(payload) != header.crc:
             raise WireError(f"chunk {header.index} of a request does not match its checksum")
+        if self.request.levels and not (
+            header.level < len(self.request.levels) and header.start <= header.stop
+        ):
+            raise WireError(
+                f"chunk {header.index} of a request is at a level, or of a part, that there is not"
+            )
         self._count += 1
         self._length += len(payload)
         self.room -= len(payload)

@@ -67,7 +67,9 @@ class Pair:
         self, what: str, example: int = 1, link: dict[str, Any] | None = None, **about: Any
     ) -> TrialResult:
         """A trial of a codec, or of the placement `cloud` or `edge`; `link`: what is unlike `self.link`."""
-        placement, codec = (what, "") if what in ("cloud", "edge") else ("split", what)
+        placement, codec = (
+            (what, "") if what in ("cloud", "edge") else (about.pop("placement", "split"), what)
+        )
         settings = {f: getattr(self.link, f) for f in Link.__struct_fields__} | (link or {})
         message = TrialRequest(placement, 0, example, codec=codec, link=Link(**settings), **about)  # type: ignore[arg-type]
         return self.edge.call(message, 60)

@@ -26,6 +26,7 @@ from testbed.hosts.channel import Channel, Result, pack
 from testbed.hosts.local import Local
 from testbed.transport import wire
 from testbed.transport.tcp import Tcp, TcpStream
+from tests.endpoints.test_wire import arrival
 
 FATES = {signal.SIGKILL: r"ended \(signal SIGKILL\)", signal.SIGSTOP: "has been stopped for 1"}
 NOTICED_S = 8.0  #: a second or two, on a machine that has other things to do
@@ -216,11 +217,15 @@ def ask(answering: Answering) -> Any:
 
         def answer() -> None:
             connection = listener.accept()
-            arrived = connection.receive_request(1 << 20, Deadline(5.0), 5.0)
+            arrived = arrival(connection, 1 << 20)
             assert arrived is not None
             now = time.monotonic()
             first = wire.FirstToken(7, 3, now)
-            whole = wire.Answer(7, "x", 1, arrived.at, 0.0, 0.0, 0.0, 0.0, 0.0, None, 0.0, now, False, 0)
+            worked = (
+                wire.Worked("decode", arrived.at, arrived.at),
+                wire.Worked("first_token", arrived.at, now),
+            )
+            whole = wire.Answer(7, "x", 1, arrived.at, (), worked, 0.0, None, 0.0, now, False, 0)
             for header, changes in zip((first, whole), answering(now), strict=True):
                 connection.send(msgspec.structs.replace(header, **changes))
             connection.finish()
@@ -239,7 +244,12 @@ def ask(answering: Answering) -> Any:
         lambda now: ({"sent_at": -1e12}, {}),
         lambda now: ({}, {"received_at": -1e12}),
         lambda now: ({}, {"sent_at": float("nan")}),
-        lambda now: ({}, {"decode_s": -1.0}),
+        lambda now: ({}, {"worked": ()}),
+        lambda now: ({}, {"worked": (wire.Worked("first_token", now - 60, now),)}),
+        lambda now: ({}, {"worked": (wire.Worked("first_token", now, now + 60),)}),
+        lambda now: ({}, {"worked": (wire.Worked("decode", now, now),)}),
+        lambda now: ({}, {"arrived": (now, now)}),
+        lambda now: ({}, {"arrived": (now - 60,)}),
         lambda now: ({}, {"received_at": now - 60}),
         lambda now: ({"sent_at": now + 60}, {}),
         lambda now: ({}, {"sent_at": now + 1e6}),

@@ -17,7 +17,14 @@ from testbed.errors import EndpointError, UsageError
 from testbed.hosts.channel import Channel, Refused
 from testbed.hosts.host import Process
 
-TRIAL = {"stages": {"transmit_s": 1.0}, "e2e_s": 1.0, "reused": [], "replayed": False, "answer": ""}
+TRIAL = {
+    "stages": {"transmit_s": 1.0},
+    "e2e_s": 1.0,
+    "spans": [],
+    "reused": [],
+    "replayed": False,
+    "answer": "",
+}
 TRIAL |= {"answer_tokens": 1, "token_s": None}
 OUTCOME = {"tokens_kept": 3, "nll": 0.5}
 COMPUTED = {"tokens": 128, "seconds": 0.1, "share": None}
@@ -53,6 +60,7 @@ def endpoint(handlers: dict[type, Any]) -> Endpoint:
         (TrialRequest("edge", 0, 0), TRIAL, {"stages": {"score": 1.0}}, "unknown field `score`"),
         (TrialRequest("edge", 0, 0), TRIAL, {"e2e_s": 2.0}, "stages sum to 1.0.* `e2e_s` is 2.0"),
         (TrialRequest("edge", 0, 0), TRIAL, {"e2e_s": NAN}, "e2e_s"),
+        (TrialRequest("edge", 0, 0), TRIAL, {"spans": [("transmit", 0.0, NAN)]}, "spans"),
         (TrialRequest("edge", 0, 0), TRIAL, {"e2e_s": -0.1}, "e2e_s"),
         (TrialRequest("edge", 0, 0), TRIAL, {"payload_bytes": -1}, "payload_bytes"),
         (TrialRequest("edge", 0, 0), TRIAL, {"reused": "prefill"}, "reused"),

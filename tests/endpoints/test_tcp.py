@@ -13,7 +13,7 @@ from testbed.deadline import Deadline
 from testbed.errors import EndpointError, UsageError, WireError
 from testbed.transport import wire
 from testbed.transport.tcp import Tcp, TcpStream, set_congestion
-from tests.endpoints.test_wire import request
+from tests.endpoints.test_wire import arrival, request
 
 
 def pair() -> tuple[TcpStream, TcpStream]:
@@ -29,7 +29,7 @@ def test_a_large_context_arrives_as_it_was_sent_and_with_its_end() -> None:
     sender = threading.Thread(target=client.send_request, args=(request(), context, True))
     started = time.monotonic()
     sender.start()
-    arrived = server.receive_request(sum(map(len, context)), Deadline(10.0), 10.0)
+    arrived = arrival(server, sum(map(len, context)), 10.0)
     sender.join()
     assert arrived is not None
     assert arrived.request == request() and arrived.chunks == context
@@ -42,7 +42,7 @@ def test_a_context_larger_than_the_receiver_allows_is_refused_before_it_is_read(
     client, server = pair()
     client.send_request(request(), [bytes(5), bytes(5)], checked=False)
     with pytest.raises(WireError, match="payload of 5 bytes; at most 2"):
-        server.receive_request(7, Deadline(5.0), 5.0)
+        arrival(server, 7)
     client.close()
     server.close()
 

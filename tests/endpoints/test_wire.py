@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import msgspec
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from testbed.deadline import Deadline
 from testbed.errors import WireError
 from testbed.transport import wire
-from testbed.transport.transport import Arrived, Stream
+from testbed.transport.transport import Stream
 
 
 class Memory(Stream):
@@ -56,15 +57,34 @@ def sent(context: Iterable[bytes] = (b"some ", b"context")) -> bytes:
     return bytes(stream.data)
 
 
+@dataclass
+class Arrived:
+    request: wire.Request
+    chunks: list[memoryview]
+    at: float
+
+
+def arrival(stream: Stream, bound: int, request_s: float = 5.0) -> Arrived | None:
+    """The next request with all of its context."""
+    begun = stream.receive_request(Deadline(request_s), request_s)
+    if begun is None:
+        return None
+    *chunks, end = stream.receive_context(begun[0], bound, begun[1])
+    return Arrived(begun[0], [frame.payload for frame in chunks], end.at)
+
+
 def received(data: bytes, bound: int = 10_000) -> Arrived | None:
-    return Memory(data).receive_request(bound, Deadline(5.0), 5.0)
+    return arrival(Memory(data), bound)
+
+
+WORKED = wire.Worked("decode", 0.5, 0.6, 1)
 
 
 @given(st.lists(st.binary(max_size=500)), st.booleans(), st.text(max_size=200), st.integers(0, 2**40))
 def test_a_request_survives_the_wire(context: list[bytes], known: bool, question: str, id: int) -> None:
     stream, asked = Memory(), request(question=question, id=id)
     stream.send_request(asked, context if known else iter(context), checked=known)
-    arrived = stream.receive_request(sum(map(len, context)), Deadline(5.0), 5.0)
+    arrived = arrival(stream, sum(map(len, context)))
     assert arrived is not None
     assert arrived.request == asked
     assert arrived.chunks == context
@@ -76,7 +96,9 @@ def test_a_request_survives_the_wire(context: list[bytes], known: bool, question
     [
         wire.FirstToken(id=1, token=5, sent_at=12.5),
         wire.Failure(id=1, message="no"),
-        wire.Answer(1, "text", 2, 0.5, 0.0, 0.1, 0.0, 0.2, 0.3, None, 0.0, 9.0, True, 3),
+        wire.Answer(1, "text", 2, 0.5, (0.4, 0.5), (WORKED,), 0.3, None, 0.0, 9.0, True, 3, 12),
+        wire.Receipt(1, 3, 0.5),
+        wire.Enough(1),
     ],
 )
 def test_every_kind_of_answer_survives_the_wire(header: wire.Header) -> None:
@@ -104,7 +126,7 @@ def test_random_bytes_are_no_frame(data: bytes) -> None:
         received(data)
 
 
-@given(st.binary(max_size=300), st.integers(1, 6), st.integers(0, 2**40))
+@given(st.binary(max_size=300), st.integers(1, len(wire.KINDS)), st.integers(0, 2**40))
 def test_random_bytes_behind_a_valid_start_are_no_frame(data: bytes, kind: int, length: int) -> None:
     fixed = wire.PREFIX.pack(wire.MAGIC, wire.VERSION, kind, 0, len(data), length, 0)[:-4]
     with pytest.raises(WireError):
@@ -161,7 +183,7 @@ def assembled(frames: list[tuple[wire.Header, bytes]]) -> bytes:
     stream = Memory()
     for header, payload in [(request(), b""), *frames]:
         stream.send(header, payload)
-    arrived = stream.receive_request(BOUND, Deadline(5.0), 5.0)
+    arrived = arrival(stream, BOUND)
     assert arrived is not None
     return b"".join(arrived.chunks)
 
@@ -213,7 +235,7 @@ def test_what_follows_the_last_chunk_is_its_requests_end() -> None:
 
 
 def test_chunks_without_end_stay_within_the_receivers_bounds() -> None:
-    context, piece = wire.Assembly(7, 100_000), bytes(300)
+    context, piece = wire.Assembly(request(), 100_000), bytes(300)
     tracemalloc.start()
     with pytest.raises(WireError, match="more bytes than are accepted"):
         for index in range(1 << 20):
@@ -221,7 +243,7 @@ def test_chunks_without_end_stay_within_the_receivers_bounds() -> None:
     assert tracemalloc.get_traced_memory()[1] < 400_000
     tracemalloc.stop()
     assert context.room < 300
-    empty = wire.Assembly(7, 100)
+    empty = wire.Assembly(request(), 100)
     with pytest.raises(WireError, match="65536 chunks"):
         for index in range(1 << 20):
             empty.take(wire.Chunk(7, index, False, None), memoryview(b""))

@@ -1,0 +1,32 @@
+"""A part crosses while the next one is prefilled and encoded, and is decoded while the next one crosses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from testbed.delivery.delivery import Part, Pipelined, cut
+
+
+@dataclass(frozen=True)
+class Stream(Pipelined):
+    """Part by part: blocks of tokens from the front, or groups of layers from the first on."""
+
+    name: ClassVar[str] = "stream"
+    source: ClassVar[str] = (
+        "Liu et al., CacheGen, SIGCOMM 2024 (tokens); Patel et al., Splitwise, ISCA 2024 (layers)"
+    )
+
+    by: Literal["tokens", "layers"] = "tokens"
+    chunk: int = 0  #: tokens or layers of a part; 0: 256 tokens, 4 layers
+
+    def __post_init__(self) -> None:
+        self.require(
+            "chunk",
+            "at least 8 tokens or 1 layer",
+            self.chunk == 0 or self.chunk >= (8 if self.by == "tokens" else 1),
+        )
+
+    def parts(self, tokens: int, layers: int) -> list[Part]:
+        length, usual = (tokens, 256) if self.by == "tokens" else (layers, 4)
+        return cut(self.by, length, self.chunk or usual)

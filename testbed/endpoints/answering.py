@@ -1,0 +1,132 @@
+"""One request at the cloud: what was done for it, and when; its question read, its answer decoded and sent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+from testbed.delivery.delivery import Bytes
+from testbed.endpoints.assembly import Rebuilt
+from testbed.endpoints.sessions import Served, Session, Sessions
+from testbed.endpoints.side import InferenceSide, digest, per_token
+from testbed.transport import wire
+from testbed.transport.transport import Stream
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Stage = Literal["decode", "prefill", "first_token"]
+
+
+class Answering:
+    """`worked`: the stages so far, in order; `payload`: the context as it came; `arrived`: when each chunk of parts was there."""
+
+    def __init__(
+        self, side: InferenceSide, sessions: Sessions, connection: Stream, request: wire.Request
+    ) -> None:
+        self.side, self.connection, self.request = side, connection, request
+        self.prefix = side.under(request.prefix)
+        self.worked: list[wire.Worked] = []
+        self.payload: list[Bytes] = []
+        self.arrived: list[float] = []
+        self._sessions = sessions
+        self._since = 0.0
+
+    @property
+    def session(self) -> Session:
+        """The client's."""
+        return self._sessions.of(self.request.client)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait for the client's turn, and compute."""
+        with self._sessions.turn(self.request.client):
+            self.side.under(self.request.prefix)  # another client's may be of another length
+            yield
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Within a turn, and the question's pass: others may compute, since this one waits."""
+        self.end()
+        self._sessions.give()
+        try:
+            yield
+        finally:
+            self._sessions.take(self.request.client)
+            self.side.under(self.request.prefix)
+
+    @contextmanager
+    def work(self, stage: Stage, chunk: int = 0, since: float | None = None) -> Iterator[None]:
+        """A stage at work on a chunk, that has waited for it since then."""
+        began = self.side.pace.begin()
+        if since is not None:
+            self.worked.append(wire.Worked("queue", since, max(since, began), chunk))
+        yield
+        ended = self.side.pace.hold("codec" if stage == "decode" else "prefill")
+        self.worked.append(wire.Worked(stage, began, ended, chunk))
+
+    def begin(self) -> None:
+        """The question's pass begins, or goes on."""
+        self._since = self.side.pace.begin()
+
+    def end(self) -> float:
+        """It has come to the first token, or to something that is not there yet; returns the time."""
+        ended = self.side.pace.hold("prefill")
+        chunk = self.worked[-1].chunk if self.worked else 0
+        self.worked.append(wire.Worked("first_token", self._since, ended, chunk))
+        return ended
+
+    def answer(self, rebuilt: Rebuilt, received_at: float | None = None) -> Served:
+        """Reads the question behind what is rebuilt, decodes, and sends each part of the answer as it is known. What is counted
+        and hashed is so behind the answer, as part of no stage.
+        """
+        side, request, connection = self.side, self.request, self.connection
+        self.begin()
+        question_ids = side.model.tokenize(request.question, closing=self.prefix.closing)
+        firsts: list[wire.FirstToken] = []
+        times: list[float] = []
+
+        def on_token(index: int, token: int) -> None:
+            times.append(side.pace.hold("decode") if index else self.end())
+            if index == 0:
+                firsts.append(wire.FirstToken(id=request.id, token=token, sent_at=times[0]))
+                connection.send(firsts[0])
+                side.pace.begin()
+
+        ids = side.answer(
+            question_ids, rebuilt.past, request.max_new_tokens, request.stop, request.choices, on_token
+        )
+        if not firsts:  # nothing but the end of the text: the first token is the empty answer
+            on_token(0, 0)
+        done_at = side.pace.hold("decode")
+        answer = wire.Answer(
+            id=request.id,
+            text=side.model.text(ids, request.stop)[:8000],
+            tokens=len(ids),
+            received_at=self.arrived[-1] if received_at is None else received_at,
+            arrived=tuple(self.arrived),
+            worked=tuple(self.worked),
+            generate_s=max(0.0, done_at - firsts[0].sent_at),
+            token_s=per_token(times),
+            skipped_s=0.0,
+            sent_at=time.monotonic(),
+            reused=False,
+            retransmits=connection.stats().sent_again,
+            left_out=rebuilt.left_out,
+        )
+        connection.send(answer)
+        details = {
+            "payload_digest": digest(*self.payload),
+            "tokens_kept": rebuilt.tokens_kept,
+            "kept_digest": kept_digest(rebuilt.kept),
+        }
+        served = Served(request, answer, firsts[0], question_ids, details, rebuilt.whole())
+        self.session.hold(served)
+        return served
+
+
+def kept_digest(kept: list[tuple[Tensor, int | None]]) -> str:
+    """BLAKE2b over the kept positions of every layer and head; empty without a layer."""
+    return digest(b"|".join(positions.cpu().numpy().tobytes() for positions, _ in kept)) if kept else ""

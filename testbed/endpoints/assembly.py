@@ -1,0 +1,172 @@
+"""A context at the cloud, rebuilt from what comes: whole, or part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from testbed.delivery.delivery import SKIP, TEXT, Bytes
+from testbed.endpoints.arrivals import Arrived
+from testbed.endpoints.side import InferenceSide, Prefix
+from testbed.endpoints.tokens import from_bytes
+from testbed.errors import PayloadError, WireError
+from testbed.models.arriving import ArrivingCache
+from testbed.models.kvcache import EMPTY
+from testbed.transport import wire
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from testbed.models.kvcache import KVCache
+
+
+@dataclass
+class Rebuilt:
+    """Prefix and context as the model's past."""
+
+    past: KVCache | ArrivingCache | None
+    tokens: int  #: of the context's text; 0 where a cache came
+    #: positions and window of each layer of the cache that came
+    kept: list[tuple[Tensor, int | None]] = field(default_factory=list)
+    left_out: int = 0  #: context tokens of which nothing is there
+
+    def whole(self) -> KVCache | None:
+        """The past, of which all is there."""
+        return self.past.whole() if isinstance(self.past, ArrivingCache) else self.past
+
+    @property
+    def tokens_kept(self) -> int:
+        """Context tokens kept, as the mean over the layers that a selector may prune (all, where none has full attention)."""
+        if not self.kept:
+            return self.tokens
+        layers = [positions for positions, window in self.kept if window is None] or [
+            positions for positions, _ in self.kept
+        ]
+        held = [int((p != EMPTY).sum()) / (len(p) if p.dim() == 2 else 1) for p in layers]
+        return round(sum(held) / len(held))
+
+
+def prefilled(side: InferenceSide, prefix: Prefix, payload: Sequence[Bytes]) -> Rebuilt:
+    """From the context's text. Raises WireError."""
+    try:
+        text = b"".join(payload).decode()
+    except UnicodeDecodeError as error:
+        raise WireError("the request's context is not UTF-8 text") from error
+    ids = side.model.tokenize(text)
+    context = side.model.prefill(ids, prefix.cache).cache
+    return Rebuilt(side.behind(prefix, context), len(ids))
+
+
+def decoded(side: InferenceSide, prefix: Prefix, payload: Sequence[Bytes]) -> Rebuilt:
+    """From a codec's bytes. Raises PayloadError."""
+    return _rebuilt(side, prefix, _decode(side, payload))
+
+
+def _decode(side: InferenceSide, payload: Sequence[Bytes], layers: slice = slice(None)) -> KVCache:
+    from testbed.codecs.cache_format import CacheShape
+    from testbed.codecs.codec import Decoder
+
+    shapes = tuple((s.kv_heads, s.head_dim, s.value_dim, s.window) for s in side.model.shapes[layers])
+    decoder = Decoder(side.model.device, CacheShape(shapes, side.model.max_positions))
+    for piece in payload:
+        decoder.feed(piece)
+    return decoder.finish()
+
+
+def _rebuilt(side: InferenceSide, prefix: Prefix, cache: KVCache, left_out: int = 0) -> Rebuilt:
+    kept = [(layer.positions, layer.window) for layer in cache.layers]
+    return Rebuilt(side.behind(prefix, cache), 0, kept, left_out)
+
+
+def _check_within(cache: KVCache, start: int, stop: int, chunk: wire.Chunk) -> None:
+    for layer in cache.layers:
+        held = layer.positions[layer.positions != EMPTY]
+        if held.numel() and not start <= int(held.min()) <= int(held.max()) < stop:
+            raise PayloadError(f"chunk {chunk.index} holds other tokens than it says")
+
+
+class Parts:
+    """Parts of tokens, in whatever order they come: each is decoded, or computed behind those that are there."""
+
+    def __init__(self, side: InferenceSide, prefix: Prefix, request: wire.Request) -> None:
+        self._side, self._prefix, self._request = side, prefix, request
+        self._begin = prefix.cache.length if prefix.cache is not None else 0
+        self._there: dict[int, KVCache] = {}  # by their first token
+        self._covered = 0
+
+    def stage(self, arrived: Arrived) -> Literal["decode", "prefill"]:
+        """What `take` will do."""
+        return "prefill" if self._request.levels[arrived.chunk.level] == TEXT else "decode"
+
+    def take(self, arrived: Arrived) -> None:
+        """What has come now. Raises PayloadError, WireError."""
+        chunk, level = arrived.chunk, self._request.levels[arrived.chunk.level]
+        if chunk.stop > self._request.tokens:
+            raise WireError(f"chunk {chunk.index} is of tokens that the context does not have")
+        if level == SKIP:
+            return
+        start, stop = self._begin + chunk.start, self._begin + chunk.stop
+        if level == TEXT:
+            model = self._side.model
+            ids = from_bytes(arrived.payload, chunk.stop - chunk.start, model.vocabulary)
+            before = self._joined([start for start in self._there if start < chunk.start], start)
+            cache = model.prefill(ids, self._side.behind(self._prefix, before)).cache
+        else:
+            cache = _decode(self._side, [arrived.payload])
+            _check_within(cache, start, stop, chunk)
+        self._there[chunk.start] = cache
+        self._covered += chunk.stop - chunk.start
+
+    def finish(self) -> Rebuilt:
+        """All that has come. Raises PayloadError."""
+        end = self._begin + self._request.tokens
+        whole = self._joined(list(self._there), end)
+        left_out = max(0, self._request.tokens - self._covered)
+        if whole is None:
+            raise PayloadError("nothing of the context is there")
+        return _rebuilt(self._side, self._prefix, whole, left_out)
+
+    def _joined(self, starts: list[int], length: int) -> KVCache | None:
+        from testbed.models.kvcache import KVCache
+
+        if not starts:
+            return None
+        try:
+            joined = self._side.model.join(*(self._there[start] for start in sorted(starts)))
+        except ValueError as error:
+            raise PayloadError(f"the parts of a context do not fit together: {error}") from None
+        return KVCache(joined.layers, length)
+
+
+class Layers:
+    """Parts of layers, the first ones first. `rebuilt.past` is theirs, and the rest is waited for as that is read.
+
+    waiting: entered where a layer is wanted that is not there, and to `take` it.
+    """
+
+    def __init__(
+        self,
+        side: InferenceSide,
+        prefix: Prefix,
+        request: wire.Request,
+        waiting: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._side, self._request = side, request
+        self._begin = prefix.cache.length if prefix.cache is not None else 0
+        self._end, self._there = self._begin + request.tokens, 0
+        self._cache = ArrivingCache(side.model.num_layers, self._end, prefix.cache, waiting=waiting)
+        self.rebuilt = Rebuilt(self._cache, 0)
+
+    def take(self, arrived: Arrived) -> None:
+        """The next layers. Raises PayloadError, WireError."""
+        chunk = arrived.chunk
+        if chunk.start != self._there or not chunk.start < chunk.stop <= self._side.model.num_layers:
+            raise WireError(f"chunk {chunk.index} is of other layers than come next")
+        cache = _decode(self._side, [arrived.payload], slice(chunk.start, chunk.stop))
+        _check_within(cache, self._begin, self._end, chunk)
+        for index, layer in enumerate(cache.layers, chunk.start):
+            self._cache.put(index, layer)
+            self.rebuilt.kept.append((layer.positions, layer.window))
+        self._there = chunk.stop

@@ -1,0 +1,284 @@
+"""The chunks of a request's context at the edge: each is prefilled, encoded and handed over while others are.
+
+One thread prefills, another takes chunk after chunk and sends it. The edge is one device: it does one thing at a time. What was
+made for an earlier request is not made again, but waited for as long as it took.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from testbed.delivery.delivery import SKIP, TEXT, Bytes, Part, Pipelined
+from testbed.endpoints.side import Pace, wait_until
+from testbed.endpoints.spans import Span
+from testbed.endpoints.tokens import to_bytes
+from testbed.endpoints.turns import Turns
+
+if TYPE_CHECKING:
+    from testbed.codecs.codec import Codec
+    from testbed.codecs.evidence import Kept
+    from testbed.models.kvcache import KVCache, KVLayer
+    from testbed.models.prefill import BlockPrefill, Prefill
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One that is ready to be sent. level: which of the feed's `levels`; crc: where its payload has no checksum of its own."""
+
+    part: Part
+    level: int
+    payload: Bytes
+    crc: int | None = None
+
+
+@dataclass
+class Made:
+    """What was made of a context so far, and in how many seconds."""
+
+    prefill: Prefill | None = None
+    steps: list[tuple[int, float]] = field(
+        default_factory=list
+    )  #: tokens, or layers, that were there after so long
+    blocks: dict[int, KVCache] = field(default_factory=dict)  #: by the token behind each
+    layers: list[KVLayer] = field(default_factory=list)
+    kept: dict[str, tuple[Kept, float]] = field(default_factory=dict)  #: by level
+    payloads: dict[tuple[str, Part], tuple[Bytes, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """The context at hand, and how this edge makes parts of it.
+
+    blocks: begins a prefill in blocks; knowing: a cache from that layer on with its
+    rotary embedding told. stored: its prefill, if that was made beforehand, as was what is encoded where nothing of the request
+    decides about it. made: for earlier requests. pace: a new one for each thread.
+    """
+
+    ids: list[int]
+    begin: int  #: the first one's position
+    num_layers: int
+    vocabulary: int
+    codecs: dict[str, Codec]  #: by level
+    blocks: Callable[[], BlockPrefill]
+    select: Callable[[Codec, Prefill], Kept]
+    knowing: Callable[[KVCache, int], KVCache]
+    pace: Callable[[], Pace]
+    stored: Prefill | None
+    made: Made
+
+
+class Feed:
+    """One request's. `spans`: what was done for it here, on the monotonic clock; `reused`: stages that were waited for."""
+
+    def __init__(self, context: Context, delivery: Pipelined, levels: tuple[str, ...]) -> None:
+        self.levels, self.parts = levels, delivery.parts(len(context.ids), context.num_layers)
+        self.spans: list[Span] = []
+        self.reused: set[str] = set()
+        self.sent: list[str] = []  #: the chunks' levels
+        self.payload_bytes = 0
+        self.stored_s = 0.0  #: what encoding beforehand took
+        self._context, self._by = context, self.parts[0].by
+        self._length = len(context.ids) if self._by == "tokens" else context.num_layers
+        self._end = context.begin + len(context.ids)  #: the position behind the context
+        self._selected: set[str] = set()  #: levels whose tokens are chosen
+        self._made = context.made
+        if context.stored is not None:
+            self._made.prefill = context.stored
+        self._turns, self._changed = Turns(), threading.Condition()
+        self._there = self._length if context.stored is not None else 0
+        self._stopped = False
+
+    def arrived(self, index: int, at: float) -> None:
+        """The cloud has a chunk."""
+
+    def stop(self) -> None:
+        """No further chunk is wanted."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def prefill(self) -> None:
+        """Prefill the context, in the calling thread; nothing where it is stored. Each block, or layer, is there once done."""
+        if self._context.stored is not None:
+            return
+        if self._made.prefill is not None:
+            self._replay_prefill()
+        elif self._by == "tokens":
+            self._prefill_blocks()
+        else:
+            self._prefill_layers()
+
+    def _replay_prefill(self) -> None:
+        self.reused.add("prefill")
+        for there, seconds in self._made.steps:
+            with self._turns.turn("prefill"):
+                started = time.monotonic()
+                wait_until(started + seconds)
+            self._grow(there, started, time.monotonic())
+
+    def _prefill_blocks(self) -> None:
+        run, pace = self._context.blocks(), self._context.pace()
+        ends = sorted({part.stop for part in self.parts})
+        for end in ends:
+            with self._turns.turn("prefill"):
+                started = pace.begin()
+                self._made.blocks[end] = run.run(end)
+                if end == ends[-1]:
+                    self._made.prefill = run.finish()
+                ended = pace.hold("prefill")
+            self._made.steps.append((end, ended - started))
+            self._grow(end, started, ended)
+            if self._stopped:
+                self._made.prefill = None  # it is not whole
+                return
+
+    def _prefill_layers(self) -> None:
+        pace, layers = self._context.pace(), self._made.layers
+        self._turns.take("prefill")
+        started = pace.begin()
+
+        def on_layer(index: int, layer: KVLayer) -> None:
+            nonlocal started
+            ended = pace.hold("prefill")
+            layers.append(layer)
+            self._made.steps.append((index + 1, ended - started))
+            self._grow(index + 1, started, ended)
+            self._turns.give()  # between two layers something can be encoded
+            self._turns.take("prefill")
+            started = pace.begin()
+
+        try:
+            self._made.prefill = self._context.blocks().finish(on_layer)
+        finally:
+            self._turns.give()
+
+    def _grow(self, there: int, started: float, ended: float) -> None:
+        chunk = next((i for i, part in enumerate(self.parts) if part.start < there <= part.stop), 0)
+        self.spans.append(Span("prefill", started, ended, chunk))
+        with self._changed:
+            self._there = there
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Each chunk when it is made; in the thread that sends."""
+        for index, part in enumerate(self.parts):
+            level = self._choose(index)
+            if self._stopped:
+                return
+            chunk = self._chunk(index, part, level)
+            if chunk is None:
+                return
+            self.sent.append(self.levels[level])
+            self.payload_bytes += len(chunk.payload)
+            yield chunk
+
+    def _choose(self, index: int) -> int:
+        return 0
+
+    def _wait(self, there: int) -> bool:
+        """Wait until so much is prefilled; False: nothing more is wanted."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._there >= there)
+        return not self._stopped
+
+    def _chunk(self, index: int, part: Part, level: int) -> Chunk | None:
+        text = self.levels[level]
+        if text == SKIP:
+            return Chunk(part, level, b"", 0)
+        if text == TEXT:
+            ids = to_bytes(self._context.ids[part.start : part.stop], self._context.vocabulary)
+            return Chunk(part, level, ids, zlib.crc32(ids))
+        codec = self._context.codecs[text]
+        if not self._wait(part.stop if codec.selector is None else self._length):
+            return None
+        return Chunk(part, level, self._encode(index, part, text, codec))
+
+    def store(self) -> None:
+        """Encode beforehand, at every level that the request does not decide about."""
+        for level, codec in self._context.codecs.items():
+            if not codec.asks:
+                for index, part in enumerate(self.parts):
+                    self._encode(index, part, level, codec)
+        self.stored_s = sum(seconds for _, seconds in self._made.kept.values())
+        self.stored_s += sum(seconds for _, seconds in self._made.payloads.values())
+        self.spans.clear()
+
+    def _work(self, stage: str, index: int, known: float | None, work: Callable[[], T]) -> tuple[T, float]:
+        """Does something in a turn of its own, and says how long it took; what is known is waited for."""
+        with self._turns.turn(stage):
+            pace = self._context.pace()
+            started = pace.begin()
+            result = work()
+            if known is None:
+                ended = pace.hold("codec")
+            else:
+                self.reused.add(stage)
+                wait_until(started + known)
+                ended = time.monotonic()
+        self.spans.append(Span(stage, started, ended, index))
+        return result, ended - started
+
+    def _select(self, index: int, level: str, codec: Codec) -> Kept | None:
+        """What a codec keeps of the whole, which is decided once a request."""
+        made = self._made
+        if codec.selector is None:
+            return None
+        if level not in made.kept:
+            prefill = made.prefill
+            assert prefill is not None
+            made.kept[level] = self._work("select", index, None, lambda: self._context.select(codec, prefill))
+        elif level not in self._selected and self._within(codec):
+            kept, seconds = made.kept[level]
+            self._work("select", index, seconds, lambda: kept)
+        self._selected.add(level)
+        return made.kept[level][0]
+
+    def _encode(self, index: int, part: Part, level: str, codec: Codec) -> Bytes:
+        made, kept = self._made, self._select(index, level, codec)
+        if (level, part) not in made.payloads:
+            made.payloads[level, part] = self._work(
+                "encode", index, None, lambda: codec.encode(self._part(part, kept, codec.undoes_rope))
+            )
+        elif self._within(codec):
+            payload, seconds = made.payloads[level, part]
+            self._work("encode", index, seconds, lambda: payload)
+        return made.payloads[level, part][0]
+
+    def _within(self, codec: Codec) -> bool:
+        """Whether what this codec does is part of the request, not done beforehand."""
+        return self._context.stored is None or codec.asks
+
+    def _part(self, part: Part, kept: Kept | None, with_ropes: bool) -> KVCache:
+        """A part of what is prefilled, of the tokens that are kept."""
+        from testbed.models import kvcache
+
+        made, begin = self._made, self._context.begin
+        if kept is None and part.stop in made.blocks:
+            block = made.blocks[part.stop]
+            # What a window hides from whoever comes behind the context is of use only to a part that is computed behind it.
+            cache = block if TEXT in self.levels else kvcache.seen_from(block, self._end)
+        elif made.prefill is None:  # layers that are there before the others
+            cache = kvcache.KVCache(made.layers[part.start : part.stop], self._end)
+        else:
+            whole = kept.apply(made.prefill.cache) if kept is not None else made.prefill.cache
+            if part.by == "layers":
+                cache = kvcache.layers(whole, part.start, part.stop)
+            else:
+                cache = kvcache.between(whole, begin + part.start, begin + part.stop)
+        first = part.start if part.by == "layers" else 0
+        return self._context.knowing(cache, first) if with_ropes else cache
+
+
+def run_lengths(levels: list[str]) -> str:
+    """`["int8", "int8", "skip"]` -> ``"int8*2,skip"``."""
+    runs = [(level, len(list(same))) for level, same in itertools.groupby(levels)]
+    return ",".join(level if count == 1 else f"{level}*{count}" for level, count in runs)

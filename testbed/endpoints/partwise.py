@@ -1,0 +1,63 @@
+"""How a request is answered whose context comes in parts: each is rebuilt while later ones cross the link."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from testbed.delivery.delivery import Pipelined
+from testbed.endpoints.answering import Answering
+from testbed.endpoints.arrivals import Arrivals, Arrived
+from testbed.endpoints.assembly import Layers, Parts
+from testbed.errors import WireError
+
+
+def partwise(about: Answering, delivery: Pipelined, arrivals: Arrivals) -> None:
+    """Answers it, as its delivery has it. Raises PayloadError, WireError, NotFiniteError."""
+    layers = delivery.parts(max(1, about.request.tokens), about.side.model.num_layers)[0].by == "layers"
+    (_by_layers if layers else _by_tokens)(about, arrivals)
+
+
+def _by_tokens(about: Answering, arrivals: Arrivals) -> None:
+    """Each part is decoded in a turn of its own; the question is read when all are there."""
+    parts = Parts(about.side, about.prefix, about.request)
+    for arrived in arrivals:
+        with about.turn(), about.work(parts.stage(arrived), arrived.chunk.index, arrived.at):
+            parts.take(arrived)
+        about.payload.append(arrived.payload)
+    about.arrived = arrivals.times
+    if not about.arrived:
+        raise WireError("a request without a chunk")
+    with about.turn():
+        with about.work("decode", len(about.arrived) - 1):
+            rebuilt = parts.finish()
+        about.session.remember(about.request.id, about.answer(rebuilt))
+
+
+def _by_layers(about: Answering, arrivals: Arrivals) -> None:
+    """The question is read through the layers that are there; the next one, when it is wanted, is waited for and decoded."""
+    coming = iter(arrivals)
+
+    def take(arrived: Arrived) -> None:
+        with about.work("decode", arrived.chunk.index, arrived.at):
+            layers.take(arrived)
+        about.payload.append(arrived.payload)
+
+    @contextmanager
+    def next_part() -> Iterator[None]:
+        with about.idle():
+            arrived = next(coming, None)
+        if arrived is None:
+            raise WireError("the layers of a context did not all come")
+        take(arrived)
+        about.begin()
+        yield
+
+    layers = Layers(about.side, about.prefix, about.request, next_part)
+    first = next(coming, None)
+    if first is None:
+        raise WireError("a request without a chunk")
+    about.arrived = arrivals.times
+    with about.turn():
+        take(first)
+        about.session.remember(about.request.id, about.answer(layers.rebuilt))
