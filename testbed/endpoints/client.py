@@ -56,6 +56,7 @@ class Client:
 
     def ask(self, request: wire.Request, context: Iterable[Bytes], link: Link) -> Answered:
         """Send a request and its context's chunks, and wait for the answer. Raises EndpointError."""
+        parse(link.transport).prepare()
 
         def converse(connection: Stream, exchange: _Exchange, deadline: Deadline) -> None:
             checked = request.placement == "cloud"  # a codec's bytes have checksums of their own
@@ -69,6 +70,7 @@ class Client:
         """Send a request and the chunks of its context, each as soon as it is made, while this thread prefills; and wait for
         the answer. Raises EndpointError, and what making them raises.
         """
+        parse(link.transport).prepare()
         started = time.monotonic()
 
         def converse(connection: Stream, exchange: _Exchange, deadline: Deadline) -> None:

@@ -22,6 +22,7 @@ from testbed.transport import wire
 #: By name.
 TRANSPORTS: dict[str, str] = {
     "tcp": "testbed.transport.tcp:Tcp",
+    "quic": "testbed.transport.quic:Quic",
 }
 
 SEND_S = (
@@ -223,6 +224,9 @@ class Transport(kinds.Kind, ABC):
         """Listen on a port of the kernel's choice. congestion: the kernel's control of what this side sends, where the transport
         uses one and names none itself; None: the route's. Raises UsageError where there is none of that name.
         """
+
+    def prepare(self) -> None:
+        """Load what connecting needs, so that no request waits for that."""
 
     @abstractmethod
     def connect(

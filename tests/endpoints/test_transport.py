@@ -17,7 +17,7 @@ from tests.endpoints.test_wire import request
 PAYLOAD = bytes(range(256)) * 10_000
 
 
-@pytest.fixture(params=["tcp", "xor"])
+@pytest.fixture(params=["tcp", "xor", "quic"])
 def transport(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(TRANSPORTS, "xor", "tests.endpoints.xor_transport:Xor")
     name: str = request.param

@@ -1,0 +1,238 @@
+"""Frames over one stream of a QUIC connection, by qh3: encrypted, under its congestion control (CUBIC with HyStart++)."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, ClassVar
+
+from testbed.deadline import Deadline
+from testbed.errors import EndpointError
+from testbed.transport.quic_connection import Connection
+from testbed.transport.transport import Listener, Stats, Stream, Transport
+
+if TYPE_CHECKING:
+    from qh3.quic.configuration import QuicConfiguration
+
+_PROTOCOL = "testbed"  # ALPN
+_IDLE_S = 7200.0  #: no connection ends by itself while a run goes on: whoever waits has a deadline
+_HANDSHAKE_S = 10.0
+_MOST_PENDING = 64  #: handshakes under way
+_SMALLEST_INITIAL = 1200  # RFC 9000, 14.1
+_SERVER = "testbed"
+CONGESTION = "cubic"
+_PKTINFO = 8  # IP_PKTINFO of linux/in.h, which socket does not name before 3.14
+
+
+class QuicStream(Stream):
+    """The stream of one QUIC connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self.connection = connection
+
+    def write(self, pieces: Sequence[memoryview], deadline: Deadline) -> None:
+        self.connection.write(pieces, deadline)
+
+    def read_into(self, buffer: memoryview, deadline: Deadline, whole: bool) -> int:
+        what = "no whole frame arrived" if whole else "nothing arrived"
+        return self.connection.read_into(buffer, deadline, what)
+
+    def stats(self) -> Stats:
+        """Datagrams with the headers of Ethernet, IP and UDP. Sent again: packets that were declared lost."""
+        c = self.connection
+        return Stats(c.sent, c.received, c.lost, CONGESTION)
+
+    def acknowledged(self) -> bool:
+        return self.connection.confirmed
+
+    def finish(self, timeout: float = 2.0) -> None:
+        self.connection.finish(timeout)
+
+    def close(self) -> None:
+        self.connection.close()
+
+    def abort(self) -> None:
+        self.connection.abort()
+
+
+class QuicListener(Listener):
+    """A socket that takes first datagrams; each connection then has a socket of its own, at the same port and connected to its
+    peer, to which the kernel prefers to give what that peer sends."""
+
+    def __init__(self, transport: Quic, address: str) -> None:
+        self._transport, self._configuration = transport, transport.configuration(client=False)
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind((address, 0))
+        self._socket.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # now: before, a port in use would do
+        self._socket.setsockopt(socket.IPPROTO_IP, _PKTINFO, 1)
+        self.port = self._socket.getsockname()[1]
+        self._known: dict[tuple[str, int], Connection] = {}
+        self._pending = 0
+        self._ready: queue.SimpleQueue[Stream | None] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def accept(self) -> Stream:
+        """The next connection whose handshake is done."""
+        stream = self._ready.get()
+        if stream is None:
+            raise EndpointError("nobody listens any more")
+        return stream
+
+    def close(self) -> None:
+        """Take no more."""
+        with contextlib.suppress(
+            OSError
+        ):  # of a socket without a peer; whoever waits on it wakes up all the same
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                data, about, _, peer = self._socket.recvmsg(65536, 64)
+            except OSError:  # a peer that could not be reached
+                continue
+            if not data and peer is None:  # shut down
+                break
+            if (connection := self._known.get(peer)) is not None:
+                connection.forward(data)
+            elif self._pending < _MOST_PENDING and (first := _initial_for(data)) is not None:
+                self._take(data, first, _local_address(about), peer)
+        self._socket.close()
+        self._ready.put(None)
+
+    def _take(self, data: bytes, destination: bytes, local: str, peer: tuple[str, int]) -> None:
+        from qh3.quic.connection import QuicConnection
+
+        quic = QuicConnection(
+            configuration=self._configuration, original_destination_connection_id=destination
+        )
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((local, self.port))
+            sock.connect(peer)
+        except OSError:  # gone already
+            sock.close()
+            return
+        connection = self._known[peer] = Connection(quic, sock, client=False)
+        self._pending += 1
+        connection.start(data)
+        threading.Thread(target=self._welcome, args=(connection, peer), daemon=True).start()
+
+    def _welcome(self, connection: Connection, peer: tuple[str, int]) -> None:
+        try:
+            connection.wait_established(Deadline(_HANDSHAKE_S))
+            self._ready.put(self._transport.stream(connection))
+        except EndpointError:
+            connection.close()
+        finally:
+            self._pending -= 1
+            del self._known[peer]
+
+
+def _initial_for(data: bytes) -> bytes | None:
+    """The connection id that a client's first datagram is for (RFC 8999, 5.1); None: it is none."""
+    if len(data) < _SMALLEST_INITIAL or not data[0] & 0x80 or data[5] > 20:
+        return None
+    return data[6 : 6 + data[5]]
+
+
+def _local_address(about: list[tuple[int, int, bytes]]) -> str:
+    """Where a datagram came to: the local address in struct in_pktinfo (ip(7)), between the interface and the header's."""
+    return next(socket.inet_ntoa(data[4:8]) for level, kind, data in about if kind == _PKTINFO)
+
+
+@dataclass(frozen=True)
+class Quic(Transport):
+    """One stream of a QUIC connection, encrypted, by qh3 and under its congestion control: CUBIC."""
+
+    name: ClassVar[str] = "quic"
+    source: ClassVar[str] = "RFC 9000, 9001, 9002 and 9438"
+    keeps_up_bps: ClassVar[float] = 100e6
+
+    def listen(self, address: str = "0.0.0.0", congestion: str | None = None) -> QuicListener:
+        """A UDP socket on a port of the kernel's choice, and a certificate made for it."""
+        self.prepare()
+        return QuicListener(self, address)
+
+    def prepare(self) -> None:
+        """Load the library."""
+        import qh3.quic.connection  # noqa: F401
+
+    def connect(
+        self, address: str, port: int, congestion: str | None = None, timeout: float = 60.0
+    ) -> Stream:
+        """Connect, and be through with the handshake."""
+        from qh3.quic.connection import QuicConnection
+
+        quic = QuicConnection(configuration=self.configuration(client=True))
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            sock.connect((address, port))
+        except OSError as error:
+            sock.close()
+            raise EndpointError(f"no connection to {address}:{port}: {error}") from error
+        quic.connect((address, port), time.monotonic())
+        connection = Connection(quic, sock, client=True)
+        connection.start()
+        try:
+            connection.wait_established(Deadline(timeout))
+        except EndpointError as error:
+            connection.close()
+            raise EndpointError(f"no connection to {address}:{port}: {error}") from error
+        return self.stream(connection)
+
+    def stream(self, connection: Connection) -> Stream:
+        """What the connection carries."""
+        return QuicStream(connection)
+
+    def configuration(self, client: bool) -> QuicConfiguration:
+        """The library's, for either side."""
+        from qh3.quic.configuration import QuicConfiguration
+
+        made = QuicConfiguration(
+            is_client=client,
+            alpn_protocols=[_PROTOCOL],
+            idle_timeout=_IDLE_S,
+            server_name=_SERVER,
+            verify_mode=ssl.CERT_NONE,  # whose certificate it is, who made it for this listener knows, and nobody else
+        )
+        if not client:
+            made.load_cert_chain(*_certificate())
+        return made
+
+
+def _certificate() -> tuple[bytes, bytes]:
+    """A certificate that signs itself, and its key, in PEM."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, _SERVER)])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=30))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(_SERVER)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return certificate.public_bytes(serialization.Encoding.PEM), private

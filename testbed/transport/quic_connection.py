@@ -1,0 +1,281 @@
+"""One QUIC connection: a UDP socket and a thread of its own, around qh3's state machine, which knows neither.
+
+That thread alone touches the state machine. What others write it hands over as there is room, and what comes it leaves for them
+to read, under one lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from testbed.deadline import Deadline
+from testbed.errors import EndpointError
+
+if TYPE_CHECKING:
+    from qh3.quic.connection import QuicConnection
+
+STREAM = 0  #: the one stream that a connection has, which its client opens
+#: Of a datagram, in front of its data: Ethernet, IPv4 and UDP.
+HEADERS = 14 + 20 + 8
+#: So much of what is written lies with the library, unsent: a congestion window of 100 Mbit/s and 20 ms.
+_AHEAD = 256 * 1024
+_PIECE = 64 * 1024
+#: What nobody has read yet; past it, arriving datagrams wait with the kernel, and then they are lost as in any full queue.
+_UNREAD = 16 << 20
+_OF_EACH = 256  #: what keeping a piece of it costs beside its bytes
+_AT_ONCE = 64  #: datagrams taken from the socket before others are sent
+_BUFFER = 4 << 20  #: of the socket, as far as net.core.rmem_max lets it
+
+
+class Connection:
+    """See above. Made by who has its socket, which is connected; `start`ed once.
+
+    client: whose connection it is, who opens the stream; that of a server is there when the client's first bytes are.
+    """
+
+    def __init__(self, quic: QuicConnection, sock: socket.socket, client: bool) -> None:
+        self.socket, self.client = sock, client
+        self.sent = self.received = 0  #: bytes on the wire, headers included
+        self.lost = 0  #: packets that were declared lost, whose data was sent again
+        self.established = self.ended = False  #: the handshake is done; the peer says that no more comes
+        self.error = ""  #: what ended it
+        self._quic, self._address = quic, sock.getpeername()
+        self._changed = threading.Condition()
+        self._eventfd = os.eventfd(0, os.EFD_NONBLOCK)
+        self._alive = True
+        self._open = client
+        self._outgoing: deque[memoryview] = deque()
+        self._incoming: deque[memoryview] = deque()
+        self._unread = 0
+        self._forwarded: deque[bytes] = deque()
+        self._finishing = self._finished = self._closing = False
+        self._confirmed = True
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
+
+    # What any thread may call.
+
+    def start(self, *first: bytes) -> None:
+        """Begin to move it. first: datagrams that came before its socket was there."""
+        self._forwarded.extend(first)
+        self._thread.start()
+
+    def forward(self, data: bytes) -> None:
+        """Take a datagram of the peer's that came in by another socket."""
+        with self._changed:
+            if len(self._forwarded) < _AT_ONCE:
+                self._forwarded.append(data)
+        self._rouse()
+
+    def wait_established(self, deadline: Deadline) -> None:
+        """Until the handshake is done. Raises EndpointError."""
+        with self._changed:
+            self._await(lambda: self.established, deadline, "no handshake")
+
+    def write(self, pieces: Sequence[memoryview], deadline: Deadline) -> None:
+        """Have all of these taken by the deadline. Raises EndpointError."""
+        with self._changed:
+            if self.error or self._finishing:
+                raise EndpointError(f"the connection broke while sending: {self.error or 'it is closed'}")
+            self._outgoing.extend(piece for piece in pieces if len(piece))
+            self._confirmed = False
+            self._rouse()
+            try:
+                self._await(lambda: not self._outgoing, deadline, "the peer did not take a whole frame")
+            finally:
+                self._outgoing.clear()
+
+    def read_into(self, buffer: memoryview, deadline: Deadline, what: str) -> int:
+        """Some of what comes next; 0: the peer has ended. what: is said where nothing comes by the deadline.
+
+        Raises EndpointError.
+        """
+        with self._changed:
+            self._await(lambda: bool(self._incoming) or self.ended, deadline, what)
+            if not self._incoming:
+                return 0
+            piece = self._incoming.popleft()
+            count = min(len(piece), len(buffer))
+            if count < len(piece):
+                self._incoming.appendleft(piece[count:])
+            crowded = self._unread >= _UNREAD
+            self._unread -= count if count < len(piece) else count + _OF_EACH
+        buffer[:count] = piece[:count]
+        if crowded:
+            self._rouse()
+        return count
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether the peer has all that was written, and nothing is under way."""
+        return self._confirmed
+
+    def finish(self, timeout: float) -> None:
+        """End the stream, wait until the peer has ended it too and has all of it, and close; close at once where that takes too
+        long."""
+        with self._changed, contextlib.suppress(EndpointError):
+            self._finishing = True
+            self._rouse()
+            self._await(
+                lambda: self.ended and self._finished and self._confirmed, Deadline(timeout), "no end"
+            )
+        self.close()
+
+    def close(self) -> None:
+        """Say so to the peer, and end."""
+        self._closing = True
+        self._rouse()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def abort(self) -> None:
+        """End it, and wake up whoever waits on it."""
+        self._closing = True
+        self._fail("it was ended here")
+        self._rouse()
+
+    def _await(self, condition: Callable[[], bool], deadline: Deadline, what: str) -> None:
+        """Wait, holding the lock, until the condition is true. Raises EndpointError where that can no longer be, or is not by the
+        deadline."""
+        while not condition():
+            if self.error:
+                raise EndpointError(f"the connection broke: {self.error}")
+            try:
+                self._changed.wait(deadline.left())
+            except TimeoutError as error:
+                raise EndpointError(f"{what} within {deadline}") from error
+
+    def _rouse(self) -> None:
+        with self._changed:
+            if self._alive:  # else the number may be another file's by now
+                os.eventfd_write(self._eventfd, 1)
+
+    def _fail(self, why: str) -> None:
+        with self._changed:
+            self.error = self.error or why
+            self._changed.notify_all()
+
+    # What its own thread does.
+
+    def _run(self) -> None:
+        try:
+            while not self._closing and not self.error:
+                self._send()
+                self._wait()
+                self._receive()
+            if self._closing:
+                self._quic.close()
+                self._transmit()
+        except OSError as error:
+            self._fail(str(error.strerror or error))
+        except Exception as error:  # of the library: nobody else could tell
+            self._fail(f"{type(error).__name__}: {error}")
+        finally:
+            self._fail("it is closed")
+            self.socket.close()
+            with self._changed:
+                self._alive = False
+                os.close(self._eventfd)
+
+    def _send(self) -> None:
+        """Hand over what is written, as far as it has room, and send what may be sent now."""
+        while self._feed() | self._transmit():
+            pass
+        with self._changed:
+            busy = self._outgoing or self._quic.get_send_buffer_size() or self._told("bytes_in_flight")
+            self._confirmed = not busy
+            self._changed.notify_all()
+
+    def _feed(self) -> bool:
+        fed = False
+        while self._open and self.established:
+            room = _AHEAD - self._quic.get_send_buffer_size(STREAM)
+            with self._changed:
+                if not self._outgoing or room <= 0:
+                    break
+                piece = self._outgoing[0]
+                now = min(len(piece), room, _PIECE)
+                self._quic.send_stream_data(STREAM, piece[:now])
+                if now < len(piece):
+                    self._outgoing[0] = piece[now:]
+                else:
+                    self._outgoing.popleft()
+                fed = True
+        if self._finishing and not self._finished and not self._outgoing:
+            if self._open and self.established:
+                self._quic.send_stream_data(STREAM, b"", end_stream=True)
+                fed = True
+            self._finished = True
+        return fed
+
+    def _transmit(self) -> bool:
+        datagrams = self._quic.datagrams_to_send(time.monotonic())
+        for data, _ in datagrams:
+            self.socket.send(data)
+            self.sent += len(data) + HEADERS
+        return bool(datagrams)
+
+    def _wait(self) -> None:
+        timer = self._quic.get_timer()
+        seconds = None if timer is None else max(0.0, timer - time.monotonic())
+        awaited: list[int | socket.socket] = [self._eventfd]
+        if self._unread < _UNREAD:
+            awaited.append(self.socket)
+        select.select(awaited, (), (), seconds)  # poll and epoll wait in whole milliseconds
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._eventfd)
+
+    def _receive(self) -> None:
+        datagrams = []
+        while self._forwarded:
+            datagrams.append(self._forwarded.popleft())
+        with contextlib.suppress(BlockingIOError):
+            while len(datagrams) < _AT_ONCE and self._unread < _UNREAD:
+                datagrams.append(self.socket.recv(65536, socket.MSG_DONTWAIT))
+        now = time.monotonic()
+        if datagrams:
+            self.received += sum(map(len, datagrams)) + HEADERS * len(datagrams)
+            self._quic.receive_many_datagrams(datagrams, self._address, now)
+        timer = self._quic.get_timer()
+        if timer is not None and timer <= now:
+            self._quic.handle_timer(now)
+        while (event := self._quic.next_event()) is not None:
+            self._take(event)
+        self.lost = self._told("loss_total")
+
+    def _take(self, event: object) -> None:
+        from qh3.quic import events
+
+        with self._changed:
+            if isinstance(event, events.HandshakeCompleted):
+                self.established = True
+            elif isinstance(event, events.StreamDataReceived):
+                if event.stream_id == STREAM:
+                    self._read(event.data, event.end_stream)
+                else:
+                    self.error = f"the peer opened stream {event.stream_id}, and there is but one"
+            elif isinstance(event, events.StreamReset):
+                self.error = "the peer gave the stream up"
+            elif isinstance(event, events.ConnectionTerminated):
+                self.error = self.error or event.reason_phrase or "the peer closed it"
+            self._changed.notify_all()
+
+    def _read(self, data: bytes, ended: bool) -> None:
+        self._open = True
+        if data:
+            self._incoming.append(memoryview(data))
+            self._unread += len(data) + _OF_EACH
+        self.ended = self.ended or ended
+
+    def _told(self, of: str) -> int:
+        """What the library's core says of its state; its facade does not."""
+        return int(getattr(self._quic._core, of, 0))  # there is none before a server's first datagram

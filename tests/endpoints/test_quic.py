@@ -1,0 +1,72 @@
+"""What is QUIC's alone: strangers' datagrams, memory, and what its connections end with."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+
+import pytest
+
+from testbed.deadline import Deadline
+from testbed.errors import EndpointError
+from testbed.transport.quic import Quic
+from tests.endpoints.test_every_transport import LARGE, beside, received
+from tests.endpoints.test_wire import request
+
+
+def test_strangers_datagrams_do_no_harm_to_listener_or_connection() -> None:
+    with Quic().listen("127.0.0.1") as listener, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        stranger.connect(("127.0.0.1", listener.port))
+        initial = b"\xc0\x00\x00\x00\x01\x08" + os.urandom(1300)
+        for data in (b"", b"x", os.urandom(1400), initial, b"\xc0" + bytes(1300), b"\xff" * 1300):
+            stranger.send(data)
+        client = Quic().connect("127.0.0.1", listener.port, timeout=10.0)
+        server = listener.accept()
+        sending = beside(lambda: client.send(request(), LARGE))
+        for _ in range(50):
+            stranger.send(os.urandom(1300))
+        assert received(server).payload == LARGE
+        sending.join()
+        client.close()
+        server.close()
+
+
+def test_no_more_handshakes_are_begun_than_there_is_room_for() -> None:
+    before = threading.active_count()
+    with Quic().listen("127.0.0.1") as listener:
+        for _ in range(300):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+                stranger.sendto(b"\xc0\x00\x00\x00\x01\x08" + os.urandom(1300), ("127.0.0.1", listener.port))
+        time.sleep(0.3)
+        assert threading.active_count() - before < 2 * 64 + 10
+
+
+def test_a_second_stream_is_refused() -> None:
+    with Quic().listen("127.0.0.1") as listener:
+        client = Quic().connect("127.0.0.1", listener.port, timeout=10.0)
+        server = listener.accept()
+    client.send(request())
+    received(server)
+    client.connection._quic.send_stream_data(4, b"another")  # type: ignore[attr-defined]
+    client.send(request())
+    with pytest.raises(EndpointError, match="opened stream 4"):
+        while server.receive(0, Deadline(5.0)):
+            pass
+    client.close()
+    server.close()
+
+
+def test_a_peer_that_nobody_reads_waits_and_loses_nothing() -> None:
+    with Quic().listen("127.0.0.1") as listener:
+        client = Quic().connect("127.0.0.1", listener.port, timeout=10.0)
+        server = listener.accept()
+    payload = os.urandom(24 << 20)  # more than is kept unread
+    sending = beside(lambda: client.send(request(), payload))
+    time.sleep(1.5)
+    assert server.connection._unread < (18 << 20)  # type: ignore[attr-defined]
+    assert received(server, len(payload)).payload == payload
+    sending.join()
+    client.close()
+    server.close()
