@@ -102,7 +102,7 @@ def test_a_wheel_is_the_package_testbed_and_all_of_it(wheel: Path) -> None:
     assert tops == {"testbed", next(top for top in tops if top.endswith(".dist-info"))}
     found = (
         path
-        for folder in ("testbed", "analysis", "scenarios", "topologies")
+        for folder in ("testbed", "analysis", "scenarios", "topologies", "devices")
         for path in (ROOT / folder).rglob("*")
     )
     ours = {
@@ -129,6 +129,9 @@ def test_an_installed_wheel_has_its_scenarios_traces_topologies_and_report(
     scenarios = sorted((ROOT / "scenarios").rglob("*.yaml"))
     shipped = [str(path.relative_to(ROOT / "scenarios").with_suffix("")) for path in scenarios]
     shipped += [path.stem for path in (ROOT / "topologies").glob("*.yaml")]
+    assert run(installed, tmp_path, "testbed", "devices").count("\n") > len(
+        list((ROOT / "devices").iterdir())
+    )
     said = run(installed, tmp_path, "python", "-c", LOOK, *shipped)
     assert said.count(" trials, ") == 2 and said.count("\n") > 50
     directory = make_run(tmp_path / "run", ("lte",), ("fp16", "int8"), ("split",), ("needle",), examples=3)

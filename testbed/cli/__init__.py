@@ -14,7 +14,7 @@ from typing import NoReturn
 import click
 
 from testbed import __version__, identity
-from testbed.cli import answers, calibrate, diagnose, guide, listings, network, plan, run
+from testbed.cli import answers, calibrate, device, diagnose, guide, listings, network, plan, run
 from testbed.errors import TestbedError
 
 #: What the system says of a file that was asked for wrongly; anything else is its own trouble.
@@ -51,6 +51,8 @@ for _command in (
     listings.codecs,
     listings.tasks,
     listings.models,
+    device.devices,
+    device.device,
     answers.plot,
     diagnose.diagnose,
     answers.report,

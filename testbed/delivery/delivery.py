@@ -59,8 +59,8 @@ class Pipelined(Delivery, ABC):
     def parts(self, tokens: int, layers: int) -> list[Part]:
         """The parts of a context of so many tokens in a model of so many layers, in the order in which they are sent."""
 
-    def levels(self, codec: str) -> tuple[str, ...]:
-        """What a part may be sent as, the best first: codecs' texts, `TEXT`, `SKIP`."""
+    def ladder(self, codec: str) -> tuple[str, ...]:
+        """The levels at which a part may be sent in a request for `codec`, the best first: codecs' texts, `TEXT`, `SKIP`."""
         return (codec,)
 
 

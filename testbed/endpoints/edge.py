@@ -207,7 +207,7 @@ class Edge(InferenceSide):
         made = prefilled.made.setdefault((message.placement, message.delivery, message.repeat), Made())
         if message.reuse == "prefill":
             made = replace(made, kept={}, payloads={})
-        levels, cache = delivery.levels(message.codec), prefilled.prefix.cache
+        levels, cache = delivery.ladder(message.codec), prefilled.prefix.cache
         context = Context(
             ids=prefilled.ids,
             begin=cache.length if cache is not None else 0,

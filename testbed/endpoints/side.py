@@ -8,13 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from testbed import kinds
 from testbed.delivery.delivery import DELIVERIES
 from testbed.endpoints.protocol import Compute, Computed, Greeting, Hello, Learn, Load, Loaded
 from testbed.hosts.channel import Channel
+from testbed.hosts.processes import scheduled
 from testbed.speed.words import HERE, Speed, Work
 
 if TYPE_CHECKING:
@@ -77,26 +77,14 @@ def measure(model: LanguageModel) -> Computed:
     """
     ids = model.tokenize(_TEXT * _TOKENS)[: min(_TOKENS, model.max_positions)]
     clock = Pace(device=model.device)  # waits for a GPU, and stretches nothing
-    ran, waited = _scheduled()
+    ran, waited = scheduled()
     started = clock.begin()
     count, ended = 0, started
     while ended - started < _LEAST_S:
         model.prefill(ids, None)
         count, ended = count + 1, clock.hold()
-    ran, waited = (after - before for after, before in zip(_scheduled(), (ran, waited), strict=True))
+    ran, waited = (after - before for after, before in zip(scheduled(), (ran, waited), strict=True))
     return Computed(len(ids), (ended - started) / count, ran / (ran + waited) if ran > 0 else None)
-
-
-def _scheduled() -> tuple[int, int]:
-    """Nanoseconds that this process's threads have run, and have waited for a processor, so far (sched-stats.rst)."""
-    ran = waited = 0
-    for path in Path("/proc/self/task").glob("*/schedstat"):
-        try:
-            fields = path.read_text(encoding="ascii").split()
-        except OSError:  # a thread that ended meanwhile, or a kernel without these figures
-            continue
-        ran, waited = ran + int(fields[0]), waited + int(fields[1])
-    return ran, waited
 
 
 @dataclass

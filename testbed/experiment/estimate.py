@@ -16,6 +16,7 @@ from typing import Any
 from testbed.codecs.layout import expected_bytes
 from testbed.errors import UsageError
 from testbed.experiment.scenario import Cell, Plan
+from testbed.models.shapes import find_shape, is_shape
 from testbed.models.sources import resolve
 from testbed.speed.words import Speed
 
@@ -34,11 +35,15 @@ class Dimensions:
     layers: int
     kv_heads: int
     head_dim: int
+    value_dim: int
     parameters: float
 
 
 def dimensions(model: str) -> Dimensions | None:
     """From the model's ``config.json``, without loading it; None where it is not at hand. Raises UsageError."""
+    if is_shape(model):
+        shape = find_shape(model)
+        return Dimensions(shape.layers, shape.kv_heads, shape.head_dim, shape.value_dim, shape.parameters)
     source = resolve(model)
     path = Path(source.path) / "config.json" if source.path is not None else None
     if path is None or not path.is_file():
@@ -66,7 +71,7 @@ def _described(config: dict[str, Any]) -> Dimensions:
     head_dim = config.get("head_dim") or hidden // heads
     parameters = layers * hidden * (4 * hidden + 3 * config.get("intermediate_size", 4 * hidden))
     parameters += config.get("vocab_size", 32000) * hidden
-    return Dimensions(layers, config.get("num_key_value_heads") or heads, head_dim, parameters)
+    return Dimensions(layers, config.get("num_key_value_heads") or heads, head_dim, head_dim, parameters)
 
 
 class Estimator:
@@ -87,7 +92,7 @@ class Estimator:
             return 0.0
         if cell.codec is None or self.model is None:
             return tokens * _TEXT_BYTES_PER_TOKEN
-        layers = [(self.model.kv_heads, self.model.head_dim, self.model.head_dim, None)] * self.model.layers
+        layers = [(self.model.kv_heads, self.model.head_dim, self.model.value_dim, None)] * self.model.layers
         return float(expected_bytes(cell.codec, layers, tokens))
 
     def transmit_s(self, cell: Cell) -> float:

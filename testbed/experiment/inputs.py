@@ -27,6 +27,7 @@ from testbed.models.sources import hub_commit, resolve
 from testbed.net.profile.jitter import JitterTable
 from testbed.net.profile.profile import Profile
 from testbed.net.profile.trace import File
+from testbed.speed.files import find as find_device
 from testbed.tasks.hub import parse_hub
 from testbed.tasks.rows import HUB
 
@@ -42,6 +43,9 @@ def described(plan: Plan) -> dict[str, str]:
             paths[f"task file {path}"] = Path(path)
     if Path(plan.scenario.topology).is_file():
         paths[f"topology {plan.scenario.topology}"] = Path(plan.scenario.topology)
+    for speed in (plan.scenario.compute.edge, plan.scenario.compute.cloud):
+        if speed.device:
+            paths[f"device profile {speed.device}"] = find_device(speed.device)
     for profile in _profiles(plan):
         for law in (profile.up.jitter_law, profile.down.jitter_law):
             if isinstance(law, JitterTable):

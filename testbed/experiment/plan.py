@@ -19,7 +19,9 @@ from typing import Any
 from testbed import kinds, lookup, strict_yaml
 from testbed.codecs.spec import parse as parse_codec
 from testbed.errors import SpecError, UsageError
+from testbed.experiment.devices import look_up
 from testbed.experiment.scenario import Plan, Scenario
+from testbed.models.shapes import find_shape, is_shape
 from testbed.models.sources import find as find_model
 from testbed.models.sources import has_a_name
 from testbed.net.profile.profile import Profile, parse_profile, profile_from
@@ -54,7 +56,8 @@ def override(settings: dict[str, Any], assignments: Sequence[str]) -> None:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise SpecError(f"--set {assignment!r}: write KEY=VALUE")
-        value = strict_yaml.parse(_quoted(text), f"--set {key}")
+        quoted = _at(f"--set {key}", partial(_quoted, text))
+        value = strict_yaml.parse(quoted, f"--set {key}")
         target = settings
         *parents, last = key.split(".")
         for parent in parents:
@@ -66,18 +69,15 @@ def override(settings: dict[str, Any], assignments: Sequence[str]) -> None:
 
 def _quoted(text: str) -> str:
     """A list in brackets as YAML has to see it: what has commas or brackets in parentheses, such as
-    ``q2c@0.25(pool=1, scope=global)`` or ``adaptive(levels=[int8, text])``, is one item."""
+    ``q2c@0.25(pool=1, scope=global)`` or ``adaptive(levels=[int8, text])``, is one item. Raises SpecError where parentheses do
+    not match."""
     plain = _IN_QUOTES.sub(
         lambda quoted: "_" * len(quoted[0]), text
     )  # whose commas and parentheses are YAML's affair
-    if not (plain.startswith("[") and plain.endswith("]")) or "{" in plain:
-        return text
-    try:
-        pieces = kinds.split(plain[1:-1])
-    except SpecError:  # which whoever reads the items says in its place
+    if not (plain.startswith("[") and plain.endswith("]") and "(" in plain) or "{" in plain:
         return text
     items, at = [], 1
-    for piece in pieces:
+    for piece in kinds.split(plain[1:-1]):
         item = text[at : at + len(piece)]
         items.append(
             json.dumps(item.strip()) if "(" in piece and not piece.lstrip().startswith("[") else item
@@ -131,8 +131,12 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     # The manifest keeps these settings, so that --resume runs what the command line asked for.
     scenario = scenario.model_copy(update={"links": others})
     scenario, asked = _bound(scenario, place)
+    if is_shape(scenario.model):
+        _at(f"{place}: model", lambda: find_shape(scenario.model))
+    scenario, devices = look_up(scenario, place)
     _check_decoding(scenario, place)
-    plan = Plan(scenario, _under(topology, scenario, place), link, profiles, _tasks(scenario, place), asked)
+    conditions = _under(topology, scenario, place)
+    plan = Plan(scenario, conditions, link, profiles, _tasks(scenario, place), asked, devices)
     _check_extent(plan, place)
     return plan
 

@@ -35,6 +35,7 @@ from testbed.net import emulators
 from testbed.net.profile.profile import Profile
 from testbed.net.topology.topology import Link, Topology
 from testbed.net.traffic.traffic import Flow
+from testbed.speed.files import Device
 from testbed.speed.words import HERE, Speed
 from testbed.speed.words import parse as parse_speed
 from testbed.tasks.prompt import DEFAULT, PromptFormat, choose_prompt, parse_prompt
@@ -252,7 +253,7 @@ class Cell:
             settings["at"] = scenario.at
         # Only where it is asked for, so that cells of runs from before these settings keep theirs.
         if scenario.compute != Compute():
-            settings["compute"] = [scenario.compute.edge.written(), scenario.compute.cloud.written()]
+            settings["compute"] = [plan.computes(side) for side in ("edge", "cloud")]
         if scenario.traffic:
             settings["traffic"] = scenario.traffic
         if self.delivery != Whole():
@@ -274,7 +275,8 @@ def _of_transport(transport: Transport) -> dict[str, str | None]:
 @dataclass(frozen=True)
 class Plan:
     """A scenario with everything it names looked up, and its cells. `asked`: codecs that referred to a file, such as
-    ``mixed(protect=auto)``, by what that file said: the codec as the scenario has it now.
+    ``mixed(protect=auto)``, by what that file said: the codec as the scenario has it now. `devices`: whose times
+    are waited for, by side.
     """
 
     scenario: Scenario
@@ -283,10 +285,17 @@ class Plan:
     profiles: tuple[Profile, ...]
     tasks: tuple[Task, ...]
     asked: dict[str, str] = field(default_factory=dict)
+    devices: dict[str, Device] = field(default_factory=dict)
 
     def flows(self) -> list[Flow]:
         """The background traffic."""
         return [Flow.model_validate(value) for value in self.scenario.traffic]
+
+    def computes(self, side: str) -> Any:
+        """How a side computes, as a cell's identity has it: a device by its times, wherever its file lies."""
+        speed: Speed = getattr(self.scenario.compute, side)
+        device = self.devices.get(side)
+        return (replace(speed, device=f"{device.name}/{device.digest}") if device else speed).written()
 
     @property
     def swept(self) -> Link:

@@ -6,9 +6,11 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+from testbed.experiment.compute import SIDES
 from testbed.experiment.results import utc_now
 from testbed.experiment.row import Row
-from testbed.experiment.scenario import Cell, Compute, Plan
+from testbed.experiment.scenario import Cell, Plan
+from testbed.speed.words import Speed
 from testbed.tasks.task import Example
 
 
@@ -72,7 +74,7 @@ def new_row(trial: Trial, plan: Plan, emulator: str, reference: Reference, calib
         loss_down=steady.down.loss,
         kv_bytes=reference.kv_bytes,
         questions_per_context=scenario.questions_per_context,
-        **_speeds(scenario.compute),
+        **_speeds(plan),
         reference_answer=reference.answer,
         reference_score=reference.score,
         reference_nll=reference.nll,
@@ -81,14 +83,15 @@ def new_row(trial: Trial, plan: Plan, emulator: str, reference: Reference, calib
     )
 
 
-def _speeds(compute: Compute) -> dict[str, Any]:
+def _speeds(plan: Plan) -> dict[str, Any]:
     """The columns of how both sides compute."""
     columns: dict[str, Any] = {}
-    for side, speed in (("edge", compute.edge), ("cloud", compute.cloud)):
+    for side in SIDES:
+        speed: Speed = getattr(plan.scenario.compute, side)
         columns |= {
             f"{side}_slowdown": speed.prefill,
             f"{side}_decode_slowdown": speed.decode,
-            f"{side}_device": speed.device,
+            f"{side}_device": plan.devices[side].name if speed.device else "",
         }
     return columns
 

@@ -35,6 +35,18 @@ def start_time(pid: int) -> int | None:
     return None if after_name[0] in "ZX" else int(after_name[19])
 
 
+def scheduled() -> tuple[int, int]:
+    """Nanoseconds that this process's threads have run, and have waited for a processor, so far (sched-stats.rst)."""
+    ran = waited = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            fields = path.read_text(encoding="ascii").split()
+        except OSError:  # a thread that ended meanwhile, or a kernel without these figures
+            continue
+        ran, waited = ran + int(fields[0]), waited + int(fields[1])
+    return ran, waited
+
+
 def command(pid: int) -> str:
     """What was typed to start the process, as far as that is known."""
     try:

@@ -99,6 +99,8 @@ class Tokens:
 class LanguageModel:
     """A model with its tokenizer. Instances are independent; one is for one thread at a time."""
 
+    stands_in = False  #: whether it is a shape alone (`shape.ShapeModel`), whose answers mean nothing
+
     def __init__(
         self,
         name: str,

@@ -11,6 +11,8 @@ from testbed.errors import NotFiniteError, UsageError
 from testbed.models import attention
 from testbed.models.kvcache import KVCache
 from testbed.models.language import LanguageModel
+from testbed.models.shape import ShapeModel
+from testbed.models.shapes import find_shape
 from testbed.models.sources import ModelSource, resolve
 
 #: What a model is run on before it is called loaded: a number format that it overflows in is refused then.
@@ -24,7 +26,7 @@ def load_model(
     threads: int | None = None,
     cache_dtype: torch.dtype | None = None,
 ) -> LanguageModel:
-    """Load a preset, a directory with safetensors, a converted GGUF file or a hub id.
+    """Load a preset, a directory with safetensors, a converted GGUF file or a hub id; or what stands in for one by its shape.
 
     device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1". dtype: "auto" (float32 on a CPU, the
     weights' own on a GPU), "float32", "float16", "bfloat16". threads: of torch, for the whole process.
@@ -35,6 +37,10 @@ def load_model(
     if threads is not None:
         torch.set_num_threads(threads)
     where = _device(device)
+    if source.kind == "shape":
+        if dtype not in ("auto", "float16"):
+            raise UsageError(f"model {name!r}: dtype {dtype!r}: a shape's values are float16")
+        return ShapeModel(find_shape(name), where)
     try:
         network = _network(source, where, _dtype(dtype, where))
         tokenizer, end = _tokenizer(source)

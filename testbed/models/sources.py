@@ -16,6 +16,7 @@ from pathlib import Path
 
 from testbed.errors import UsageError
 from testbed.identity import behind_sudo, invoking_user
+from testbed.models.shapes import PREFIX, find_shape, is_shape
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class ModelSource:
     """A model that can be named, and where it is loaded from."""
 
     name: str
-    kind: str  #: "preset", "gguf", "directory" or "hub"
+    kind: str  #: "preset", "gguf", "directory", "hub" or "shape"
     path: Path | None  #: directory with config.json, tokenizer and safetensors; None: the hub's own cache
     fetched: bool
     size_bytes: int = 0  #: on the disk; 0 where it is not there
@@ -162,6 +163,11 @@ def resolve(name: str) -> ModelSource:
 
 def find(name: str) -> ModelSource:
     """The model that `name` means, fetched or not. Raises UsageError where it means none."""
+    if is_shape(name):
+        shape = find_shape(name)
+        return ModelSource(
+            PREFIX + shape.name, "shape", None, True, origin=f"https://huggingface.co/{shape.source}"
+        )
     if name in PRESETS:
         return _preset(PRESETS[name])
     if name in HUB_MODELS:
@@ -279,7 +285,7 @@ def hub_commit(kind: str, name: str) -> str:
 def has_a_name(name: str) -> bool:
     """Whether a name is one of ours, whatever directories there are: a preset, a model of the hub, a GGUF file's that was
     converted."""
-    return name in PRESETS or name in HUB_MODELS or name in _converted_names()
+    return is_shape(name) or name in PRESETS or name in HUB_MODELS or name in _converted_names()
 
 
 def _hub_model(model: HubModel) -> ModelSource:

@@ -1,0 +1,24 @@
+"""Two ways meet: the cloud prefills the context from its beginning while its cache arrives from its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from testbed.delivery.delivery import Part, Pipelined, cut
+
+
+@dataclass(frozen=True)
+class Meet(Pipelined):
+    """Blocks of tokens, the last one first, until the cloud has computed all that is missing before them."""
+
+    name: ClassVar[str] = "meet"
+    source: ClassVar[str] = "Jin et al., Cake (Compute or Load KV Cache? Why Not Both?), arXiv 2410.03065"
+
+    chunk: int = 256  #: tokens of a part
+
+    def __post_init__(self) -> None:
+        self.require("chunk", "from 8 to 65536 tokens", 8 <= self.chunk <= 65536)
+
+    def parts(self, tokens: int, layers: int) -> list[Part]:
+        return cut("tokens", tokens, self.chunk)[::-1]

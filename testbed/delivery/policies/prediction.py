@@ -1,0 +1,159 @@
+"""When a request's first token will be there, by what is known of the link, and the levels that make the best of it.
+
+The link sends one chunk after the other, and the cloud computes one after the other, each once it is there:
+
+    sent = link.finish(max(sent, ready_s), bytes)
+    cloud = max(cloud, sent + delay_s) + cloud_s
+    first token = cloud + rest_s, behind the last one
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from math import inf
+from typing import NamedTuple
+
+from testbed.delivery.delivery import SKIP
+from testbed.delivery.policies.policy import Rung, Situation
+
+#: What fits into TCP's first window (RFC 6928) says how long the way is, and nothing of its rate.
+LEAST_BYTES = 14_600
+#: Seconds: what rounding may make of a time.
+_ROUNDING_S = 1e-9
+
+
+class Link:
+    """A rate over time: *steps* are (seconds, bits per second), ascending, each until the next and the last one for ever."""
+
+    def __init__(self, steps: Sequence[tuple[float, float]]) -> None:
+        self._times, self._rates = [time for time, _ in steps], [rate / 8 for _, rate in steps]
+        self._unlimited = [i for i, rate in enumerate(self._rates) if rate == inf]
+        self._sent = [0.0]  # bytes that could have been sent by each time, without those of no limit
+        for i, (began, ended) in enumerate(pairwise(self._times)):
+            self._sent.append(
+                self._sent[-1] + (0.0 if self._rates[i] == inf else self._rates[i] * (ended - began))
+            )
+
+    def finish(self, begin_s: float, size: float) -> float:
+        """When so many bytes have been sent, the first no earlier than *begin_s*; inf: never."""
+        if size <= 0 or begin_s == inf:
+            return begin_s
+        at = max(0, bisect_right(self._times, begin_s) - 1)
+        if self._rates[at] == inf:
+            return begin_s
+        target = self._sent[at] + self._rates[at] * (begin_s - self._times[at]) + size
+        last = max(at, bisect_left(self._sent, target) - 1)
+        if free := [i for i in self._unlimited if at <= i <= last]:
+            return self._times[free[0]]
+        if self._rates[last] == 0:
+            return inf  # the last step, or it would have been passed over
+        return max(begin_s, self._times[last] + (target - self._sent[last]) / self._rates[last])
+
+
+def observed_rates(situation: Situation) -> list[float]:
+    """Of each chunk that arrived and was large enough to tell: bits per second while the link sent it and no earlier one."""
+    rates, before = [], -inf
+    for size, sent_s, arrived_s in situation.arrivals:
+        seconds = arrived_s - max(sent_s + situation.delay_s, before)
+        if size >= LEAST_BYTES and 0 < seconds < inf:
+            rates.append(size * 8 / seconds)
+        before = max(before, arrived_s)
+    return rates
+
+
+def telling_levels(situation: Situation) -> list[int]:
+    """Of the next chunk: levels whose arrival will tell the link's rate, by their size, the largest first; else the best."""
+    telling = [(-rung.bytes, i) for i, rung in enumerate(situation.chunks[0]) if rung.bytes >= LEAST_BYTES]
+    return [level for _, level in sorted(telling)] or [0]
+
+
+class State(NamedTuple):
+    """After some chunks: what their levels lose, when the cloud has done and the link sent them, and the first one's level."""
+
+    loss: int
+    cloud_s: float
+    sent_s: float
+    first: int = -1
+
+
+def present(situation: Situation, link: Link) -> State:
+    """Once what is under way is done."""
+    sent = max((arrival.arrived_s - situation.delay_s for arrival in situation.arrivals), default=-inf)
+    cloud = situation.cloud_free_s
+    for size, sent_s, cloud_s in situation.under_way:
+        sent = link.finish(max(sent, sent_s), size)
+        cloud = max(cloud, max(sent, situation.now_s - situation.delay_s) + situation.delay_s) + cloud_s
+    return State(0, cloud, max(sent, situation.now_s))
+
+
+def best_level(situation: Situation, link: Link, ahead: int) -> int:
+    """The next chunk's level in the plan that loses least. A plan gives each of the next *ahead* chunks a level of its own, and
+    all behind them one; all plans are compared.
+
+    - With a deadline: among those that meet it, the least sum of levels (0 is the best), then the least left out, then the
+      earliest.
+    - Where none meets it, and without a deadline: among those that leave nothing out (no `SKIP`), the earliest, then the least
+      sum of levels. Nothing is left out for a deadline that is lost anyway.
+    """
+    weight = len(situation.chunks) + 1  # so many left out weigh less than one level
+    losses = {i: i * weight + (level == SKIP) for i, level in enumerate(situation.levels)}
+    start = present(situation, link)
+    items = [[chunk] for chunk in situation.chunks[:ahead]]
+    if behind := situation.chunks[ahead:]:
+        items.append(list(behind))
+    if situation.deadline_s is not None:
+        limit = situation.deadline_s - situation.rest_s + _ROUNDING_S
+        if met := _ends(items, start, link, situation.delay_s, losses, limit):
+            return min(met).first
+    whole = {i: loss for i, loss in losses.items() if situation.levels[i] != SKIP} or losses
+    ends = _ends(items, start, link, situation.delay_s, whole, inf)
+    return min(ends, key=lambda state: (_rounded(state.cloud_s), state.loss)).first
+
+
+def _ends(
+    items: Sequence[Sequence[tuple[Rung, ...]]],
+    start: State,
+    link: Link,
+    delay_s: float,
+    losses: Mapping[int, int],
+    limit_s: float,
+) -> list[State]:
+    """Where one can be after all items, each at one of the levels, with the cloud done by *limit_s*; without what is in no way
+    better than another: to begin later, at the link or the cloud, is never to end earlier. losses: a chunk's, by level."""
+    states = [start]
+    for item in items:
+        reached = []
+        for state in states:
+            for level, lost in losses.items():
+                loss, cloud, sent, first = state
+                for chunk in item:
+                    size, cloud_s, ready_s = chunk[level]
+                    sent = link.finish(max(sent, ready_s), size)
+                    cloud = max(cloud, sent + delay_s) + cloud_s
+                if cloud <= limit_s:
+                    first = level if first < 0 else first
+                    reached.append(State(loss + lost * len(item), cloud, sent, first))
+        states = _undominated(reached)
+    return states
+
+
+def _undominated(states: list[State]) -> list[State]:
+    """Those to which no other is as good in loss, cloud and link."""
+    kept: list[State] = []
+    front: list[tuple[float, float]] = []  # (cloud, -sent) of what is kept: ascending cloud, descending sent
+    for state in sorted(states):
+        at = bisect_right(front, (state.cloud_s, inf))
+        if at and -front[at - 1][1] <= state.sent_s:
+            continue
+        kept.append(state)
+        point = (state.cloud_s, -state.sent_s)
+        while at < len(front) and -front[at][1] >= state.sent_s:
+            front.pop(at)
+        insort(front, point)
+    return kept
+
+
+def _rounded(seconds: float) -> float:
+    return seconds if seconds == inf else round(seconds, 9)

@@ -1,0 +1,250 @@
+"""A model of a true shape with stand-in values: what endpoints do with a model, without one.
+
+Its caches are as large as the model's, and its prompts as long; bytes are real, and so are the times of coding them. What it
+says means nothing: answers are of a fixed length, and there is no likelihood of anything.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from testbed.errors import Stopped, UsageError
+from testbed.models.arriving import Past
+from testbed.models.kvcache import KVCache, KVLayer, seen_from
+from testbed.models.language import LanguageModel
+from testbed.models.live import LayerShape
+from testbed.models.prefill import BlockPrefill, OnLayer, Prefill
+from testbed.models.rotary import Rotation
+from testbed.models.shapes import PREFIX, Shape
+
+#: A word and the space before it, at most six letters of it: about as many tokens as a tokenizer makes of English.
+_TOKEN = re.compile(r" ?\w{1,6}| ?[^\w\s]|\s", re.ASCII)
+#: Stand-in values repeat after so many positions; no two layers of one cache have the same.
+_PERIOD = 509
+_SEED = 20_250_101
+
+
+class ShapeModel(LanguageModel):
+    """Stands where a `LanguageModel` stands at the endpoints. Values follow from position, layer and head alone, so blocks of a
+    context and the whole of it are alike, and both sides agree.
+    """
+
+    stands_in = True
+
+    def __init__(self, shape: Shape, device: torch.device | None = None) -> None:
+        self.name = PREFIX + shape.name
+        self.shape = shape
+        self.device = device or torch.device("cpu")
+        self.dtype = self.cache_dtype = torch.float16
+        self.num_layers, self.kv_heads, self.head_dim = shape.layers, shape.kv_heads, shape.head_dim
+        self.max_positions = shape.max_positions
+        self.kv_bytes_per_token = shape.kv_bytes_per_token
+        scaling = shape.head_dim**-0.5
+        self.shapes = [
+            LayerShape(shape.kv_heads, shape.head_dim, shape.value_dim, scaling, None, window)
+            for window in shape.windows
+        ]
+        numbers = torch.Generator().manual_seed(_SEED)
+        #: Normal values, [heads, positions, dim]: what is cached, and the queries that attend to it.
+        self._keys, self._values, self._queries = (
+            torch.randn(heads, _PERIOD, dim, generator=numbers).half().to(self.device)
+            for heads, dim in (
+                (shape.kv_heads, shape.head_dim),
+                (shape.kv_heads, shape.value_dim),
+                (shape.heads, shape.head_dim),
+            )
+        )
+
+    @property
+    def stretches(self) -> bool:
+        return False
+
+    def tokenize(self, text: str, start: bool = False, closing: str = "") -> list[int]:
+        """As many tokens as words, or pieces of six letters of them, and signs; the same piece has the same id."""
+        pieces = _TOKEN.findall(text.encode("ascii", "replace").decode() + closing)
+        return [zlib.crc32(piece.encode("ascii", "replace")) % self.shape.vocabulary for piece in pieces]
+
+    def text(self, ids: Sequence[int], stop: str | None = None) -> str:
+        """Nothing: an answer's tokens stand for none."""
+        return ""
+
+    def chat_template(self) -> None:
+        """It has none."""
+
+    def expect(self, length: int | None) -> None:
+        """Prompts of any length look alike."""
+
+    def scaling(self, layer: int) -> float:
+        return self.shapes[layer].scaling
+
+    def softcap(self, layer: int) -> float | None:
+        return None
+
+    def window(self, layer: int) -> int | None:
+        return self.shapes[layer].window
+
+    def rotation(self, layer: int) -> Rotation:
+        """Halves of a head turn together, by RoFormer's frequencies: what is done to turn them back takes as long."""
+        half = self.head_dim // 2
+        frequencies = 10_000.0 ** (-torch.arange(half) / half)
+
+        def angles(positions: Tensor) -> tuple[Tensor, Tensor]:
+            turned = positions[:, None].float() * frequencies.to(positions.device)
+            return turned.cos(), turned.sin()
+
+        return Rotation(angles, slice(0, half), slice(half, 2 * half), self.head_dim)
+
+    def knowing_ropes(self, cache: KVCache, first: int = 0) -> KVCache:
+        rope = self.rotation(0).rope(self.max_positions)
+        return KVCache([replace(layer, rope=rope) for layer in cache.layers], cache.length)
+
+    def attended(self, layer: int, held: KVLayer) -> tuple[Tensor, Tensor]:
+        return held.keys.float(), held.values.float()
+
+    def blocks(
+        self,
+        ids: Sequence[int],
+        past: Past | None,
+        queries: int | None = 0,
+        attention: bool = False,
+        inputs: bool = False,
+        stop: Callable[[], bool] | None = None,
+    ) -> BlockPrefill:
+        """As `LanguageModel.blocks`, of stand-in values. Raises UsageError past the model's length, and for `inputs`."""
+        if inputs:
+            raise UsageError(f"model {self.name!r} is a shape: it has no hidden states to look at")
+        self._check_length(past, len(ids))
+        return _Blocks(self, len(ids), past, queries, attention, stop)
+
+    def values_at(self, layer: int, positions: Tensor) -> KVLayer:
+        """What a layer caches of those positions."""
+        window = self.shapes[layer].window
+        return KVLayer(
+            self._at(self._keys, layer, positions),
+            self._at(self._values, layer, positions),
+            positions,
+            window,
+        )
+
+    def queries_at(self, layer: int, positions: Tensor) -> Tensor:
+        """A layer's queries of those positions, [heads, n, head_dim]."""
+        return self._at(self._queries, layer, positions)
+
+    def paid_at(self, layer: int, positions: Tensor) -> Tensor:
+        """Attention that those positions are paid, float32 [kv_heads, n]: some positive number each."""
+        return self._at(self._keys, layer, positions)[..., 0].float().exp()
+
+    def _at(self, values: Tensor, layer: int, positions: Tensor) -> Tensor:
+        """A layer's values at those positions: the layer turns the row of values by a step of its own."""
+        return values[:, (positions + 31 * layer) % _PERIOD]
+
+    def _check_length(self, past: Past | None, new: int) -> int:
+        length = past.length if past is not None else 0
+        if length + new > self.max_positions:
+            raise UsageError(
+                f"a prompt of {length + new} tokens is too long for model {self.name!r}, which takes {self.max_positions}"
+            )
+        return length
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        past: Past | None,
+        max_new_tokens: int,
+        stop: str | None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[int]:
+        """`max_new_tokens` tokens, as far as the model's length allows."""
+        if not ids:
+            raise ValueError("generate() needs at least one token to start from")
+        _wait_for(past)
+        room = self.max_positions - self._check_length(past, len(ids)) - len(ids) + 1
+        answer = [token % self.shape.vocabulary for token in range(min(max_new_tokens, room))]
+        for index, token in enumerate(answer):
+            if on_token is not None:
+                on_token(index, token)
+        return answer
+
+    def likelihood(self, ids_question: Sequence[int], ids_answer: Sequence[int], past: Past | None) -> Tensor:
+        """Raises UsageError: there is none."""
+        raise UsageError(f"model {self.name!r} is a shape: it has no likelihood of anything")
+
+    def likelihoods(
+        self, ids_question: Sequence[int], answers: Sequence[Sequence[int]], past: Past | None
+    ) -> list[Tensor]:
+        """Raises UsageError: there are none."""
+        raise UsageError(f"model {self.name!r} is a shape: it has no likelihood of anything")
+
+    def option_nlls(
+        self, ids_question: Sequence[int], options: Sequence[Sequence[int]], past: Past | None
+    ) -> list[float]:
+        """All alike: nothing is likelier than anything else."""
+        _wait_for(past)
+        return [0.0 for _ in options]
+
+
+class _Blocks(BlockPrefill):
+    """A prefill of so many tokens, block by block: all that it takes is to lay the values out."""
+
+    def __init__(
+        self,
+        model: ShapeModel,
+        tokens: int,
+        past: Past | None,
+        queries: int | None,
+        attention: bool,
+        stop: Callable[[], bool] | None,
+    ) -> None:
+        self._model, self._past, self._attention, self._stop = model, past, attention, stop
+        first = 0 if past is None else past.length
+        self._positions = torch.arange(first, first + tokens, device=model.device)
+        self._queries = tokens if queries is None else min(queries, tokens)
+        self.done = 0
+
+    def run(self, stop: int) -> KVCache:
+        if not self.done < stop <= len(self._positions):
+            raise ValueError(
+                f"{self.done} of {len(self._positions)} tokens are prefilled; none can end at {stop}"
+            )
+        self._advance(stop)
+        begun, self.done = self.done, stop
+        return self._laid_out(self._positions[begun:stop])
+
+    def finish(self, on_layer: OnLayer | None = None) -> Prefill:
+        if self.done < len(self._positions):
+            self._advance(len(self._positions))
+        self.done = len(self._positions)
+        model, layers = self._model, range(self._model.num_layers)
+        whole = self._laid_out(self._positions)
+        cache = seen_from(whole, whole.length)
+        for index, layer in enumerate(cache.layers):
+            if on_layer is not None:
+                on_layer(index, layer.clone())
+        last = self._positions[len(self._positions) - self._queries :]
+        asked = [model.queries_at(index, last) for index in layers] if self._queries else []
+        paid = [model.paid_at(index, self._positions) for index in layers] if self._attention else None
+        return Prefill(cache, asked, last, None, paid)
+
+    def _laid_out(self, positions: Tensor) -> KVCache:
+        """The cache of those positions, all of them in every layer."""
+        layers = [self._model.values_at(index, positions) for index in range(self._model.num_layers)]
+        length = int(positions[-1]) + 1 if len(positions) else self._past.length if self._past else 0
+        return KVCache(layers, length)
+
+    def _advance(self, stop: int) -> None:
+        """Wait for the past, and look whether to give up, where a pass would. Raises Stopped."""
+        _wait_for(self._past)
+        if self._stop is not None and self._stop():
+            raise Stopped("the prefill was given up")
+
+
+def _wait_for(past: Past | None) -> None:
+    """Until each layer of a past is there: a pass reads them all."""
+    for _ in () if past is None else past.layers:
+        pass
