@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from testbed import kinds
 from testbed.analysis import figures
 from testbed.analysis.run import load
 from testbed.codecs import registry
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.spec import parse
 from testbed.delivery.delivery import DELIVERIES
+from testbed.delivery.policies.policy import POLICIES, Arrival, Rung, Situation
 from testbed.endpoints.client import Client
 from testbed.errors import EndpointError
 from testbed.tasks import task as tasks
@@ -30,7 +32,7 @@ from tests.tiny_models import tiny_model_directory
 PAGE = (Path(__file__).parents[1] / "docs/adding.md").read_text()
 REGISTRIES: dict[str, dict[str, Any]] = {
     "SELECTORS": registry.SELECTORS, "QUANTIZERS": registry.QUANTIZERS, "TASKS": tasks.TASKS, "FIGURES": figures.FIGURES,
-    "DELIVERIES": DELIVERIES,
+    "DELIVERIES": DELIVERIES, "POLICIES": POLICIES,
 }  # fmt: skip
 
 
@@ -81,6 +83,18 @@ def test_a_newcomers_delivery_brings_the_cloud_the_same_payload_in_its_own_time(
     DELIVERIES.pop("halves")
     with pytest.raises(EndpointError, match="the cloud: the request: delivery 'halves': unknown"):
         Client().ask(request(delivery="halves", prefix=pair.prefix), [b""], pair.link)
+
+
+def test_a_newcomers_policy_goes_by_what_the_link_did() -> None:
+    policy = kinds.parse("stepwise(start=2)", POLICIES, "policy")
+    assert str(policy) == "stepwise(start=2)"
+    arrivals = (Arrival(100_000, 0.0, 1.0), Arrival(100_000, 1.0, 1.5), Arrival(100_000, 1.5, 3.0))
+    chunks = ((Rung(100_000), Rung(50_000), Rung(10_000)),)
+    levels = [
+        policy.choose(Situation(3.0, None, ("int8", "int4", "int2"), chunks, arrivals[:count]))
+        for count in range(4)
+    ]
+    assert levels == [2, 2, 1, 2]
 
 
 def test_a_newcomers_task_asks_for_what_its_context_says() -> None:

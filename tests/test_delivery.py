@@ -180,8 +180,12 @@ def test_a_delivery_that_yaml_has_split_is_told(tmp_path: Path, written: str, sa
 
 
 @pytest.mark.parametrize(
-    "text", ["[laddered(levels=[int8, fp16)]", "[laddered(levels=[int8]), reversed(by=2]"]
+    ("text", "says"),
+    [
+        ("[laddered(levels=[int8, fp16)]", r"the \) behind '.*levels=\[int8, fp16' closes nothing"),
+        ("[laddered(levels=[int8]), reversed(by=2]", "ends within its parentheses"),
+    ],
 )
-def test_parentheses_that_do_not_match_on_the_command_line_are_told(text: str) -> None:
-    with pytest.raises(SpecError):
+def test_parentheses_that_do_not_match_on_the_command_line_are_told(text: str, says: str) -> None:
+    with pytest.raises(SpecError, match=f"--set delivery: {says}"):
         load_plan("quick", assignments=[f"delivery={text}"])
