@@ -127,12 +127,13 @@ class Edge(InferenceSide):
 
         prefilled = self._prefilled(message.batch, message.example)
         local = self._local(prefilled, 0)
+        about = (len(prefilled.ids), prefilled.prefill.cache.nbytes, local.answer)
+        if self.model.stands_in:
+            return FullCache(*about, None, b"", 0)
         past = self.behind(prefilled.prefix, prefilled.prefill.cache)
         distributions = self.model.likelihood(self._question(prefilled), prefilled.gold, past)
         return FullCache(
-            context_tokens=len(prefilled.ids),
-            kv_bytes=prefilled.prefill.cache.nbytes,
-            answer=local.answer,
+            *about,
             nll=mean_nll(distributions, prefilled.gold),
             distributions=to_bytes(distributions),
             vocabulary=distributions.shape[1],

@@ -14,6 +14,7 @@ from msgspec import Meta, Struct, structs
 from testbed import __version__
 from testbed.delivery.delivery import WHOLE
 from testbed.errors import UsageError
+from testbed.speed.times import DeviceTimes
 from testbed.speed.words import HERE, Speed
 from testbed.tasks.task import Example
 
@@ -77,13 +78,14 @@ class Loaded(Part):
 
 
 class Load(Message[Loaded]):
-    """Load a model. speed: this side's from then on."""
+    """Load a model. speed: this side's from then on; times: of the device that it names."""
 
     model: str
     device: Name = "auto"
     dtype: Name = "auto"
     threads: Count | None = None
     speed: Speed = HERE
+    times: DeviceTimes | None = None
 
 
 class Computed(Part):
@@ -158,12 +160,13 @@ class Forget(Message[None]):
 
 
 class FullCache(Part):
-    """An example's answer, and next-token distributions along the gold answer (see `models.scores`), with the full cache."""
+    """An example's answer, and next-token distributions along the gold answer (see `models.scores`), with the full cache. A shape
+    has no likelihood: no `nll`, and no distributions."""
 
     context_tokens: Count
     kv_bytes: Count
     answer: str
-    nll: Nats
+    nll: Nats | None
     distributions: bytes
     vocabulary: Count
 
@@ -278,10 +281,11 @@ class TrialRequest(Message[TrialResult], tag="trial"):
 
 
 class Outcome(Part):
-    """What the cache behind an answer says of the gold one. kl: from the full cache's distributions, where there are any."""
+    """What the cache behind an answer says of the gold one: nothing where it is a shape's. kl: from the full cache's
+    distributions, where there are any."""
 
     tokens_kept: Count
-    nll: Nats
+    nll: Nats | None
     kl: Nats | None = None
     payload_digest: Name = ""
     kept_digest: Name = ""

@@ -15,6 +15,7 @@ from testbed.delivery.delivery import DELIVERIES
 from testbed.endpoints.protocol import Compute, Computed, Greeting, Hello, Learn, Load, Loaded
 from testbed.hosts.channel import Channel
 from testbed.hosts.processes import scheduled
+from testbed.speed.times import DeviceTimes
 from testbed.speed.words import HERE, Speed, Work
 
 if TYPE_CHECKING:
@@ -47,28 +48,49 @@ class Pace:
     (a transmission, the next token) begins as late as it would there. Only compute is stretched, never the link.
 
     device: where it computes. A GPU is waited for, as what it was given is not done when the call that gave it returns.
+    times: of a device that is not here, which are waited for in place of computing; what is computed all the same, such as a
+    cache's coding, takes what it takes here.
     """
 
-    def __init__(self, speed: Speed = HERE, device: torch.device | None = None) -> None:
-        self.speed, self.device = speed, device
+    def __init__(
+        self, speed: Speed = HERE, device: torch.device | None = None, times: DeviceTimes | None = None
+    ) -> None:
+        self.speed, self.device, self.times = speed, device, times
         self._since = time.monotonic()
+
+    def another(self) -> Pace:
+        """The same machine's, for another thread."""
+        return Pace(self.speed, self.device, self.times)
 
     def begin(self) -> float:
         """A stretch of computing begins; returns the time, in seconds of the monotonic clock."""
         self._since = time.monotonic()
         return self._since
 
-    def hold(self, work: Work = "prefill") -> float:
+    def hold(self, work: Work = "prefill", tokens: int = 0, past: int = 0) -> float:
         """Wait for what the computing since `begin` (or the last `hold`), of that kind, would have taken longer; returns the
-        time."""
+        time.
+
+        tokens: of a pass; past: those before it, or before a generated token. A device's times depend on both; it raises
+        SpecError past what was measured there.
+        """
         if self.device is not None and self.device.type == "cuda":
             import torch
 
             torch.cuda.synchronize(self.device)
-        if (factor := self.speed.factor(work)) > 1.0:
+        if self.times is not None:
+            if work != "codec":
+                wait_until(self._since + self._replayed(self.times, work, tokens, past))
+        elif (factor := self.speed.factor(work)) > 1.0:
             computed = time.monotonic() - self._since
             wait_until(self._since + computed * factor)
         return self.begin()
+
+    @staticmethod
+    def _replayed(times: DeviceTimes, work: Work, tokens: int, past: int) -> float:
+        if work == "prefill":
+            return times.pass_s(tokens, past)
+        return times.token_s(past) if times.decode else 0.0  # else it is off every clock
 
 
 def measure(model: LanguageModel) -> Computed:
@@ -144,7 +166,7 @@ class InferenceSide:
         for target in DELIVERIES.values():
             kinds.load(target)
         model = load_model(message.model, device=message.device, dtype=message.dtype, threads=message.threads)
-        self._model, self.pace = model, Pace(message.speed, model.device)
+        self._model, self.pace = model, Pace(message.speed, model.device, message.times)
         warm = model.tokenize("The quick brown fox jumps over the lazy dog. " * 12)
         prefilled = model.prefill(warm, None)
         model.generate(warm[:8], prefilled.cache, 4, "")
@@ -165,7 +187,7 @@ class InferenceSide:
     def share(self, other: InferenceSide) -> None:
         """Take the model and the prefixes that another side of this process has loaded."""
         self._model, self.prefixes = other.model, other.prefixes
-        self.pace = Pace(other.pace.speed, other.pace.device)
+        self.pace = other.pace.another()
 
     def compute(self, message: Compute) -> Computed:
         """How long a fixed piece of compute takes this side, before anything is stretched."""

@@ -70,6 +70,7 @@ class Pair:
                 dtype=getattr(self.scenario.dtype, side),
                 threads=self.scenario.threads,
                 speed=getattr(self.scenario.compute, side),
+                times=self.plan.devices[side].times if side in self.plan.devices else None,
             )
             loaded[side] = self._call(endpoint, message, _LOAD_S)
         return loaded
@@ -118,7 +119,8 @@ class Pair:
         """
         self._call(self.cloud, protocol.Forget(), _SHORT_S)
         reference = self._call(self.edge, protocol.Reference(batch.index, number), CALL_S)
-        self._call(self.cloud, protocol.Compare(reference.distributions, reference.vocabulary), _SHORT_S)
+        if reference.vocabulary:
+            self._call(self.cloud, protocol.Compare(reference.distributions, reference.vocabulary), _SHORT_S)
         return reference
 
     def trial(self, trial: Trial) -> TrialResult:

@@ -248,7 +248,7 @@ class Runner:
             if not self.session.pair.alive:
                 raise
             return Reference(error=f"full cache: {error}")
-        score = task.score(full.answer, example)["score"]
+        score = task.score(full.answer, example)["score"] if full.nll is not None else None
         return Reference(full.context_tokens, full.kv_bytes, full.answer, score, full.nll)
 
     def _trials(self, batch: Batch, number: int) -> Iterator[Trial]:
@@ -291,7 +291,8 @@ class Runner:
         try:
             if trial.cell.placement == "edge":
                 result = self.session.pair.trial(trial)
-                outcome = Outcome(reference.context_tokens, reference.nll or 0.0, kl=0.0)
+                kl = None if reference.nll is None else 0.0
+                outcome = Outcome(reference.context_tokens, reference.nll, kl)
             else:
                 row.trace_s = self._align(profile)
                 with self.session.account.trial(profile.name) as warnings:
@@ -305,7 +306,9 @@ class Runner:
             return row, ()
         finally:
             row.warnings = "; ".join([*filter(None, [row.warnings]), *warnings])
-        row.fill(result, outcome, task.score(result.answer, trial.example))
+        # What a shape answers is worth nothing, and not zero.
+        scores = {} if reference.nll is None else task.score(result.answer, trial.example)
+        row.fill(result, outcome, scores)
         if not self.session.linked:
             row.wire_bytes = 0  # its connection's bytes crossed none
         return row, result.spans

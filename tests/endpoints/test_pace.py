@@ -6,6 +6,7 @@ import pytest
 
 from testbed.endpoints import side as module
 from testbed.endpoints.side import Pace
+from testbed.speed.times import DeviceTimes
 from testbed.speed.words import Speed
 
 
@@ -61,3 +62,19 @@ def test_a_side_that_cannot_decode_waits_for_no_token(clock: Clock) -> None:
     started = pace.begin()
     clock.now += 1.0
     assert pace.hold("decode") - started == pytest.approx(1.0)
+
+
+def test_a_device_takes_its_own_times_for_passes_and_tokens_and_this_hosts_for_coding(clock: Clock) -> None:
+    times = DeviceTimes("d", "m", ((100, 2.0), (200, 4.0)), ((100, 0.5), (200, 0.7)))
+    pace = Pace(Speed(device="d"), times=times).another()
+    started = pace.begin()
+    for work, tokens, past, took_s in (
+        ("prefill", 150, 0, 3.0),
+        ("codec", 0, 0, 0.25),
+        ("prefill", 100, 100, 2.0),
+        ("decode", 1, 150, 0.6),
+    ):
+        clock.now += 0.25
+        now = pace.hold(work, tokens, past)  # type: ignore[arg-type]
+        assert now - started == pytest.approx(took_s)
+        started = now
