@@ -363,7 +363,8 @@ def test_a_seed_is_a_number_that_every_process_can_take() -> None:
     [
         ({}, [False, False]),
         ({"reuse": "prefill"}, [False, False]),
-        ({"compute": {"edge": 2}}, [True, True]),
+        ({"compute": {"edge": 2}}, [False, False]),
+        ({"delivery": "stream"}, [True, True]),
         ({"connection": "reuse"}, [True, True]),
         ({"traffic": [{"from": "cloud", "to": "edge", "kind": "tcp"}]}, [True, True]),
         ({"profiles": ["5g-mid", "delay=5ms,sine:10mbit..30mbit*2s"]}, [False, True]),
@@ -375,6 +376,23 @@ def test_what_is_taken_over_is_waited_for_where_time_matters(
 ) -> None:
     made = plan(**{"profiles": ["5g-mid", "lte"], "codecs": ["fp16"], **changes})
     assert [made.replays(cell) for cell in made.cells(0, 256)] == replayed
+
+
+def test_a_task_may_have_a_number_of_examples_of_its_own() -> None:
+    made = plan(tasks=["needle", {"task": "passages", "examples": 3}], examples=2, codecs=["fp16"])
+    assert [made.scenario.examples_of(task) for task in (0, 1)] == [2, 3]
+    assert made.trials == (2 + 3) * len(made.cells(0, 256))
+    alone = plan(tasks=["passages"], codecs=["fp16"])
+    assert made.cells(1, 256)[0].identity(made) == alone.cells(0, 256)[0].identity(alone)
+    assert make_plan(made.scenario.model_dump(mode="json"), "manifest.json").trials == made.trials
+    assert load_plan("5g", assignments=["tasks=[{task: needle, examples: 9}]"], examples=4).trials == 4 * len(
+        load_plan("5g", assignments=["tasks=[needle]"]).cells(0, 256)
+    )
+    for number in (0, "many", True):
+        with pytest.raises(SpecError, match="`examples` of a task"):
+            plan(tasks=[{"task": "needle", "examples": number}])
+    with pytest.raises(SpecError, match="listed twice"):
+        plan(tasks=["needle", {"task": "needle", "examples": 3}])
 
 
 @pytest.mark.parametrize(

@@ -83,11 +83,11 @@ class Pair:
         """Make every task's examples, and both sides know its prefix."""
         batches = []
         for task, context_tokens in self.plan.batches():
-            settings = self.scenario.tasks[task]
+            settings = self.scenario.task(task)
             message = protocol.Prepare(
                 settings["task"],
                 parameters={k: v for k, v in settings.items() if k != "task"},
-                count=self.scenario.examples,
+                count=self.scenario.examples_of(task),
                 context_tokens=context_tokens,
                 seed=self.scenario.seed,
                 codecs=tuple(map(str, self.scenario.codecs)),

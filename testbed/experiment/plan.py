@@ -20,7 +20,7 @@ from testbed import kinds, lookup, strict_yaml
 from testbed.codecs.spec import parse as parse_codec
 from testbed.errors import SpecError, UsageError
 from testbed.experiment.devices import look_up
-from testbed.experiment.scenario import Plan, Scenario
+from testbed.experiment.scenario import EXAMPLES, Plan, Scenario
 from testbed.models.shapes import find_shape, is_shape
 from testbed.models.sources import find as find_model
 from testbed.models.sources import has_a_name
@@ -105,6 +105,8 @@ def load_plan(
     for key, value in (("codecs", codecs or None), ("examples", examples), ("emulator", emulator)):
         if value is not None:
             settings[key] = list(value) if isinstance(value, tuple) else value
+    if examples is not None and isinstance(settings.get("tasks"), list):  # of every task
+        settings["tasks"] = [_without_number(task) for task in settings["tasks"]]
     with lookup.beside(path):
         return make_plan(settings, str(path), links)
 
@@ -212,7 +214,7 @@ def _under(topology: Topology, scenario: Scenario, place: str) -> Topology:
 def _tasks(scenario: Scenario, place: str) -> tuple[Task, ...]:
     return tuple(
         _at(f"{place}: tasks[{i}]", lambda s=settings: make_task(s["task"], **_parameters(s)))
-        for i, settings in enumerate(scenario.tasks)
+        for i, settings in enumerate(map(scenario.task, range(len(scenario.tasks))))
     )
 
 
@@ -266,6 +268,8 @@ def _check_extent(plan: Plan, place: str) -> None:
         raise SpecError(f"{place}: profiles: the same conditions are listed twice")
     for key in ("tasks", "placements", "context_tokens", "delivery", "transport"):
         listed = getattr(plan.scenario, key)
+        if key == "tasks":
+            listed = [plan.scenario.task(index) for index in range(len(listed))]
         for value in listed:
             if listed.count(value) > 1:  # whose trials would be one another's
                 raise SpecError(f"{place}: {key}: {str(value)!r} is listed twice")
@@ -301,6 +305,10 @@ def _swept_link(scenario: Scenario, topology: Topology, place: str) -> str:
             f"{place}: link: topology {topology.name} has no link {scenario.link!r}; it has {', '.join(names)}"
         )
     return scenario.link
+
+
+def _without_number(task: Any) -> Any:
+    return {k: v for k, v in task.items() if k != EXAMPLES} if isinstance(task, dict) else task
 
 
 def _parameters(task: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,11 @@ from testbed.units import exact_time, parse_time
 Placement = Literal["split", "store", "cloud", "edge"]
 
 
+#: Of a task's mapping: how many of its examples. The rest are the task's own parameters.
+EXAMPLES = "examples"
+MOST_EXAMPLES = 100_000
+
+
 def _listed(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
@@ -83,6 +88,9 @@ def _task(value: Any) -> dict[str, Any]:
         return {"task": value}
     if not isinstance(value, dict) or not isinstance(value.get("task"), str):
         raise ValueError("write a task's name, or a mapping with `task: NAME` and its parameters")
+    examples = value.get(EXAMPLES, 1)
+    if not isinstance(examples, int) or isinstance(examples, bool) or not 1 <= examples <= MOST_EXAMPLES:
+        raise ValueError(f"`examples` of a task: write a whole number from 1 to {MOST_EXAMPLES}")
     return value
 
 
@@ -175,7 +183,9 @@ class Scenario(BaseModel):
     context_tokens: Annotated[
         list[Annotated[int, Field(ge=8, le=1_000_000)] | None], BeforeValidator(_listed), Field(min_length=1)
     ] = [256]
-    examples: Annotated[int, Field(ge=1, le=100_000)] = 10
+    examples: Annotated[int, Field(ge=1, le=MOST_EXAMPLES)] = (
+        10  #: of each task that has no number of its own
+    )
     repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
     at: Literal["trial", "run"] = "trial"  #: when traces begin: with each trial, or once with the first
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
@@ -205,6 +215,14 @@ class Scenario(BaseModel):
             raise SpecError(f"{words}: of TCP, and the transport is {', '.join(map(str, kinds))}")
         self.transport, self.connection, self.congestion = kinds, "per-request", None
         return self
+
+    def task(self, index: int) -> dict[str, Any]:
+        """A task's name and parameters, however many of its examples are asked for."""
+        return {key: value for key, value in self.tasks[index].items() if key != EXAMPLES}
+
+    def examples_of(self, index: int) -> int:
+        """How many examples of a task are asked for."""
+        return int(self.tasks[index].get(EXAMPLES, self.examples))
 
 
 def _fold(kind: Transport, connection: str, congestion: str | None) -> Transport:
@@ -238,7 +256,7 @@ class Cell:
             "model": scenario.model,
             "dtype": [scenario.dtype.edge, scenario.dtype.cloud],
             "device": [scenario.device.edge, scenario.device.cloud],
-            "task": scenario.tasks[self.task],
+            "task": scenario.task(self.task),
             "context_tokens": self.context_tokens,
             "max_new_tokens": scenario.max_new_tokens,
             "seed": scenario.seed,
@@ -316,11 +334,9 @@ class Plan:
         """Whether a trial waits, in real time, for what it takes over of an earlier one.
 
         It must where link or clock would otherwise be elsewhere than computing leaves them: a trace, background traffic, a kept
-        connection (TCP forgets while it idles), a capture. Emulated machines compute in real time, so they wait, too.
+        connection (TCP forgets while it idles), a capture, a pipeline. What an emulated machine took longer is billed.
         """
         scenario = self.scenario
-        # Where nothing crosses, nothing can come too soon.
-        slowed = scenario.compute != Compute() and cell.placement != "edge"
         others = [link.profile for link in self.topology.links if link.name != self.link]
         return (
             cell.profile.changes
@@ -328,7 +344,6 @@ class Plan:
             or (scenario.at == "run" and any(profile.changes for profile in self.profiles))
             or bool(scenario.traffic)
             or cell.transport.connection == "reuse"
-            or slowed
             or isinstance(cell.delivery, Pipelined)
             or any(link.pcap for link in self.topology.links)
         )
@@ -355,5 +370,6 @@ class Plan:
     @property
     def trials(self) -> int:
         """How many trials the whole sweep has, if every task has as many examples as asked."""
-        per_example = sum(len(self.cells(*batch)) for batch in self.batches())
-        return per_example * self.scenario.examples * self.scenario.repeats
+        return self.scenario.repeats * sum(
+            len(self.cells(*batch)) * self.scenario.examples_of(batch[0]) for batch in self.batches()
+        )
