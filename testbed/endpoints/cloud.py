@@ -116,9 +116,8 @@ class Cloud(InferenceSide):
             while True:
                 received = connection.receive_request(Deadline(patience), self._request_s)
                 patience = _IDLE_S
-                if received is None:
+                if received is None or not self._answer(connection, *received):
                     break
-                self._answer(connection, *received)
         except TestbedError as error:
             self._complain(connection, 0, str(error))
         except Exception as error:
@@ -132,29 +131,33 @@ class Cloud(InferenceSide):
         except TestbedError:
             pass
 
-    def _answer(self, connection: Stream, request: wire.Request, deadline: Deadline) -> None:
-        """Answer one request when its turn comes."""
+    def _answer(self, connection: Stream, request: wire.Request, deadline: Deadline) -> bool:
+        """Answer one request when its turn comes; False: nothing that follows on this connection can be trusted."""
         try:
             delivery = parse(request.delivery)
         except SpecError as error:
             raise WireError(f"the request: {error}") from error
         if isinstance(delivery, Pipelined):
             arrivals = Arrivals(connection, request, self.max_payload, deadline)
+            answered = self._answering(connection, request, lambda about: partwise(about, delivery, arrivals))
             try:
-                self._answering(connection, request, lambda about: partwise(about, delivery, arrivals))
-            finally:
                 arrivals.join()
-            return
+            except TestbedError:
+                if answered:  # else it has been said why not
+                    raise
+                return False
+            return True
         chunks: list[Bytes] = []
         for frame in connection.receive_context(request, self.max_payload, deadline):
             chunks += [frame.payload] if isinstance(frame.header, wire.Chunk) else []
             received_at = frame.at
         payload = list(delivery.receive(chunks))
         self._answering(connection, request, lambda about: self._whole(about, payload, received_at))
+        return True
 
     def _answering(
         self, connection: Stream, request: wire.Request, answer: Callable[[Answering], None]
-    ) -> None:
+    ) -> bool:
         try:
             if request.prefix not in self.prefixes:
                 raise WireError(
@@ -163,6 +166,8 @@ class Cloud(InferenceSide):
             answer(Answering(self, self._sessions, connection, request))
         except (NotFiniteError, PayloadError, WireError) as error:
             self._complain(connection, request.id, str(error))
+            return False
+        return True
 
     def _whole(self, about: Answering, payload: list[Bytes], received_at: float) -> None:
         """The answer to a context that is there."""

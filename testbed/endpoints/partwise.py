@@ -14,7 +14,10 @@ from testbed.errors import WireError
 
 def partwise(about: Answering, delivery: Pipelined, arrivals: Arrivals) -> None:
     """Answers it, as its delivery has it. Raises PayloadError, WireError, NotFiniteError."""
-    layers = delivery.parts(max(1, about.request.tokens), about.side.model.num_layers)[0].by == "layers"
+    request, model = about.request, about.side.model
+    if not request.levels or not 0 < request.tokens <= model.max_positions:
+        raise WireError(f"a request in parts of {request.tokens} tokens at {len(request.levels)} levels")
+    layers = delivery.parts(1, model.num_layers)[0].by == "layers"
     (_by_layers if layers else _by_tokens)(about, arrivals)
 
 

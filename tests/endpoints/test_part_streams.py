@@ -1,0 +1,163 @@
+"""Streams of chunks that no edge sends: the cloud answers, or says why not, and goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from testbed.deadline import Deadline
+from testbed.errors import EndpointError, WireError
+from testbed.transport import wire
+from testbed.transport.tcp import Tcp
+from tests.endpoints.pair import Pair, in_this_process
+
+#: What the cloud did not expect would end a thread of it.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
+Frame = tuple[wire.Header, bytes]
+WAYS = ("stream(chunk=64)", "stream(by=layers, chunk=1)")
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model: Callable[[str], Path]) -> Pair:
+    return in_this_process(tiny_model("llama"))
+
+
+@pytest.fixture(scope="module")
+def recorded(pair: Pair) -> dict[str, list[Frame]]:
+    """What the edge sends of a request, by delivery."""
+    return {delivery: recording(pair, delivery) for delivery in WAYS}
+
+
+def recording(pair: Pair, delivery: str) -> list[Frame]:
+    frames: list[Frame] = []
+    with Tcp().listen("127.0.0.1") as listener:
+
+        def record() -> None:
+            connection = listener.accept()
+            while not frames or not isinstance(frames[-1][0], wire.End):
+                received = connection.receive(1 << 24, Deadline(20.0))
+                assert received is not None
+                frames.append((received.header, bytes(received.payload)))
+            connection.finish()
+
+        recorder = threading.Thread(target=record)
+        recorder.start()
+        with pytest.raises(EndpointError, match="closed the connection without an answer"):
+            pair.ask("int8", delivery=delivery, link={"port": listener.port})
+        recorder.join()
+    return frames
+
+
+def replies(pair: Pair, frames: list[Frame]) -> list[wire.Header]:
+    """What the cloud says to these frames, until it has answered, refused or closed the connection."""
+    connection = Tcp().connect("127.0.0.1", pair.link.port, None, 5.0)
+    said: list[wire.Header] = []
+    try:
+        with contextlib.suppress(EndpointError):  # it closed before it took all of them
+            for header, payload in frames:
+                connection.send(header, payload, Deadline(10.0))
+        with contextlib.suppress(OSError):
+            connection._out.shutdown(1)  # nothing more comes
+        with contextlib.suppress(EndpointError, WireError):  # a reset
+            while (frame := connection.receive(0, Deadline(30.0))) is not None:
+                said.append(frame.header)
+    finally:
+        connection.close()
+    return said
+
+
+@pytest.mark.parametrize("delivery", WAYS)
+def test_what_an_edge_sends_is_answered_whoever_sends_it(
+    pair: Pair, recorded: dict[str, list[Frame]], delivery: str
+) -> None:
+    said = replies(pair, recorded[delivery])
+    assert [type(header) for header in said] == [wire.FirstToken, wire.Answer]
+    assert said[1].text == pair.ask("int8").answer  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("delivery", WAYS)
+def test_a_connection_cut_at_any_chunk_is_an_error_and_no_wait(
+    pair: Pair, recorded: dict[str, list[Frame]], delivery: str
+) -> None:
+    for count in range(1, len(recorded[delivery])):
+        said = replies(pair, recorded[delivery][:count])
+        last = count == len(recorded[delivery]) - 1
+        # Where only the end is missing, the layers are all there: the question was read through them.
+        assert last or [type(header) for header in said] == [wire.Failure]
+
+
+CHANGES: dict[str, Any] = {
+    "index": st.integers(0, 300),
+    "level": st.integers(0, 3),
+    "start": st.integers(0, 1 << 40),
+    "stop": st.integers(0, 1 << 40),
+    "last": st.booleans(),
+    "crc": st.none() | st.integers(0, 1 << 32),
+    "chunks": st.integers(0, 300),
+    "length": st.integers(0, 1 << 40),
+    "tokens": st.integers(0, 1 << 40),
+    "levels": st.lists(st.sampled_from(["text", "skip", "int8", "nothing"]), max_size=3).map(tuple),
+    "delivery": st.sampled_from([*WAYS, "whole", "pigeon", "stream(chunk=8)"]),
+    "placement": st.sampled_from(["split", "store", "cloud", "edge", ""]),
+    "max_new_tokens": st.integers(1, 4),
+}
+
+
+@st.composite
+def changed(draw: st.DrawFn, honest: list[Frame]) -> list[Frame]:
+    """An honest stream with one to three things wrong with it."""
+    frames = list(honest)
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, len(frames) - 1))
+        header, payload = frames[at]
+        what = draw(st.sampled_from(["drop", "twice", "swap", "field", "bytes"]))
+        if what == "drop" and len(frames) > 1:
+            del frames[at]
+        elif what == "twice":
+            frames.insert(at, frames[at])
+        elif what == "swap":
+            other = draw(st.integers(0, len(frames) - 1))
+            frames[at], frames[other] = frames[other], frames[at]
+        elif what == "field":
+            field = draw(st.sampled_from([name for name in CHANGES if hasattr(header, name)] or ["id"]))
+            value = draw(CHANGES.get(field, st.integers(0, 9)))
+            frames[at] = (msgspec.structs.replace(header, **{field: value}), payload)
+        elif payload:
+            cut = draw(st.integers(0, len(payload) - 1))
+            frames[at] = (
+                header,
+                draw(st.sampled_from([payload[:cut], payload + payload[cut:], flipped(payload, cut)])),
+            )
+    return frames
+
+
+def flipped(payload: bytes, at: int) -> bytes:
+    return payload[:at] + bytes([payload[at] ^ 0x10]) + payload[at + 1 :]
+
+
+@pytest.mark.parametrize("delivery", WAYS)
+def test_streams_that_lie_get_an_answer_or_a_refusal_and_harm_nobody(
+    pair: Pair, recorded: dict[str, list[Frame]], delivery: str
+) -> None:
+    honest = recorded[delivery]
+
+    @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(changed(honest))
+    def check(frames: list[Frame]) -> None:
+        said = replies(pair, frames)
+        kinds = [type(header) for header in said]
+        assert set(kinds) <= {wire.FirstToken, wire.Answer, wire.Failure}
+        if wire.Answer not in kinds and isinstance(frames[0][0], wire.Request):
+            assert wire.Failure in kinds
+
+    check()
+    assert pair.ask("int8", delivery=delivery).answer == pair.ask("int8").answer
