@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from testbed.delivery.delivery import Bytes
 from testbed.endpoints.assembly import Rebuilt
 from testbed.endpoints.sessions import Served, Session, Sessions
-from testbed.endpoints.side import InferenceSide, digest, per_token
+from testbed.endpoints.side import InferenceSide, Pass, digest, per_token
 from testbed.transport import wire
 from testbed.transport.transport import Stream
 
@@ -33,6 +33,10 @@ class Answering:
         self.arrived: list[float] = []
         self._sessions = sessions
         self._since = 0.0
+        self.asked = Pass()  #: the question's
+        #: how much of a pass over the context can be made by now, of 1: all layers that are there have been read
+        self.there: Callable[[], float] = lambda: 1.0
+        self._read = 0.0
 
     @property
     def session(self) -> Session:
@@ -58,13 +62,14 @@ class Answering:
             self.side.under(self.request.prefix)
 
     @contextmanager
-    def work(self, stage: Stage, chunk: int = 0, since: float | None = None) -> Iterator[None]:
-        """A stage at work on a chunk, that has waited for it since then."""
+    def work(self, stage: Stage, chunk: int = 0, since: float | None = None) -> Iterator[Pass]:
+        """A stage at work on a chunk, that has waited for it since then; told what pass that was, where it was one."""
+        made = Pass()
         began = self.side.pace.begin()
         if since is not None:
             self.worked.append(wire.Worked("queue", since, max(since, began), chunk))
-        yield
-        ended = self.side.pace.hold("codec" if stage == "decode" else "prefill")
+        yield made
+        ended = self.side.pace.hold("codec" if stage == "decode" else "prefill", made.tokens, made.past)
         self.worked.append(wire.Worked(stage, began, ended, chunk))
 
     def begin(self) -> None:
@@ -73,7 +78,9 @@ class Answering:
 
     def end(self) -> float:
         """It has come to the first token, or to something that is not there yet; returns the time."""
-        ended = self.side.pace.hold("prefill")
+        there = self.there()
+        ended = self.side.pace.hold("prefill", self.asked.tokens, self.asked.past, there - self._read)
+        self._read = there
         chunk = self.worked[-1].chunk if self.worked else 0
         self.worked.append(wire.Worked("first_token", self._since, ended, chunk))
         return ended
@@ -85,11 +92,13 @@ class Answering:
         side, request, connection = self.side, self.request, self.connection
         self.begin()
         question_ids = side.model.tokenize(request.question, closing=self.prefix.closing)
+        self.asked = Pass(len(question_ids), rebuilt.held)
+        before = rebuilt.held + len(question_ids)
         firsts: list[wire.FirstToken] = []
         times: list[float] = []
 
         def on_token(index: int, token: int) -> None:
-            times.append(side.pace.hold("decode") if index else self.end())
+            times.append(side.pace.hold("decode", 1, before + index - 1) if index else self.end())
             if index == 0:
                 firsts.append(wire.FirstToken(id=request.id, token=token, sent_at=times[0]))
                 connection.send(firsts[0])
@@ -100,7 +109,8 @@ class Answering:
         )
         if not firsts:  # nothing but the end of the text: the first token is the empty answer
             on_token(0, 0)
-        done_at = side.pace.hold("decode")
+        most = 0 if request.choices else request.max_new_tokens
+        done_at = side.end_of_answer(len(ids), most, before)
         answer = wire.Answer(
             id=request.id,
             text=side.model.text(ids, request.stop)[:8000],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from testbed.delivery.delivery import SKIP, TEXT, Bytes
 from testbed.endpoints.arrivals import Arrived
-from testbed.endpoints.side import InferenceSide, Prefix
+from testbed.endpoints.side import InferenceSide, Pass, Prefix, held
 from testbed.endpoints.tokens import from_bytes
 from testbed.errors import PayloadError, WireError
 from testbed.models.arriving import ArrivingCache
@@ -31,6 +31,11 @@ class Rebuilt:
     #: positions and window of each layer of the cache that came
     kept: list[tuple[Tensor, int | None]] = field(default_factory=list)
     left_out: int = 0  #: context tokens of which nothing is there
+
+    @property
+    def held(self) -> int:
+        """Tokens that a layer of the past holds."""
+        return self.past.length if isinstance(self.past, ArrivingCache) else held(self.past)
 
     def whole(self) -> KVCache | None:
         """The past, of which all is there."""
@@ -100,8 +105,8 @@ class Parts:
         """What `take` will do."""
         return "prefill" if self._request.levels[arrived.chunk.level] == TEXT else "decode"
 
-    def take(self, arrived: Arrived) -> None:
-        """What has come now. Raises PayloadError, WireError."""
+    def take(self, arrived: Arrived, made: Pass) -> None:
+        """What has come now; `made`: told what pass that took. Raises PayloadError, WireError."""
         chunk, level = arrived.chunk, self._request.levels[arrived.chunk.level]
         if chunk.stop > self._request.tokens:
             raise WireError(f"chunk {chunk.index} is of tokens that the context does not have")
@@ -112,6 +117,7 @@ class Parts:
             model = self._side.model
             ids = from_bytes(arrived.payload, chunk.stop - chunk.start, model.vocabulary)
             before = self._joined([start for start in self._there if start < chunk.start], start)
+            made.tokens, made.past = len(ids), held(self._prefix.cache, before)
             cache = model.prefill(ids, self._side.behind(self._prefix, before)).cache
         else:
             cache = _decode(self._side, [arrived.payload])
@@ -170,3 +176,7 @@ class Layers:
             self._cache.put(index, layer)
             self.rebuilt.kept.append((layer.positions, layer.window))
         self._there = chunk.stop
+
+    def there(self) -> float:
+        """The share of the layers that are there."""
+        return self._there / self._side.model.num_layers

@@ -19,7 +19,7 @@ from testbed.endpoints.assembly import decoded, prefilled
 from testbed.endpoints.partwise import partwise
 from testbed.endpoints.protocol import Compare, Compute, Computed, Examine, Forget, Outcome, Serve
 from testbed.endpoints.sessions import Admission, Served, Session, Sessions
-from testbed.endpoints.side import Handlers, InferenceSide, digest, main, wait_until
+from testbed.endpoints.side import Handlers, InferenceSide, digest, held, main, wait_until
 from testbed.errors import NotFiniteError, PayloadError, SpecError, TestbedError, WireError
 from testbed.transport import wire
 from testbed.transport.transport import Listener, Stream
@@ -177,8 +177,9 @@ class Cloud(InferenceSide):
             if known is not None:
                 served = self._repeat(about, known, received_at)
             elif about.request.placement == "cloud":
-                with about.work("prefill", since=received_at):
+                with about.work("prefill", since=received_at) as made:
                     rebuilt = prefilled(self, about.prefix, payload)
+                    made.tokens, made.past = rebuilt.tokens, held(about.prefix.cache)
                 served = about.answer(rebuilt, received_at)
             else:
                 with about.work("decode", since=received_at):

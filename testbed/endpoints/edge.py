@@ -24,7 +24,7 @@ from testbed.endpoints.protocol import (
     TrialRequest,
     TrialResult,
 )
-from testbed.endpoints.side import Handlers, InferenceSide, Pace, Prefix, main, per_token, wait_until
+from testbed.endpoints.side import Handlers, InferenceSide, Pace, Prefix, held, main, per_token, wait_until
 from testbed.endpoints.spans import Span, behind, billed, in_turn
 from testbed.tasks.task import make_task
 from testbed.transport import wire
@@ -32,7 +32,7 @@ from testbed.transport.transport import Bytes
 
 if TYPE_CHECKING:
     from testbed.codecs.codec import Codec
-    from testbed.codecs.evidence import Evidence
+    from testbed.codecs.evidence import Evidence, Kept
     from testbed.models.prefill import Prefill
     from testbed.tasks.prompt import Prompted
     from testbed.tasks.task import Example
@@ -216,9 +216,10 @@ class Edge(InferenceSide):
             vocabulary=self.model.vocabulary,
             codecs={level: self._codec(level) for level in levels if level not in (TEXT, SKIP)},
             blocks=lambda: blocks_for(self.model, self._needs, prefilled.ids, cache),
-            select=lambda codec, prefill: codec.select(self._evidence(prefilled, codec, prefill)),
+            held=held(cache),
+            select=lambda codec, prefill, pace: self._select(prefilled, codec, prefill, pace),
             knowing=self.model.knowing_ropes,
-            pace=lambda: Pace(self.pace.speed, self.pace.device),
+            pace=self.pace.another,
             stored=prefilled.prefill if stored else None,
             made=made,
         )
@@ -275,7 +276,7 @@ class Edge(InferenceSide):
         started = self.pace.begin()
         ids = self.model.tokenize(context)
         prefill = prefill_for(self.model, self._needs, ids, prefix.cache)
-        took = self.pace.hold() - started
+        took = self.pace.hold("prefill", len(ids), held(prefix.cache)) - started
         self._at_hand = Prefilled((batch, example), own, chosen, prefix, gold, ids, prefill, took)
         return self._at_hand
 
@@ -285,17 +286,30 @@ class Edge(InferenceSide):
         batch = prefilled.batch
         times: list[float] = []
         started = self.pace.begin()
-        past = self.behind(prefilled.prefix, prefilled.prefill.cache)
+        past, question = self.behind(prefilled.prefix, prefilled.prefill.cache), self._question(prefilled)
+        before = held(past)
+
+        def on_token(index: int, token: int) -> None:
+            asked = len(question)
+            times.append(
+                self.pace.hold("decode", 1, before + asked + index - 1)
+                if index
+                else self.pace.hold("prefill", asked, before)
+            )
+
         ids = self.answer(
-            self._question(prefilled),
+            question,
             past,
             batch.max_new_tokens,
             batch.task.stop,
             batch.task.choice_texts(prefilled.example),
-            lambda index, token: times.append(self.pace.hold("decode" if index else "prefill")),
+            on_token,
         )
         text = self.model.text(ids, batch.task.stop)
-        ended = self.pace.hold("decode" if times else "prefill")
+        if not times:  # nothing but the end of the text
+            on_token(0, 0)
+        most = 0 if batch.task.choice_texts(prefilled.example) else batch.max_new_tokens
+        ended = self.end_of_answer(len(ids), most, before + len(question))
         first = times[0] if times else ended
         spans = in_turn(prefill=prefilled.prefill_s, first_token=first - started, generate=ended - first)
         stages = billed(spans)
@@ -328,13 +342,23 @@ class Edge(InferenceSide):
             seed=f"{prefilled.key[0]}/{prefilled.example.id}",
         )
 
+    def _asked(self, prefilled: Prefilled, codec: Codec, pace: Pace) -> float:
+        """The question's pass has been made, where the codec needs one; returns the time."""
+        tokens = len(self._question(prefilled)) if codec.asks else 0
+        return pace.hold("prefill", tokens, held(prefilled.prefix.cache, prefilled.prefill.cache))
+
+    def _select(self, prefilled: Prefilled, codec: Codec, prefill: Prefill, pace: Pace) -> Kept:
+        evidence = self._evidence(prefilled, codec, prefill)
+        self._asked(prefilled, codec, pace)
+        return codec.select(evidence)
+
     def _encode(self, prefilled: Prefilled, codec: Codec) -> Encoded:
         cache = prefilled.prefill.cache
         if codec.undoes_rope:  # known from the model, once for all requests
             cache = self.model.knowing_ropes(cache)
         started = self.pace.begin()
         evidence = self._evidence(prefilled, codec, prefilled.prefill)
-        asked = self.pace.hold()
+        asked = self._asked(prefilled, codec, self.pace)
         kept = codec.select(evidence)
         selected = self.pace.hold("codec")
         pieces = codec.chunks(cache, kept)

@@ -69,7 +69,8 @@ class Context:
     vocabulary: int
     codecs: dict[str, Codec]  #: by level
     blocks: Callable[[], BlockPrefill]
-    select: Callable[[Codec, Prefill], Kept]
+    held: int  #: tokens before it
+    select: Callable[[Codec, Prefill, Pace], Kept]
     knowing: Callable[[KVCache, int], KVCache]
     pace: Callable[[], Pace]
     stored: Prefill | None
@@ -127,14 +128,15 @@ class Feed:
 
     def _prefill_blocks(self) -> None:
         run, pace = self._context.blocks(), self._context.pace()
-        ends = sorted({part.stop for part in self.parts})
+        ends, done = sorted({part.stop for part in self.parts}), 0
         for end in ends:
             with self._turns.turn("prefill"):
                 started = pace.begin()
                 self._made.blocks[end] = run.run(end)
                 if end == ends[-1]:
                     self._made.prefill = run.finish()
-                ended = pace.hold("prefill")
+                ended = pace.hold("prefill", end - done, self._context.held + done)
+            done = end
             self._made.steps.append((end, ended - started))
             self._grow(end, started, ended)
             if self._stopped:
@@ -142,13 +144,13 @@ class Feed:
                 return
 
     def _prefill_layers(self) -> None:
-        pace, layers = self._context.pace(), self._made.layers
+        pace, layers, tokens = self._context.pace(), self._made.layers, len(self._context.ids)
         self._turns.take("prefill")
         started = pace.begin()
 
         def on_layer(index: int, layer: KVLayer) -> None:
             nonlocal started
-            ended = pace.hold("prefill")
+            ended = pace.hold("prefill", tokens, self._context.held, share=1 / self._length)
             layers.append(layer)
             self._made.steps.append((index + 1, ended - started))
             self._grow(index + 1, started, ended)
@@ -212,12 +214,14 @@ class Feed:
         self.stored_s += sum(seconds for _, seconds in self._made.payloads.values())
         self.spans.clear()
 
-    def _work(self, stage: str, index: int, known: float | None, work: Callable[[], T]) -> tuple[T, float]:
+    def _work(
+        self, stage: str, index: int, known: float | None, work: Callable[[Pace], T]
+    ) -> tuple[T, float]:
         """Does something in a turn of its own, and says how long it took; what is known is waited for."""
         with self._turns.turn(stage):
             pace = self._context.pace()
             started = pace.begin()
-            result = work()
+            result = work(pace)
             if known is None:
                 ended = pace.hold("codec")
             else:
@@ -235,10 +239,12 @@ class Feed:
         if level not in made.kept:
             prefill = made.prefill
             assert prefill is not None
-            made.kept[level] = self._work("select", index, None, lambda: self._context.select(codec, prefill))
+            made.kept[level] = self._work(
+                "select", index, None, lambda pace: self._context.select(codec, prefill, pace)
+            )
         elif level not in self._selected and self._within(codec):
             kept, seconds = made.kept[level]
-            self._work("select", index, seconds, lambda: kept)
+            self._work("select", index, seconds, lambda _: kept)
         self._selected.add(level)
         return made.kept[level][0]
 
@@ -246,11 +252,11 @@ class Feed:
         made, kept = self._made, self._select(index, level, codec)
         if (level, part) not in made.payloads:
             made.payloads[level, part] = self._work(
-                "encode", index, None, lambda: codec.encode(self._part(part, kept, codec.undoes_rope))
+                "encode", index, None, lambda _: codec.encode(self._part(part, kept, codec.undoes_rope))
             )
         elif self._within(codec):
             payload, seconds = made.payloads[level, part]
-            self._work("encode", index, seconds, lambda: payload)
+            self._work("encode", index, seconds, lambda _: payload)
         return made.payloads[level, part][0]
 
     def _within(self, codec: Codec) -> bool:

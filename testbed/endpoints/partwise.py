@@ -25,8 +25,8 @@ def _by_tokens(about: Answering, arrivals: Arrivals) -> None:
     """Each part is decoded in a turn of its own; the question is read when all are there."""
     parts = Parts(about.side, about.prefix, about.request)
     for arrived in arrivals:
-        with about.turn(), about.work(parts.stage(arrived), arrived.chunk.index, arrived.at):
-            parts.take(arrived)
+        with about.turn(), about.work(parts.stage(arrived), arrived.chunk.index, arrived.at) as made:
+            parts.take(arrived, made)
         about.payload.append(arrived.payload)
     about.arrived = arrivals.times
     if not about.arrived:
@@ -57,6 +57,7 @@ def _by_layers(about: Answering, arrivals: Arrivals) -> None:
         yield
 
     layers = Layers(about.side, about.prefix, about.request, next_part)
+    about.there = layers.there
     first = next(coming, None)
     if first is None:
         raise WireError("a request without a chunk")

@@ -67,12 +67,12 @@ class Pace:
         self._since = time.monotonic()
         return self._since
 
-    def hold(self, work: Work = "prefill", tokens: int = 0, past: int = 0) -> float:
+    def hold(self, work: Work = "prefill", tokens: int = 0, past: int = 0, share: float = 1.0) -> float:
         """Wait for what the computing since `begin` (or the last `hold`), of that kind, would have taken longer; returns the
         time.
 
-        tokens: of a pass; past: those before it, or before a generated token. A device's times depend on both; it raises
-        SpecError past what was measured there.
+        tokens: of a pass; past: those before it, or before a generated token; share: of the pass that this was. A device's
+        times depend on them; it raises SpecError past what was measured there.
         """
         if self.device is not None and self.device.type == "cuda":
             import torch
@@ -80,7 +80,7 @@ class Pace:
             torch.cuda.synchronize(self.device)
         if self.times is not None:
             if work != "codec":
-                wait_until(self._since + self._replayed(self.times, work, tokens, past))
+                wait_until(self._since + share * self._replayed(self.times, work, tokens, past))
         elif (factor := self.speed.factor(work)) > 1.0:
             computed = time.monotonic() - self._since
             wait_until(self._since + computed * factor)
@@ -130,6 +130,23 @@ def digest(*pieces: bytes | bytearray | memoryview) -> str:
 def per_token(times: Sequence[float]) -> float | None:
     """The mean time of a token behind the first, from when each was known; None where there is none."""
     return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+
+
+@dataclass
+class Pass:
+    """One over so many tokens behind others."""
+
+    tokens: int = 0
+    past: int = 0
+
+
+def held(*caches: KVCache | None) -> int:
+    """Tokens that a layer of these holds, on average."""
+    return sum(
+        round(sum(layer.tokens for layer in cache.layers) / len(cache.layers))
+        for cache in caches
+        if cache is not None
+    )
 
 
 class InferenceSide:
@@ -228,6 +245,14 @@ class InferenceSide:
         best = options[min(range(len(options)), key=nlls.__getitem__)]
         on_token(0, best[0])  # with the choice, all of its tokens are known
         return best
+
+    def end_of_answer(self, tokens: int, most: int, past: int) -> float:
+        """The answer has so many tokens; below `most`, one more pass has found its end. past: tokens before it.
+
+        Returns the time."""
+        if 0 < tokens < most:
+            return self.pace.hold("decode", 1, past + tokens)
+        return self.pace.hold("codec")
 
     def behind(self, prefix: Prefix, cache: KVCache | None) -> KVCache | None:
         """The prefix's cache with `cache` behind it."""

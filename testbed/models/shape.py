@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from testbed.errors import Stopped, UsageError
+from testbed.models import kvcache as _kvcache
 from testbed.models.arriving import Past
 from testbed.models.kvcache import KVCache, KVLayer, seen_from
 from testbed.models.language import LanguageModel
@@ -26,8 +27,27 @@ from testbed.models.shapes import PREFIX, Shape
 #: A word and the space before it, at most six letters of it: about as many tokens as a tokenizer makes of English.
 _TOKEN = re.compile(r" ?\w{1,6}| ?[^\w\s]|\s", re.ASCII)
 #: Stand-in values repeat after so many positions; no two layers of one cache have the same.
-_PERIOD = 509
+_PERIOD, _STEP = 509, 31
 _SEED = 20_250_101
+
+
+class _Row:
+    """Normal values by position, [heads, positions, dim], as many as are asked for: a row that repeats, in which each layer
+    begins a step further on. What is taken of it are views.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+
+    def at(self, layer: int, positions: Tensor) -> Tensor:
+        """A layer's values at those positions, one behind the other."""
+        if not len(positions):
+            return self._values[:, :0]
+        first = int(positions[0]) + _STEP * layer
+        if first + len(positions) > self._values.shape[1]:
+            times = 2 * (first + len(positions)) // _PERIOD + 1
+            self._values = self._values[:, :_PERIOD].repeat(1, times, 1)
+        return self._values[:, first : first + len(positions)]
 
 
 class ShapeModel(LanguageModel):
@@ -36,6 +56,19 @@ class ShapeModel(LanguageModel):
     """
 
     stands_in = True
+
+    @staticmethod
+    def join(*caches: KVCache) -> KVCache:
+        """One behind the other, as long as they are and with their positions. What is joined is only ever read behind, and of
+        a shape nothing reads it: the values are one, over and over, so that a replayed pass waits for no copy of megabytes.
+        """
+        light = [KVCache([_light(layer) for layer in cache.layers], cache.length) for cache in caches]
+        joined = _kvcache.join(*light)
+        for layer, before in zip(joined.layers, caches[0].layers, strict=True):
+            heads, tokens = layer.kv_heads, layer.tokens
+            layer.keys = before.keys.new_zeros(1, 1, 1).expand(heads, tokens, before.keys.shape[2])
+            layer.values = before.values.new_zeros(1, 1, 1).expand(heads, tokens, before.values.shape[2])
+        return joined
 
     def __init__(self, shape: Shape, device: torch.device | None = None) -> None:
         self.name = PREFIX + shape.name
@@ -51,9 +84,8 @@ class ShapeModel(LanguageModel):
             for window in shape.windows
         ]
         numbers = torch.Generator().manual_seed(_SEED)
-        #: Normal values, [heads, positions, dim]: what is cached, and the queries that attend to it.
         self._keys, self._values, self._queries = (
-            torch.randn(heads, _PERIOD, dim, generator=numbers).half().to(self.device)
+            _Row(torch.randn(heads, _PERIOD, dim, generator=numbers).half().to(self.device))
             for heads, dim in (
                 (shape.kv_heads, shape.head_dim),
                 (shape.kv_heads, shape.value_dim),
@@ -64,6 +96,10 @@ class ShapeModel(LanguageModel):
     @property
     def stretches(self) -> bool:
         return False
+
+    @property
+    def vocabulary(self) -> int:
+        return self.shape.vocabulary
 
     def tokenize(self, text: str, start: bool = False, closing: str = "") -> list[int]:
         """As many tokens as words, or pieces of six letters of them, and signs; the same piece has the same id."""
@@ -123,26 +159,21 @@ class ShapeModel(LanguageModel):
         return _Blocks(self, len(ids), past, queries, attention, stop)
 
     def values_at(self, layer: int, positions: Tensor) -> KVLayer:
-        """What a layer caches of those positions."""
+        """What a layer caches of those positions, in memory of its own, as codecs find a model's."""
         window = self.shapes[layer].window
-        return KVLayer(
-            self._at(self._keys, layer, positions),
-            self._at(self._values, layer, positions),
-            positions,
-            window,
+        keys, values = (
+            row.at(layer, positions).clone(memory_format=torch.contiguous_format)
+            for row in (self._keys, self._values)
         )
+        return KVLayer(keys, values, positions, window)
 
     def queries_at(self, layer: int, positions: Tensor) -> Tensor:
         """A layer's queries of those positions, [heads, n, head_dim]."""
-        return self._at(self._queries, layer, positions)
+        return self._queries.at(layer, positions)
 
     def paid_at(self, layer: int, positions: Tensor) -> Tensor:
         """Attention that those positions are paid, float32 [kv_heads, n]: some positive number each."""
-        return self._at(self._keys, layer, positions)[..., 0].float().exp()
-
-    def _at(self, values: Tensor, layer: int, positions: Tensor) -> Tensor:
-        """A layer's values at those positions: the layer turns the row of values by a step of its own."""
-        return values[:, (positions + 31 * layer) % _PERIOD]
+        return self._keys.at(layer, positions)[..., 0].float().exp()
 
     def _check_length(self, past: Past | None, new: int) -> int:
         length = past.length if past is not None else 0
@@ -225,7 +256,7 @@ class _Blocks(BlockPrefill):
         cache = seen_from(whole, whole.length)
         for index, layer in enumerate(cache.layers):
             if on_layer is not None:
-                on_layer(index, layer.clone())
+                on_layer(index, layer)
         last = self._positions[len(self._positions) - self._queries :]
         asked = [model.queries_at(index, last) for index in layers] if self._queries else []
         paid = [model.paid_at(index, self._positions) for index in layers] if self._attention else None
@@ -242,6 +273,11 @@ class _Blocks(BlockPrefill):
         _wait_for(self._past)
         if self._stop is not None and self._stop():
             raise Stopped("the prefill was given up")
+
+
+def _light(layer: KVLayer) -> KVLayer:
+    """The layer with keys and values of no elements."""
+    return replace(layer, keys=layer.keys[..., :0], values=layer.values[..., :0])
 
 
 def _wait_for(past: Past | None) -> None:

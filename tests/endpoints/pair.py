@@ -12,6 +12,7 @@ from testbed.endpoints.endpoint import Endpoint
 from testbed.endpoints.loopback import Loopback
 from testbed.endpoints.protocol import FullCache, Link, Outcome, TrialRequest, TrialResult
 from testbed.hosts.local import Local
+from testbed.speed.times import DeviceTimes
 from testbed.speed.words import Speed
 
 CODECS = (
@@ -45,17 +46,19 @@ class Pair:
         self,
         edge: Endpoint | Within,
         cloud: Endpoint | Within,
-        model: Path,
+        model: Path | str,
         task: str = "needle",
         slowdown: dict[str, float] | None = None,
         device: str = "cpu",
         dtype: str = "auto",
+        times: DeviceTimes | None = None,
     ) -> None:
         self.edge, self.cloud = edge, cloud
         self.loaded = []
         for side in dict.fromkeys((edge, cloud)):
             factor = (slowdown or {}).get(side.role, 1.0)
-            message = protocol.Load(str(model), device, dtype, threads=1, speed=Speed(factor, factor))
+            speed = Speed(factor, factor)
+            message = protocol.Load(str(model), device, dtype, threads=1, speed=speed, times=times)
             self.loaded.append(side.call(message, 120))
         about = {"count": 3, "context_tokens": 300, "codecs": CODECS, "max_new_tokens": 8}
         prepared = edge.call(protocol.Prepare(task, **about), 60)  # type: ignore[arg-type]
@@ -77,7 +80,8 @@ class Pair:
     def reference(self, example: int = 1, client: str = "") -> FullCache:
         """The single machine's answer; from now on outcomes of the client are compared with it."""
         full = self.edge.call(protocol.Reference(0, example), 60)
-        self.cloud.call(protocol.Compare(full.distributions, full.vocabulary, client), 60)
+        if full.vocabulary:
+            self.cloud.call(protocol.Compare(full.distributions, full.vocabulary, client), 60)
         return full
 
     def outcome(self, request: TrialResult | int, example: int = 1, client: str = "") -> Outcome:
@@ -93,6 +97,6 @@ def started(directory: Path, model: Path, task: str = "needle", **slowdown: floa
         yield Pair(*sides, model, task, slowdown)
 
 
-def in_this_process(model: Path, **about: Any) -> Pair:
+def in_this_process(model: Path | str, **about: Any) -> Pair:
     both = Within()
     return Pair(both, both, model, **about)

@@ -14,7 +14,7 @@ from testbed.codecs.spec import parse
 from testbed.deadline import Deadline
 from testbed.errors import LateError, Stopped, UsageError
 from testbed.models.arriving import ArrivingCache
-from testbed.models.kvcache import seen_from
+from testbed.models.kvcache import join, seen_from
 from testbed.models.loading import load_model
 from testbed.models.shape import ShapeModel
 from testbed.models.shapes import SHAPES, Shape, find_shape
@@ -76,7 +76,7 @@ def test_a_context_in_blocks_is_the_context_at_once(
     past, ids = model.prefill(range(behind), None).cache, range(first + second)
     whole = model.prefill(ids, past, queries=queries, attention=True)
     blocks = model.blocks(ids, past, queries=queries, attention=True)
-    parts = model.join(blocks.run(first), blocks.run(first + second))
+    parts = join(blocks.run(first), blocks.run(first + second))
     finished = blocks.finish()
     for cache in (seen_from(parts, parts.length), finished.cache):
         assert cache.length == whole.cache.length
@@ -85,6 +85,17 @@ def test_a_context_in_blocks_is_the_context_at_once(
             assert torch.equal(mine.positions, theirs.positions)
     for mine, theirs in ((finished.queries, whole.queries), (finished.attention, whole.attention)):
         assert all(torch.equal(a, b) for a, b in zip(mine or [], theirs or [], strict=True))
+
+
+def test_what_is_joined_has_its_tokens_and_positions_and_no_memory_of_its_own(model: ShapeModel) -> None:
+    parts = [model.prefill(range(30), None).cache]
+    kept = model.prefill(range(50), parts[0]).cache.select([torch.arange(3)] * model.num_layers)
+    joined, whole = model.join(*parts, kept), join(*parts, kept)
+    assert (joined.length, joined.nbytes) == (whole.length, whole.nbytes)
+    for mine, theirs in zip(joined.layers, whole.layers, strict=True):
+        assert mine.keys.shape == theirs.keys.shape and mine.values.shape == theirs.values.shape
+        assert torch.equal(mine.positions, theirs.positions)
+        assert mine.keys.untyped_storage().nbytes() == 2
 
 
 def test_a_prefill_is_given_up_where_asked_and_a_layer_that_has_not_come_is_waited_for() -> None:
