@@ -24,10 +24,10 @@ IDS = [3 + 7 * i % 300 for i in range(BEFORE + TOKENS)]
 PREFIX, CONTEXT, QUESTION = IDS[:BEFORE], IDS[BEFORE:], [5, 40, 77]
 SIZES = [1, 7, 16, 64]
 #: How far an element may be from the one of a prefill at once: units in the last place of a 16-bit float as large as the
-#: largest of its key or value. A token by itself is multiplied by other loops than tokens together, and attention adds up in
-#: another order where fewer queries come at a time: both differ in float32's last bits, which now and then carry a value
-#: across a 16-bit rounding, and later layers enlarge that. Measured on these models: 2.8 (and 4.4 on SmolLM2, 1,024 tokens)
-#: in 16 bits, 0.006 where the cache is held in float32.
+#: largest of its key or value. Fewer than four tokens are multiplied by other loops than more, and attention adds up in an
+#: order that depends on how many keys there are, masked ones included: both differ in float32's last bits, which now and then
+#: carry a value across a 16-bit rounding, and later layers enlarge that. Measured on these models: 2.8 in 16 bits (5.5 on
+#: SmolLM2), 0.006 where the cache is held in float32.
 NEAR = {torch.float16: 8.0, torch.float32: 0.03}
 
 
