@@ -112,6 +112,18 @@ def test_a_reused_answer_meets_the_outage_that_a_computed_one_met(
         assert reused["trace_s"] - computed["trace_s"] > computed["e2e_s"] > 3
 
 
+def test_examples_are_spread_over_a_trace_of_which_every_setting_meets_the_same_stretch(
+    scenario: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "steps.csv").write_text("time_s,rate_mbps\n0,20\n4,30\n")
+    traced = {"profiles": ["delay=2ms,trace:steps.csv"], "placements": ["split", "cloud"], "codecs": ["int8"]}
+    done = run(str(scenario), "--out", str(out), **traced, at="example", examples=2)
+    assert done.status == 0, done.errors
+    begun = [int(row["trace_s"]) for row in rows(out)]
+    assert begun == [0, 0, 4, 4]  # its last value holds as long as the one before
+
+
 def test_a_failed_trial_leaves_no_times_and_no_counts(scenario: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     profiles = ["rate=20mbit,delay=5ms,outage:6s@0s"]

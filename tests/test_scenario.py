@@ -369,6 +369,7 @@ def test_a_seed_is_a_number_that_every_process_can_take() -> None:
         ({"traffic": [{"from": "cloud", "to": "edge", "kind": "tcp"}]}, [True, True]),
         ({"profiles": ["5g-mid", "delay=5ms,sine:10mbit..30mbit*2s"]}, [False, True]),
         ({"profiles": ["5g-mid", "delay=5ms,sine:10mbit..30mbit*2s"], "at": "run"}, [True, True]),
+        ({"profiles": ["5g-mid", "delay=5ms,sine:10mbit..30mbit*2s"], "at": "example"}, [False, True]),
     ],
 )
 def test_what_is_taken_over_is_waited_for_where_time_matters(

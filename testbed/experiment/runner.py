@@ -211,17 +211,24 @@ class Runner:
         gate.open(self.accept_uncalibrated)
         return gate
 
-    def _apply(self, profile: Profile, restart: bool = False) -> None:
+    def _apply(self, profile: Profile, restart: bool = False, since_s: float = 0.0) -> None:
+        """Puts the link under a profile; `restart`: its traces begin now, or are so many seconds old."""
         if restart or profile != self._current:
             network = self.session.network
             network.settle(self.plan.link)
-            self._origin = time.monotonic() if restart else self._origin
+            self._origin = time.monotonic() - since_s if restart else self._origin
             network.apply(self.plan.link, profile, self._origin)
             self._current = profile
 
-    def _align(self, profile: Profile) -> float | None:
+    def _align(self, trial: Trial) -> float | None:
         """Puts the link under a trial's profile; how far its traces, which begin with the trial or the run, have come."""
-        self._apply(profile, restart=profile.changes and self.scenario.at == "trial")
+        profile, at = trial.cell.profile, self.scenario.at
+        since_s = 0.0
+        if at == "example" and profile.changes:
+            number = trial.number + trial.repeat * self.scenario.examples_of(trial.cell.task)
+            asked = self.scenario.examples_of(trial.cell.task) * self.scenario.repeats
+            since_s = profile.length_s * number / asked
+        self._apply(profile, restart=profile.changes and at != "run", since_s=since_s)
         return time.monotonic() - self._origin if profile.changes else None
 
     def _make_trials(self) -> None:
@@ -294,7 +301,7 @@ class Runner:
                 kl = None if reference.nll is None else 0.0
                 outcome = Outcome(reference.context_tokens, reference.nll, kl)
             else:
-                row.trace_s = self._align(profile)
+                row.trace_s = self._align(trial)
                 with self.session.account.trial(profile.name) as warnings:
                     result = self.session.pair.trial(trial)
                 outcome = self.session.pair.outcome(result.request, trial.gold)

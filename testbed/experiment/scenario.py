@@ -187,7 +187,8 @@ class Scenario(BaseModel):
         10  #: of each task that has no number of its own
     )
     repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
-    at: Literal["trial", "run"] = "trial"  #: when traces begin: with each trial, or once with the first
+    #: when traces begin: with each trial; once, with the first; or with each trial, where its example's turn is
+    at: Literal["trial", "run", "example"] = "trial"
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     #: None: what the task says its answers need
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None

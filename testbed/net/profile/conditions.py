@@ -301,6 +301,12 @@ class Profile:
         """Whether a trace is in force on one of the ways."""
         return self.up.trace is not None or self.down.trace is not None
 
+    @property
+    def length_s(self) -> float:
+        """How long the longest of its traces is; 0: nothing changes. Raises SpecError where one is missing or wrong."""
+        schedules = [direction.schedule(way, 0.0) for way, direction in self.ways.items()]
+        return max((schedule.length_s for schedule in schedules if schedule is not None), default=0.0)
+
     def remarks(self) -> list[str]:
         """What is to be seen of its traces before they are used (`Trace.remarks`), once where both ways have the same."""
         remarks = []
