@@ -19,6 +19,7 @@ from testbed.experiment.estimate import Estimator
 from testbed.experiment.plan import load_plan, make_plan
 from testbed.experiment.scenario import Plan
 from testbed.kinds import Time
+from tests.test_scenario import diagnosed
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,13 @@ def plan(**changes: object) -> Plan:
     return make_plan({**settings, "placements": ["split", "cloud", "edge"], **changes}, "t.yaml")
 
 
-@pytest.mark.parametrize("text", [*DELIVERIES, "reversed", "reversed(by=3)"])
+#: Of those that do not stand by their name alone.
+WRITTEN = {"adaptive": "adaptive(levels=[int8, text])"}
+
+
+@pytest.mark.parametrize(
+    "text", [*(WRITTEN.get(name, name) for name in DELIVERIES), "reversed", "reversed(by=3)"]
+)
 def test_what_is_received_is_the_payload_that_was_sent(text: str) -> None:
     delivery = parse(text)
 
@@ -189,3 +196,32 @@ def test_a_delivery_that_yaml_has_split_is_told(tmp_path: Path, written: str, sa
 def test_parentheses_that_do_not_match_on_the_command_line_are_told(text: str, says: str) -> None:
     with pytest.raises(SpecError, match=f"--set delivery: {says}"):
         load_plan("quick", assignments=[f"delivery={text}"])
+
+
+def test_an_adaptive_delivery_has_one_cell_for_all_codecs_named_by_its_best() -> None:
+    adaptive = "adaptive(levels=[text, int4, q2c@0.25+int8, skip], deadline=2s)"
+    made = plan(delivery=["whole", adaptive, "adaptive(levels=[text])"], profiles=["lte"])
+    cells = [(c.codec_text, str(c.delivery)) for c in made.cells(0, 256) if c.placement == "split"]
+    assert cells == [
+        ("fp16", "whole"),
+        ("int4", adaptive),
+        ("", "adaptive(levels=[text])"),
+        ("int8", "whole"),
+    ]
+    assert [str(codec) for codec in made.codecs] == ["fp16", "int8", "int4", "q2c@0.25+int8"]
+    alone = plan(delivery=[adaptive], codecs=["int8"], profiles=["lte"])
+    assert alone.cells(0, 256)[0].identity(alone) == made.cells(0, 256)[1].identity(made)
+
+
+def test_what_a_levels_codec_refers_to_is_written_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TESTBED_CACHE", str(tmp_path))
+    diagnosed(tmp_path, "K3")
+    made = plan(delivery=["adaptive(levels=[mixed, text])"])
+    assert [str(delivery) for delivery in made.scenario.delivery] == [
+        "adaptive(levels=[mixed(protect=K3), text])"
+    ]
+    assert made.asked == {"mixed(protect=K3)": "mixed"}
+    with pytest.raises(SpecError, match=r"t\.yaml: delivery: .*listed twice"):
+        plan(delivery=["adaptive(levels=[mixed, text])", "adaptive(levels=[mixed(protect=K3), text])"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from testbed.codecs.spec import CodecSpec
 from testbed.codecs.spec import parse as parse_codec
 from testbed.delivery.delivery import SKIP, TEXT, Part, Pipelined, cut
 from testbed.delivery.policies.policy import Policy
@@ -59,6 +60,18 @@ class Adaptive(Pipelined):
         if codec.unfit:
             raise SpecError(f"{self.name}: level {clip(text)}: {codec.unfit}")
         return str(codec)
+
+    @property
+    def codecs(self) -> tuple[CodecSpec, ...]:
+        return tuple(parse_codec(level) for level in self.levels if level not in (TEXT, SKIP))
+
+    def codec_of(self, codec: CodecSpec) -> CodecSpec | None:
+        """The best of its own, whatever the scenario lists."""
+        return next(iter(self.codecs), None)
+
+    def bound(self, model: str) -> Adaptive:
+        bound = {str(codec): str(codec.bound(model)) for codec in self.codecs}
+        return replace(self, levels=tuple(bound.get(level, level) for level in self.levels))
 
     def ladder(self, codec: str) -> tuple[str, ...]:
         """Its own levels, whatever the codec."""

@@ -9,14 +9,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from testbed import kinds
+
+if TYPE_CHECKING:
+    from testbed.codecs.spec import CodecSpec
 
 #: By the name that scenarios and rows have.
 DELIVERIES = {
     "whole": "testbed.delivery.whole:Whole",
     "stream": "testbed.delivery.stream:Stream",
+    "adaptive": "testbed.delivery.adaptive:Adaptive",
 }
 
 #: What a text crosses by, and a cache where nobody says otherwise.
@@ -39,6 +43,19 @@ class Part(NamedTuple):
 @dataclass(frozen=True)
 class Delivery(kinds.Kind):
     """Base of all deliveries."""
+
+    @property
+    def codecs(self) -> tuple[CodecSpec, ...]:
+        """Those that it brings itself."""
+        return ()
+
+    def codec_of(self, codec: CodecSpec) -> CodecSpec | None:
+        """What names its cells where the scenario lists that codec; None: no cache crosses."""
+        return codec
+
+    def bound(self, model: str) -> Delivery:
+        """The delivery that stands by itself: what its codecs refer to is written out. Raises SpecError."""
+        return self
 
     def send(self, pieces: Iterable[Bytes]) -> Iterable[Bytes]:
         """At the edge: of the pieces as a codec makes them, the chunks that are to cross. Each is sent before the next is asked

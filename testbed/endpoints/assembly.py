@@ -130,8 +130,8 @@ class Parts:
         end = self._begin + self._request.tokens
         whole = self._joined(list(self._there), end)
         left_out = max(0, self._request.tokens - self._covered)
-        if whole is None:
-            raise PayloadError("nothing of the context is there")
+        if whole is None:  # all was left out
+            return Rebuilt(self._side.behind(self._prefix, None), 0, [], left_out)
         return _rebuilt(self._side, self._prefix, whole, left_out)
 
     def _joined(self, starts: list[int], length: int) -> KVCache | None:

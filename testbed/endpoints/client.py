@@ -74,6 +74,8 @@ class Client:
         started = time.monotonic()
 
         def converse(connection: Stream, exchange: _Exchange, deadline: Deadline) -> None:
+            feed.begin(started, connection.delay_s)
+            connection.hold_back(feed.asks_receipts)
             exchange.sent_at = connection.send(request, deadline=deadline)
             listening = _Thread(lambda: _listen(connection, exchange, request.id, deadline, feed), feed)
             sending = _Thread(lambda: _send(connection, exchange, request.id, feed, deadline), feed)
@@ -86,6 +88,7 @@ class Client:
             finally:
                 for thread in (sending, listening):
                     thread.join()
+                connection.hold_back(False)
             for thread in (
                 listening,
                 sending,
@@ -131,7 +134,10 @@ class Client:
         kept = self._kept.get((link.name, link.transport))
         if kept is not None:
             return kept, False
-        return transport.connect(link.address, link.port, link.congestion, link.timeout), True
+        began = time.monotonic()
+        connection = transport.connect(link.address, link.port, link.congestion, link.timeout)
+        connection.delay_s = (time.monotonic() - began) / 2
+        return connection, True
 
 
 class _Thread(threading.Thread):
@@ -159,6 +165,7 @@ def _send(connection: Stream, exchange: _Exchange, id: int, feed: Feed, deadline
         started = connection.send(header, chunk.payload, deadline)
         sent = Span("transmit", started, started, count, LINK, feed.levels[chunk.level], len(chunk.payload))
         exchange.sent.append(sent)
+        feed.handed(count, started, len(chunk.payload))
         count, length = count + 1, length + len(chunk.payload)
     connection.send(wire.End(id, count, length), deadline=deadline)
 
@@ -175,7 +182,7 @@ def _listen(
         if isinstance(header, wire.Failure):
             raise EndpointError(f"the cloud: {header.message}")
         if header.id == id and isinstance(header, wire.Receipt) and feed is not None:
-            feed.arrived(header.index, received.at)
+            feed.arrived(header.index, min(header.at, received.at))
         elif header.id == id and isinstance(header, wire.Enough) and feed is not None:
             feed.stop()
         elif header.id == id and isinstance(header, wire.FirstToken) and exchange.first is None:

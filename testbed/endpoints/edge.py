@@ -11,7 +11,9 @@ from msgspec import structs
 
 from testbed.codecs import spec
 from testbed.codecs.evidence import Needs, blocks_for, gather, prefill_for
+from testbed.delivery.adaptive import Adaptive
 from testbed.delivery.delivery import SKIP, TEXT, Pipelined, parse
+from testbed.endpoints.choosing import AdaptiveFeed, Experience, Outlook
 from testbed.endpoints.client import REBUILDS, Answered, Client
 from testbed.endpoints.feed import Context, Feed, Made, run_lengths
 from testbed.endpoints.protocol import (
@@ -93,6 +95,7 @@ class Edge(InferenceSide):
         self._codecs: dict[str, Codec] = {}
         self._needs = Needs()
         self._request = 0
+        self._experience: Experience | None = None
 
     def handlers(self) -> Handlers:
         """What this side does for the orchestrator, by message."""
@@ -223,16 +226,23 @@ class Edge(InferenceSide):
             stored=prefilled.prefill if stored else None,
             made=made,
         )
-        feed = Feed(context, delivery, levels)
+        feed = self._feed_of(context, delivery, levels, prefilled, message)
         if stored:
             feed.store()
         request = self._request_for(prefilled, message, 0, levels)
+        request = structs.replace(request, receipts=feed.asks_receipts)
         answered = self._client.feed(request, feed, message.link)
-        result = self._result(
-            prefilled, message, answered, [*feed.spans, *answered.spans], sorted(feed.reused)
-        )
+        done = max(span.end for span in answered.spans)
+        here = [span._replace(end=min(span.end, done)) for span in feed.spans if span.start < done]
+        spans = [*here, *answered.spans]
+        if self._experience is not None:
+            self._experience.learn(feed.parts, feed.sent, spans)
+        result = self._result(prefilled, message, answered, spans, sorted(feed.reused))
+        deadline_s = delivery.deadline if isinstance(delivery, Adaptive) else None
         return structs.replace(
             result,
+            deadline_s=deadline_s,
+            met=None if deadline_s is None else result.e2e_s - result.stages.generate_s <= deadline_s,
             replayed=bool(feed.reused),
             payload_bytes=feed.payload_bytes,
             shared_bytes=max((codec.spec.shared_bytes for codec in context.codecs.values()), default=0),
@@ -242,6 +252,23 @@ class Edge(InferenceSide):
             store_prefill_s=prefilled.prefill_s if stored else 0.0,
             store_encode_s=feed.stored_s,
         )
+
+    def _feed_of(
+        self,
+        context: Context,
+        delivery: Pipelined,
+        levels: tuple[str, ...],
+        prefilled: Prefilled,
+        message: TrialRequest,
+    ) -> Feed:
+        """The parts, and who chooses their levels."""
+        if not isinstance(delivery, Adaptive):
+            return Feed(context, delivery, levels)
+        token_s = prefilled.prefill_s / len(prefilled.ids)
+        if self._experience is None:
+            self._experience = Experience(token_s / self.pace.speed.factor("prefill"))
+        shapes = [(s.kv_heads, s.head_dim, s.value_dim, s.window) for s in self.model.shapes]
+        return AdaptiveFeed(context, delivery, Outlook(shapes, token_s, self._experience, message.rate))
 
     def _cloud(self, message: TrialRequest) -> TrialResult:
         """The context's text crosses, the cloud does the rest."""

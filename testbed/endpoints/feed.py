@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from testbed.delivery.delivery import SKIP, TEXT, Bytes, Part, Pipelined
 from testbed.endpoints.side import Pace, wait_until
@@ -78,7 +78,12 @@ class Context:
 
 
 class Feed:
-    """One request's. `spans`: what was done for it here, on the monotonic clock; `reused`: stages that were waited for."""
+    """One request's. `spans`: what was done for it here, on the monotonic clock; `reused`: stages that were waited for.
+
+    asks_receipts: what it sends next depends on what arrived, and it is asked for a chunk only once the link is about to want it.
+    """
+
+    asks_receipts: ClassVar[bool] = False
 
     def __init__(self, context: Context, delivery: Pipelined, levels: tuple[str, ...]) -> None:
         self.levels, self.parts = levels, delivery.parts(len(context.ids), context.num_layers)
@@ -98,8 +103,14 @@ class Feed:
         self._there = self._length if context.stored is not None else 0
         self._stopped = False
 
+    def begin(self, at: float, delay_s: float) -> None:
+        """The request began at that time (monotonic seconds), on a connection of that one-way delay."""
+
+    def handed(self, index: int, at: float, size: int) -> None:
+        """A chunk of so many bytes has been handed over, beginning at that time."""
+
     def arrived(self, index: int, at: float) -> None:
-        """The cloud has a chunk."""
+        """The cloud has had a chunk since that time."""
 
     def stop(self) -> None:
         """No further chunk is wanted."""
@@ -121,6 +132,8 @@ class Feed:
     def _replay_prefill(self) -> None:
         self.reused.add("prefill")
         for there, seconds in self._made.steps:
+            if self._stopped:
+                return
             with self._turns.turn("prefill"):
                 started = time.monotonic()
                 wait_until(started + seconds)
@@ -129,6 +142,7 @@ class Feed:
     def _prefill_blocks(self) -> None:
         run, pace = self._context.blocks(), self._context.pace()
         ends, done = sorted({part.stop for part in self.parts}), 0
+        self._made.steps.clear()  # of one that was not whole
         for end in ends:
             with self._turns.turn("prefill"):
                 started = pace.begin()
@@ -140,7 +154,6 @@ class Feed:
             self._made.steps.append((end, ended - started))
             self._grow(end, started, ended)
             if self._stopped:
-                self._made.prefill = None  # it is not whole
                 return
 
     def _prefill_layers(self) -> None:

@@ -255,6 +255,8 @@ class TrialResult(Part):
     chunks: Count | None = None  #: of a delivery in parts
     levels: str = ""  #: as what they were sent
     tokens_left_out: Count | None = None
+    deadline_s: Seconds | None = None  #: of the first token
+    met: bool | None = None
     store_prefill_s: Seconds = 0.0  #: making what was stored
     store_encode_s: Seconds = 0.0
 
@@ -267,7 +269,8 @@ class TrialResult(Part):
 
 class TrialRequest(Message[TrialResult], tag="trial"):
     """Make a trial of an example of a batch. codec: its canonical text; `split` placement alone has one. delivery: of what
-    crosses, its canonical text. link: all but `edge`."""
+    crosses, its canonical text. link: all but `edge`. rate: the link's, for who may know it: (monotonic seconds, bits per second
+    from then on; None: not limited)."""
 
     placement: Literal["split", "store", "cloud", "edge"]
     batch: Count
@@ -278,6 +281,7 @@ class TrialRequest(Message[TrialResult], tag="trial"):
     codec: str = ""
     delivery: str = WHOLE
     link: Link | None = None
+    rate: tuple[tuple[float, float | None], ...] = ()
 
 
 class Outcome(Part):

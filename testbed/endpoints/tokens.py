@@ -13,6 +13,11 @@ def _number(vocabulary: int) -> np.dtype[np.unsignedinteger]:
     return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
 
 
+def token_bytes(vocabulary: int) -> int:
+    """Of one token's number."""
+    return _number(vocabulary).itemsize
+
+
 def to_bytes(ids: Sequence[int], vocabulary: int) -> bytes:
     """Token ids of a vocabulary of that size as they cross: two bytes each, four where it is larger than 65,536."""
     return np.asarray(ids, dtype=_number(vocabulary)).tobytes()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from msgspec import structs
 
+from testbed.delivery.adaptive import Adaptive
 from testbed.endpoints import protocol
 from testbed.endpoints.endpoint import CALL_S, Endpoint
 from testbed.endpoints.protocol import Computed, FullCache, Link, Loaded, Message, Outcome, TrialResult
 from testbed.errors import EndpointError
-from testbed.experiment.scenario import Plan
+from testbed.experiment.scenario import Cell, Plan
 from testbed.experiment.trial import Trial
+from testbed.net.profile.future import future
 
 #: What calls may take: loading, or preparing, of large models; what computes for one example or trial, its request's timeout
 #: aside; what only hands something over. An endpoint that has died, or been stopped, is noticed at once.
@@ -90,7 +94,7 @@ class Pair:
                 count=self.scenario.examples_of(task),
                 context_tokens=context_tokens,
                 seed=self.scenario.seed,
-                codecs=tuple(map(str, self.scenario.codecs)),
+                codecs=tuple(map(str, self.plan.codecs)),
                 max_new_tokens=self.scenario.max_new_tokens,
                 prompt=str(self.plan.prompt),
             )
@@ -123,8 +127,9 @@ class Pair:
             self._call(self.cloud, protocol.Compare(reference.distributions, reference.vocabulary), _SHORT_S)
         return reference
 
-    def trial(self, trial: Trial) -> TrialResult:
-        """A trial; across the link, where its placement crosses one, as it is now."""
+    def trial(self, trial: Trial, origin: float = 0.0) -> TrialResult:
+        """A trial; across the link, where its placement crosses one, as it is now. origin: when its traces began, monotonic
+        seconds."""
         cell = trial.cell
         link = self._links.get(str(cell.transport))
         message = protocol.TrialRequest(
@@ -137,8 +142,17 @@ class Pair:
             codec=cell.codec_text,
             delivery=str(cell.delivery),
             link=structs.replace(link, name=cell.profile.text()) if link else None,
+            rate=self._future(cell, origin),
         )
         return self._call(self.edge, message, CALL_S + self.scenario.timeout)
+
+    def _future(self, cell: Cell, origin: float) -> tuple[tuple[float, float | None], ...]:
+        """The rate to come of the swept link's way up, where the delivery's policy may know it."""
+        if not (isinstance(cell.delivery, Adaptive) and cell.delivery.policy.foresees):
+            return ()
+        now = time.monotonic()
+        steps = future(cell.profile, "up", now - origin, self.scenario.timeout)
+        return tuple((now + at, None if rate == math.inf else rate) for at, rate in steps)
 
     def outcome(self, request: int, gold: str) -> Outcome:
         """What the cloud's cache of a request says of the gold answer, measured outside the request's time."""

@@ -235,7 +235,13 @@ def _bound(scenario: Scenario, place: str) -> tuple[Scenario, dict[str, str]]:
         codecs.append(bound)
         if spec.refers:
             asked[str(bound)] = str(spec)
-    return scenario.model_copy(update={"codecs": codecs}), asked
+    deliveries = []
+    for delivery in scenario.delivery:
+        bound = _at(f"{place}: delivery", lambda d=delivery: d.bound(find_model(scenario.model).name))
+        deliveries.append(bound)
+        for here, there in zip(delivery.codecs, bound.codecs, strict=True):
+            asked |= {str(there): str(here)} if here.refers else {}
+    return scenario.model_copy(update={"codecs": codecs, "delivery": deliveries}), asked
 
 
 def _check_decoding(scenario: Scenario, place: str) -> None:

@@ -303,7 +303,7 @@ class Runner:
             else:
                 row.trace_s = self._align(trial)
                 with self.session.account.trial(profile.name) as warnings:
-                    result = self.session.pair.trial(trial)
+                    result = self.session.pair.trial(trial, self._origin)
                 outcome = self.session.pair.outcome(result.request, trial.gold)
         except EndpointError as error:
             if not self.session.pair.alive:

@@ -358,7 +358,10 @@ class Plan:
         transports next, so that what they share is made once, and a slow drift of the machine touches all links alike."""
         cells = []
         for placement in self.scenario.placements:
-            caches = itertools.product(self.scenario.codecs, self.scenario.delivery)
+            caches = dict.fromkeys(
+                (delivery.codec_of(codec), delivery)
+                for codec, delivery in itertools.product(self.scenario.codecs, self.scenario.delivery)
+            )
             transports = self.scenario.transport[:1] if placement == "edge" else self.scenario.transport
             for codec, delivery in caches if placement in SENDING else [(None, Whole())]:
                 cells += [
@@ -367,6 +370,12 @@ class Plan:
                     for profile in self.profiles
                 ]
         return cells
+
+    @property
+    def codecs(self) -> list[CodecSpec]:
+        """All that a cache may cross as, those among deliveries' levels included."""
+        levels = (codec for delivery in self.scenario.delivery for codec in delivery.codecs)
+        return list(dict.fromkeys((*self.scenario.codecs, *levels)))
 
     @property
     def trials(self) -> int:

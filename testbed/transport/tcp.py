@@ -21,6 +21,7 @@ _TIMESTAMPS = 1  #: TCPI_OPT_TIMESTAMPS
 #: Of a segment, in front of its data: Ethernet, IPv4 and TCP; and TCP's timestamps, where both sides have them.
 _HEADERS, _TIMESTAMP_OPTION = 14 + 20 + 20, 12
 _PIECE = 1 << 20
+_UNSENT = 1 << 16  # bytes that the kernel takes ahead of what the congestion window lets out
 _MOST_PIECES = 1024  #: IOV_MAX
 _CONGESTION = re.compile(r"[a-z0-9_-]{1,15}")  # TCP_CA_NAME_MAX
 _GIVE_UP = struct.pack("ii", 1, 0)  # struct linger: at once, with a reset (socket(7))
@@ -35,6 +36,11 @@ class TcpStream(Stream):
         self._out = sock.dup()  # whose timeout is the sending thread's own
         self._stats = Stats(0, 0, 0, "")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def hold_back(self, on: bool) -> None:
+        """By TCP_NOTSENT_LOWAT, tcp(7)."""
+        with contextlib.suppress(OSError):  # where it is closed
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT if on else 0)
 
     def write(self, pieces: Sequence[memoryview], deadline: Deadline) -> None:
         """The first call carries headers and payload together, so that no header travels in a segment of its own."""

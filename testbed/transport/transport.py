@@ -59,6 +59,12 @@ class Stream(ABC):
         self.engaged = False  #: whether its header has come, whose context or answer is due
         self._sending = threading.Lock()
 
+    delay_s: float = 0.0  #: one way, by what opening it took
+
+    def hold_back(self, on: bool) -> None:  # noqa: B027
+        """Whether `send` waits until the link is about to want more: what is sent next is then decided late. Where a transport
+        cannot tell, it changes nothing."""
+
     def send(self, header: wire.Header, payload: Bytes = b"", deadline: Deadline | None = None) -> float:
         """Send a frame from where it lies; returns when its first byte was handed over (monotonic seconds).
 

@@ -1,0 +1,163 @@
+"""A feed whose chunks' levels are chosen one by one, by what is known of the link and of the cloud when each is due."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from typing import TYPE_CHECKING
+
+from testbed.codecs.layout import expected_bytes
+from testbed.delivery.adaptive import Adaptive
+from testbed.delivery.delivery import SKIP, TEXT, Part
+from testbed.delivery.policies.policy import Arrival, Rung, Sent, Situation
+from testbed.endpoints.feed import Chunk, Context, Feed
+from testbed.endpoints.spans import CLOUD, EDGE, Span
+from testbed.endpoints.tokens import token_bytes
+
+if TYPE_CHECKING:
+    from testbed.codecs.codec import Codec
+
+#: Of an IP packet's bytes, which rates count, those that carry data: 1448 in 1500, with TCP's timestamps.
+_GOODPUT = 1448 / 1500
+
+
+@dataclass
+class Experience:
+    """How long things took of late, in seconds a token; what was never done takes no time."""
+
+    text_s: float  #: prefilled by the cloud; before it has told, as this host would prefill it
+    encode_s: dict[str, float] = field(default_factory=dict)  #: by level
+    decode_s: dict[str, float] = field(default_factory=dict)
+    rest_s: float = (
+        0.0  #: of a request, in seconds: from when its last chunk is rebuilt to its first token at the edge
+    )
+
+    def learn(self, parts: Sequence[Part], levels: Sequence[str], spans: Sequence[Span]) -> None:
+        """What a request's spans tell of chunks that went at these levels."""
+        rebuilt_at: dict[int, float] = {}
+        for span in spans:
+            if span.chunk >= len(levels):
+                continue
+            part, level = parts[span.chunk], levels[span.chunk]
+            seconds = (span.end - span.start) / (part.stop - part.start)
+            if span.side == EDGE and span.stage == "encode":
+                self.encode_s[level] = seconds
+            elif span.side == CLOUD and span.stage in ("decode", "prefill") and span.chunk not in rebuilt_at:
+                rebuilt_at[span.chunk] = span.end
+                if span.stage == "prefill":
+                    self.text_s = seconds
+                else:
+                    self.decode_s[level] = seconds
+        first_tokens = [span.end for span in spans if span.stage == "first_token"]
+        if first_tokens and rebuilt_at:
+            self.rest_s = max(0.0, first_tokens[-1] - max(rebuilt_at.values()))
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is known before a request. shapes: of the model's layers (`expected_bytes`); prefill_s: of a token here; rate: of the
+    link, for policies that foresee: (monotonic seconds, bits per second or None without a limit).
+    """
+
+    shapes: Sequence[tuple[int, int, int, int | None]]
+    prefill_s: float
+    experience: Experience
+    rate: Sequence[tuple[float, float | None]] = ()
+
+
+class AdaptiveFeed(Feed):
+    """Asks its delivery's policy for each chunk's level."""
+
+    asks_receipts = True
+
+    def __init__(self, context: Context, delivery: Adaptive, outlook: Outlook) -> None:
+        super().__init__(context, delivery, delivery.levels)
+        self._delivery, self._outlook = delivery, outlook
+        self._began = self._delay = 0.0
+        self._handed: list[Sent] = []
+        self._arrived: dict[int, float] = {}
+
+    def store(self) -> None:
+        """A text is computed behind parts of which a window must hide nothing yet: those are not in what is stored as a whole."""
+        ends = [part.stop for part in self.parts]
+        windowed = any(window is not None for *_, window in self._outlook.shapes)
+        if TEXT in self.levels and windowed and ends[-1] not in self._made.blocks:
+            run = self._context.blocks()
+            self._made.blocks.update((end, run.run(end)) for end in ends)
+        super().store()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """As `Feed` does; what is not prefilled by then is not wanted any more."""
+        yield from super().__iter__()
+        self.stop()
+
+    def begin(self, at: float, delay_s: float) -> None:
+        self._began, self._delay = at, delay_s
+
+    def handed(self, index: int, at: float, size: int) -> None:
+        cloud_s = self._rung(self.parts[index], self.sent[index], at, self._length).cloud_s
+        with self._changed:
+            self._handed.append(Sent(size, at - self._began, cloud_s))
+
+    def arrived(self, index: int, at: float) -> None:
+        with self._changed:
+            self._arrived[index] = at - self._began
+
+    def _choose(self, index: int) -> int:
+        return self._delivery.policy.choose(self.situation(index))
+
+    def situation(self, index: int) -> Situation:
+        """As it is now, with the chunk of that index to be sent next."""
+        now = time.monotonic()
+        with self._changed:
+            there, arrived, handed = self._there, dict(self._arrived), list(self._handed)
+        arrivals, cloud_free = [], 0.0
+        for number, sent in enumerate(handed):
+            if number in arrived:
+                at = max(arrived[number], sent.sent_s)
+                arrivals.append(Arrival(sent.bytes, sent.sent_s, at))
+                cloud_free = max(cloud_free, at) + sent.cloud_s
+        chunks = [
+            tuple(self._rung(p, level, now, there) for level in self.levels) for p in self.parts[index:]
+        ]
+        rate = [(at - self._began, inf if bps is None else bps * _GOODPUT) for at, bps in self._outlook.rate]
+        return Situation(
+            now_s=now - self._began,
+            deadline_s=self._delivery.deadline,
+            levels=self.levels,
+            chunks=tuple(chunks),
+            arrivals=tuple(arrivals),
+            under_way=tuple(sent for number, sent in enumerate(handed) if number not in arrived),
+            delay_s=self._delay,
+            cloud_free_s=cloud_free,
+            rest_s=self._outlook.experience.rest_s,
+            rate=rate or None,
+        )
+
+    def _rung(self, part: Part, level: str, now: float, there: int) -> Rung:
+        """A part at a level, while so much is prefilled."""
+        tokens, experience = part.stop - part.start, self._outlook.experience
+        if level == SKIP:
+            return Rung(0)
+        if level == TEXT:
+            size = token_bytes(self._context.vocabulary) * tokens
+            return Rung(size, experience.text_s * tokens)
+        codec = self._context.codecs[level]
+        needed = part.stop if codec.selector is None else self._length
+        ready = max(0, needed - there) * self._outlook.prefill_s
+        if self._within(codec):
+            ready += experience.encode_s.get(level, 0.0) * tokens
+        return Rung(
+            self._size(part, level, codec),
+            experience.decode_s.get(level, 0.0) * tokens,
+            now - self._began + ready if ready else 0.0,
+        )
+
+    def _size(self, part: Part, level: str, codec: Codec) -> int:
+        """Known of what is stored, else what the codec makes of so many tokens, an entropy coder's gain aside."""
+        stored = self._context.stored is not None and not codec.asks
+        if stored and (level, part) in self._made.payloads:
+            return len(self._made.payloads[level, part][0])
+        return expected_bytes(codec.spec, self._outlook.shapes, part.stop - part.start)
