@@ -23,9 +23,9 @@ def pair() -> Pair:
         return in_this_process("shape:small", times=TIMES)
 
 
-def replayed(result: TrialResult) -> tuple[float, float]:
-    """The question's pass and the tokens behind the first."""
-    return result.stages.first_token_s, result.stages.generate_s
+def answering(result: TrialResult) -> float:
+    """The question's pass and the tokens behind the first; where one ends and the other begins, the first token's way decides."""
+    return result.stages.first_token_s + result.stages.generate_s
 
 
 def test_nothing_is_said_of_what_a_shape_answers(pair: Pair) -> None:
@@ -44,12 +44,11 @@ def test_a_cache_that_crosses_is_made_and_read_as_late_as_on_the_devices(
 ) -> None:
     context = pair.reference().context_tokens
     result = pair.ask(codec, placement=placement, delivery=delivery, replay=True)
-    passing, tokens = replayed(result)
-    assert passing >= 0.02 and tokens >= (TOKENS - 1) * 0.02 and result.answer_tokens == TOKENS
+    assert answering(result) >= TIMES.pass_s(1) + (TOKENS - 1) * 0.02 and result.answer_tokens == TOKENS
     busy = sum(span.end - span.start for span in result.spans if span.stage == "prefill")
     made = busy if placement == "split" else result.store_prefill_s
     assert made is not None and made >= TIMES.pass_s(context) * 0.999
-    assert result.e2e_s >= passing + tokens and result.payload_bytes > 0
+    assert result.e2e_s >= answering(result) and result.payload_bytes > 0
 
 
 def test_the_cloud_prefills_a_text_and_the_edge_answers_as_late_as_the_device(pair: Pair) -> None:
@@ -57,7 +56,7 @@ def test_the_cloud_prefills_a_text_and_the_edge_answers_as_late_as_the_device(pa
     cloud, edge = pair.ask("cloud"), pair.ask("edge")
     for result in (cloud, edge):
         assert result.stages.prefill_s >= TIMES.pass_s(context)
-        assert result.stages.generate_s >= (TOKENS - 1) * 0.02
+        assert answering(result) >= TIMES.pass_s(1) + (TOKENS - 1) * 0.02
 
 
 def test_a_longer_prompt_than_was_measured_is_an_error_with_the_devices_name(
