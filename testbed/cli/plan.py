@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from testbed.cli.parts import as_json, sweep_options, table
+
+if TYPE_CHECKING:
+    from testbed.experiment.borders import Border
 
 
 @click.command()
@@ -15,6 +19,7 @@ from testbed.cli.parts import as_json, sweep_options, table
 @as_json
 def plan(scenario: str, **changes: Any) -> Any:
     """Show what SCENARIO would run: cells, bytes, expected time. Needs no root and builds nothing."""
+    from testbed.experiment.borders import borders
     from testbed.experiment.estimate import Estimator
     from testbed.experiment.plan import load_plan
     from testbed.units import format_duration, format_size, format_time
@@ -45,7 +50,45 @@ def plan(scenario: str, **changes: Any) -> Any:
     text += f"{format_size(sent)} across the link, about {format_duration(seconds)}"
     if estimator.model is None:
         text += f"\nmodel {planned.scenario.model}: no configuration at hand, so cache sizes are unknown"
+    found = borders(estimator)
+    text += _borders(found)
     remarks = [remark for profile in planned.profiles for remark in profile.remarks()]
     text += "".join(f"\n{remark}" for remark in remarks)
-    value = {"cells": cells, "trials": planned.trials, "bytes": sent, "seconds": seconds, "remarks": remarks}
+    value = {
+        "cells": cells,
+        "borders": [asdict(border) for border in found],
+        "trials": planned.trials,
+        "bytes": sent,
+        "seconds": seconds,
+        "remarks": remarks,
+    }
     return value, text, 0
+
+
+def _borders(found: list[Border]) -> str:
+    """From which rate on a cache is there before the text, and before the edge's own answer."""
+    rows: dict[tuple[str, ...], list[Border]] = {}
+    for each in found:
+        about = (str(each.context_tokens), each.placement, each.codec, each.delivery)
+        rows.setdefault(about, []).append(each)
+    if not rows:
+        return ""
+    lines = [
+        [*about, _rates([b.beats_text_bps for b in those]), _rates([b.beats_edge_bps for b in those])]
+        for about, those in rows.items()
+    ]
+    said = (
+        "\n\nfrom which rate of the link on a cache has the last token sooner (two rates: over the plan's shortest and longest "
+        "round trip); a forecast, which a run measures\n"
+    )
+    header = ["context", "placement", "codec", "delivery", "than the text", "than the edge"]
+    return said + table(lines, header)
+
+
+def _rates(bps: list[float | None]) -> str:
+    from testbed.units import format_rate
+
+    said = [
+        "never" if rate is None else f"{format_rate(float(f'{rate:.2g}'))}" if rate else "any" for rate in bps
+    ]
+    return " – ".join(dict.fromkeys(said))

@@ -15,17 +15,15 @@ from typing import Any
 
 from testbed.codecs.layout import expected_bytes
 from testbed.errors import UsageError
+from testbed.experiment.machines import Machine
 from testbed.experiment.scenario import Cell, Plan
 from testbed.models.shapes import find_shape, is_shape
 from testbed.models.sources import resolve
-from testbed.speed.words import Speed
 
 _TEXT_BYTES_PER_TOKEN = 4.5
 _MSS_BYTES = 1448
 _INITIAL_WINDOW = 10  #: segments, RFC 6928
-#: Multiply-adds a second that a plain two-core machine reaches in prefill and in decoding; only for the forecast.
-_PREFILL_MACS, _DECODE_MACS = 8e10, 4e9
-_QUESTION_TOKENS, _ANSWER_TOKENS = 24, 8
+QUESTION_TOKENS, ANSWER_TOKENS = 24, 8
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,17 @@ def _described(config: dict[str, Any]) -> Dimensions:
     return Dimensions(layers, config.get("num_key_value_heads") or heads, head_dim, head_dim, parameters)
 
 
+def transfer_s(payload: float, rate: float, rtt: float) -> float:
+    """Seconds of so many bytes on a new TCP connection at a rate in bits per second: one round trip for the handshake, those that
+    slow start spends to fill the link, serialisation, and one for what comes back.
+    """
+    window, sent, rounds = _INITIAL_WINDOW * _MSS_BYTES, 0.0, 0
+    while rtt > 0 and sent + window < payload and window * 8 / rtt < rate:
+        sent, window, rounds = sent + window, window * 2, rounds + 1
+    serial_s = (payload - sent) * 8 / (rate * _MSS_BYTES / 1500)
+    return rounds * rtt + serial_s + 2 * rtt
+
+
 class Estimator:
     """Bytes and seconds of a plan's cells."""
 
@@ -103,16 +112,11 @@ class Estimator:
         payload = self.payload_bytes(cell)
         if not payload:
             return 0.0
-        rtt = up.delay_s + down.delay_s
         mean, timeout = cell.profile.up.mean_rate_bps("up"), self.plan.scenario.timeout
         rate = 1e10 if mean is None else mean
         if rate * timeout < 8 * payload:
             return timeout
-        window, sent, rounds = _INITIAL_WINDOW * _MSS_BYTES, 0.0, 0
-        while rtt > 0 and sent + window < payload and window * 8 / rtt < rate:
-            sent, window, rounds = sent + window, window * 2, rounds + 1
-        serial_s = (payload - sent) * 8 / (rate * _MSS_BYTES / 1500)
-        return min(timeout, rounds * rtt + serial_s + 2 * rtt)
+        return min(timeout, transfer_s(payload, rate, up.delay_s + down.delay_s))
 
     def compute_s(self, cell: Cell) -> float:
         """A trial's own compute, and its waits for what it takes over of an earlier one.
@@ -122,16 +126,14 @@ class Estimator:
         if self.model is None:
             return 0.5
         scenario, across = self.plan.scenario, cell.placement != "edge"
-        reading = self.model.parameters * _QUESTION_TOKENS / 2 / _DECODE_MACS / 2
-        generating = self.model.parameters * _ANSWER_TOKENS / 2 / _DECODE_MACS / 2
-        prefill = self.model.parameters * (cell.context_tokens or 512) / _PREFILL_MACS
-        here: Speed = getattr(scenario.compute, "cloud" if across else "edge")
-        passes = reading + (prefill if cell.placement == "cloud" else 0.0)
-        generating *= here.factor("decode")
-        in_full = here.factor("prefill") * passes + generating
+        edge, cloud = (Machine.of(self.plan, side, self.model.parameters) for side in ("edge", "cloud"))
+        here, tokens = cloud if across else edge, cell.context_tokens or 512
+        generating = here.generating_s(scenario.max_new_tokens or ANSWER_TOKENS, tokens)
+        in_full = here.pass_s(QUESTION_TOKENS, tokens) + generating
+        in_full += cloud.pass_s(tokens) if cell.placement == "cloud" else 0.0
         replays = self.plan.replays(cell)
         if cell.placement != "cloud" and (replays or scenario.reuse == "none"):
-            in_full += scenario.compute.edge.factor("prefill") * prefill
+            in_full += edge.pass_s(tokens)
         if replays or scenario.reuse != "all":
             return in_full
         shared = len(self.plan.profiles) * len(scenario.transport)
