@@ -19,6 +19,8 @@ from testbed.endpoints.feed import Context, Feed, Made, run_lengths
 from testbed.endpoints.protocol import (
     FullCache,
     Learn,
+    Load,
+    Loaded,
     Prepare,
     Prepared,
     PreparedExample,
@@ -102,6 +104,14 @@ class Edge(InferenceSide):
         own: Handlers = {Prepare: self.prepare, Reference: self.reference, TrialRequest: self.trial}
         return {**super().handlers(), **own}
 
+    def load(self, message: Load) -> Loaded:
+        """What this side computes is timed off every clock, and waited for where a trial's clock runs; parts have paces of their
+        own, on it.
+        """
+        loaded = super().load(message)
+        self.pace = self.pace.another(waits=False)
+        return loaded
+
     def prepare(self, message: Prepare) -> Prepared:
         """Make a task's examples with this model's tokenizer and prefill its prefix."""
         from testbed.endpoints.examples import longest_context, prompted
@@ -150,12 +160,12 @@ class Edge(InferenceSide):
     def _edge(self, message: TrialRequest) -> TrialResult:
         """Everything here."""
         prefilled, reused = self._take_up(message)
+        started = time.monotonic()
         if message.reuse != "all":
             prefilled.local.pop(message.repeat, None)
-        known = message.repeat in prefilled.local
         local = self._local(prefilled, message.repeat)
-        if known and message.replay:
-            wait_until(time.monotonic() + local.stages.first_token_s + local.stages.generate_s)
+        if message.replay:
+            wait_until(started + local.stages.first_token_s + local.stages.generate_s)
         prefilled.local[message.repeat] = structs.replace(local, reused=("first_token", "generate"))
         reused += local.reused
         return structs.replace(local, reused=tuple(reused), replayed=message.replay and bool(reused))
@@ -166,11 +176,11 @@ class Edge(InferenceSide):
         if isinstance(delivery, Pipelined):
             return self._feed(message, delivery)
         prefilled, reused = self._take_up(message)
+        started = time.monotonic()
         encoded, known = self._encoded(prefilled, message)
-        if known:
-            reused += ["select", "encode"]
-            if message.replay:
-                wait_until(time.monotonic() + encoded.select_s + encoded.encode_s)
+        reused += ["select", "encode"] if known else []
+        if message.replay:
+            wait_until(started + encoded.select_s + encoded.encode_s)
         here = in_turn(prefill=prefilled.prefill_s, select=encoded.select_s, encode=encoded.encode_s)
         return self._ask(prefilled, message, encoded, here, reused)
 
@@ -180,12 +190,13 @@ class Edge(InferenceSide):
         if isinstance(delivery, Pipelined):
             return self._feed(message, delivery)
         prefilled = self._prefilled(message.batch, message.example)
+        started = time.monotonic()
         encoded, known = self._encoded(prefilled, message)
         reused, here = [], list[Span]()
         if self._codec(message.codec).asks:
             reused = ["select", "encode"] if known else []
-            if known and message.replay:
-                wait_until(time.monotonic() + encoded.select_s + encoded.encode_s)
+            if message.replay:
+                wait_until(started + encoded.select_s + encoded.encode_s)
             here = in_turn(select=encoded.select_s, encode=encoded.encode_s)
         result = self._ask(prefilled, message, encoded, here, reused)
         stored_s = 0.0 if here else encoded.select_s + encoded.encode_s
@@ -283,10 +294,10 @@ class Edge(InferenceSide):
         """
         if message.reuse == "none":
             self._at_hand = None
-        known = self._at_hand is not None and self._at_hand.key == (message.batch, message.example)
+        started = time.monotonic()
         prefilled = self._prefilled(message.batch, message.example)
-        if known and message.replay:
-            wait_until(time.monotonic() + prefilled.prefill_s)
+        if message.replay:
+            wait_until(started + prefilled.prefill_s)
         reused = ["prefill"] if prefilled.used else []
         prefilled.used = True
         return prefilled, reused

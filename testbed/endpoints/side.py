@@ -49,23 +49,28 @@ class Pace:
 
     device: where it computes. A GPU is waited for, as what it was given is not done when the call that gave it returns.
     times: of a device that is not here, which are waited for in place of computing; what is computed all the same, such as a
-    cache's coding, takes what it takes here.
+    cache's coding, takes what it takes here. waits: else its clock is put forward instead: off the request's clock nobody has to
+    wait for a slower machine to know how long it takes.
     """
 
     def __init__(
-        self, speed: Speed = HERE, device: torch.device | None = None, times: DeviceTimes | None = None
+        self,
+        speed: Speed = HERE,
+        device: torch.device | None = None,
+        times: DeviceTimes | None = None,
+        waits: bool = True,
     ) -> None:
-        self.speed, self.device, self.times = speed, device, times
-        self._since = time.monotonic()
+        self.speed, self.device, self.times, self.waits = speed, device, times, waits
+        self._since, self._ahead = time.monotonic(), 0.0
 
-    def another(self) -> Pace:
-        """The same machine's, for another thread."""
-        return Pace(self.speed, self.device, self.times)
+    def another(self, waits: bool = True) -> Pace:
+        """The same machine's, for another thread, or off the clock."""
+        return Pace(self.speed, self.device, self.times, waits)
 
     def begin(self) -> float:
         """A stretch of computing begins; returns the time, in seconds of the monotonic clock."""
         self._since = time.monotonic()
-        return self._since
+        return self._since + self._ahead
 
     def hold(self, work: Work = "prefill", tokens: int = 0, past: int = 0, share: float = 1.0) -> float:
         """Wait for what the computing since `begin` (or the last `hold`), of that kind, would have taken longer; returns the
@@ -80,11 +85,17 @@ class Pace:
             torch.cuda.synchronize(self.device)
         if self.times is not None:
             if work != "codec":
-                wait_until(self._since + share * self._replayed(self.times, work, tokens, past))
+                self._come_to(self._since + share * self._replayed(self.times, work, tokens, past))
         elif (factor := self.speed.factor(work)) > 1.0:
             computed = time.monotonic() - self._since
-            wait_until(self._since + computed * factor)
+            self._come_to(self._since + computed * factor)
         return self.begin()
+
+    def _come_to(self, moment: float) -> None:
+        if self.waits:
+            wait_until(moment)
+        else:
+            self._ahead += moment - time.monotonic()
 
     @staticmethod
     def _replayed(times: DeviceTimes, work: Work, tokens: int, past: int) -> float:

@@ -78,3 +78,14 @@ def test_a_device_takes_its_own_times_for_passes_and_tokens_and_this_hosts_for_c
         now = pace.hold(work, tokens, past)  # type: ignore[arg-type]
         assert now - started == pytest.approx(took_s)
         started = now
+
+
+def test_off_the_clock_a_slower_machine_takes_as_long_and_nobody_waits(clock: Clock) -> None:
+    waiting, ahead = (Pace(Speed(5.0, 5.0), waits=waits) for waits in (True, False))
+    for pace in (waiting, ahead):
+        started, before = pace.begin(), clock.now
+        clock.now += 2.0
+        assert pace.hold() - started == 10.0
+        clock.now += 1.0
+        assert pace.hold() - started == 15.0
+        assert clock.now - before == (15.0 if pace is waiting else 3.0)
