@@ -130,7 +130,7 @@ def size_of(codec: Codec, cache: KVCache, kept: Kept | None, payload_bytes: int)
         bits_per_packed_byte=packed_bits / symbol_bytes,
         entropy_bits_per_element=bits / elements,
     )
-    if codec.coder is None or codec.quantizer.embedded:
+    if codec.coder is None or codec.quantizer.planes:
         return whole
     packed = Codec(codec.spec)
     packed.coder = None  # not even the one that the quantizer brings with it

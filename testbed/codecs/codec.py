@@ -43,12 +43,12 @@ Bytes = bytes | bytearray | memoryview
 
 def sections(header: Header, layout: Layout, body: memoryview, codec: Codec) -> tuple[memoryview, ...]:
     """The four sections, whose lengths must fill the body. Those of an embedded code hold no symbols."""
-    coded = codec.coder is not None and not codec.quantizer.embedded
+    coded = codec.coder is not None and not codec.quantizer.planes
     if len(header.coded) != (len(layout.pieces) if coded else 0):
         raise PayloadError(f"{len(header.coded)} coded parts in a payload of {len(layout.pieces)} parts")
     lengths = [
         layout.side_bytes,
-        sum(header.coded) if coded else 0 if codec.quantizer.embedded else layout.symbol_bytes,
+        sum(header.coded) if coded else 0 if codec.quantizer.planes else layout.symbol_bytes,
         sum(code.size for code in header.lists),
         header.transform_bytes,
     ]
@@ -173,7 +173,7 @@ class Codec:
         else all in one. Raises as `encode` does.
         """
         held, header, layout, behind = self._prepared(cache, kept)
-        if self.quantizer.embedded:
+        if self.quantizer.planes:
             chunks = self._encode_planes(held, header, layout, behind)
         elif self.coder:
             chunks = [self._encode_coded(self.coder, held, header, layout, behind)]
@@ -322,9 +322,9 @@ class Decoder:
         codec = _codec_of(header)
         layout = lay_out(header.parts(), codec.quantizer)
         side, symbols, position_bytes, extra = sections(header, layout, body, codec)
-        if len(behind) and not codec.quantizer.embedded:
+        if len(behind) and not codec.quantizer.planes:
             raise PayloadError(f"the payload says {len(whole)} bytes, but {len(whole) + len(behind)} arrived")
-        planes = progressive.read(behind, layout.pieces, codec.coder) if codec.quantizer.embedded else None
+        planes = progressive.read(behind, layout.pieces, codec.coder) if codec.quantizer.planes else None
         try:
             check_positions(header.groups, len(whole) + len(behind))
         except CodecError as error:

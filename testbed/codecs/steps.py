@@ -108,8 +108,13 @@ class Quantizer(Method):
     """Codes one part (keys or values of one layer) at a time. Sizes follow from the part's shape alone."""
 
     stage: ClassVar[Literal["quantizer"]] = "quantizer"
-    #: Whether its symbols are sent plane by plane (`progressive`), so that the beginning of a payload decodes too.
-    embedded: ClassVar[bool] = False
+
+    @property
+    def planes(self) -> int:
+        """Bit planes in which its symbols are sent one by one (`progressive`), so that the beginning of a payload decodes too;
+        0: they are not.
+        """
+        return 0
 
     @property
     def by_token(self) -> bool:

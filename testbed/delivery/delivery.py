@@ -21,6 +21,7 @@ DELIVERIES = {
     "whole": "testbed.delivery.whole:Whole",
     "stream": "testbed.delivery.stream:Stream",
     "adaptive": "testbed.delivery.adaptive:Adaptive",
+    "progressive": "testbed.delivery.progressive:Progressive",
 }
 
 #: What a text crosses by, and a cache where nobody says otherwise.
@@ -32,9 +33,11 @@ Bytes = bytes | bytearray | memoryview
 
 
 class Part(NamedTuple):
-    """A part of a context: tokens, or layers, from `start` up to `stop`. priority: 0 is needed most."""
+    """A part of a context: tokens, or layers, from `start` up to `stop`, or of a codec's pieces those. priority: 0 is needed
+    most.
+    """
 
-    by: Literal["tokens", "layers"]
+    by: Literal["tokens", "layers", "planes"]
     start: int
     stop: int
     priority: int = 0
@@ -56,6 +59,10 @@ class Delivery(kinds.Kind):
     def bound(self, model: str) -> Delivery:
         """The delivery that stands by itself: what its codecs refer to is written out. Raises SpecError."""
         return self
+
+    def unfit(self, codec: str) -> str:
+        """Why what this codec makes cannot cross so; empty where it can."""
+        return ""
 
     def send(self, pieces: Iterable[Bytes]) -> Iterable[Bytes]:
         """At the edge: of the pieces as a codec makes them, the chunks that are to cross. Each is sent before the next is asked

@@ -1,17 +1,19 @@
-"""Bit plane by bit plane: the answer begins from the first ones, while the others are still to come."""
+"""Bit plane by bit plane: the answer is given from the first ones, and verified when the others are there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from testbed.delivery.delivery import Bytes, Delivery
+from testbed.codecs.spec import parse as parse_codec
+from testbed.delivery.delivery import Part, Pipelined
+
+MOST_PLANES = 8  #: that a codec has
 
 
 @dataclass(frozen=True)
-class Progressive(Delivery):
-    """The pieces of an embedded codec one by one: what they are read with, then the planes, the most significant first."""
+class Progressive(Pipelined):
+    """What a codec's bit planes are read with, then the planes, the most significant first: a chunk each."""
 
     name: ClassVar[str] = "progressive"
     source: ClassVar[str] = (
@@ -21,7 +23,15 @@ class Progressive(Delivery):
     planes: int = 1  #: so many are answered from
 
     def __post_init__(self) -> None:
-        self.require("planes", "from 1 to 8", 1 <= self.planes <= 8)
+        self.require("planes", f"from 1 to {MOST_PLANES}", 1 <= self.planes <= MOST_PLANES)
 
-    def send(self, pieces: Iterable[Bytes]) -> Iterator[Bytes]:
-        return iter(pieces)
+    def parts(self, tokens: int, layers: int) -> list[Part]:
+        return [Part("tokens", 0, tokens)]
+
+    def unfit(self, codec: str) -> str:
+        has = parse_codec(codec).quantizer.planes
+        if has >= self.planes:
+            return ""
+        why = f"has {has}" if has else "has none"
+        remedy = f"at most progressive(planes={has})" if has else "planes, planes+zstd or another delivery"
+        return f"{self} answers from the first {self.planes} of a codec's bit planes, and {codec} {why}: take {remedy}"

@@ -72,6 +72,11 @@ class Answering:
         ended = self.side.pace.hold("codec" if stage == "decode" else "prefill", made.tokens, made.past)
         self.worked.append(wire.Worked(stage, began, ended, chunk))
 
+    def go_on(self) -> None:
+        """The answer is given; what is done from now on is of what comes behind it."""
+        self.worked.clear()
+        self._read = 0.0
+
     def begin(self) -> None:
         """The question's pass begins, or goes on."""
         self._since = self.side.pace.begin()
@@ -125,6 +130,7 @@ class Answering:
             reused=False,
             retransmits=connection.stats().sent_again,
             left_out=rebuilt.left_out,
+            planes=rebuilt.planes,
         )
         connection.send(answer)
         details = {
@@ -132,7 +138,7 @@ class Answering:
             "tokens_kept": rebuilt.tokens_kept,
             "kept_digest": kept_digest(rebuilt.kept),
         }
-        served = Served(request, answer, firsts[0], question_ids, details, rebuilt.whole())
+        served = Served(request, answer, firsts[0], question_ids, details, rebuilt.whole(), answer_ids=ids)
         self.session.hold(served)
         return served
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from testbed.delivery.delivery import SKIP, TEXT, Bytes
+from testbed.delivery.progressive import MOST_PLANES
 from testbed.endpoints.arrivals import Arrived
 from testbed.endpoints.side import InferenceSide, Pass, Prefix, held
 from testbed.endpoints.tokens import from_bytes
@@ -19,6 +20,7 @@ from testbed.transport import wire
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from testbed.codecs.codec import Decoder
     from testbed.models.kvcache import KVCache
 
 
@@ -31,6 +33,8 @@ class Rebuilt:
     #: positions and window of each layer of the cache that came
     kept: list[tuple[Tensor, int | None]] = field(default_factory=list)
     left_out: int = 0  #: context tokens of which nothing is there
+    planes: int = 0  #: bit planes of each value that are; 0: it came in none
+    missing: str = ""  #: why these are not all of them; empty where they are
 
     @property
     def held(self) -> int:
@@ -69,12 +73,16 @@ def decoded(side: InferenceSide, prefix: Prefix, payload: Sequence[Bytes]) -> Re
     return _rebuilt(side, prefix, _decode(side, payload))
 
 
-def _decode(side: InferenceSide, payload: Sequence[Bytes], layers: slice = slice(None)) -> KVCache:
+def _decoder(side: InferenceSide, layers: slice = slice(None)) -> Decoder:
     from testbed.codecs.cache_format import CacheShape
     from testbed.codecs.codec import Decoder
 
     shapes = tuple((s.kv_heads, s.head_dim, s.value_dim, s.window) for s in side.model.shapes[layers])
-    decoder = Decoder(side.model.device, CacheShape(shapes, side.model.max_positions))
+    return Decoder(side.model.device, CacheShape(shapes, side.model.max_positions))
+
+
+def _decode(side: InferenceSide, payload: Sequence[Bytes], layers: slice = slice(None)) -> KVCache:
+    decoder = _decoder(side, layers)
     for piece in payload:
         decoder.feed(piece)
     return decoder.finish()
@@ -180,3 +188,39 @@ class Layers:
     def there(self) -> float:
         """The share of the layers that are there."""
         return self._there / self._side.model.num_layers
+
+
+class Planes:
+    """What bit planes are read with and the planes behind it, in whatever order they come. `arrived`: those before which none is
+    missing.
+    """
+
+    def __init__(self, side: InferenceSide, prefix: Prefix, request: wire.Request) -> None:
+        self._side, self._prefix, self._request = side, prefix, request
+        self._begin = prefix.cache.length if prefix.cache is not None else 0
+        self._decoder = _decoder(side)
+        self._decoded = 0
+        self._early: dict[int, Arrived] = {}
+        self.arrived: list[Arrived] = []
+
+    def take(self, arrived: Arrived) -> None:
+        """What has come now. Raises WireError."""
+        chunk = arrived.chunk
+        known = chunk.start < len(self.arrived) or chunk.start in self._early
+        if known or chunk.start > MOST_PLANES or chunk.stop != chunk.start + 1:
+            raise WireError(f"chunk {chunk.index} is a plane that there is not, or that has come")
+        self._early[chunk.start] = arrived
+        while len(self.arrived) in self._early:
+            self.arrived.append(self._early.pop(len(self.arrived)))
+
+    def rebuilt(self, count: int) -> Rebuilt:
+        """From the first so many chunks, which are no fewer than before. Raises PayloadError."""
+        for arrived in self.arrived[self._decoded : count]:
+            self._decoder.feed(arrived.payload)
+        self._decoded = count
+        ready = self._decoder.ready()
+        end = self._begin + self._request.tokens
+        _check_within(ready.cache, self._begin, end, self.arrived[count - 1].chunk)
+        rebuilt = _rebuilt(self._side, self._prefix, ready.cache)
+        rebuilt.planes, rebuilt.missing = ready.planes, ready.missing
+        return rebuilt

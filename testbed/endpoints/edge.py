@@ -13,9 +13,11 @@ from testbed.codecs import spec
 from testbed.codecs.evidence import Needs, blocks_for, gather, prefill_for
 from testbed.delivery.adaptive import Adaptive
 from testbed.delivery.delivery import SKIP, TEXT, Pipelined, parse
+from testbed.delivery.progressive import Progressive
 from testbed.endpoints.choosing import AdaptiveFeed, Experience, Outlook
 from testbed.endpoints.client import REBUILDS, Answered, Client
 from testbed.endpoints.feed import Context, Feed, Made, run_lengths
+from testbed.endpoints.plane_feed import PlaneFeed
 from testbed.endpoints.protocol import (
     FullCache,
     Learn,
@@ -262,6 +264,7 @@ class Edge(InferenceSide):
             tokens_left_out=answered.answer.left_out,
             store_prefill_s=prefilled.prefill_s if stored else 0.0,
             store_encode_s=feed.stored_s,
+            planes=answered.answer.planes or None,
         )
 
     def _feed_of(
@@ -273,6 +276,8 @@ class Edge(InferenceSide):
         message: TrialRequest,
     ) -> Feed:
         """The parts, and who chooses their levels."""
+        if isinstance(delivery, Progressive):
+            return PlaneFeed(context, delivery, levels)
         if not isinstance(delivery, Adaptive):
             return Feed(context, delivery, levels)
         token_s = prefilled.prefill_s / len(prefilled.ids)
@@ -467,9 +472,9 @@ class Edge(InferenceSide):
         """What a request came to, on this side's clock."""
         answer = answered.answer
         began = min(span.start for span in spans)
-        spans = [span._replace(start=span.start - began, end=span.end - began) for span in spans]
+        spans = _since(began, spans)
         stages = billed(spans)
-        return TrialResult(
+        result = TrialResult(
             stages=stages,
             e2e_s=max(span.end for span in spans),
             spans=tuple(spans),
@@ -482,7 +487,23 @@ class Edge(InferenceSide):
             retransmits=answered.retransmits,
             congestion=answered.congestion,
             request=answered.answer.id,
+            unverified=answered.unverified,
         )
+        if (known := answered.verified) is None:
+            return result
+        differs = known.text.strip() != answer.text.strip()
+        return structs.replace(
+            result,
+            changed=None if self.model.stands_in else differs,
+            saved_s=known.saved_s,
+            verified_s=known.at - began,
+            verified_answer=known.text,
+            later=tuple(_since(began, known.spans)),
+        )
+
+
+def _since(began: float, spans: list[Span]) -> list[Span]:
+    return [span._replace(start=span.start - began, end=span.end - began) for span in spans]
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Made:
     blocks: dict[int, KVCache] = field(default_factory=dict)  #: by the token behind each
     layers: list[KVLayer] = field(default_factory=list)
     kept: dict[str, tuple[Kept, float]] = field(default_factory=dict)  #: by level
-    payloads: dict[tuple[str, Part], tuple[Bytes, float]] = field(default_factory=dict)
+    payloads: dict[tuple[str, Part], tuple[list[Bytes], float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class Feed:
     """
 
     asks_receipts: ClassVar[bool] = False
+
+    verified = False  #: whether the cloud says more of an answer, once it has given it
 
     def __init__(self, context: Context, delivery: Pipelined, levels: tuple[str, ...]) -> None:
         self.levels, self.parts = levels, delivery.parts(len(context.ids), context.num_layers)
@@ -215,7 +217,8 @@ class Feed:
         codec = self._context.codecs[text]
         if not self._wait(part.stop if codec.selector is None else self._length):
             return None
-        return Chunk(part, level, self._encode(index, part, text, codec))
+        (payload,) = self._encode(index, part, text, codec)
+        return Chunk(part, level, payload)
 
     def store(self) -> None:
         """Encode beforehand, at every level that the request does not decide about."""
@@ -261,11 +264,18 @@ class Feed:
         self._selected.add(level)
         return made.kept[level][0]
 
-    def _encode(self, index: int, part: Part, level: str, codec: Codec) -> Bytes:
+    def _pieces(self, codec: Codec, cache: KVCache) -> list[Bytes]:
+        """What a part is sent as."""
+        return [codec.encode(cache)]
+
+    def _encode(self, index: int, part: Part, level: str, codec: Codec) -> list[Bytes]:
         made, kept = self._made, self._select(index, level, codec)
         if (level, part) not in made.payloads:
             made.payloads[level, part] = self._work(
-                "encode", index, None, lambda _: codec.encode(self._part(part, kept, codec.undoes_rope))
+                "encode",
+                index,
+                None,
+                lambda _: self._pieces(codec, self._part(part, kept, codec.undoes_rope)),
             )
         elif self._within(codec):
             payload, seconds = made.payloads[level, part]

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from testbed.delivery.delivery import Pipelined
+from testbed.delivery.progressive import Progressive
 from testbed.endpoints.answering import Answering
 from testbed.endpoints.arrivals import Arrivals, Arrived
-from testbed.endpoints.assembly import Layers, Parts
-from testbed.errors import WireError
+from testbed.endpoints.assembly import Layers, Parts, Planes
+from testbed.endpoints.verifying import verify
+from testbed.errors import PayloadError, WireError
 
 
 def partwise(about: Answering, delivery: Pipelined, arrivals: Arrivals) -> None:
@@ -17,6 +19,9 @@ def partwise(about: Answering, delivery: Pipelined, arrivals: Arrivals) -> None:
     request, model = about.request, about.side.model
     if not request.levels or not 0 < request.tokens <= model.max_positions:
         raise WireError(f"a request in parts of {request.tokens} tokens at {len(request.levels)} levels")
+    if isinstance(delivery, Progressive):
+        _by_planes(about, delivery.planes, arrivals)
+        return
     layers = delivery.parts(1, model.num_layers)[0].by == "layers"
     (_by_layers if layers else _by_tokens)(about, arrivals)
 
@@ -35,6 +40,37 @@ def _by_tokens(about: Answering, arrivals: Arrivals) -> None:
         with about.work("decode", len(about.arrived) - 1):
             rebuilt = parts.finish()
         about.session.remember(about.request.id, about.answer(rebuilt))
+
+
+def _by_planes(about: Answering, count: int, arrivals: Arrivals) -> None:
+    """The answer is given from the first planes, and verified when all are there."""
+    coming, planes = iter(arrivals), Planes(about.side, about.prefix, about.request)
+    for arrived in coming:
+        planes.take(arrived)
+        if len(planes.arrived) > count:  # the first chunk is what planes are read with
+            break
+    first = planes.arrived[: count + 1]
+    if not first:
+        raise WireError("a request without the chunk that its others are read with")
+    about.payload, about.arrived = [one.payload for one in first], [one.at for one in first]
+    with about.turn():
+        with about.work("decode", first[-1].chunk.index, first[-1].at):
+            rebuilt = planes.rebuilt(len(first))
+        served = about.answer(rebuilt)
+        about.session.remember(about.request.id, served)
+    for arrived in coming:
+        planes.take(arrived)
+    about.go_on()
+    later = planes.arrived[len(first) :]
+    if not later and not rebuilt.missing:
+        verify(about, served, None, [])
+        return
+    with about.turn():
+        with about.work("decode", planes.arrived[-1].chunk.index):
+            rebuilt = planes.rebuilt(len(planes.arrived))
+        if rebuilt.missing:
+            raise PayloadError(rebuilt.missing)
+        verify(about, served, rebuilt, [one.at for one in later])
 
 
 def _by_layers(about: Answering, arrivals: Arrivals) -> None:

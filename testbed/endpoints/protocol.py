@@ -259,6 +259,13 @@ class TrialResult(Part):
     met: bool | None = None
     store_prefill_s: Seconds = 0.0  #: making what was stored
     store_encode_s: Seconds = 0.0
+    planes: Count | None = None  #: that the answer was given from
+    changed: bool | None = None  #: whether all planes give another one, `verified_answer`
+    saved_s: float | None = None
+    verified_s: Seconds | None = None
+    verified_answer: str = ""
+    later: tuple[Span, ...] = ()  #: spans behind the answer
+    unverified: str = ""  #: why nothing is known of these
 
     def __post_init__(self) -> None:
         if abs(self.stages.total() - self.e2e_s) > ROUNDING_S:

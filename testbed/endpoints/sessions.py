@@ -36,6 +36,7 @@ class Served:
     #: prefix and context as they arrived; held for a client's latest request only
     past: KVCache | None = None
     outcomes: dict[str, Outcome] = field(default_factory=dict)  #: by gold answer
+    answer_ids: list[int] = field(default_factory=list)
     mistaken: str = ""  #: why this was no answer to the request that it was given to
 
     def answers(self, request: wire.Request) -> bool:

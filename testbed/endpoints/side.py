@@ -247,10 +247,14 @@ class InferenceSide:
         stop: str,
         choices: Sequence[str],
         on_token: Callable[[int, int], None],
+        draft: Sequence[int] = (),
     ) -> list[int]:
-        """The answer's tokens: decoded greedily, or the likeliest per token of the choices, where there are any."""
+        """The answer's tokens: decoded greedily, or the likeliest per token of the choices, where there are any.
+
+        draft: what a free answer may be, which is then read with the question (see `LanguageModel.generate`).
+        """
         if not choices:
-            return self.model.generate(question_ids, past, max_new_tokens, stop, on_token)
+            return self.model.generate(question_ids, past, max_new_tokens, stop, on_token, draft)
         options = [self.model.tokenize(choice) for choice in choices]
         nlls = self.model.option_nlls(question_ids, options, past)
         best = options[min(range(len(options)), key=nlls.__getitem__)]

@@ -20,6 +20,7 @@ from testbed import kinds, lookup, strict_yaml
 from testbed.codecs.spec import parse as parse_codec
 from testbed.errors import SpecError, UsageError
 from testbed.experiment.devices import look_up
+from testbed.experiment.row import SENDING
 from testbed.experiment.scenario import EXAMPLES, Plan, Scenario
 from testbed.models.shapes import find_shape, is_shape
 from testbed.models.sources import find as find_model
@@ -279,6 +280,10 @@ def _check_extent(plan: Plan, place: str) -> None:
         for value in listed:
             if listed.count(value) > 1:  # whose trials would be one another's
                 raise SpecError(f"{place}: {key}: {str(value)!r} is listed twice")
+    if set(plan.scenario.placements) & set(SENDING):
+        for spec, delivery in itertools.product(plan.scenario.codecs, plan.scenario.delivery):
+            if why := delivery.unfit(str(spec)):
+                raise SpecError(f"{place}: delivery: {why}")
     for kind, profile in itertools.product(plan.scenario.transport, plan.profiles):
         _check_rate(kind, profile, place)
     if plan.trials > _MAX_TRIALS:

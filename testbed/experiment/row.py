@@ -117,6 +117,8 @@ class Row:
     changed: bool | None = None
     saved_s: float | None = None
     verified_s: float | None = None
+    verified_answer: str = ""  #: from all planes, and its score
+    verified_score: float | None = None
     #: the edge's passes over many tokens, and its coding, were stretched by this factor; 1: as this host computes
     edge_slowdown: float = 1.0
     cloud_slowdown: float = 1.0
@@ -157,6 +159,7 @@ class Row:
         for column in measured.keys() & set(COLUMNS):
             setattr(self, column, measured[column])
         self.answer, self.reused = result.answer.strip(), ",".join(result.reused)
+        self.verified_answer = result.verified_answer.strip()
         self.ttft_s = result.e2e_s - result.stages.generate_s
         sent = result.payload_bytes if self.placement in SENDING else 0
         self.bits_per_element = sent * 8 / (self.kv_bytes / 2) if self.kv_bytes else 0.0
@@ -201,6 +204,7 @@ MEASURED = (
     "changed",
     "saved_s",
     "verified_s",
+    "verified_score",
     "score",
     "em",
     "f1",

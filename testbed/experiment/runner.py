@@ -315,10 +315,15 @@ class Runner:
             row.warnings = "; ".join([*filter(None, [row.warnings]), *warnings])
         # What a shape answers is worth nothing, and not zero.
         scores = {} if reference.nll is None else task.score(result.answer, trial.example)
+        if scores and result.verified_s is not None:
+            scores["verified_score"] = task.score(result.verified_answer, trial.example)["score"]
+        if result.unverified:
+            unverified = f"the answer was not verified: {result.unverified}"
+            row.warnings = "; ".join([*filter(None, [row.warnings]), unverified])
         row.fill(result, outcome, scores)
         if not self.session.linked:
             row.wire_bytes = 0  # its connection's bytes crossed none
-        return row, result.spans
+        return row, (*result.spans, *result.later)
 
 
 def other_threads(rows: Iterable[dict[str, Any]], threads: int) -> str:

@@ -366,6 +366,7 @@ class LanguageModel:
         max_new_tokens: int,
         stop: str | None,
         on_token: Callable[[int, int], None] | None = None,
+        draft: Sequence[int] = (),
     ) -> list[int]:
         """Decode greedily behind `past` and `ids` (at least one).
 
@@ -374,6 +375,9 @@ class LanguageModel:
         A token that holds text before `stop` and the stop itself is the last one returned; `text(ids, stop)`
         cuts it. Where the stop spans tokens, those with its beginning have been returned when its end comes.
         `on_token(index, id)` is called with each token that will be returned, as soon as it is known.
+
+        draft: what the answer may be. It is read in one pass with `ids`, and holds as far as it is what is decoded here; from the
+        first token that is another one, decoding goes on token by token.
         """
         if not ids:
             raise ValueError("generate() needs at least one token to start from")
@@ -381,10 +385,14 @@ class LanguageModel:
         limit = min(max_new_tokens, self._longest - length - len(ids) + 1)
         live = self._live(past, len(ids) + max(limit, 0))
         answer: list[int] = []
-        feed, before = list(ids), ""
+        read = list(draft[: max(0, limit - 1)])
+        feed, before, keep = [*ids, *read], "", len(read) + 1
+        ahead: list[int] = []  #: the likeliest tokens behind what was read, the last one first
         while len(answer) < limit:
-            logits, _ = self._forward(live, feed)
-            token = int(logits[-1].argmax())
+            if not ahead:
+                logits, _ = self._forward(live, feed, keep=keep)
+                ahead, keep = logits.argmax(-1).tolist()[::-1], 1
+            token = ahead.pop()
             if token in self._tokens.ends:
                 break
             decoded = self.text([*answer, token]) if stop else ""
@@ -396,6 +404,9 @@ class LanguageModel:
                 on_token(len(answer) - 1, token)
             if at >= 0:
                 break
+            if ahead and token != read[len(answer) - 1]:  # what was read from there on does not follow
+                live.rewind(len(ids) + len(answer) - 1)
+                ahead = []
             feed, before = [token], decoded
         return answer
 

@@ -190,6 +190,7 @@ class ShapeModel(LanguageModel):
         max_new_tokens: int,
         stop: str | None,
         on_token: Callable[[int, int], None] | None = None,
+        draft: Sequence[int] = (),
     ) -> list[int]:
         """`max_new_tokens` tokens, as far as the model's length allows."""
         if not ids:

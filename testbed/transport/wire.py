@@ -8,7 +8,7 @@ the CRC-32 covers the fixed
 part before it and the header. The payload follows as it is, so it can be sent from where it lies.
 
     edge → cloud    Request · Chunk · Chunk · … · End
-    cloud → edge    Receipt for each chunk, where they are wanted · Enough · FirstToken · Answer, or Failure
+    cloud → edge    Receipt for each chunk, where they are wanted · Enough · FirstToken · Answer · Verdict on it, or Failure
 
 A request's context (a codec's bytes, or the prompt's text) comes in chunks, whose number and length nobody need know beforehand:
 each is at most what is still allowed to come, and the end says what there was. Of a delivery in parts each chunk is a payload
@@ -38,6 +38,7 @@ Instant = Annotated[float, Meta(ge=0, le=1e10)]  #: seconds of the host's monoto
 Seconds = Annotated[float, Meta(ge=0, le=1e7)]
 Tokens = Annotated[int, Meta(ge=0, le=65536)]
 Index = Annotated[int, Meta(ge=0, lt=MAX_CHUNKS)]
+Planes = Annotated[int, Meta(ge=0, le=16)]
 Text = Annotated[str, Meta(max_length=32 * 1024)]
 Name = Annotated[str, Meta(max_length=512)]
 
@@ -113,7 +114,7 @@ class FirstToken(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 class Worked(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
     """A stage at work at the cloud. chunk: on which one."""
 
-    stage: Literal["queue", "decode", "prefill", "first_token"]
+    stage: Literal["queue", "decode", "prefill", "first_token", "generate"]
     start: Instant
     end: Instant
     chunk: Index = 0
@@ -137,6 +138,23 @@ class Answer(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     reused: bool
     retransmits: Count
     left_out: Count = 0  #: context tokens that the answer was given without
+    planes: Planes = 0  #: bit planes that it was given from; 0: the context did not come in any
+
+
+class Verdict(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Cloud to edge, behind an answer from the first bit planes: what the answer is from all of them. Times as the answer's."""
+
+    id: Count
+    text: Text
+    tokens: Tokens
+    agreed: Tokens  #: of them, from the first one on, those that were the answer's
+    arrived: Annotated[
+        tuple[Instant, ...], Meta(max_length=MAX_PARTS)
+    ]  #: last byte of each chunk behind those that the answer was given from
+    worked: Annotated[
+        tuple[Worked, ...], Meta(max_length=3)
+    ]  #: behind the answer, in order; none: it had all planes
+    sent_at: Instant
 
 
 class Failure(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -146,7 +164,7 @@ class Failure(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     message: Text
 
 
-Header = Request | FirstToken | Answer | Failure | Chunk | End | Receipt | Enough
+Header = Request | FirstToken | Answer | Failure | Chunk | End | Receipt | Enough | Verdict
 KINDS: dict[int, type[Header]] = {
     1: Request,
     2: FirstToken,
@@ -156,6 +174,7 @@ KINDS: dict[int, type[Header]] = {
     6: End,
     7: Receipt,
     8: Enough,
+    9: Verdict,
 }
 _KIND_OF = {struct_type: kind for kind, struct_type in KINDS.items()}
 _ENCODER = msgspec.msgpack.Encoder()

@@ -25,7 +25,6 @@ class Planes(Quantizer):
     source: ClassVar[str] = (
         "embedded coding, as of Shapiro's zerotrees (IEEE Trans. Signal Processing 41(12), 1993)"
     )
-    embedded: ClassVar[bool] = True
 
     bits: int = 8
     group: int = 32
@@ -44,6 +43,11 @@ class Planes(Quantizer):
     def _flip(self) -> int:
         """Eight-bit integers are stored with a sign; here 0 is the least."""
         return 0x80 if self.bits == 8 else 0
+
+    @property
+    def planes(self) -> int:
+        """Each bit is one."""
+        return self.bits
 
     def symbol_bits(self, part: Part) -> int:
         return self.bits
