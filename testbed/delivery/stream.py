@@ -26,7 +26,12 @@ class Stream(Pipelined):
             "at least 8 tokens or 1 layer",
             self.chunk == 0 or self.chunk >= (8 if self.by == "tokens" else 1),
         )
+        if self.chunk == self._usual:  # one text for one delivery
+            object.__setattr__(self, "chunk", 0)
+
+    @property
+    def _usual(self) -> int:
+        return 256 if self.by == "tokens" else 4
 
     def parts(self, tokens: int, layers: int) -> list[Part]:
-        length, usual = (tokens, 256) if self.by == "tokens" else (layers, 4)
-        return cut(self.by, length, self.chunk or usual)
+        return cut(self.by, tokens if self.by == "tokens" else layers, self.chunk or self._usual)

@@ -100,8 +100,8 @@ class Row:
     levels: str = (
         ""  #: theirs, in the order sent, run by run: "int8*3,text,skip*2"; empty: all are the codec's
     )
-    deadline_s: float | None = None  #: until which the cloud waits for chunks
-    met: bool | None = None  #: all that was to cross had come by then
+    deadline_s: float | None = None  #: of the first token, from the request's start
+    met: bool | None = None  #: it was there by then
     tokens_left_out: int | None = None  #: of the context, since they were skipped or did not come in time
     #: store: what its making took before the request, and how many questions share that
     questions_per_context: int = 1

@@ -13,6 +13,7 @@ from testbed.delivery.policies.ewma import EWMA
 from testbed.errors import SpecError
 
 WORDS = {
+    "stream": "testbed.delivery.stream:Stream",
     "meet": "testbed.delivery.meet:Meet",
     "progressive": "testbed.delivery.progressive:Progressive",
     "adaptive": "testbed.delivery.adaptive:Adaptive",
@@ -33,6 +34,9 @@ def parts(text: str, tokens: int) -> list[Part]:
 @pytest.mark.parametrize(
     ("written", "canonical"),
     [
+        ("stream(by=tokens, chunk=256)", "stream"),
+        ("stream(chunk=4, by=layers)", "stream(by=layers)"),
+        ("stream(by=layers, chunk=256)", "stream(by=layers, chunk=256)"),
         ("meet(chunk=256)", "meet"),
         ("meet( chunk = 64 )", "meet(chunk=64)"),
         ("progressive(planes=1)", "progressive"),
