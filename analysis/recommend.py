@@ -23,6 +23,7 @@ from testbed.analysis.latency_model import (
 )
 from testbed.analysis.paired_latency import tied
 from testbed.analysis.run import Run
+from testbed.experiment.row import SENDING
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def _verdict(advice: Recommendation) -> list[str]:
         if advice.tied:
             lines.append(f"not shown to be slower than it, example by example: {', '.join(advice.tied)}")
     sending = next(
-        (o for o in advice.options if o.holds(advice.quality_floor) and o.placement == "split"), None
+        (o for o in advice.options if o.holds(advice.quality_floor) and o.placement in SENDING), None
     )
     if sending is not None and sending is not advice.choice:
         lines.append(f"of the settings that send KV: {sending.setting}, {sending.latency_s:.3f} s")

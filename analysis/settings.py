@@ -1,4 +1,4 @@
-"""What a run compares: its settings (placement and codec), measured profile by profile.
+"""What a run compares: its settings (placement, codec, delivery, transport), measured profile by profile.
 
 Figures and tables agree on these: how a setting is named, what is put together, what quality the full cache
 has.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from testbed import stats
+from testbed.experiment.row import SENDING
 
 _BETWEEN = "\x1f"  #: task and example; not NUL, which numpy strips from the ends of strings
 #: A setting that reaches this share of the full cache's quality counts as having kept it.
@@ -55,6 +56,11 @@ class Measured:
     worst: Worst | None = None  #: of several tasks the one that keeps least
 
     @property
+    def sends(self) -> bool:
+        """Whether a KV cache crosses the link."""
+        return self.placement in SENDING
+
+    @property
     def gap(self) -> str:
         """What is missing, in words: empty, or such as ``failed 4 of 4``, ``not compared: lacks examples``."""
         if self.failed:
@@ -77,21 +83,50 @@ class Worst:
 def labelled(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with two more columns: `setting` (what is compared) and `panel` (where it is compared).
 
-    A setting is a codec, or a placement that needs none; transport and congestion control are named where the run varies
-    them, and a delivery where it is not whole. A panel is a profile; model and emulator are named where the run varies them.
+    A setting is a codec, behind its placement where that is not `split`, or a placement that needs none; transport and congestion
+    control are named where the run varies them, and a delivery where it is not whole. A panel is a profile; model, emulator and
+    whose compute was replayed are named where the run varies them.
     """
-    setting = rows["codec"].where(rows["placement"] == "split", rows["placement"])
-    setting = setting.where(setting != "", rows["placement"])
+    placement = rows["placement"].where((rows["placement"] != "split") | (rows["codec"] == ""), "")
+    setting = (placement + " " + rows["codec"]).str.strip()
     across = rows[rows["placement"] != "edge"]
-    for column in ("transport", "congestion"):
-        if across.loc[across[column] != "", column].nunique() > 1:
+    # What a transport's parameters say of it already is not said again.
+    alike = across[across["congestion"] != ""].groupby("transport")["congestion"].nunique()
+    named = {"transport": across.loc[across["transport"] != "", "transport"].nunique(), "congestion": alike.max()}
+    for column, count in named.items():
+        if count > 1:
             setting = setting + rows[column].map(lambda v: f" · {v}" if v else "")
     setting = setting + rows["delivery"].map(lambda v: "" if v in ("", "whole") else f" · {v}")
     panel = rows["profile"]
-    for column in ("model", "emulator"):
-        if rows.loc[rows[column] != "", column].nunique() > 1:
-            panel = panel + rows[column].map(lambda v: f" · {v}" if v else "")
+    for names, unsaid in ((rows["model"], False), (rows["emulator"], False), (replayed(rows), True)):
+        if names[(names != "") | unsaid].nunique() > 1:
+            panel = panel + names.map(lambda v: f" · {v}" if v else "")
     return rows.assign(setting=setting, panel=panel)
+
+
+#: A model of this name is a cache of its shape with stand-in values: its bytes and times are real, its answers are none.
+SHAPE = "shape:"
+
+
+def replayed(rows: pd.DataFrame) -> pd.Series[str]:
+    """Whose compute was waited for instead of computing, such as ``edge as jetson-orin``; empty where both sides computed."""
+    said = rows["model"].map(lambda v: "")
+    for side in ("edge", "cloud"):
+        own = rows[f"{side}_device"].map(lambda v, side=side: f"{side} as {v}" if v else "")
+        said = said + own.where((said == "") | (own == ""), ", " + own)
+    return said
+
+
+def encoded(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose cache arrived as their codec made it, so that what is lost is the codec's: not those with chunks of several
+    levels or that did not come. A store may select without the question, so its rows are there only where there are no others.
+    """
+    whole = (rows["codec"] != "") & (rows["levels"] == "") & ~(rows["tokens_left_out"] > 0)
+    for placement in SENDING:
+        own = rows[whole & (rows["placement"] == placement)]
+        if len(own):
+            break
+    return own
 
 
 def panels(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -202,9 +237,11 @@ def is_exact(rows: pd.DataFrame) -> bool:
     if rows.empty or ("one_format" in rows and not rows["one_format"].all()):
         return False
     apart = (rows["nll"] - rows["reference_nll"]).abs()
-    if str(rows["placement"].iloc[0]) != "split":
+    placement = str(rows["placement"].iloc[0])
+    if placement in ("cloud", "edge"):
         return not bool((apart > _SAME_NLL).any())
-    return str(rows["codec"].iloc[0]) == "fp16" and bool((apart <= _SAME_NLL).all())
+    whole = placement in SENDING and not (rows["tokens_left_out"] > 0).any()
+    return whole and str(rows["codec"].iloc[0]) == "fp16" and bool((apart <= _SAME_NLL).all())
 
 
 def kept_quality(rows: pd.DataFrame) -> tuple[stats.Estimate, bool]:

@@ -122,7 +122,7 @@ def _block(name: str, rows: pd.DataFrame) -> str:
     full = settings.full_cache_quality(rows)
     able = settings.holding(measured, full)
     chosen = next(iter(able), None)
-    sending = next((m for m in able if m.placement == "split"), None)
+    sending = next((m for m in able if m.sends), None)
     level = paired_latency.tied(rows, chosen.label, [m.label for m in able]) if chosen else []
     width = max([len(m.label) for m in measured] + [7])
     reference = f"full cache {full:.2f}" if full == full else "full cache unknown"

@@ -18,6 +18,7 @@ from testbed.codecs.method import Method
 from testbed.codecs.quantize.mixed import Mixed, coarse
 from testbed.codecs.spec import CodecSpec, parse
 from testbed.errors import SpecError
+from testbed.experiment.row import SENDING
 
 #: The mean ΔNLL, in nats a token, up to which a codec may stand for the full cache against sending the text.
 WORTH_LOSS = 0.05
@@ -215,7 +216,7 @@ def worth(pool: Pool) -> Iterator[Verdict]:
     figure = "takes {:.2g} times as long {}"
     for model in pool.tables:
         for panel, own in pool.of(model).groupby("panel", sort=False):
-            best = _fastest_alike(own[own["placement"] == "split"])
+            best = _fastest_alike(own[own["placement"].isin(SENDING)])
             if best is None or "cloud" not in set(own["setting"]):
                 continue
             times = own.groupby(["setting", "task", "example"])["e2e_s"].median()

@@ -75,7 +75,7 @@ def _few(rows: pd.DataFrame, measured: list[Measured], every: list[str]) -> list
     wanted: list[str] = [label for label in ("fp16", "cloud", "edge") if label in every]
     for _, own in settings.panels(rows):
         full = settings.full_cache_quality(own)
-        sending = [m for m in settings.measured(own) if m.placement == "split"]
+        sending = [m for m in settings.measured(own) if m.sends]
         best = settings.fastest_that_holds(sending, full)
         wanted += [best.label] if best else []
     order = list(dict.fromkeys([*wanted, *every]))[:MOST]

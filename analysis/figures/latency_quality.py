@@ -115,7 +115,7 @@ def _panel(name: str, rows: pd.DataFrame, metric: Metric) -> Panel:
 
 
 def _split(measured: list[Measured]) -> list[Measured]:
-    return [m for m in measured if m.placement == "split"]
+    return [m for m in measured if m.sends]
 
 
 def _figure(run: Run, panels: list[Panel], columns: int, metric: Metric, title: str, what: str) -> Figure:
@@ -211,7 +211,7 @@ def _place(measured: Measured) -> tuple[float, float]:
 
 def _label(ax: Axes, panel: Panel, fronts: list[Measured], crossed: list[labels.Segment]) -> None:
     """Name the members of both fronts and the placements in the panel itself, some where they are many; the legend names all."""
-    named = fronts + [m for m in panel.measured if m.placement != "split"]
+    named = fronts + [m for m in panel.measured if not m.sends]
     drawn = short(m.label for m in panel.measured)
     points = {m.label: (*_place(m), drawn[m.label]) for m in _thinned(named, panel.chosen)}
     lines = [((xs[0], ys[0]), (xs[1], ys[1])) for m in panel.measured for xs, ys in _bars(m)] + crossed
@@ -225,7 +225,7 @@ def _thinned(named: list[Measured], chosen: list[Measured]) -> list[Measured]:
     distinct = list({m.label: m for m in named}.values())
     if len(distinct) <= MOST_NAMED:
         return distinct
-    first = [m for m in distinct if m.placement != "split" or any(m is c for c in chosen)]
+    first = [m for m in distinct if not m.sends or any(m is c for c in chosen)]
     rest = sorted((m for m in distinct if m not in first), key=lambda m: m.latency.value)
     room = max(1, MOST_NAMED - len(first))
     return first + [rest[i * (len(rest) - 1) // max(1, room - 1)] for i in range(min(room, len(rest)))]

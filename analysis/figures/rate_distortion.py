@@ -34,8 +34,8 @@ class Point:
 
 def draw(run: Run) -> Figure:
     """A panel for each task (and model): KL, or ΔNLL where the rows have none, against bits an element."""
-    rows = settings.labelled(run.rows)
-    rows = rows[(rows["placement"] == "split") & (rows["bits_per_element"] > 0)]
+    rows = settings.labelled(settings.encoded(run.rows))
+    rows = rows[rows["bits_per_element"] > 0]
     metric = next((m for m in (KL, DELTA_NLL) if np.isfinite(m.values(rows)).any()), None)
     if metric is None:
         raise NotInThisRun(f"{run.path}: no trial that sent KV has a kl, nor an nll beside a reference_nll")

@@ -54,7 +54,7 @@ def draw(run: Run) -> Figure:
         "settings that send KV": _squares(panels, everything=False),
     }
     maps = {name: squares for name, squares in maps.items() if squares}
-    if len(maps) == 2 and not any(m.placement != "split" for m in _winners(maps["all settings"])):
+    if len(maps) == 2 and not any(not m.sends for m in _winners(maps["all settings"])):
         maps.pop("settings that send KV")
     rates = sorted({place[0] or float("inf") for squares in maps.values() for place in squares})
     delays = sorted({place[1] for squares in maps.values() for place in squares})
@@ -99,7 +99,7 @@ def _squares(panels: list[tuple[str, pd.DataFrame]], everything: bool) -> dict[P
         measured = settings.measured(rows)
         full = settings.full_cache_quality(rows)
         if not everything:
-            measured = [m for m in measured if m.placement == "split"]
+            measured = [m for m in measured if m.sends]
         able = settings.holding(measured, full)
         best, second = able[0] if able else None, able[1] if len(able) > 1 else None
         rate = float(rows["rate_up_bps"].median())

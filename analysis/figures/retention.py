@@ -45,7 +45,7 @@ def split_selection(codec: str) -> tuple[str, float, str] | None:
 
 def draw(run: Run) -> Figure:
     """A column of panels for each task: score above, ΔNLL below (where the rows have it)."""
-    rows = settings.labelled(run.rows[run.rows["placement"] == "split"])
+    rows = settings.labelled(settings.encoded(run.rows))
     if not any(split_selection(codec) for codec in rows["codec"].unique()):
         raise NotInThisRun(f"{run.path}: no codec of it selects tokens (such as q2c@0.25+int8)")
     models = rows["model"].nunique()

@@ -69,7 +69,7 @@ def _trials(rows: pd.DataFrame) -> pd.DataFrame:
     own = rows[rows["panel"] == panel]
     full = settings.full_cache_quality(own)
     measured = settings.measured(own)
-    sending = [m for m in measured if m.placement == "split"]
+    sending = [m for m in measured if m.sends]
     best = settings.fastest_that_holds(sending, full)
     wanted = ["fp16", *([best.label] if best else []), "cloud", "edge"]
     small = min(sending, key=lambda m: m.payload_bytes, default=None)
@@ -100,7 +100,7 @@ def _where(stage: str, placement: str) -> str:
         return "link"
     if placement == "edge" or stage in ("select_s", "encode_s"):
         return "edge"
-    return "edge" if stage == "prefill_s" and placement == "split" else "cloud"
+    return "edge" if stage == "prefill_s" and placement != "cloud" else "cloud"
 
 
 def _draw_trial(ax: Axes, trial: pd.Series, longest: float) -> None:
