@@ -199,13 +199,16 @@ def write(run: Run, baseline: str = FULL) -> Path:
 
 
 def latency_frame(run: Run) -> pd.DataFrame:
-    """A line for each link, task and setting: the median of the paired latency ratios, its interval and tests."""
+    """A line for each link, task and setting: the median of the paired latency ratios, its interval and tests, and that of the
+    differences to the first token.
+    """
     lines = []
     for panel, rows in settings.panels(run.attempts):
         baseline = paired_latency.baseline_of(rows)
         tasks = [str(t) for t in rows["task"].unique()]
         for task in [*tasks, "all"] if len(tasks) > 1 else tasks:
             own = rows if task == "all" else rows[rows["task"] == task]
+            later = paired_latency.first_token_differences(own, baseline)
             for compared in paired_latency.ratios(own, baseline):
                 line: dict[str, Any] = {"model": str(rows["model"].iloc[0]), "link": panel, "task": task}
                 line |= {
@@ -215,6 +218,7 @@ def latency_frame(run: Run) -> pd.DataFrame:
                     "latency": run.latency,
                 }
                 line |= _interval("latency_ratio", compared.ratio)
+                line |= _interval("ttft_diff_s", later.get(compared.setting, stats.NOTHING))
                 lines.append(line | {"latency_p": compared.p, "latency_p_holm": compared.p_holm})
     return pd.DataFrame(lines)
 

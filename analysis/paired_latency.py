@@ -66,9 +66,29 @@ def tied(rows: pd.DataFrame, best: str, others: Iterable[str]) -> list[str]:
     return [ratio.setting for ratio in compared if not (ratio.differs and ratio.ratio.value > 1)]
 
 
-def _by_example(rows: pd.DataFrame) -> pd.DataFrame:
+def first_tokens(rows: pd.DataFrame) -> pd.Series[float]:
+    """The rows' times to the first token; infinite where a trial failed."""
+    return rows["ttft_s"].mask(rows["failed"].astype(bool), math.inf) if "failed" in rows else rows["ttft_s"]
+
+
+def first_token_differences(rows: pd.DataFrame, baseline: str) -> dict[str, stats.Estimate]:
+    """How much later (s; negative: sooner) each other setting of one panel's rows has its first token than the baseline: the
+    median of the examples' differences, with its interval between two order statistics.
+    """
+    times = _by_example(rows, first_tokens(rows))
+    if baseline not in times:
+        return {}
+    return {
+        str(name): stats.quantile((times[name] - times[baseline]).to_numpy(), 0.5)
+        for name in times.columns
+        if name != baseline
+    }
+
+
+def _by_example(rows: pd.DataFrame, latencies: pd.Series[float] | None = None) -> pd.DataFrame:
     """Median latency over repeats: an example a line, a setting a column; NaN where it was not tried."""
-    table = rows.assign(_latency=settings.latencies(rows), _example=settings.clusters(rows))
+    times = settings.latencies(rows) if latencies is None else latencies
+    table = rows.assign(_latency=times, _example=settings.clusters(rows))
     return table.groupby(["_example", "setting"], sort=False)["_latency"].median().unstack("setting")
 
 

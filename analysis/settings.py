@@ -92,7 +92,10 @@ def labelled(rows: pd.DataFrame) -> pd.DataFrame:
     across = rows[rows["placement"] != "edge"]
     # What a transport's parameters say of it already is not said again.
     alike = across[across["congestion"] != ""].groupby("transport")["congestion"].nunique()
-    named = {"transport": across.loc[across["transport"] != "", "transport"].nunique(), "congestion": alike.max()}
+    named = {
+        "transport": across.loc[across["transport"] != "", "transport"].nunique(),
+        "congestion": alike.max(),
+    }
     for column, count in named.items():
         if count > 1:
             setting = setting + rows[column].map(lambda v: f" · {v}" if v else "")

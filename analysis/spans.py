@@ -21,6 +21,7 @@ from testbed.experiment.row import STAGES
 
 #: Of the table: seconds count from the request's start, bytes cross the link; stages are named as columns, without the unit.
 COLUMNS = ("trial", "chunk", "stage", "start_s", "end_s", "level", "bytes")
+PLACES = ("edge", "link", "cloud")
 STAGE_NAMES = tuple(stage.removesuffix("_s") for stage in STAGES)
 #: What stands in a line besides the trial, and its type.
 _FIELDS: dict[str, type] = {"chunk": int, "stage": str, "start_s": float, "end_s": float}
@@ -51,6 +52,26 @@ def of_stages(row: pd.Series[Any]) -> pd.DataFrame:
             rows.append({"trial": row["trial"], **span, "level": "", "bytes": sent})
             at += length
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def lanes(spans: pd.DataFrame, placement: str) -> list[int]:
+    """Where each of a trial's spans was, by number in `PLACES`. A prefill is the cloud's where the text was sent, or where its
+    chunk had come before.
+    """
+    sent = spans[spans["stage"] == "transmit"]
+    arrived = {int(chunk): float(end) for chunk, end in zip(sent["chunk"], sent["end_s"], strict=True)}
+
+    def place(span: pd.Series[Any]) -> int:
+        stage = str(span["stage"])
+        if stage in ("connect", "transmit"):
+            return 1
+        if placement == "edge" or stage in ("select", "encode"):
+            return 0
+        behind = float(span["start_s"]) >= arrived.get(int(span["chunk"]), math.inf) - 1e-9
+        text = placement in ("cloud", "store") or span["level"] == "text"
+        return 0 if stage == "prefill" and not (text or behind) else 2
+
+    return [place(span) for _, span in spans.iterrows()]
 
 
 def in_order(placement: str) -> list[str]:

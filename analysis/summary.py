@@ -11,9 +11,11 @@ import pandas as pd
 from testbed import stats
 from testbed.analysis import paired_latency, settings
 from testbed.analysis.describe import caveats, computing, conditions, megabytes
+from testbed.analysis.names import short
 from testbed.analysis.run import Run
 from testbed.experiment.row import STAGES
 
+_WIDEST = 60  #: characters of a setting's name in the terminal
 _SAME = ("model", "emulator", "link", "delivery", "transport", "congestion")
 
 
@@ -124,7 +126,8 @@ def _block(name: str, rows: pd.DataFrame) -> str:
     chosen = next(iter(able), None)
     sending = next((m for m in able if m.sends), None)
     level = paired_latency.tied(rows, chosen.label, [m.label for m in able]) if chosen else []
-    width = max([len(m.label) for m in measured] + [7])
+    names = short((m.label for m in measured), _WIDEST)
+    width = max([len(name) for name in names.values()] + [7])
     reference = f"full cache {full:.2f}" if full == full else "full cache unknown"
     lines = [
         f"{name}: {conditions(rows)} · {reference}",
@@ -137,7 +140,7 @@ def _block(name: str, rows: pd.DataFrame) -> str:
         notes = "  ".join([*([each.worst.text()] if each.worst else []), *([each.gap] if each.gap else [])])
         marks = f"{mark}{tie if mark == '+' else ' '}"
         lines.append(
-            f"  {marks} {each.label:<{width}}  {_seconds(latency.value):>8}  {_interval(latency, 3):<14}"
+            f"  {marks} {names[each.label]:<{width}}  {_seconds(latency.value):>8}  {_interval(latency, 3):<14}"
             f"  {_quality(quality.value):>7}  {_interval(quality, 2):<13}  {megabytes(each.payload_bytes):>9}"
             + (f"  {notes}" if notes else "")
         )

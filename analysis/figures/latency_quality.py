@@ -21,7 +21,8 @@ from testbed.analysis.describe import caveats, conditions, counted, subject
 from testbed.analysis.figures import NotInThisRun, labels
 from testbed.analysis.figures.axes import limit_losses, limit_scores, limit_seconds
 from testbed.analysis.figures.panels import FRONT, Legend, empty, fill, front
-from testbed.analysis.figures.style import INK, Frame, Mark, bottom_legend, panel_title, short, tell_missing
+from testbed.analysis.figures.style import INK, Frame, Mark, bottom_legend, panel_title, tell_missing
+from testbed.analysis.names import short
 from testbed.analysis.run import Run
 from testbed.analysis.settings import DELTA_NLL, QUALITY_FLOOR, SCORE, Measured, Metric
 

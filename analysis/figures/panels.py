@@ -14,7 +14,8 @@ from matplotlib.lines import Line2D
 
 from testbed import stats
 from testbed.analysis.figures.labels import Segment
-from testbed.analysis.figures.style import GREY, Frame, Mark, bottom_legend, legend_columns, marks, short
+from testbed.analysis.figures.style import GREY, Frame, Mark, bottom_legend, legend_columns, marks
+from testbed.analysis.names import short
 from testbed.analysis.settings import Measured
 
 #: Lines of curves, one after the other.

@@ -18,7 +18,8 @@ from testbed.analysis.describe import caveats, counted, subject
 from testbed.analysis.figures import NotInThisRun, labels
 from testbed.analysis.figures.axes import limit_losses, ticks
 from testbed.analysis.figures.panels import FRONT, Legend, empty, fill, front
-from testbed.analysis.figures.style import Frame, Mark, marks, panel_title, short
+from testbed.analysis.figures.style import Frame, Mark, marks, panel_title
+from testbed.analysis.names import short
 from testbed.analysis.run import Run
 from testbed.analysis.settings import DELTA_NLL, KL, Metric
 

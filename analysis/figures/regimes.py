@@ -13,8 +13,9 @@ from matplotlib.patches import Rectangle
 from testbed.analysis import settings
 from testbed.analysis.describe import caveats, subject
 from testbed.analysis.figures import NotInThisRun
-from testbed.analysis.figures.style import GREY, INK, Frame, Mark, marks, panel_title, short
+from testbed.analysis.figures.style import GREY, INK, Frame, Mark, marks, panel_title
 from testbed.analysis.latency_model import steady
+from testbed.analysis.names import short
 from testbed.analysis.paired_latency import LatencyRatio, ratios
 from testbed.analysis.run import Run
 from testbed.analysis.settings import QUALITY_FLOOR, Measured

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,8 +30,8 @@ from testbed.analysis.figures.style import (
     Frame,
     bottom_legend,
     panel_title,
-    short,
 )
+from testbed.analysis.names import short
 from testbed.analysis.run import Run, stage_names
 
 # Hatches alternate between dense and sparse, so that neighbours differ in a black-and-white print.
@@ -44,6 +46,10 @@ LOOKS = {
     "first_token_s": (SKY, "", "first token"),
     "generate_s": (VERMILLION, "\\\\\\\\", "further tokens"),
 }
+
+
+#: What stands beside each setting's bar, of a panel's rows.
+Beside = Callable[[pd.DataFrame], dict[str, str]]
 
 
 def draw(run: Run) -> Figure:
@@ -66,6 +72,7 @@ def draw(run: Run) -> Figure:
         footnotes=[
             "Beside each bar: median end-to-end latency, and mean payload. "
             "First token: from the cache rebuilt (or the text received) to the first token at the edge.",
+            *overlapping(run.rows),
             *caveats(run),
         ],
         rows=math.ceil(len(panels) / columns),
@@ -76,7 +83,7 @@ def draw(run: Run) -> Figure:
         between=0.22,
     )
     figure, axes = frame.figure()
-    fill(axes, columns, panels, partial(_draw_panel, stages, order), "time (s)")
+    fill(axes, columns, panels, partial(draw_panel, "e2e_s", stages, order, payloads), "time (s)")
     for index, ax in enumerate(axes):
         ax.tick_params(labelleft=index % columns == 0)
     bottom_legend(figure, frame, [patch(stage) for stage in stages], 4)
@@ -89,28 +96,45 @@ def patch(stage: str) -> Patch:
     return Patch(facecolor=color, hatch=hatch, edgecolor=INK, linewidth=0.5, label=label)
 
 
-def _draw_panel(stages: list[str], names: list[str], ax: Axes, panel: tuple[str, pd.DataFrame]) -> None:
-    """One profile's bars; every panel has every setting's place, so that rows of bars line up across panels."""
+def draw_panel(
+    whole: str,
+    stages: list[str],
+    names: list[str],
+    beside: Beside,
+    ax: Axes,
+    panel: tuple[str, pd.DataFrame],
+    room: float = 1.3,
+) -> None:
+    """One profile's bars of the column `whole`; every panel has every setting's place, so that rows of bars line up across
+    panels. `room`: inches for a bar's text.
+    """
     name, rows = panel
     panel_title(ax, name, conditions(rows))
-    ends = _draw_bars(ax, rows, stages, names)
+    ends = _draw_bars(ax, rows, whole, stages, names, beside(rows))
     ax.set_yticks(range(len(names)), list(short(names).values()))
     ax.set_ylim(len(names) - 0.4, -0.6)
     width = ax.get_window_extent().width / ax.figure.dpi
-    ax.set_xlim(0, (max(ends) or 1.0) * width / max(0.3 * width, width - 1.3))  # room for a bar's text
+    ax.set_xlim(0, (max(ends) or 1.0) * width / max(0.3 * width, width - room))
     ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
 
 
-def _draw_bars(ax: Axes, rows: pd.DataFrame, stages: list[str], names: list[str]) -> list[float]:
+def payloads(rows: pd.DataFrame) -> dict[str, str]:
+    """Each setting's mean payload."""
+    means = settings.finished(rows).groupby("setting")["payload_bytes"].mean()
+    return {str(name): megabytes(float(size)) for name, size in means.items() if size > 0}
+
+
+def _draw_bars(
+    ax: Axes, rows: pd.DataFrame, column: str, stages: list[str], names: list[str], beside: dict[str, str]
+) -> list[float]:
     """A bar for each setting with its interval and its text; returns where bars and intervals end."""
     done = settings.finished(rows)
-    shares = done[stages].div(done["e2e_s"], axis=0).groupby(done["setting"]).mean().reindex(names)
+    shares = done[stages].div(done[column], axis=0).groupby(done["setting"]).mean().reindex(names)
     shares = shares.div(shares.sum(axis=1), axis=0)
-    payloads = done.groupby("setting")["payload_bytes"].mean().reindex(names)
-    times = rows["e2e_s"].mask(rows["failed"].astype(bool), math.inf)
+    times = rows[column].mask(rows["failed"].astype(bool), math.inf)
     whole = {
         str(k): stats.median(times[own.index], settings.clusters(own)) for k, own in rows.groupby("setting")
     }
@@ -132,24 +156,27 @@ def _draw_bars(ax: Axes, rows: pd.DataFrame, stages: list[str], names: list[str]
         if label not in whole:
             continue  # not run on this profile
         note = f"failed {failed[label]} of {tried[label]}" if failed[label] else ""
-        end, median, payload = float(start[place]), whole[label], float(payloads[label])
+        end, median = float(start[place]), whole[label]
         if math.isfinite(median.low) and math.isfinite(median.high):
             ax.plot([median.low, median.high], [place, place], color=INK, lw=1.0, zorder=4)
             ends.append(median.high)
             end = max(end, median.high)
         parts = [_seconds(median.value)] if math.isfinite(median.value) else []
-        parts += [megabytes(payload)] if payload > 0 else []
+        parts += [beside[label]] if beside.get(label) else []
         text = " · ".join([*parts, *([note] if note else [])])
-        ax.annotate(
-            text,
-            (end, place),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=7.6,
-            color=VERMILLION if note else INK,
-        )
+        look: dict[str, Any] = {"va": "center", "fontsize": 7.6, "color": VERMILLION if note else INK}
+        ax.annotate(text, (end, place), xytext=(4, 0), textcoords="offset points", **look)
     return ends
+
+
+def overlapping(rows: pd.DataFrame) -> list[str]:
+    """What is to be known of bars of stages that overlap, a sentence; empty where none do."""
+    if not (rows["overlap_s"] > 1e-3 * rows["e2e_s"]).any():
+        return []
+    return [
+        "Where stages overlap, each instant is billed to the latest of the pipeline: a bar shows of each stage what no later "
+        "one hid."
+    ]
 
 
 def _seconds(value: float) -> str:

@@ -1,5 +1,5 @@
 """How figures look: fonts, the frame with title and footnote, and one mark per setting that survives a
-black-and-white print, its name shortened where it is long, and still told apart.
+black-and-white print.
 """
 
 from __future__ import annotations
@@ -87,7 +87,11 @@ class Mark:
         return Line2D([], [], label=label, **self.options())
 
 
-_PLACEMENTS = {"cloud": Mark("*", VERMILLION, size=13), "edge": Mark("X", VERMILLION, size=9)}
+_PLACEMENTS = {
+    "cloud": Mark("*", VERMILLION, size=13),
+    "edge": Mark("X", VERMILLION, size=9),
+    "scout": Mark("H", VERMILLION, size=9),
+}
 _SELECTORS = {
     "": ("o", BLACK),
     "q2c": ("s", BLUE),
@@ -103,14 +107,18 @@ _PLAIN = {"fp16": 16, "fp8": 8, "int8": 8, "int4": 4, "int3": 3, "int2": 2}
 
 def marks(settings: Iterable[tuple[str, str, str]]) -> dict[str, Mark]:
     """A mark for each (label, placement, codec), by label; distinct ones as long as shapes, fills and sizes
-    last.
+    last. A codec that is met a second time, placed or delivered otherwise, has another shape there.
     """
     shapes = dict(_SELECTORS)
+    ways: list[str] = []  #: how a codec crosses, by what its label says besides
     spare = iter(_SPARE * 20)
     taken: set[Mark] = set()
     chosen: dict[str, Mark] = {}
     for label, placement, codec in settings:
-        mark = _PLACEMENTS.get(placement) or _codec_mark(codec, shapes, spare)
+        way = label.replace(codec, "", 1) if codec in label else ""
+        ways += [way] if way not in ways and placement not in _PLACEMENTS else []
+        first = placement in _PLACEMENTS or way == ways[0]
+        mark = _PLACEMENTS.get(placement) or _codec_mark(codec, shapes, spare, "" if first else way)
         for fill in ("top", "bottom", "right", "full", "none", "left"):
             if mark in taken:
                 mark = Mark(mark.marker, mark.color, fill, mark.size)
@@ -119,7 +127,7 @@ def marks(settings: Iterable[tuple[str, str, str]]) -> dict[str, Mark]:
     return chosen
 
 
-def _codec_mark(codec: str, shapes: dict[str, tuple[str, str]], spare: Any) -> Mark:
+def _codec_mark(codec: str, shapes: dict[str, tuple[str, str]], spare: Any, way: str) -> Mark:
     try:
         parts = written(codec)
     except SpecError:  # of a version that has other methods
@@ -127,7 +135,7 @@ def _codec_mark(codec: str, shapes: dict[str, tuple[str, str]], spare: Any) -> M
     selector, quantizer = parts.get("selector"), parts.get("quantizer")
     bits = _bits(quantizer.text) if quantizer else 16 if parts else None
     shown = selector or parts.get("transform") or quantizer
-    name = codec if shown is None else "" if shown.name in _PLAIN else shown.name
+    name = way + (codec if shown is None else "" if shown.name in _PLAIN else shown.name)
     if name not in shapes:
         shapes[name] = next(spare)
     marker, color = shapes[name]
@@ -267,34 +275,3 @@ def tell_missing(ax: Axes, missing: list[str], most: int = 4) -> None:
             zorder=1.8,
             bbox=box,
         )
-
-
-#: Characters; a longer name loses its parameters.
-LONGEST = 34
-
-
-def short(names: Iterable[str], longest: int = LONGEST) -> dict[str, str]:
-    """Each name as it is drawn. Of a long one the parameters in parentheses become ``(…)``, the longest first; where two names
-    would then be the same, those behind the first are numbered: ``(…) [2]``.
-    """
-    shown: dict[str, str] = {}
-    taken: dict[str, int] = {}
-    for name in dict.fromkeys(names):
-        drawn = _middle(_without_parameters(name, longest), longest + 8)
-        taken[drawn] = taken.get(drawn, 0) + 1
-        shown[name] = drawn if taken[drawn] == 1 else f"{drawn} [{taken[drawn]}]"
-    return shown
-
-
-def _without_parameters(name: str, longest: int) -> str:
-    def groups() -> list[str]:
-        ends = (part.partition(")") for part in name.split("(")[1:])
-        return [f"({inside})" for inside, end, _ in ends if inside and end and "…" not in inside]
-
-    while len(name) > longest and (inner := groups()):
-        name = name.replace(max(inner, key=len), "(…)", 1)
-    return name
-
-
-def _middle(name: str, most: int) -> str:
-    return name if len(name) <= most else f"{name[: most - 12]}…{name[-11:]}"

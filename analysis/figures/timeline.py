@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,10 +15,9 @@ from testbed.analysis.figures import NotInThisRun
 from testbed.analysis.figures.stages import LOOKS, patch
 from testbed.analysis.figures.style import GREY, INK, Frame, bottom_legend, panel_title
 from testbed.analysis.run import Run, stage_names
-from testbed.analysis.spans import in_order
+from testbed.analysis.spans import PLACES, lanes, of_stages, spans
 
 MOST = 5  #: settings beside each other
-_PLACES = ("edge", "link", "cloud")
 
 
 def draw(run: Run) -> Figure:
@@ -52,8 +53,10 @@ def draw(run: Run) -> Figure:
     )
     figure, axes = frame.figure()
     longest = float(chosen["e2e_s"].max())
+    table = spans(run)
     for ax, (_, trial) in zip(axes, chosen.iterrows(), strict=True):
-        _draw_trial(ax, trial, longest)
+        own = table[table["trial"] == trial["trial"]]
+        _draw_trial(ax, trial, own if len(own) else of_stages(trial), longest)
         ax.set_xlim(0, longest * 1.02)
         ax.tick_params(labelbottom=ax is axes[-1])
     axes[-1].set_xlabel("time since the request (s)")
@@ -95,39 +98,31 @@ def _typical(rows: pd.DataFrame, order: list[str]) -> tuple[str, str]:
     return str(task), str(example)
 
 
-def _where(stage: str, placement: str) -> str:
-    if stage in ("connect_s", "transmit_s"):
-        return "link"
-    if placement == "edge" or stage in ("select_s", "encode_s"):
-        return "edge"
-    return "edge" if stage == "prefill_s" and placement != "cloud" else "cloud"
-
-
-def _draw_trial(ax: Axes, trial: pd.Series, longest: float) -> None:
+def _draw_trial(ax: Axes, trial: pd.Series, table: pd.DataFrame, longest: float) -> None:
     payload = trial["payload_bytes"]
     sent = f"{megabytes(float(payload))} sent" if payload else "nothing sent"
     score = f"score {trial['score']:.2f}" if trial["score"] == trial["score"] else "no score"
     panel_title(ax, str(trial["setting"]), f"{trial['e2e_s']:.2f} s · {sent} · {score}")
     reused = {f"{name.strip()}_s" for name in str(trial["reused"]).split(",") if name.strip()}
-    at = 0.0
-    for stage in in_order(str(trial["placement"])):
-        length = float(trial[stage])
-        if length <= 0:
-            continue
+    for (_, span), lane in zip(table.iterrows(), lanes(table, str(trial["placement"])), strict=True):
+        stage, start, length = (
+            f"{span['stage']}_s",
+            float(span["start_s"]),
+            float(span["end_s"] - span["start_s"]),
+        )
         color, hatch, _ = LOOKS[stage]
-        lane = _PLACES.index(_where(stage, str(trial["placement"])))
-        ax.barh(lane, length, left=at, height=0.78, color=color, hatch=hatch, edgecolor=INK, linewidth=0.4)
+        look: dict[str, Any] = {"color": color, "hatch": hatch, "edgecolor": INK, "linewidth": 0.4}
+        ax.barh(lane, length, left=start, height=0.78, **look)
         text = f"{length:.2f} s" if length >= 0.1 else f"{length * 1e3:.0f} ms"
         text = f"({text})" if stage in reused else text
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
         if length > 0.05 * longest:
-            ax.text(at + length / 2, lane, text, ha="center", va="center", fontsize=6.6, bbox=box)
-        at += length
-        if stage == "first_token_s":
-            ax.plot(at, -0.62, marker="v", color=INK, markersize=5, clip_on=False, zorder=5)
+            ax.text(start + length / 2, lane, text, ha="center", va="center", fontsize=6.6, bbox=box)
+        if span["stage"] == "first_token":
+            ax.plot(start + length, -0.62, marker="v", color=INK, markersize=5, clip_on=False, zorder=5)
     for border in (0.5, 1.5):
         ax.axhline(border, color=GREY, lw=0.3)
-    ax.set_yticks(range(3), _PLACES)
+    ax.set_yticks(range(3), PLACES)
     ax.set_ylim(2.5, -0.6)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="y", visible=False)

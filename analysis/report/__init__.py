@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from testbed.analysis import claims, comparisons
+from testbed.analysis import claims, comparisons, naive
 from testbed.analysis.describe import caveats, computing, subject
 from testbed.analysis.figures import FIGURES, draw_all
 from testbed.analysis.run import Run
@@ -37,7 +37,8 @@ _WITH_INTERVAL = {"e2e_s", "latency_ratio", "ttft_s", "score", "delta_nll"}
 
 
 def write(run: Run, figures: list[Path] | None = None) -> Path:
-    """Write ``report.html`` with the figures inside, and ``comparisons.csv`` beside it; returns the page's path.
+    """Write ``report.html`` with the figures inside, ``comparisons.csv`` and ``naive_error.csv`` beside it; returns the page's
+    path.
 
     `figures`: files as `draw_all` returned them; None draws all. Raises UsageError for a run without finished
     trials.
@@ -47,6 +48,7 @@ def write(run: Run, figures: list[Path] | None = None) -> Path:
         figures = draw_all(run) if len(run.rows) > 1 else []
     drawn = [p for p in figures if p.suffix == ".png"]
     comparisons.write(run)
+    naive.write(run)
     page = render(run, drawn)
     return run.write("report.html", lambda to: to.write_text(page, encoding="utf-8"))
 
@@ -72,6 +74,7 @@ def render(run: Run, figures: list[Path]) -> str:
         columns=[heading for _, heading, _ in COLUMNS],
         lines=_lines(summarise(run)),
         comparisons=comparisons.text(comparisons.against(run)) + "\n\n" + comparisons.latency_text(run),
+        formula=naive.text(run),
         headline=table(run),
         claims=judged,
         left_out=left_out,

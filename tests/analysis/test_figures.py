@@ -17,7 +17,8 @@ from matplotlib.text import Text
 
 from testbed.analysis.figures import FIGURES, figure
 from testbed.analysis.figures.retention import split_selection
-from testbed.analysis.figures.style import LONGEST, WIDTH, marks, short, style
+from testbed.analysis.figures.style import WIDTH, marks, style
+from testbed.analysis.names import LONGEST, short
 from testbed.analysis.run import load
 from testbed.errors import UsageError
 from tests.analysis.conftest import Command

@@ -1,0 +1,76 @@
+"""Settings' names as people read them: short where they are long, and still told apart."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from testbed import kinds
+from testbed.errors import SpecError
+
+_BETWEEN = " · "  #: a setting's parts (`settings.labelled`)
+#: Characters; a longer name loses its parameters.
+LONGEST = 34
+
+
+def short(names: Iterable[str], longest: int = LONGEST) -> dict[str, str]:
+    """Each name as it is drawn. A long one loses what all deliveries of its kind have in common, then its parameters in
+    parentheses become ``(…)``, the longest first; where two names would then be the same, those behind the first are numbered:
+    ``(…) [2]``.
+    """
+    shown: dict[str, str] = {}
+    taken: dict[str, int] = {}
+    distinct = list(dict.fromkeys(names))
+    alike = _in_common(distinct)
+    for name in distinct:
+        told = _without_common(name, alike) if len(name) > longest else name
+        drawn = _middle(_without_parameters(told, longest), longest + 8)
+        taken[drawn] = taken.get(drawn, 0) + 1
+        shown[name] = drawn if taken[drawn] == 1 else f"{drawn} [{taken[drawn]}]"
+    return shown
+
+
+_KIND = re.compile(r"([A-Za-z][\w-]*)\((.*)\)", re.DOTALL)
+
+
+def _in_common(names: list[str]) -> dict[str, set[str]]:
+    """By kind the parameters that all of its deliveries among these names have; nothing of a kind with one form alone."""
+    forms: dict[str, set[tuple[str, ...]]] = {}
+    for name in names:
+        for part in name.split(_BETWEEN):
+            kind, parameters = _kind(part)
+            forms.setdefault(kind, set()).add(parameters)
+    return {kind: set.intersection(*map(set, own)) for kind, own in forms.items() if kind and len(own) > 1}
+
+
+def _without_common(name: str, alike: dict[str, set[str]]) -> str:
+    parts = []
+    for part in name.split(_BETWEEN):
+        kind, parameters = _kind(part)
+        own = [p.removeprefix("policy=") for p in parameters if p not in alike.get(kind, ())]
+        changed = kind in alike
+        parts.append((kind + (f"({', '.join(own)})" if own else "")) if changed else part)
+    return _BETWEEN.join(parts)
+
+
+def _kind(part: str) -> tuple[str, tuple[str, ...]]:
+    """The name and the parameters of ``name(key=value, …)``; two empty ones of anything else."""
+    match = _KIND.fullmatch(part)
+    try:
+        return (match[1], tuple(p.strip() for p in kinds.split(match[2]))) if match else ("", ())
+    except SpecError:
+        return "", ()
+
+
+def _without_parameters(name: str, longest: int) -> str:
+    def groups() -> list[str]:
+        ends = (part.partition(")") for part in name.split("(")[1:])
+        return [f"({inside})" for inside, end, _ in ends if inside and end and "…" not in inside]
+
+    while len(name) > longest and (inner := groups()):
+        name = name.replace(max(inner, key=len), "(…)", 1)
+    return name
+
+
+def _middle(name: str, most: int) -> str:
+    return name if len(name) <= most else f"{name[: most - 12]}…{name[-11:]}"
