@@ -16,13 +16,15 @@ link's rate times an efficiency e, or where that is less
 with b = 1; at small p it is Mathis' law, which CUBIC follows at these windows: RFC 9438, section 4.3). Its second
 term is the timeouts, which rule from a few percent of loss on; T0 = RTT + 200 ms, Linux's least. c, t0, e, W0 and a are
 fitted to the rows by robust least squares on log seconds, held near their textbook values where the rows say
-little. Under loss a request's time is a matter of luck: the model tells of the middle, not of the tail.
+little. Stages that overlap (a stream, a cache met half-way) are put together by `stage_sums`.
+Under loss a request's time is a matter of luck: the model tells of the middle, not of the tail.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +32,9 @@ import pandas as pd
 from scipy import optimize
 
 from testbed.analysis import settings
+from testbed.analysis.stage_sums import Sums
 from testbed.errors import UsageError
+from testbed.experiment.row import SENDING
 
 Floats = npt.NDArray[np.float64]
 
@@ -39,7 +43,6 @@ MSS, PACKET = 1448.0, 1500.0
 _BETA = 0.7  #: what a loss leaves of CUBIC's window (RFC 9438, section 4.6)
 _REDUCTIONS = 12  #: after so many a window is that which loss sustains
 _LEAST_TIMEOUT_S = 0.2  #: TCP_RTO_MIN of Linux
-_COMPUTE = ("prefill_s", "select_s", "encode_s", "queue_s", "decode_s", "generate_s")
 
 
 #: Beyond so many times the greatest (or below that part of the least) rate and delay measured, nothing is said.
@@ -130,7 +133,9 @@ def steady(rows: pd.DataFrame) -> pd.DataFrame:
 def fit_transport(rows: pd.DataFrame) -> Transport:
     """The transport's numbers from the rows that crossed a link."""
     across = steady(rows)
-    across = across[(across["placement"] != "edge") & (across["transmit_s"] > 0)]
+    # Of what crossed at once, over TCP: what is in the pipeline behind a chunk hides part of its way.
+    across = across[(across["placement"] != "edge") & (across["transmit_s"] > 0) & ~(across["chunks"] > 1)]
+    across = across[across["transport"].str.partition("(")[0].isin(("", "tcp"))]
     if across.empty:
         return Transport()
     names = [f.name for f in fields(Transport)]
@@ -178,24 +183,37 @@ class LatencyModel:
         first = not np.allclose(settings.latencies(labelled), labelled["e2e_s"], equal_nan=True)
         return cls(labelled, fit_transport(labelled), generation=not first)
 
-    def predict(self, link: Link) -> pd.DataFrame:
+    @cached_property
+    def sums(self) -> Sums:
+        """What the rows' requests take apart from their links."""
+        return Sums.of(self.rows, self.generation)
+
+    @cached_property
+    def _lines(self) -> dict[str, npt.NDArray[np.intp]]:
+        """Each setting's lines in `sums`."""
+        table = self.sums.table
+        return {
+            str(name): np.asarray(own) for name, own in table.groupby("setting", sort=False).indices.items()
+        }
+
+    def predict(self, link: Link, slower: float = 1.0) -> pd.DataFrame:
         """Median latency and its 95th percentile for each setting (the index) on this link: columns ``e2e_s``,
-        ``p95_s``, seconds. Of examples that were answered: what fails elsewhere is not known.
+        ``p95_s``, seconds, with an edge *slower* by a factor than it was measured. Of examples that were answered: what fails
+        elsewhere is not known. Settings whose stages overlap in ways that are not known (`stage_sums.kind`) are left away.
         """
-        rows = self.rows
-        crossing = rows["placement"] != "edge"
-        stages = [stage for stage in _COMPUTE if self.generation or stage != "generate_s"]
-        compute = rows[stages].sum(axis=1)
-        first = (rows["first_token_s"] - rows["delay_down_s"].where(crossing, 0.0)).clip(lower=0.0)
-        # One value an example and setting: what it computes does not depend on the link.
-        table = (
-            rows.assign(compute=compute + first, opened=(rows["connect_s"] > 0).astype(float))
-            .groupby(["setting", "placement", "task", "example"], sort=False)[
-                ["compute", "payload_bytes", "opened"]
-            ]
-            .median()
-            .reset_index()
-        )
+        times = self._latencies(link, slower)
+        quantiles = {
+            name: (np.median(times[own]), np.quantile(times[own], 0.95)) for name, own in self._lines.items()
+        }
+        return pd.DataFrame.from_dict(quantiles, orient="index", columns=["e2e_s", "p95_s"])
+
+    def medians(self, link: Link, slower: float = 1.0) -> dict[str, float]:
+        """The first column of `predict` by setting."""
+        times = self._latencies(link, slower)
+        return {name: float(np.median(times[own])) for name, own in self._lines.items()}
+
+    def _latencies(self, link: Link, slower: float) -> Floats:
+        table = self.sums.table
         size = len(table)
         transmit = self.transport.transmit_s(
             table["payload_bytes"].to_numpy(dtype=np.float64),
@@ -204,11 +222,9 @@ class LatencyModel:
             np.full(size, link.rtt_s),
             np.full(size, link.loss_up),
         )
-        connect = table["opened"] * (link.rtt_s + self.transport.connect_s)
-        across = (table["placement"] != "edge").astype(float)
-        latency = table["compute"] + across * (connect + transmit + link.delay_down_s)
-        by_setting = latency.groupby(table["setting"], sort=False)
-        return pd.DataFrame({"e2e_s": by_setting.median(), "p95_s": by_setting.quantile(0.95)})
+        connect = table["opened"].to_numpy(dtype=np.float64) * (link.rtt_s + self.transport.connect_s)
+        there = self.sums.latencies(connect, transmit, link.delay_up_s, slower)
+        return there + self.sums.crossing * link.delay_down_s
 
 
 @dataclass(frozen=True)
@@ -247,7 +263,8 @@ def leave_one_out(rows: pd.DataFrame, eligible: list[str] | None = None) -> list
         crossing = set(own.loc[own["placement"] != "edge", "setting"])
         errors = {s: float(predicted[s] / measured[s] - 1) for s in both if s in crossing}
         options = [s for s in both if eligible is None or s in eligible]
-        sending = [s for s in options if s not in ("cloud", "edge")]
+        caches = set(own.loc[own["placement"].isin(SENDING), "setting"])
+        sending = [s for s in options if s in caches]
         if not options:
             continue
         guess, true = predicted.to_dict(), measured.to_dict()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from testbed.analysis import claims, comparisons, naive
+from testbed.analysis import adaptive, claims, comparisons, naive
 from testbed.analysis.describe import caveats, computing, subject
 from testbed.analysis.figures import FIGURES, draw_all
 from testbed.analysis.run import Run
@@ -75,6 +75,7 @@ def render(run: Run, figures: list[Path]) -> str:
         lines=_lines(summarise(run)),
         comparisons=comparisons.text(comparisons.against(run)) + "\n\n" + comparisons.latency_text(run),
         formula=naive.text(run),
+        deadlines=adaptive.text(run),
         headline=table(run),
         claims=judged,
         left_out=left_out,

@@ -23,7 +23,7 @@ from testbed.net.profile.profile import parse_profile
 from tests.analysis.make_run import rewrite
 
 LEVELS = ("int8", "int4", "q2c@0.25+int4", "text", "skip")
-ADAPTIVE = f"adaptive(levels=[{', '.join(LEVELS)}], deadline=1s, policy={{}})"
+ADAPTIVE = f"adaptive(levels=[{', '.join(LEVELS)}], deadline=1500ms, policy={{}})"
 #: (placement, codec, delivery)
 SETTINGS = (
     ("cloud", "", "whole"),
@@ -118,7 +118,7 @@ def _request(
         return float(schedule.finish(begin + at, size * 1.05) - at)
 
     pace = Pace(float(rng.lognormal(0, 0.05)), finish, conditions.up.delay_s)
-    levels, sizes = _chunks(placement, codec, delivery, example)
+    levels, sizes = _chunks(placement, codec, delivery, example, rate)
     spans = _spans(pace, placement, delivery, levels, sizes)
     stages = billed(Span(stage, start, end, chunk) for chunk, stage, start, end, _, _ in spans)
     own = {name: getattr(stages, name) for name in STAGES}
@@ -172,8 +172,8 @@ def _request(
         bits_per_element=16 * payload / KV_BYTES if placement in ("split", "store") else 0.0,
         chunks=len(sizes),
         levels=runs if adaptive else "",
-        deadline_s=1.0 if adaptive else None,
-        met=arrived <= 1.0 if adaptive else None,
+        deadline_s=1.5 if adaptive else None,
+        met=arrived <= 1.5 if adaptive else None,
         tokens_left_out=BLOCK * levels.count("skip"),
         store_prefill_s=EDGE_S if placement == "store" else None,
         store_encode_s=0.1 if placement == "store" else None,
@@ -192,7 +192,9 @@ def _request(
     return row, [dict(zip(names, span, strict=True)) for span in spans]
 
 
-def _chunks(placement: str, codec: str, delivery: str, example: int) -> tuple[list[str], list[float]]:
+def _chunks(
+    placement: str, codec: str, delivery: str, example: int, rate: float
+) -> tuple[list[str], list[float]]:
     """The level and the bytes of each chunk that crosses."""
     if placement == "edge":
         return [], []
@@ -201,8 +203,11 @@ def _chunks(placement: str, codec: str, delivery: str, example: int) -> tuple[li
     if delivery == "whole":
         return [""], [KV_BYTES * SHARES[codec][0]]
     count = TOKENS // BLOCK
-    if delivery == "meet":
-        return ["", ""], [KV_BYTES * SHARES[codec][0] / count] * 2
+    if delivery == "meet":  # by when as many have come as the cloud has not prefilled
+        of, whole = 32, KV_BYTES * SHARES[codec][0]
+        sent = whole * 8 * 1.05 / rate
+        crossing = max(1, round(of * CLOUD_S / (CLOUD_S + sent)))
+        return [""] * crossing, [whole / of] * crossing
     if not delivery.startswith("adaptive"):
         return [""] * count, [KV_BYTES * SHARES[codec][0] / count] * count
     fixed = [n for n in range(2) if f"fixed(level={n})" in delivery]
@@ -237,12 +242,13 @@ def _spans(
         link = pace.finish(begin, size)
         spans.append((chunk, "transmit", begin, link + pace.delay_s, level, int(size)))
         taken = "prefill" if placement == "cloud" or level == "text" else "decode"
-        takes = CLOUD_S / count if taken == "prefill" else 0.04 / count
+        takes = CLOUD_S / count if taken == "prefill" else 0.04 / max(count, 4)
         begin = max(cloud, link + pace.delay_s)
         spans.append((chunk, taken, begin, begin + takes * pace.noise, level, 0))
         cloud = spans[-1][3]
     if delivery == "meet":  # the cloud's own half, from the front
-        spans.append((2, "prefill", 2 * pace.delay_s, 2 * pace.delay_s + CLOUD_S / 2, "text", 0))
+        own = CLOUD_S * (1 - count / 32) * pace.noise
+        spans.append((count, "prefill", 2 * pace.delay_s, 2 * pace.delay_s + own, "text", 0))
         cloud = max(cloud, spans[-1][3])
     first = cloud + 0.05 * pace.noise + (0.0 if placement == "edge" else pace.delay_s)
     return [
