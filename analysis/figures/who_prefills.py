@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,108 +31,70 @@ from testbed.analysis.figures.style import (
     legend_columns,
     panel_title,
 )
-from testbed.analysis.latency_model import (
-    HeldOut,
-    LatencyModel,
-    Link,
-    leave_one_out,
-    link_of,
-    median_error,
-    steady,
-)
+from testbed.analysis.latency_model import HeldOut, LatencyModel, leave_one_out, median_error, steady
 from testbed.analysis.names import short
 from testbed.analysis.run import Run
-from testbed.analysis.stage_sums import speed_ratio
+from testbed.analysis.speed_map import SpeedMap, links_of, speed_map
+from testbed.analysis.stage_sums import MEET, kind
 from testbed.experiment.row import SENDING
 from testbed.units import format_fraction
 
-_CELLS = (48, 36)  #: of the map: rates, speeds
-_REACH = 3.0  #: rates so many times beyond the measured ones are drawn
-_SPEEDS = 8.0  #: and speeds of the edge
 _TEXT, _EDGE = VERMILLION, GREY
 _CACHES = (BLUE, GREEN, ORANGE, PURPLE, SKY, YELLOW)
 
 
-@dataclass(frozen=True)
-class Map:
-    """How much longer than the fastest of the others (logarithm; below 0: it is the fastest) each setting of `names` takes, by
-    speed and rate (bit/s); `points`: each measured link's rate, what was fastest there, and what the model says is.
-    """
-
-    names: list[str]
-    rates: npt.NDArray[np.float64]
-    speeds: npt.NDArray[np.float64]
-    behind: npt.NDArray[np.float64]
-    points: list[tuple[float, str, str]]
-    ratio: float
-
-
 def draw(run: Run) -> Figure:
-    """One map: the model's borders, the measured links as points, and the model's error on links that it was not fitted to."""
+    """The model's borders, the measured links as points, and the model's error on links that it was not fitted to: of all
+    settings, and of those of which one side alone prefills.
+    """
     rows = steady(settings.finished(settings.labelled(run.rows)))
     rows = rows[rows["rate_up_bps"].notna() & (rows["emulator"] != "none")]
-    links = {str(panel): link_of(own) for panel, own in rows.groupby("panel", sort=False)}
+    links = links_of(rows)
     if len({link.rate_up_bps for link in links.values()}) < 2:
-        raise NotInThisRun(
-            f"{run.path}: who_prefills compares links of at least two rates that do not change"
-        )
+        what = "who_prefills compares links of at least two rates that do not change"
+        raise NotInThisRun(f"{run.path}: {what}")
     names, held = _able(rows)
-    held_out = leave_one_out(rows, names)
-    middle = Link(
-        math.nan,
-        *(
-            float(np.median([getattr(link, name) for link in links.values()]))
-            for name in ("delay_up_s", "delay_down_s", "loss_up")
-        ),
-    )
-    chart = _chart(rows, names, links, middle)
-    if len(chart.names) < 2:
+    charts = _charts(rows, names)
+    if not charts:
         raise NotInThisRun(f"{run.path}: fewer than two settings can be predicted on other links")
-    colors = _colors(rows, chart.names)
-    drawn = short(chart.names)
-    won = [name for name, behind in zip(chart.names, chart.behind, strict=True) if (behind <= 0).any()]
-    won += [name for name in dict.fromkeys(name for _, name, _ in chart.points) if name not in won]
+    first = next(iter(charts.values()))
+    won = list(dict.fromkeys(name for chart in charts.values() for name in chart.fastest_somewhere))
+    colors, drawn = _colors(rows, won), short(won)
+    handles = [
+        Patch(facecolor=colors[name], alpha=0.55, edgecolor=INK, linewidth=0.5, label=drawn[name])
+        for name in won
+    ] + [_point(marker, said) for marker, said in (("o", "as the model has it"), ("X", "not the model's"))]
+    legend = legend_columns([*drawn.values(), "measured fastest: as the model has it"], 3)
+    settings_ = (
+        "those that keep 95 % of the full cache's quality by the estimate"
+        if held
+        else "all; no quality is known"
+    )
     frame = Frame(
         title="Who should prefill: the fastest setting by the link's rate and the edge's speed",
-        subtitle=f"{counted(len(links), 'emulated link')} · {subject(run.rows)}\n{_trust(held_out)}",
+        subtitle=f"{counted(len(links), 'emulated link')} · {subject(run.rows)}\n{_trust(leave_one_out(rows, names))}",
         footnotes=[
-            f"Computed, not measured, but for the points: the latency model fitted to this run, at {middle.rtt_s * 1e3:g} ms "
-            f"round trip and {format_fraction(middle.loss_up)} loss. Other speeds: the edge's stages, as they were measured, "
-            f"times a factor; the cloud's stay. Measured at ×{chart.ratio:.2g} (dashed).",
-            "Settings: those that keep 95 % of the full cache's quality by the estimate."
-            if held
-            else "Of all settings: no quality is known.",
-            *_unknown(rows, names, chart.names),
+            f"Computed, not measured, but for the points: the latency model fitted to this run, at "
+            f"{first.middle.rtt_s * 1e3:g} ms round trip and {format_fraction(first.middle.loss_up)} loss. Other speeds: the "
+            f"edge's stages, as they were measured at ×{first.ratio:.2g} (dashed), times a factor; the cloud's stay. "
+            f"Settings: {settings_}.",
+            *_unknown(names, first.names),
             *caveats(run),
         ],
         rows=1,
-        columns=1,
-        panel=4.2,
-        legend=0.2 * math.ceil((len(won) + 2) / legend_columns([drawn[n] for n in won], 3)) + 0.14,
-        left=0.85,
+        columns=len(charts),
+        panel=4.0 if len(charts) == 1 else 3.3,
+        legend=0.2 * math.ceil(len(handles) / legend) + 0.14,
+        left=0.8,
         below=0.45,
     )
-    figure, (ax,) = frame.figure()
-    _draw_map(ax, chart, colors, run.latency)
-    handles = [
-        *(
-            Patch(facecolor=colors[name], alpha=0.55, edgecolor=INK, linewidth=0.5, label=drawn[name])
-            for name in won
-        ),
-        *(
-            Line2D(
-                [],
-                [],
-                marker=marker,
-                color="white",
-                markeredgecolor=INK,
-                ls="none",
-                label=f"measured fastest: {said}",
-            )
-            for marker, said in (("o", "as the model has it"), ("X", "not the model's"))
-        ),
-    ]
-    bottom_legend(figure, frame, handles, legend_columns([str(h.get_label()) for h in handles], 3))
+    figure, axes = frame.figure()
+    for ax, (title, chart) in zip(axes, charts.items(), strict=True):
+        _draw_map(
+            ax, chart, colors, f"{title}: fastest by its median {run.latency}" if len(charts) == 1 else title
+        )
+    axes[0].set_ylabel("edge's prefill over the cloud's (×)")
+    bottom_legend(figure, frame, handles, legend)
     return figure
 
 
@@ -145,51 +106,31 @@ def _able(rows: pd.DataFrame) -> tuple[list[str], bool]:
     return [m.label for m in (settings.holding(measured, full) if held else measured)], held
 
 
-def _chart(rows: pd.DataFrame, names: list[str], links: dict[str, Link], middle: Link) -> Map:
-    model, ratio = LatencyModel.fit(rows), speed_ratio(rows)
-    known = [link.rate_up_bps for link in links.values()]
-    rates = np.geomspace(min(known) / _REACH, max(known) * _REACH, _CELLS[0])
-    speeds = np.geomspace(min(0.5, ratio / _SPEEDS**0.5), max(16.0, ratio * _SPEEDS**0.5), _CELLS[1])
-    predicted = [name for name in names if name in model.medians(next(iter(links.values())))]
-    taken = np.empty((len(predicted), len(speeds), len(rates)))
-    for i, speed in enumerate(speeds):
-        for j, rate in enumerate(rates):
-            there = Link(float(rate), middle.delay_up_s, middle.delay_down_s, middle.loss_up)
-            medians = model.medians(there, float(speed) / ratio)
-            taken[:, i, j] = np.log([medians[name] for name in predicted])
-    behind = np.array(
-        [own - np.delete(taken, k, axis=0).min(axis=0, initial=np.inf) for k, own in enumerate(taken)]
-    )
-    points = []
-    for panel, link in links.items():
-        own = rows[rows["panel"] == panel]
-        times = settings.latencies(own).groupby(own["setting"], sort=False).median()
-        measured = {str(name): float(value) for name, value in times.items() if name in names}
-        if measured and predicted:
-            best = min(predicted, key=model.medians(link).__getitem__)
-            points.append((link.rate_up_bps, min(measured, key=measured.__getitem__), best))
-    return Map(predicted, rates, speeds, behind, points, ratio)
+def _charts(rows: pd.DataFrame, names: list[str]) -> dict[str, SpeedMap]:
+    """Maps by title, of at least two settings each."""
+    model = LatencyModel.fit(rows)
+    met = set(rows.loc[rows["delivery"].map(kind) == MEET, "setting"])
+    alone = [name for name in names if name not in met]
+    wanted = {"all settings": names, "one side prefills": alone if len(alone) < len(names) else []}
+    charts = {title: speed_map(rows, model, own) for title, own in wanted.items() if len(own) > 1}
+    return {title: chart for title, chart in charts.items() if len(chart.names) > 1}
 
 
 def _colors(rows: pd.DataFrame, names: list[str]) -> dict[str, str]:
     """Of text and of the edge one each; caches by their order."""
     placements = rows.drop_duplicates("setting").set_index("setting")["placement"]
-    colors, caches = {}, 0
-    for name in [*names, *(str(n) for n in placements.index if n not in names)]:
-        if placements[name] in SENDING:
-            colors[name] = _CACHES[caches % len(_CACHES)]
-            caches += name in names
-        else:
-            colors[name] = _EDGE if placements[name] == "edge" else _TEXT
-    return colors
+    caches = [name for name in names if placements[name] in SENDING]
+    colors = {name: _CACHES[i % len(_CACHES)] for i, name in enumerate(caches)}
+    return {name: colors.get(name, _EDGE if placements[name] == "edge" else _TEXT) for name in names}
 
 
-def _draw_map(ax: Axes, chart: Map, colors: dict[str, str], latency: str) -> None:
-    panel_title(
-        ax,
-        f"fastest by its median {latency}",
-        "above the dashed line the edge is slower than it was measured, below faster",
-    )
+def _point(marker: str, said: str) -> Line2D:
+    label = f"measured fastest: {said}"
+    return Line2D([], [], marker=marker, color="white", markeredgecolor=INK, ls="none", label=label)
+
+
+def _draw_map(ax: Axes, chart: SpeedMap, colors: dict[str, str], title: str) -> None:
+    panel_title(ax, title, "above the dashed line: an edge slower than measured")
     x = chart.rates / 1e6
     for name, behind in zip(chart.names, chart.behind, strict=True):
         if (behind <= 0).any():
@@ -201,15 +142,9 @@ def _draw_map(ax: Axes, chart: Map, colors: dict[str, str], latency: str) -> Non
     _name_regions(ax, chart)
     ax.axhline(chart.ratio, color=INK, lw=0.9, ls=(0, (5, 3)), zorder=3)
     for rate, measured, said in chart.points:
-        marker = "o" if measured == said else "X"
+        look: dict[str, Any] = {"markeredgecolor": INK, "markersize": 9, "zorder": 5, "ls": "none"}
         ax.plot(
-            rate / 1e6,
-            chart.ratio,
-            marker=marker,
-            color=colors[measured],
-            markeredgecolor=INK,
-            markersize=10,
-            zorder=5,
+            rate / 1e6, chart.ratio, marker="o" if measured == said else "X", color=colors[measured], **look
         )
     ax.set_xlim(x[0], x[-1])
     ax.set_ylim(chart.speeds[0], chart.speeds[-1])
@@ -217,33 +152,30 @@ def _draw_map(ax: Axes, chart: Map, colors: dict[str, str], latency: str) -> Non
     ticks(ax.yaxis, round_values(*ax.get_ylim()))
     ax.grid(visible=False)
     ax.set_xlabel("rate, edge to cloud (Mbit/s)")
-    ax.set_ylabel("edge's prefill over the cloud's (×)")
 
 
-def _name_regions(ax: Axes, chart: Map) -> None:
-    """Each setting's name in the middle of where it is fastest, where that is large enough for it."""
+def _name_regions(ax: Axes, chart: SpeedMap) -> None:
+    """Each setting's name near the middle of where it is fastest, off the points, where there is room for it."""
     names = short(chart.names, 26)
+    free = np.abs(np.log(chart.speeds / chart.ratio)) > 0.15
     for name, behind in zip(chart.names, chart.behind, strict=True):
-        rows, columns = np.nonzero(behind <= 0)
-        if len(rows) < 0.015 * behind.size:
+        inside = (behind <= 0) & free[:, None]
+        if inside.sum() < 0.015 * behind.size:
             continue
-        middle = np.median(rows), np.median(columns)
-        nearest = int(np.argmin((rows - middle[0]) ** 2 + (columns - middle[1]) ** 2))
-        column = columns[nearest] / behind.shape[1]
-        side = "left" if column < 0.12 else "right" if column > 0.88 else "center"
+        rows, columns = np.nonzero(inside)
+        away = (rows - np.median(rows)) ** 2 + (columns - np.median(columns)) ** 2
+        row, column = rows[int(np.argmin(away))], columns[int(np.argmin(away))]
+        share = column / behind.shape[1]
+        side = "left" if share < 0.2 else "right" if share > 0.8 else "center"
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.5}
-        at = chart.rates[columns[nearest]] / 1e6, chart.speeds[rows[nearest]]
-        ax.text(*at, names[name], ha=side, va="center", fontsize=8, bbox=box, zorder=4)
+        at = chart.rates[column] / 1e6, chart.speeds[row]
+        ax.text(*at, names[name], ha=side, va="center", fontsize=7.6, bbox=box, zorder=4)
 
 
-def _unknown(rows: pd.DataFrame, names: list[str], predicted: list[str]) -> list[str]:
-    left = [name for name in names if name not in predicted]
-    drawn = short(left)
-    return (
-        [f"Not in the map, since what they do elsewhere is not known: {', '.join(drawn[n] for n in left)}."]
-        if left
-        else []
-    )
+def _unknown(names: list[str], predicted: list[str]) -> list[str]:
+    left = short(name for name in names if name not in predicted)
+    what = "Not in the map, since what they do elsewhere is not known"
+    return [f"{what}: {', '.join(left.values())}."] if left else []
 
 
 def _trust(held_out: list[HeldOut]) -> str:
