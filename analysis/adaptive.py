@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from testbed import kinds, stats
+from testbed import stats
 from testbed.analysis import settings
+from testbed.analysis.levels import ladder, mean_rung
 from testbed.analysis.names import short
 from testbed.analysis.run import Run
-from testbed.delivery.delivery import parse
-from testbed.errors import SpecError
 
 ORACLE = "policy=oracle"
 
@@ -42,7 +41,7 @@ class Kept:
 def panels(run: Run) -> Iterator[tuple[str, pd.DataFrame]]:
     """The links on which some setting has a deadline or chooses levels."""
     for panel, rows in settings.panels(run.rows):
-        if rows["deadline_s"].notna().any() or (rows["levels"] != "").any():
+        if rows["deadline_s"].notna().any() or any(map(ladder, rows["delivery"].unique())):
             yield panel, rows
 
 
@@ -71,7 +70,7 @@ def _kept(panel: str, rows: pd.DataFrame) -> list[Kept]:
                 float(own["tokens_left_out"].mean()),
                 _behind(own, other, "met"),
                 _behind(own, other, "score"),
-                bool((own["levels"] != "").any()),
+                bool(ladder(str(own["delivery"].iloc[0]))),
             )
         )
     return found
@@ -95,47 +94,6 @@ def _behind(own: pd.DataFrame, oracle: pd.DataFrame, column: str) -> stats.Estim
         return stats.NOTHING
     pair = (both[f"{column}_oracle"], both[column])
     return stats.difference(*pair, settings.clusters(both), both["task"], bounds=(0.0, 1.0))
-
-
-def counts(levels: str) -> dict[str, int]:
-    """``"int8*3,text,skip*2"`` -> how many chunks had each level; empty where that cannot be read."""
-    found: dict[str, int] = {}
-    try:
-        parts = [part.strip() for part in kinds.split(levels)] if levels else []
-        for part in parts:
-            level, _, times = part.rpartition("*")
-            number = int(times) if level and times.isdecimal() else 1
-            name = level if level and times.isdecimal() else part
-            found[name] = found.get(name, 0) + number
-    except SpecError:
-        return {}
-    return found
-
-
-def ladder(delivery: str) -> tuple[str, ...]:
-    """The levels from which a delivery's sender chooses, the best first; empty where it does not."""
-    try:
-        return tuple(getattr(parse(delivery), "levels", ()))
-    except SpecError:  # of a version that has other deliveries
-        return _written(delivery)
-
-
-def _written(delivery: str) -> tuple[str, ...]:
-    inside = delivery.partition("(")[2].removesuffix(")")
-    try:
-        items = [item.strip() for item in kinds.split(inside)]
-        text = next((item for item in items if item.startswith("levels=[")), "")
-        return tuple(level.strip() for level in kinds.split(text[len("levels=[") : -1])) if text else ()
-    except SpecError:
-        return ()
-
-
-def mean_rung(delivery: str, levels: str) -> float:
-    """The mean place in the ladder of a request's chunks; NaN where nothing was chosen."""
-    rungs, found = ladder(delivery), counts(levels)
-    known = {level: n for level, n in found.items() if level in rungs}
-    total = sum(known.values())
-    return sum(rungs.index(level) * n for level, n in known.items()) / total if total else math.nan
 
 
 def text(run: Run) -> str:

@@ -44,6 +44,7 @@ def subject(rows: pd.DataFrame) -> str:
     emulators = ", ".join(str(e) for e in rows["emulator"].unique() if e)
     parts = [
         models,
+        *sorted(set(map(str, settings.replayed(rows))) - {""}),
         f"{' + '.join(map(str, tasks.index))}, {sizes} examples{' each' if len(tasks) > 1 else ''}",
     ]
     return " · ".join([p for p in parts if p] + ([f"{emulators} emulator"] if emulators else []))
@@ -56,6 +57,7 @@ def caveats(run: Run) -> list[str]:
     rows, sentences = run.rows, []
     if run.where:
         sentences.append(f"Only rows where {run.where}.")
+    sentences += elsewhere(rows)
     reused = rows["reused"].str.split(",").explode().str.strip()
     shares = reused[reused.fillna("") != ""].value_counts() / max(1, len(rows))
     if len(shares):
@@ -99,6 +101,23 @@ def caveats(run: Run) -> list[str]:
         )
     if run.notes:
         sentences.append(f"Run directory: {'; '.join(run.notes)}.")
+    return sentences
+
+
+def elsewhere(rows: pd.DataFrame) -> list[str]:
+    """What of these rows was not measured here, a sentence each: devices' times that were waited for, stand-in values."""
+    sentences = []
+    for side in ("edge", "cloud"):
+        for device, own in rows[rows[f"{side}_device"] != ""].groupby(f"{side}_device", sort=True):
+            sentences.append(
+                f"Replayed: the {side}'s compute takes as long as was measured for {device} ({counted(len(own), 'trial')})."
+            )
+    shapes = rows[rows["model"].str.startswith(settings.SHAPE)]
+    for model, own in shapes.groupby("model", sort=True):
+        sentences.append(
+            f"{model}: a cache of that model's shape with stand-in values ({counted(len(own), 'trial')}), of which bytes and "
+            "times alone count."
+        )
     return sentences
 
 

@@ -135,7 +135,7 @@ def fit_transport(rows: pd.DataFrame) -> Transport:
     across = steady(rows)
     # Of what crossed at once, over TCP: what is in the pipeline behind a chunk hides part of its way.
     across = across[(across["placement"] != "edge") & (across["transmit_s"] > 0) & ~(across["chunks"] > 1)]
-    across = across[across["transport"].str.partition("(")[0].isin(("", "tcp"))]
+    across = across[across["transport"].map(lambda text: text.partition("(")[0] in ("", "tcp")).astype(bool)]
     if across.empty:
         return Transport()
     names = [f.name for f in fields(Transport)]

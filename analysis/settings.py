@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from testbed import stats
+from testbed.analysis.levels import counts
 from testbed.experiment.row import SENDING
 
 _BETWEEN = "\x1f"  #: task and example; not NUL, which numpy strips from the ends of strings
@@ -112,7 +113,7 @@ SHAPE = "shape:"
 
 
 def replayed(rows: pd.DataFrame) -> pd.Series[str]:
-    """Whose compute was waited for instead of computing, such as ``edge as jetson-orin``; empty where both sides computed."""
+    """Whose compute was waited for instead of computing, such as ``edge as jetson-orin``; empty of what was computed here."""
     said = rows["model"].map(lambda v: "")
     for side in ("edge", "cloud"):
         own = rows[f"{side}_device"].map(lambda v, side=side: f"{side} as {v}" if v else "")
@@ -124,7 +125,9 @@ def encoded(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows whose cache arrived as their codec made it, so that what is lost is the codec's: not those with chunks of several
     levels or that did not come. A store may select without the question, so its rows are there only where there are no others.
     """
-    whole = (rows["codec"] != "") & (rows["levels"] == "") & ~(rows["tokens_left_out"] > 0)
+    pairs = zip(rows["levels"], rows["codec"], strict=True)
+    one = pd.Series([set(counts(levels)) <= {codec} for levels, codec in pairs], index=rows.index, dtype=bool)
+    whole = (rows["codec"] != "") & one & ~(rows["tokens_left_out"] > 0)
     for placement in SENDING:
         own = rows[whole & (rows["placement"] == placement)]
         if len(own):

@@ -1,8 +1,8 @@
 """A run's spans as a table: which stage was at work on which chunk of which trial, and when.
 
-``spans.jsonl`` has a line a trial, ``{"trial": …, "spans": [{"chunk", "stage", "start_s", "end_s", "level", "bytes"}, …]}``,
-written before the trial's row; ``spans.parquet`` is the same, written at the end. A run without them has stages alone:
-`of_stages` makes spans of a row whose stages came one after the other.
+``spans.jsonl`` has a line a trial, written before the trial's row: ``{"trial": …, "spans": [{"chunk", "stage", "start_s",
+"end_s", "side", "level", "bytes"}, …]}``; ``spans.parquet`` is the same, written at the end. A run without them has stages
+alone: `of_stages` makes spans of a row whose stages came one after the other.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import pandas as pd
 
 from testbed import files
 from testbed.analysis.run import Run
+from testbed.endpoints.protocol import CLOUD, EDGE, LINK
 from testbed.experiment.row import STAGES
 
 #: Of the table: seconds count from the request's start, bytes cross the link; stages are named as columns, without the unit.
-COLUMNS = ("trial", "chunk", "stage", "start_s", "end_s", "level", "bytes")
-PLACES = ("edge", "link", "cloud")
+COLUMNS = ("trial", "chunk", "stage", "start_s", "end_s", "side", "level", "bytes")
+PLACES = (EDGE, LINK, CLOUD)
 STAGE_NAMES = tuple(stage.removesuffix("_s") for stage in STAGES)
 #: What stands in a line besides the trial, and its type.
 _FIELDS: dict[str, type] = {"chunk": int, "stage": str, "start_s": float, "end_s": float}
-_MORE: dict[str, Any] = {"level": "", "bytes": 0}
+_MORE: dict[str, Any] = {"side": "", "level": "", "bytes": 0}
 
 
 def spans(run: Run) -> pd.DataFrame:
@@ -48,30 +49,26 @@ def of_stages(row: pd.Series[Any]) -> pd.DataFrame:
         length = float(row[stage])
         if length > 0:
             sent = int(row["payload_bytes"]) if stage == "transmit_s" else 0
-            span = {"chunk": 0, "stage": stage.removesuffix("_s"), "start_s": at, "end_s": at + length}
-            rows.append({"trial": row["trial"], **span, "level": "", "bytes": sent})
+            name = stage.removesuffix("_s")
+            span = {"chunk": 0, "stage": name, "start_s": at, "end_s": at + length}
+            span |= {"side": _side(name, str(row["placement"])), "level": "", "bytes": sent}
+            rows.append({"trial": row["trial"], **span})
             at += length
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def lanes(spans: pd.DataFrame, placement: str) -> list[int]:
-    """Where each of a trial's spans was, by number in `PLACES`. A prefill is the cloud's where the text was sent, or where its
-    chunk had come before.
-    """
-    sent = spans[spans["stage"] == "transmit"]
-    arrived = {int(chunk): float(end) for chunk, end in zip(sent["chunk"], sent["end_s"], strict=True)}
+def lanes(spans: pd.DataFrame) -> list[int]:
+    """Where each of a trial's spans was, by number in `PLACES`."""
+    return [PLACES.index(side) if side in PLACES else 0 for side in map(str, spans["side"])]
 
-    def place(span: pd.Series[Any]) -> int:
-        stage = str(span["stage"])
-        if stage in ("connect", "transmit"):
-            return 1
-        if placement == "edge" or stage in ("select", "encode"):
-            return 0
-        behind = float(span["start_s"]) >= arrived.get(int(span["chunk"]), math.inf) - 1e-9
-        text = placement in ("cloud", "store") or span["level"] == "text"
-        return 0 if stage == "prefill" and not (text or behind) else 2
 
-    return [place(span) for _, span in spans.iterrows()]
+def _side(stage: str, placement: str) -> str:
+    """Where a stage is that comes after the others."""
+    if stage in ("connect", "transmit"):
+        return "link"
+    if placement == "edge" or stage in ("select", "encode"):
+        return "edge"
+    return "edge" if stage == "prefill" and placement != "cloud" else "cloud"
 
 
 def in_order(placement: str) -> list[str]:

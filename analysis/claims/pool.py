@@ -74,7 +74,10 @@ def collect(runs: list[Run]) -> tuple[Pool, list[str]]:
         if (apart := read_apart(pair)) and first & second:
             names = " and ".join(str(run.path) for run in pair)
             raise UsageError(f"{names}: not the same in both: {apart}; judge runs that read the same ones")
-    rows = settings.labelled(pd.concat(_by_seed(runs), ignore_index=True))
+    rows = pd.concat(_by_seed(runs), ignore_index=True)
+    # What was replayed is another machine's: a model of its own, and never one sample with what was measured here.
+    rows["model"] += settings.replayed(rows).map(lambda who: f" ({who})" if who else "")
+    rows = settings.labelled(rows)
     table = comparisons.by_example(rows)
     admitted = []
     left_out = [
@@ -91,7 +94,9 @@ def collect(runs: list[Run]) -> tuple[Pool, list[str]]:
             admitted.append(own)
         else:
             left_out.append(
-                f"{model} · {task} is left out: the full cache scores {full.value:.2f} [{full.low:.2f}, "
+                f"{model} · {task} is left out: no answer has a score"
+                if full.n == 0
+                else f"{model} · {task} is left out: the full cache scores {full.value:.2f} [{full.low:.2f}, "
                 f"{full.high:.2f}] (n = {full.n}), not surely above {least}"
             )
     whole = pd.concat(admitted) if admitted else table.iloc[:0]

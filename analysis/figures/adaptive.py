@@ -15,10 +15,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from testbed.analysis import settings
-from testbed.analysis.adaptive import counts, ladder
 from testbed.analysis.describe import caveats, conditions, subject
 from testbed.analysis.figures import NotInThisRun
 from testbed.analysis.figures.style import BLUE, INK, ORANGE, VERMILLION, Frame, bottom_legend, panel_title
+from testbed.analysis.levels import ladder
 from testbed.analysis.link_rates import Floats, rates
 from testbed.analysis.names import short
 from testbed.analysis.run import Run
@@ -83,7 +83,7 @@ def draw(run: Run) -> Figure:
 
 def _requests(run: Run) -> list[Request]:
     rows = settings.labelled(run.rows)
-    rows = rows[rows["levels"] != ""]
+    rows = rows[rows["delivery"].map(lambda delivery: len(ladder(delivery)) > 0)]
     table = spans(run) if len(rows) else pd.DataFrame({"trial": []})
     rows = rows[rows["trial"].isin(set(table["trial"]))]
     if rows.empty:
@@ -102,9 +102,7 @@ def _requests(run: Run) -> list[Request]:
     requests = []
     for _, row in own.head(MOST).iterrows():
         sent = table[(table["trial"] == row["trial"]) & (table["stage"] == "transmit")]
-        # A ladder that cannot be read is what was sent.
-        rungs = ladder(str(row["delivery"])) or tuple(counts(str(row["levels"])))
-        requests.append(Request(row, sent, rungs))
+        requests.append(Request(row, sent, ladder(str(row["delivery"]))))
     return requests
 
 

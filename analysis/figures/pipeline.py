@@ -135,7 +135,7 @@ def _draw_request(
         parts.append(f"deadline {row['deadline_s']:g} s {'met' if row['met'] else 'missed'}")
         ax.axvline(row["deadline_s"], color=INK, lw=1.0, ls=(0, (4, 2)), zorder=6)
     panel_title(ax, name, " · ".join(parts))
-    of = lanes(table, str(row["placement"]))
+    of = lanes(table)
     for number in range(len(PLACES)):
         _draw_lane(ax, number, table[[lane == number for lane in of]], levels, longest)
     top = -1.55 if rated else -0.6

@@ -104,7 +104,7 @@ def _draw_trial(ax: Axes, trial: pd.Series, table: pd.DataFrame, longest: float)
     score = f"score {trial['score']:.2f}" if trial["score"] == trial["score"] else "no score"
     panel_title(ax, str(trial["setting"]), f"{trial['e2e_s']:.2f} s · {sent} · {score}")
     reused = {f"{name.strip()}_s" for name in str(trial["reused"]).split(",") if name.strip()}
-    for (_, span), lane in zip(table.iterrows(), lanes(table, str(trial["placement"])), strict=True):
+    for (_, span), lane in zip(table.iterrows(), lanes(table), strict=True):
         stage, start, length = (
             f"{span['stage']}_s",
             float(span["start_s"]),

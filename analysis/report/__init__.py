@@ -126,13 +126,6 @@ def _emulated(rows: pd.DataFrame) -> list[str]:
             f"Compute is emulated in {len(slowed)} trials: stages stretched by up to "
             f"{float(most[0]):g} at the edge and {float(most[1]):g} in the cloud."
         )
-    for side in ("edge", "cloud"):
-        devices = rows[f"{side}_device"]
-        for device in sorted({str(name) for name in devices} - {""}):
-            sentences.append(
-                f"The {side}'s compute is replayed in {int((devices == device).sum())} trials: it takes as long as was "
-                f"measured for {device}."
-            )
     return sentences
 
 

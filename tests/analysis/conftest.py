@@ -9,6 +9,7 @@ import pytest
 
 from testbed.analysis.figures import FIGURES
 from tests import command as commands
+from tests.analysis.make_pipeline import ADAPTING, CHANGING, make_pipeline
 from tests.analysis.make_run import PROFILES, SWEEP, lines, make_run, rewrite, write_calibration
 
 Command = Callable[..., tuple[int, str, str]]
@@ -52,3 +53,17 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rewrite(path, [r | {"trial": str(i)} for i, r in enumerate(rows + longer + odd)])
     write_calibration(path, (*PROFILES, *SWEEP, inline), off=("lte",), trace=inline)
     return path
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stores, streams and caches met half-way on four links that hold."""
+    return make_pipeline(tmp_path_factory.mktemp("pipelines") / "run", examples=6)
+
+
+@pytest.fixture(scope="session")
+def changing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adaptive senders with a deadline on a link that follows a trace."""
+    return make_pipeline(
+        tmp_path_factory.mktemp("changing") / "run", profiles=(CHANGING,), settings=ADAPTING, examples=8
+    )

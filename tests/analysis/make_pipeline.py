@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from testbed.endpoints.spans import Span, billed
+from testbed.endpoints.protocol import CLOUD, EDGE, LINK, Span
+from testbed.endpoints.spans import billed, bound, busy, hidden
 from testbed.experiment.results import FORMAT
 from testbed.experiment.row import STAGES, Row, naive
 from testbed.net.profile.profile import parse_profile
@@ -41,7 +42,7 @@ ADAPTING = (
     ("cloud", "", "whole"),
     *(
         ("store", "", ADAPTIVE.format(policy))
-        for policy in ("oracle", "ewma(alpha=0.5)", "throughput", "fixed(level=0)", "fixed(level=1)")
+        for policy in ("oracle", "ewma(alpha=0.5)", "mpc(horizon=4)", "fixed", "fixed(level=1)")
     ),
     ("store", "int8", "stream(by=tokens)"),
 )
@@ -120,12 +121,7 @@ def _request(
     pace = Pace(float(rng.lognormal(0, 0.05)), finish, conditions.up.delay_s)
     levels, sizes = _chunks(placement, codec, delivery, example, rate)
     spans = _spans(pace, placement, delivery, levels, sizes)
-    stages = billed(Span(stage, start, end, chunk) for chunk, stage, start, end, _, _ in spans)
-    own = {name: getattr(stages, name) for name in STAGES}
-    busy = {
-        f"busy_{name}": sum(e - s for _, stage, s, e, _, _ in spans if f"{stage}_s" == name)
-        for name in STAGES
-    }
+    own, worked = ({n: getattr(side, n) for n in STAGES} for side in (billed(spans), busy(spans)))
     whole, payload = sum(own.values()), int(sum(sizes))
     easy = np.random.default_rng(example).random()
     right = float(np.mean([SHARES[level or codec or "text"][1] for level in levels])) if levels else 0.8
@@ -133,7 +129,7 @@ def _request(
         f"{k}*{n}" if n > 1 else k for k, n in ((k, len(list(g))) for k, g in groupby(levels)) if k
     )
     adaptive = delivery.startswith("adaptive")
-    arrived = max((end for _, stage, _, end, _, _ in spans if stage == "transmit"), default=0.0)
+    arrived = max((span.end for span in spans if span.stage == "transmit"), default=0.0)
     row = Row(
         trial=f"{profile}/{placement}/{codec}/{delivery}/{example}",
         cell=f"{profile}/{placement}/{codec}/{delivery}",
@@ -157,9 +153,9 @@ def _request(
         delay_down_s=pace.delay_s,
         trace_s=at if changes and placement != "edge" else None,
         **own,
-        **busy,
-        overlap_s=sum(busy.values()) - whole,
-        bound_s=0.97 * whole,
+        **{f"busy_{name}": seconds for name, seconds in worked.items()},
+        overlap_s=hidden(spans),
+        bound_s=bound(spans, pace.delay_s),
         naive_s=naive(payload, rate),
         ttft_s=whole - own["generate_s"],
         e2e_s=whole,
@@ -171,7 +167,7 @@ def _request(
         answer_tokens=4,
         bits_per_element=16 * payload / KV_BYTES if placement in ("split", "store") else 0.0,
         chunks=len(sizes),
-        levels=runs if adaptive else "",
+        levels=runs,
         deadline_s=1.5 if adaptive else None,
         met=arrived <= 1.5 if adaptive else None,
         tokens_left_out=BLOCK * levels.count("skip"),
@@ -188,8 +184,14 @@ def _request(
         reference_nll=0.4 + easy,
         kl=0.0,
     )
-    names = ("chunk", "stage", "start_s", "end_s", "level", "bytes")
-    return row, [dict(zip(names, span, strict=True)) for span in spans]
+    return row, [_written(span) for span in spans]
+
+
+def _written(span: Span) -> dict[str, Any]:
+    """As a line of spans.jsonl has it."""
+    stage, start, end, chunk, side, level, size = span
+    known = {"chunk": chunk, "stage": stage, "start_s": start, "end_s": end, "side": side}
+    return {**known, "level": level, "bytes": size}
 
 
 def _chunks(
@@ -207,52 +209,51 @@ def _chunks(
         of, whole = 32, KV_BYTES * SHARES[codec][0]
         sent = whole * 8 * 1.05 / rate
         crossing = max(1, round(of * CLOUD_S / (CLOUD_S + sent)))
-        return [""] * crossing, [whole / of] * crossing
+        return [codec] * crossing, [whole / of] * crossing
     if not delivery.startswith("adaptive"):
-        return [""] * count, [KV_BYTES * SHARES[codec][0] / count] * count
-    fixed = [n for n in range(2) if f"fixed(level={n})" in delivery]
-    ladder = [fixed[0]] * count if fixed else [1, 1, 2 + example % 2, 1 + example % 4]
+        return [codec] * count, [KV_BYTES * SHARES[codec][0] / count] * count
+    ladder = (
+        [int("level=1" in delivery)] * count
+        if "fixed" in delivery
+        else [1, 1, 2 + example % 2, 1 + example % 4]
+    )
     if "oracle" in delivery:
         ladder = [1, 1, 2, 2]
     levels = [LEVELS[n] for n in ladder]
     return levels, [KV_BYTES * SHARES[level][0] / count for level in levels]
 
 
-def _spans(
-    pace: Pace, placement: str, delivery: str, levels: list[str], sizes: list[float]
-) -> list[tuple[int, str, float, float, str, int]]:
-    """(chunk, stage, start, end, level, bytes) of a pipeline whose edge, link and cloud each do one thing at a time."""
-    spans: list[tuple[int, str, float, float, str, int]] = []
+def _spans(pace: Pace, placement: str, delivery: str, levels: list[str], sizes: list[float]) -> list[Span]:
+    """Those of a pipeline whose edge, link and cloud each do one thing at a time."""
+    spans: list[Span] = []
     edge = link = cloud = 0.0
     count = max(1, len(sizes))
     if placement == "edge":
-        spans.append((0, "prefill", 0.0, EDGE_S * pace.noise, "", 0))
-        cloud = spans[-1][3]
+        spans.append(Span("prefill", 0.0, EDGE_S * pace.noise))
+        cloud = spans[-1].end
     for chunk, (level, size) in enumerate(zip(levels, sizes, strict=True)):
         if placement == "split":
-            spans.append((chunk, "prefill", edge, edge + EDGE_S * pace.noise / count, "", 0))
-            edge = spans[-1][3]
+            spans.append(Span("prefill", edge, edge + EDGE_S * pace.noise / count, chunk))
+            edge = spans[-1].end
         if placement != "cloud":
-            spans.append((chunk, "encode", edge, edge + 0.05 * pace.noise / count, level, 0))
-            edge = spans[-1][3]
+            spans.append(Span("encode", edge, edge + 0.05 * pace.noise / count, chunk))
+            edge = spans[-1].end
         if chunk == 0:
-            spans.append((0, "connect", edge, edge + 2 * pace.delay_s + 0.001, "", 0))
-            link = spans[-1][3]
+            spans.append(Span("connect", edge, edge + 2 * pace.delay_s + 0.001, 0, LINK))
+            link = spans[-1].end
         begin = max(edge, link)
         link = pace.finish(begin, size)
-        spans.append((chunk, "transmit", begin, link + pace.delay_s, level, int(size)))
+        spans.append(Span("transmit", begin, link + pace.delay_s, chunk, LINK, level, int(size)))
         taken = "prefill" if placement == "cloud" or level == "text" else "decode"
         takes = CLOUD_S / count if taken == "prefill" else 0.04 / max(count, 4)
         begin = max(cloud, link + pace.delay_s)
-        spans.append((chunk, taken, begin, begin + takes * pace.noise, level, 0))
-        cloud = spans[-1][3]
+        spans.append(Span(taken, begin, begin + takes * pace.noise, chunk, CLOUD))
+        cloud = spans[-1].end
     if delivery == "meet":  # the cloud's own half, from the front
         own = CLOUD_S * (1 - count / 32) * pace.noise
-        spans.append((count, "prefill", 2 * pace.delay_s, 2 * pace.delay_s + own, "text", 0))
-        cloud = max(cloud, spans[-1][3])
+        spans.append(Span("prefill", 2 * pace.delay_s, 2 * pace.delay_s + own, count, CLOUD, "text"))
+        cloud = max(cloud, spans[-1].end)
     first = cloud + 0.05 * pace.noise + (0.0 if placement == "edge" else pace.delay_s)
-    return [
-        *spans,
-        (0, "first_token", cloud, first, "", 0),
-        (0, "generate", first, first + 0.12 * pace.noise, "", 0),
-    ]
+    where = EDGE if placement == "edge" else CLOUD
+    answer = [("first_token", cloud, first), ("generate", first, first + 0.12 * pace.noise)]
+    return [*spans, *(Span(stage, start, end, 0, where) for stage, start, end in answer)]

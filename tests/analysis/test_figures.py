@@ -87,7 +87,11 @@ def test_all_figures_are_written_as_picture_and_vector(small: Path) -> None:
         "link_sweep",
         "fidelity_traces",
         "layer_sensitivity",
-    }  # one link, no trace, no diagnosis
+        "who_prefills",
+        "pipeline",
+        "adaptive",
+        "deadlines",
+    }  # one link, no trace, no diagnosis, no spans, no deadline
     assert [p.relative_to(run / "figures").name for p in paths] == [
         f"{n}.{s}" for n in FIGURES if n not in left_out for s in ("png", "pdf")
     ]
@@ -109,8 +113,12 @@ def test_the_same_rows_give_the_same_bytes(small: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
-def test_no_text_leaves_the_picture(name: str, run: Path, wide: Path, sweep: Path) -> None:
-    path = {"latency_quality_by_task": run, "link_sweep": sweep}.get(name, wide)
+def test_no_text_leaves_the_picture(
+    name: str, run: Path, wide: Path, sweep: Path, pipelines: Path, changing: Path
+) -> None:
+    others = {"latency_quality_by_task": run, "link_sweep": sweep, "who_prefills": pipelines}
+    others |= dict.fromkeys(("pipeline", "adaptive", "deadlines"), changing)
+    path = others.get(name, wide)
     if name == "layer_sensitivity":
         write_diagnosis(path / "diagnosis.json")
     made = once(name, path)
@@ -278,6 +286,11 @@ def test_link_sweep_s_qualities_stand_beside_each_other(sweep: Path) -> None:
         ("rate_distortion", {"codecs": ("int8",)}, "one codec only"),
         ("rate_distortion", {"codecs": (), "placements": ("cloud",)}, "no trial that sent KV"),
         ("layer_sensitivity", {}, "has no diagnosis; layer_sensitivity draws one"),
+        ("who_prefills", {}, "links of at least two rates"),
+        ("pipeline", {}, "has no spans"),
+        ("adaptive", {}, "no setting of it chooses its chunks' levels"),
+        ("deadlines", {}, "no setting of it has a deadline"),
+        ("naive_error", {"rate_up_bps": None, "naive_s": None}, "nothing crossed a link with a rate"),
         ("fidelity_traces", {}, "none of its links was measured along a trace"),
         ("bars", {}, "unknown figure 'bars'; choose from latency_quality"),
     ],

@@ -15,7 +15,15 @@ from testbed.experiment.results import RunDirectory
 from testbed.experiment.row import BUSY, STAGES
 from tests.analysis.make_run import change, lines, make_run, rewrite
 
-SENT = {"chunk": 1, "stage": "transmit", "start_s": 0.5, "end_s": 0.75, "level": "int8", "bytes": 1000}
+SENT = {
+    "chunk": 1,
+    "stage": "transmit",
+    "start_s": 0.5,
+    "end_s": 0.75,
+    "side": "link",
+    "level": "int8",
+    "bytes": 1000,
+}
 
 
 @pytest.fixture
