@@ -104,12 +104,20 @@ def test_a_codec_and_what_refers_to_it_are_one(tmp_path: Path, monkeypatch: pyte
 def test_shipped_scenarios_are_valid_and_keep_their_promises() -> None:
     default = load_plan("5g")
     assert len(default.profiles) >= 4
-    assert len(default.scenario.codecs) >= 8
-    assert set(default.scenario.placements) == {"split", "cloud", "edge"}
-    assert default.scenario.examples * len(default.tasks) >= 10
-    assert {task.name for task in default.tasks} == {"needle", "passages"}
+    assert set(default.scenario.placements) == {"store", "cloud", "edge"}
+    assert {kind.name for kind in default.scenario.delivery} == {"whole", "stream", "adaptive"}
+    examples = {task.name: default.scenario.examples_of(i) for i, task in enumerate(default.tasks)}
+    assert examples["passages"] >= 20 and examples["needle"] >= 10
     quick = load_plan("quick")
-    assert (len(quick.profiles), len(quick.scenario.codecs), quick.scenario.examples) == (2, 3, 3)
+    assert (len(quick.profiles), len(quick.scenario.codecs), quick.scenario.examples) == (2, 2, 3)
+    adaptive = load_plan("5g-adaptive").scenario
+    assert {kind.policy.name for kind in adaptive.delivery} >= {
+        "oracle",
+        "mpc",
+        "ewma",
+        "throughput",
+        "fixed",
+    }  # type: ignore[attr-defined]
 
 
 CLAIMS = sorted((Path(__file__).parents[1] / "scenarios" / "claims").glob("*.yaml"))

@@ -26,10 +26,9 @@ def plan(scenario: str, **changes: Any) -> Any:
 
     planned = load_plan(scenario, **changes)
     estimator = Estimator(planned)
-    per_cell = planned.scenario.examples * planned.scenario.repeats
     cells = estimator.summary()
-    seconds = sum(cell["trial_s"] for cell in cells) * per_cell
-    sent = sum(cell["payload_bytes"] for cell in cells) * per_cell
+    seconds = sum(cell["trial_s"] * cell["trials"] for cell in cells)
+    sent = sum(cell["payload_bytes"] * cell["trials"] for cell in cells)
     rows = [
         [
             f"{c['task']}@{c['context_tokens'] or 'own'}",
@@ -46,7 +45,7 @@ def plan(scenario: str, **changes: Any) -> Any:
     text = table(
         rows, ["task", "placement", "codec", "delivery", "transport", "profile", "payload", "transmit"]
     )
-    text += f"\n\n{len(cells)} cells x {per_cell} = {planned.trials} trials, "
+    text += f"\n\n{planned.trials} trials of {len(cells)} cells, "
     text += f"{format_size(sent)} across the link, about {format_duration(seconds)}"
     if estimator.model is None:
         text += f"\nmodel {planned.scenario.model}: no configuration at hand, so cache sizes are unknown"

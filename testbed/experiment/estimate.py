@@ -159,6 +159,7 @@ class Estimator:
                 "payload_bytes": round(self.payload_bytes(cell)),
                 "transmit_s": self.transmit_s(cell),
                 "trial_s": self.seconds(cell),
+                "trials": self.plan.scenario.examples_of(cell.task) * self.plan.scenario.repeats,
             }
             for batch in self.plan.batches()
             for cell in self.plan.cells(*batch)
