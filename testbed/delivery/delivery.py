@@ -22,6 +22,7 @@ DELIVERIES = {
     "stream": "testbed.delivery.stream:Stream",
     "adaptive": "testbed.delivery.adaptive:Adaptive",
     "progressive": "testbed.delivery.progressive:Progressive",
+    "meet": "testbed.delivery.meet:Meet",
 }
 
 #: What a text crosses by, and a cache where nobody says otherwise.
@@ -34,13 +35,14 @@ Bytes = bytes | bytearray | memoryview
 
 class Part(NamedTuple):
     """A part of a context: tokens, or layers, from `start` up to `stop`, or of a codec's pieces those. priority: 0 is needed
-    most.
+    most; level: the only one of the request's that it may be sent at, None: any.
     """
 
     by: Literal["tokens", "layers", "planes"]
     start: int
     stop: int
     priority: int = 0
+    level: int | None = None
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from testbed.delivery.delivery import Part, Pipelined, cut
+from testbed.delivery.delivery import TEXT, Part, Pipelined, cut
 
 
 @dataclass(frozen=True)
 class Meet(Pipelined):
-    """Blocks of tokens, the last one first, until the cloud has computed all that is missing before them."""
+    """The text, then blocks of tokens, the last one first, until the cloud has computed all that is missing before them."""
 
     name: ClassVar[str] = "meet"
     source: ClassVar[str] = "Jin et al., Cake (Compute or Load KV Cache? Why Not Both?), arXiv 2410.03065"
@@ -20,5 +20,10 @@ class Meet(Pipelined):
     def __post_init__(self) -> None:
         self.require("chunk", "from 8 to 65536 tokens", 8 <= self.chunk <= 65536)
 
+    def ladder(self, codec: str) -> tuple[str, ...]:
+        """The text, and the codec of all that is sent behind it."""
+        return (TEXT, codec)
+
     def parts(self, tokens: int, layers: int) -> list[Part]:
-        return cut("tokens", tokens, self.chunk)[::-1]
+        blocks = cut("tokens", tokens, self.chunk)[::-1]
+        return [Part("tokens", 0, tokens, level=0), *(block._replace(level=1) for block in blocks)]

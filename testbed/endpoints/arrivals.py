@@ -65,6 +65,15 @@ class Arrivals:
             yield arrived
         self.join()
 
+    def here(self) -> list[Arrived]:
+        """Those that are there by now, taken without waiting. Raises what reading raised, behind the last one."""
+        with self._changed:
+            arrived = list(self._waiting)
+            self._waiting.clear()
+            if self._error is not None and not arrived:
+                raise self._error
+        return arrived
+
     def join(self) -> None:
         """Wait until nothing more comes."""
         self._thread.join()

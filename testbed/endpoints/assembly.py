@@ -130,8 +130,12 @@ class Parts:
         else:
             cache = _decode(self._side, [arrived.payload])
             _check_within(cache, start, stop, chunk)
-        self._there[chunk.start] = cache
-        self._covered += chunk.stop - chunk.start
+        self.put(chunk.start, chunk.stop, cache)
+
+    def put(self, start: int, stop: int, cache: KVCache) -> None:
+        """The cache of a part is there."""
+        self._there[start] = cache
+        self._covered += stop - start
 
     def finish(self) -> Rebuilt:
         """All that has come. Raises PayloadError."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from testbed.deadline import Deadline
+from testbed.delivery.delivery import TEXT
 from testbed.endpoints.feed import Feed
 from testbed.endpoints.protocol import ROUNDING_S, Link
 from testbed.endpoints.spans import CLOUD, LINK, Span
@@ -21,6 +22,7 @@ from testbed.transport.transport import Bytes, Stats, Stream, Transport, parse
 REBUILDS = {"split": "decode", "store": "decode", "cloud": "prefill"}
 #: A cloud's answer holds no payload.
 _NO_PAYLOAD = 0
+_LOOK_S = 0.002  #: between two looks at whether all has been confirmed
 _NOTHING = Stats(0, 0, 0, "")
 
 
@@ -105,6 +107,8 @@ class Client:
                     if not (feed.verified and exchange.answer and isinstance(thread.failure, TestbedError)):
                         raise thread.failure
                     exchange.unverified = str(thread.failure)  # the answer stands
+            if feed.stopped and not exchange.unverified:
+                _drain(connection, deadline)
 
         return self._asked(link, converse, started)
 
@@ -183,6 +187,12 @@ def _send(connection: Stream, exchange: _Exchange, id: int, feed: Feed, deadline
     connection.send(wire.End(id, count, length), deadline=deadline)
 
 
+def _drain(connection: Stream, deadline: Deadline) -> None:
+    """Wait until what was sent in vain has crossed the link, where the next request would be behind it."""
+    while not connection.acknowledged() and not deadline.passed(time.monotonic()):
+        time.sleep(_LOOK_S)
+
+
 def _listen(
     connection: Stream, exchange: _Exchange, id: int, deadline: Deadline, feed: Feed | None = None
 ) -> None:
@@ -218,7 +228,10 @@ def _spans(exchange: _Exchange) -> list[Span]:
     arrived = answer.arrived or (answer.received_at,)
     _check_times(exchange, first, answer, arrived)
     ended = exchange.answered_at + answer.skipped_s
-    worked = [Span(w.stage, w.start, w.end, w.chunk, CLOUD) for w in answer.worked]
+    worked = [
+        Span(w.stage, w.start, w.end, w.chunk, CLOUD, TEXT if w.tokens else "", w.tokens)
+        for w in answer.worked
+    ]
     worked[-1] = worked[-1]._replace(end=exchange.first_at)  # it ends with its way to this side
     return [
         Span("connect", exchange.began, exchange.sent_at, 0, LINK),

@@ -78,7 +78,8 @@ class Context:
 
 
 class Feed:
-    """One request's. `spans`: what was done for it here, on the monotonic clock; `reused`: stages that were waited for.
+    """One request's. `spans`: what was done for it here, on the monotonic clock; `reused`: stages that were waited for;
+    `stopped`: no further chunk is wanted.
 
     asks_receipts: what it sends next depends on what arrived, and it is asked for a chunk only once the link is about to want it.
     """
@@ -103,7 +104,7 @@ class Feed:
             self._made.prefill = context.stored
         self._turns, self._changed = Turns(), threading.Condition()
         self._there = self._length if context.stored is not None else 0
-        self._stopped = False
+        self.stopped = False
 
     def begin(self, at: float, delay_s: float) -> None:
         """The request began at that time (monotonic seconds), on a connection of that one-way delay."""
@@ -117,7 +118,7 @@ class Feed:
     def stop(self) -> None:
         """No further chunk is wanted."""
         with self._changed:
-            self._stopped = True
+            self.stopped = True
             self._changed.notify_all()
 
     def prefill(self) -> None:
@@ -134,7 +135,7 @@ class Feed:
     def _replay_prefill(self) -> None:
         self.reused.add("prefill")
         for there, seconds in self._made.steps:
-            if self._stopped:
+            if self.stopped:
                 return
             with self._turns.turn("prefill"):
                 started = time.monotonic()
@@ -155,7 +156,7 @@ class Feed:
             done = end
             self._made.steps.append((end, ended - started))
             self._grow(end, started, ended)
-            if self._stopped:
+            if self.stopped:
                 return
 
     def _prefill_layers(self) -> None:
@@ -178,8 +179,16 @@ class Feed:
         finally:
             self._turns.give()
 
+    def _is_text(self, part: Part) -> bool:
+        return part.level is not None and self.levels[part.level] == TEXT
+
     def _grow(self, there: int, started: float, ended: float) -> None:
-        chunk = next((i for i, part in enumerate(self.parts) if part.start < there <= part.stop), 0)
+        made = (
+            i
+            for i, part in enumerate(self.parts)
+            if part.start < there <= part.stop and not self._is_text(part)
+        )
+        chunk = next(made, 0)
         self.spans.append(Span("prefill", started, ended, chunk))
         with self._changed:
             self._there = there
@@ -189,7 +198,7 @@ class Feed:
         """Each chunk when it is made; in the thread that sends."""
         for index, part in enumerate(self.parts):
             level = self._choose(index)
-            if self._stopped:
+            if self.stopped:
                 return
             chunk = self._chunk(index, part, level)
             if chunk is None:
@@ -199,13 +208,13 @@ class Feed:
             yield chunk
 
     def _choose(self, index: int) -> int:
-        return 0
+        return self.parts[index].level or 0
 
     def _wait(self, there: int) -> bool:
         """Wait until so much is prefilled; False: nothing more is wanted."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._there >= there)
-        return not self._stopped
+            self._changed.wait_for(lambda: self.stopped or self._there >= there)
+        return not self.stopped
 
     def _chunk(self, index: int, part: Part, level: int) -> Chunk | None:
         text = self.levels[level]
@@ -222,9 +231,10 @@ class Feed:
 
     def store(self) -> None:
         """Encode beforehand, at every level that the request does not decide about."""
-        for level, codec in self._context.codecs.items():
-            if not codec.asks:
-                for index, part in enumerate(self.parts):
+        for number, level in enumerate(self.levels):
+            codec = self._context.codecs.get(level)
+            for index, part in enumerate(self.parts):
+                if codec is not None and not codec.asks and part.level in (None, number):
                     self._encode(index, part, level, codec)
         self.stored_s = sum(seconds for _, seconds in self._made.kept.values())
         self.stored_s += sum(seconds for _, seconds in self._made.payloads.values())
@@ -286,6 +296,13 @@ class Feed:
         """Whether what this codec does is part of the request, not done beforehand."""
         return self._context.stored is None or codec.asks
 
+    def _computed_behind(self, part: Part) -> bool:
+        """Whether a later part may be sent as text."""
+        return TEXT in self.levels and any(
+            later.start >= part.stop and later.level in (None, self.levels.index(TEXT))
+            for later in self.parts
+        )
+
     def _part(self, part: Part, kept: Kept | None, with_ropes: bool) -> KVCache:
         """A part of what is prefilled, of the tokens that are kept."""
         from testbed.models import kvcache
@@ -294,7 +311,7 @@ class Feed:
         if kept is None and part.stop in made.blocks:
             block = made.blocks[part.stop]
             # What a window hides from whoever comes behind the context is of use only to a part that is computed behind it.
-            cache = block if TEXT in self.levels else kvcache.seen_from(block, self._end)
+            cache = block if self._computed_behind(part) else kvcache.seen_from(block, self._end)
         elif made.prefill is None:  # layers that are there before the others
             cache = kvcache.KVCache(made.layers[part.start : part.stop], self._end)
         else:

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from testbed.delivery.delivery import Pipelined
+from testbed.delivery.meet import Meet
 from testbed.delivery.progressive import Progressive
 from testbed.endpoints.answering import Answering
 from testbed.endpoints.arrivals import Arrivals, Arrived
 from testbed.endpoints.assembly import Layers, Parts, Planes
+from testbed.endpoints.meeting import meet
 from testbed.endpoints.verifying import verify
 from testbed.errors import PayloadError, WireError
 
@@ -19,6 +21,9 @@ def partwise(about: Answering, delivery: Pipelined, arrivals: Arrivals) -> None:
     request, model = about.request, about.side.model
     if not request.levels or not 0 < request.tokens <= model.max_positions:
         raise WireError(f"a request in parts of {request.tokens} tokens at {len(request.levels)} levels")
+    if isinstance(delivery, Meet):
+        meet(about, delivery, arrivals)
+        return
     if isinstance(delivery, Progressive):
         _by_planes(about, delivery.planes, arrivals)
         return

@@ -34,7 +34,7 @@ def billed(spans: Iterable[Span]) -> Stages:
     events = sorted(
         (moment, PIPELINE.index(span.stage), change)
         for span in spans
-        if span.start < span.end
+        if span.start <= span.end
         for moment, change in ((span.start, 1), (span.end, -1))
     )
     working, seconds = [0] * len(PIPELINE), [0.0] * len(PIPELINE)

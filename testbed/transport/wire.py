@@ -112,12 +112,13 @@ class FirstToken(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Worked(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
-    """A stage at work at the cloud. chunk: on which one."""
+    """A stage at work at the cloud. chunk: on which one; tokens: of a text that came in part, prefilled."""
 
     stage: Literal["queue", "decode", "prefill", "first_token", "generate"]
     start: Instant
     end: Instant
     chunk: Index = 0
+    tokens: Count = 0
 
 
 class Answer(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

@@ -28,7 +28,7 @@ def test_each_instant_is_billed_to_the_latest_stage_at_work_or_to_the_one_waited
 
 @given(st.lists(st.builds(Span, STAGE, st.floats(0, 1e5), st.floats(0, 1e5)), min_size=1))
 def test_stages_sum_to_the_whole(spans: list[Span]) -> None:
-    moments = [moment for s in spans if s.start < s.end for moment in (s.start, s.end)]
+    moments = [moment for s in spans if s.start <= s.end for moment in (s.start, s.end)]
     whole = max(moments) - min(moments) if moments else 0.0
     assert billed(spans).total() == pytest.approx(whole, rel=1e-9, abs=1e-9)
 
@@ -55,3 +55,8 @@ def test_what_a_pipeline_hides_of_a_transmission_is_not_billed() -> None:
         Span("decode", 8, 9, chunk=1),
     ]
     assert billed(spans) == Stages(prefill_s=2, transmit_s=5, decode_s=2)
+
+
+def test_what_is_waited_for_behind_a_moment_counts_from_then_on() -> None:
+    """A connection that is there already takes no time, but the request begins with it."""
+    assert billed([Span("connect", 1, 1), Span("transmit", 3, 4)]) == Stages(transmit_s=3)

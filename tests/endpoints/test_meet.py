@@ -1,0 +1,201 @@
+"""A context of which the cloud computes the beginning while the end of its cache arrives: exact wherever they meet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from testbed.deadline import Deadline
+from testbed.delivery.delivery import parse
+from testbed.endpoints import meeting
+from testbed.endpoints.protocol import TrialResult
+from testbed.endpoints.spans import bound, hidden
+from testbed.endpoints.tokens import to_bytes
+from testbed.errors import EndpointError
+from testbed.transport import wire
+from testbed.transport.tcp import Tcp
+from testbed.transport.transport import TRANSPORTS
+from tests.endpoints.pair import Pair, in_this_process
+from tests.tiny_models import FAMILIES
+
+#: A context of the pair's has 297 tokens: 5 chunks, and blocks of two of them.
+MEET = "meet(chunk=64)"
+CUT = r"closed the connection|broke"
+
+
+@pytest.fixture(autouse=True)
+def _held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TRANSPORTS, "held", "tests.endpoints.held_transport:Held")
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model: Callable[[str], Path]) -> Pair:
+    return in_this_process(tiny_model("llama"))
+
+
+@pytest.fixture
+def begin_behind(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Lets the cloud begin when the chunk of that number has arrived."""
+
+    def wait(chunk: int) -> None:
+        def come_together(self: meeting._Meeting) -> None:
+            while len(self._arrivals.times) <= chunk:
+                time.sleep(0.001)
+            original(self)
+
+        monkeypatch.setattr(meeting._Meeting, "come_together", come_together)
+
+    original = meeting._Meeting.come_together
+    return wait
+
+
+def computed(result: TrialResult) -> list[int]:
+    """Tokens of each block that the cloud prefilled."""
+    return [span.bytes for span in result.spans if span.stage == "prefill" and span.side == "cloud"]
+
+
+def met(pair: Pair, chunks: int, example: int = 1, codec: str = "fp16", **about: str) -> TrialResult:
+    link = {"transport": f"held(chunks={chunks})"}
+    return pair.ask(codec, example, link, placement="store", delivery=MEET, **about)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wherever_the_two_meet_the_answer_and_what_is_kept_are_the_full_caches(
+    tiny_model: Callable[[str], Path], family: str, begin_behind: Callable[[int], None]
+) -> None:
+    pair = in_this_process(tiny_model(family))
+    full = pair.reference()
+    whole = pair.ask("fp16")
+    kept = pair.outcome(whole)
+    for chunks, blocks in enumerate(([128, 128, 41], [128, 128], [128, 64], [128], [64], [])):
+        begin_behind(chunks)
+        result = met(pair, chunks)
+        assert computed(result) == blocks
+        assert (result.answer, result.answer_tokens) == (whole.answer, whole.answer_tokens)
+        outcome = pair.outcome(result)
+        assert (outcome.tokens_kept, outcome.kept_digest) == (kept.tokens_kept, kept.kept_digest)
+        assert outcome.kl is not None and outcome.kl < 1e-4
+        assert outcome.nll == pytest.approx(full.nll, abs=2e-3)
+
+
+@pytest.mark.parametrize("delivery", ["meet(chunk=32)", "meet", "meet(chunk=1024)"])
+@pytest.mark.parametrize("codec", ["fp16", "int8", "q2c@0.25+int4", "window@0.5"])
+@pytest.mark.parametrize("placement", ["store", "split"])
+def test_left_to_itself_it_leaves_nothing_out_and_its_times_add_up(
+    pair: Pair, delivery: str, codec: str, placement: str
+) -> None:
+    for _ in range(2):
+        result = pair.ask(codec, placement=placement, delivery=delivery)
+        crossed = (result.chunks or 0) - 1
+        assert result.levels == ",".join(
+            ["text", *([codec] if crossed == 1 else [f"{codec}*{crossed}"] if crossed else [])]
+        )
+        assert result.tokens_left_out == 0 and sum(computed(result)) <= 297
+        assert 0 < bound(result.spans) <= result.e2e_s + 1e-6 and hidden(result.spans) >= 0
+        if codec in ("fp16", "int8"):
+            assert pair.outcome(result).tokens_kept == 297
+        else:
+            assert pair.outcome(result).tokens_kept >= 297 // 4
+
+
+def test_a_block_whose_tokens_have_all_arrived_meanwhile_is_given_up(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = meeting._Meeting._given_up
+
+    def given_up(self: meeting._Meeting) -> bool:
+        while len(self._arrivals.times) < 6:
+            time.sleep(0.001)
+        return original(self)
+
+    whole = pair.ask("int8")
+    monkeypatch.setattr(meeting._Meeting, "_given_up", given_up)
+    result = met(pair, 5, codec="int8")
+    assert computed(result)[-1:] in ([0], []) and result.chunks == 6
+    assert sum(computed(result)) == 0 and result.answer == whole.answer
+
+
+@pytest.mark.parametrize("connection", ["fresh", "reuse"])
+def test_chunks_that_come_when_enough_have_come_are_harmless(
+    pair: Pair, connection: str, begin_behind: Callable[[int], None]
+) -> None:
+    whole = pair.ask("int8")
+    begin_behind(2)
+    link = {"transport": f"held(chunks=2, connection={connection})"}
+    for _ in range(3):
+        late = pair.ask("int8", link=link, placement="store", delivery=MEET)
+        # The third was under way, and perhaps another: they crossed, and are nobody's time.
+        assert late.chunks and late.chunks >= 4 and late.levels == f"text,int8*{late.chunks - 1}"
+        assert computed(late) == [128, 64]
+        assert [span.chunk for span in late.spans if span.stage == "transmit"] == [0, 1, 2]
+    assert pair.ask("int8").answer == whole.answer
+
+
+@pytest.mark.parametrize("chunk", range(6))
+def test_a_connection_that_is_cut_inside_a_chunk_is_an_error(
+    pair: Pair, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meeting._Meeting, "come_together", lambda self: self._arrivals.join())
+    with pytest.raises(EndpointError, match=CUT):
+        pair.ask("int8", link={"transport": f"held(cut={chunk + 1})"}, placement="store", delivery=MEET)
+    monkeypatch.undo()
+    assert pair.ask("int8").answer
+
+
+def test_a_cut_is_noticed_between_two_layers(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = meeting._Meeting._given_up
+
+    def given_up(self: meeting._Meeting) -> bool:
+        self._arrivals._thread.join(20)
+        return original(self)
+
+    monkeypatch.setattr(meeting._Meeting, "_given_up", given_up)
+    with pytest.raises(EndpointError, match=CUT):
+        pair.ask("int8", link={"transport": "held(cut=2)"}, placement="store", delivery=MEET)
+
+
+TEXT = to_bytes(range(20), 1 << 10)
+#: level, start and stop, payload of each chunk
+LIES: dict[str, list[tuple[int, int, int, bytes]]] = {
+    "nothing": [],
+    "a cache first": [(1, 0, 20, TEXT)],
+    "less of the text": [(0, 0, 19, TEXT[:38])],
+    "more of the text": [(0, 0, 20, TEXT + TEXT)],
+    "the text twice": [(0, 0, 20, TEXT), (0, 16, 20, TEXT[:8])],
+    "another part": [(0, 0, 20, TEXT), (1, 8, 16, b"")],
+    "one cut elsewhere": [(0, 0, 20, TEXT), (1, 15, 20, b"")],
+    "no cache": [(0, 0, 20, TEXT), (1, 16, 20, b"TBKV")],
+    "words that there are not": [(0, 0, 20, b"\xff" * 40)],
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_chunks_that_are_not_what_comes_next_are_refused(
+    pair: Pair, lie: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = meeting._Meeting.come_together
+
+    def come_together(self: meeting._Meeting) -> None:
+        self._arrivals._thread.join(20)
+        original(self)
+
+    monkeypatch.setattr(meeting._Meeting, "come_together", come_together)
+    connection = Tcp().connect(pair.link.address, pair.link.port)
+    request = wire.Request(
+        1, "store", "int8", pair.prefix, "Q?", "\n", 4, delivery="meet(chunk=8)", levels=("text", "int8"), tokens=20
+    )  # fmt: skip
+    connection.send(request)
+    for index, (level, start, stop, payload) in enumerate(LIES[lie]):
+        connection.send(wire.Chunk(1, index, False, None, level, start, stop), payload)
+    connection.send(wire.End(1, len(LIES[lie]), sum(len(payload) for *_, payload in LIES[lie])))
+    received = connection.receive(0, Deadline(20))
+    assert received is not None and isinstance(received.header, wire.Failure)
+    connection.close()
+
+
+def test_a_context_is_cut_from_its_end() -> None:
+    parts = parse("meet(chunk=64)").parts(150, 30)  # type: ignore[attr-defined]
+    assert [(part.start, part.stop) for part in parts] == [(0, 150), (128, 150), (64, 128), (0, 64)]
