@@ -20,9 +20,9 @@ from testbed.errors import Stopped, WireError
 from testbed.models.kvcache import seen_from
 from testbed.transport import wire
 
-#: Tokens of a block. A processor takes no longer for a context in blocks of 128 than at once, and 15 % longer in blocks of 64
-#: (SmolLM2-135M, 1,024 tokens); a GPU is not kept busy by so few.
-_LEAST = {"cpu": 128}
+#: Tokens of a block. In blocks of 256 a processor takes no longer for a context than at once (docs/pipeline.md); a GPU is not
+#: kept busy by so few.
+_LEAST = {"cpu": 256}
 _LEAST_ELSEWHERE = 1024
 _MOST_BLOCKS = 128  #: which an answer has to tell
 

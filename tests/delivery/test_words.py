@@ -89,13 +89,15 @@ def test_what_makes_no_sense_is_refused_with_what_would(text: str, complaint: st
 def test_parts_are_the_context_once(name: str, chunk: int, tokens: int) -> None:
     levels = "levels=[int8], " if name == "adaptive" else ""
     found = parts(f"{name}({levels}chunk={chunk})", tokens)
+    if name == "meet":
+        assert found.pop(0) == Part("tokens", 0, tokens, level=0)  # the text, all of it
     assert [token for part in sorted(found) for token in range(part.start, part.stop)] == list(range(tokens))
     assert all(part.by == "tokens" and part.stop - part.start <= chunk for part in found)
     assert found == sorted(found, reverse=name == "meet")
 
 
-def test_meeting_begins_at_the_back() -> None:
-    assert [part[1:3] for part in parts("meet", 600)] == [(512, 600), (256, 512), (0, 256)]
+def test_meeting_begins_at_the_back_behind_the_text() -> None:
+    assert [part[1:3] for part in parts("meet", 600)] == [(0, 600), (512, 600), (256, 512), (0, 256)]
 
 
 def test_an_adaptive_delivery_has_a_ladder_of_its_own() -> None:
@@ -103,7 +105,8 @@ def test_an_adaptive_delivery_has_a_ladder_of_its_own() -> None:
     assert adaptive.ladder("fp16") == ("int8", "text")
     meet = parse("meet")
     assert isinstance(meet, Pipelined)
-    assert meet.ladder("fp16") == ("fp16",)
+    assert meet.ladder("fp16") == ("text", "fp16")
+    assert [part.level for part in meet.parts(600, 30)] == [0, 1, 1, 1]
 
 
 @given(st.lists(st.sampled_from(["int8", "int4", "q2c@0.25+int4", "text", "skip"]), unique=True, min_size=1))

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from testbed.deadline import Deadline
-from testbed.delivery.delivery import parse
 from testbed.endpoints import meeting
 from testbed.endpoints.protocol import TrialResult
 from testbed.endpoints.spans import bound, hidden
@@ -28,6 +27,7 @@ CUT = r"closed the connection|broke"
 
 @pytest.fixture(autouse=True)
 def _held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(meeting._LEAST, "cpu", 128)
     monkeypatch.setitem(TRANSPORTS, "held", "tests.endpoints.held_transport:Held")
 
 
@@ -194,8 +194,3 @@ def test_chunks_that_are_not_what_comes_next_are_refused(
     received = connection.receive(0, Deadline(20))
     assert received is not None and isinstance(received.header, wire.Failure)
     connection.close()
-
-
-def test_a_context_is_cut_from_its_end() -> None:
-    parts = parse("meet(chunk=64)").parts(150, 30)  # type: ignore[attr-defined]
-    assert [(part.start, part.stop) for part in parts] == [(0, 150), (128, 150), (64, 128), (0, 64)]
