@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from testbed import kinds
 
@@ -79,7 +79,12 @@ class Delivery(kinds.Kind):
 
 @dataclass(frozen=True)
 class Pipelined(Delivery, ABC):
-    """Base of those by parts, each of which is prefilled, encoded, sent and decoded while others are."""
+    """Base of those by parts, each of which is prefilled, encoded, sent and decoded while others are.
+
+    may_end: the far side says when it has enough.
+    """
+
+    may_end: ClassVar[bool] = False
 
     @abstractmethod
     def parts(self, tokens: int, layers: int) -> list[Part]:

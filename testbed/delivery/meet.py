@@ -15,6 +15,8 @@ class Meet(Pipelined):
     name: ClassVar[str] = "meet"
     source: ClassVar[str] = "Jin et al., Cake (Compute or Load KV Cache? Why Not Both?), arXiv 2410.03065"
 
+    may_end: ClassVar[bool] = True
+
     chunk: int = 256  #: tokens of a part
 
     def __post_init__(self) -> None:

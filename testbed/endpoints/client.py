@@ -85,7 +85,7 @@ class Client:
 
         def converse(connection: Stream, exchange: _Exchange, deadline: Deadline) -> None:
             feed.begin(started, connection.delay_s)
-            connection.hold_back(feed.asks_receipts)
+            connection.hold_back(feed.late)
             exchange.sent_at = connection.send(request, deadline=deadline)
             listening = _Thread(lambda: _listen(connection, exchange, request.id, deadline, feed), feed)
             sending = _Thread(lambda: _send(connection, exchange, request.id, feed, deadline), feed)

@@ -79,9 +79,9 @@ class Context:
 
 class Feed:
     """One request's. `spans`: what was done for it here, on the monotonic clock; `reused`: stages that were waited for;
-    `stopped`: no further chunk is wanted.
+    `stopped`: no further chunk is wanted; `late`: it is asked for a chunk only once the link is about to want it.
 
-    asks_receipts: what it sends next depends on what arrived, and it is asked for a chunk only once the link is about to want it.
+    asks_receipts: what it sends next depends on what arrived.
     """
 
     asks_receipts: ClassVar[bool] = False
@@ -105,6 +105,7 @@ class Feed:
         self._turns, self._changed = Turns(), threading.Condition()
         self._there = self._length if context.stored is not None else 0
         self.stopped = False
+        self.late = self.asks_receipts or delivery.may_end
 
     def begin(self, at: float, delay_s: float) -> None:
         """The request began at that time (monotonic seconds), on a connection of that one-way delay."""
