@@ -28,7 +28,7 @@ class PlaneFeed(Feed):
         if not self._wait(self._length):
             return
         for number, piece in enumerate(self._encode(0, part, level, self._context.codecs[level])):
-            if self._stopped:
+            if self.stopped:
                 return
             self.sent.append(level)
             self.payload_bytes += len(piece) if number <= self._planes else 0
