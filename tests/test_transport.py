@@ -147,3 +147,14 @@ def test_a_link_that_a_transport_does_not_keep_up_with_is_refused_by_name(profil
     with pytest.raises(SpecError, match=rf"t\.yaml: transport: snail keeps up with 10mbit, .*{rate}"):
         plan(transport=["tcp", "snail"], profiles=[profile])
     assert transports(plan(transport=["snail"], profiles=["rate=10mbit"])) == ["snail"]
+
+
+def test_what_may_lose_parts_is_refused_for_deliveries_that_need_each() -> None:
+    with pytest.raises(
+        SpecError, match=r"datagram may lose parts, and stream\(by=layers\) needs each of them"
+    ):
+        plan(transport=["tcp", "datagram"], delivery=["whole", "stream(by=layers)"])
+    made = plan(transport="datagram(fec=0.05)", delivery="stream")
+    assert transports(made) == ["datagram(fec=0.05)"]
+    with pytest.raises(SpecError, match=r"fec is 2, but must be from 0 to 0\.5"):
+        plan(transport="datagram(fec=2)")

@@ -86,6 +86,11 @@ class Pipelined(Delivery, ABC):
 
     may_end: ClassVar[bool] = False
 
+    @property
+    def needs_every_part(self) -> bool:
+        """Whether the far side can make nothing of a context that lacks one, or has them in another order."""
+        return False
+
     @abstractmethod
     def parts(self, tokens: int, layers: int) -> list[Part]:
         """The parts of a context of so many tokens in a model of so many layers, in the order in which they are sent."""

@@ -26,6 +26,10 @@ class Meet(Pipelined):
         """The text, and the codec of all that is sent behind it."""
         return (TEXT, codec)
 
+    @property
+    def needs_every_part(self) -> bool:
+        return True
+
     def parts(self, tokens: int, layers: int) -> list[Part]:
         blocks = cut("tokens", tokens, self.chunk)[::-1]
         return [Part("tokens", 0, tokens, level=0), *(block._replace(level=1) for block in blocks)]

@@ -25,6 +25,10 @@ class Progressive(Pipelined):
     def __post_init__(self) -> None:
         self.require("planes", f"from 1 to {MOST_PLANES}", 1 <= self.planes <= MOST_PLANES)
 
+    @property
+    def needs_every_part(self) -> bool:
+        return True
+
     def parts(self, tokens: int, layers: int) -> list[Part]:
         return [Part("tokens", 0, tokens)]
 

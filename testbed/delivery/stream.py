@@ -33,5 +33,9 @@ class Stream(Pipelined):
     def _usual(self) -> int:
         return 256 if self.by == "tokens" else 4
 
+    @property
+    def needs_every_part(self) -> bool:
+        return self.by == "layers"
+
     def parts(self, tokens: int, layers: int) -> list[Part]:
         return cut(self.by, tokens if self.by == "tokens" else layers, self.chunk or self._usual)

@@ -120,7 +120,7 @@ class Answering:
             id=request.id,
             text=side.model.text(ids, request.stop)[:8000],
             tokens=len(ids),
-            received_at=self.arrived[-1] if received_at is None else received_at,
+            received_at=max(self.arrived) if received_at is None else received_at,
             arrived=tuple(self.arrived),
             worked=tuple(self.worked),
             generate_s=max(0.0, done_at - firsts[0].sent_at),

@@ -25,7 +25,7 @@ class Arrivals:
     """Iterated once, by whoever computes: each as soon as it is there. Raises what reading raises, where it comes."""
 
     def __init__(self, connection: Stream, request: wire.Request, bound: int, deadline: Deadline) -> None:
-        self.times: list[float] = []  #: of each chunk, so far
+        self.times: list[float] = []  #: of each chunk, so far; of one that was lost, when that was known
         self.bytes = 0
         self._connection, self._request = connection, request
         self._frames = connection.receive_context(request, bound, deadline)
@@ -39,13 +39,16 @@ class Arrivals:
     def _read(self) -> None:
         try:
             for frame in self._frames:
+                if isinstance(frame.header, wire.End):
+                    self._give_up(frame.header.chunks, frame.at)
                 if not isinstance(frame.header, wire.Chunk):
                     break
                 arrived = Arrived(frame.header, frame.payload, frame.at)
                 if self._request.receipts:
                     self._connection.send(wire.Receipt(self._request.id, frame.header.index, frame.at))
                 with self._changed:
-                    self.times.append(frame.at)
+                    self.times += [0.0] * (frame.header.index + 1 - len(self.times))
+                    self.times[frame.header.index] = frame.at
                     self._waiting.append(arrived)
                     self._changed.notify_all()
         except BaseException as error:
@@ -54,6 +57,12 @@ class Arrivals:
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
+
+    def _give_up(self, chunks: int, at: float) -> None:
+        """Of so many chunks, no more comes."""
+        with self._changed:
+            self.times += [0.0] * (chunks - len(self.times))
+            self.times[:] = [came or at for came in self.times]
 
     def __iter__(self) -> Iterator[Arrived]:
         while True:

@@ -179,7 +179,7 @@ def _send(connection: Stream, exchange: _Exchange, id: int, feed: Feed, deadline
     count = length = 0
     for chunk in feed:
         header = wire.Chunk(id, count, False, chunk.crc, chunk.level, chunk.part.start, chunk.part.stop)
-        started = connection.send(header, chunk.payload, deadline)
+        started = connection.send_chunk(header, chunk.payload, deadline, chunk.part.priority)
         sent = Span("transmit", started, started, count, LINK, feed.levels[chunk.level], len(chunk.payload))
         exchange.sent.append(sent)
         feed.handed(count, started, len(chunk.payload))

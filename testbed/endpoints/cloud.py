@@ -147,11 +147,18 @@ class Cloud(InferenceSide):
                     raise
                 return False
             return True
-        chunks: list[Bytes] = []
+        chunks: dict[int, Bytes] = {}
         for frame in connection.receive_context(request, self.max_payload, deadline):
-            chunks += [frame.payload] if isinstance(frame.header, wire.Chunk) else []
+            if isinstance(frame.header, wire.Chunk):
+                chunks[frame.header.index] = frame.payload
+            elif isinstance(frame.header, wire.End) and frame.header.chunks > len(chunks):
+                lost = frame.header.chunks - len(chunks)
+                self._complain(
+                    connection, request.id, f"{lost} chunks of a context that is of use as a whole were lost"
+                )
+                return True
             received_at = frame.at
-        payload = list(delivery.receive(chunks))
+        payload = list(delivery.receive(chunks[index] for index in sorted(chunks)))
         self._answering(connection, request, lambda about: self._whole(about, payload, received_at))
         return True
 

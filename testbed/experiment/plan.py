@@ -18,6 +18,7 @@ from typing import Any
 
 from testbed import kinds, lookup, strict_yaml
 from testbed.codecs.spec import parse as parse_codec
+from testbed.delivery.delivery import Pipelined
 from testbed.errors import SpecError, UsageError
 from testbed.experiment.devices import look_up
 from testbed.experiment.row import SENDING
@@ -286,6 +287,11 @@ def _check_extent(plan: Plan, place: str) -> None:
                 raise SpecError(f"{place}: delivery: {why}")
     for kind, profile in itertools.product(plan.scenario.transport, plan.profiles):
         _check_rate(kind, profile, place)
+    for kind, delivery in itertools.product(plan.scenario.transport, plan.scenario.delivery):
+        if kind.lossy and isinstance(delivery, Pipelined) and delivery.needs_every_part:
+            raise SpecError(
+                f"{place}: transport: {kind} may lose parts, and {delivery} needs each of them; take stream or adaptive"
+            )
     if plan.trials > _MAX_TRIALS:
         raise SpecError(f"{place}: {plan.trials} trials; at most {_MAX_TRIALS} make a run")
 

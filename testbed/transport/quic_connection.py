@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from testbed.deadline import Deadline
@@ -38,11 +38,12 @@ _BUFFER = 4 << 20  #: of the socket, as far as net.core.rmem_max lets it
 class Connection:
     """See above. Made by who has its socket, which is connected; `start`ed once.
 
-    client: whose connection it is, who opens the stream; that of a server is there when the client's first bytes are.
+    client: whose connection it is, who opens the stream; that of a server is there when the client's first bytes are. lossy:
+    datagrams are taken, too.
     """
 
-    def __init__(self, quic: QuicConnection, sock: socket.socket, client: bool) -> None:
-        self.socket, self.client = sock, client
+    def __init__(self, quic: QuicConnection, sock: socket.socket, client: bool, lossy: bool = False) -> None:
+        self.socket = sock
         self.sent = self.received = 0  #: bytes on the wire, headers included
         self.lost = 0  #: packets that were declared lost, whose data was sent again
         self.established = self.ended = False  #: the handshake is done; the peer says that no more comes
@@ -51,13 +52,17 @@ class Connection:
         self._changed = threading.Condition()
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK)
         self._alive = True
-        self._open = client
+        self._open, self._lossy = client, lossy
         self._outgoing: deque[memoryview] = deque()
         self._incoming: deque[memoryview] = deque()
+        self._parcels: deque[bytes] = deque()  #: datagrams to be sent
+        self._arrived: deque[tuple[float, bytes]] = deque()  #: datagrams that came, and when
         self._unread = 0
         self._forwarded: deque[bytes] = deque()
         self._finishing = self._finished = self._closing = False
         self._confirmed = True
+        self._rtt_s = 0.0
+        self._now = 0.0  #: when what is being looked at was taken from the socket
         self._thread = threading.Thread(target=self._run, daemon=True)
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
@@ -76,10 +81,12 @@ class Connection:
                 self._forwarded.append(data)
         self._rouse()
 
-    def wait_established(self, deadline: Deadline) -> None:
-        """Until the handshake is done. Raises EndpointError."""
+    def established_within(self, seconds: float) -> bool:
+        """Whether the handshake is done by then. Raises EndpointError where it failed."""
         with self._changed:
-            self._await(lambda: self.established, deadline, "no handshake")
+            return self._await(
+                lambda: self.established, Deadline(None), "no handshake", time.monotonic() + seconds
+            )
 
     def write(self, pieces: Sequence[memoryview], deadline: Deadline) -> None:
         """Have all of these taken by the deadline. Raises EndpointError."""
@@ -93,6 +100,46 @@ class Connection:
                 self._await(lambda: not self._outgoing, deadline, "the peer did not take a whole frame")
             finally:
                 self._outgoing.clear()
+
+    def send_datagrams(self, parcels: Sequence[bytes], deadline: Deadline) -> None:
+        """Have all of these sent by the deadline, each at most once. Raises EndpointError."""
+        with self._changed:
+            if self.error or self._finishing:
+                raise EndpointError(f"the connection broke while sending: {self.error or 'it is closed'}")
+            self._parcels.extend(parcels)
+            self._confirmed = False
+            self._rouse()
+            try:
+                self._await(lambda: not self._parcels, deadline, "the link did not take a whole frame")
+            finally:
+                self._parcels.clear()
+
+    def wait_readable(self, deadline: Deadline, what: str, until: float | None = None) -> bool:
+        """Wait until a datagram, or something of the stream, is there, or the peer has ended; False where that moment of the
+        monotonic clock came first. what: is said where nothing comes by the deadline. Raises EndpointError.
+        """
+        with self._changed:
+            return self._await(
+                lambda: bool(self._arrived or self._incoming or self.ended), deadline, what, until
+            )
+
+    @property
+    def readable(self) -> bool:
+        """Whether something of the stream is there, or its end."""
+        return bool(self._incoming) or self.ended
+
+    def datagrams(self) -> Iterator[tuple[float, bytes]]:
+        """Those that have come, each once, and when."""
+        while True:
+            with self._changed:
+                if not self._arrived:
+                    return
+                at, data = self._arrived.popleft()
+                crowded = self._unread >= _UNREAD
+                self._unread -= len(data) + _OF_EACH
+            if crowded:
+                self._rouse()
+            yield at, data
 
     def read_into(self, buffer: memoryview, deadline: Deadline, what: str) -> int:
         """Some of what comes next; 0: the peer has ended. what: is said where nothing comes by the deadline.
@@ -113,6 +160,11 @@ class Connection:
         if crowded:
             self._rouse()
         return count
+
+    @property
+    def rtt_s(self) -> float:
+        """Of a round trip, smoothed; 0: not known yet."""
+        return self._rtt_s
 
     @property
     def confirmed(self) -> bool:
@@ -143,16 +195,27 @@ class Connection:
         self._fail("it was ended here")
         self._rouse()
 
-    def _await(self, condition: Callable[[], bool], deadline: Deadline, what: str) -> None:
-        """Wait, holding the lock, until the condition is true. Raises EndpointError where that can no longer be, or is not by the
-        deadline."""
+    def _await(
+        self, condition: Callable[[], bool], deadline: Deadline, what: str, until: float | None = None
+    ) -> bool:
+        """Wait, holding the lock, until the condition is true; False where that moment of the monotonic clock came first.
+
+        Raises EndpointError where it can no longer be, or is not by the deadline.
+        """
         while not condition():
             if self.error:
                 raise EndpointError(f"the connection broke: {self.error}")
             try:
-                self._changed.wait(deadline.left())
+                left = deadline.left()
             except TimeoutError as error:
                 raise EndpointError(f"{what} within {deadline}") from error
+            if until is not None:
+                soon = until - time.monotonic()
+                if soon <= 0:
+                    return False
+                left = soon if left is None else min(left, soon)
+            self._changed.wait(left)
+        return True
 
     def _rouse(self) -> None:
         with self._changed:
@@ -191,11 +254,30 @@ class Connection:
         while self._feed() | self._transmit():
             pass
         with self._changed:
-            busy = self._outgoing or self._quic.get_send_buffer_size() or self._told("bytes_in_flight")
+            busy = (
+                self._outgoing
+                or self._parcels
+                or self._quic.get_send_buffer_size()
+                or self._told("bytes_in_flight")
+            )
             self._confirmed = not busy
             self._changed.notify_all()
 
     def _feed(self) -> bool:
+        """The stream first; datagrams as the library's window has room, which it keeps account of and does not keep to itself."""
+        fed = self._feed_stream()
+        window = self._told("congestion_window") - self._told("bytes_in_flight")
+        if fed or not self.established or self._quic.get_send_buffer_size(STREAM):
+            return fed
+        with self._changed:
+            while self._parcels and window > 0:
+                parcel = self._parcels.popleft()
+                self._quic.send_datagram_frame(parcel)
+                window -= len(parcel) + HEADERS
+                fed = True
+        return fed
+
+    def _feed_stream(self) -> bool:
         fed = False
         while self._open and self.established:
             room = _AHEAD - self._quic.get_send_buffer_size(STREAM)
@@ -241,7 +323,7 @@ class Connection:
         with contextlib.suppress(BlockingIOError):
             while len(datagrams) < _AT_ONCE and self._unread < _UNREAD:
                 datagrams.append(self.socket.recv(65536, socket.MSG_DONTWAIT))
-        now = time.monotonic()
+        now = self._now = time.monotonic()
         if datagrams:
             self.received += sum(map(len, datagrams)) + HEADERS * len(datagrams)
             self._quic.receive_many_datagrams(datagrams, self._address, now)
@@ -250,7 +332,7 @@ class Connection:
             self._quic.handle_timer(now)
         while (event := self._quic.next_event()) is not None:
             self._take(event)
-        self.lost = self._told("loss_total")
+        self.lost, self._rtt_s = int(self._told("loss_total")), self._told("smoothed_rtt")
 
     def _take(self, event: object) -> None:
         from qh3.quic import events
@@ -263,6 +345,9 @@ class Connection:
                     self._read(event.data, event.end_stream)
                 else:
                     self.error = f"the peer opened stream {event.stream_id}, and there is but one"
+            elif isinstance(event, events.DatagramFrameReceived) and self._lossy:
+                self._arrived.append((self._now, event.data))
+                self._unread += len(event.data) + _OF_EACH
             elif isinstance(event, events.StreamReset):
                 self.error = "the peer gave the stream up"
             elif isinstance(event, events.ConnectionTerminated):
@@ -276,6 +361,6 @@ class Connection:
             self._unread += len(data) + _OF_EACH
         self.ended = self.ended or ended
 
-    def _told(self, of: str) -> int:
-        """What the library's core says of its state; its facade does not."""
-        return int(getattr(self._quic._core, of, 0))  # there is none before a server's first datagram
+    def _told(self, of: str) -> float:
+        """What the library's core says of its state; its facade does not. There is no core before a server's first datagram."""
+        return float(getattr(self._quic._core, of, None) or 0)

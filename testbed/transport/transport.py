@@ -23,6 +23,7 @@ from testbed.transport import wire
 TRANSPORTS: dict[str, str] = {
     "tcp": "testbed.transport.tcp:Tcp",
     "quic": "testbed.transport.quic:Quic",
+    "datagram": "testbed.transport.datagram:Datagram",
 }
 
 SEND_S = (
@@ -54,6 +55,8 @@ class Received:
 class Stream(ABC):
     """One connection that carries frames. One thread receives; any may `send`, and `abort`."""
 
+    lossy: ClassVar[bool] = False  #: chunks may come in another order than they were sent in, or not at all
+
     def __init__(self) -> None:
         self.since = time.monotonic()  #: when the last request began to be waited for
         self.engaged = False  #: whether its header has come, whose context or answer is due
@@ -74,6 +77,12 @@ class Stream(ABC):
             started = time.monotonic()
             self.write(_frame(header, payload), deadline or Deadline(SEND_S))
         return started
+
+    def send_chunk(
+        self, header: wire.Chunk, payload: Bytes, deadline: Deadline | None = None, priority: int = 0
+    ) -> float:
+        """Send a chunk as `send` does, behind its request. priority: how well it is protected where it may be lost; 0: best."""
+        return self.send(header, payload, deadline)
 
     def send_request(
         self, request: wire.Request, chunks: Iterable[Bytes], checked: bool, deadline: Deadline | None = None
@@ -137,8 +146,9 @@ class Stream(ABC):
     def receive_context(
         self, request: wire.Request, max_payload: int, deadline: Deadline
     ) -> Iterator[Received]:
-        """The chunks of a request's context, of at most so many bytes, and behind them its end. Raises as `receive` does."""
-        context = wire.Assembly(request, max_payload)
+        """The chunks of a request's context, of at most so many bytes, and behind them its end, which tells how many there were,
+        where some may be missing. Raises as `receive` does."""
+        context = wire.Assembly(request, max_payload, self.lossy)
         while (frame := self.receive(context.room, deadline)) is not None:
             whole = context.take(frame.header, frame.payload)
             yield frame
@@ -221,6 +231,7 @@ class Listener(ABC):
 class Transport(kinds.Kind, ABC):
     """A way to move frames. connection: whether each request opens one of its own, or one is kept for all of a link's."""
 
+    lossy: ClassVar[bool] = False  #: whether its streams are
     keeps_up_bps: ClassVar[float]  #: greatest rate of a link that it still fills, on the machine of the docs
 
     connection: Literal["fresh", "reuse"] = "fresh"

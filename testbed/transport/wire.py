@@ -234,31 +234,28 @@ def unpack_header(prefix: Prefix, body: bytes) -> Header:
 
 
 class Assembly:
-    """What may come of a request's context: chunks in order and complete, and never more of them than its bounds."""
+    """What may come of a request's context: chunks in order and complete, and never more of them than its bounds.
 
-    def __init__(self, request: Request, bound: int) -> None:
-        self.request = request
+    lossy: in any order, each once, and some perhaps never.
+    """
+
+    def __init__(self, request: Request, bound: int, lossy: bool = False) -> None:
+        self.request, self.lossy = request, lossy
         self.room = bound  #: bytes that may still come
         self._most = MAX_PARTS if request.levels else MAX_CHUNKS
-        self._count = 0
+        self._came: set[int] = set()
         self._length = 0
-        self._last = False
+        self._last: int | None = None  #: the chunk that was said to be the last
 
     def take(self, header: Header, payload: memoryview) -> bool:
-        """The next frame; returns whether the context is whole. Raises WireError where it is not what has to come now."""
+        """The next frame; returns whether nothing more comes. Raises WireError where it is not what has to come now."""
         if isinstance(header, End) and header.id == self.request.id:
-            if (header.chunks, header.length) != (self._count, self._length):
-                raise WireError(
-                    f"a request ends with {header.chunks} chunks of {header.length} bytes; "
-                    f"{self._count} of {self._length} have come"
-                )
+            self._end(header)
             return True
         if not isinstance(header, Chunk) or header.id != self.request.id:
             raise WireError(f"a {type(header).__name__} frame inside another request's chunks")
-        if self._last or header.index != self._count:
-            expected = "nothing but its end" if self._last else f"chunk {self._count}"
-            raise WireError(f"chunk {header.index} of a request where {expected} was expected")
-        if self._count == self._most or len(payload) > self.room:
+        self._check_turn(header)
+        if len(self._came) == self._most or len(payload) > self.room:
             raise WireError(
                 f"a request of more than {self._most} chunks, or of more bytes than are accepted here"
             )
@@ -270,8 +267,30 @@ class Assembly:
             raise WireError(
                 f"chunk {header.index} of a request is at a level, or of a part, that there is not"
             )
-        self._count += 1
+        self._came.add(header.index)
         self._length += len(payload)
         self.room -= len(payload)
-        self._last = header.last
+        self._last = header.index if header.last else self._last
         return False
+
+    def _check_turn(self, header: Chunk) -> None:
+        came, last = self._came, self._last
+        if self.lossy and header.index not in came and header.index < self._most:
+            if last is None or header.index < last:
+                return
+        elif not self.lossy and last is None and header.index == len(came):
+            return
+        expected = "nothing but its end" if last is not None else f"chunk {len(came)}"
+        expected = "one that has not come" if self.lossy else expected
+        raise WireError(f"chunk {header.index} of a request where {expected} was expected")
+
+    def _end(self, header: End) -> None:
+        came, beyond = len(self._came), max(self._came, default=-1) >= header.chunks
+        missing = self.lossy and came < header.chunks <= self._most and not beyond
+        if missing and header.length >= self._length:
+            return
+        if beyond or (header.chunks, header.length) != (came, self._length):
+            raise WireError(
+                f"a request ends with {header.chunks} chunks of {header.length} bytes; "
+                f"{came} of {self._length} have come"
+            )

@@ -247,3 +247,40 @@ def test_chunks_without_end_stay_within_the_receivers_bounds() -> None:
     with pytest.raises(WireError, match="65536 chunks"):
         for index in range(1 << 20):
             empty.take(wire.Chunk(7, index, False, None), memoryview(b""))
+
+
+@given(Pieces, st.data())
+def test_of_a_lossy_stream_chunks_may_come_in_any_order_or_not_at_all_but_none_twice(
+    pieces: list[bytes], data: st.DataObject
+) -> None:
+    *honest, end = chunks(pieces)
+    frames = data.draw(st.lists(st.sampled_from(honest), max_size=2 * len(honest))) if honest else []
+    context = wire.Assembly(request(), BOUND, lossy=True)
+    seen: list[wire.Header] = []
+    last = honest[-1][0] if honest else None
+    for header, payload in frames:
+        if header in seen:
+            with pytest.raises(WireError, match="one that has not come was expected"):
+                context.take(header, memoryview(payload))
+            return
+        assert not context.take(header, memoryview(payload))
+        seen.append(header)
+    assert last is None or len(seen) <= len(honest)
+    assert context.take(end[0], memoryview(b""))
+
+
+@given(Pieces, st.integers(0, 2**40), st.integers(0, 2**40))
+def test_of_a_lossy_stream_an_end_says_no_less_than_has_come(
+    pieces: list[bytes], count: int, length: int
+) -> None:
+    *frames, _ = chunks(pieces)
+    context = wire.Assembly(request(), BOUND, lossy=True)
+    for header, payload in reversed(frames):
+        context.take(header, memoryview(payload))
+    came = sum(map(len, pieces))
+    fits = (count, length) == (len(pieces), came) or (len(pieces) < count <= 1 << 16 and length >= came)
+    if fits:
+        assert context.take(wire.End(7, count, length), memoryview(b""))
+    else:
+        with pytest.raises(WireError, match="a request ends with"):
+            context.take(wire.End(7, count, length), memoryview(b""))
