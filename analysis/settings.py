@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from testbed import stats
-from testbed.analysis.levels import counts
+from testbed.analysis.levels import counts, ladder
 from testbed.experiment.row import SENDING
 
 _BETWEEN = "\x1f"  #: task and example; not NUL, which numpy strips from the ends of strings
@@ -84,12 +84,16 @@ class Worst:
 def labelled(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with two more columns: `setting` (what is compared) and `panel` (where it is compared).
 
-    A setting is a codec, behind its placement where that is not `split`, or a placement that needs none; transport and congestion
-    control are named where the run varies them, and a delivery where it is not whole. A panel is a profile; model, emulator and
-    whose compute was replayed are named where the run varies them.
+    A setting is a codec, behind its placement where that is not `split`, or a placement that needs none; transport and
+    congestion control are named where the run varies them, and a delivery where it is not whole: without a codec, where it has
+    levels of its own. A panel is a profile; model, emulator and whose compute was replayed are named where the run varies them.
     """
-    placement = rows["placement"].where((rows["placement"] != "split") | (rows["codec"] == ""), "")
-    setting = (placement + " " + rows["codec"]).str.strip()
+    chosen = (
+        rows["delivery"].map({text: bool(ladder(text)) for text in rows["delivery"].unique()}).astype(bool)
+    )
+    codec = rows["codec"].where(~chosen, "")
+    placement = rows["placement"].where((rows["placement"] != "split") | (codec == ""), "")
+    setting = (placement + " " + codec).str.strip()
     across = rows[rows["placement"] != "edge"]
     # What a transport's parameters say of it already is not said again.
     alike = across[across["congestion"] != ""].groupby("transport")["congestion"].nunique()
@@ -123,11 +127,12 @@ def replayed(rows: pd.DataFrame) -> pd.Series[str]:
 
 def encoded(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows whose cache arrived as their codec made it, so that what is lost is the codec's: not those with chunks of several
-    levels or that did not come. A store may select without the question, so its rows are there only where there are no others.
+    levels or that did not come, nor answers from the first bit planes. A store may select without the question, so its rows
+    are there only where there are no others.
     """
     pairs = zip(rows["levels"], rows["codec"], strict=True)
     one = pd.Series([set(counts(levels)) <= {codec} for levels, codec in pairs], index=rows.index, dtype=bool)
-    whole = (rows["codec"] != "") & one & ~(rows["tokens_left_out"] > 0)
+    whole = (rows["codec"] != "") & one & ~(rows["tokens_left_out"] > 0) & rows["planes"].isna()
     for placement in SENDING:
         own = rows[whole & (rows["placement"] == placement)]
         if len(own):

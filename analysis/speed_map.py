@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy import ndimage
 
 from testbed.analysis import settings
 from testbed.analysis.latency_model import Floats, LatencyModel, Link, link_of
 from testbed.analysis.stage_sums import speed_ratio
 
-_CELLS = (48, 36)  #: rates, speeds
+_CELLS = (40, 30)  #: rates, speeds
+_FINER = 6  #: so many in place of each, between them
 _REACH = 3.0  #: rates so many times beyond the measured ones are in it
 _SPEEDS = 4.0  #: and speeds of the edge
 _LEAST, _MOST = 0.5, 16.0  #: but these at least
@@ -61,6 +63,9 @@ def speed_map(rows: pd.DataFrame, model: LatencyModel, names: list[str]) -> Spee
         for j, rate in enumerate(rates):
             medians = model.medians(Link(float(rate), **middles), float(speed) / ratio)
             taken[:, i, j] = np.log([medians[name] for name in predicted])
+    # Times are smooth between what was computed, which of them is the least is not.
+    taken = ndimage.zoom(taken, (1, _FINER, _FINER), order=1, grid_mode=False)
+    rates, speeds = (np.geomspace(axis[0], axis[-1], _FINER * len(axis)) for axis in (rates, speeds))
     others = [np.delete(taken, k, axis=0).min(axis=0, initial=math.inf) for k in range(len(predicted))]
     points = _points(rows, model, predicted, links)
     return SpeedMap(

@@ -47,7 +47,7 @@ def draw(run: Run) -> Figure:
         subtitle=(
             f"{subject(run.rows[run.rows['profile'] == first['profile']])}\n"
             f"{str(first['profile']).replace(',', ', ')}: {conditions(rows)}\n"
-            f"example {first['example']}: single requests, so without intervals"
+            f"example {first['example']}: single requests, so without intervals; triangle: first token; numbers: chunks"
         ),
         footnotes=[
             "Bars: a chunk at its level, from its first byte handed over to its last byte in the cloud; the ladder's first level "
@@ -108,7 +108,13 @@ def _requests(run: Run) -> list[Request]:
 
 def _ends(request: Request) -> float:
     deadline = float(request.row["deadline_s"])
-    return max([1e-3, *map(float, request.sent["end_s"]), *([deadline] if math.isfinite(deadline) else [])])
+    return max(
+        [
+            float(request.row["ttft_s"]),
+            *map(float, request.sent["end_s"]),
+            *([deadline] if math.isfinite(deadline) else []),
+        ]
+    )
 
 
 def _draw_request(
@@ -134,7 +140,12 @@ def _draw_request(
         if span["level"] in rungs:
             length = float(span["end_s"] - span["start_s"])
             look: dict[str, Any] = {"color": ORANGE, "edgecolor": INK, "linewidth": 0.5, "zorder": 3}
-            ax.barh(rungs.index(span["level"]), length, left=span["start_s"], height=0.62, **look)
+            rung = rungs.index(span["level"])
+            ax.barh(rung, length, left=span["start_s"], height=0.62, **look)
+            if length > 0.02 * longest:
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.85}
+                at = (float(span["start_s"]) + length / 2, rung)
+                ax.text(*at, str(span["chunk"]), ha="center", va="center", fontsize=5.8, bbox=box, zorder=4)
     moments = np.linspace(0.0, longest, 600)
     under_way = _under_way(request.sent, moments)
     peak = float(np.max(under_way, initial=0.0))
@@ -148,6 +159,7 @@ def _draw_request(
     ax.grid(axis="y", visible=False)
     ax.xaxis.set_major_locator(MaxNLocator(8))
     ax.xaxis.set_major_formatter("{x:g}")
+    ax.plot(row["ttft_s"], -0.5, marker="v", color=INK, markersize=5, clip_on=False, zorder=7)
     if math.isfinite(row["deadline_s"]) and not row["met"]:
         ax.axvspan(row["deadline_s"], longest, color=VERMILLION, alpha=0.07, lw=0, zorder=0.4)
 

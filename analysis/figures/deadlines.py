@@ -34,8 +34,9 @@ def draw(run: Run) -> Figure:
             "bars: 95 % intervals over examples (deadlines: Clopper and Pearson's)"
         ),
         footnotes=[
-            "Red: chooses each chunk's level; dashed: the oracle, which knows the trace. A setting without a deadline meets it "
-            "where its context was there by then. Level: mean rung of the chunks, 0 being the first of the ladder.",
+            "Red: chooses each chunk's level; dashed: the oracle, which knows the trace. Deadlines are the first token's; a "
+            "setting without one meets it where its first token came by then. Level: mean rung of the chunks, 0 being the "
+            "first of the ladder.",
             *caveats(run),
         ],
         rows=len(links),

@@ -127,7 +127,8 @@ def _draw_errors(ax: Axes, errors: list[Error], links: list[str]) -> None:
     ax.set_xscale("log")
     ax.set_xlim(min(sizes) / 1.4, max(sizes) * 1.4)
     limit_seconds(ax, [*ends, 1.0], "y")
-    ticks(ax.xaxis, round_values(*ax.get_xlim()))
+    places = round_values(*ax.get_xlim())
+    ticks(ax.xaxis, places if len(places) > 1 else {float(f"{size:.2g}") for size in sizes})
     ax.set_xlabel("payload (MB)")
     ax.set_ylabel("measured ÷ formula")
 

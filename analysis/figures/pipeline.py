@@ -26,7 +26,7 @@ from testbed.analysis.spans import PLACES, STAGE_NAMES, lanes, of_stages, spans
 
 MOST = 8  #: settings below each other
 #: Of the levels of chunks, one after the other; what has none looks as in `LOOKS`.
-_HATCHES = ("////", "", "xxxx", "....", "\\\\\\\\", "++", "oo")
+_HATCHES = ("", "xxxx", "....", "||||", "++", "oo", "**")
 _RATE = "#BBD0E3"
 
 
@@ -49,7 +49,7 @@ def draw(run: Run) -> Figure:
     requests = _requests(run, table)
     levels = _levels(requests)
     rated = any(request.rate is not None for request in requests)
-    used = [stage for stage in STAGE_NAMES if any((r.spans["stage"] == stage).any() for r in requests)]
+    used = [stage for stage in STAGE_NAMES if any(_shows(request, stage) for request in requests)]
     first = requests[0].row
     rows = pd.DataFrame([request.row for request in requests])
     plain = any(((r.spans["stage"] == "transmit") & (r.spans["level"] == "")).any() for r in requests)
@@ -114,6 +114,12 @@ def _middle(rows: pd.DataFrame) -> pd.Series[Any]:
     """The row whose latency is nearest to the median."""
     away = (rows["e2e_s"] - rows["e2e_s"].median()).abs()
     return rows.iloc[int(np.argmin(away.to_numpy()))]
+
+
+def _shows(request: Request, stage: str) -> bool:
+    """Whether a stage takes time enough to be seen."""
+    own = request.spans[request.spans["stage"] == stage]
+    return bool((own["end_s"] - own["start_s"] > 2e-3 * request.spans["end_s"].max()).any())
 
 
 def _levels(requests: Iterable[Request]) -> dict[str, str]:

@@ -20,7 +20,6 @@ from testbed.analysis.run import Run, stage_names
 def draw(run: Run) -> Figure:
     """The median, divided by the stages' mean shares of it; beside each bar the paired difference from the baseline."""
     panels = list(settings.panels(run.attempts))
-    columns = 1 if len(panels) == 1 else 2
     stages = [stage for stage in stage_names(run.rows) if stage != "generate_s"]
     order = list(settings.labelled(run.attempts)["setting"].unique())
     baselines = list(
@@ -40,18 +39,15 @@ def draw(run: Run) -> Figure:
             *overlapping(run.rows),
             *caveats(run),
         ],
-        rows=math.ceil(len(panels) / columns),
-        columns=columns,
+        rows=len(panels),
+        columns=1,
         panel=0.1 + 0.205 * len(order),
         legend=0.2 * math.ceil(len(stages) / 4) + 0.14,
         left=0.2 + 0.072 * max(map(len, short(order).values())),
-        between=0.22,
     )
     figure, axes = frame.figure()
-    wide = partial(draw_panel, "ttft_s", stages, order, _differences, room=2.6 if columns == 1 else 2.2)
-    fill(axes, columns, panels, wide, "time to the first token (s)")
-    for index, ax in enumerate(axes):
-        ax.tick_params(labelleft=index % columns == 0)
+    wide = partial(draw_panel, "ttft_s", stages, order, _differences, room=2.6)
+    fill(axes, 1, panels, wide, "time to the first token (s)")
     bottom_legend(figure, frame, [patch(stage) for stage in stages], 4)
     return figure
 
