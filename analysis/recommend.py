@@ -220,6 +220,9 @@ def text(advice: Recommendation) -> str:
         "brackets: 95 % interval of what "
         "is kept of the full cache's score (Gaffke's bound of the paired losses)",
     ]
+    unknown = [o.setting for o in advice.options if math.isinf(o.latency_s) and not o.failed]
+    if unknown and not advice.measured_as:
+        lines.append(f"not predicted, since what they do on another link is not known: {', '.join(unknown)}")
     return "\n".join([*lines, *_trust(advice)])
 
 

@@ -15,6 +15,21 @@ from testbed.analysis.names import short
 from testbed.analysis.run import Run
 from testbed.experiment.row import STAGES
 
+#: Of deliveries, stores and scouts; means.
+_PIPELINE = (
+    "overlap_s",
+    "naive_s",
+    "chunks",
+    "met",
+    "tokens_left_out",
+    "store_prefill_s",
+    "store_encode_s",
+    "choice_overlap",
+    "planes",
+    "changed",
+    "saved_s",
+    "verified_s",
+)
 _WIDEST = 60  #: characters of a setting's name in the terminal
 _SAME = ("model", "emulator", "link", "delivery", "transport", "congestion")
 
@@ -32,7 +47,7 @@ def summarise(run: Run) -> pd.DataFrame:
 
     Seconds, bytes, fractions. `n` counts examples that were answered, `trials` rows; `_lo` and `_hi` bound the 95 %
     interval. A failed trial is infinite in medians of times and missing in means. `latency_ratio`: median of the
-    examples' ratios to the latency of `latency_baseline` on the same link.
+    examples' ratios to the latency of `latency_baseline` on the same link; `over_bound`: median of latency over `bound_s`.
     """
     run.require()
     rows = settings.labelled(run.attempts)
@@ -94,6 +109,11 @@ def _cell(keys: Any, both: pd.DataFrame) -> dict[str, Any]:
     line |= {"ratio": line["kv_bytes"] / payload if payload > 0 else float("nan")}
     line |= {
         name: rows[name].mean() for name in ("wire_bytes", "retransmits", "tokens_kept", "bits_per_element")
+    }
+    line |= {f"{name}_mean": rows[name].mean() for name in _PIPELINE}
+    line |= {
+        "over_bound": (rows["e2e_s"] / rows["bound_s"]).median(),
+        "amortized_s": rows["amortized_s"].median(),
     }
     line |= {name: bool(both[name].all()) for name in ("calibrated", "compute_steady")}
     return line

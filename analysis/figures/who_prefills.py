@@ -107,8 +107,10 @@ def _able(rows: pd.DataFrame) -> tuple[list[str], bool]:
 
 
 def _charts(rows: pd.DataFrame, names: list[str]) -> dict[str, SpeedMap]:
-    """Maps by title, of at least two settings each."""
+    """Maps by title, of at least two settings each. Of a scout both sides prefill, so another edge's speed has no one factor."""
     model = LatencyModel.fit(rows)
+    scouts = set(rows.loc[rows["placement"] == "scout", "setting"])
+    names = [name for name in names if name not in scouts]
     met = set(rows.loc[rows["delivery"].map(kind) == MEET, "setting"])
     alone = [name for name in names if name not in met]
     wanted = {"all settings": names, "one side prefills": alone if len(alone) < len(names) else []}

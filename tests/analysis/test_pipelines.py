@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.analysis import adaptive, paired_latency, settings
+from testbed.analysis import adaptive, paired_latency, settings, summary
 from testbed.analysis.describe import caveats, subject
 from testbed.analysis.latency_model import LatencyModel, leave_one_out, link_of, median_error
 from testbed.analysis.levels import counts, ladder, mean_rung
@@ -243,3 +243,30 @@ def test_what_a_codec_loses_is_not_judged_by_chunks_of_other_levels(pipelines: P
     assert set(settings.encoded(load(pipelines).rows)["placement"]) == {"split"}
     stored = settings.encoded(load(changing).rows)
     assert set(stored["delivery"]) == {"stream(by=tokens)"} and len(SETTINGS) > 1
+
+
+def test_what_is_not_known_on_another_link_is_said(changing: Path, tmp_path: Path, command: Command) -> None:
+    path = make_pipeline(
+        tmp_path / "run", RATES[:2], (*SETTINGS[:2], ("store", "", ADAPTIVE.format("oracle"))), 3
+    )
+    asked = ("--rate", "8mbit", "--delay", "25ms", "--quality", "0.01")
+    _, out, _ = command("recommend", path, *asked)
+    assert "not predicted, since what they do on another link is not known: store · adaptive(" in out
+    scouts = [
+        row | {"placement": "scout", "trial": row["trial"] + "s"}
+        for row in lines(path)
+        if row["delivery"] != "whole"
+    ]
+    rewrite(path, lines(path) + [row | {"delivery": "whole", "codec": "q2c@0.5"} for row in scouts])
+    said = words("who_prefills", path)
+    assert "Not in the map, since what they do elsewhere is not known:" in said and "scout q2c@0.5" in said
+
+
+def test_the_summary_has_what_pipelines_add(pipelines: Path) -> None:
+    table = summary.summarise(load(pipelines))
+    rows = load(pipelines).rows
+    own = rows[(rows["profile"] == RATES[0]) & (rows["delivery"] == "meet")]
+    line = table[(table["profile"] == RATES[0]) & (table["delivery"] == "meet")].iloc[0]
+    assert line["overlap_s_mean"] == pytest.approx(own["overlap_s"].mean())
+    assert line["over_bound"] == pytest.approx((own["e2e_s"] / own["bound_s"]).median())
+    assert line["amortized_s"] == pytest.approx(own["amortized_s"].median())
