@@ -159,5 +159,5 @@ class AdaptiveFeed(Feed):
         """Known of what is stored, else what the codec makes of so many tokens, an entropy coder's gain aside."""
         stored = self._context.stored is not None and not codec.asks
         if stored and (level, part) in self._made.payloads:
-            return len(self._made.payloads[level, part][0])
+            return sum(map(len, self._made.payloads[level, part][0]))
         return expected_bytes(codec.spec, self._outlook.shapes, part.stop - part.start)

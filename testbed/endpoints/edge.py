@@ -27,6 +27,7 @@ from testbed.endpoints.protocol import (
     Prepared,
     PreparedExample,
     Reference,
+    Stock,
     TrialRequest,
     TrialResult,
 )
@@ -103,7 +104,12 @@ class Edge(InferenceSide):
 
     def handlers(self) -> Handlers:
         """What this side does for the orchestrator, by message."""
-        own: Handlers = {Prepare: self.prepare, Reference: self.reference, TrialRequest: self.trial}
+        own: Handlers = {
+            Prepare: self.prepare,
+            Reference: self.reference,
+            Stock: self.stock,
+            TrialRequest: self.trial,
+        }
         return {**super().handlers(), **own}
 
     def load(self, message: Load) -> Loaded:
@@ -214,10 +220,16 @@ class Edge(InferenceSide):
             prefilled.encoded[key] = encoded
         return encoded, False
 
-    def _feed(self, message: TrialRequest, delivery: Pipelined) -> TrialResult:
-        """The context in parts, each made while others cross."""
-        if message.link is None:
-            raise ValueError("no link to ask the cloud over")
+    def stock(self, message: Stock) -> None:
+        """Encode what a trial will find stored."""
+        trial, delivery = message.trial, parse(message.trial.delivery)
+        if isinstance(delivery, Pipelined):
+            self._parts_of(trial, delivery)
+        elif not self._codec(trial.codec).asks:
+            self._encoded(self._prefilled(trial.batch, trial.example), trial)
+
+    def _parts_of(self, message: TrialRequest, delivery: Pipelined) -> tuple[Prefilled, Context, Feed]:
+        """The context in parts; what is to be stored of them is."""
         if message.reuse == "none":
             self._at_hand = None
         prefilled, stored = self._prefilled(message.batch, message.example), message.placement == "store"
@@ -242,13 +254,20 @@ class Edge(InferenceSide):
         feed = self._feed_of(context, delivery, levels, prefilled, message)
         if stored:
             feed.store()
-        request = self._request_for(prefilled, message, 0, levels)
+        return prefilled, context, feed
+
+    def _feed(self, message: TrialRequest, delivery: Pipelined) -> TrialResult:
+        """The context in parts, each made while others cross."""
+        if message.link is None:
+            raise ValueError("no link to ask the cloud over")
+        prefilled, context, feed = self._parts_of(message, delivery)
+        request = self._request_for(prefilled, message, 0, feed.levels)
         request = structs.replace(request, receipts=feed.asks_receipts)
         answered = self._client.feed(request, feed, message.link)
         done = max(span.end for span in answered.spans)
         here = [span._replace(end=min(span.end, done)) for span in feed.spans if span.start < done]
         spans = [*here, *answered.spans]
-        if self._experience is not None:
+        if self._experience is not None and isinstance(feed, AdaptiveFeed):
             self._experience.learn(feed.parts, feed.sent, spans)
         result = self._result(prefilled, message, answered, spans, sorted(feed.reused))
         deadline_s = delivery.deadline if isinstance(delivery, Adaptive) else None
@@ -262,7 +281,7 @@ class Edge(InferenceSide):
             chunks=len(feed.sent),
             levels=run_lengths(feed.sent),
             tokens_left_out=answered.answer.left_out,
-            store_prefill_s=prefilled.prefill_s if stored else 0.0,
+            store_prefill_s=prefilled.prefill_s if message.placement == "store" else 0.0,
             store_encode_s=feed.stored_s,
             planes=answered.answer.planes or None,
         )

@@ -291,6 +291,12 @@ class TrialRequest(Message[TrialResult], tag="trial"):
     rate: tuple[tuple[float, float | None], ...] = ()
 
 
+class Stock(Message[None]):
+    """Make what this trial, of placement `store`, will find stored: before its link's trace begins. It keeps what it reuses."""
+
+    trial: TrialRequest
+
+
 class Outcome(Part):
     """What the cache behind an answer says of the gold one: nothing where it is a shape's. kl: from the full cache's
     distributions, where there are any."""

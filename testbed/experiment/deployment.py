@@ -130,9 +130,17 @@ class Pair:
     def trial(self, trial: Trial, origin: float = 0.0) -> TrialResult:
         """A trial; across the link, where its placement crosses one, as it is now. origin: when its traces began, monotonic
         seconds."""
+        return self._call(self.edge, self._asked(trial, origin), CALL_S + self.scenario.timeout)
+
+    def stock(self, trial: Trial) -> None:
+        """What a trial of `store` finds made; not where each trial is to make all of its own."""
+        if trial.cell.placement == "store" and self.scenario.reuse == "all":
+            self._call(self.edge, protocol.Stock(self._asked(trial, 0.0)), CALL_S)
+
+    def _asked(self, trial: Trial, origin: float) -> protocol.TrialRequest:
         cell = trial.cell
         link = self._links.get(str(cell.transport))
-        message = protocol.TrialRequest(
+        return protocol.TrialRequest(
             cell.placement,
             trial.batch,
             trial.number,
@@ -144,7 +152,6 @@ class Pair:
             link=structs.replace(link, name=cell.profile.text()) if link else None,
             rate=self._future(cell, origin),
         )
-        return self._call(self.edge, message, CALL_S + self.scenario.timeout)
 
     def _future(self, cell: Cell, origin: float) -> tuple[tuple[float, float | None], ...]:
         """The rate to come of the swept link's way up, where the delivery's policy may know it."""

@@ -301,6 +301,7 @@ class Runner:
                 kl = None if reference.nll is None else 0.0
                 outcome = Outcome(reference.context_tokens, reference.nll, kl)
             else:
+                self.session.pair.stock(trial)
                 row.trace_s = self._align(trial)
                 with self.session.account.trial(profile.name) as warnings:
                     result = self.session.pair.trial(trial, self._origin)

@@ -10,7 +10,9 @@ from typing import ClassVar
 
 import pytest
 
+from testbed.codecs.codec import Codec
 from testbed.delivery.policies.policy import POLICIES, Policy, Situation
+from testbed.endpoints.protocol import Stock, TrialRequest
 from tests.endpoints.pair import Pair, in_this_process
 from tests.tiny_models import FAMILIES
 
@@ -157,3 +159,20 @@ def test_stored_chunks_are_ready_and_of_known_size(pair: Pair) -> None:
     sent = [span.bytes for span in result.spans if span.stage == "transmit"]
     assert [rungs[0].bytes for rungs in SEEN[0].chunks][::2] == sent[::2]
     assert all(rung.ready_s == 0 for rungs in SEEN[0].chunks for rung in rungs)
+
+
+@pytest.mark.parametrize("delivery", ["whole", "stream(chunk=64)", "adaptive(levels=[int8, int4], chunk=60)"])
+def test_what_was_stocked_is_not_encoded_within_the_trial(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, delivery: str
+) -> None:
+    pair = in_this_process(tiny_model("llama"))
+    trial = TrialRequest("store", 0, 1, codec="int8", delivery=delivery, link=pair.link)
+    pair.edge.call(Stock(trial), 60)
+
+    def encoded(*_: object, **__: object) -> None:
+        raise AssertionError("encoded within the trial")
+
+    monkeypatch.setattr(Codec, "encode", encoded)
+    monkeypatch.setattr(Codec, "chunks", encoded)
+    result = pair.edge.call(trial, 60)
+    assert result.answer_tokens > 0 and result.store_encode_s > 0
