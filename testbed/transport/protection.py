@@ -21,8 +21,9 @@ import zfec
 from testbed.errors import WireError
 
 HEADER = struct.Struct("!QHIHB")
-#: Of a symbol, at most: with all that goes before it, it fits a QUIC packet of 1,280 bytes, which every path takes.
-SYMBOL = 1200
+#: Of a symbol, at most: with all that goes before it, and some acknowledgements, it fits a QUIC packet of 1,200 bytes, to which
+#: qh3 falls back where a first packet is lost; it fails on a datagram that does not fit.
+SYMBOL = 1100
 _MOST_OF_BLOCK = 128  #: symbols without repair: twice as many would save 2 % of all, and take twice as long
 _MOST = 256  #: symbols of a block, with repair: zfec counts in bytes
 #: By priority: of how many blocks one may be lost for good, where datagrams are lost at the rate that is made up for.

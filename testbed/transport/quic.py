@@ -227,11 +227,11 @@ class Quic(Transport):
             verify_mode=ssl.CERT_NONE,  # whose certificate it is, who made it for this listener knows, and nobody else
         )
         if not client:
-            made.load_cert_chain(*_certificate())
+            made.load_cert_chain(*certificate())
         return made
 
 
-def _certificate() -> tuple[bytes, bytes]:
+def certificate() -> tuple[bytes, bytes]:
     """A certificate that signs itself, and its key, in PEM."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization

@@ -15,7 +15,7 @@ from testbed.endpoints.protocol import Serve, TrialResult
 from testbed.errors import EndpointError, WireError
 from testbed.transport import protection, wire
 from testbed.transport.datagram import Datagram, DatagramStream
-from testbed.transport.protection import HEADER
+from testbed.transport.protection import HEADER, SYMBOL
 from tests.endpoints.pair import in_this_process
 from tests.endpoints.test_every_transport import beside
 from tests.endpoints.test_wire import request
@@ -115,7 +115,7 @@ def test_a_whole_context_and_a_text_cross_too(pair: Pair) -> None:
 def test_datagrams_that_are_no_honest_senders_are_typed_errors(pair: Pair) -> None:
     client, server = pair
     client.send(request())
-    client.connection.send_datagrams([HEADER.pack(7, 0, 1 << 31, 0, 0) + bytes(1200)], Deadline(5.0))
+    client.connection.send_datagrams([HEADER.pack(7, 0, 1 << 31, 0, 0) + bytes(SYMBOL)], Deadline(5.0))
     begun = server.receive_request(Deadline(10.0), 10.0)
     assert begun is not None
     with pytest.raises(WireError, match="at most"):

@@ -123,3 +123,13 @@ def test_memory_stays_within_the_bound_however_many_chunks_are_begun() -> None:
         for number in range(1 << 16):  # of a byte each
             small.take(HEADER.pack(7, number, 2 * SYMBOL, 0, 5) + bytes(SYMBOL), bound)
     tracemalloc.stop()
+
+
+def test_a_datagram_fits_the_smallest_packet_of_quic_with_acknowledgements_before_it() -> None:
+    headers = (
+        1 + 8 + 4 + 16 + 3
+    )  # a short header with its connection id and number, the cipher's tag, the frame's own header
+    largest = max(
+        len(d) for length in (1, 999_999, 5 * SYMBOL) for d in protect(7, 0, bytes(length), 0.02, 0)
+    )
+    assert largest <= 1200 - headers - 40
