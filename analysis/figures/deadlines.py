@@ -22,8 +22,8 @@ from testbed.analysis.run import Run
 def draw(run: Run) -> Figure:
     """A row of panels for each link: deadline met, mean score, mean level; a line a setting."""
     every = adaptive.kept(run)
-    if not every:
-        raise NotInThisRun(f"{run.path}: no setting of it has a deadline or chooses its chunks' levels")
+    if not any(math.isfinite(each.deadline_s) for each in every):
+        raise NotInThisRun(f"{run.path}: no setting of it has a deadline")
     links = list(dict.fromkeys(each.panel for each in every))
     names = short((each.setting for each in every), 40)
     most = max(sum(each.panel == link for each in every) for link in links)
