@@ -126,6 +126,21 @@ def test_what_does_not_fit_is_one_line_with_its_place(changes: dict[str, Any], c
     assert "\n" not in str(found.value)
 
 
+def test_a_real_model_is_waited_for_where_it_is_known_beforehand_what_arrives(tmp_path: Path) -> None:
+    path = profile(tmp_path, model="smollm2-135m")
+    real = {"model": "smollm2-135m", "compute": {"edge": f"device:{path}"}, "placements": ["split", "edge"]}
+    made = plan(**real, delivery=["whole", "stream"])
+    cells = made.cells(0, 1024)
+    assert [made.rehearses(cell) for cell in cells] == [cell.placement != "edge" for cell in cells]
+    assert not any(shape.rehearses(cell) for shape in [plan()] for cell in shape.cells(0, 1024))
+    with pytest.raises(
+        SpecError, match=r"compute.edge: device board .* with deliveries whole and stream; 'meet'"
+    ):
+        plan(**real, delivery=["meet"])
+    with pytest.raises(SpecError, match=r"compute.edge: what device board .* that takes reuse: all"):
+        plan(**real, reuse="prefill")
+
+
 def test_an_edge_of_a_device_without_times_of_decoding_makes_no_answer(tmp_path: Path) -> None:
     path = profile(tmp_path, decode=[])
     with pytest.raises(SpecError, match=r"compute.edge has `decode: no`"):

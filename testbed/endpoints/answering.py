@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
+from msgspec import structs
+
 from testbed.delivery.delivery import Bytes
 from testbed.endpoints.assembly import Rebuilt
 from testbed.endpoints.sessions import Served, Session, Sessions
 from testbed.endpoints.side import InferenceSide, Pass, digest, per_token
+from testbed.speed.words import Work
 from testbed.transport import wire
 from testbed.transport.transport import Stream
 
@@ -37,6 +40,7 @@ class Answering:
         #: how much of a pass over the context can be made by now, of 1: all layers that are there have been read
         self.there: Callable[[], float] = lambda: 1.0
         self._read = 0.0
+        self._repeated: list[wire.Worked] = []
 
     @property
     def session(self) -> Session:
@@ -69,8 +73,10 @@ class Answering:
         if since is not None:
             self.worked.append(wire.Worked("queue", since, max(since, began), chunk))
         yield made
-        ended = self.side.pace.hold("codec" if stage == "decode" else "prefill", made.tokens, made.past)
-        self.worked.append(wire.Worked(stage, began, ended, chunk))
+        work: Work = "codec" if stage == "decode" else "prefill"
+        took = self.side.pace.takes(work, made.tokens, made.past)
+        ended = self.side.pace.hold(work, made.tokens, made.past)
+        self._note(stage, began, ended, chunk, took)
 
     def go_on(self) -> None:
         """The answer is given; what is done from now on is of what comes behind it."""
@@ -84,11 +90,17 @@ class Answering:
     def end(self) -> float:
         """It has come to the first token, or to something that is not there yet; returns the time."""
         there = self.there()
-        ended = self.side.pace.hold("prefill", self.asked.tokens, self.asked.past, there - self._read)
+        about = (self.asked.tokens, self.asked.past, there - self._read)
+        took = self.side.pace.takes("prefill", *about)
+        ended = self.side.pace.hold("prefill", *about)
         self._read = there
-        chunk = self.worked[-1].chunk if self.worked else 0
-        self.worked.append(wire.Worked("first_token", self._since, ended, chunk))
+        self._note("first_token", self._since, ended, self.worked[-1].chunk if self.worked else 0, took)
         return ended
+
+    def _note(self, stage: Stage, began: float, ended: float, chunk: int, took: float | None) -> None:
+        """What was done; and as whoever repeats it has to: what a device takes, whatever computing took here."""
+        self.worked.append(wire.Worked(stage, began, ended, chunk))
+        self._repeated.append(wire.Worked(stage, began, ended if took is None else began + took, chunk))
 
     def answer(self, rebuilt: Rebuilt, received_at: float | None = None) -> Served:
         """Reads the question behind what is rebuilt, decodes, and sends each part of the answer as it is known. What is counted
@@ -109,9 +121,11 @@ class Answering:
                 connection.send(firsts[0])
                 side.pace.begin()
 
-        ids = side.answer(
-            question_ids, rebuilt.past, request.max_new_tokens, request.stop, request.choices, on_token
-        )
+        ids = self._known(rebuilt, on_token)
+        if ids is None:
+            ids = side.answer(
+                question_ids, rebuilt.past, request.max_new_tokens, request.stop, request.choices, on_token
+            )
         if not firsts:  # nothing but the end of the text: the first token is the empty answer
             on_token(0, 0)
         most = 0 if request.choices else request.max_new_tokens
@@ -138,9 +152,28 @@ class Answering:
             "tokens_kept": rebuilt.tokens_kept,
             "kept_digest": kept_digest(rebuilt.kept),
         }
-        served = Served(request, answer, firsts[0], question_ids, details, rebuilt.whole(), answer_ids=ids)
+        kept = answer if side.pace.times is None else self._to_repeat(answer, before)
+        served = Served(request, kept, firsts[0], question_ids, details, rebuilt.whole(), answer_ids=ids)
         self.session.hold(served)
         return served
+
+    def _known(self, rebuilt: Rebuilt, on_token: Callable[[int, int], None]) -> list[int] | None:
+        """The tokens that were computed off the clock for a device, each as late as there; None where none were."""
+        known = self.session.known(self.request) if self.side.pace.times is not None else None
+        if known is None:
+            return None
+        rebuilt.whole()  # a pass reads all of it
+        for index, token in enumerate(known.answer_ids):
+            on_token(index, token)
+        return known.answer_ids
+
+    def _to_repeat(self, answer: wire.Answer, before: int) -> wire.Answer:
+        """The answer as a device gives it, for whoever repeats it: `before`: tokens in front of it."""
+        each = [
+            self.side.pace.takes("decode", 1, before + n) or 0.0 for n in range(max(0, answer.tokens - 1))
+        ]
+        mean = sum(each) / len(each) if each else None
+        return structs.replace(answer, worked=tuple(self._repeated), generate_s=sum(each), token_s=mean)
 
 
 def kept_digest(kept: list[tuple[Tensor, int | None]]) -> str:

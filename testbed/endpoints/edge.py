@@ -261,9 +261,12 @@ class Edge(InferenceSide):
         if message.link is None:
             raise ValueError("no link to ask the cloud over")
         prefilled, context, feed = self._parts_of(message, delivery)
-        request = self._request_for(prefilled, message, 0, feed.levels)
+        key = (message.codec, message.delivery, message.repeat)
+        known = prefilled.answered.get(key, 0) if message.reuse == "all" else 0
+        request = self._request_for(prefilled, message, known, feed.levels)
         request = structs.replace(request, receipts=feed.asks_receipts)
         answered = self._client.feed(request, feed, message.link)
+        prefilled.answered[key] = request.id
         done = max(span.end for span in answered.spans)
         here = [span._replace(end=min(span.end, done)) for span in feed.spans if span.start < done]
         spans = [*here, *answered.spans]

@@ -154,8 +154,9 @@ class Feed:
                 if end == ends[-1]:
                     self._made.prefill = run.finish()
                 ended = pace.hold("prefill", end - done, self._context.held + done)
+            took = pace.takes("prefill", end - done, self._context.held + done)
             done = end
-            self._made.steps.append((end, ended - started))
+            self._made.steps.append((end, ended - started if took is None else took))
             self._grow(end, started, ended)
             if self.stopped:
                 return
@@ -169,7 +170,10 @@ class Feed:
             nonlocal started
             ended = pace.hold("prefill", tokens, self._context.held, share=1 / self._length)
             layers.append(layer)
-            self._made.steps.append((index + 1, ended - started))
+            took = pace.takes("prefill", tokens, self._context.held, 1 / self._length)
+            self._made.steps.append((index + 1, ended - started if took is None else took))
+            if index + 1 == self._length:
+                return  # all is there when whoever selects finds the prefill, too
             self._grow(index + 1, started, ended)
             self._turns.give()  # between two layers something can be encoded
             self._turns.take("prefill")
@@ -177,6 +181,7 @@ class Feed:
 
         try:
             self._made.prefill = self._context.blocks().finish(on_layer)
+            self._grow(self._length, started, time.monotonic())
         finally:
             self._turns.give()
 

@@ -83,10 +83,9 @@ class Pace:
             import torch
 
             torch.cuda.synchronize(self.device)
-        if self.times is not None:
-            if work != "codec":
-                self._come_to(self._since + share * self._replayed(self.times, work, tokens, past))
-        elif (factor := self.speed.factor(work)) > 1.0:
+        if (took := self.takes(work, tokens, past, share)) is not None:
+            self._come_to(self._since + took)
+        elif self.times is None and (factor := self.speed.factor(work)) > 1.0:
             computed = time.monotonic() - self._since
             self._come_to(self._since + computed * factor)
         return self.begin()
@@ -97,11 +96,13 @@ class Pace:
         else:
             self._ahead += moment - time.monotonic()
 
-    @staticmethod
-    def _replayed(times: DeviceTimes, work: Work, tokens: int, past: int) -> float:
+    def takes(self, work: Work, tokens: int = 0, past: int = 0, share: float = 1.0) -> float | None:
+        """Seconds for which `hold` would wait, whatever is computed meanwhile; None where that takes what it takes."""
+        if self.times is None or work == "codec":
+            return None
         if work == "prefill":
-            return times.pass_s(tokens, past)
-        return times.token_s(past) if times.decode else 0.0  # else it is off every clock
+            return share * self.times.pass_s(tokens, past)
+        return self.times.token_s(past) if self.times.decode else 0.0  # else it is off every clock
 
 
 def measure(model: LanguageModel) -> Computed:

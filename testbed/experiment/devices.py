@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from testbed.codecs.spec import CodecSpec
+from testbed.delivery.stream import Stream
+from testbed.delivery.whole import Whole
 from testbed.errors import SpecError
 from testbed.experiment.compute import SIDES
 from testbed.experiment.scenario import Scenario
@@ -43,9 +45,18 @@ def _check_model(device: Device, scenario: Scenario, here: str) -> None:
             f"{here}: device {device.name} was measured for model {device.times.model}, and this one is {model}; take one of "
             f"`testbed devices` that has it, or make one: testbed device measure {model} --out FILE.yaml"
         )
-    if not is_shape(scenario.model):
+    if is_shape(scenario.model):
+        return
+    # What a model says is computed before the clock runs, for which it has to be known what will arrive.
+    for delivery in scenario.delivery:
+        if not isinstance(delivery, Whole | Stream):
+            raise SpecError(
+                f"{here}: device {device.name} is waited for with deliveries whole and stream; {str(delivery)!r} decides on "
+                f"its way what model {model} computes; write model: {PREFIX}{model}"
+            )
+    if scenario.reuse != "all":
         raise SpecError(
-            f"{here}: device {device.name} is waited for where nothing is computed; write model: {PREFIX}{model}"
+            f"{here}: what device {device.name} is waited for is computed beforehand: that takes reuse: all"
         )
 
 

@@ -134,9 +134,9 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     others = {**scenario.links, **{k: v for k, v in given.items() if k != link}}
     # The manifest keeps these settings, so that --resume runs what the command line asked for.
     scenario = scenario.model_copy(update={"links": others})
-    scenario, asked = _bound(scenario, place)
     if is_shape(scenario.model):
         _at(f"{place}: model", lambda: find_shape(scenario.model))
+    scenario, asked = _bound(scenario, place)
     scenario, devices = look_up(scenario, place)
     _check_decoding(scenario, place)
     conditions = _under(topology, scenario, place)

@@ -302,6 +302,8 @@ class Runner:
                 outcome = Outcome(reference.context_tokens, reference.nll, kl)
             else:
                 self.session.pair.stock(trial)
+                if self.plan.rehearses(trial.cell):
+                    self.session.pair.rehearse(trial)
                 row.trace_s = self._align(trial)
                 with self.session.account.trial(profile.name) as warnings:
                     result = self.session.pair.trial(trial, self._origin)

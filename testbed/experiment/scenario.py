@@ -31,6 +31,7 @@ from testbed.delivery.delivery import parse as parse_delivery
 from testbed.delivery.whole import Whole
 from testbed.errors import SpecError
 from testbed.experiment.row import SENDING
+from testbed.models.shapes import is_shape
 from testbed.net import emulators
 from testbed.net.profile.profile import Profile
 from testbed.net.topology.topology import Link, Topology
@@ -348,6 +349,12 @@ class Plan:
             or isinstance(cell.delivery, Pipelined)
             or any(link.pcap for link in self.topology.links)
         )
+
+    def rehearses(self, cell: Cell) -> bool:
+        """Whether a trial's computing is done before its clock runs, and then waited for: where a device stands for a real
+        model's. What stays at the edge is computed for the reference.
+        """
+        return bool(self.devices) and not is_shape(self.scenario.model) and cell.placement != "edge"
 
     def batches(self) -> Iterator[tuple[int, int | None]]:
         """Each task at each context length."""

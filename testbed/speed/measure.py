@@ -55,9 +55,9 @@ def measure(
     for count in wanted:
         began = time.monotonic()
         timed = [_once(model, ids[:count]) for _ in range(repeats)]
-        prefill.append((count, median(took for took, _ in timed)))
+        prefill.append((count, _told(median(took for took, _ in timed))))
         if generated := [token for _, each in timed for token in each]:
-            decode.append((count, median(generated)))
+            decode.append((count, _told(median(generated))))
         say(
             f"{count} tokens: {prefill[-1][1]:.4g} s, {decode[-1][1] if generated else float('nan'):.4g} s a token"
         )
@@ -78,6 +78,11 @@ def _once(model: LanguageModel, ids: list[int]) -> tuple[float, list[float]]:
     times: list[float] = []
     model.generate(ids[-1:], cache, _GENERATED, None, lambda index, token: times.append(_now(model.device)))
     return took, [after - before for before, after in itertools.pairwise(times)]
+
+
+def _told(seconds: float) -> float:
+    """To four digits, which is more than a machine keeps to."""
+    return float(f"{seconds:.4g}")
 
 
 def _now(device: torch.device) -> float:

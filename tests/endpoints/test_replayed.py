@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from testbed.endpoints.protocol import TrialResult
@@ -66,3 +69,23 @@ def test_a_longer_prompt_than_was_measured_is_an_error_with_the_devices_name(
     short = in_this_process("shape:small", times=DeviceTimes("short", "small", ((8, 0.01),), ((8, 0.01),)))
     with pytest.raises(Exception, match="device short: prefill was measured up to 8 tokens"):
         short.ask("edge")
+
+
+@pytest.mark.parametrize("delivery", ["whole", "stream(chunk=64)", "stream(by=layers, chunk=1)"])
+@pytest.mark.parametrize("what", ["int8", "q2c@0.25+int8", "cloud"])
+def test_a_real_models_answer_is_computed_beforehand_and_each_token_waited_for(
+    tiny_model: Callable[[str], Path], what: str, delivery: str
+) -> None:
+    slow = in_this_process(tiny_model("llama"), times=TIMES)
+    here = in_this_process(tiny_model("llama"))
+    about = {} if what == "cloud" else {"delivery": delivery}
+    slow.reference()
+    rehearsed = slow.ask(what, **about)
+    waited = slow.ask(what, replay=True, **about)
+    own = here.ask(what, **about)
+    assert waited.answer == rehearsed.answer == own.answer
+    assert waited.answer_tokens == own.answer_tokens > 1
+    assert slow.outcome(waited).kept_digest == here.outcome(own).kept_digest
+    assert answering(waited) >= TIMES.pass_s(1) + (waited.answer_tokens - 1) * 0.02
+    busy = sum(span.end - span.start for span in waited.spans if span.stage == "prefill")
+    assert busy >= TIMES.pass_s(slow.reference().context_tokens) * 0.999
