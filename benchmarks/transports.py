@@ -45,7 +45,7 @@ def loopback(name: str, size: int, repeats: int) -> float:
 class _Side:
     """One library's connection, and its socket."""
 
-    def __init__(self, library: str, client: bool, first: bytes = b"") -> None:
+    def __init__(self, library: str, sock: socket.socket, client: bool, first: bytes = b"") -> None:
         connection = importlib.import_module(f"{library}.quic.connection")
         configuration = importlib.import_module(f"{library}.quic.configuration").QuicConfiguration(
             is_client=client,
@@ -59,10 +59,7 @@ class _Side:
             _certify(library, configuration)
         about = {} if client else {"original_destination_connection_id": first[6 : 6 + first[5]]}
         self.quic = connection.QuicConnection(configuration=configuration, **about)
-        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-        self.socket.bind(("127.0.0.1", 0))
-        self.socket.setblocking(False)
+        self.socket = sock
         self.received, self.ready = 0, False
 
     def move(self, peer: tuple[str, int]) -> None:
@@ -97,11 +94,16 @@ def _certify(library: str, configuration: Any) -> None:
 
 def library_mbps(library: str, size: int) -> float:
     """Megabits a second on a stream of this library, both ends by one thread."""
-    client = _Side(library, client=True)
-    client.quic.connect(("127.0.0.1", 1), time.monotonic())
+    sockets = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2)]
+    for sock in sockets:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        sock.bind(("127.0.0.1", 0))
+        sock.setblocking(False)
+    here, there = (sock.getsockname() for sock in sockets)
+    client = _Side(library, sockets[0], client=True)
+    client.quic.connect(there, time.monotonic())
     first = client.quic.datagrams_to_send(time.monotonic())
-    server = _Side(library, client=False, first=first[0][0])
-    here, there = client.socket.getsockname(), server.socket.getsockname()
+    server = _Side(library, sockets[1], client=False, first=first[0][0])
     for data, _ in first:
         client.socket.sendto(data, there)
     until = time.monotonic() + 60
