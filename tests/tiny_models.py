@@ -92,6 +92,14 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt neox whole rotary": ("GPTNeoXConfig", {"rotary_pct": 1.0, "use_parallel_residual": False}),
 }
 
+#: Models of the same tokenizer that are larger or smaller than the families'.
+SIZES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama small": (
+        "LlamaConfig",
+        {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1},
+    ),
+}
+
 _WORDS = """
 Context: The harbour clock was mended in spring by Anna Lind, and the keeper wrote the code 4821 on a blue card.
 Question: Who mended the clock? Answer: Anna Lind
@@ -136,7 +144,7 @@ def tiny_model_directory(family: str = "llama", path: Path | None = None, seed: 
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{START} $A", special_tokens=[(START, tokenizer.token_to_id(START))]
         )
-    kind, settings = (FAMILIES | SHAPES)[family]
+    kind, settings = (FAMILIES | SHAPES | SIZES)[family]
     common = {
         "vocab_size": tokenizer.get_vocab_size(),
         "hidden_size": 64,

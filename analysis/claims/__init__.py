@@ -168,7 +168,11 @@ NOT_YET = (
     ),
     ("14", "loss, 5G and jitter", "a capability, not a claim: scenarios/5g.yaml measures it"),
     ("15", "the deployment guide", "a procedure: testbed guide walks it"),
-    ("16", "scout: positions from a small model", "runs have one model on both sides"),
+    (
+        "16",
+        "scout: positions from a small model",
+        "runs have it; two named models of one tokenizer are still to come",
+    ),
 )
 
 

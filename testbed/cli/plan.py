@@ -48,7 +48,8 @@ def plan(scenario: str, **changes: Any) -> Any:
     text += f"\n\n{planned.trials} trials of {len(cells)} cells, "
     text += f"{format_size(sent)} across the link, about {format_duration(seconds)}"
     if estimator.model is None:
-        text += f"\nmodel {planned.scenario.model}: no configuration at hand, so cache sizes are unknown"
+        model = planned.scenario.models.cloud
+        text += f"\nmodel {model}: no configuration at hand, so cache sizes are unknown"
     found = borders(estimator)
     text += _borders(found)
     remarks = [remark for profile in planned.profiles for remark in profile.remarks()]

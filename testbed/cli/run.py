@@ -57,7 +57,7 @@ def run(
         require_root()
         removal.clean()
         started = runner.resume(resumed, show, accept_uncalibrated)
-        for sentence in moved(started.directory.manifest().get("asked"), started.plan.scenario.model):
+        for sentence in moved(started.directory.manifest().get("asked"), started.plan.scenario.models.edge):
             show.line(sentence)
     else:
         assert scenario is not None

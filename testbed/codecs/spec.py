@@ -17,6 +17,7 @@ from testbed.kinds import Value, clip, parameters, read_arguments
 from testbed.units import parse_fraction
 
 if TYPE_CHECKING:
+    from testbed.codecs.select import Selector
     from testbed.codecs.steps import Quantizer, Transform
 
 LONGEST = 400  # characters; the longest sensible codec has a quarter of them
@@ -48,6 +49,13 @@ class CodecSpec:
     def shared_bytes(self) -> int:
         """Bytes that both sides must have before anything crosses; of a spec that is `bound`. Raises SpecError without them."""
         return sum(method.shared_bytes for method in self.methods)
+
+    @property
+    def choice(self) -> str:
+        """Its selector's text, where that is all there is of it and keeps the same tokens in all layers; else empty."""
+        selector = cast("Selector | None", self.selector)
+        alone = selector is not None and str(self) == f"{selector}+{registry.find('fp16')()}"
+        return str(selector) if alone and selector is not None and selector.one_list else ""
 
     def bound(self, model: str | None = None) -> CodecSpec:
         """The spec that stands by itself. model: whose caches it will code. Raises SpecError where that needs more."""

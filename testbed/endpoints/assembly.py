@@ -70,7 +70,7 @@ def prefilled(side: InferenceSide, prefix: Prefix, payload: Sequence[Bytes]) -> 
 
 def decoded(side: InferenceSide, prefix: Prefix, payload: Sequence[Bytes]) -> Rebuilt:
     """From a codec's bytes. Raises PayloadError."""
-    return _rebuilt(side, prefix, _decode(side, payload))
+    return rebuilt_from(side, prefix, _decode(side, payload))
 
 
 def _decoder(side: InferenceSide, layers: slice = slice(None)) -> Decoder:
@@ -88,7 +88,8 @@ def _decode(side: InferenceSide, payload: Sequence[Bytes], layers: slice = slice
     return decoder.finish()
 
 
-def _rebuilt(side: InferenceSide, prefix: Prefix, cache: KVCache, left_out: int = 0) -> Rebuilt:
+def rebuilt_from(side: InferenceSide, prefix: Prefix, cache: KVCache, left_out: int = 0) -> Rebuilt:
+    """From a cache of what is there of the context."""
     kept = [(layer.positions, layer.window) for layer in cache.layers]
     return Rebuilt(side.behind(prefix, cache), 0, kept, left_out)
 
@@ -144,7 +145,7 @@ class Parts:
         left_out = max(0, self._request.tokens - self._covered)
         if whole is None:  # all was left out
             return Rebuilt(self._side.behind(self._prefix, None), 0, [], left_out)
-        return _rebuilt(self._side, self._prefix, whole, left_out)
+        return rebuilt_from(self._side, self._prefix, whole, left_out)
 
     def _joined(self, starts: list[int], length: int) -> KVCache | None:
         from testbed.models.kvcache import KVCache
@@ -225,6 +226,6 @@ class Planes:
         ready = self._decoder.ready()
         end = self._begin + self._request.tokens
         _check_within(ready.cache, self._begin, end, self.arrived[count - 1].chunk)
-        rebuilt = _rebuilt(self._side, self._prefix, ready.cache)
+        rebuilt = rebuilt_from(self._side, self._prefix, ready.cache)
         rebuilt.planes, rebuilt.missing = ready.planes, ready.missing
         return rebuilt

@@ -10,7 +10,7 @@ from typing import Any
 
 from testbed.deadline import Deadline
 from testbed.delivery.delivery import TEXT
-from testbed.endpoints.feed import Feed
+from testbed.endpoints.feed import Source
 from testbed.endpoints.protocol import ROUNDING_S, Link
 from testbed.endpoints.spans import CLOUD, LINK, Span
 from testbed.endpoints.verdicts import Verified, verified
@@ -76,7 +76,7 @@ class Client:
 
         return self._asked(link, converse, time.monotonic())
 
-    def feed(self, request: wire.Request, feed: Feed, link: Link) -> Answered:
+    def feed(self, request: wire.Request, feed: Source, link: Link) -> Answered:
         """Send a request and the chunks of its context, each as soon as it is made, while this thread prefills; and wait for
         the answer. Raises EndpointError, and what making them raises.
         """
@@ -160,7 +160,7 @@ class Client:
 class _Thread(threading.Thread):
     """Runs a part of an exchange; its failure ends the feed, and is the exchange's."""
 
-    def __init__(self, work: Callable[[], None], feed: Feed) -> None:
+    def __init__(self, work: Callable[[], None], feed: Source) -> None:
         super().__init__(daemon=True)
         self._work, self._feed = work, feed
         self.failure: BaseException | None = None
@@ -174,7 +174,7 @@ class _Thread(threading.Thread):
             self._feed.stop()
 
 
-def _send(connection: Stream, exchange: _Exchange, id: int, feed: Feed, deadline: Deadline) -> None:
+def _send(connection: Stream, exchange: _Exchange, id: int, feed: Source, deadline: Deadline) -> None:
     """Every chunk, as soon as it is made, and the request's end."""
     count = length = 0
     for chunk in feed:
@@ -194,7 +194,7 @@ def _drain(connection: Stream, deadline: Deadline) -> None:
 
 
 def _listen(
-    connection: Stream, exchange: _Exchange, id: int, deadline: Deadline, feed: Feed | None = None
+    connection: Stream, exchange: _Exchange, id: int, deadline: Deadline, feed: Source | None = None
 ) -> None:
     """What the cloud says of a request, up to its answer, or what it says of that. Raises EndpointError."""
     more = feed is not None and feed.verified

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 from msgspec import structs
 
 from testbed.deadline import Deadline
@@ -17,7 +18,18 @@ from testbed.endpoints.answering import Answering
 from testbed.endpoints.arrivals import Arrivals
 from testbed.endpoints.assembly import decoded, prefilled
 from testbed.endpoints.partwise import partwise
-from testbed.endpoints.protocol import Compare, Compute, Computed, Examine, Forget, Outcome, Serve
+from testbed.endpoints.protocol import (
+    Compare,
+    Compute,
+    Computed,
+    Examine,
+    Forget,
+    FullCache,
+    Outcome,
+    Read,
+    Serve,
+)
+from testbed.endpoints.scouted import own_choice, scouted
 from testbed.endpoints.sessions import Admission, Served, Session, Sessions
 from testbed.endpoints.side import Handlers, InferenceSide, digest, held, main, wait_until
 from testbed.errors import NotFiniteError, PayloadError, SpecError, TestbedError, WireError
@@ -47,7 +59,7 @@ class Cloud(InferenceSide):
     def handlers(self) -> Handlers:
         """What this side does for the orchestrator, by message."""
         own: Handlers = {Serve: self.serve, Compare: self.compare, Examine: self.examine, Forget: self.forget}
-        return {**super().handlers(), **own}
+        return {**super().handlers(), **own, Read: self.read}
 
     def compute(self, message: Compute) -> Computed:
         """As a request is computed: on a thread that has just begun, while no other computes."""
@@ -71,16 +83,39 @@ class Cloud(InferenceSide):
 
         self._sessions.of(message.client).full = from_bytes(message.distributions, message.vocabulary)
 
+    def read(self, message: Read) -> FullCache:
+        """Answer an example with this side's own model and the full cache; outcomes are compared with it from now on."""
+        from testbed.models import likelihood
+
+        asked = message.asked
+        with self._sessions.turn(message.client):
+            prefix = self.under(asked.prefix)
+            ids, gold = self.model.tokenize(asked.context), self.model.tokenize(asked.gold)
+            context = self.model.prefill(ids, prefix.cache).cache
+            past = self.behind(prefix, context)
+            question = self.model.tokenize(asked.question, closing=prefix.closing)
+            limits = (asked.max_new_tokens, asked.stop, asked.choices)
+            text = self.model.text(
+                self.answer(question, past, *limits, lambda index, token: None), asked.stop
+            )
+            if self.model.stands_in:
+                return FullCache(len(ids), context.nbytes, text, None, b"", 0)
+            found = self.model.likelihood(question, gold, past)
+        vocabulary = found.shape[1]
+        self.compare(Compare(likelihood.to_bytes(found), vocabulary, message.client))
+        return FullCache(len(ids), context.nbytes, text, likelihood.mean_nll(found, gold), b"", vocabulary)
+
     def examine(self, message: Examine) -> Outcome:
-        """Digests, tokens kept, the gold answer's NLL, and the KL divergence from the distributions given to `compare`."""
+        """Digests, tokens kept, the gold answer's NLL, the KL divergence from the distributions given to `compare`, and of a
+        scout's choice what this side's own model shares."""
         with self._sessions.turn(message.client):  # which a request keeps until all is known of it
             session = self._sessions.of(message.client)
             served = session.served(message.request)
             if message.gold not in served.outcomes:
-                served.outcomes[message.gold] = self._outcome(session, served, message.gold)
+                served.outcomes[message.gold] = self._outcome(session, served, message.gold, message.selector)
         return served.outcomes[message.gold]
 
-    def _outcome(self, session: Session, served: Served, gold: str) -> Outcome:
+    def _outcome(self, session: Session, served: Served, gold: str, selector: str) -> Outcome:
         from testbed.models.likelihood import mean_kl, mean_nll
 
         if self.model.stands_in:
@@ -90,7 +125,20 @@ class Cloud(InferenceSide):
         ids = self.model.tokenize(gold)
         distributions = self.model.likelihood(served.question_ids, ids, past)
         kl = None if session.full is None else mean_kl(session.full, distributions)
-        return Outcome(nll=mean_nll(distributions, ids), kl=kl, **served.details)
+        overlap = self._overlap(session, served, gold, selector) if selector else None
+        return Outcome(nll=mean_nll(distributions, ids), kl=kl, choice_overlap=overlap, **served.details)
+
+    def _overlap(self, session: Session, served: Served, gold: str, selector: str) -> float | None:
+        """The share of a scout's choice that this side's own model would have chosen; of one example it is found once."""
+        if served.scouted is None:
+            return None
+        ids, theirs = served.scouted
+        chosen = digest(np.asarray(ids).tobytes(), theirs.tobytes())
+        known_by = (served.request.prefix, served.request.question, selector, gold, chosen)
+        if known_by not in session.overlaps:
+            own = own_choice(self, served, selector, self.model.tokenize(gold))
+            session.overlaps[known_by] = len(np.intersect1d(own, theirs)) / len(theirs)
+        return session.overlaps[known_by]
 
     def _accept(self, listener: Listener) -> None:
         while True:
@@ -137,9 +185,16 @@ class Cloud(InferenceSide):
             delivery = parse(request.delivery)
         except SpecError as error:
             raise WireError(f"the request: {error}") from error
-        if isinstance(delivery, Pipelined):
+        if isinstance(delivery, Pipelined) or request.placement == "scout":
             arrivals = Arrivals(connection, request, self.max_payload, deadline)
-            answered = self._answering(connection, request, lambda about: partwise(about, delivery, arrivals))
+
+            def answer(about: Answering) -> None:
+                if isinstance(delivery, Pipelined):
+                    partwise(about, delivery, arrivals)
+                else:
+                    scouted(about, arrivals)
+
+            answered = self._answering(connection, request, answer)
             try:
                 arrivals.join()
             except TestbedError:

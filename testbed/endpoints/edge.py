@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from msgspec import structs
@@ -14,11 +13,14 @@ from testbed.codecs.evidence import Needs, blocks_for, gather, prefill_for
 from testbed.delivery.adaptive import Adaptive
 from testbed.delivery.delivery import SKIP, TEXT, Pipelined, parse
 from testbed.delivery.progressive import Progressive
+from testbed.endpoints import choice
+from testbed.endpoints.at_hand import Encoded, Prefilled, TaskExamples
 from testbed.endpoints.choosing import AdaptiveFeed, Experience, Outlook
 from testbed.endpoints.client import REBUILDS, Answered, Client
 from testbed.endpoints.feed import Context, Feed, Made, run_lengths
 from testbed.endpoints.plane_feed import PlaneFeed
 from testbed.endpoints.protocol import (
+    Asked,
     FullCache,
     Learn,
     Load,
@@ -27,66 +29,21 @@ from testbed.endpoints.protocol import (
     Prepared,
     PreparedExample,
     Reference,
+    Show,
     Stock,
     TrialRequest,
     TrialResult,
 )
-from testbed.endpoints.side import Handlers, InferenceSide, Pace, Prefix, held, main, per_token, wait_until
+from testbed.endpoints.scouting import Scouting
+from testbed.endpoints.side import Handlers, InferenceSide, Pace, held, main, per_token, wait_until
 from testbed.endpoints.spans import Span, behind, billed, in_turn
 from testbed.tasks.task import make_task
 from testbed.transport import wire
-from testbed.transport.transport import Bytes
 
 if TYPE_CHECKING:
     from testbed.codecs.codec import Codec
     from testbed.codecs.evidence import Evidence, Kept
     from testbed.models.prefill import Prefill
-    from testbed.tasks.prompt import Prompted
-    from testbed.tasks.task import Example
-
-
-@dataclass
-class TaskExamples:
-    """A task's examples at one context length."""
-
-    task: Prompted
-    examples: list[Example]
-    prefix: str
-    max_new_tokens: int
-
-
-@dataclass
-class Encoded:
-    """A payload ready to be sent, and what it took to make."""
-
-    pieces: Sequence[Bytes]
-    select_s: float = 0.0
-    encode_s: float = 0.0
-    question_s: float | None = None  #: of select_s, the question's pass; None: the context's text
-    shared_bytes: int = 0  #: what the other side must have had beforehand to read it
-
-
-@dataclass
-class Prefilled:
-    """The example at hand: its prefill and everything made from it so far."""
-
-    key: tuple[int, int]  #: batch and example
-    batch: TaskExamples
-    example: Example
-    prefix: Prefix
-    #: the answer's tokens, which no deployment has: for likelihoods, and for selectors that look at them
-    gold: list[int]
-    ids: list[int]
-    prefill: Prefill
-    prefill_s: float
-    used: bool = False  #: a row has carried the prefill's time as its own
-    encoded: dict[tuple[str, int], Encoded] = field(default_factory=dict)
-    #: by repeat, its answer here; `reused`: what the next row with it has to call so
-    local: dict[int, TrialResult] = field(default_factory=dict)
-    #: by codec ("": the text), delivery and repeat, the request by which the cloud knows its answer
-    answered: dict[tuple[str, str, int], int] = field(default_factory=dict)
-    #: by placement, delivery and repeat, what was made of it in parts
-    made: dict[tuple[str, str, int], Made] = field(default_factory=dict)
 
 
 class Edge(InferenceSide):
@@ -107,6 +64,7 @@ class Edge(InferenceSide):
         own: Handlers = {
             Prepare: self.prepare,
             Reference: self.reference,
+            Show: self.show,
             Stock: self.stock,
             TrialRequest: self.trial,
         }
@@ -160,10 +118,14 @@ class Edge(InferenceSide):
             vocabulary=distributions.shape[1],
         )
 
+    def show(self, message: Show) -> Asked:
+        """An example's texts."""
+        return self._batches[message.batch].asked(message.example)
+
     def trial(self, message: TrialRequest) -> TrialResult:
         """One request, in its placement."""
         own = {"split": self._split, "store": self._store, "cloud": self._cloud, "edge": self._edge}
-        return own[message.placement](message)
+        return {**own, "scout": self._scout}[message.placement](message)
 
     def _edge(self, message: TrialRequest) -> TrialResult:
         """Everything here."""
@@ -212,10 +174,11 @@ class Edge(InferenceSide):
 
     def _encoded(self, prefilled: Prefilled, message: TrialRequest) -> tuple[Encoded, bool]:
         """The payload, and whether it is an earlier trial's."""
-        key = (message.codec, message.repeat)
+        scouts = message.placement == "scout"
+        key = (f"scout {message.codec}" if scouts else message.codec, message.repeat)
         if message.reuse == "all" and key in prefilled.encoded:
             return prefilled.encoded[key], True
-        encoded = self._encode(prefilled, self._codec(message.codec))
+        encoded = self._encode(prefilled, self._codec(message.codec), scouts)
         if message.reuse == "all":
             prefilled.encoded[key] = encoded
         return encoded, False
@@ -314,8 +277,30 @@ class Edge(InferenceSide):
         context = prefilled.batch.task.context_text(prefilled.example)
         return self._ask(prefilled, message, Encoded([context.encode()]), [], [])
 
-    def _take_up(self, message: TrialRequest) -> tuple[Prefilled, list[str]]:
-        """The example with its prefill, made now or taken over and waited for where so asked; and what a row has to call reused.
+    def _scout(self, message: TrialRequest) -> TrialResult:
+        """The context's text crosses while this side chooses, and then its choice; the cloud prefills, and keeps that."""
+        if message.link is None:
+            raise ValueError("no link to ask the cloud over")
+        prefilled, reused = self._take_up(message, waits=False)
+        encoded, known = self._encoded(prefilled, message)
+        reused += ["select", "encode"] if known else []
+        takes = {"prefill": prefilled.prefill_s, "select": encoded.select_s, "encode": encoded.encode_s}
+        scouting = Scouting(encoded.pieces, len(prefilled.ids), takes)
+        request = self._request_for(prefilled, message, 0, scouting.levels)
+        answered = self._client.feed(request, scouting, message.link)
+        result = self._result(prefilled, message, answered, [*scouting.spans, *answered.spans], reused)
+        return structs.replace(
+            result,
+            replayed=bool(reused),
+            payload_bytes=sum(map(len, encoded.pieces)),
+            question_s=encoded.question_s,
+            chunks=len(encoded.pieces),
+            levels=",".join(scouting.levels),
+            tokens_left_out=0,
+        )
+
+    def _take_up(self, message: TrialRequest, waits: bool = True) -> tuple[Prefilled, list[str]]:
+        """The example with its prefill, made now or taken over (waited for, where so asked), and what a row has to call reused.
 
         The first row to carry the prefill's time calls it its own, though it was made for the reference.
         """
@@ -323,7 +308,7 @@ class Edge(InferenceSide):
             self._at_hand = None
         started = time.monotonic()
         prefilled = self._prefilled(message.batch, message.example)
-        if message.replay:
+        if message.replay and waits:
             wait_until(started + prefilled.prefill_s)
         reused = ["prefill"] if prefilled.used else []
         prefilled.used = True
@@ -417,7 +402,7 @@ class Edge(InferenceSide):
         self._asked(prefilled, codec, pace)
         return codec.select(evidence)
 
-    def _encode(self, prefilled: Prefilled, codec: Codec) -> Encoded:
+    def _encode(self, prefilled: Prefilled, codec: Codec, scouts: bool = False) -> Encoded:
         cache = prefilled.prefill.cache
         if codec.undoes_rope:  # known from the model, once for all requests
             cache = self.model.knowing_ropes(cache)
@@ -426,7 +411,9 @@ class Edge(InferenceSide):
         asked = self._asked(prefilled, codec, self.pace)
         kept = codec.select(evidence)
         selected = self.pace.hold("codec")
-        pieces = codec.chunks(cache, kept)
+        pieces = (
+            choice.pieces(prefilled.ids, self.model.vocabulary, kept) if scouts else codec.chunks(cache, kept)
+        )
         encode_s = self.pace.hold("codec") - selected
         question_s = asked - started if codec.needs.question else 0.0
         return Encoded(pieces, selected - started, encode_s, question_s, codec.spec.shared_bytes)

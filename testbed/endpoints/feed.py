@@ -10,6 +10,7 @@ import itertools
 import threading
 import time
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, TypeVar
@@ -77,16 +78,43 @@ class Context:
     made: Made
 
 
-class Feed:
-    """One request's. `spans`: what was done for it here, on the monotonic clock; `reused`: stages that were waited for;
-    `stopped`: no further chunk is wanted; `late`: it is asked for a chunk only once the link is about to want it.
+class Source(ABC):
+    """What a client sends of a request whose context comes in parts, and is told meanwhile.
 
-    asks_receipts: what it sends next depends on what arrived.
+    levels: what its chunks' numbers stand for. asks_receipts: what it sends next depends on what arrived. `stopped`: no further
+    chunk is wanted; `late`: it is asked for a chunk only once the link is about to want it.
     """
 
     asks_receipts: ClassVar[bool] = False
+    verified: ClassVar[bool] = False  #: whether the cloud says more of an answer, once it has given it
+    levels: tuple[str, ...]
+    stopped = False
+    late = False
 
-    verified = False  #: whether the cloud says more of an answer, once it has given it
+    @abstractmethod
+    def prefill(self) -> None:
+        """What the edge does for it in the calling thread."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Chunk]:
+        """Each chunk when it is made; in the thread that sends."""
+
+    def begin(self, at: float, delay_s: float) -> None:  # noqa: B027
+        """The request began at that time (monotonic seconds), on a connection of that one-way delay."""
+
+    def handed(self, index: int, at: float, size: int) -> None:  # noqa: B027
+        """A chunk of so many bytes has been handed over, beginning at that time."""
+
+    def arrived(self, index: int, at: float) -> None:  # noqa: B027
+        """The cloud has had a chunk since that time."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """No further chunk is wanted."""
+
+
+class Feed(Source):
+    """One request's. `spans`: what was done for it here, on the monotonic clock; `reused`: stages that were waited for."""
 
     def __init__(self, context: Context, delivery: Pipelined, levels: tuple[str, ...]) -> None:
         self.levels, self.parts = levels, delivery.parts(len(context.ids), context.num_layers)
@@ -106,15 +134,6 @@ class Feed:
         self._there = self._length if context.stored is not None else 0
         self.stopped = False
         self.late = self.asks_receipts or delivery.may_end
-
-    def begin(self, at: float, delay_s: float) -> None:
-        """The request began at that time (monotonic seconds), on a connection of that one-way delay."""
-
-    def handed(self, index: int, at: float, size: int) -> None:
-        """A chunk of so many bytes has been handed over, beginning at that time."""
-
-    def arrived(self, index: int, at: float) -> None:
-        """The cloud has had a chunk since that time."""
 
     def stop(self) -> None:
         """No further chunk is wanted."""

@@ -1,10 +1,10 @@
-"""Edge and cloud in one process that share one model: for measurements that need no network between them."""
+"""Edge and cloud in one process that share one model, or have one each: for measurements that need no network between them."""
 
 from __future__ import annotations
 
 from testbed.endpoints.cloud import Cloud
 from testbed.endpoints.edge import Edge
-from testbed.endpoints.protocol import Load, Loaded
+from testbed.endpoints.protocol import Learn, Load, Loaded
 from testbed.endpoints.side import Handlers, main
 
 
@@ -13,18 +13,27 @@ class Loopback:
 
     def __init__(self) -> None:
         self._edge, self._cloud = Edge(), Cloud()
-        self._loaded: Loaded | None = None
+        self._loaded: dict[str, Loaded] = {}  #: by model, the edge's first
 
     def handlers(self) -> Handlers:
         """Both sides'."""
-        return {**self._cloud.handlers(), **self._edge.handlers(), Load: self.load}
+        both = {**self._cloud.handlers(), **self._edge.handlers()}
+        return {**both, Load: self.load, Learn: self.learn}
 
     def load(self, message: Load) -> Loaded:
-        """Load the model once, for both; the second side's message finds it there."""
-        if self._loaded is None:
-            self._loaded = self._edge.load(message)
+        """Load the model once, for both; the second side's message finds it there, or loads another one for the cloud."""
+        if not self._loaded:
+            self._loaded[message.model] = self._edge.load(message)
             self._cloud.share(self._edge)
-        return self._loaded
+        elif message.model not in self._loaded:
+            self._cloud.prefixes = {}
+            self._loaded[message.model] = self._cloud.load(message)
+        return self._loaded[message.model]
+
+    def learn(self, prefix: Learn) -> str:
+        """Both learn a prefix; where they share a model, once."""
+        self._edge.learn(prefix)
+        return self._cloud.learn(prefix)
 
 
 if __name__ == "__main__":

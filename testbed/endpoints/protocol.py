@@ -18,7 +18,7 @@ from testbed.speed.times import DeviceTimes
 from testbed.speed.words import HERE, Speed
 from testbed.tasks.task import Example
 
-VERSION = 2
+VERSION = 3
 
 Count = Annotated[int, Meta(ge=0, le=1 << 48)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
@@ -64,7 +64,7 @@ class Hello(Message[Greeting]):
 
 
 class Loaded(Part):
-    """The model, and what computes it. `kv_bytes_per_token`: in 16 bits."""
+    """The model, and what computes it. `kv_bytes_per_token`: in 16 bits; `tokenizer`: equal for tokenizers that are alike."""
 
     device: Name
     dtype: Name
@@ -75,6 +75,7 @@ class Loaded(Part):
     kv_bytes_per_token: Count
     speed: Speed
     threads: Count
+    tokenizer: Name
 
 
 class Load(Message[Loaded]):
@@ -178,6 +179,33 @@ class Reference(Message[FullCache]):
     example: Count
 
 
+class Asked(Part):
+    """An example as a model is asked it. prefix: by its digest; gold: its answer."""
+
+    prefix: Name
+    context: str
+    question: str
+    gold: str
+    stop: str
+    choices: tuple[str, ...]
+    max_new_tokens: Count
+
+
+class Show(Message[Asked]):
+    """Tell an example's texts, for the cloud to `Read`."""
+
+    batch: Count
+    example: Count
+
+
+class Read(Message[FullCache]):
+    """Answer an example on the cloud alone, with its own model, and keep the distributions to compare a client's outcomes with.
+    They stay there: the answer has none."""
+
+    asked: Asked
+    client: Name = ""
+
+
 class Compare(Message[None]):
     """Keep these distributions to compare a client's outcomes with."""
 
@@ -275,11 +303,11 @@ class TrialResult(Part):
 
 
 class TrialRequest(Message[TrialResult], tag="trial"):
-    """Make a trial of an example of a batch. codec: its canonical text; `split` placement alone has one. delivery: of what
-    crosses, its canonical text. link: all but `edge`. rate: the link's, for who may know it: (monotonic seconds, bits per second
-    from then on; None: not limited)."""
+    """Make a trial of an example of a batch. codec: its canonical text, where a placement has one; of `scout` its selector.
+    delivery: of what crosses, its canonical text. link: all but `edge`. rate: the link's, for who may know it: (monotonic
+    seconds, bits per second from then on; None: not limited)."""
 
-    placement: Literal["split", "store", "cloud", "edge"]
+    placement: Literal["split", "store", "cloud", "scout", "edge"]
     batch: Count
     example: Count
     repeat: Count = 0
@@ -306,11 +334,15 @@ class Outcome(Part):
     kl: Nats | None = None
     payload_digest: Name = ""
     kept_digest: Name = ""
+    choice_overlap: Annotated[float, Meta(ge=0, le=1)] | None = (
+        None  #: of a scout's choice and this side's own
+    )
 
 
 class Examine(Message[Outcome]):
-    """Say what became of a client's request, whose clock has stopped."""
+    """Say what became of a client's request, whose clock has stopped. selector: of a `scout`'s, the codec by which it chose."""
 
     request: Count
     gold: str
     client: Name = ""
+    selector: Name = ""

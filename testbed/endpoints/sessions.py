@@ -18,6 +18,7 @@ from testbed.transport.transport import Stream
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from testbed.codecs.cache_format import Positions
     from testbed.models.kvcache import KVCache
 
 #: Of so many clients something is kept; where one more comes, what the one has that was silent longest is dropped.
@@ -37,6 +38,8 @@ class Served:
     past: KVCache | None = None
     outcomes: dict[str, Outcome] = field(default_factory=dict)  #: by gold answer
     answer_ids: list[int] = field(default_factory=list)
+    #: of a scout, the context's tokens and which of them were chosen
+    scouted: tuple[list[int], Positions] | None = None
     mistaken: str = ""  #: why this was no answer to the request that it was given to
 
     def answers(self, request: wire.Request) -> bool:
@@ -52,6 +55,7 @@ class Session:
         self._answered: dict[int, Served] = {}
         self._latest: Served | None = None
         self.full: Tensor | None = None  #: the full cache's next-token distributions
+        self.overlaps: dict[tuple[str, ...], float] = {}  #: of scouts' choices, by what was chosen of and how
 
     def known(self, request: wire.Request) -> Served | None:
         """The answer to the earlier request that this one says it repeats, where it asks the same."""
@@ -71,6 +75,7 @@ class Session:
     def forget(self) -> None:
         """Drop answers and distributions (a new example begins: none of them can come again)."""
         self._answered.clear()
+        self.overlaps.clear()
         self.full = None
 
     def served(self, number: int) -> Served:

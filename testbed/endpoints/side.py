@@ -211,6 +211,7 @@ class InferenceSide:
             kv_bytes_per_token=model.kv_bytes_per_token,
             speed=message.speed,
             threads=torch.get_num_threads(),
+            tokenizer=model.tokenizer,
         )
 
     def share(self, other: InferenceSide) -> None:

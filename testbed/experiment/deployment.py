@@ -14,7 +14,7 @@ from testbed.delivery.adaptive import Adaptive
 from testbed.endpoints import protocol
 from testbed.endpoints.endpoint import CALL_S, Endpoint
 from testbed.endpoints.protocol import Computed, FullCache, Link, Loaded, Message, Outcome, TrialResult
-from testbed.errors import EndpointError
+from testbed.errors import EndpointError, UsageError
 from testbed.experiment.scenario import Cell, Plan
 from testbed.experiment.trial import Trial
 from testbed.net.profile.future import future
@@ -65,12 +65,12 @@ class Pair:
     def load(self) -> dict[str, Loaded]:
         """Load the model on one side, then the other: two loads at once would only fight over memory and cores.
 
-        Returns what each says of its model, by side.
+        Returns what each says of its model, by side. Raises UsageError where they have models of two tokenizers.
         """
         loaded = {}
         for side, endpoint in (("edge", self.edge), ("cloud", self.cloud)):
             message = protocol.Load(
-                self.scenario.model,
+                getattr(self.scenario.models, side),
                 device=getattr(self.scenario.device, side),
                 dtype=getattr(self.scenario.dtype, side),
                 threads=self.scenario.threads,
@@ -78,6 +78,12 @@ class Pair:
                 times=self.plan.devices[side].times if side in self.plan.devices else None,
             )
             loaded[side] = self._call(endpoint, message, _LOAD_S)
+        if loaded["edge"].tokenizer != loaded["cloud"].tokenizer:
+            models = self.scenario.models
+            raise UsageError(
+                f"models {models.edge} (edge) and {models.cloud} (cloud) have different tokenizers: what the one counts and "
+                "numbers as tokens is none of the other's; name two models of one family"
+            )
         return loaded
 
     def compute(self, side: str) -> Computed:
@@ -118,16 +124,24 @@ class Pair:
             )
 
     def reference(self, batch: Batch, number: int) -> FullCache:
-        """The example's answer with the full cache on the edge alone, which the cloud keeps to compare with.
+        """The example's answer with the full cache of the model that rows name, on one side alone; the cloud keeps it to compare
+        with. Where both sides have that model it is the edge's, whose prefill trials then take over; else the cloud's.
 
         The cloud forgets the example before.
         """
         self._call(self.cloud, protocol.Forget(), _SHORT_S)
         self._rehearsed.clear()
-        reference = self._call(self.edge, protocol.Reference(batch.index, number), CALL_S)
+        if not self.scenario.one_model:
+            asked = self._call(self.edge, protocol.Show(batch.index, number), _SHORT_S)
+            return self._call(self.cloud, protocol.Read(asked), CALL_S)
+        reference = self.alone(batch, number)
         if reference.vocabulary:
             self._call(self.cloud, protocol.Compare(reference.distributions, reference.vocabulary), _SHORT_S)
         return reference
+
+    def alone(self, batch: Batch, number: int) -> FullCache:
+        """The example's answer by the edge's model, with its full cache, on the edge alone."""
+        return self._call(self.edge, protocol.Reference(batch.index, number), CALL_S)
 
     def trial(self, trial: Trial, origin: float = 0.0) -> TrialResult:
         """A trial; across the link, where its placement crosses one, as it is now. origin: when its traces began, monotonic
@@ -174,9 +188,10 @@ class Pair:
         steps = future(cell.profile, "up", now - origin, self.scenario.timeout)
         return tuple((now + at, None if rate == math.inf else rate) for at, rate in steps)
 
-    def outcome(self, request: int, gold: str) -> Outcome:
-        """What the cloud's cache of a request says of the gold answer, measured outside the request's time."""
-        return self._call(self.cloud, protocol.Examine(request, gold), CALL_S)
+    def outcome(self, request: int, trial: Trial) -> Outcome:
+        """What the cloud's cache of a trial's request says of the gold answer, measured outside the request's time."""
+        selector = trial.cell.codec_text if trial.cell.placement == "scout" else ""
+        return self._call(self.cloud, protocol.Examine(request, trial.gold, selector=selector), CALL_S)
 
     def _call(self, endpoint: Endpoint, message: Message[T], within_s: float) -> T:
         """What an endpoint answers; while it is waited for, the other one and the link's processes are looked after."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 from testbed.codecs.spec import CodecSpec
@@ -27,27 +28,31 @@ def look_up(scenario: Scenario, place: str) -> tuple[Scenario, dict[str, Device]
             device = load_device(str(path))
         except SpecError as error:
             raise SpecError(f"{here}: {error}") from None
-        _check_model(device, scenario, here)
+        _check_model(device, scenario, getattr(scenario.models, side), here)
         named = speed.device if path.stem == speed.device else str(path)
         decode = speed.decode if device.times.decode else None
         devices[side], speeds[side] = device, replace(speed, device=named, decode=decode)
     _check_extent(scenario, devices, place)
-    if is_shape(scenario.model):
-        _check_shape(scenario, devices, place)
+    _check_shape(scenario, devices, place)
     compute = scenario.compute.model_copy(update=speeds)
     return scenario.model_copy(update={"compute": compute}), devices
 
 
-def _check_model(device: Device, scenario: Scenario, here: str) -> None:
-    model = scenario.model.removeprefix(PREFIX)
+def _check_model(device: Device, scenario: Scenario, named: str, here: str) -> None:
+    model = named.removeprefix(PREFIX)
     if device.times.model != model:
         raise SpecError(
             f"{here}: device {device.name} was measured for model {device.times.model}, and this one is {model}; take one of "
             f"`testbed devices` that has it, or make one: testbed device measure {model} --out FILE.yaml"
         )
-    if is_shape(scenario.model):
+    if is_shape(named):
         return
     # What a model says is computed before the clock runs, for which it has to be known what will arrive.
+    if "scout" in scenario.placements:
+        raise SpecError(
+            f"{here}: device {device.name} is not waited for in placement 'scout' while model {model} computes; write model: "
+            f"{PREFIX}{model}"
+        )
     for delivery in scenario.delivery:
         if not isinstance(delivery, Whole | Stream):
             raise SpecError(
@@ -73,15 +78,16 @@ def _check_extent(scenario: Scenario, devices: dict[str, Device], place: str) ->
 
 
 def _check_shape(scenario: Scenario, devices: dict[str, Device], place: str) -> None:
-    if missing := [side for side in SIDES if side not in devices]:
+    shapes = {side: model for side in SIDES if is_shape(model := getattr(scenario.models, side))}
+    if missing := [side for side in shapes if side not in devices]:
         raise SpecError(
-            f"{place}: compute.{missing[0]}: model {scenario.model} computes nothing, so each side needs a device's times: "
+            f"{place}: compute.{missing[0]}: model {shapes[missing[0]]} computes nothing, so each side needs a device's times: "
             "compute: {edge: device:NAME, cloud: device:NAME} (`testbed devices` lists them)"
         )
-    for codec in scenario.codecs:
+    for model, codec in itertools.product(shapes.values(), scenario.codecs):
         if why := _needs_values(codec):
             raise SpecError(
-                f"{place}: codecs: {str(codec)!r}: {why}, and those of model {scenario.model} only stand in"
+                f"{place}: codecs: {str(codec)!r}: {why}, and those of model {model} only stand in"
             )
 
 

@@ -20,7 +20,7 @@ from testbed.experiment.scenario import Cell, Plan
 from testbed.models.shapes import find_shape, is_shape
 from testbed.models.sources import resolve
 
-_TEXT_BYTES_PER_TOKEN = 4.5
+_TEXT_BYTES_PER_TOKEN, _NUMBER_BYTES = 4.5, 2
 _MSS_BYTES = 1448
 _INITIAL_WINDOW = 10  #: segments, RFC 6928
 QUESTION_TOKENS, ANSWER_TOKENS = 24, 8
@@ -91,14 +91,21 @@ class Estimator:
 
     @cached_property
     def model(self) -> Dimensions | None:
-        """None where the model's configuration is not at hand."""
-        return dimensions(self.plan.scenario.model)
+        """The cloud's. None where the model's configuration is not at hand."""
+        return dimensions(self.plan.scenario.models.cloud)
+
+    @cached_property
+    def edge_model(self) -> Dimensions | None:
+        """The edge's, which is the cloud's where both have one."""
+        return self.model if self.plan.scenario.one_model else dimensions(self.plan.scenario.models.edge)
 
     def payload_bytes(self, cell: Cell) -> float:
         """What a request of this cell sends up, headers aside."""
         tokens = cell.context_tokens or 512
         if cell.placement == "edge":
             return 0.0
+        if cell.placement == "scout":  # a number a token, and a bit
+            return tokens * (_NUMBER_BYTES + 1 / 8)
         if cell.codec is None or self.model is None:
             return tokens * _TEXT_BYTES_PER_TOKEN
         layers = [(self.model.kv_heads, self.model.head_dim, self.model.value_dim, None)] * self.model.layers
@@ -123,14 +130,15 @@ class Estimator:
 
         An example's prefill is shared by its trials, on the edge without a wait unless the plan replays it.
         """
-        if self.model is None:
+        if self.model is None or self.edge_model is None:
             return 0.5
         scenario, across = self.plan.scenario, cell.placement != "edge"
-        edge, cloud = (Machine.of(self.plan, side, self.model.parameters) for side in ("edge", "cloud"))
+        edge = Machine.of(self.plan, "edge", self.edge_model.parameters)
+        cloud = Machine.of(self.plan, "cloud", self.model.parameters)
         here, tokens = cloud if across else edge, cell.context_tokens or 512
         generating = here.generating_s(scenario.max_new_tokens or ANSWER_TOKENS, tokens)
         in_full = here.pass_s(QUESTION_TOKENS, tokens) + generating
-        in_full += cloud.pass_s(tokens) if cell.placement == "cloud" else 0.0
+        in_full += cloud.pass_s(tokens) if cell.placement in ("cloud", "scout") else 0.0
         replays = self.plan.replays(cell)
         if cell.placement != "cloud" and (replays or scenario.reuse == "none"):
             in_full += edge.pass_s(tokens)

@@ -50,11 +50,13 @@ def described(plan: Plan) -> dict[str, str]:
         for law in (profile.up.jitter_law, profile.down.jitter_law):
             if isinstance(law, JitterTable):
                 paths[f"jitter table {law.path}"] = law.found()
-    model, commits = resolve(plan.scenario.model), {}
-    if model.path is not None:
-        paths[f"model {plan.scenario.model}"] = model.path
-    else:
-        commits[f"model {plan.scenario.model}"] = hub_commit("models", model.location)
+    commits = {}
+    for name in dict.fromkeys((plan.scenario.models.edge, plan.scenario.models.cloud)):
+        model = resolve(name)
+        if model.path is not None:
+            paths[f"model {name}"] = model.path
+        else:
+            commits[f"model {name}"] = hub_commit("models", model.location)
     for task in plan.tasks:
         if (path := str(getattr(task, "path", ""))).startswith(HUB):
             commits[f"task {path}"] = hub_commit("datasets", parse_hub(path.removeprefix(HUB))[0])

@@ -22,7 +22,7 @@ from testbed.delivery.delivery import Pipelined
 from testbed.errors import SpecError, UsageError
 from testbed.experiment.devices import look_up
 from testbed.experiment.row import SENDING
-from testbed.experiment.scenario import EXAMPLES, Plan, Scenario
+from testbed.experiment.scenario import EXAMPLES, OF_TWO_MODELS, Models, Plan, Scenario
 from testbed.models.shapes import find_shape, is_shape
 from testbed.models.sources import find as find_model
 from testbed.models.sources import has_a_name
@@ -121,7 +121,7 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     if beside := lookup.find(scenario.topology):  # and so it is found again when the run is resumed
         scenario = scenario.model_copy(update={"topology": beside})
     tasks = [_beside(task) for task in scenario.tasks]
-    scenario = scenario.model_copy(update={"tasks": tasks, "model": _model_beside(scenario.model)})
+    scenario = scenario.model_copy(update={"tasks": tasks, "model": _models_beside(scenario.model)})
     topology = _at(f"{place}: topology", lambda: load_topology(scenario.topology))
     _check_nodes(scenario, topology, place)
     link = _swept_link(scenario, topology, place)
@@ -134,9 +134,10 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     others = {**scenario.links, **{k: v for k, v in given.items() if k != link}}
     # The manifest keeps these settings, so that --resume runs what the command line asked for.
     scenario = scenario.model_copy(update={"links": others})
-    if is_shape(scenario.model):
-        _at(f"{place}: model", lambda: find_shape(scenario.model))
+    for model in filter(is_shape, dict.fromkeys((scenario.models.edge, scenario.models.cloud))):
+        _at(f"{place}: model", partial(find_shape, model))
     scenario, asked = _bound(scenario, place)
+    _check_placements(scenario, place)
     scenario, devices = look_up(scenario, place)
     _check_decoding(scenario, place)
     conditions = _under(topology, scenario, place)
@@ -149,6 +150,12 @@ def _beside(task: dict[str, Any]) -> dict[str, Any]:
     """The task with its file where it is: beside the scenario, or else as it is written."""
     beside = lookup.find(path) if isinstance(path := task.get("path"), str) and path else ""
     return {**task, "path": beside} if beside else task
+
+
+def _models_beside(model: str | Models) -> str | Models:
+    if isinstance(model, str):
+        return _model_beside(model)
+    return Models(_model_beside(model.edge), _model_beside(model.cloud))
 
 
 def _model_beside(name: str) -> str:
@@ -230,7 +237,7 @@ def _bound(scenario: Scenario, place: str) -> tuple[Scenario, dict[str, str]]:
         if spec.unfit:
             raise SpecError(f"{place}: codecs: {spec.unfit}")
         if spec.refers:
-            bound = _at(f"{place}: codecs", lambda s=spec: s.bound(find_model(scenario.model).name))
+            bound = _at(f"{place}: codecs", lambda s=spec: s.bound(find_model(scenario.models.edge).name))
         if bound in codecs:
             same = f" (it is {str(bound)!r})" if bound != spec or str(bound) in asked else ""
             raise SpecError(f"{place}: codecs: {str(spec)!r} is listed twice{same}")
@@ -239,11 +246,30 @@ def _bound(scenario: Scenario, place: str) -> tuple[Scenario, dict[str, str]]:
             asked[str(bound)] = str(spec)
     deliveries = []
     for delivery in scenario.delivery:
-        bound = _at(f"{place}: delivery", lambda d=delivery: d.bound(find_model(scenario.model).name))
+        bound = _at(f"{place}: delivery", lambda d=delivery: d.bound(find_model(scenario.models.edge).name))
         deliveries.append(bound)
         for here, there in zip(delivery.codecs, bound.codecs, strict=True):
             asked |= {str(there): str(here)} if here.refers else {}
     return scenario.model_copy(update={"codecs": codecs, "delivery": deliveries}), asked
+
+
+def _check_placements(scenario: Scenario, place: str) -> None:
+    """A cache is of one model; and a scout sends no cache, but a choice of tokens."""
+    models = scenario.models
+    caches = [placement for placement in scenario.placements if placement not in OF_TWO_MODELS]
+    if caches and not scenario.one_model:
+        raise SpecError(
+            f"{place}: placements: {caches[0]!r} needs one model on both sides, and the edge's is {models.edge}, the cloud's "
+            f"{models.cloud}: what is there for two models is {', '.join(OF_TWO_MODELS)}"
+        )
+    if "scout" not in scenario.placements:
+        return
+    rule = "placement 'scout' takes a selector alone that keeps the same tokens in all layers, such as q2c@0.25(scope=global)"
+    unfit = [str(codec) for codec in scenario.codecs if not codec.choice]
+    if unfit and not caches:
+        raise SpecError(f"{place}: codecs: {unfit[0]!r} is for no placement here: {rule}")
+    if len(unfit) == len(scenario.codecs):
+        raise SpecError(f"{place}: codecs: {rule}, and there is none")
 
 
 def _check_decoding(scenario: Scenario, place: str) -> None:
@@ -288,6 +314,10 @@ def _check_extent(plan: Plan, place: str) -> None:
     for kind, profile in itertools.product(plan.scenario.transport, plan.profiles):
         _check_rate(kind, profile, place)
     for kind, delivery in itertools.product(plan.scenario.transport, plan.scenario.delivery):
+        if kind.lossy and "scout" in plan.scenario.placements:
+            raise SpecError(
+                f"{place}: transport: {kind} may lose parts, and placement 'scout' needs text and choice both"
+            )
         if kind.lossy and isinstance(delivery, Pipelined) and delivery.needs_every_part:
             raise SpecError(
                 f"{place}: transport: {kind} may lose parts, and {delivery} needs each of them; take stream or adaptive"

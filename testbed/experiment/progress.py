@@ -52,7 +52,9 @@ class Tally:
         """A trial of this cell has ended."""
         self._trials += 1
         self._done_s += self._estimator.seconds(cell)
-        self._tell(f"{cell.profile.name}  {cell.codec or f'{cell.placement} placement'}", self._remaining())
+        self._tell(
+            f"{cell.profile.name}  {cell.codec_text or f'{cell.placement} placement'}", self._remaining()
+        )
 
     def say(self, text: str) -> None:
         """What is going on besides trials."""

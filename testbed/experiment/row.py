@@ -108,7 +108,7 @@ class Row:
     store_prefill_s: float | None = None
     store_encode_s: float | None = None
     amortized_s: float | None = None  #: `e2e_s` and this question's share of the making
-    edge_model: str = ""  #: scout: the model that chooses at the edge; empty: both sides have one
+    edge_model: str = ""  #: the edge's, where that is another than `model`, the cloud's
     choice_overlap: float | None = (
         None  #: of what it chose, the share that the cloud's own model would have chosen
     )

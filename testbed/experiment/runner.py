@@ -31,7 +31,7 @@ from testbed.hosts.processes import interruptible
 from testbed.models.sources import resolve
 from testbed.net.profile.profile import Profile
 from testbed.net.traffic.traffic import require_tools
-from testbed.tasks.task import Example, Task
+from testbed.tasks.task import Task
 
 #: Files to which every start of a run adds.
 _CONTINUED = ("calibration.json", "compute.json", "counters.json", "traffic.json")
@@ -107,7 +107,11 @@ class Runner:
 
     def _load(self) -> dict[str, Loaded]:
         """Has both sides load the model and learn the examples, and writes what they say into the manifest."""
-        self._tally.say(f"loading {self.scenario.model} on both sides")
+        models = self.scenario.models
+        one = f"{models.edge} on both sides"
+        self._tally.say(
+            f"loading {one if self.scenario.one_model else f'{models.edge} at the edge, {models.cloud} in the cloud'}"
+        )
         pair, address = self.session.pair, self.session.network.address(self.scenario.cloud)
         loaded = pair.load()
         self._batches = pair.prepare()
@@ -207,7 +211,7 @@ class Runner:
         def write(start: Start) -> None:
             self.directory.write("compute.json", {"format": FORMAT, "starts": [*before, start.record()]})
 
-        gate = Gate(self.session.pair, edge == cloud, write)
+        gate = Gate(self.session.pair, edge == cloud and self.scenario.one_model, write)
         gate.open(self.accept_uncalibrated)
         return gate
 
@@ -242,21 +246,25 @@ class Runner:
                     continue
                 if self._gate is not None:
                     self._gate.between()
-                reference = self._reference(batch, number, task, todo[0].example)
+                reference = self._reference(batch, number, task, todo)
                 for trial in todo:
                     self.directory.append(*self._trial(trial, task, reference))
                     self._tally.done(trial.cell)
 
-    def _reference(self, batch: Batch, number: int, task: Task, example: Example) -> Reference:
+    def _reference(self, batch: Batch, number: int, task: Task, todo: Sequence[Trial]) -> Reference:
         """The full cache's answer, scored."""
+        pair, example = self.session.pair, todo[0].example
         try:
-            full = self.session.pair.reference(batch, number)
+            full = pair.reference(batch, number)
+            edge_nll = full.nll
+            if not self.scenario.one_model and any(trial.cell.placement == "edge" for trial in todo):
+                edge_nll = pair.alone(batch, number).nll
         except EndpointError as error:
             if not self.session.pair.alive:
                 raise
             return Reference(error=f"full cache: {error}")
         score = task.score(full.answer, example)["score"] if full.nll is not None else None
-        return Reference(full.context_tokens, full.kv_bytes, full.answer, score, full.nll)
+        return Reference(full.context_tokens, full.kv_bytes, full.answer, score, full.nll, edge_nll)
 
     def _trials(self, batch: Batch, number: int) -> Iterator[Trial]:
         """All trials of an example, in the order in which they are made."""
@@ -298,8 +306,9 @@ class Runner:
         try:
             if trial.cell.placement == "edge":
                 result = self.session.pair.trial(trial)
-                kl = None if reference.nll is None else 0.0
-                outcome = Outcome(reference.context_tokens, reference.nll, kl)
+                # Two models' distributions are not compared.
+                kl = 0.0 if reference.nll is not None and self.scenario.one_model else None
+                outcome = Outcome(reference.context_tokens, reference.edge_nll, kl)
             else:
                 self.session.pair.stock(trial)
                 if self.plan.rehearses(trial.cell):
@@ -307,7 +316,7 @@ class Runner:
                 row.trace_s = self._align(trial)
                 with self.session.account.trial(profile.name) as warnings:
                     result = self.session.pair.trial(trial, self._origin)
-                outcome = self.session.pair.outcome(result.request, trial.gold)
+                outcome = self.session.pair.outcome(result.request, trial)
         except EndpointError as error:
             if not self.session.pair.alive:
                 raise
@@ -339,7 +348,8 @@ def other_threads(rows: Iterable[dict[str, Any]], threads: int) -> str:
 
 def check_ready(plan: Plan) -> None:
     """What can be known to fail before anything is written or built. Raises UsageError."""
-    resolve(plan.scenario.model)
+    for model in (plan.scenario.models.edge, plan.scenario.models.cloud):
+        resolve(model)
     require_tools(plan.flows())
     from testbed.net.calibration.calibrate import foretell
     from testbed.net.emulators import choose

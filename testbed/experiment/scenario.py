@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -46,7 +46,9 @@ from testbed.transport.transport import Transport
 from testbed.transport.transport import parse as parse_transport
 from testbed.units import exact_time, parse_time
 
-Placement = Literal["split", "store", "cloud", "edge"]
+Placement = Literal["split", "store", "cloud", "scout", "edge"]
+#: Those that need no cache of the other side's model.
+OF_TWO_MODELS = ("cloud", "scout", "edge")
 
 
 #: Of a task's mapping: how many of its examples. The rest are the task's own parameters.
@@ -104,6 +106,27 @@ def _prompt(value: Any) -> str:
     return str(parse_prompt(str(value)) or "auto")
 
 
+@dataclass(frozen=True)
+class Models:
+    """The model of each endpoint."""
+
+    edge: str
+    cloud: str
+
+
+def _model(value: Any) -> str | Models:
+    if isinstance(value, Mapping) and set(value) == {"edge", "cloud"}:
+        value = Models(**value) if value["edge"] != value["cloud"] else value["edge"]
+    for name in (value.edge, value.cloud) if isinstance(value, Models) else (value,):
+        if not isinstance(name, str) or not name:
+            raise ValueError("write a model's name, or one for each side: {edge: MODEL, cloud: MODEL}")
+    return value
+
+
+def _written(model: str | Models) -> Any:
+    return model if isinstance(model, str) else asdict(model)
+
+
 class Sides(BaseModel):
     """A setting for each endpoint."""
 
@@ -142,7 +165,9 @@ class Scenario(BaseModel):
     #: the link whose profile is swept; None: the topology's only one, or its "bottleneck"
     link: str | None = None
     profiles: Annotated[list[Any], BeforeValidator(_listed), Field(min_length=1)]
-    model: str = "smollm2-135m"
+    model: Annotated[
+        str | InstanceOf[Models], BeforeValidator(_model), PlainSerializer(_written, when_used="json")
+    ] = "smollm2-135m"
     device: Annotated[Sides, BeforeValidator(_sides)] = Sides()
     dtype: Annotated[Sides, BeforeValidator(_sides)] = Sides()
     compute: Compute = Compute()  #: emulates slower machines: stretches their compute stages in real time
@@ -207,6 +232,16 @@ class Scenario(BaseModel):
     links: dict[str, Any] = {}  #: profiles of links that are not swept
     traffic: Annotated[list[Annotated[dict[str, Any], BeforeValidator(_flow)]], BeforeValidator(_listed)] = []
 
+    @property
+    def models(self) -> Models:
+        """Each side's."""
+        return self.model if isinstance(self.model, Models) else Models(self.model, self.model)
+
+    @property
+    def one_model(self) -> bool:
+        """Whether both sides have the same."""
+        return isinstance(self.model, str)
+
     @model_validator(mode="after")
     def _folded(self) -> Scenario:
         """Say of each TCP what `connection` and `congestion` say of all that do not say it themselves."""
@@ -241,21 +276,23 @@ class Cell:
     task: int  #: index into the scenario's tasks
     context_tokens: int | None
     placement: Placement
-    codec: CodecSpec | None  #: None: no KV cache crosses the link
+    codec: CodecSpec | None  #: None: nothing is chosen or encoded
     delivery: Delivery
     transport: Transport  #: of `edge`, which uses none, the scenario's first
     profile: Profile
 
     @property
     def codec_text(self) -> str:
-        """As rows name it; empty where no KV cache crosses the link."""
-        return "" if self.codec is None else str(self.codec)
+        """As rows name it: of `scout` its selector alone; empty where nothing is chosen or encoded."""
+        if self.codec is None:
+            return ""
+        return self.codec.choice if self.placement == "scout" else str(self.codec)
 
     def identity(self, plan: Plan) -> str:
         """A hash of the settings: the same settings give the same cell in every run."""
         scenario = plan.scenario
         settings: dict[str, Any] = {
-            "model": scenario.model,
+            "model": _written(scenario.model),
             "dtype": [scenario.dtype.edge, scenario.dtype.cloud],
             "device": [scenario.device.edge, scenario.device.cloud],
             "task": scenario.task(self.task),
@@ -330,7 +367,7 @@ class Plan:
     @property
     def prompt(self) -> PromptFormat:
         """How the tasks' texts are laid out for the model."""
-        return choose_prompt(self.scenario.prompt, self.scenario.model)
+        return choose_prompt(self.scenario.prompt, self.scenario.models.cloud)
 
     def replays(self, cell: Cell) -> bool:
         """Whether a trial waits, in real time, for what it takes over of an earlier one.
@@ -347,6 +384,7 @@ class Plan:
             or bool(scenario.traffic)
             or cell.transport.connection == "reuse"
             or isinstance(cell.delivery, Pipelined)
+            or cell.placement == "scout"
             or any(link.pcap for link in self.topology.links)
         )
 
@@ -354,7 +392,7 @@ class Plan:
         """Whether a trial's computing is done before its clock runs, and then waited for: where a device stands for a real
         model's. What stays at the edge is computed for the reference.
         """
-        return bool(self.devices) and not is_shape(self.scenario.model) and cell.placement != "edge"
+        return bool(self.devices) and not is_shape(self.scenario.models.cloud) and cell.placement != "edge"
 
     def batches(self) -> Iterator[tuple[int, int | None]]:
         """Each task at each context length."""
@@ -365,18 +403,23 @@ class Plan:
         transports next, so that what they share is made once, and a slow drift of the machine touches all links alike."""
         cells = []
         for placement in self.scenario.placements:
-            caches = dict.fromkeys(
-                (delivery.codec_of(codec), delivery)
-                for codec, delivery in itertools.product(self.scenario.codecs, self.scenario.delivery)
-            )
             transports = self.scenario.transport[:1] if placement == "edge" else self.scenario.transport
-            for codec, delivery in caches if placement in SENDING else [(None, Whole())]:
+            for codec, delivery in self._payloads(placement):
                 cells += [
                     Cell(task, context_tokens, placement, codec, delivery, transport, profile)
                     for transport in transports
                     for profile in self.profiles
                 ]
         return cells
+
+    def _payloads(self, placement: Placement) -> Iterable[tuple[CodecSpec | None, Delivery]]:
+        """What crosses in a placement, and how; of the codecs a `scout` takes those that are a choice of tokens."""
+        if placement in SENDING:
+            both = itertools.product(self.scenario.codecs, self.scenario.delivery)
+            return dict.fromkeys((delivery.codec_of(codec), delivery) for codec, delivery in both)
+        if placement == "scout":
+            return [(codec, Whole()) for codec in self.scenario.codecs if codec.choice]
+        return [(None, Whole())]
 
     @property
     def codecs(self) -> list[CodecSpec]:

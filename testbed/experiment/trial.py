@@ -35,13 +35,17 @@ class Trial:
 
 @dataclass(frozen=True)
 class Reference:
-    """The full cache's answer to an example, scored. What went wrong with it is its `error`, which every trial of it meets."""
+    """The full cache's answer to an example, scored. What went wrong with it is its `error`, which every trial of it meets.
+
+    edge_nll: of the edge's own model, where that is another and a placement answers by it.
+    """
 
     context_tokens: int = 0
     kv_bytes: int = 0
     answer: str = ""
     score: float | None = None
     nll: float | None = None
+    edge_nll: float | None = None
     error: str = ""
 
 
@@ -54,7 +58,8 @@ def new_row(trial: Trial, plan: Plan, emulator: str, reference: Reference, calib
         cell=trial.cell_id,
         repeat=trial.repeat,
         started_at=utc_now(),
-        model=scenario.model,
+        model=scenario.models.cloud,
+        edge_model="" if scenario.one_model else scenario.models.edge,
         task=task_label(plan, cell.task, cell.context_tokens),
         example=trial.example.id,
         context_tokens=reference.context_tokens,

@@ -8,6 +8,8 @@ ids = model.generate(model.tokenize(question), join(prefix.cache, context.cache)
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,11 @@ from testbed.models.live import LayerShape, LiveCache, LivePass
 from testbed.models.prefill import BlockPrefill, OnLayer, Prefill
 from testbed.models.rotary import Rotation, Rotations
 from testbed.models.stretching import Stretching
+
+#: What tokenizers are told apart by besides their vocabularies.
+_SAMPLE = (
+    "Anna's code: 4821,  cost 3.50 (since 1897)!\n\n\tÅse naïvely re-read the README_v2.md  … 東京 🙂 don't\n"
+)
 
 
 def chat_template(location: str, local: bool) -> Callable[[list[dict[str, str]]], str] | None:
@@ -62,6 +69,15 @@ class Tokens:
         self._tokenizer.encode_special_tokens = True  # as the text that they look like
         self.ends = frozenset(ends)
         self._start = self._start_tokens()
+
+    @property
+    def digest(self) -> str:
+        """Equal for tokenizers of one vocabulary, with the same numbers, that cut a text of ours alike and open prompts alike."""
+        vocabulary = sorted(
+            self._tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]
+        )
+        told = json.dumps([vocabulary, self._start, self._encoded(_SAMPLE)])
+        return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
     def _start_tokens(self) -> list[int]:
         """What the tokenizer puts before a text."""
@@ -159,6 +175,11 @@ class LanguageModel:
     def vocabulary(self) -> int:
         """How many tokens there are."""
         return int(self._network.config.get_text_config(decoder=True).vocab_size)
+
+    @property
+    def tokenizer(self) -> str:
+        """Equal for models whose token numbers mean the same (see `Tokens.digest`)."""
+        return self._tokens.digest
 
     @property
     def stretches(self) -> bool:

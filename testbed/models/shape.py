@@ -101,6 +101,11 @@ class ShapeModel(LanguageModel):
     def vocabulary(self) -> int:
         return self.shape.vocabulary
 
+    @property
+    def tokenizer(self) -> str:
+        """All shapes cut texts alike."""
+        return PREFIX
+
     def tokenize(self, text: str, start: bool = False, closing: str = "") -> list[int]:
         """As many tokens as words, or pieces of six letters of them, and signs; the same piece has the same id."""
         pieces = _TOKEN.findall(text.encode("ascii", "replace").decode() + closing)

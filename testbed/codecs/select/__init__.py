@@ -44,6 +44,11 @@ class Selector(Method):
         self.require("layers", "all or last", self.layers in ("all", "last"))
         self.require("layers", "all unless scope=global", self.layers == "all" or self.scope == "global")
 
+    @property
+    def one_list(self) -> bool:
+        """Whether all layers that are pruned keep the same tokens."""
+        return self.scope == "global" and type(self).budgets is Selector.budgets
+
     def needs(self) -> Needs:
         """Which queries `scores` looks at."""
         return Needs()
