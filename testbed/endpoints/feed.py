@@ -132,6 +132,7 @@ class Feed(Source):
             self._made.prefill = context.stored
         self._turns, self._changed = Turns(), threading.Condition()
         self._there = self._length if context.stored is not None else 0
+        self._wanted: int | None = None  #: how much has to be there for the chunk that is being made
         self.stopped = False
         self.late = self.asks_receipts or delivery.may_end
 
@@ -193,21 +194,24 @@ class Feed(Source):
             self._made.steps.append((index + 1, ended - started if took is None else took))
             if index + 1 == self._length:
                 return  # all is there when whoever selects finds the prefill, too
-            self._grow(index + 1, started, ended)
             self._turns.give()  # between two layers something can be encoded
+            self._grow(index + 1, started, ended)
             self._turns.take("prefill")
             started = pace.begin()
 
         try:
             self._made.prefill = self._context.blocks().finish(on_layer)
-            self._grow(self._length, started, time.monotonic())
+            ended = time.monotonic()
         finally:
             self._turns.give()
+        self._grow(self._length, started, ended)
 
     def _is_text(self, part: Part) -> bool:
         return part.level is not None and self.levels[part.level] == TEXT
 
     def _grow(self, there: int, started: float, ended: float) -> None:
+        """So much is there, by a stretch of the prefill. What is waited for it is made first, so that the link has something to
+        send."""
         made = (
             i
             for i, part in enumerate(self.parts)
@@ -218,6 +222,7 @@ class Feed(Source):
         with self._changed:
             self._there = there
             self._changed.notify_all()
+            self._changed.wait_for(lambda: self.stopped or self._wanted is None or self._wanted > there)
 
     def __iter__(self) -> Iterator[Chunk]:
         """Each chunk when it is made; in the thread that sends."""
@@ -226,6 +231,7 @@ class Feed(Source):
             if self.stopped:
                 return
             chunk = self._chunk(index, part, level)
+            self._go_on()
             if chunk is None:
                 return
             self.sent.append(self.levels[level])
@@ -238,8 +244,15 @@ class Feed(Source):
     def _wait(self, there: int) -> bool:
         """Wait until so much is prefilled; False: nothing more is wanted."""
         with self._changed:
+            self._wanted = there
             self._changed.wait_for(lambda: self.stopped or self._there >= there)
         return not self.stopped
+
+    def _go_on(self) -> None:
+        """What was waited for has been made: the prefill goes on."""
+        with self._changed:
+            self._wanted = None
+            self._changed.notify_all()
 
     def _chunk(self, index: int, part: Part, level: int) -> Chunk | None:
         text = self.levels[level]

@@ -27,7 +27,9 @@ class PlaneFeed(Feed):
         (part,), (level,) = self.parts, self.levels
         if not self._wait(self._length):
             return
-        for number, piece in enumerate(self._encode(0, part, level, self._context.codecs[level])):
+        pieces = self._encode(0, part, level, self._context.codecs[level])
+        self._go_on()
+        for number, piece in enumerate(pieces):
             if self.stopped:
                 return
             self.sent.append(level)
