@@ -232,7 +232,7 @@ EDGE, LINK, CLOUD = "edge", "link", "cloud"
 
 class Span(NamedTuple):
     """A stage at work on a chunk, from one moment to another. side: where (`EDGE`, `LINK`, `CLOUD`); level: of the chunk, of so
-    many bytes, where it crosses.
+    many bytes, where it crosses; where a text that is met half-way is prefilled, so many tokens of it.
     """
 
     stage: Name
