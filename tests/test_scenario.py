@@ -105,7 +105,7 @@ def test_shipped_scenarios_are_valid_and_keep_their_promises() -> None:
     default = load_plan("5g")
     assert len(default.profiles) >= 4
     assert set(default.scenario.placements) == {"store", "cloud", "edge"}
-    assert {kind.name for kind in default.scenario.delivery} == {"whole", "stream", "adaptive"}
+    assert {kind.name for kind in default.scenario.delivery} == {"whole", "adaptive"}
     examples = {task.name: default.scenario.examples_of(i) for i, task in enumerate(default.tasks)}
     assert examples["passages"] >= 20 and examples["needle"] >= 10
     quick = load_plan("quick")
