@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from testbed.hosts.processes import processor_share, scheduled
+
 MODULES = {
     "click",
     "gguf",
@@ -107,3 +109,11 @@ def test_of_pythonpath_only_whole_paths_reach_a_process(monkeypatch: pytest.Monk
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", ".", "below", "/somewhere"]))
     here = str(Path(__file__).parents[1])
     assert programs.environment()["PYTHONPATH"].split(os.pathsep) == [here, "/somewhere"]
+
+
+def test_a_thread_that_ended_takes_nothing_from_the_share_of_a_processor() -> None:
+    before = scheduled()
+    sum(range(3_000_000))
+    shares = processor_share(before), processor_share({**before, "gone": (1 << 60, 1 << 60)})
+    if shares[0] is not None:  # a kernel that counts it
+        assert all(share is not None and 0 < share <= 1 for share in shares)

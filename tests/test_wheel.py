@@ -133,7 +133,7 @@ def test_an_installed_wheel_has_its_scenarios_traces_topologies_and_report(
         list((ROOT / "devices").iterdir())
     )
     said = run(installed, tmp_path, "python", "-c", LOOK, *shipped)
-    assert said.count(" trials, ") == 2 and said.count("\n") > 50
+    assert said.count(" trials of ") == 2 and said.count("\n") > 50
     directory = make_run(tmp_path / "run", ("lte",), ("fp16", "int8"), ("split",), ("needle",), examples=3)
     run(installed, tmp_path, "testbed", "report", directory)
     assert (directory / "report.html").stat().st_size > 10_000

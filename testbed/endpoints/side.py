@@ -14,7 +14,7 @@ from testbed import kinds
 from testbed.delivery.delivery import DELIVERIES
 from testbed.endpoints.protocol import Compute, Computed, Greeting, Hello, Learn, Load, Loaded
 from testbed.hosts.channel import Channel
-from testbed.hosts.processes import scheduled
+from testbed.hosts.processes import processor_share, scheduled
 from testbed.speed.times import DeviceTimes
 from testbed.speed.words import HERE, Speed, Work
 
@@ -111,14 +111,13 @@ def measure(model: LanguageModel) -> Computed:
     """
     ids = model.tokenize(_TEXT * _TOKENS)[: min(_TOKENS, model.max_positions)]
     clock = Pace(device=model.device)  # waits for a GPU, and stretches nothing
-    ran, waited = scheduled()
+    before = scheduled()
     started = clock.begin()
     count, ended = 0, started
     while ended - started < _LEAST_S:
         model.prefill(ids, None)
         count, ended = count + 1, clock.hold()
-    ran, waited = (after - before for after, before in zip(scheduled(), (ran, waited), strict=True))
-    return Computed(len(ids), (ended - started) / count, ran / (ran + waited) if ran > 0 else None)
+    return Computed(len(ids), (ended - started) / count, processor_share(before))
 
 
 @dataclass

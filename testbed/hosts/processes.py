@@ -35,16 +35,24 @@ def start_time(pid: int) -> int | None:
     return None if after_name[0] in "ZX" else int(after_name[19])
 
 
-def scheduled() -> tuple[int, int]:
-    """Nanoseconds that this process's threads have run, and have waited for a processor, so far (sched-stats.rst)."""
-    ran = waited = 0
+def scheduled() -> dict[str, tuple[int, int]]:
+    """Nanoseconds that each of this process's threads has run, and has waited for a processor, so far (sched-stats.rst)."""
+    threads = {}
     for path in Path("/proc/self/task").glob("*/schedstat"):
         try:
             fields = path.read_text(encoding="ascii").split()
         except OSError:  # a thread that ended meanwhile, or a kernel without these figures
             continue
-        ran, waited = ran + int(fields[0]), waited + int(fields[1])
-    return ran, waited
+        threads[path.parent.name] = int(fields[0]), int(fields[1])
+    return threads
+
+
+def processor_share(before: dict[str, tuple[int, int]]) -> float | None:
+    """Of the time since `before` (`scheduled`) in which threads that still run had something to do, what they were given a
+    processor for; None where the kernel does not count it."""
+    now = scheduled()
+    ran, waited = (sum(own[i] - before.get(thread, (0, 0))[i] for thread, own in now.items()) for i in (0, 1))
+    return ran / (ran + waited) if ran > 0 else None
 
 
 def command(pid: int) -> str:

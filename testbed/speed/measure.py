@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from testbed.errors import UsageError
-from testbed.hosts.processes import scheduled
+from testbed.hosts.processes import processor_share, scheduled
 from testbed.speed.times import Points
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def measure(
     ids = (model.tokenize(_TEXT) * (wanted[-1] // len(model.tokenize(_TEXT)) + 1))[: wanted[-1]]
     _once(model, ids[: wanted[0]])  # thread pools and lazy kernels are no pass's own
     prefill, decode = [], []
-    ran, waited = scheduled()
+    before = scheduled()
     for count in wanted:
         began = time.monotonic()
         timed = [_once(model, ids[:count]) for _ in range(repeats)]
@@ -65,8 +65,7 @@ def measure(
             break
     if not decode:
         raise UsageError(f"model {model.name!r} ends every text at once, so its decoding cannot be timed")
-    ran, waited = (after - before for after, before in zip(scheduled(), (ran, waited), strict=True))
-    return Measured(tuple(prefill), tuple(decode), ran / (ran + waited) if ran > 0 else None)
+    return Measured(tuple(prefill), tuple(decode), processor_share(before))
 
 
 def _once(model: LanguageModel, ids: list[int]) -> tuple[float, list[float]]:
