@@ -243,10 +243,10 @@ def _spans(exchange: _Exchange) -> list[Span]:
 
 def _verified(exchange: _Exchange) -> Verified | None:
     """What was said of the answer. Raises EndpointError where it cannot be."""
-    answer, verdict = exchange.answer, exchange.verdict
-    if answer is None or verdict is None:
+    first, answer, verdict = exchange.first, exchange.answer, exchange.verdict
+    if first is None or answer is None or verdict is None:
         return None
-    return verified(answer, verdict, exchange.verdict_at, exchange.sent, exchange.answered_at)
+    return verified(first, (answer, exchange.answered_at), (verdict, exchange.verdict_at), exchange.sent)
 
 
 def _check_times(
