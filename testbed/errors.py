@@ -45,7 +45,7 @@ class NotFiniteError(TestbedError):
 
 
 class LateError(TestbedError):
-    """What a computation waits for did not come in time."""
+    """What a computation asked for did not come."""
 
 
 class Stopped(TestbedError):

@@ -34,11 +34,6 @@ class Speed:
     decode: Factor | None = 1.0
     device: str = ""  #: a device profile's name, as `speed.files` finds it
 
-    @property
-    def emulates(self) -> bool:
-        """Whether a side takes any longer, or less, than this host."""
-        return self != HERE
-
     def factor(self, work: Work) -> float:
         """How many times longer than here; 1 for what cannot be done, which is computed off the clock alone."""
         return (self.decode or 1.0) if work == "decode" else self.prefill

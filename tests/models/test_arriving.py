@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from testbed.deadline import Deadline
 from testbed.errors import LateError, Stopped, WireError
 from testbed.models.arriving import ArrivingCache
 from testbed.models.kvcache import KVCache, KVLayer, join
@@ -79,73 +77,41 @@ def test_it_is_in_other_architectures_too(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
-def test_layers_that_another_thread_brings_in_any_order_are_waited_for(
+def test_layers_come_in_any_order_until_the_wanted_one_is_there(
     tiny_model: Tiny, order: tuple[int, ...]
 ) -> None:
     model = load_model(str(tiny_model("gemma3")), threads=1)
     before, context = parts(model)
     full = [layer.select(torch.arange(index, layer.tokens)) for index, layer in enumerate(context.layers)]
     pruned = KVCache(full, context.length)  # layers of different lengths
-    asked = threading.Event()
+    left = list(order)
 
     @contextmanager
     def waiting() -> Iterator[None]:
-        asked.set()
+        index = left.pop(0)
+        arriving.put(index, pruned.layers[index])
         yield
 
-    arriving = ArrivingCache(model.num_layers, context.length, before, Deadline(60), waiting)
-
-    def bring() -> None:
-        for index in order:
-            asked.wait(60)
-            arriving.put(index, pruned.layers[index])
-
-    thread = threading.Thread(target=bring)
-    thread.start()
+    arriving = ArrivingCache(model.num_layers, context.length, before, waiting)
     answer = model.generate(QUESTION, arriving, 12, None)
-    thread.join()
     assert answer == model.generate(QUESTION, join(before, pruned), 12, None)
 
 
-def test_a_layer_that_does_not_come_in_time_is_named(tiny_model: Tiny) -> None:
+def test_a_layer_that_does_not_come_is_named_and_what_hinders_it_is_told(tiny_model: Tiny) -> None:
     model = load_model(str(tiny_model("llama")), threads=1)
     _, context = parts(model)
-    arriving = ArrivingCache(3, context.length, deadline=Deadline(0.05))
+    arriving = ArrivingCache(3, context.length)
     arriving.put(0, context.layers[0])
-    with pytest.raises(LateError, match=r"layer 1 of a cache of 3 layers did not come within 0\.05 s"):
+    with pytest.raises(LateError, match="layer 1 of a cache of 3 layers has not come"):
         model.generate(QUESTION, arriving, 12, None)
 
-
-def test_a_pass_that_waits_is_told_when_no_more_will_come(tiny_model: Tiny) -> None:
-    model = load_model(str(tiny_model("llama")), threads=1)
-    before, context = parts(model)
-    error = WireError("the peer closed the connection")
-    threads: list[threading.Thread] = []
-
     @contextmanager
-    def waiting() -> Iterator[None]:
-        threads.append(threading.Thread(target=arriving.abandon, args=(error,)))
-        threads[0].start()
+    def closed() -> Iterator[None]:
+        raise WireError("the peer closed the connection")
         yield
 
-    arriving = ArrivingCache(3, context.length, before, Deadline(60), waiting)
-    arriving.put(0, context.layers[0])
     with pytest.raises(WireError, match="closed the connection"):
-        model.option_nlls(QUESTION, OPTIONS, arriving)
-    threads[0].join()
-    for late in (arriving.whole, lambda: arriving.layers[0]):
-        with pytest.raises(WireError):
-            late()
-
-
-def test_a_cache_that_is_there_cannot_be_abandoned(tiny_model: Tiny) -> None:
-    _, context = parts(load_model(str(tiny_model("llama")), threads=1))
-    arriving = ArrivingCache(3, context.length)
-    for index, layer in enumerate(context.layers):
-        arriving.put(index, layer)
-    arriving.abandon(WireError("closed"))
-    assert_equal(arriving.whole(), context)
-    assert len(arriving.layers) == 3 and arriving.layers[-1] is context.layers[2]
+        model.option_nlls(QUESTION, OPTIONS, ArrivingCache(3, context.length, waiting=closed))
 
 
 def test_layers_that_do_not_belong_are_refused(tiny_model: Tiny) -> None:

@@ -11,7 +11,6 @@ from testbed.codecs import registry
 from testbed.codecs.codec import Codec, decode
 from testbed.codecs.evidence import Needs, gather, prefill_for
 from testbed.codecs.spec import parse
-from testbed.deadline import Deadline
 from testbed.errors import LateError, Stopped, UsageError
 from testbed.models.arriving import ArrivingCache
 from testbed.models.kvcache import join, seen_from
@@ -98,14 +97,14 @@ def test_what_is_joined_has_its_tokens_and_positions_and_no_memory_of_its_own(mo
         assert mine.keys.untyped_storage().nbytes() == 2
 
 
-def test_a_prefill_is_given_up_where_asked_and_a_layer_that_has_not_come_is_waited_for() -> None:
+def test_a_prefill_is_given_up_where_asked_and_a_layer_that_does_not_come_is_named() -> None:
     model = ShapeModel(SMALL)
     blocks = model.blocks(range(9), None, stop=lambda: True)
     with pytest.raises(Stopped):
         blocks.run(4)
     with pytest.raises(ValueError, match="none can end at 4"):
         model.blocks(range(3), None).run(4)
-    arriving = ArrivingCache(4, 9, deadline=Deadline(0.05))
+    arriving = ArrivingCache(4, 9)
     with pytest.raises(LateError, match="layer 0"):
         model.generate([1], arriving, 3, None)
     handed: list[int] = []
