@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import structs
+
 from testbed.deadline import Deadline
 from testbed.delivery.delivery import TEXT
 from testbed.endpoints.feed import Source
-from testbed.endpoints.protocol import ROUNDING_S, Link
-from testbed.endpoints.spans import CLOUD, LINK, Span
+from testbed.endpoints.protocol import ROUNDING_S, Link, TrialRequest, TrialResult
+from testbed.endpoints.spans import CLOUD, LINK, Span, billed
 from testbed.endpoints.verdicts import Verified, verified
 from testbed.errors import EndpointError, TestbedError
 from testbed.transport import wire
@@ -39,6 +41,41 @@ class Answered:
     congestion: str
     verified: Verified | None = None
     unverified: str = ""
+
+    def result(self, message: TrialRequest, spans: list[Span], reused: list[str]) -> TrialResult:
+        """What the trial came to, by all its spans, these and the edge's own; `reused`: stages taken over."""
+        answer, known = self.answer, self.verified
+        began = min(span.start for span in spans)
+        spans = _since(began, spans)
+        result = TrialResult(
+            stages=billed(spans),
+            e2e_s=max(span.end for span in spans),
+            spans=tuple(spans),
+            reused=tuple(reused),
+            replayed=message.replay and bool(reused),
+            answer=answer.text,
+            answer_tokens=answer.tokens,
+            token_s=answer.token_s,
+            wire_bytes=self.wire_bytes,
+            retransmits=self.retransmits,
+            congestion=self.congestion,
+            request=answer.id,
+            unverified=self.unverified,
+        )
+        if known is None:
+            return result
+        return structs.replace(
+            result,
+            changed=known.text.strip() != answer.text.strip(),
+            saved_s=known.saved_s,
+            verified_s=known.at - began,
+            verified_answer=known.text,
+            later=tuple(_since(began, known.spans)),
+        )
+
+
+def _since(began: float, spans: list[Span]) -> list[Span]:
+    return [span._replace(start=span.start - began, end=span.end - began) for span in spans]
 
 
 @dataclass

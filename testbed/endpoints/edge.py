@@ -16,13 +16,14 @@ from testbed.delivery.progressive import Progressive
 from testbed.endpoints import choice
 from testbed.endpoints.at_hand import Encoded, Prefilled, TaskExamples
 from testbed.endpoints.choosing import AdaptiveFeed, Experience, Outlook
-from testbed.endpoints.client import REBUILDS, Answered, Client
+from testbed.endpoints.client import REBUILDS, Client
 from testbed.endpoints.feed import Context, Feed, Made, run_lengths
 from testbed.endpoints.plane_feed import PlaneFeed
 from testbed.endpoints.protocol import (
     Asked,
     FullCache,
     Learn,
+    Link,
     Load,
     Loaded,
     Prepare,
@@ -124,8 +125,15 @@ class Edge(InferenceSide):
 
     def trial(self, message: TrialRequest) -> TrialResult:
         """One request, in its placement."""
-        own = {"split": self._split, "store": self._store, "cloud": self._cloud, "edge": self._edge}
-        return {**own, "scout": self._scout}[message.placement](message)
+        if message.placement == "edge":
+            return self._edge(message)
+        if message.link is None:
+            raise ValueError("no link to ask the cloud over")
+        delivery = parse(message.delivery)
+        if isinstance(delivery, Pipelined):
+            return self._feed(message, message.link, delivery)
+        own = {"split": self._split, "store": self._store, "cloud": self._cloud, "scout": self._scout}
+        return own[message.placement](message, message.link)
 
     def _edge(self, message: TrialRequest) -> TrialResult:
         """Everything here."""
@@ -140,11 +148,8 @@ class Edge(InferenceSide):
         reused += local.reused
         return structs.replace(local, reused=tuple(reused), replayed=message.replay and bool(reused))
 
-    def _split(self, message: TrialRequest) -> TrialResult:
+    def _split(self, message: TrialRequest, link: Link) -> TrialResult:
         """Prefill, select, encode here; send; the cloud answers."""
-        delivery = parse(message.delivery)
-        if isinstance(delivery, Pipelined):
-            return self._feed(message, delivery)
         prefilled, reused = self._take_up(message)
         started = time.monotonic()
         encoded, known = self._encoded(prefilled, message)
@@ -152,13 +157,10 @@ class Edge(InferenceSide):
         if message.replay:
             wait_until(started + encoded.select_s + encoded.encode_s)
         here = in_turn(prefill=prefilled.prefill_s, select=encoded.select_s, encode=encoded.encode_s)
-        return self._ask(prefilled, message, encoded, here, reused)
+        return self._ask(prefilled, message, link, encoded, here, reused)
 
-    def _store(self, message: TrialRequest) -> TrialResult:
+    def _store(self, message: TrialRequest, link: Link) -> TrialResult:
         """The context was prefilled earlier, and encoded where the request does not decide what is sent of it."""
-        delivery = parse(message.delivery)
-        if isinstance(delivery, Pipelined):
-            return self._feed(message, delivery)
         prefilled = self._prefilled(message.batch, message.example)
         started = time.monotonic()
         encoded, known = self._encoded(prefilled, message)
@@ -168,7 +170,7 @@ class Edge(InferenceSide):
             if message.replay:
                 wait_until(started + encoded.select_s + encoded.encode_s)
             here = in_turn(select=encoded.select_s, encode=encoded.encode_s)
-        result = self._ask(prefilled, message, encoded, here, reused)
+        result = self._ask(prefilled, message, link, encoded, here, reused)
         stored_s = 0.0 if here else encoded.select_s + encoded.encode_s
         return structs.replace(result, store_prefill_s=prefilled.prefill_s, store_encode_s=stored_s)
 
@@ -219,23 +221,21 @@ class Edge(InferenceSide):
             feed.store()
         return prefilled, context, feed
 
-    def _feed(self, message: TrialRequest, delivery: Pipelined) -> TrialResult:
+    def _feed(self, message: TrialRequest, link: Link, delivery: Pipelined) -> TrialResult:
         """The context in parts, each made while others cross."""
-        if message.link is None:
-            raise ValueError("no link to ask the cloud over")
         prefilled, context, feed = self._parts_of(message, delivery)
         key = (message.codec, message.delivery, message.repeat)
         known = prefilled.answered.get(key, 0) if message.reuse == "all" else 0
-        request = self._request_for(prefilled, message, known, feed.levels)
+        request = self._request_for(prefilled, message, link, known, feed.levels)
         request = structs.replace(request, receipts=feed.asks_receipts)
-        answered = self._client.feed(request, feed, message.link)
+        answered = self._client.feed(request, feed, link)
         prefilled.answered[key] = request.id
         done = max(span.end for span in answered.spans)
         here = [span._replace(end=min(span.end, done)) for span in feed.spans if span.start < done]
         spans = [*here, *answered.spans]
         if self._experience is not None and isinstance(feed, AdaptiveFeed):
             self._experience.learn(feed.parts, feed.sent, spans)
-        result = self._result(prefilled, message, answered, spans, sorted(feed.reused))
+        result = answered.result(message, spans, sorted(feed.reused))
         deadline_s = delivery.deadline if isinstance(delivery, Adaptive) else None
         return structs.replace(
             result,
@@ -250,6 +250,7 @@ class Edge(InferenceSide):
             store_prefill_s=prefilled.prefill_s if message.placement == "store" else 0.0,
             store_encode_s=feed.stored_s,
             planes=answered.answer.planes or None,
+            changed=None if self.model.stands_in else result.changed,
         )
 
     def _feed_of(
@@ -271,24 +272,22 @@ class Edge(InferenceSide):
         shapes = [(s.kv_heads, s.head_dim, s.value_dim, s.window) for s in self.model.shapes]
         return AdaptiveFeed(context, delivery, Outlook(shapes, token_s, self._experience, message.rate))
 
-    def _cloud(self, message: TrialRequest) -> TrialResult:
+    def _cloud(self, message: TrialRequest, link: Link) -> TrialResult:
         """The context's text crosses, the cloud does the rest."""
         prefilled = self._prefilled(message.batch, message.example)
         context = prefilled.batch.task.context_text(prefilled.example)
-        return self._ask(prefilled, message, Encoded([context.encode()]), [], [])
+        return self._ask(prefilled, message, link, Encoded([context.encode()]), [], [])
 
-    def _scout(self, message: TrialRequest) -> TrialResult:
+    def _scout(self, message: TrialRequest, link: Link) -> TrialResult:
         """The context's text crosses while this side chooses, and then its choice; the cloud prefills, and keeps that."""
-        if message.link is None:
-            raise ValueError("no link to ask the cloud over")
         prefilled, reused = self._take_up(message, waits=False)
         encoded, known = self._encoded(prefilled, message)
         reused += ["select", "encode"] if known else []
         takes = {"prefill": prefilled.prefill_s, "select": encoded.select_s, "encode": encoded.encode_s}
         scouting = Scouting(encoded.pieces, len(prefilled.ids), takes)
-        request = self._request_for(prefilled, message, 0, scouting.levels)
-        answered = self._client.feed(request, scouting, message.link)
-        result = self._result(prefilled, message, answered, [*scouting.spans, *answered.spans], reused)
+        request = self._request_for(prefilled, message, link, 0, scouting.levels)
+        answered = self._client.feed(request, scouting, link)
+        result = answered.result(message, [*scouting.spans, *answered.spans], reused)
         return structs.replace(
             result,
             replayed=bool(reused),
@@ -419,10 +418,14 @@ class Edge(InferenceSide):
         return Encoded(pieces, selected - started, encode_s, question_s, codec.spec.shared_bytes)
 
     def _request_for(
-        self, prefilled: Prefilled, message: TrialRequest, same_as: int, levels: tuple[str, ...] = ()
+        self,
+        prefilled: Prefilled,
+        message: TrialRequest,
+        link: Link,
+        same_as: int,
+        levels: tuple[str, ...] = (),
     ) -> wire.Request:
         """The next request to the cloud."""
-        assert message.link is not None
         self._request += 1
         batch, example = prefilled.batch, prefilled.example
         return wire.Request(
@@ -436,7 +439,7 @@ class Edge(InferenceSide):
             choices=tuple(batch.task.choice_texts(example)),
             same_as=same_as,
             replay=message.replay,
-            client=message.link.client,
+            client=link.client,
             delivery=message.delivery,
             levels=levels,
             tokens=len(prefilled.ids) if levels else 0,
@@ -446,73 +449,28 @@ class Edge(InferenceSide):
         self,
         prefilled: Prefilled,
         message: TrialRequest,
+        link: Link,
         encoded: Encoded,
         here: list[Span],
         reused: list[str],
     ) -> TrialResult:
         """Ask the cloud. `here`: what lies behind; `reused`: of its stages, those taken over."""
-        if message.link is None:
-            raise ValueError("no link to ask the cloud over")
         key = (message.codec, message.delivery, message.repeat)
         known = prefilled.answered.get(key, 0) if message.reuse == "all" else 0
-        request = self._request_for(prefilled, message, known)
+        request = self._request_for(prefilled, message, link, known)
         context = parse(message.delivery).send(encoded.pieces)
-        answered = self._client.ask(request, context, message.link)
+        answered = self._client.ask(request, context, link)
         if answered.answer.reused:
             reused = [*reused, REBUILDS[message.placement], "first_token", "generate"]
         elif message.reuse == "all":
             prefilled.answered[key] = request.id
-        result = self._result(prefilled, message, answered, behind(here, answered.spans), reused)
+        result = answered.result(message, behind(here, answered.spans), reused)
         return structs.replace(
             result,
             payload_bytes=sum(map(len, encoded.pieces)),
             shared_bytes=encoded.shared_bytes,
             question_s=encoded.question_s,
         )
-
-    def _result(
-        self,
-        prefilled: Prefilled,
-        message: TrialRequest,
-        answered: Answered,
-        spans: list[Span],
-        reused: list[str],
-    ) -> TrialResult:
-        """What a request came to, on this side's clock."""
-        answer = answered.answer
-        began = min(span.start for span in spans)
-        spans = _since(began, spans)
-        stages = billed(spans)
-        result = TrialResult(
-            stages=stages,
-            e2e_s=max(span.end for span in spans),
-            spans=tuple(spans),
-            reused=tuple(reused),
-            replayed=message.replay and bool(reused),
-            answer=answer.text,
-            answer_tokens=answer.tokens,
-            token_s=answer.token_s,
-            wire_bytes=answered.wire_bytes,
-            retransmits=answered.retransmits,
-            congestion=answered.congestion,
-            request=answered.answer.id,
-            unverified=answered.unverified,
-        )
-        if (known := answered.verified) is None:
-            return result
-        differs = known.text.strip() != answer.text.strip()
-        return structs.replace(
-            result,
-            changed=None if self.model.stands_in else differs,
-            saved_s=known.saved_s,
-            verified_s=known.at - began,
-            verified_answer=known.text,
-            later=tuple(_since(began, known.spans)),
-        )
-
-
-def _since(began: float, spans: list[Span]) -> list[Span]:
-    return [span._replace(start=span.start - began, end=span.end - began) for span in spans]
 
 
 if __name__ == "__main__":
