@@ -56,6 +56,7 @@ class Connection:
         self._outgoing: deque[memoryview] = deque()
         self._incoming: deque[memoryview] = deque()
         self._parcels: deque[bytes] = deque()  #: datagrams to be sent
+        self._handed = 0  #: bytes of one that the library has and has not sent
         self._arrived: deque[tuple[float, bytes]] = deque()  #: datagrams that came, and when
         self._unread = 0
         self._forwarded: deque[bytes] = deque()
@@ -110,7 +111,8 @@ class Connection:
             self._confirmed = False
             self._rouse()
             try:
-                self._await(lambda: not self._parcels, deadline, "the link did not take a whole frame")
+                sent = lambda: not (self._parcels or self._handed)  # noqa: E731
+                self._await(sent, deadline, "the link did not take a whole frame")
             finally:
                 self._parcels.clear()
 
@@ -257,6 +259,7 @@ class Connection:
             busy = (
                 self._outgoing
                 or self._parcels
+                or self._handed
                 or self._quic.get_send_buffer_size()
                 or self._told("bytes_in_flight")
             )
@@ -264,18 +267,20 @@ class Connection:
             self._changed.notify_all()
 
     def _feed(self) -> bool:
-        """The stream first; datagrams as the library's window has room, which it keeps account of and does not keep to itself."""
-        fed = self._feed_stream()
+        """The stream first; then datagrams, one at a time, as the library's window has room: what it has it sends when its pacing
+        lets it, all at once, whatever the window says by then."""
+        if self._feed_stream():
+            return True
+        if not self.established or self._handed or self._quic.get_send_buffer_size(STREAM):
+            return False
         window = self._told("congestion_window") - self._told("bytes_in_flight")
-        if fed or not self.established or self._quic.get_send_buffer_size(STREAM):
-            return fed
         with self._changed:
-            while self._parcels and window > 0:
-                parcel = self._parcels.popleft()
-                self._quic.send_datagram_frame(parcel)
-                window -= len(parcel) + HEADERS
-                fed = True
-        return fed
+            if not self._parcels or window < len(self._parcels[0]):
+                return False
+            parcel = self._parcels.popleft()
+            self._quic.send_datagram_frame(parcel)
+            self._handed = len(parcel)
+        return True
 
     def _feed_stream(self) -> bool:
         fed = False
@@ -304,6 +309,8 @@ class Connection:
         for data, _ in datagrams:
             self.socket.send(data)
             self.sent += len(data) + HEADERS
+            if len(data) > self._handed:  # it is in this one
+                self._handed = 0
         return bool(datagrams)
 
     def _wait(self) -> None:
