@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,27 @@ from testbed.experiment.runner import start
 from testbed.experiment.scenario import Cell, Plan
 
 
-def rows(wanted: Callable[[Plan, Cell], bool] | None = None, **settings: Any) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Chosen(Plan):
+    """A plan of which only some cells are wanted."""
+
+    wanted: Callable[[Plan, Cell], bool] = lambda plan, cell: True
+
+    def cells(self, task: int, context_tokens: int | None) -> list[Cell]:
+        """Those that are wanted."""
+        return [cell for cell in super().cells(task, context_tokens) if self.wanted(self, cell)]
+
+
+def rows(
+    wanted: Callable[[Plan, Cell], bool] = lambda plan, cell: True, **settings: Any
+) -> list[dict[str, Any]]:
     """The rows of a run of these settings, or of those of its cells that are wanted; links out of tolerance are said in them.
     Raises SystemExit where trials failed.
     """
     with tempfile.TemporaryDirectory(prefix="testbed-benchmark-") as directory:
         plan = make_plan({"name": "benchmark", **settings}, "the benchmark's scenario")
-        runner = start(plan, Path(directory) / "run", Console(), accept_uncalibrated=True)
-        if wanted is not None:
-            every = runner._trials
-            runner._trials = lambda *about: (t for t in every(*about) if wanted(plan, t.cell))  # type: ignore[method-assign]
+        chosen = Chosen(**{field.name: getattr(plan, field.name) for field in fields(plan)}, wanted=wanted)
+        runner = start(chosen, Path(directory) / "run", Console(), accept_uncalibrated=True)
         runner.execute()
         rows = list(runner.directory.rows())
     if failed := [row for row in rows if row["error"]]:
