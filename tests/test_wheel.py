@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from testbed.hosts import installing, survey
 from tests.analysis.make_run import make_run
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +110,20 @@ def test_a_wheel_is_the_package_testbed_and_all_of_it(wheel: Path) -> None:
         str(path.relative_to(ROOT)) for path in found if path.is_file() and "__pycache__" not in path.parts
     }
     assert {name if name.startswith("testbed/") else f"testbed/{name}" for name in ours} <= names(wheel)
+
+
+@pytest.mark.slow
+def test_the_wheel_that_hosts_get_has_the_same_in_it(wheel: Path, tmp_path: Path) -> None:
+    ours, theirs = (zipfile.ZipFile(path) for path in (installing.wheel(tmp_path), wheel))
+    left = {name for name in theirs.namelist() if "/licenses/" in name or name.endswith("/top_level.txt")}
+    assert set(ours.namelist()) == set(theirs.namelist()) - left
+    for name in ours.namelist():
+        if not name.endswith(
+            ("/RECORD", "/WHEEL", "/METADATA")
+        ):  # METADATA is as old as the last `make setup`
+            assert ours.read(name) == theirs.read(name), name
+    ours.extractall(tmp_path / "there")
+    assert survey.copy_of_testbed(str(tmp_path / "there" / "testbed"))["digest"] == installing.digest()
 
 
 @pytest.mark.slow
