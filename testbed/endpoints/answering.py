@@ -68,15 +68,21 @@ class Answering:
     @contextmanager
     def work(self, stage: Stage, chunk: int = 0, since: float | None = None) -> Iterator[Pass]:
         """A stage at work on a chunk, that has waited for it since then; told what pass that was, where it was one."""
-        made = Pass()
-        began = self.side.pace.begin()
+        made = Pass(began=self.side.pace.begin())
         if since is not None:
-            self.worked.append(wire.Worked("queue", since, max(since, began), chunk))
+            self.worked.append(wire.Worked("queue", since, max(since, made.began), chunk))
         yield made
         work: Work = "codec" if stage == "decode" else "prefill"
         took = self.side.pace.takes(work, made.tokens, made.past)
         ended = self.side.pace.hold(work, made.tokens, made.past)
-        self._note(stage, began, ended, chunk, took)
+        self._note(stage, made.began, ended, chunk, took)
+
+    @contextmanager
+    def amid(self, stage: Stage, made: Pass) -> Iterator[None]:
+        """Something else is done within a stage, which goes on behind it."""
+        self._note(stage, made.began, self.side.pace.hold("codec"), 0, None)
+        yield
+        made.began = self.side.pace.begin()
 
     def go_on(self) -> None:
         """The answer is given; what is done from now on is of what comes behind it."""

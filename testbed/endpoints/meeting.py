@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -20,8 +21,7 @@ from testbed.errors import Stopped, WireError
 from testbed.models.kvcache import seen_from
 from testbed.transport import wire
 
-#: Tokens of a block. In blocks of 256 a processor takes no longer for a context than at once (docs/pipeline.md); a GPU is not
-#: kept busy by so few.
+#: Tokens of a block, at least: of fewer, a context takes much longer than at once (docs/pipeline.md).
 _LEAST = {"cpu": 256}
 _LEAST_ELSEWHERE = 1024
 _MOST_BLOCKS = 128  #: which an answer has to tell
@@ -53,14 +53,13 @@ class _Meeting:
         self._expected = deque(delivery.parts(request.tokens, model.num_layers))
         self._front, self._back = 0, request.tokens
         self._came: deque[Arrived] = deque()  # and are not decoded
-        self._pass, self._layers = Pass(), 0  # of the block under way, and how far it is
+        # Of the block under way: its pass, layers that are done, and the work that is timed.
+        self._pass, self._layers, self._made = Pass(), 0, Pass()
         self._check(text, text=True)
         ids = from_bytes(text.payload, request.tokens, model.vocabulary)
         self._blocks = model.blocks(ids, about.prefix.cache, stop=self._given_up)
-        least = max(_LEAST.get(model.device.type, _LEAST_ELSEWHERE), request.tokens // _MOST_BLOCKS)
-        self._block = (
-            -(-least // delivery.chunk) * delivery.chunk
-        )  # whole chunks: none is prefilled that arrives
+        self._chunk = delivery.chunk
+        self._least = max(_LEAST.get(model.device.type, _LEAST_ELSEWHERE), request.tokens // _MOST_BLOCKS)
 
     @property
     def more_comes(self) -> bool:
@@ -68,14 +67,24 @@ class _Meeting:
         return self._back > 0
 
     def come_together(self) -> None:
-        """Prefill block by block until all between is there. What has arrived is decoded between two blocks: that delays what
-        is prefilled, which is met the earlier by what arrives; decoded behind them, it would delay the answer by all it takes.
+        """Prefill block by block until all between is there. What has arrived is decoded before the next layer is prefilled: that
+        delays what is prefilled, which is met the earlier by what arrives; decoded behind it, it would delay the answer by all
+        it takes.
         """
         while self._front < self._look():
             if self._came:
                 self._decode(self._came.popleft())
             else:
                 self._prefill()
+
+    def _ahead(self) -> int:
+        """Up to which token the next block goes: to where the two ways will meet if both go on as so far; at first, half-way.
+        Each block costs a processor a pass over the model's weights, and where little arrives there are but two.
+        """
+        left, arrived = self._back - self._front, self._about.request.tokens - self._back
+        share = self._front / (self._front + arrived) if self._front else 0.5
+        tokens = max(self._least, math.ceil(left * share))
+        return min(self._front + -(-tokens // self._chunk) * self._chunk, self._back)
 
     def decode(self) -> None:
         """What has arrived of what is not prefilled."""
@@ -103,11 +112,25 @@ class _Meeting:
         return self._back
 
     def _given_up(self) -> bool:
-        """Asked before each layer, at the pace at which they are computed: the block under way has arrived meanwhile."""
-        side, block = self._about.side, self._pass
+        """Asked before each layer, at the pace at which they are computed: the block under way has arrived meanwhile. What has
+        of the tokens behind it is decoded.
+        """
+        import torch
+
+        about, block = self._about, self._pass
         self._layers += 1
-        side.pace.hold("prefill", block.tokens, block.past, share=1 / side.model.num_layers)
-        return self._look() <= self._front
+        about.side.pace.hold("prefill", block.tokens, block.past, share=1 / about.side.model.num_layers)
+        if self._look() <= self._front:
+            return True
+        while self._came and self._came[0].chunk.start >= self._front + block.tokens:
+            arrived = self._came.popleft()
+            with (
+                about.amid("prefill", self._made),
+                about.work("decode", arrived.chunk.index) as made,
+                torch.inference_mode(False),  # ordinary tensors, here too
+            ):
+                self.parts.take(arrived, made)
+        return False
 
     @contextmanager
     def _work(self, stage: Stage, chunk: int) -> Iterator[Pass]:
@@ -118,9 +141,9 @@ class _Meeting:
     def _prefill(self) -> None:
         """The next block, or some layers of one that has come meanwhile."""
         about, start = self._about, self._front
-        stop = min(start + self._block, self._back)
+        stop = self._ahead()
         self._pass, self._layers = Pass(stop - start, held(about.prefix.cache) + start), 0
-        with self._work("prefill", 0), suppress(Stopped):
+        with self._work("prefill", 0) as self._made, suppress(Stopped):
             cache = self._blocks.run(stop)
             while about.side.pace.times is not None and self._layers < about.side.model.num_layers:
                 if self._given_up():  # by a device that is not here, which has not come to its end yet

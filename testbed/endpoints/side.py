@@ -145,10 +145,11 @@ def per_token(times: Sequence[float]) -> float | None:
 
 @dataclass
 class Pass:
-    """One over so many tokens behind others."""
+    """One over so many tokens behind others; when it began, or went on (monotonic seconds)."""
 
     tokens: int = 0
     past: int = 0
+    began: float = 0.0
 
 
 def held(*caches: KVCache | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_wherever_the_two_meet_the_answer_and_what_is_kept_are_the_full_caches(
     full = pair.reference()
     whole = pair.ask("fp16")
     kept = pair.outcome(whole)
-    for chunks, blocks in enumerate(([128, 128, 41], [128, 128], [128, 64], [128], [64], [])):
+    for chunks, blocks in enumerate(([192, 105], [128, 128], [128, 64], [128], [64], [])):
         begin_behind(chunks)
         result = met(pair, chunks)
         assert computed(result) == blocks
@@ -116,6 +117,28 @@ def test_a_block_whose_tokens_have_all_arrived_meanwhile_is_given_up(
     result = met(pair, 5, codec="int8")
     assert computed(result)[-1:] in ([0], []) and result.chunks == 6
     assert sum(computed(result)) == 0 and result.answer == whole.answer
+
+
+def test_what_arrives_behind_a_block_is_decoded_amid_it_and_its_time_is_no_part_of_the_blocks(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = meeting._Meeting._look
+
+    def late(self: meeting._Meeting) -> int:
+        """A chunk is there when the first layer is done, and not before."""
+        while self._layers and len(self._arrivals.times) < 2:
+            time.sleep(0.001)
+        return look(self) if self._layers else self._back
+
+    whole = pair.ask("fp16")
+    kept = pair.outcome(whole).kept_digest
+    monkeypatch.setattr(meeting._Meeting, "_look", late)
+    result = met(pair, 1)
+    cloud = [span for span in result.spans if span.side == "cloud" and span.stage in ("prefill", "decode")]
+    assert [span.stage for span in cloud[:3]] == ["prefill", "decode", "prefill"] and cloud[1].chunk == 1
+    assert all(before.end <= after.start for before, after in pairwise(cloud))
+    assert sum(computed(result)) == 256 and result.answer == whole.answer
+    assert pair.outcome(result).kept_digest == kept
 
 
 @pytest.mark.parametrize("connection", ["fresh", "reuse"])
