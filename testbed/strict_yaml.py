@@ -112,7 +112,7 @@ def _at(place: str) -> str:
 def _known(model: Any, keys: list[int | str]) -> list[str]:
     """The keys of the model that is found below *keys*."""
     for key in keys:
-        if isinstance(key, str):
+        if isinstance(key, str) and key in model.model_fields:  # and no name of what a mapping has
             annotation = model.model_fields[key].annotation
             model = next(
                 kind for kind in (*get_args(annotation), annotation) if hasattr(kind, "model_fields")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from testbed import strict_yaml
 from testbed.errors import SpecError
-from testbed.net.profile.profile import PRESETS
+from testbed.hosts.address import LOCAL, Address, parse_address
+from testbed.net.profile.profile import MEASURED, PRESETS
 from testbed.net.topology import files
 from testbed.net.topology.files import load_topology, shipped_topologies, topology_from
 from testbed.net.topology.topology import Link, Node, Topology
@@ -231,7 +232,107 @@ def test_a_thousand_nodes_have_addresses_of_their_own_and_few_routes(kind: str) 
 
 def test_the_schema_knows_the_keys_that_files_may_have() -> None:
     schema = json.loads((Path(__file__).parents[2] / "topologies/schema.json").read_text())["$defs"]
-    for part, model in (("generated", files.Shape), ("listed", files.Listed), ("link", files.WrittenLink)):
+    models = {
+        "generated": files.Shape,
+        "listed": files.Listed,
+        "link": files.WrittenLink,
+        "host": files.WrittenNode,
+    }
+    for part, model in models.items():
         assert set(schema[part]["properties"]) == set(model.model_fields)
         assert set(schema[part]["required"]) == {k for k, v in model.model_fields.items() if v.is_required()}
     assert set(schema["generated"]["properties"]["kind"]["enum"]) == set(files.KINDS)
+
+
+HOSTS: dict[str, Any] = {
+    "nodes": {
+        "edge": {
+            "host": "ssh://nvidia@jetson",
+            "python": "~/venv/bin/python",
+            "device": "cuda",
+            "address": "192.168.7.2",
+        },
+        "cloud": {"host": "ssh://lab@a100:2222", "interface": "eth0"},
+    },
+    "links": [{"name": "access", "a": "edge", "b": "cloud", "profile": "measured"}],
+}
+
+
+def test_nodes_may_be_machines_of_their_own() -> None:
+    made = topology_from(HOSTS, "x", "x")
+    assert made.kind == "hosts"
+    assert made.node("edge") == Node(
+        "edge", Address("jetson", "nvidia"), "~/venv/bin/python", "cuda", None, "192.168.7.2"
+    )
+    assert made.node("cloud") == Node("cloud", Address("a100", "lab", 2222), interface="eth0")
+    assert made.links[0].profile is MEASURED
+    assert load_topology("edge-cloud").kind == "namespaces"
+    local = topology_from(HOSTS | {"nodes": {**HOSTS["nodes"], "edge": {"host": "local"}}}, "x", "x")
+    assert local.node("edge").host == LOCAL
+
+
+def test_a_host_shapes_its_link_under_a_steady_profile() -> None:
+    link = {"a": "edge", "b": "cloud", "profile": "5g-mid", "shape": "edge", "force": True}
+    made = topology_from(HOSTS | {"links": [link]}, "x", "x").links[0]
+    assert (made.shape, made.force, made.profile) == ("edge", True, PRESETS["5g-mid"])
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (
+            {"nodes": {**HOSTS["nodes"], "edge": {"host": "jetson"}}},
+            r"nodes\.edge\.host: host 'jetson': write ssh://",
+        ),
+        (
+            {"nodes": {**HOSTS["nodes"], "edge": {"hots": "x"}}},
+            "edge: unknown key 'hots'; did you mean 'host'",
+        ),
+        ({"nodes": {**HOSTS["nodes"], "edge": {}}}, "edge: host is missing"),
+        ({"nodes": {**HOSTS["nodes"], "edge": None}}, r"nodes\.edge: Input should be a valid dictionary"),
+        ({"nodes": {**HOSTS["nodes"], "edge": {"host": "local", "address": "jetson"}}}, "no IPv4 address"),
+        ({"nodes": {**HOSTS["nodes"], "edge": {"host": "local", "python": "-c"}}}, "python"),
+        ({"nodes": {**HOSTS["nodes"], "edge": {"host": "ssh://-oProxyCommand=x"}}}, "write ssh://"),
+        ({"nodes": ["edge", "cloud"]}, "profile: measured is for links between hosts"),
+        ({"profile": "5g-mid"}, r"links\[0\]: .*shape: edge\|cloud"),
+        ({"shape": "edge"}, "the link is what it is"),
+        ({"profile": "5g-mid", "shape": "hub"}, r"shape: 'hub' is no end of it; write edge or cloud"),
+        ({"profile": "sine:5mbit..50mbit*20s", "shape": "edge"}, "steady profile"),
+        ({"pcap": True}, "tcpdump"),
+    ],
+)
+def test_what_hosts_cannot_do_is_refused_with_its_place(change: dict[str, Any], complaint: str) -> None:
+    of_link = {key: value for key, value in change.items() if key != "nodes"}
+    written = HOSTS | {
+        "nodes": change.get("nodes", HOSTS["nodes"]),
+        "links": [{**HOSTS["links"][0], **of_link}],
+    }
+    with pytest.raises(SpecError, match=complaint) as refused:
+        topology_from(written, "x.yaml", "x")
+    assert str(refused.value).startswith("x.yaml: ")
+    assert "\n" not in str(refused.value)
+
+
+def test_machines_and_namespaces_are_not_mixed() -> None:
+    with pytest.raises(SpecError, match=r"nodes\.b: host is missing"):
+        Topology("t", (Node("a", LOCAL), Node("b")), (Link("l", "a", "b", MEASURED),))
+
+
+@given(
+    st.builds(
+        Address,
+        st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,20}", fullmatch=True) | st.ip_addresses(v=6).map(str),
+        st.none() | st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,10}", fullmatch=True),
+        st.none() | st.integers(1, 65535),
+    )
+)
+def test_a_hosts_address_reads_back_as_it_is_written(address: Address) -> None:
+    assert parse_address(str(address)) == address
+
+
+@given(st.text(max_size=40) | st.text(max_size=40).map("ssh://".__add__))
+def test_what_is_no_hosts_address_is_refused_by_a_named_error(text: str) -> None:
+    try:
+        assert parse_address(str(parse_address(text))) == parse_address(text)
+    except SpecError as error:
+        assert "write ssh://" in str(error)

@@ -274,6 +274,8 @@ class Profile:
     up: Direction
     down: Direction
     source: str = INLINE_SOURCE
+    measured: bool = False
+    """Of a link between real hosts: its conditions are what they are, and what calibration finds is recorded, never judged."""
 
     def __post_init__(self) -> None:
         if self.up.mtu != self.down.mtu:
@@ -284,6 +286,8 @@ class Profile:
 
     def text(self) -> str:
         """The numbers themselves, a preset's too."""
+        if self.measured:
+            return self.name
         return str(self.up) if self.up == self.down else f"up:{self.up};down:{self.down}"
 
     @property
@@ -330,3 +334,9 @@ class Profile:
         """Bandwidth-delay product of the faster way at its fastest, bytes; 0 where the rate is not limited."""
         most = self.steady(peak=True)
         return max(most.up.rate_bps or 0.0, most.down.rate_bps or 0.0) / 8 * most.round_trip_s
+
+
+#: What a link between hosts is, whatever that may be.
+MEASURED = Profile(
+    "measured", Direction(), Direction(), "the link as it is, calibrated before the first trial", True
+)

@@ -5,6 +5,7 @@ Four forms are understood wherever a profile is named::
     5g-mid                                                  a preset (`testbed.net.profile.presets`)
     rate=50mbit,delay=20ms,jitter=2ms,loss=1%,queue=1bdp    the same both ways; every key may be left out
     up:rate=10mbit,delay=30ms;down:5g-mid                   each way on its own; a preset gives that half
+    measured                                                a link between hosts, as it is
     trace:FILE    delay=20ms,sine:5mbit..50mbit*20s         what changes over time; see `testbed.net.profile.trace`
 
 *up* runs from a link's first-named node to its second. `str` of a profile reads back as an equal profile.
@@ -26,6 +27,7 @@ from typing import Any
 from testbed.errors import SpecError, UnitError
 from testbed.net.profile.conditions import (
     INLINE_SOURCE,
+    MEASURED,
     MIN_QUEUE_BYTES,
     MTU,
     CoDel,
@@ -43,6 +45,7 @@ from testbed.units import parse_percentage, parse_rate, parse_size, parse_time
 
 __all__ = [
     "INLINE_SOURCE",
+    "MEASURED",
     "MIN_QUEUE_BYTES",
     "MTU",
     "PRESETS",
@@ -315,6 +318,8 @@ def parse_profile(text: str) -> Profile:
     if len(text) > _MAX_TEXT:
         raise SpecError(f"profile {text[:20]!r}…: longer than {_MAX_TEXT} characters")
     stripped = text.strip()
+    if stripped == MEASURED.name:
+        return MEASURED
     try:
         if ";" not in stripped and not stripped.startswith(("up:", "down:")):
             if not _is_inline(stripped):

@@ -9,6 +9,15 @@ Nodes and links are listed::
 ``name`` of a link is ``a-b`` where it is left out, that of the topology the file's. ``congestion`` names the TCP congestion
 control of connections that leave a node by that link; ``pcap: true`` captures its packets; ``ipv6: false`` leaves IPv6 out.
 
+Nodes that are machines of their own are a mapping, and all of them are::
+
+    nodes:
+      edge:  {host: ssh://nvidia@jetson, python: ~/testbed/.venv/bin/python, device: cuda, address: 192.168.7.2}
+      cloud: {host: ssh://lab@a100:2222, interface: eth0}              host: local: this machine
+    links:
+      - {name: access, a: edge, b: cloud, profile: measured}           the link is what it is
+      - {name: access, a: edge, b: cloud, profile: 5g-mid, shape: edge}    or its edge's host shapes it, both ways
+
 What repeats itself need not be listed::
 
     kind: line                       n1 ═ n2 ═ n3 ═ …            links n1-n2, n2-n3, …; up: towards the higher number
@@ -30,17 +39,19 @@ control; ``pcap: [n3-hub]`` names links whose packets are captured.
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf
 
 from testbed import lookup, strict_yaml
 from testbed.errors import SpecError
+from testbed.hosts.address import Address, parse_address
 from testbed.net.profile.profile import profile_from
-from testbed.net.topology.topology import MAX_NODES, Link, Node, Topology
+from testbed.net.topology.topology import MAX_NODES, PYTHON, Link, Node, Topology
 from testbed.strict_yaml import did_you_mean
 
 _FOLDER = "topologies"
@@ -79,6 +90,32 @@ class _Written(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+def _address(value: Any) -> Any:
+    return parse_address(value) if isinstance(value, str) else value
+
+
+def _ipv4(value: Any) -> Any:
+    try:
+        address = ipaddress.IPv4Address(value)
+    except ValueError:
+        raise SpecError(f"{str(value)[:40]!r} is no IPv4 address, such as 192.168.7.2") from None
+    if address.is_unspecified or address.is_multicast:
+        raise SpecError(f"{value} is no address of one interface")
+    return str(address)
+
+
+class WrittenNode(_Written):
+    """A node on a machine of its own."""
+
+    host: Annotated[InstanceOf[Address], BeforeValidator(_address)]
+    python: Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^-\x00-\x1f][^\x00-\x1f]*$")] = (
+        PYTHON
+    )
+    device: Annotated[str, Field(min_length=1)] | None = None
+    interface: Annotated[str, Field(pattern=r"^[^\s/\x00]{1,15}$")] | None = None
+    address: Annotated[str, BeforeValidator(_ipv4)] | None = None
+
+
 class WrittenLink(_Written):
     """One link in a list of them."""
 
@@ -88,6 +125,8 @@ class WrittenLink(_Written):
     name: str | None = None
     congestion: str | None = None
     pcap: bool = False
+    shape: str | None = None
+    force: bool = False
 
 
 class Listed(_Written):
@@ -97,6 +136,12 @@ class Listed(_Written):
     links: list[WrittenLink]
     name: str | None = None
     ipv6: bool = True
+
+
+class Hosted(Listed):
+    """The same, every node on a machine of its own."""
+
+    nodes: dict[str, WrittenNode]  # type: ignore[assignment]
 
 
 class Shape(_Written):
@@ -185,12 +230,24 @@ def topology_from(value: Any, where: str, name: str) -> Topology:
         if isinstance(value, Mapping) and "kind" in value:
             written = strict_yaml.checked(Shape, value).listed()
         else:
-            written = strict_yaml.checked(Listed, value)
+            hosted = isinstance(value, Mapping) and isinstance(value.get("nodes"), Mapping)
+            written = strict_yaml.checked(Hosted if hosted else Listed, value)
         links = []
         for place, link in enumerate(written.links):
             called = f"{link.a}-{link.b}" if link.name is None else link.name
             profile = profile_from(link.profile, f"links[{place}].profile")
-            links.append(Link(called, link.a, link.b, profile, link.congestion, link.pcap))
-        return Topology(written.name or name, tuple(map(Node, written.nodes)), tuple(links), written.ipv6)
+            links.append(
+                Link(called, link.a, link.b, profile, link.congestion, link.pcap, link.shape, link.force)
+            )
+        return Topology(written.name or name, _nodes(written.nodes), tuple(links), written.ipv6)
     except SpecError as error:
         raise SpecError(f"{where}: {error}") from None
+
+
+def _nodes(written: dict[str, WrittenNode] | list[str]) -> tuple[Node, ...]:
+    if isinstance(written, list):
+        return tuple(map(Node, written))
+    return tuple(
+        Node(name, node.host, node.python, node.device, node.interface, node.address)
+        for name, node in written.items()
+    )

@@ -9,8 +9,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 from testbed.errors import SpecError
+from testbed.hosts.address import Address
 from testbed.net.profile.profile import Profile
 from testbed.net.topology import routing
 from testbed.net.topology.routing import Interface, Route, Tree
@@ -21,20 +23,33 @@ MAX_LINKS = 4000
 _NODE_NAME = re.compile(r"[a-z]([a-z0-9-]{0,30}[a-z0-9])?")
 _LINK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
 _CONGESTION_NAME = re.compile(r"[a-z0-9_]{1,15}")
+#: A path of the host's, or a name on its PATH.
+PYTHON = "python3"
 _RESERVED = {"wire": "the links' middles are called that", "localhost": "it means every node itself"}
 
 
 @dataclass(frozen=True)
 class Node:
-    """One host of the network. Its name is a host name: lower-case letters, digits and hyphens."""
+    """One host of the network. Its name is a host name: lower-case letters, digits and hyphens.
+
+    host: a machine of its own; None: a namespace of this one. What follows is of such a machine alone. python: which has the
+    testbed there; device: its side's, where a scenario says ``auto``; interface, address: where its data comes in, IPv4; None:
+    the address of the interface, or else that by which SSH reaches it.
+    """
 
     name: str
+    host: Address | None = None
+    python: str = PYTHON
+    device: str | None = None
+    interface: str | None = None
+    address: str | None = None
 
 
 @dataclass(frozen=True)
 class Link:
     """Two nodes' connection; *up* is from `a` to `b`. `congestion`: None for the kernel's default.
-    `pcap`: whether the packets at both of its ends are captured to files."""
+    `pcap`: whether the packets at both of its ends are captured to files. `shape`: between machines of their own, the node whose
+    host imposes the profile; None: that link is what it is. `force`: also on an interface that carries SSH."""
 
     name: str
     a: str
@@ -42,6 +57,8 @@ class Link:
     profile: Profile
     congestion: str | None = None
     pcap: bool = False
+    shape: str | None = None
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,16 @@ class Topology:
 
     def __post_init__(self) -> None:
         _validate(self)
+
+    @cached_property
+    def kind(self) -> Literal["namespaces", "hosts"]:
+        """What its nodes are: all of them namespaces of this machine, or all of them machines of their own."""
+        return "hosts" if self.nodes[0].host is not None else "namespaces"
+
+    def node(self, name: str) -> Node:
+        """The node called `name`. Raises SpecError, with what there is."""
+        self.require_node(name)
+        return next(node for node in self.nodes if node.name == name)
 
     def link(self, name: str) -> Link:
         """The link called `name`. Raises SpecError, with what there is."""
@@ -167,6 +194,43 @@ def _validate(topology: Topology) -> None:
             raise SpecError(f"{where}: links[{pairs[pair]}] joins {link.a!r} and {link.b!r} already")
         seen[link.name] = pairs[pair] = place
     _check_connected(names, topology.links)
+    _check_hosts(topology)
+
+
+def _check_hosts(topology: Topology) -> None:
+    """What machines of their own can do, and what only they can."""
+    real = [node.host is not None for node in topology.nodes]
+    if any(real) and not all(real):
+        node = topology.nodes[real.index(False)].name
+        raise SpecError(
+            f"nodes.{node}: host is missing; either every node is on a host of its own, or none is"
+        )
+    for place, link in enumerate(topology.links):
+        where, shaped = f"links[{place}]", link.shape is not None
+        if not any(real):
+            if link.profile.measured or shaped or link.force:
+                what = "profile: measured" if link.profile.measured else "shape" if shaped else "force"
+                raise SpecError(
+                    f"{where}: {what} is for links between hosts; its nodes are namespaces of this machine"
+                )
+            continue
+        if link.pcap:
+            raise SpecError(
+                f"{where}.pcap: packets are not captured between hosts; use tcpdump on one of them"
+            )
+        if link.profile.measured == shaped:
+            raise SpecError(
+                f"{where}: the link is what it is (profile: measured, without shape), or one of its hosts shapes it (a profile, "
+                f"and shape: {link.a}|{link.b})"
+            )
+        if shaped and link.shape not in (link.a, link.b):
+            raise SpecError(
+                f"{where}.shape: {str(link.shape)[:40]!r} is no end of it; write {link.a} or {link.b}"
+            )
+        if link.profile.changes:
+            raise SpecError(
+                f"{where}.profile: {link.profile.name} changes over time; a shaped link takes a steady profile"
+            )
 
 
 def _check_name(name: str, where: str, pattern: re.Pattern[str], rule: str) -> None:
