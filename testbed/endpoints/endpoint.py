@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from testbed import programs
 from testbed.endpoints.protocol import Hello, Message
 from testbed.errors import EndpointError, UsageError
 from testbed.hosts.channel import Refused
@@ -46,7 +45,7 @@ class Endpoint:
             "OMP_WAIT_POLICY": "PASSIVE",
             "GOMP_SPINCOUNT": None,
         }
-        return cls(role, host.start(programs.module(f"testbed.endpoints.{role}"), env, log))
+        return cls(role, host.start(host.module(f"testbed.endpoints.{role}"), env, log))
 
     def call(
         self, message: Message[T], within_s: float = CALL_S, besides: Callable[[], None] = lambda: None

@@ -61,6 +61,9 @@ class Host(Protocol):
         log: a file of ours for what it prints besides; it is appended to. Raises EndpointError, StorageError.
         """
 
+    def module(self, name: str, *arguments: str) -> list[str]:
+        """The argument vector that runs a module of the testbed, or of the Python that has it, there."""
+
     def put(self, source: Path, target: Path) -> None:
         """Copy a file of ours to the host. Raises StorageError."""
 
@@ -101,6 +104,7 @@ def lines(process: Process, what: str) -> Iterator[bytes]:
 KINDS = {
     "local": "testbed.hosts.local:Local",
     "namespace": "testbed.hosts.local:Namespace",
+    "ssh": "testbed.hosts.ssh:Ssh",
 }
 
 

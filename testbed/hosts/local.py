@@ -102,6 +102,9 @@ class Local:
             drop += ["--inh-caps=-all", "--bounding-set=-all", "--securebits=+noroot,+noroot_locked"]
         return [*drop, "--", *argv]
 
+    def module(self, name: str, *arguments: str) -> list[str]:
+        return programs.module(name, *arguments)
+
     def start(
         self, argv: Sequence[str], env: Mapping[str, str | None], log: Path | None = None
     ) -> LocalProcess:

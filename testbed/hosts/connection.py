@@ -1,0 +1,226 @@
+"""A connection to a host over SSH, made as `ssh` makes it: the keys, the agent, ``~/.ssh/config``, the hosts that are known.
+
+Known hosts are checked and never added. Of the configuration these words count: HostName, User, Port, IdentityFile,
+IdentitiesOnly, ProxyJump, ProxyCommand, UserKnownHostsFile, GlobalKnownHostsFile and HostKeyAlias.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import logging
+import re
+import shlex
+import socket
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import paramiko
+
+from testbed.errors import EndpointError, SpecError, UsageError
+
+#: How long until a host has answered, in each step; how long one may be silent before it counts as lost.
+_CONNECT_S, _KEEPALIVE_S, _SILENT_S = 15.0, 5.0, 20.0
+_MOST_JUMPS = 8
+_ADDRESS = re.compile(r"(?:ssh://)?(?:([^@/\s:]+)@)?(\[[0-9a-fA-F:.%\w]+\]|[\w.-]+)(?::(\d{1,5}))?", re.ASCII)
+
+_log = logging.getLogger("paramiko")
+_log.addHandler(logging.NullHandler())
+_log.propagate = False  # what it would print is in our errors
+
+
+@dataclass(frozen=True)
+class Where:
+    """A host as it is to be reached: what its address and the configuration say."""
+
+    address: str  #: as the user wrote it
+    user: str
+    name: str  #: or a number
+    port: int
+    known_as: str  #: in the files of known hosts
+    settings: dict[str, Any] = field(compare=False)
+
+
+def where(address: str) -> Where:
+    """``ssh://[user@]name[:port]`` (for hosts on the way also without ``ssh://``). Raises SpecError, UsageError."""
+    match = _ADDRESS.fullmatch(address)
+    if match is None or int(match[3] or 22) not in range(1, 65536):
+        raise SpecError(f"host {address!r}: expected ssh://[user@]name[:port]")
+    name = match[2].strip("[]")
+    path = Path("~/.ssh/config").expanduser()
+    try:
+        settings = dict(paramiko.SSHConfig.from_path(path).lookup(name)) if path.exists() else {}
+    except (OSError, ValueError, paramiko.SSHException) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    host = settings.get("hostname", name)
+    port = int(match[3] or settings.get("port", 22))
+    alias = settings.get("hostkeyalias")
+    known_as = alias or (host if port == 22 else f"[{host}]:{port}")
+    return Where(
+        address, match[1] or settings.get("user") or getpass.getuser(), host, port, known_as, settings
+    )
+
+
+class Connection:
+    """The connection to one host, made when it is first needed, and again where it was lost."""
+
+    def __init__(self, address: str) -> None:
+        self.where = where(address)
+        self._clients: list[paramiko.SSHClient] = []  # ours and, before it, those to hosts on the way
+        self._lock = threading.Lock()
+
+    @property
+    def stands(self) -> bool:
+        transport = self._clients[-1].get_transport() if self._clients else None
+        return transport is not None and transport.is_active()
+
+    def open(self) -> paramiko.Channel:
+        """A new session. Raises EndpointError where the host cannot be reached, UsageError where it is not the one that is known
+        or takes none of our keys."""
+        with self._lock:
+            if not self.stands:
+                self._close()
+                self._clients = _connected(self.where)
+            transport = self._clients[-1].get_transport()
+        assert transport is not None
+        try:
+            return transport.open_session(timeout=_CONNECT_S)
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            raise EndpointError(
+                f"{self.where.address}: no session on its connection: {_words(error)}"
+            ) from error
+
+    def addresses(self) -> tuple[str, str]:
+        """Ours and the host's, as its connection has them. Raises as `open` does."""
+        self.open().close()
+        transport = self._clients[-1].get_transport()
+        sock = transport.sock if transport is not None else None
+        if isinstance(sock, socket.socket):
+            return sock.getsockname()[0], sock.getpeername()[0]
+        return "", socket.gethostbyname(self.where.name)
+
+    def close(self) -> None:
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        while self._clients:
+            with contextlib.suppress(Exception):
+                self._clients.pop().close()
+
+
+def _connected(place: Where, jumps: int = 0) -> list[paramiko.SSHClient]:
+    # Connected, behind the hosts on the way to it.
+    if jumps > _MOST_JUMPS:
+        raise UsageError(f"{place.address}: more than {_MOST_JUMPS} hosts on the way (ProxyJump)")
+    clients: list[paramiko.SSHClient] = []
+    client = paramiko.SSHClient()
+    try:
+        client.set_missing_host_key_policy(_Refusing(place))
+        for path in _known_hosts(place):
+            with contextlib.suppress(OSError):
+                client.load_system_host_keys(str(path))
+        sock = _way(place, clients, jumps)
+        settings = place.settings
+        keys = [str(Path(each).expanduser()) for each in settings.get("identityfile", ())]
+        only = settings.get("identitiesonly", "no") == "yes"
+        # The name under which a host is known is all that paramiko takes a host and a port for, given a socket.
+        client.connect(
+            place.known_as,
+            username=place.user,
+            sock=sock,
+            key_filename=[key for key in keys if Path(key).is_file()],
+            allow_agent=not only,
+            look_for_keys=not keys,
+            timeout=_CONNECT_S,
+            banner_timeout=_CONNECT_S,
+            auth_timeout=_CONNECT_S,
+            channel_timeout=_CONNECT_S,
+        )
+        transport = client.get_transport()
+        assert transport is not None
+        transport.set_keepalive(int(_KEEPALIVE_S))
+        return [*clients, client]
+    except BaseException as error:
+        for each in (client, *reversed(clients)):
+            each.close()
+        if isinstance(error, (OSError, EOFError, paramiko.SSHException, ValueError)):
+            raise _translated(error, place) from error
+        raise
+
+
+def _way(place: Where, clients: list[paramiko.SSHClient], jumps: int) -> Any:
+    """What leads to the host: a socket, or one through hosts on the way, whose `clients` stay open for it."""
+    jump, command = place.settings.get("proxyjump", "none"), place.settings.get("proxycommand")
+    if jump.lower() != "none":
+        *before, last = jump.split(",")
+        hop = where(last)
+        if before:
+            hop.settings["proxyjump"] = ",".join(before)
+        clients += _connected(hop, jumps + 1)
+        transport = clients[-1].get_transport()
+        assert transport is not None
+        return transport.open_channel(
+            "direct-tcpip", (place.name, place.port), ("127.0.0.1", 0), timeout=_CONNECT_S
+        )
+    if command:
+        return paramiko.ProxyCommand(command)
+    made = socket.create_connection((place.name, place.port), _CONNECT_S)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * _SILENT_S))
+    return made
+
+
+def _known_hosts(place: Where) -> list[Path]:
+    users = place.settings.get("userknownhostsfile", "~/.ssh/known_hosts ~/.ssh/known_hosts2")
+    everybodys = place.settings.get("globalknownhostsfile", "/etc/ssh/ssh_known_hosts")
+    return [Path(each).expanduser() for each in shlex.split(users) + shlex.split(everybodys)]
+
+
+class _Refusing(paramiko.MissingHostKeyPolicy):
+    def __init__(self, place: Where) -> None:
+        self.place = place
+
+    def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
+        place, file = self.place, _known_hosts(self.place)[0]
+        raise _Unknown(
+            f"{place.address}: this host is not known: its key is {key.get_name()} {key.fingerprint}; where that is right (ask "
+            f"who runs it), ssh-keyscan -p {place.port} -t {key.get_name().removeprefix('ssh-')} {place.name} >> {file}"
+        )
+
+
+class _Unknown(paramiko.SSHException):
+    """A host that is in no file of known hosts."""
+
+
+def _translated(error: BaseException, place: Where) -> EndpointError | UsageError:
+    about, ssh = place.address, f"ssh -p {place.port} {place.user}@{place.name}"
+    if isinstance(error, _Unknown):
+        return UsageError(str(error))
+    if isinstance(error, paramiko.BadHostKeyException):
+        return UsageError(
+            f"{about}: its host key has changed: {error.key.fingerprint}, known is {error.expected_key.fingerprint}; where the "
+            f"host was set up anew, and no other stands in its place, ssh-keygen -R '{place.known_as}'"
+        )
+    if isinstance(error, paramiko.PasswordRequiredException):
+        return UsageError(f"{about}: the key has a passphrase: ssh-add it to an agent (SSH_AUTH_SOCK) first")
+    if isinstance(error, (paramiko.AuthenticationException, ValueError)) or "No authentication" in str(error):
+        return UsageError(
+            f"{about}: it lets {place.user} in by none of the keys here; ssh-copy-id -p {place.port} "
+            f"{place.user}@{place.name}, and see that `{ssh} true` asks for nothing"
+        )
+    if isinstance(error, socket.gaierror):
+        return UsageError(f"{about}: no host {place.name} is known to the resolver: {error.strerror}")
+    if isinstance(error, TimeoutError):
+        return EndpointError(
+            f"{about}: no answer within {_CONNECT_S:.0f} s at {place.name}, port {place.port}"
+        )
+    return EndpointError(f"{about}: not reached at {place.name}, port {place.port}: {_words(error)}")
+
+
+def _words(error: BaseException) -> str:
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(said.split())[:300]
