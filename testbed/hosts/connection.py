@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import getpass
 import logging
-import re
 import shlex
 import socket
 import threading
@@ -19,12 +18,12 @@ from typing import Any
 
 import paramiko
 
-from testbed.errors import EndpointError, SpecError, UsageError
+from testbed.errors import EndpointError, UsageError
+from testbed.hosts.address import parse_address
 
 #: How long until a host has answered, in each step; how long one may be silent before it counts as lost.
 _CONNECT_S, _KEEPALIVE_S, _SILENT_S = 15.0, 5.0, 20.0
 _MOST_JUMPS = 8
-_ADDRESS = re.compile(r"(?:ssh://)?(?:([^@/\s:]+)@)?(\[[0-9a-fA-F:.%\w]+\]|[\w.-]+)(?::(\d{1,5}))?", re.ASCII)
 
 _log = logging.getLogger("paramiko")
 _log.addHandler(logging.NullHandler())
@@ -44,22 +43,20 @@ class Where:
 
 
 def where(address: str) -> Where:
-    """``ssh://[user@]name[:port]`` (for hosts on the way also without ``ssh://``). Raises SpecError, UsageError."""
-    match = _ADDRESS.fullmatch(address)
-    if match is None or int(match[3] or 22) not in range(1, 65536):
-        raise SpecError(f"host {address!r}: expected ssh://[user@]name[:port]")
-    name = match[2].strip("[]")
+    """``ssh://[user@]name[:port]``. Raises SpecError, UsageError."""
+    given = parse_address(address)
+    name = given.name
     path = Path("~/.ssh/config").expanduser()
     try:
         settings = dict(paramiko.SSHConfig.from_path(path).lookup(name)) if path.exists() else {}
     except (OSError, ValueError, paramiko.SSHException) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     host = settings.get("hostname", name)
-    port = int(match[3] or settings.get("port", 22))
+    port = int(given.port or settings.get("port", 22))
     alias = settings.get("hostkeyalias")
     known_as = alias or (host if port == 22 else f"[{host}]:{port}")
     return Where(
-        address, match[1] or settings.get("user") or getpass.getuser(), host, port, known_as, settings
+        address, given.user or settings.get("user") or getpass.getuser(), host, port, known_as, settings
     )
 
 
@@ -156,7 +153,7 @@ def _way(place: Where, clients: list[paramiko.SSHClient], jumps: int) -> Any:
     jump, command = place.settings.get("proxyjump", "none"), place.settings.get("proxycommand")
     if jump.lower() != "none":
         *before, last = jump.split(",")
-        hop = where(last)
+        hop = where(f"ssh://{last.strip().removeprefix('ssh://')}")
         if before:
             hop.settings["proxyjump"] = ",".join(before)
         clients += _connected(hop, jumps + 1)
@@ -188,7 +185,7 @@ class _Refusing(paramiko.MissingHostKeyPolicy):
         place, file = self.place, _known_hosts(self.place)[0]
         raise _Unknown(
             f"{place.address}: this host is not known: its key is {key.get_name()} {key.fingerprint}; where that is right (ask "
-            f"who runs it), ssh-keyscan -p {place.port} -t {key.get_name().removeprefix('ssh-')} {place.name} >> {file}"
+            f"who runs it): ssh-keyscan -p {place.port} -t {key.get_name().removeprefix('ssh-')} {place.name} >> {file}"
         )
 
 
@@ -203,7 +200,7 @@ def _translated(error: BaseException, place: Where) -> EndpointError | UsageErro
     if isinstance(error, paramiko.BadHostKeyException):
         return UsageError(
             f"{about}: its host key has changed: {error.key.fingerprint}, known is {error.expected_key.fingerprint}; where the "
-            f"host was set up anew, and no other stands in its place, ssh-keygen -R '{place.known_as}'"
+            f"host was set up anew, and no other is in its place: ssh-keygen -f {_known_hosts(place)[0]} -R '{place.known_as}'"
         )
     if isinstance(error, paramiko.PasswordRequiredException):
         return UsageError(f"{about}: the key has a passphrase: ssh-add it to an agent (SSH_AUTH_SOCK) first")

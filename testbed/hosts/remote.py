@@ -301,15 +301,16 @@ def clean(asked: dict[str, Any], say: _Saying) -> None:
             record = json.loads(path.read_text())
             pid, started = record["keeper"]
             keeper = _stat(pid)
-            record["kept"] = keeper is not None and keeper[3] == started and keeper[0] != "T"
+            there = keeper is not None and keeper[3] == started
+            record["keeper_is"] = ("standing" if keeper[0] == "T" else "running") if there else "gone"
             records[path.name] = record
     say(1, records)
     (length,) = struct.unpack("!I", _exactly(4))
     done: list[Any] = []
     for name in json.loads(_exactly(length)):
         record = records[name]
-        _end(*record["keeper"])
-        done.append([name, _end(record["pid"], record["started"]) or record["kept"]])
+        kept = _end(*record["keeper"])
+        done.append([name, _end(record["pid"], record["started"]) or kept])
         with contextlib.suppress(OSError):
             (_PROCESSES / name).unlink()
     for path in _listed(_FILES):

@@ -37,7 +37,7 @@ from testbed.deadline import Deadline
 from testbed.errors import EndpointError, StorageError
 from testbed.hosts import namespaces, processes, remote
 from testbed.hosts.connection import Connection
-from testbed.hosts.ssh_process import SshProcess
+from testbed.hosts.ssh_process import LIVING, SshProcess
 
 #: What is read as Python starts there; it has no character that a shell minds between apostrophes.
 _BOOT = (
@@ -191,7 +191,7 @@ class Ssh:
         """
         channel, records, rest, mark = self._ask("clean")
         with contextlib.closing(channel):
-            dead = [name for name, record in records.items() if others or not _lives(record)]
+            dead = [name for name, record in records.items() if others or not _lives(name, record)]
             data = json.dumps(dead).encode()
             self._send(channel, _HEADER.pack(len(data)) + data)
             done, _ = self._told(channel, mark, rest)
@@ -332,13 +332,15 @@ def _owner() -> dict[str, Any]:
     return {**_machine(), "space": space, "pid": pid, "started": processes.start_time(pid)}
 
 
-def _lives(record: Mapping[str, Any]) -> bool:
-    """Whether who started a program still runs; of others than this machine's, whether somebody holds on to it."""
-    owner, own = record["owner"], _owner()
-    if owner["machine"] != own["machine"]:
-        return bool(record["kept"])
-    if owner["boot"] != own["boot"]:
+def _lives(name: str, record: Mapping[str, Any]) -> bool:
+    """Whether who started a program still runs, and holds on to it; of others than this machine's, whether somebody does."""
+    owner, own, keeper = record["owner"], _owner(), record["keeper_is"]
+    if keeper == "gone":
         return False
-    if owner["space"] != own["space"]:
-        return bool(record["kept"])
-    return processes.is_running(owner["pid"], owner["started"])
+    if owner == own:
+        return name in LIVING
+    if owner["machine"] == own["machine"] and owner["boot"] != own["boot"]:
+        return False
+    if owner["machine"] == own["machine"] and owner["space"] == own["space"]:
+        return processes.is_running(owner["pid"], owner["started"])
+    return bool(keeper == "running")

@@ -16,13 +16,15 @@ import paramiko
 from testbed import files
 from testbed.errors import StorageError, TestbedError
 from testbed.hosts.channel import Channel
-from testbed.hosts.remote import LEAVE_S
+from testbed.hosts.remote import LEAVE_S, MARK
 
 if TYPE_CHECKING:
     from testbed.hosts.ssh import Ssh
 
 _LOST, _AT_ONCE_S = 255, 5.0
 _PIECE = 1 << 16
+#: This process's programs that it still hears of, as they are on record.
+LIVING: set[str] = set()
 
 
 class SshProcess:
@@ -44,6 +46,8 @@ class SshProcess:
     ) -> None:
         self._host, self._session, self._mark, self.log = host, session, mark, log
         self.pid, self._started = int(told["pid"]), int(told["started"])
+        self._name = mark.removeprefix(MARK).decode()
+        LIVING.add(self._name)
         self._printed: IO[bytes] = printed or tempfile.TemporaryFile()  # noqa: SIM115 (until `stop`)
         self._fate: int | None = None
         self._ended, self._writing = threading.Event(), threading.Lock()
@@ -141,6 +145,7 @@ class SshProcess:
             lost = "its keeper there has ended" if stands else "the connection was lost"
             self._print(f"{self._host.address}: {lost}\n".encode())
             self._fate = _LOST
+        LIVING.discard(self._name)
         self._ended.set()
 
     def _kept(self, data: bytes) -> bytes:

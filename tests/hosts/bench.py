@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,7 +154,7 @@ def bench(
         top.chmod(0o755)
         client = top / "client"
         (client / ".ssh").mkdir(parents=True, mode=0o700)
-        _key(client / ".ssh/id_ed25519")
+        make_key(client / ".ssh/id_ed25519")
         before = os.environ.get("HOME")
         closing.callback(
             lambda: os.environ.update(HOME=before) if before is not None else os.environ.pop("HOME")
@@ -187,7 +187,7 @@ def bench(
 
 def _furnish(host: Host, client: Path, uid: int, banner: str) -> None:
     directory = host.directory
-    _key(directory / "host_key")
+    make_key(directory / "host_key")
     shutil.copy(client / ".ssh/id_ed25519.pub", directory / "authorized_keys")
     (directory / "banner").write_text(banner)
     (directory / "sshd_config").write_text(
@@ -257,7 +257,15 @@ def _closed(path: Path) -> Path | None:
     return None
 
 
-def _key(path: Path) -> None:
+def wait_for(true: Callable[[], object], seconds: float = 10.0) -> bool:
+    """Whether it becomes true in so many seconds."""
+    until = time.monotonic() + seconds
+    while not true() and time.monotonic() < until:
+        time.sleep(0.02)
+    return bool(true())
+
+
+def make_key(path: Path) -> None:
     words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "a bench", "-f", str(path)]
     subprocess.run(words, check=True, stdin=subprocess.DEVNULL)
 

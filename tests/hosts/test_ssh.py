@@ -16,7 +16,7 @@ from testbed.errors import EndpointError, StorageError, UsageError
 from testbed.hosts.host import host, lines
 from testbed.hosts.ssh import Ssh
 from tests.hosts import bench as benches
-from tests.hosts.bench import Host, bench
+from tests.hosts.bench import Host, bench, wait_for
 
 pytestmark = [
     pytest.mark.netns,
@@ -34,15 +34,8 @@ def edge() -> Iterator[Host]:
 def there(edge: Host) -> Iterator[Ssh]:
     with Ssh(edge.url) as made:
         yield made
-    assert eventually(lambda: not edge.programs())
+    assert wait_for(lambda: not edge.programs())
     assert set(edge.files()) <= {".local", ".local/state"}
-
-
-def eventually(true, seconds: float = 10.0) -> bool:
-    until = time.monotonic() + seconds
-    while not true() and time.monotonic() < until:
-        time.sleep(0.02)
-    return bool(true())
 
 
 def test_a_programs_streams_environment_status_and_last_words_are_its_starters(there: Ssh) -> None:
@@ -60,7 +53,7 @@ def test_a_programs_streams_environment_status_and_last_words_are_its_starters(t
 def test_what_a_program_prints_besides_is_in_its_log_while_it_runs(there: Ssh, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with there.start(["sh", "-c", "printf one >&2; read x; echo two >&2"], {}, log) as process:
-        assert eventually(lambda: log.read_bytes() == b"one")
+        assert wait_for(lambda: log.read_bytes() == b"one")
         assert process.status() is None and process.pid in pids(there)
     assert process.status() == 0 and log.read_bytes() == b"onetwo\n" and process.last_words() == "onetwo"
 
@@ -74,10 +67,10 @@ def test_a_program_is_killed_at_once_with_its_children_where_its_starter_fails(
 ) -> None:
     started = time.monotonic()
     with pytest.raises(RuntimeError), there.start(["sh", "-c", "sleep 100 & sleep 101"], {}) as process:
-        assert eventually(lambda: sum(words[0] == "sleep" for words in edge.programs().values()) == 2)
+        assert wait_for(lambda: sum(words[0] == "sleep" for words in edge.programs().values()) == 2)
         raise RuntimeError
     assert process.status() == -9 and time.monotonic() - started < 3
-    assert eventually(lambda: not edge.programs())
+    assert wait_for(lambda: not edge.programs())
 
 
 def test_a_program_that_does_not_leave_when_its_input_ends_is_killed(there: Ssh) -> None:

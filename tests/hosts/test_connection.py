@@ -1,0 +1,206 @@
+"""A connection to a host: what it takes from ~/.ssh, whom it refuses; what stands in its way is one line with a remedy."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from testbed.errors import EndpointError, StorageError, TestbedError, UsageError
+from testbed.hosts import ssh
+from testbed.hosts.ssh import Ssh
+from tests.hosts import bench as benches
+from tests.hosts.bench import Host, bench, wait_for
+
+pytestmark = [
+    pytest.mark.netns,
+    pytest.mark.skipif(bool(benches.missing()), reason=benches.missing() or "-"),
+]
+SMALL = 512 * 1024
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[dict[str, Host]]:
+    with bench("edge", "cloud", banner="Authorized use only.\nAll is logged.\n", home_size="512k") as made:
+        yield made
+
+
+@pytest.fixture
+def edge(hosts: dict[str, Host]) -> Iterator[Host]:
+    yield hosts["edge"]
+    (hosts["edge"].home / ".bashrc").unlink(missing_ok=True)
+    assert wait_for(lambda: not hosts["edge"].programs()), hosts["edge"].programs()
+    assert set(hosts["edge"].files()) <= {".local", ".local/state"}
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A ~/.ssh of the test's own, as the bench made it."""
+    shutil.copytree(Path("~/.ssh").expanduser(), tmp_path / ".ssh")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path / ".ssh"
+
+
+def said(call: object, kind: type[TestbedError] = UsageError) -> str:
+    with pytest.raises(kind) as caught:
+        call()  # type: ignore[operator]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_unknown_host_is_refused_with_the_command_that_adds_it_and_stays_unknown(
+    edge: Host, client: Path
+) -> None:
+    known = client / "known_hosts"
+    before, _ = known.read_text(), known.write_text("")
+    message = said(Ssh(edge.url).describe)
+    assert f"{edge.url}: this host is not known: its key is ssh-ed25519 SHA256:" in message
+    assert known.read_text() == ""
+    command = re.search(r"ssh-keyscan .*", message)
+    assert command is not None
+    subprocess.run(["sh", "-c", command[0]], check=True, capture_output=True)
+    assert Ssh(edge.url).run(["true"]) == (0, b"")
+    assert before.split()[0] in known.read_text()
+
+
+def test_a_host_whose_key_has_changed_is_refused_with_both_keys_and_what_forgets_the_old_one(
+    hosts: dict[str, Host], edge: Host, client: Path
+) -> None:
+    known = client / "known_hosts"
+    other = (hosts["cloud"].directory / "host_key.pub").read_text().split()[1]
+    known.write_text(f"[{edge.address}]:{edge.port} ssh-ed25519 {other}\n")
+    message = said(Ssh(edge.url).describe)
+    assert "its host key has changed: SHA256:" in message and message.count("SHA256:") == 2
+    command = re.search(r"ssh-keygen .*", message)
+    assert command is not None
+    subprocess.run(["sh", "-c", command[0]], check=True, capture_output=True)
+    assert "this host is not known" in said(Ssh(edge.url).describe)
+
+
+def test_a_key_that_the_host_does_not_take_is_one_line_with_what_would_give_it_to_it(
+    edge: Host, client: Path
+) -> None:
+    for left in client.glob("id_*"):
+        left.unlink()
+    for make in (lambda: None, lambda: benches.make_key(client / "id_ed25519")):
+        make()
+        message = said(Ssh(edge.url).describe)
+        assert "lets tb-edge in by none of the keys here; ssh-copy-id -p 2201 tb-edge@" in message
+
+
+def test_a_key_with_a_passphrase_asks_for_an_agent(edge: Host, client: Path) -> None:
+    subprocess.run(
+        ["ssh-keygen", "-q", "-p", "-P", "", "-N", "secret", "-f", str(client / "id_ed25519")], check=True
+    )
+    assert "the key has a passphrase: ssh-add" in said(Ssh(edge.url).describe)
+
+
+def test_who_is_not_let_in_as_that_user_is_told_so(edge: Host) -> None:
+    assert "lets nobody-here in by none" in said(Ssh(edge.url.replace("tb-edge", "nobody-here")).describe)
+
+
+def test_a_host_that_is_not_there_is_one_line(edge: Host) -> None:
+    assert "not reached at" in said(Ssh(f"ssh://x@{edge.address}:9").describe, EndpointError)
+    assert "no host no.such.invalid is known" in said(Ssh("ssh://x@no.such.invalid").describe)
+    with socket.create_server((edge.address.rpartition(".")[0] + ".1", 0)) as mute:
+        mute.listen()
+        where = mute.getsockname()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("testbed.hosts.connection._CONNECT_S", 0.5)
+            message = said(Ssh(f"ssh://x@{where[0]}:{where[1]}").describe, EndpointError)
+    assert message.startswith(f"ssh://x@{where[0]}:{where[1]}: ")
+
+
+def test_the_configuration_gives_name_user_port_key_and_known_hosts(edge: Host, client: Path) -> None:
+    for name in ("id_ed25519", "known_hosts"):
+        (client / name).rename(client / f"own_{name}")
+    (client / "config").write_text(
+        f"Host there\n  HostName {edge.address}\n  User {edge.user}\n  Port {edge.port}\n"
+        "  IdentityFile ~/.ssh/own_id_ed25519\n  IdentitiesOnly yes\n  UserKnownHostsFile ~/.ssh/own_known_hosts\n"
+    )
+    with Ssh("ssh://there") as there:
+        assert there.run(["uname", "-n"]) == (0, b"tb-edge\n")
+    assert "lets x in by none" in said(Ssh("ssh://x@there").describe)  # what an address says comes first
+
+
+def test_a_host_behind_another_is_reached_through_it(edge: Host, client: Path) -> None:
+    (client / "config").write_text(
+        f"Host way\n  HostName {edge.address}\n  User {edge.user}\n  Port {edge.port}\n"
+        f"Host behind\n  HostName {edge.address}\n  User {edge.user}\n  Port {edge.port}\n  ProxyJump way\n"
+    )
+    with Ssh("ssh://behind") as there:
+        status, printed = there.run(["sh", "-c", "echo $SSH_CONNECTION"])
+    assert status == 0 and printed.split()[0] == edge.address.encode()  # from the host itself
+    (client / "config").write_text("Host round\n  HostName 198.19.0.1\n  ProxyJump round\n")
+    assert "more than 8 hosts on the way" in said(Ssh("ssh://round").describe)
+
+
+def test_an_address_that_is_none_is_refused() -> None:
+    for text in ("http://a", "ssh://", "ssh://a:0", "ssh://a b", "ssh://a:70000"):
+        assert "ssh://[user@]name[:port]" in said(lambda text=text: Ssh(text))
+
+
+def test_a_login_shell_that_prints_disturbs_neither_programs_nor_files(edge: Host, tmp_path: Path) -> None:
+    noise = "echo welcome; echo warning >&2; head -c 30000 /dev/urandom\n"
+    (edge.home / ".bashrc").write_text(noise)
+    here, again = tmp_path / "here", tmp_path / "again"
+    here.write_bytes(b"data" * 10_000)
+    with Ssh(edge.url) as there:
+        assert there.run(["cat"], b"said") == (0, b"said")
+        there.put(here, Path("~/there"))
+        there.get(Path("~/there"), again)
+        assert abs(there.clock()[0]) < 1
+    assert again.read_bytes() == here.read_bytes()
+    (edge.home / "there").unlink()
+
+
+def test_a_login_shell_that_ends_prints_on_or_waits_is_one_line(
+    edge: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh, "_ANSWER_S", 2.0)
+    there = Ssh(edge.url)
+    for script, message in (
+        (
+            "echo closed for today; exit 3",
+            "its login shell ended with status 3 before python3 ran: closed for today",
+        ),
+        ("yes no", "its login shell prints without end: no"),
+        ("sleep 5", "no answer within 2 s"),
+    ):
+        (edge.home / ".bashrc").write_text(script + "\n")
+        assert message in said(there.describe, EndpointError)
+    there.close()
+    assert wait_for(lambda: not edge.programs())
+
+
+def test_a_host_without_that_python_or_without_a_testbed_says_what_installs_it(edge: Host) -> None:
+    message = said(Ssh(edge.url, "~/no/python").describe, EndpointError)
+    assert "no ~/no/python there that runs" in message and "testbed hosts install" in message
+    with (
+        Ssh(edge.url, "/usr/bin/python3") as there,
+        there.start(there.module("testbed.endpoints.cloud"), {}) as process,
+    ):
+        assert process.status(20) == 1
+        assert "testbed hosts install TOPOLOGY puts it there" in process.last_words()
+
+
+def test_a_full_disk_there_is_one_line_and_leaves_nothing(edge: Host, tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    here.write_bytes(bytes(2 * SMALL))
+    with Ssh(edge.url) as there:
+        message = said(lambda: there.put(here, Path("~/there")), StorageError)
+        assert "No space left on device: /home/tb-edge/there; make room there" in message
+        assert edge.files() == [".local", ".local/state"]
+        filler = edge.home / "filler"
+        with pytest.raises(OSError, match="No space"), filler.open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        message = said(lambda: there.start(["sleep", "100"], {}), EndpointError)
+        assert "cannot start sleep: No space left on device" in message and "make room there" in message
+        assert there.clean() == []
+        filler.unlink()
