@@ -14,7 +14,7 @@ from typing import NoReturn
 import click
 
 from testbed import __version__, identity
-from testbed.cli import answers, calibrate, device, diagnose, guide, listings, network, plan, run
+from testbed.cli import answers, calibrate, device, diagnose, guide, hosts, listings, network, plan, run
 from testbed.errors import TestbedError
 
 #: What the system says of a file that was asked for wrongly; anything else is its own trouble.
@@ -45,6 +45,7 @@ for _command in (
     network.link,
     network.down,
     network.clean,
+    hosts.hosts,
     calibrate.calibrate,
     listings.doctor,
     listings.profiles,

@@ -142,11 +142,23 @@ def down(identifier: str | None) -> None:
 
 
 @click.command()
+@click.argument("topology", required=False)
 @as_json
-def clean() -> Any:
-    """Remove whatever dead runs left: namespaces, processes, state files. Touches nothing that was not ours."""
+def clean(topology: str | None) -> Any:
+    """Remove whatever dead runs left: namespaces, processes, state files. Touches nothing that was not ours.
+
+    With a TOPOLOGY whose nodes are hosts: what runs whose connection was lost left there. That needs no root.
+    """
+    from testbed.cli import hosts
     from testbed.net.fabric import removal
 
+    if topology is not None:
+        removed, failed = hosts.clean(topology)
+        return (
+            {"removed": removed, "failed": failed},
+            "\n".join(removed) or "nothing to remove",
+            min(failed, 1),
+        )
     require_root()
     removed = removal.clean()
     return {"removed": removed}, "\n".join(f"removed {what}" for what in removed) or "nothing to remove", 0

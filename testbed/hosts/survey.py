@@ -253,7 +253,7 @@ def reach(address: str, port: int) -> dict[str, Any]:
         "rtt_median_s": sorted(times)[len(times) // 2],
         "exchanges": len(times),
         "mtu": int.from_bytes(information[_PMTU], sys.byteorder),
-        "from": own,
+        "source": own,
         "interface": through,
         "gateway": "" if through == "lo" else gateway(address),
     }

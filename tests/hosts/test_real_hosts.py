@@ -1,0 +1,165 @@
+"""`testbed hosts` against hosts of our own with an SSH server each: docs/hosts.md followed as it is written there, and what goes
+wrong on the way. Between edge and cloud lies an emulated link; SSH comes by another way."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from testbed.hosts import installing
+from testbed.hosts.ssh import Ssh
+from testbed.net.fabric.fabric import Fabric
+from testbed.net.topology.files import load_topology
+from tests.command import Ended, command
+from tests.hosts.bench import Host, bench, missing
+
+pytestmark = [
+    pytest.mark.netns,
+    pytest.mark.usefixtures("own_state"),
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+]
+
+PAGE = Path(__file__).parents[2] / "docs" / "hosts.md"
+PYTHON = "~/testbed/.venv/bin/python"
+OURS = ("split_inference_testbed", "__editable__", "__pycache__")
+
+
+@pytest.fixture(scope="module")
+def packages() -> Iterator[Path]:
+    """All that the testbed needs, and no testbed, for everybody to see."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        for place in (Path(path) for path in sys.path if Path(path).name == "site-packages"):
+            for entry in place.iterdir():
+                ours = entry.name.startswith(OURS) or entry.name.endswith(".pth")
+                if not ours and not (folder / entry.name).exists():
+                    (folder / entry.name).symlink_to(entry)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[dict[str, Host]]:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        Fabric.build(load_topology("edge-cloud"), "userspace") as fabric,
+    ):
+        patch.setenv("PYTHONPATH", "")
+        with bench({node: fabric.namespace(node) for node in ("edge", "cloud")}) as made:
+            yield made
+
+
+def equip(host: Host, packages: Path) -> None:
+    """An environment that the host's user made, in which there is everything but the testbed."""
+    with Ssh(host.url) as there:
+        status, _ = there.run([f"{sys.base_prefix}/bin/python3", "-m", "venv", "testbed/.venv"], within_s=120)
+    assert status == 0
+    (folder,) = host.home.glob("testbed/.venv/lib/python*/site-packages")
+    (folder / "theirs.pth").write_text(f"{packages}\n")
+
+
+def topology(folder: Path, **nodes: str) -> str:
+    lines = [f"  {name}: {{{text}}}" for name, text in nodes.items()]
+    path = folder / "hosts.yaml"
+    path.write_text(
+        "\n".join(["nodes:", *lines, "links:", "  - {name: access, a: edge, b: cloud, profile: measured}\n"])
+    )
+    return str(path)
+
+
+def both(hosts: dict[str, Host], folder: Path, python: str = PYTHON, more: str = "interface: eth0") -> str:
+    return topology(
+        folder, **{name: f"host: '{host.url}', python: {python}, {more}" for name, host in hosts.items()}
+    )
+
+
+def left(host: Host) -> list[str]:
+    """What lies in the user's home there, without what is in the environment; and what runs there for longer than a program may
+    take to leave."""
+    until = time.monotonic() + 8
+    while (running := host.programs()) and time.monotonic() < until:
+        time.sleep(0.1)
+    files = [file for file in host.files() if not file.startswith((".local", "testbed/"))]
+    return files + [" ".join(words) for words in running.values()]
+
+
+def line(said: Ended, *begins: str) -> str:
+    (found,) = (line for line in said.out.splitlines() if line.split()[: len(begins)] == [*begins])
+    return found
+
+
+def test_hosts_without_a_testbed_are_looked_at_all_the_same(hosts: dict[str, Host], tmp_path: Path) -> None:
+    said = command("hosts", both(hosts, tmp_path, "~/none/bin/python"))
+    assert said.status == 1
+    assert "testbed hosts install" in line(said, "edge", "python")
+    assert "MISSING  not installed" in line(said, "cloud", "testbed")
+    assert re.search(r"10\.0\.0\.2 on eth0, MTU \d+$", line(said, "cloud", "network"))
+    assert "from 10.0.0.1 on eth0" in line(said, "access", "edge", "to", "cloud")
+    assert [left(host) for host in hosts.values()] == [[], []]
+
+
+def test_what_ssh_resolves_to_is_where_data_arrives_unless_the_topology_says_otherwise(
+    hosts: dict[str, Host], tmp_path: Path
+) -> None:
+    said = command("hosts", both(hosts, tmp_path, "python3", "device: cpu"))
+    address = hosts["cloud"].address
+    assert f"{address} on mgmt0" in line(said, "cloud", "network")
+    assert "SSH comes by it, too" in line(said, "cloud", "network")
+    assert f"{address}: " in line(said, "access", "edge", "to", "cloud")  # no way from one to the other
+
+
+@pytest.mark.slow
+def test_install_puts_this_very_testbed_on_both_hosts_which_can_then_run(
+    hosts: dict[str, Host], packages: Path, tmp_path: Path
+) -> None:
+    for host in hosts.values():
+        equip(host, packages)
+    path = both(hosts, tmp_path)
+    done = command("hosts", "install", path, "--offline")
+    assert done.status == 0, done
+    assert [line.partition(": ")[0] for line in done.out.splitlines()] == ["edge", "cloud"]
+    said = command("hosts", path, "--json")
+    assert said.status == 0, said
+    found: dict[str, Any] = json.loads(said.out)
+    for name, host in hosts.items():
+        survey = found["nodes"][name]["survey"]
+        assert survey["testbed"]["digest"] == installing.digest()
+        assert survey["testbed"]["path"].startswith(f"/home/{host.user}/testbed/.venv/")
+        assert survey["ssh_address"] == host.address
+        assert left(host) == ["testbed"]
+    there, _ = found["paths"]
+    link = load_topology("edge-cloud").links[0].profile
+    assert there["rtt_s"] > link.up.delay_s  # by the emulated link, and not by the way of SSH
+    assert there["source"] == "10.0.0.1" and there["interface"] == "eth0"
+    assert command("clean", path).out == "nothing to remove\n"
+
+
+def test_a_host_that_is_not_there_is_one_line_and_the_other_is_looked_at(
+    hosts: dict[str, Host], tmp_path: Path
+) -> None:
+    edge, cloud = hosts["edge"], hosts["cloud"]
+    nobody = f"ssh://{cloud.user}@{cloud.address}:1"
+    path = topology(tmp_path, edge=f"host: '{edge.url}'", cloud=f"host: '{nobody}', python: {PYTHON}")
+    said = command("hosts", path)
+    assert said.status == 1
+    assert "MISSING  " in line(said, "cloud", "reached") and nobody in line(said, "cloud", "reached")
+    assert "3." in line(said, "edge", "python")
+    for arguments in (("hosts", "install", path), ("clean", path)):
+        done = command(*arguments)
+        assert done.status == 1
+        assert [text for text in done.errors.splitlines() if nobody in text]
+
+
+def test_a_system_python_is_no_environment_to_install_into(hosts: dict[str, Host], tmp_path: Path) -> None:
+    done = command("hosts", "install", both(hosts, tmp_path, "python3"))
+    assert done.status == 1
+    assert len(done.errors.splitlines()) == 2
+    assert all("python: python3 is in none" in text for text in done.errors.splitlines())
