@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from testbed.errors import NetworkError
 from testbed.hosts.host import Host, Process, host
@@ -23,6 +23,10 @@ class Loopback:
     """A `Network` without links."""
 
     emulation = "none"
+    apart = False
+
+    def described(self) -> dict[str, dict[str, Any]]:
+        return {}
 
     def host(self, node: str) -> Host:
         """This machine."""

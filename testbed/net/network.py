@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from testbed.net.profile.profile import Profile
 
@@ -21,6 +21,15 @@ class Network(Protocol):
     @property
     def emulation(self) -> str:
         """What imposes conditions on its links, as rows name it; ``none``: there are no links."""
+        ...
+
+    @property
+    def apart(self) -> bool:
+        """Whether its nodes have clocks, and processors, of their own."""
+        ...
+
+    def described(self) -> dict[str, dict[str, Any]]:
+        """By node, what there is to say of its host; empty: all are this machine."""
         ...
 
     def host(self, node: str) -> Host:

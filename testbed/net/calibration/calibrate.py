@@ -25,7 +25,7 @@ from testbed.net.calibration.checks import (
     loss_check,
     rate_check,
 )
-from testbed.net.calibration.outcome import Curve, Track
+from testbed.net.calibration.outcome import Course, Curve, Track
 from testbed.net.calibration.probes import (
     PARALLEL_BPS,
     PROBE_BYTES,
@@ -84,6 +84,7 @@ class Attempt:
     causes: tuple[str, ...] = ()
     curves: tuple[Curve, ...] = ()  # of a trace's rate
     tracks: tuple[Track, ...] = ()  # of its delay and loss
+    courses: tuple[Course, ...] = ()  # of a link that is what it is
 
     @property
     def ok(self) -> bool:
@@ -133,7 +134,11 @@ class Calibration:
                 | {"counters": {way: values.record() for way, values in attempt.counters.items()}}
                 | {
                     name: [asdict(line) for line in lines]
-                    for name, lines in (("curves", attempt.curves), ("tracks", attempt.tracks))
+                    for name, lines in (
+                        ("curves", attempt.curves),
+                        ("tracks", attempt.tracks),
+                        ("courses", attempt.courses),
+                    )
                     if lines
                 }
                 for attempt in self.attempts

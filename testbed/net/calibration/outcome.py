@@ -21,6 +21,7 @@ _SHOWN: dict[str, Callable[[float], str]] = {
     "loss": format_fraction,
     "jitter": format_time,
     "jitter distribution": lambda distance: f"{distance:.3f}",
+    "round trip": format_time,
     "burst": lambda packets: f"{packets:.3g}",
     "delay trace": format_time,
     "loss trace": format_fraction,
@@ -33,15 +34,19 @@ _FORMER = {"law": "jitter distribution", "curve": "rate shape", "total": "rate t
 """What checks were called in records of up to November 2026."""
 
 
+#: The tolerance of what nothing is asked of.
+RECORDED = "recorded"
+
+
 @dataclass(frozen=True)
 class Check:
     """One figure of one way. Rates in bits per second, delays in seconds, losses as fractions."""
 
     way: str
     what: str
-    """"rate", "delay", "loss"; "jitter" (standard deviation), "jitter distribution" (distance from it), "burst" (packets). Of a
-    trace: "rate shape" (correlation), "rate trace" (bytes), "delay trace" (seconds off), "loss trace", "loss shape" (chi-square a
-    degree of freedom)."""
+    """"rate", "delay", "loss"; "round trip" (of both ways); "jitter" (standard deviation), "jitter distribution" (distance from
+    it), "burst" (packets). Of a trace: "rate shape" (correlation), "rate trace" (bytes), "delay trace" (seconds off), "loss
+    trace", "loss shape" (chi-square a degree of freedom)."""
     asked: float | None  # None: no limit
     measured: float | None = None  # None: nothing arrived
     low: float | None = None  # 99 % interval of what was measured
@@ -71,6 +76,10 @@ class Check:
         except TestbedError:
             return None
 
+    @property
+    def _nothing_asked(self) -> str:
+        return "as it is" if self.tolerance.startswith(RECORDED) else "no limit"
+
     def line(self) -> dict[str, object]:
         """The figure as text: ``asked``, ``measured``, ``error``; with ``way``, ``what``, ``ok``."""
         show = _SHOWN.get(self.what, str)
@@ -83,7 +92,7 @@ class Check:
         return {
             "way": self.way,
             "what": self.what,
-            "asked": "no limit" if self.asked is None else show(self.asked),
+            "asked": self._nothing_asked if self.asked is None else show(self.asked),
             "measured": "nothing arrived" if self.measured is None else show(self.measured),
             "error": error,
             "ok": self.ok is not False,
@@ -135,6 +144,16 @@ class Track:
 
     def __post_init__(self) -> None:
         _check_columns(self.asked, self.measured)
+
+
+@dataclass(frozen=True)
+class Course:
+    """How one figure of one way went over the time of a measurement: medians over equal parts; None where no probe tells."""
+
+    way: Way
+    what: Literal["rate", "excess delay"]  # bits per second; seconds over the least
+    bin_s: float
+    measured: tuple[float | None, ...]
 
 
 def _check_columns(asked: Sequence[float | None], measured: Sequence[float | None]) -> None:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from testbed.errors import NetworkError
+from testbed.hosts.host import Process
 from testbed.hosts.namespaces import call_inside
 from testbed.net.calibration import prober
 from testbed.net.calibration.prober import MESSAGE, UDP_OVERHEAD
@@ -75,15 +76,23 @@ class Prober:
             for sock, peer in zip(sockets, reversed(sockets), strict=True):
                 opened.enter_context(sock)
                 sock.connect(peer.getsockname())
-            self._processes = {way: _start(sock, urgent) for way, sock in zip(WAYS, sockets, strict=True)}
+            self._processes: dict[Way, subprocess.Popen[bytes] | Process] = {
+                way: _start(sock, urgent) for way, sock in zip(WAYS, sockets, strict=True)
+            }
+
+    @classmethod
+    def of(cls, processes: Mapping[Way, Process]) -> Prober:
+        """Of probing processes that run already, by the way that each sends; they are somebody else's to end."""
+        prober = cls.__new__(cls)
+        prober._phase, prober._processes = 0, dict(processes)
+        return prober
 
     def __enter__(self) -> Prober:
         return self
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes.values():
-            process.kill()
-            process.communicate()
+            _last_words(process)
 
     def run(self, trains: Mapping[Way, PacketTrain], settle_s: float) -> dict[Way, Arrived]:
         """Sends the trains (``up``, ``down`` or both at once) and waits *settle_s* after the last packet.
@@ -137,20 +146,28 @@ def _start(sock: socket.socket, urgent: bool) -> subprocess.Popen[bytes]:
     )
 
 
-def _order(process: subprocess.Popen[bytes], order: dict[str, Any]) -> None:
+def _last_words(process: subprocess.Popen[bytes] | Process) -> str:
+    """Of a process that is ended here."""
+    process.kill()
+    if not isinstance(process, subprocess.Popen):
+        return process.last_words()
+    return " ".join(process.communicate()[1].decode(errors="replace").strip().splitlines()[-1:])
+
+
+def _order(process: subprocess.Popen[bytes] | Process, order: dict[str, Any]) -> None:
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # reading the answer says what happened
-        process.stdin.write(json.dumps(order).encode() + b"\n")
+        os.write(process.stdin.fileno(), json.dumps(order).encode() + b"\n")
 
 
-def _line(process: subprocess.Popen[bytes], longest_s: float = 0.0) -> bytes:
+def _line(process: subprocess.Popen[bytes] | Process, longest_s: float = 0.0) -> bytes:
     line = b""
     while not line.endswith(b"\n"):
         line += _read(process, 1, longest_s)
     return line
 
 
-def _read(process: subprocess.Popen[bytes], size: int, longest_s: float = 0.0) -> bytes:
+def _read(process: subprocess.Popen[bytes] | Process, size: int, longest_s: float = 0.0) -> bytes:
     """Exactly *size* bytes of a process's answer. Raises NetworkError when it ends before, or takes far longer than
     *longest_s*."""
     assert process.stdout is not None
@@ -160,9 +177,7 @@ def _read(process: subprocess.Popen[bytes], size: int, longest_s: float = 0.0) -
             raise NetworkError("a probing process does not answer; is the processor overloaded?")
         piece = os.read(process.stdout.fileno(), size - len(data))
         if not piece:
-            process.kill()
-            complaints = process.communicate()[1].decode(errors="replace").strip().splitlines()[-1:]
-            raise NetworkError(f"a probing process failed: {' '.join(complaints) or 'killed'}")
+            raise NetworkError(f"a probing process failed: {_last_words(process) or 'killed'}")
         data += piece
     return data
 

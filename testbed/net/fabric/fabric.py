@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from testbed import files
 from testbed.errors import NetworkError
@@ -187,6 +187,11 @@ class Fabric:
     @property
     def emulation(self) -> str:
         return self.emulator.name
+
+    apart = False
+
+    def described(self) -> dict[str, dict[str, Any]]:
+        return {}
 
     def host(self, node: str) -> Host:
         return hosts.host("namespace", name=self.namespace(node))
