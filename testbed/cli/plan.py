@@ -38,7 +38,7 @@ def plan(scenario: str, **changes: Any) -> Any:
             c["transport"],
             c["profile"],
             format_size(c["payload_bytes"]),
-            format_time(c["transmit_s"]),
+            "unknown" if c["transmit_s"] is None else format_time(c["transmit_s"]),
         ]
         for c in cells
     ]
@@ -50,7 +50,8 @@ def plan(scenario: str, **changes: Any) -> Any:
     if estimator.model is None:
         model = planned.scenario.models.cloud
         text += f"\nmodel {model}: no configuration at hand, so cache sizes are unknown"
-    found = borders(estimator)
+    measured = any(profile.measured for profile in planned.profiles)  # of which nothing is known beforehand
+    found = [] if measured else borders(estimator)
     text += _borders(found)
     remarks = [remark for profile in planned.profiles for remark in profile.remarks()]
     text += "".join(f"\n{remark}" for remark in remarks)

@@ -14,6 +14,7 @@ from testbed.errors import StorageError, TestbedError, UsageError
 
 if TYPE_CHECKING:
     from testbed.experiment.runner import Runner
+    from testbed.experiment.scenario import Plan
 
 INTERRUPTED = 130
 
@@ -46,7 +47,6 @@ def run(
     """Run SCENARIO (a file, or the name of a shipped one): network, model, trials, plots."""
     from testbed.experiment import runner
     from testbed.experiment.plan import load_plan, moved
-    from testbed.net.fabric import removal
 
     if (scenario is None) == (resumed is None):
         raise UsageError("name a scenario to run, or a directory with --resume, and not both")
@@ -54,8 +54,7 @@ def run(
     if resumed is not None:
         if any(value for value in (*changes.values(), out)):
             raise UsageError("--resume continues a run as it was; leave the other options away")
-        require_root()
-        removal.clean()
+        _make_way(runner.plan_of(resumed))
         started = runner.resume(resumed, show, accept_uncalibrated)
         for sentence in moved(started.directory.manifest().get("asked"), started.plan.scenario.models.edge):
             show.line(sentence)
@@ -64,13 +63,21 @@ def run(
         plan = load_plan(scenario, **changes)
         for remark in dict.fromkeys(note for profile in plan.profiles for note in profile.remarks()):
             click.echo(f"testbed: {remark}", err=True)
-        require_root()
-        removal.clean()
+        _make_way(plan)
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         started = runner.start(
             plan, out or Path("results") / f"{plan.scenario.name}-{stamp}", show, accept_uncalibrated
         )
     return _execute(started, show)
+
+
+def _make_way(plan: Plan) -> None:
+    """Networks of this machine are root's to build, and what dead runs left of them goes; hosts see to that themselves."""
+    from testbed.net.fabric import removal
+
+    if plan.topology.kind == "namespaces":
+        require_root()
+        removal.clean()
 
 
 def _execute(started: Runner, show: Console) -> int:

@@ -165,7 +165,7 @@ class Estimator:
                 "transport": str(cell.transport),
                 "profile": cell.profile.name,
                 "payload_bytes": round(self.payload_bytes(cell)),
-                "transmit_s": self.transmit_s(cell),
+                "transmit_s": None if cell.profile.measured else self.transmit_s(cell),
                 "trial_s": self.seconds(cell),
                 "trials": self.plan.scenario.examples_of(cell.task) * self.plan.scenario.repeats,
             }

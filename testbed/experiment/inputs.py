@@ -51,7 +51,8 @@ def described(plan: Plan) -> dict[str, str]:
             if isinstance(law, JitterTable):
                 paths[f"jitter table {law.path}"] = law.found()
     commits = {}
-    for name in dict.fromkeys((plan.scenario.models.edge, plan.scenario.models.cloud)):
+    here = plan.topology.kind == "namespaces"  # hosts have models of their own
+    for name in dict.fromkeys((plan.scenario.models.edge, plan.scenario.models.cloud) if here else ()):
         model = resolve(name)
         if model.path is not None:
             paths[f"model {name}"] = model.path

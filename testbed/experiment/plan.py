@@ -21,6 +21,7 @@ from testbed.codecs.spec import parse as parse_codec
 from testbed.delivery.delivery import Pipelined
 from testbed.errors import SpecError, UsageError
 from testbed.experiment.devices import look_up
+from testbed.experiment.on_hosts import on_hosts
 from testbed.experiment.row import SENDING
 from testbed.experiment.scenario import EXAMPLES, OF_TWO_MODELS, Models, Plan, Scenario
 from testbed.models.shapes import find_shape, is_shape
@@ -126,6 +127,10 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     _check_nodes(scenario, topology, place)
     link = _swept_link(scenario, topology, place)
     _check_links([*given, *scenario.links], topology, place)
+    if topology.kind == "hosts":
+        scenario = on_hosts(scenario, topology, link, place)
+    elif not scenario.profiles and link not in given:
+        raise SpecError(f"{place}: profiles is missing")
     if link in given:
         profiles: tuple[Profile, ...] = (_looked_up(f"--link {link}", lambda: parse_profile(given[link])),)
         scenario = scenario.model_copy(update={"profiles": [given[link]]})
@@ -142,6 +147,8 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     _check_decoding(scenario, place)
     conditions = _under(topology, scenario, place)
     plan = Plan(scenario, conditions, link, profiles, _tasks(scenario, place), asked, devices)
+    for profile in profiles:
+        _at(f"{place}: profiles", partial(plan.under, profile))
     _check_extent(plan, place)
     return plan
 
@@ -327,7 +334,10 @@ def _check_extent(plan: Plan, place: str) -> None:
 
 
 def _check_rate(kind: Transport, profile: Profile, place: str) -> None:
-    """Raises SpecError where the link is faster than the transport: not the link would be measured."""
+    """Raises SpecError where the link is faster than the transport: not the link would be measured. Nobody knows beforehand what
+    a measured one has."""
+    if profile.measured:
+        return
     peak = profile.steady(peak=True)
     rate = max(math.inf if way.rate_bps is None else way.rate_bps for way in (peak.up, peak.down))
     if rate > kind.keeps_up_bps:

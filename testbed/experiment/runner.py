@@ -165,6 +165,7 @@ class Runner:
                 "trials": self._expected,
                 "starts": [*self.directory.entries("manifest.json", "starts"), utc_now()],
                 "host": describe_host(),
+                **({"hosts": hosts} if (hosts := self.session.network.described()) else {}),
                 "command": sys.argv,
             },
         )
@@ -211,7 +212,9 @@ class Runner:
         def write(start: Start) -> None:
             self.directory.write("compute.json", {"format": FORMAT, "starts": [*before, start.record()]})
 
-        gate = Gate(self.session.pair, edge == cloud and self.scenario.one_model, write)
+        # Of two machines nobody says that they should be alike.
+        alike = edge == cloud and self.scenario.one_model and not self.session.network.apart
+        gate = Gate(self.session.pair, alike, write)
         gate.open(self.accept_uncalibrated)
         return gate
 
@@ -348,6 +351,8 @@ def other_threads(rows: Iterable[dict[str, Any]], threads: int) -> str:
 
 def check_ready(plan: Plan) -> None:
     """What can be known to fail before anything is written or built. Raises UsageError."""
+    if plan.topology.kind == "hosts":  # who have the models, and say so where they do not
+        return
     for model in (plan.scenario.models.edge, plan.scenario.models.cloud):
         resolve(model)
     require_tools(plan.flows())
@@ -386,15 +391,21 @@ def begin(plan: Plan, out: Path) -> RunDirectory:
     return directory
 
 
-def resume(path: Path, watch: Watcher, accept_uncalibrated: bool) -> Runner:
-    """Take up the run in `path` where it ended: what has no row and what failed. Raises UsageError where it is none."""
+def plan_of(path: Path) -> Plan:
+    """The plan of the run in `path`. Raises UsageError where it is none."""
     from testbed.experiment.plan import make_plan
 
     directory = RunDirectory.open(path)
+    with lookup.among(inputs.kept_traces(directory.manifest().get("traces"), path.absolute())):
+        return make_plan(directory.settings(), str(path / "manifest.json"))
+
+
+def resume(path: Path, watch: Watcher, accept_uncalibrated: bool) -> Runner:
+    """Take up the run in `path` where it ended: what has no row and what failed. Raises UsageError where it is none."""
+    directory = RunDirectory.open(path)
     for name in _CONTINUED:
         directory.entries(name, "")  # unreadable is better said now than after the trials
-    with lookup.among(inputs.kept_traces(directory.manifest().get("traces"), path.absolute())):
-        plan = make_plan(directory.settings(), str(path / "manifest.json"))
+    plan = plan_of(path)
     check_ready(plan)
     inputs.check_unchanged(directory.manifest().get("inputs"), plan)
     runner = Runner(plan, directory, watch, accept_uncalibrated)

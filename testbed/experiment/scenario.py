@@ -164,7 +164,8 @@ class Scenario(BaseModel):
     cloud: str = "cloud"  #: node that answers
     #: the link whose profile is swept; None: the topology's only one, or its "bottleneck"
     link: str | None = None
-    profiles: Annotated[list[Any], BeforeValidator(_listed), Field(min_length=1)]
+    #: of the swept link; none: between hosts, its own
+    profiles: Annotated[list[Any], BeforeValidator(_listed), Field(min_length=1)] = []
     model: Annotated[
         str | InstanceOf[Models], BeforeValidator(_model), PlainSerializer(_written, when_used="json")
     ] = "smollm2-135m"

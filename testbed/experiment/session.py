@@ -45,13 +45,20 @@ Opening = Callable[[Plan, RunDirectory, Callable[[str], None]], contextlib.Abstr
 
 @contextlib.contextmanager
 def across_links(plan: Plan, directory: RunDirectory, say: Callable[[str], None]) -> Iterator[Session]:
-    """The scenario's topology in namespaces, edge and cloud each a process on its node. Raises UsageError, NetworkError,
-    EndpointError."""
-    say("building the network")
-    captures = directory.path / "captures"
+    """The scenario's topology, in namespaces or on hosts of their own, edge and cloud each a process on its node. Raises
+    UsageError, NetworkError, EndpointError."""
     topology = plan.under(plan.profiles[0])
     with contextlib.ExitStack() as stack:
-        network = stack.enter_context(Fabric.build(topology, plan.scenario.emulator, captures=captures))
+        network: Network
+        if topology.kind == "hosts":
+            from testbed.net.real.real import Real
+
+            say(f"reaching {', '.join(str(node.host) for node in topology.nodes)}")
+            network = stack.enter_context(Real.open(topology))
+        else:
+            say("building the network")
+            captures = directory.path / "captures"
+            network = stack.enter_context(Fabric.build(topology, plan.scenario.emulator, captures=captures))
         edge = stack.enter_context(_endpoint("edge", network.host(plan.scenario.edge), directory))
         cloud = stack.enter_context(_endpoint("cloud", network.host(plan.scenario.cloud), directory))
         yield Session(plan, network, Pair(plan, edge, cloud, network.check))

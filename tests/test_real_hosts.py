@@ -1,0 +1,251 @@
+"""Whole runs over SSH: edge and cloud on hosts of their own, between them an emulated link that they know nothing of, and the way
+to them apart from it. This test is the orchestrator."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from testbed.experiment.deployment import Pair
+from testbed.net.calibration.calibrate import Attempt, Calibration
+from testbed.net.fabric.fabric import Fabric
+from testbed.net.profile.profile import parse_profile
+from testbed.net.real.real import Real
+from testbed.net.topology.topology import Link, Node, Topology
+from tests.command import command, hear_signals
+from tests.hosts import bench as benches
+from tests.hosts.bench import Host, bench
+from tests.runs import rows, run, undrawn, unmeasured
+
+ROOT = Path(__file__).parents[1]
+UNDER = "rate=20mbit,delay=5ms"
+SCENARIO = """\
+name: tiny
+placements: [split, cloud, edge]
+codecs: [fp16, int8, q2c@0.25+int4]
+delivery: [whole, stream(chunk=128)]
+tasks: [needle]
+context_tokens: 300
+examples: 2
+threads: 1
+max_new_tokens: 6
+"""
+SAME = (
+    "answer",
+    "payload_bytes",
+    "payload_digest",
+    "tokens_kept",
+    "kept_digest",
+    "kv_bytes",
+    "score",
+    "nll",
+    "kl",
+)
+
+pytestmark = [
+    pytest.mark.netns,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("own_state"),
+    pytest.mark.skipif(bool(benches.missing()), reason=benches.missing() or "-"),
+]
+
+
+@pytest.fixture(scope="module")
+def hosts(tiny_model: Callable[[str], Path]) -> Iterator[dict[str, Host]]:
+    between = Topology(
+        "between", (Node("edge"), Node("cloud")), (Link("access", "edge", "cloud", parse_profile(UNDER)),)
+    )
+    for part in tiny_model("llama").iterdir():  # hosts have users of their own
+        part.chmod(0o644)
+    with Fabric.build(between, "userspace") as fabric:
+        nodes = {name: fabric.namespace(name) for name in ("edge", "cloud")}
+        with bench(nodes, shown=[tiny_model("llama")]) as made:
+            yield made
+
+
+@pytest.fixture(scope="module")
+def scenario(
+    tiny_model: Callable[[str], Path], hosts: dict[str, Host], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A scenario whose topology is those hosts."""
+    path = tmp_path_factory.mktemp("scenario")
+    ends = ", ".join(
+        f"{name}: {{host: '{host.url}', python: {sys.executable}, interface: eth0, device: cpu}}"
+        for name, host in hosts.items()
+    )
+    (path / "real.yaml").write_text(
+        f"nodes: {{{ends}}}\nlinks: [{{name: access, a: edge, b: cloud, profile: measured}}]\n"
+    )
+    (path / "tiny.yaml").write_text(f"{SCENARIO}model: {tiny_model('llama')}\ntopology: real.yaml\n")
+    return path / "tiny.yaml"
+
+
+@pytest.fixture
+def unmeasured_hosts() -> Iterator[None]:
+    """The link is not measured, which passes as a measurement that found nothing."""
+
+    def passed(real: Real, link: str, profile: Any) -> Calibration:
+        return Calibration(link, profile.name, real.emulation, (Attempt((), {}),))
+
+    with undrawn(), patch.object(Real, "calibrate", passed):
+        yield
+
+
+def nothing_runs(hosts: dict[str, Host], seconds: float = 10.0) -> bool:
+    """Whether no program of ours is left on any host, after so long at most."""
+    until = time.monotonic() + seconds
+    while any(host.programs() for host in hosts.values()) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not any(host.programs() for host in hosts.values())
+
+
+def files_left(hosts: dict[str, Host]) -> list[str]:
+    """What lies in the hosts' homes, directories and caches aside."""
+    return [
+        f"{name}:{path}"
+        for name, host in hosts.items()
+        for path in host.files()
+        if (host.home / path).is_file() and not path.startswith(".cache/")
+    ]
+
+
+def by_cell(found: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    keys = ("placement", "codec", "delivery", "example", "repeat")
+    return {tuple(row[key] for key in keys): row for row in found}
+
+
+def test_a_run_over_ssh_gives_what_the_local_run_gives(
+    scenario: Path, hosts: dict[str, Host], tmp_path: Path
+) -> None:
+    with undrawn():
+        there = run(str(scenario), "--out", str(tmp_path / "there"))
+    assert there.status == 0, there.errors
+    assert nothing_runs(hosts)
+    assert files_left(hosts) == []
+    with unmeasured():
+        here = run(
+            str(scenario),
+            "--out",
+            str(tmp_path / "here"),
+            topology="edge-cloud",
+            profiles=[UNDER],
+            emulator="userspace",
+        )
+    assert here.status == 0, here.errors
+    remote, local = by_cell(rows(tmp_path / "there")), by_cell(rows(tmp_path / "here"))
+    assert remote.keys() == local.keys()
+    assert len(remote) == len(rows(tmp_path / "there")) == 2 * (2 * 3 + 1 + 1)
+    for cell, row in remote.items():
+        assert row["error"] == "" and row["emulator"] == "real" and row["profile"] == "measured"
+        assert {key: row[key] for key in SAME} == {key: local[cell][key] for key in SAME}, cell
+    ratios = [
+        remote[cell]["transmit_s"] / local[cell]["transmit_s"]
+        for cell in remote
+        if cell[0] != "edge"
+        and remote[cell]["transmit_s"] is not None
+        and local[cell]["payload_bytes"] > 10_000
+    ]
+    print(
+        f"transmit_s over SSH's hosts / local: median {statistics.median(ratios):.3f}, "
+        f"{min(ratios):.3f} to {max(ratios):.3f}, n = {len(ratios)}"
+    )
+    manifest = json.loads((tmp_path / "there/manifest.json").read_text())
+    assert {side: about["host"] for side, about in manifest["hosts"].items()} == {
+        n: h.url for n, h in hosts.items()
+    }
+    (link,) = json.loads((tmp_path / "there/calibration.json").read_text())["measurements"]
+    assert link["ok"] and {check["ok"] for check in link["attempts"][0]["checks"]} == {None}
+    assert command("report", str(tmp_path / "there")).status == 0
+
+
+def started(*arguments: str) -> subprocess.Popen[str]:
+    """A run in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.runs", "run", *arguments, "--accept-uncalibrated"],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=hear_signals,
+    )  # fmt: skip
+
+
+def rows_in(out: Path) -> int:
+    written = out / "trials.jsonl"
+    return written.read_bytes().count(b"\n") if written.exists() else 0
+
+
+def test_a_killed_orchestrator_leaves_nothing_and_its_run_is_resumed_each_trial_once(
+    scenario: Path, hosts: dict[str, Host], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = started(str(scenario), "--out", str(out), "--set", "examples=4")
+    try:
+        until = time.monotonic() + 120
+        while rows_in(out) < 3 and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert any(host.programs() for host in hosts.values())
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    begun = rows_in(out)
+    cleaned = command("clean", str(scenario.parent / "real.yaml"))
+    assert cleaned.status == 0, cleaned.errors
+    assert nothing_runs(hosts)
+    assert files_left(hosts) == []
+    with undrawn():
+        done = command("run", "--resume", str(out), "--accept-uncalibrated")
+    assert done.status == 0, done.errors
+    made = rows(out)
+    assert begun < len(made) == len({row["trial"] for row in made}) == 4 * (2 * 3 + 1 + 1)
+    assert not any(row["error"] for row in made)
+    assert nothing_runs(hosts)
+
+
+PHASES: dict[str, tuple[Any, str]] = {
+    "loading": (Pair, "load"),
+    "preparing": (Pair, "prepare"),
+    "listening": (Pair, "serve"),
+    "computing": (Pair, "compute"),
+    "measuring": (Real, "calibrate"),
+    "answering": (Pair, "trial"),
+    "examining": (Pair, "outcome"),
+}
+
+
+@pytest.mark.usefixtures("unmeasured_hosts")
+@pytest.mark.parametrize(
+    ("phase", "lost"), list(zip(PHASES, itertools.cycle(("edge", "cloud")), strict=False))
+)
+def test_a_connection_that_is_lost_ends_the_run_in_one_line_with_whole_rows(
+    scenario: Path, hosts: dict[str, Host], tmp_path: Path, phase: str, lost: str
+) -> None:
+    out, (kind, method) = tmp_path / "out", PHASES[phase]
+    before, calls = getattr(kind, method), []
+
+    def losing(*given: Any, **named: Any) -> Any:
+        calls.append(method)
+        if len(calls) == (4 if method in ("trial", "outcome") else 1):
+            assert hosts[lost].sever() > 0
+        return before(*given, **named)
+
+    with patch.object(kind, method, losing):
+        ended = run(
+            str(scenario), "--out", str(out), placements=["cloud", "edge"], codecs=["int8"], examples=6
+        )
+    assert ended.status == 1, ended.errors
+    (said,) = [line for line in ended.errors.splitlines() if line.startswith("testbed: ")]
+    assert lost in said
+    assert "Traceback" not in ended.errors
+    assert all(row["error"] == "" for row in rows(out)) if (out / "trials.jsonl").exists() else True
+    assert nothing_runs(hosts)
