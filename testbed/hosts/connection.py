@@ -12,6 +12,7 @@ import logging
 import shlex
 import socket
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from testbed.hosts.address import parse_address
 #: How long until a host has answered, in each step; how long one may be silent before it counts as lost.
 _CONNECT_S, _KEEPALIVE_S, _SILENT_S = 15.0, 5.0, 20.0
 _MOST_JUMPS = 8
+
+#: What paramiko raises where a connection, or a session on it, has ended.
+LOST = (paramiko.SSHException, OSError, EOFError)
 
 _log = logging.getLogger("paramiko")
 _log.addHandler(logging.NullHandler())
@@ -84,14 +88,14 @@ class Connection:
         assert transport is not None
         try:
             return transport.open_session(timeout=_CONNECT_S)
-        except (paramiko.SSHException, OSError, EOFError) as error:
+        except LOST as error:
             raise EndpointError(
                 f"{self.where.address}: no session on its connection: {_words(error)}"
             ) from error
 
     def addresses(self) -> tuple[str, str]:
         """Ours and the host's, as its connection has them. Raises as `open` does."""
-        self.open().close()
+        end(self.open())
         transport = self._clients[-1].get_transport()
         sock = transport.sock if transport is not None else None
         if isinstance(sock, socket.socket):
@@ -106,6 +110,21 @@ class Connection:
         while self._clients:
             with contextlib.suppress(Exception):
                 self._clients.pop().close()
+
+
+def end(session: paramiko.Channel) -> None:
+    """Close a session, whose connection may be lost."""
+    with contextlib.suppress(*LOST):
+        session.close()
+
+
+@contextlib.contextmanager
+def ending(session: paramiko.Channel) -> Iterator[None]:
+    """Close a session at the block's end."""
+    try:
+        yield
+    finally:
+        end(session)
 
 
 def _connected(place: Where, jumps: int = 0) -> list[paramiko.SSHClient]:
@@ -143,7 +162,7 @@ def _connected(place: Where, jumps: int = 0) -> list[paramiko.SSHClient]:
     except BaseException as error:
         for each in (client, *reversed(clients)):
             each.close()
-        if isinstance(error, (OSError, EOFError, paramiko.SSHException, ValueError)):
+        if isinstance(error, (*LOST, ValueError)):
             raise _translated(error, place) from error
         raise
 

@@ -156,9 +156,7 @@ def keep(asked: dict[str, Any], say: _Saying) -> None:
         os.write(goes, b"1")  # what it prints is behind that
         _beside(program, waking, say)
     finally:
-        for end in (os.killpg, os.kill):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                end(program, signal.SIGKILL)
+        _kill(program)
         _, fate = os.waitpid(program, 0)
         with contextlib.suppress(OSError):
             record.unlink()
@@ -183,6 +181,12 @@ def _become(
         os.write(2, f"{argv[0]}: {error.strerror}\n".encode())
     finally:
         os._exit(127)
+
+
+def _kill(program: int) -> None:
+    for end in (os.killpg, os.kill):  # it may not be of a group of its own yet
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            end(program, signal.SIGKILL)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -223,11 +227,11 @@ def _beside(pid: int, waking: int, say: _Saying) -> None:
         elif stopped_at is None:
             stopped_at = now
         elif now - stopped_at > STOPPED_S:
-            os.killpg(pid, signal.SIGKILL)
+            _kill(pid)
             say(2, {"stopped_s": now - stopped_at})
             return
         if kill_at is not None and now > kill_at:
-            os.killpg(pid, signal.SIGKILL)
+            _kill(pid)
             return
 
 

@@ -36,7 +36,7 @@ from testbed import files
 from testbed.deadline import Deadline
 from testbed.errors import EndpointError, StorageError
 from testbed.hosts import namespaces, processes, remote
-from testbed.hosts.connection import Connection
+from testbed.hosts.connection import LOST, Connection, end, ending
 from testbed.hosts.ssh_process import LIVING, SshProcess
 
 #: What is read as Python starts there; it has no character that a shell minds between apostrophes.
@@ -90,7 +90,7 @@ class Ssh:
             size = None if given is None else len(given)
             channel, told, rest, mark = self._ask("keep", data, **asked, stdin=size)
             if "error" in told:
-                channel.close()
+                end(channel)
                 raise EndpointError(f"{self.address}: cannot start {argv[0]}: {_remedied(told)}")
         except BaseException:
             if printed is not None:
@@ -136,12 +136,12 @@ class Ssh:
                 channel, told, *_ = self._ask("put", file, **about)
         except OSError as error:
             raise StorageError(f"{source}: {error.strerror}") from error
-        channel.close()
+        end(channel)
         self._stored(told, "written")
 
     def get(self, source: Path, target: Path) -> None:
         channel, told, data, _ = self._ask("get", path=str(source))
-        with contextlib.closing(channel):
+        with ending(channel):
             self._stored(told, "read")
             with files.replacing(target, told["mode"]) as temporary, temporary.open("wb") as file:
                 left, deadline = told["size"], Deadline(_FILE_S)
@@ -168,7 +168,7 @@ class Ssh:
     def clock(self) -> tuple[float, float]:
         channel, *_ = self._ask("clock")
         best = (0.0, float("inf"))
-        with contextlib.closing(channel):
+        with ending(channel):
             for _ in range(_EXCHANGES):
                 before = time.monotonic()
                 self._send(channel, b"?")
@@ -190,7 +190,7 @@ class Ssh:
         `others`: that is ended too.
         """
         channel, records, rest, mark = self._ask("clean")
-        with contextlib.closing(channel):
+        with ending(channel):
             dead = [name for name, record in records.items() if others or not _lives(name, record)]
             data = json.dumps(dead).encode()
             self._send(channel, _HEADER.pack(len(data)) + data)
@@ -208,7 +208,7 @@ class Ssh:
 
     def _answer(self, work: str, **asked: Any) -> Any:
         channel, told, *_ = self._ask(work, **asked)
-        channel.close()
+        end(channel)
         if isinstance(told, dict) and "error" in told:
             raise EndpointError(f"{self.address}: {_remedied(told)}")
         return told
@@ -232,15 +232,15 @@ class Ssh:
                 pieces = [data] if isinstance(data, bytes) else iter(lambda: data.read(1 << 20), b"")
                 for piece in pieces:
                     channel.sendall(piece)
-            except OSError as error:  # it may have said why
+            except LOST as error:  # it may have said why
                 if isinstance(error, TimeoutError):
                     raise
             return channel, *self._told(channel, mark, b""), mark
-        except (paramiko.SSHException, OSError, EOFError) as error:
-            channel.close()
+        except LOST as error:
+            end(channel)
             raise EndpointError(f"{self.address}: {self._fate(error)}") from error
         except BaseException:
-            channel.close()
+            end(channel)
             raise
 
     def _told(self, channel: paramiko.Channel, mark: bytes, data: bytes) -> tuple[Any, bytes]:
@@ -263,7 +263,7 @@ class Ssh:
             return self._fate()
         status = channel.exit_status if channel.status_event.wait(1.0) else -1
         said = b""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(*LOST):
             channel.settimeout(0.2)
             said = channel.recv_stderr(1 << 16)
         if status in (126, 127):
@@ -276,11 +276,13 @@ class Ssh:
             return channel.recv(1 << 16)
         except TimeoutError as error:
             raise EndpointError(f"{self.address}: no answer within {deadline}") from error
+        except LOST:
+            return b""
 
     def _send(self, channel: paramiko.Channel, data: bytes) -> None:
         try:
             channel.sendall(data)
-        except OSError as error:
+        except LOST as error:
             raise EndpointError(f"{self.address}: {self._fate(error)}") from error
 
     def _fate(self, error: BaseException | None = None) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import paramiko
 from testbed import files
 from testbed.errors import StorageError, TestbedError
 from testbed.hosts.channel import Channel
+from testbed.hosts.connection import LOST, end
 from testbed.hosts.remote import LEAVE_S, MARK
 
 if TYPE_CHECKING:
@@ -112,14 +114,14 @@ class SshProcess:
                 stream.close()
         if self.status(LEAVE_S) is None:
             self.kill()
-        self._session.close()
+        end(self._session)
         self._ended.wait(_AT_ONCE_S)
         for pump in self._pumps:
             pump.join(_AT_ONCE_S)
         self._printed.close()
 
     def _give(self, given: int) -> None:
-        with os.fdopen(given, "rb", buffering=0) as pipe, contextlib.suppress(OSError):
+        with os.fdopen(given, "rb", buffering=0) as pipe, contextlib.suppress(*LOST):
             while piece := pipe.read(_PIECE):
                 self._session.sendall(piece)
             self._session.shutdown_write()
@@ -127,7 +129,7 @@ class SshProcess:
     def _take(self, made: int, piece: bytes) -> None:
         with os.fdopen(made, "wb", buffering=0) as pipe:
             read = True
-            while piece or (piece := self._session.recv(_PIECE)):
+            while piece or (piece := _received(self._session.recv)):
                 try:
                     while read and piece:
                         piece = piece[pipe.write(piece) :]
@@ -137,7 +139,7 @@ class SshProcess:
 
     def _listen(self) -> None:
         held = b""
-        while piece := self._session.recv_stderr(_PIECE):
+        while piece := _received(self._session.recv_stderr):
             held = self._kept(held + piece)
         self._print(held)
         if self._fate is None:
@@ -177,3 +179,11 @@ class SshProcess:
             self._printed.seek(0, os.SEEK_END)
             self._printed.write(data)
             self._printed.flush()
+
+
+def _received(receive: Callable[[int], bytes]) -> bytes:
+    """What comes next; empty at the end, also that of the connection."""
+    try:
+        return receive(_PIECE)
+    except LOST:
+        return b""
