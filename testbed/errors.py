@@ -44,6 +44,10 @@ class NotFiniteError(TestbedError):
     """A model's caches or logits are NaN or infinite: what would be measured with them says nothing."""
 
 
+class OutOfMemory(TestbedError):
+    """A computation found no room in memory, a GPU's or the host's; what it had of it is free again."""
+
+
 class LateError(TestbedError):
     """What a computation asked for did not come."""
 

@@ -29,10 +29,11 @@ from testbed.endpoints.protocol import (
     Read,
     Serve,
 )
+from testbed.endpoints.room import ran_out, within_memory
 from testbed.endpoints.scouted import own_choice, scouted
 from testbed.endpoints.sessions import Admission, Served, Session, Sessions
 from testbed.endpoints.side import Handlers, InferenceSide, digest, held, main, wait_until
-from testbed.errors import NotFiniteError, PayloadError, SpecError, TestbedError, WireError
+from testbed.errors import NotFiniteError, OutOfMemory, PayloadError, SpecError, TestbedError, WireError
 from testbed.transport import wire
 from testbed.transport.transport import Listener, Stream
 from testbed.transport.transport import parse as parse_transport
@@ -169,6 +170,9 @@ class Cloud(InferenceSide):
         except TestbedError as error:
             self._complain(connection, 0, str(error))
         except Exception as error:
+            if line := ran_out(error):
+                self._complain(connection, 0, line)
+                return
             self._complain(connection, 0, f"{type(error).__name__}: {error}")
             raise
 
@@ -225,8 +229,8 @@ class Cloud(InferenceSide):
                 raise WireError(
                     f"the request names a prefix {request.prefix[:64]!r} that this side does not know"
                 )
-            answer(Answering(self, self._sessions, connection, request))
-        except (NotFiniteError, PayloadError, WireError) as error:
+            within_memory(lambda: answer(Answering(self, self._sessions, connection, request)))
+        except (NotFiniteError, OutOfMemory, PayloadError, WireError) as error:
             self._complain(connection, request.id, str(error))
             return False
         return True

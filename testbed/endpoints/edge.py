@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -35,9 +36,11 @@ from testbed.endpoints.protocol import (
     TrialRequest,
     TrialResult,
 )
+from testbed.endpoints.room import within_memory
 from testbed.endpoints.scouting import Scouting
 from testbed.endpoints.side import Handlers, InferenceSide, Pace, held, main, per_token, wait_until
 from testbed.endpoints.spans import Span, behind, billed, in_turn
+from testbed.errors import OutOfMemory
 from testbed.tasks.task import make_task
 from testbed.transport import wire
 
@@ -97,7 +100,9 @@ class Edge(InferenceSide):
         longest = longest_context(self.model, task, examples, max_new_tokens)
         # The first prefill of a size pays for memory and thread pools, which is no example's own cost.
         warm = self.model.tokenize(task.context_text(examples[0]))
-        prefill_for(self.model, self._needs, warm, self.under(self._batches[-1].prefix).cache)
+        before = self.under(self._batches[-1].prefix).cache
+        with contextlib.suppress(OutOfMemory):  # which the trials will say, each in its row
+            within_memory(lambda: prefill_for(self.model, self._needs, warm, before))
         told = [PreparedExample(replace(e, context="", choices=()), task.answer_text(e)) for e in examples]
         return Prepared(len(self._batches) - 1, prefix, longest, tuple(told))
 

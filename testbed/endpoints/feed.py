@@ -183,6 +183,8 @@ class Feed(Source):
 
     def _prefill_layers(self) -> None:
         pace, layers, tokens = self._context.pace(), self._made.layers, len(self._context.ids)
+        layers.clear()  # those of one that was not whole, and its steps
+        self._made.steps.clear()
         self._turns.take("prefill")
         started = pace.begin()
 

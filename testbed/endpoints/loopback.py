@@ -6,6 +6,7 @@ from testbed.endpoints.cloud import Cloud
 from testbed.endpoints.edge import Edge
 from testbed.endpoints.protocol import Learn, Load, Loaded
 from testbed.endpoints.side import Handlers, main
+from testbed.models.devices import find
 
 
 class Loopback:
@@ -13,7 +14,9 @@ class Loopback:
 
     def __init__(self) -> None:
         self._edge, self._cloud = Edge(), Cloud()
-        self._loaded: dict[str, Loaded] = {}  #: by model, the edge's first
+        self._loaded: dict[
+            tuple[str, str, str], Loaded
+        ] = {}  #: by model, device and number; the edge's first
 
     def handlers(self) -> Handlers:
         """Both sides'."""
@@ -21,14 +24,17 @@ class Loopback:
         return {**both, Load: self.load, Learn: self.learn}
 
     def load(self, message: Load) -> Loaded:
-        """Load the model once, for both; the second side's message finds it there, or loads another one for the cloud."""
+        """Load the model once, for both; the second side's message finds it there, or loads for the cloud what is another model,
+        on another device or in another number.
+        """
+        key = message.model, str(find(message.device)), message.dtype
         if not self._loaded:
-            self._loaded[message.model] = self._edge.load(message)
+            self._loaded[key] = self._edge.load(message)
             self._cloud.share(self._edge)
-        elif message.model not in self._loaded:
+        elif key not in self._loaded:
             self._cloud.prefixes = {}
-            self._loaded[message.model] = self._cloud.load(message)
-        return self._loaded[message.model]
+            self._loaded[key] = self._cloud.load(message)
+        return self._loaded[key]
 
     def learn(self, prefix: Learn) -> str:
         """Both learn a prefix; where they share a model, once."""

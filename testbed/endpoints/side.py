@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from testbed import kinds
 from testbed.delivery.delivery import DELIVERIES
 from testbed.endpoints.protocol import Compute, Computed, Greeting, Hello, Learn, Load, Loaded
+from testbed.endpoints.room import within_memory
 from testbed.hosts.channel import Channel
 from testbed.hosts.processes import processor_share, scheduled
 from testbed.speed.times import DeviceTimes
@@ -279,10 +280,14 @@ class InferenceSide:
         return self.model.join(*parts) if len(parts) > 1 else parts[0]
 
 
+def _in_memory(handler: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda message: within_memory(lambda: handler(message))
+
+
 def main(make_handlers: Callable[[], Handlers]) -> None:
     """An endpoint process: answer the orchestrator, which asks over standard input and output, until it goes away."""
     channel = Channel.of_this_process()
-    channel.serve(make_handlers())
+    channel.serve({kind: _in_memory(handler) for kind, handler in make_handlers().items()})
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(0)  # an interpreter with torch in it takes a second of a processor, and more, to be taken apart

@@ -31,6 +31,7 @@ from testbed.delivery.delivery import parse as parse_delivery
 from testbed.delivery.whole import Whole
 from testbed.errors import SpecError
 from testbed.experiment.row import SENDING
+from testbed.models import devices
 from testbed.models.shapes import is_shape
 from testbed.net import emulators
 from testbed.net.profile.profile import Profile
@@ -135,6 +136,12 @@ class Sides(BaseModel):
     cloud: str = "auto"
 
 
+def _devices(sides: Sides) -> Sides:
+    for word in (sides.edge, sides.cloud):
+        devices.check(word)
+    return sides
+
+
 def _sides(value: Any) -> Any:
     return {"edge": value, "cloud": value} if isinstance(value, str) else value
 
@@ -169,7 +176,7 @@ class Scenario(BaseModel):
     model: Annotated[
         str | InstanceOf[Models], BeforeValidator(_model), PlainSerializer(_written, when_used="json")
     ] = "smollm2-135m"
-    device: Annotated[Sides, BeforeValidator(_sides)] = Sides()
+    device: Annotated[Sides, BeforeValidator(_sides), AfterValidator(_devices)] = Sides()
     dtype: Annotated[Sides, BeforeValidator(_sides)] = Sides()
     compute: Compute = Compute()  #: emulates slower machines: stretches their compute stages in real time
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None

@@ -8,7 +8,7 @@ import tokenizers
 import torch
 
 from testbed.errors import NotFiniteError, UsageError
-from testbed.models import attention
+from testbed.models import attention, devices
 from testbed.models.kvcache import KVCache
 from testbed.models.language import LanguageModel
 from testbed.models.shape import ShapeModel
@@ -28,7 +28,7 @@ def load_model(
 ) -> LanguageModel:
     """Load a preset, a directory with safetensors, a converted GGUF file or a hub id; or what stands in for one by its shape.
 
-    device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1". dtype: "auto" (float32 on a CPU, the
+    device: a word of `devices`. dtype: "auto" (float32 on a CPU, the
     weights' own on a GPU), "float32", "float16", "bfloat16". threads: of torch, for the whole process.
     cache_dtype: the format that keys and values are rounded to; None: 16 bits. Raises UsageError where the
     model cannot be had, or overflows in the format.
@@ -36,7 +36,7 @@ def load_model(
     source = resolve(name)
     if threads is not None:
         torch.set_num_threads(threads)
-    where = _device(device)
+    where = devices.find(device)
     if source.kind == "shape":
         if dtype not in ("auto", "float16"):
             raise UsageError(f"model {name!r}: dtype {dtype!r}: a shape's values are float16")
@@ -70,18 +70,6 @@ def _check_cut(model: LanguageModel, cache: KVCache) -> None:
                 f"model {model.name!r}: keys or values of layer {index} lie beyond {held}, which its caches are held in; "
                 "use dtype=bfloat16"
             )
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"device {device!r}: use auto, cpu or cuda") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {device!r}: this machine has no CUDA device that torch can use; use cpu")
-    return found
 
 
 def _dtype(dtype: str, device: torch.device) -> torch.dtype | str:
