@@ -3,6 +3,7 @@ to them apart from it. This test is the orchestrator."""
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 import json
 import os
@@ -168,6 +169,25 @@ def test_a_run_over_ssh_gives_what_the_local_run_gives(
     (link,) = json.loads((tmp_path / "there/calibration.json").read_text())["measurements"]
     assert link["ok"] and {check["ok"] for check in link["attempts"][0]["checks"]} == {None}
     assert command("report", str(tmp_path / "there")).status == 0
+
+
+def test_the_orchestrators_machine_may_be_the_edge(
+    scenario: Path, hosts: dict[str, Host], tmp_path: Path
+) -> None:
+    cloud = hosts["cloud"]
+    near = ipaddress.ip_address(cloud.address) - 1  # this end of the way to it, which is the link here
+    ends = f"edge: {{host: local, address: {near}}}, cloud: {{host: '{cloud.url}', python: {sys.executable}}}"
+    (tmp_path / "laptops.yaml").write_text(
+        f"nodes: {{{ends}}}\nlinks: [{{name: access, a: edge, b: cloud, profile: measured}}]\n"
+    )
+    with undrawn(), unmeasured():
+        done = run(
+            str(scenario), "--out", str(tmp_path / "out"), topology=str(tmp_path / "laptops.yaml"),
+            placements=["split"], codecs=["int8"], delivery=["whole"], examples=1,
+        )  # fmt: skip
+    assert done.status == 0, done.errors
+    assert [row["error"] for row in rows(tmp_path / "out")] == [""]
+    assert nothing_runs(hosts)
 
 
 def started(*arguments: str) -> subprocess.Popen[str]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from testbed.cli.parts import EMULATORS, as_json, require_root, rootless_option, table
 from testbed.errors import UsageError
 
+if TYPE_CHECKING:
+    from testbed.net.calibration.calibrate import Calibration
+    from testbed.net.topology.topology import Topology
+
 
 @click.command()
-@click.argument("profiles", nargs=-1, metavar="PROFILE...")
+@click.argument("profiles", nargs=-1, metavar="PROFILE...|TOPOLOGY")
 @click.option("--all", "every", is_flag=True, help="Every preset.")
 @click.option(
     "--trace", "traces", multiple=True, metavar="FILE", help="A recorded link; options as in a profile."
@@ -30,7 +35,10 @@ from testbed.errors import UsageError
 def calibrate(
     profiles: tuple[str, ...], every: bool, traces: tuple[str, ...], seconds: float, busy: bool, emulator: str
 ) -> Any:
-    """Build a link under each PROFILE, measure it, and print what was asked beside what was measured."""
+    """Build a link under each PROFILE, measure it, and print what was asked beside what was measured.
+
+    With a TOPOLOGY file whose nodes are hosts: measure what lies between them, as it is. That needs no root.
+    """
     from testbed.net.calibration import calibrate as calibration
     from testbed.net.calibration.calibrate import busy_cores
     from testbed.net.fabric.fabric import Fabric
@@ -38,6 +46,8 @@ def calibrate(
     from testbed.net.profile.trace import is_trace
     from testbed.net.topology.files import load_topology
 
+    if len(profiles) == 1 and Path(profiles[0]).suffix in (".yaml", ".yml"):
+        return _told(_between_hosts(load_topology(profiles[0])), False)
     chosen = [parse_profile(text) for text in profiles] + (list(PRESETS.values()) if every else [])
     chosen += [parse_profile(text if is_trace(text) else f"trace:{text}") for text in traces]
     for profile in chosen:  # what cannot be read or measured is known before anything is built
@@ -57,14 +67,34 @@ def calibrate(
             fabric.apply(link, profile)
             with busy_cores(busy):
                 measured.append(calibration.calibrate(fabric, link, profile, stretch_s=seconds))
+    return _told(measured, busy)
+
+
+def _between_hosts(topology: Topology) -> list[Calibration]:
+    """Every link between hosts, as it is."""
+    from testbed.net.real.real import Real
+
+    if topology.kind != "hosts":
+        raise UsageError(
+            f"topology {topology.name} is of namespaces, whose links are what a profile says: name the profile"
+        )
+    with Real.open(topology) as real:
+        for link in topology.links:
+            real.apply(link.name, link.profile)
+        return [real.calibrate(link.name, link.profile) for link in topology.links]
+
+
+def _told(measured: list[Calibration], busy: bool) -> tuple[dict[str, Any], str, int]:
     rows = []
     for result in measured:
-        for line in result.lines():
-            verdict = {True: "ok", False: "OUT", None: "-"}[line["ok"]]
+        for check, line in zip(result.checks, result.lines(), strict=True):
+            verdict = "-" if check.ok is None else "ok" if check.ok else "OUT"
             cells = [line["way"], line["what"], line["asked"], line["measured"], line["error"], verdict]
             rows.append([result.profile, *map(str, cells)])
     text = table(rows, ["profile", "way", "what", "asked", "measured", "off by", ""])
     text += "".join(f"\n{result.profile}: {result.cause}" for result in measured if not result.ok)
+    noted = [cause for result in measured if result.ok for cause in result.attempts[-1].causes]
+    text += "".join(f"\n{cause}" for cause in noted)
     value = {
         "emulator": measured[0].emulator,
         "busy": busy,

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from testbed.net.fabric.fabric import Fabric
 from testbed.net.profile.profile import MEASURED, parse_profile
 from testbed.net.real.real import Real
 from testbed.net.topology.topology import Link, Node, Topology
+from tests.command import command
 from tests.hosts import bench as benches
 from tests.hosts.bench import bench
 
@@ -42,6 +44,20 @@ def topology() -> Iterator[Topology]:
             Node("cloud", parse_address(hosts["cloud"].url), sys.executable, interface="eth0"),
         )
         yield Topology("real", nodes, (Link("access", "edge", "cloud", MEASURED),))
+
+
+@pytest.mark.slow
+def test_the_command_line_measures_what_lies_between_hosts(topology: Topology, tmp_path: Path) -> None:
+    nodes = {
+        node.name: {"host": str(node.host), "python": node.python, "address": EMULATED.address(node.name)}
+        for node in topology.nodes
+    }
+    link = {"name": "access", "a": "edge", "b": "cloud", "profile": "measured"}
+    (tmp_path / "real.yaml").write_text(json.dumps({"nodes": nodes, "links": [link]}))
+    told = command("calibrate", str(tmp_path / "real.yaml"), "--json")
+    assert told.status == 0, told.errors
+    (measured,) = json.loads(told.out)["calibrations"]
+    assert (measured["link"], measured["profile"], measured["emulator"]) == ("access", "measured", "real")
 
 
 @pytest.mark.slow
@@ -87,8 +103,10 @@ def test_without_either_a_nodes_data_comes_where_ssh_does(topology: Topology) ->
     with Real.open(replace(topology, nodes=(replace(edge, address=None), cloud))) as real:
         assert edge.host is not None
         assert real.address("edge") == edge.host.name
-        assert real.described()["edge"]["host"] == str(edge.host)
-    with pytest.raises(SpecError, match="node edge: host: local needs address: or interface:"):
+        told = real.described()["edge"]
+        assert (told["host"], told["kind"], told["address"]) == (str(edge.host), "ssh", edge.host.name)
+        assert "ptp" in told["clock"] and told["interfaces"]["eth0"]["address"] == EMULATED.address("edge")
+    with pytest.raises(SpecError, match="node edge: is this machine; say by address: or interface:"):
         Real.open(replace(topology, nodes=(Node("edge", LOCAL), cloud)))
 
 

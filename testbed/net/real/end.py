@@ -1,8 +1,7 @@
-"""One end of a link between hosts, run there as a module of the testbed that is there. Two things it does:
+"""The probing process at one end of a link between hosts, run there as a module of the testbed that is there, with an address.
 
-    address INTERFACE|-       prints a line of JSON: the IPv4 address of the interface, and all interfaces' of this host
-    probe ADDRESS             a probing process as `testbed.net.calibration.prober` is one, by a socket of its own at ADDRESS:
-                              prints its port, reads the peer's ``[address, port]``, and then follows orders
+It probes as `testbed.net.calibration.prober` does, by a socket of its own at that address: prints its port, reads the peer's
+``[address, port]``, and then follows orders.
 
 Nobody is privileged here, so a socket holds a few hundred packets: who sends would lose what comes in meanwhile. A process of its
 own receives.
@@ -10,8 +9,6 @@ own receives.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import gc
 import json
 import os
@@ -24,22 +21,10 @@ from typing import Any
 from testbed.net.calibration.prober import ARRIVAL, Receiver, send
 from testbed.net.sockets import SO_TIMESTAMPNS, enlarge_buffers
 
-_SIOCGIFADDR = 0x8915
 _BUFFER = 64 << 20
 _PER_TURN = 256
 _NUMBER = struct.Struct("=I")
 _REPORT = 0  # in the place of a phase's number
-
-
-def addresses() -> dict[str, str]:
-    """IPv4 address by interface; of several, the first."""
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # it has none
-                answer = fcntl.ioctl(sock, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                found[name] = socket.inet_ntoa(answer[20:24])
-    return found
 
 
 def probe(address: str) -> None:
@@ -113,13 +98,7 @@ def _say(value: Any) -> None:
 
 
 def main() -> None:
-    """See above."""
-    what, argument = sys.argv[1:3]
-    if what == "address":
-        known = addresses()
-        _say({"address": known.get(argument), "interfaces": known})
-    else:
-        probe(argument)
+    probe(sys.argv[1])
 
 
 if __name__ == "__main__":

@@ -88,9 +88,9 @@ def _probing(a: End, b: End) -> Iterator[Prober]:
         processes = {}
         ports = {}
         for way, end in zip(WAYS, (a, b), strict=True):
-            argv = end.host.module("testbed.net.real.end", "probe", end.address)
+            argv = end.host.module("testbed.net.real.end", end.address)
             processes[way] = process = stack.enter_context(end.host.start(argv, {}))
-            said = answer(process, f"the probing process at {end.node}")
+            said = _answer(process, f"the probing process at {end.node}")
             if "error" in said:
                 raise NetworkError(
                     f"node {end.node}: cannot listen at {said['error']}; see address: and interface:"
@@ -103,7 +103,7 @@ def _probing(a: End, b: End) -> Iterator[Prober]:
             yield prober
 
 
-def answer(process: Process, what: str) -> Any:
+def _answer(process: Process, what: str) -> Any:
     """The line of JSON that a process says first. Raises NetworkError."""
     data = b""
     while not data.endswith(b"\n"):

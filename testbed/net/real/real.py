@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from testbed.errors import NetworkError, SpecError
+from testbed.errors import EndpointError, NetworkError, SpecError
+from testbed.hosts.asking import asked
 from testbed.hosts.host import Host, Process
 from testbed.net.profile.profile import Profile
 from testbed.net.topology.topology import Node, Topology
@@ -19,6 +21,22 @@ if TYPE_CHECKING:
     from testbed.net.real.measuring import End
 
 _SETTLING_S = 0.2
+#: Of what a host has: what may decide a run's times, the state of its clock among it.
+_TOLD = (
+    *(
+        "python",
+        "packages",
+        "gpus",
+        "board",
+        "kernel",
+        "machine",
+        "cpu",
+        "cores",
+        "memory_bytes",
+        "clock",
+        "interfaces",
+    ),
+)
 
 
 class Real:
@@ -30,6 +48,7 @@ class Real:
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
         self._hosts: dict[str, Host] = {}
+        self._found: dict[str, dict[str, Any]] = {}  # what there is, by node (`testbed.hosts.survey`)
         self._addresses: dict[str, str] = {}
         self._closing = contextlib.ExitStack()
 
@@ -40,42 +59,46 @@ class Real:
         real = cls(topology)
         try:
             for node in topology.nodes:
-                assert node.host is not None
-                host = node.host.host(node.python)
-                if isinstance(host, AbstractContextManager):
-                    real._closing.enter_context(host)
-                if (clean := getattr(host, "clean", None)) is not None:
-                    clean()
-                real._hosts[node.name] = host
-            for node in topology.nodes:
-                real._addresses[node.name] = real._find_address(node)
+                real._reach(node)
         except BaseException:
             real.close()
             raise
         return real
 
+    def _reach(self, node: Node) -> None:
+        assert node.host is not None
+        host = node.host.host(node.python)
+        if isinstance(host, AbstractContextManager):
+            self._closing.enter_context(host)
+        if (clean := getattr(host, "clean", None)) is not None:
+            clean()
+        self._hosts[node.name] = host
+        python = sys.executable if node.host.local else node.python
+        try:
+            self._found[node.name] = asked(host, python, "survey")
+        except EndpointError as error:
+            raise EndpointError(f"node {node.name}: {error}") from error
+        self._addresses[node.name] = self._find_address(node)
+
     def _find_address(self, node: Node) -> str:
         if node.address:
             return node.address
-        host = self._hosts[node.name]
         if node.interface:
-            from testbed.net.real.measuring import answer
-
-            argv = host.module("testbed.net.real.end", "address", node.interface)
-            with host.start(argv, {}) as process:
-                found = answer(process, f"node {node.name}")
-            if found["address"]:
-                return str(found["address"])
-            known = ", ".join(f"{name} ({address})" for name, address in found["interfaces"].items())
+            ends = self._found[node.name]["interfaces"]
+            if node.interface in ends:
+                return str(ends[node.interface]["address"])
+            known = ", ".join(f"{name} ({end['address']})" for name, end in ends.items())
             raise NetworkError(
                 f"node {node.name}: no interface {node.interface} with an IPv4 address there; it has {known}"
             )
-        addresses = getattr(host, "addresses", None)
-        if addresses is None:
+        assert node.host is not None
+        by_ssh = "" if node.host.local else str(self._found[node.name]["ssh_address"])
+        if not by_ssh or ":" in by_ssh:
+            why = "is this machine" if node.host.local else f"is reached by SSH at {by_ssh or 'no address'}"
             raise SpecError(
-                f"node {node.name}: host: local needs address: or interface:, for its peer to reach it"
+                f"node {node.name}: {why}; say by address: or interface: where its data comes in, an IPv4 address"
             )
-        return str(addresses()[1])
+        return by_ssh
 
     @property
     def emulation(self) -> str:
@@ -97,12 +120,14 @@ class Real:
 
     def described(self) -> dict[str, dict[str, Any]]:
         return {
-            node.name: {"host": str(node.host), "address": self._addresses[node.name], **self._about(node)}
+            node.name: {
+                **self._hosts[node.name].describe(),
+                "host": str(node.host),
+                "address": self._addresses[node.name],
+                **{about: found for about, found in self._found[node.name].items() if about in _TOLD},
+            }
             for node in self.topology.nodes
         }
-
-    def _about(self, node: Node) -> dict[str, Any]:
-        return self._hosts[node.name].describe()
 
     def record_process(self, pid: int, started: int | None = None, what: str = "helper") -> None:
         """A host has its own record of what runs there."""
