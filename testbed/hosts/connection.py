@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import glob
 import logging
 import shlex
 import socket
@@ -24,7 +25,7 @@ from testbed.hosts.address import parse_address
 
 #: How long until a host has answered, in each step; how long one may be silent before it counts as lost.
 _CONNECT_S, _KEEPALIVE_S, _SILENT_S = 15.0, 5.0, 20.0
-_MOST_JUMPS = 8
+_MOST_JUMPS, _MOST_INCLUDES = 8, 16
 
 #: What paramiko raises where a connection, or a session on it, has ended.
 LOST = (paramiko.SSHException, OSError, EOFError)
@@ -52,7 +53,8 @@ def where(address: str) -> Where:
     name = given.name
     path = Path("~/.ssh/config").expanduser()
     try:
-        settings = dict(paramiko.SSHConfig.from_path(path).lookup(name)) if path.exists() else {}
+        text = "".join(_configuration(path, "Host *\n")) if path.exists() else ""
+        settings = dict(paramiko.SSHConfig.from_text(text).lookup(name))
     except (OSError, ValueError, paramiko.SSHException) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     host = settings.get("hostname", name)
@@ -62,6 +64,23 @@ def where(address: str) -> Where:
     return Where(
         address, given.user or settings.get("user") or getpass.getuser(), host, port, known_as, settings
     )
+
+
+def _configuration(path: Path, block: str, depth: int = 0) -> Iterator[str]:
+    """The lines of a configuration, with those of what it includes in their places, which paramiko does not know."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            word, _, value = line.strip().replace("=", " ", 1).partition(" ")
+            if word.lower() in ("host", "match"):
+                block = line
+            if word.lower() != "include":
+                yield line.rstrip("\n") + "\n"
+            elif depth < _MOST_INCLUDES:
+                for pattern in shlex.split(value):
+                    named = Path("~/.ssh").expanduser() / Path(pattern).expanduser()
+                    for each in sorted(glob.glob(str(named))):  # noqa: PTH207 (a whole path)
+                        yield from _configuration(Path(each), block, depth + 1)
+                yield block.rstrip("\n") + "\n"
 
 
 class Connection:

@@ -39,7 +39,6 @@ PasswordAuthentication no
 KbdInteractiveAuthentication no
 PrintMotd no
 MaxStartups 100
-MaxSessions 100
 Banner {banner}
 Subsystem sftp internal-sftp
 """

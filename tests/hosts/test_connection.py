@@ -100,6 +100,20 @@ def test_a_key_with_a_passphrase_asks_for_an_agent(edge: Host, client: Path) -> 
     assert "the key has a passphrase: ssh-add" in said(Ssh(edge.url).describe)
 
 
+def test_an_agents_keys_are_tried(edge: Host, client: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    socket_of_it = client / "agent"
+    with subprocess.Popen(["ssh-agent", "-D", "-a", str(socket_of_it)], stdout=subprocess.DEVNULL) as agent:
+        try:
+            assert wait_for(socket_of_it.exists)
+            monkeypatch.setenv("SSH_AUTH_SOCK", str(socket_of_it))
+            subprocess.run(["ssh-add", str(client / "id_ed25519")], check=True, capture_output=True)
+            (client / "id_ed25519").unlink()
+            with Ssh(edge.url) as there:
+                assert there.run(["uname", "-n"]) == (0, b"tb-edge\n")
+        finally:
+            agent.kill()
+
+
 def test_who_is_not_let_in_as_that_user_is_told_so(edge: Host) -> None:
     assert "lets nobody-here in by none" in said(Ssh(edge.url.replace("tb-edge", "nobody-here")).describe)
 
@@ -123,6 +137,10 @@ def test_the_configuration_gives_name_user_port_key_and_known_hosts(edge: Host, 
         f"Host there\n  HostName {edge.address}\n  User {edge.user}\n  Port {edge.port}\n"
         "  IdentityFile ~/.ssh/own_id_ed25519\n  IdentitiesOnly yes\n  UserKnownHostsFile ~/.ssh/own_known_hosts\n"
     )
+    with Ssh("ssh://there") as there:
+        assert there.run(["uname", "-n"]) == (0, b"tb-edge\n")
+    (client / "config").rename(client / "more.config")
+    (client / "config").write_text("Include *.config\nHost other\n  User nobody\n")
     with Ssh("ssh://there") as there:
         assert there.run(["uname", "-n"]) == (0, b"tb-edge\n")
     assert "lets x in by none" in said(Ssh("ssh://x@there").describe)  # what an address says comes first

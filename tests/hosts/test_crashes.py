@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from testbed import programs
+from testbed.endpoints.endpoint import Endpoint, Gone
+from testbed.endpoints.protocol import Compute, Hello
 from testbed.errors import EndpointError
 from testbed.hosts.processes import is_stopped
 from testbed.hosts.ssh import Ssh
@@ -66,6 +68,18 @@ def test_programs_end_with_their_connection_and_the_host_is_reached_again(
         assert there.run(["echo", "again"]) == (0, b"again\n")
         assert wait_for(lambda: not edge.programs())
         assert there.clean() == []
+
+
+def test_an_endpoint_whose_connection_is_lost_is_gone_and_that_is_why(edge: Host, tmp_path: Path) -> None:
+    with Ssh(edge.url, sys.executable) as there:
+        endpoint = Endpoint.start("cloud", there, tmp_path / "log")
+        with endpoint.process:
+            assert endpoint.call(Hello(), 60)
+            edge.sever()
+            with pytest.raises(Gone, match=r"the cloud process ended .*: the connection was lost") as caught:
+                endpoint.call(Compute(), 60)
+            assert "\n" not in str(caught.value) and not endpoint.alive
+    assert_nothing_left(edge)
 
 
 def test_a_program_ends_with_its_keeper_which_leaves_a_record_that_clean_removes(
@@ -127,7 +141,7 @@ def orchestrator(host: Host, argv: list[str]) -> Iterator[tuple[subprocess.Popen
 def test_programs_end_with_an_orchestrator_that_is_killed(there: Ssh, edge: Host, argv: list[str]) -> None:
     for _ in range(ROUNDS):
         with orchestrator(edge, argv) as (process, pid):
-            assert pid in edge.programs()
+            assert wait_for(lambda pid=pid: pid in edge.programs())
             process.kill()
             process.wait()
             assert wait_for(lambda: not edge.programs())
@@ -139,7 +153,8 @@ def test_clean_ends_what_a_standing_keeper_holds_of_a_dead_run_and_leaves_a_livi
 ) -> None:
     for _ in range(ROUNDS):
         with orchestrator(edge, STAYS) as (process, pid):
-            assert there.clean() == [] and pid in edge.programs()
+            assert there.clean() == []
+            assert wait_for(lambda pid=pid: pid in edge.programs())
             stands = keeper(pid)
             os.kill(stands, signal.SIGSTOP)
             assert wait_for(lambda stands=stands: is_stopped(stands)) and there.clean() == []
