@@ -190,6 +190,16 @@ def test_the_orchestrators_machine_may_be_the_edge(
     assert nothing_runs(hosts)
 
 
+def test_machines_whose_clocks_are_apart_are_refused_before_any_trial(
+    scenario: Path, hosts: dict[str, Host], tmp_path: Path
+) -> None:
+    with patch.object(Real, "clocks", lambda real, a, b: (3.0, 0.001)):
+        ended = run(str(scenario), "--out", str(tmp_path / "out"))
+    assert ended.status == 1
+    assert "clock is 3.000 s ahead" in ended.errors
+    assert nothing_runs(hosts)
+
+
 def started(*arguments: str) -> subprocess.Popen[str]:
     """A run in a process of its own."""
     return subprocess.Popen(

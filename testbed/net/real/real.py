@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from contextlib import AbstractContextManager
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -155,12 +156,12 @@ class Real:
 
         ends = self.topology.link(link)
         first, second = self._end(ends.a), self._end(ends.b)
+        return measure(link, first, second, partial(self.clocks, ends.a, ends.b), profile, self.emulation)
 
-        def clocks() -> tuple[float, float]:
-            (a, off_a), (b, off_b) = first.host.clock(), second.host.clock()
-            return b - a, off_a + off_b
-
-        return measure(link, first, second, clocks, profile, self.emulation)
+    def clocks(self, a: str, b: str) -> tuple[float, float]:
+        """By how much node b's clock is ahead of node a's, as seen over SSH, and how far that may be off; seconds."""
+        (ahead_a, off_a), (ahead_b, off_b) = self._hosts[a].clock(), self._hosts[b].clock()
+        return ahead_b - ahead_a, off_a + off_b
 
     def _end(self, node: str) -> End:
         from testbed.net.real.measuring import End
