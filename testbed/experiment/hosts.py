@@ -35,8 +35,10 @@ class Examined:
     def address(self) -> str:
         """At which the node's data is to arrive; empty: there is none."""
         node = self.node
-        end = self.found["interfaces"].get(node.interface, {}) if node.interface else {}
-        return node.address or end.get("address", "") or self.found["ssh_address"]
+        if node.address or node.interface:
+            return node.address or self.found["interfaces"].get(node.interface, {}).get("address", "")
+        reached = getattr(self.host, "addresses", None)
+        return str(reached()[1]) if reached is not None else ""
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ class Installation:
             )
 
     def _put_and_install(self, python: str, ours: list[Path], offline: bool) -> None:
-        _, printed, _ = self._call(
+        printed = self._call(
             [python, "-I", "-c", "import tempfile; print(tempfile.mkdtemp(prefix='testbed-wheels-'))"],
             _SHORT_S,
         )
@@ -194,14 +194,23 @@ class Installation:
             remove = "import shutil, sys; shutil.rmtree(sys.argv[1], ignore_errors=True)"
             asking.run(self.host, [python, "-I", "-c", remove, str(there)], _SHORT_S)
 
-    def _call(self, argv: list[str], within_s: float) -> tuple[int, bytes, str]:
-        """A program that is to do well. Raises EndpointError or StorageError with what it says, and the remedy."""
+    def _call(self, argv: list[str], within_s: float) -> bytes:
+        """What a program that is to do well prints. Raises EndpointError or StorageError with what it complains of, and the
+        remedy."""
         what = " ".join(word for word in argv[:4] if word != "-I")
-        status, printed, words = asking.run(self.host, argv, within_s, what=what)
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "log"
+            status, printed, _ = asking.run(self.host, argv, within_s, log, what)
+            complaints = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         if status:
-            said = words or (printed.decode(errors="replace").strip().splitlines() or ["nothing"])[-1]
-            raise _explained(self.name, what, said)
-        return status, printed, words
+            raise _explained(self.name, what, _gist(complaints or printed.decode(errors="replace")))
+        return printed
+
+
+def _gist(text: str) -> str:
+    """Of what a program complains, the line that says why: pip has advice behind it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["nothing"]
+    return next((line for line in lines if line.startswith("ERROR: ")), lines[-1]).removeprefix("ERROR: ")
 
 
 def _explained(name: str, what: str, said: str) -> TestbedError:
@@ -212,9 +221,9 @@ def _explained(name: str, what: str, said: str) -> TestbedError:
         )
     if "No module named pip" in said:
         return EndpointError(f"{name}: its environment has no pip; remove it, and run this again")
-    if "No matching distribution" in said or "Could not find a version" in said:
+    if re.search("No matching distribution|Could not find a version|Cannot install", said):
         return EndpointError(
-            f"{name}: {said[-200:]}; a host that reaches no package index takes  testbed hosts install --offline"
+            f"{name}: {said[-200:]}; where the host reaches no package index, use  testbed hosts install --offline"
         )
     return EndpointError(f"{name}: {what} says: {said[-300:]}")
 
@@ -284,5 +293,4 @@ def _pip(*arguments: str) -> None:
     argv = [sys.executable, "-I", "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "WARNING" not in line]
-        raise EndpointError(f"pip {arguments[0]} says here: {(errors or ['nothing'])[-1][-300:]}")
+        raise EndpointError(f"pip {arguments[0]} says here: {_gist(done.stderr)[-300:]}")

@@ -180,13 +180,21 @@ def test_wheels_are_asked_for_the_hosts_python_and_machine() -> None:
     [
         ("OSError: [Errno 28] No space left on device", StorageError, "make room"),
         ("/x/python: No module named pip", EndpointError, "remove it, and run this again"),
-        ("ERROR: No matching distribution found for numpy", EndpointError, "--offline"),
+        ("No matching distribution found for numpy", EndpointError, "--offline"),
+        ("Cannot install torch because these have conflicts", EndpointError, "--offline"),
         ("ERROR: something else", EndpointError, "says: ERROR: something else"),
     ],
 )
 def test_what_pip_says_becomes_one_line_with_a_remedy(said: str, kind: type, remedy: str) -> None:
     error = installing._explained("edge", "python -m pip", said)
     assert type(error) is kind and str(error).startswith("edge: ") and remedy in str(error)
+
+
+def test_of_what_pip_prints_the_line_that_says_why_is_told() -> None:
+    printed = "WARNING: old\nERROR: No matching distribution found for x\n\nfor help visit somewhere\n"
+    assert installing._gist(printed) == "No matching distribution found for x"
+    assert installing._gist("Traceback\nOSError: [Errno 28] No space left on device\n").startswith("OSError")
+    assert installing._gist("") == "nothing"
 
 
 def test_a_wheel_says_what_it_holds(tmp_path: Path) -> None:

@@ -4,7 +4,11 @@ wrong on the way. Between edge and cloud lies an emulated link; SSH comes by ano
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -16,10 +20,13 @@ import pytest
 
 from testbed.hosts import installing
 from testbed.hosts.ssh import Ssh
+from testbed.models.sources import resolve
 from testbed.net.fabric.fabric import Fabric
 from testbed.net.topology.files import load_topology
 from tests.command import Ended, command
+from tests.conftest import MODEL
 from tests.hosts.bench import Host, bench, missing
+from tests.runs import rows
 
 pytestmark = [
     pytest.mark.netns,
@@ -87,7 +94,7 @@ def left(host: Host) -> list[str]:
     until = time.monotonic() + 8
     while (running := host.programs()) and time.monotonic() < until:
         time.sleep(0.1)
-    files = [file for file in host.files() if not file.startswith((".local", "testbed/"))]
+    files = [file for file in host.files() if not file.startswith((".local", ".cache", "testbed/"))]
     return files + [" ".join(words) for words in running.values()]
 
 
@@ -163,3 +170,66 @@ def test_a_system_python_is_no_environment_to_install_into(hosts: dict[str, Host
     assert done.status == 1
     assert len(done.errors.splitlines()) == 2
     assert all("python: python3 is in none" in text for text in done.errors.splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_two_laptops_work_as_the_page_has_it(
+    packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (section,) = re.findall(r"(?ms)^## Two laptops$(.*?)^## ", PAGE.read_text())
+    (written,) = re.findall(r"(?ms)^```yaml$(.*?)^```$", section)
+    lines = [shlex.split(text, comments=True) for text in re.findall(r"(?m)^    (\S.*)$", section)]
+    assert [words[:2] for words in lines if words[0] == "testbed"] == [
+        ["testbed", word] for word in ("hosts", "hosts", "models", "calibrate", "run", "clean")
+    ]
+    model = resolve(MODEL).path
+    assert model is not None
+    with tempfile.TemporaryDirectory(dir="/tmp") as models, bench("laptop") as made:
+        shutil.copytree(model, Path(models, "models", MODEL))
+        host = made["laptop"]
+        equip(host, packages)
+        _show_the_model(host, Path(models))
+        monkeypatch.setenv("TESTBED_CACHE", models)
+        monkeypatch.setenv("PYTHONPATH", "")
+        monkeypatch.chdir(tmp_path)
+        settings = _as_the_page_calls_it(host)
+        ours = written.replace("kim@", f"{host.user}@").replace("wlan0", _interface_to(host.address))
+        Path("laptops.yaml").write_text(ours)
+        for words in lines:
+            if words[0] == "testbed":
+                done = command(
+                    *words[1:], *(["--offline"] if "install" in words else [])
+                )  # it has no network
+                assert done.status == 0, (words, done)
+            elif words[0] == "ssh":  # keys are there already, and nobody is called kim
+                assert words[1] == "kim@laptop"
+                subprocess.run(["ssh", "-F", settings, "laptop", *words[2:]], check=True, timeout=120)
+        assert left(host) == ["testbed"]
+    (directory,) = Path("results").glob("quick-*")
+    found = rows(directory)
+    assert found and not [row["error"] for row in found if row["error"]]
+    assert {row["emulator"] for row in found if row["placement"] != "edge"} == {"real"}
+
+
+def _show_the_model(host: Host, folder: Path) -> None:
+    """The host has no network to fetch a model by."""
+    folder.chmod(0o755)
+    host.execute("mkdir", "-m", "777", f"/home/{host.user}/.cache")
+    host.execute("ln", "-s", str(folder), f"/home/{host.user}/.cache/testbed")
+
+
+def _as_the_page_calls_it(host: Host) -> Path:
+    """The host by the name `laptop`, as ~/.ssh/config may have it."""
+    folder = Path(os.environ["HOME"], ".ssh")
+    config = folder / "config"
+    config.write_text(
+        f"Host laptop\n  HostName {host.address}\n  Port {host.port}\n  User {host.user}\n"
+        f"  IdentityFile {folder}/id_ed25519\n  UserKnownHostsFile {folder}/known_hosts\n"
+    )
+    return config
+
+
+def _interface_to(address: str) -> str:
+    said = subprocess.run(["ip", "-j", "route", "get", address], check=True, capture_output=True).stdout
+    return str(json.loads(said)[0]["dev"])
