@@ -172,7 +172,7 @@ def sudo() -> str:
     """``root``, ``yes`` (without a password), or why not."""
     if os.geteuid() == 0:
         return "root"
-    said = _said("sudo", "-n", "true")
+    said = _said("sudo", "-n", "--", "python3", "-I", "-S", "-c", "pass")
     if said is None:
         return "no sudo"
     return "yes" if said[0] == 0 else (said[2].splitlines() or ["no"])[-1]
