@@ -1,4 +1,4 @@
-"""What a host has, told by a program that needs nothing there but some Python 3.7 or newer: its source is sent, its standard
+"""What a host has, told by a program that needs nothing there but some Python 3.8 or newer: its source is sent, its standard
 output is one JSON value. See `asking`.
 
     survey            versions, memory, devices, room, kernel, clocks, interfaces
@@ -89,10 +89,8 @@ def survey() -> dict[str, Any]:
 
 def packages() -> dict[str, str]:
     """Name, in its normal form, -> version of what this Python has installed."""
-    try:
-        from importlib.metadata import distributions
-    except ImportError:  # Python 3.7
-        return {}
+    from importlib.metadata import distributions
+
     found: dict[str, str] = {}
     for distribution in distributions():
         name = distribution.metadata["Name"]

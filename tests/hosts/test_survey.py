@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import platform
 import shutil
@@ -40,6 +41,10 @@ def test_a_python_without_the_testbed_answers_as_well() -> None:
     found = asking.asked(Local(), bare, "survey")
     assert found["testbed"] == {}
     assert "split-inference-testbed" not in found["packages"]
+
+
+def test_an_old_python_can_read_the_program() -> None:
+    ast.parse(Path(survey.__file__).read_text(), feature_version=(3, 8))
 
 
 def test_a_changed_source_is_another_testbed(tmp_path: Path) -> None:
