@@ -256,7 +256,7 @@ def _closed(path: Path) -> Path | None:
     return None
 
 
-def wait_for(true: Callable[[], object], seconds: float = 10.0) -> bool:
+def wait_for(true: Callable[[], object], seconds: float = 30.0) -> bool:
     """Whether it becomes true in so many seconds."""
     until = time.monotonic() + seconds
     while not true() and time.monotonic() < until:
