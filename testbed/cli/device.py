@@ -47,6 +47,8 @@ def devices() -> Any:
                 "source": each.source,
                 "prefill": each.times.prefill,
                 "decode": each.times.decode,
+                "codecs": {c.codec: {"encode": c.encode, "decode": c.decode} for c in each.codecs},
+                "copies": dict(each.copies),
             }
             for each in found
         ]
@@ -94,7 +96,7 @@ def measure(
     within: str,
     accept_uncalibrated: bool,
 ) -> None:
-    """Time MODEL's prefill and decoding on this machine, and write a device profile."""
+    """Time MODEL's prefill and decoding on this machine, its caches' coding and copies, and write a device profile."""
     from testbed import files
     from testbed.errors import UsageError
     from testbed.speed.files import Device
@@ -123,7 +125,7 @@ def measure(
     what, how = _this_machine(str(loaded.device), torch.get_num_threads(), repeats, found.share)
     kind = str(loaded.dtype).removeprefix("torch.")
     times = DeviceTimes(out.stem, loaded.name, found.prefill, found.decode)
-    made = Device(out.stem, what, kind, "measured", how, times)
+    made = Device(out.stem, what, kind, "measured", how, times, found.codecs, found.copies)
     files.replace(out, made.text().encode())
     click.echo(f"{out}: use it as  compute: {{edge: device:{out}}}")
 

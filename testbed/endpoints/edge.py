@@ -36,7 +36,7 @@ from testbed.endpoints.protocol import (
     TrialRequest,
     TrialResult,
 )
-from testbed.endpoints.room import within_memory
+from testbed.endpoints.room import ran_out, within_memory
 from testbed.endpoints.scouting import Scouting
 from testbed.endpoints.side import Handlers, InferenceSide, Pace, held, main, per_token, wait_until
 from testbed.endpoints.spans import Span, behind, billed, in_turn
@@ -129,7 +129,15 @@ class Edge(InferenceSide):
         return self._batches[message.batch].asked(message.example)
 
     def trial(self, message: TrialRequest) -> TrialResult:
-        """One request, in its placement."""
+        """One request, in its placement. Where memory runs out, nothing is kept of its example."""
+        try:
+            return self._trial(message)
+        except Exception as error:
+            if ran_out(error):
+                self._at_hand = None
+            raise
+
+    def _trial(self, message: TrialRequest) -> TrialResult:
         if message.placement == "edge":
             return self._edge(message)
         if message.link is None:

@@ -17,6 +17,7 @@ from testbed.errors import OutOfMemory
 _AMOUNT = re.compile(r"(?:tried to|unable to) allocate ([\d.]+ ?\w+)", re.IGNORECASE)
 #: Of a RuntimeError: torch on the processor; C++; cuBLAS, for a workspace of its own.
 _SAID = ("can't allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+_NO_STACK = "can't start new thread"  #: for want of memory, or of as many threads as one may have
 _REMEDY = "take fewer context_tokens, dtype: bfloat16, a smaller model, or a device with more room"
 
 T = TypeVar("T")
@@ -30,6 +31,8 @@ def ran_out(error: BaseException) -> str:
     by_host = isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in said for words in _SAID)
     )
+    if isinstance(error, RuntimeError) and said == _NO_STACK:
+        return f"out of memory, or of threads: {_REMEDY}"
     if not (on_gpu or by_host):
         return ""
     found = _AMOUNT.search(said)
@@ -50,8 +53,7 @@ def within_memory(work: Callable[[], T]) -> T:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    with contextlib.suppress(OSError, AttributeError):  # of the GNU C library alone
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # what is free goes back to the kernel, for the other side and threads' stacks
+    # What is free goes back to the kernel, for the other side and for threads' stacks: by the GNU C library, which has this call.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     raise OutOfMemory(line)

@@ -9,6 +9,10 @@ prefill:                                      tokens of a pass from nothing, and
   - [512, 54.57ms]
 decode:                                       tokens of context, and how long a token behind them takes; may be left out
   - [256, 18.23ms]
+codecs:                                       tokens of a cache, and how long coding all of it takes; may be left out
+  int8: {encode: [[1024, 2.1ms]], decode: [[1024, 1.4ms]]}
+copies:                                       bits a second within the device's memory, to the host's and from it; likewise
+  within: 9600gbit
 """
 
 from __future__ import annotations
@@ -18,20 +22,22 @@ import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from testbed import lookup, strict_yaml
 from testbed.errors import SpecError
-from testbed.speed.times import DeviceTimes
+from testbed.speed.times import DeviceTimes, Points
 from testbed.strict_yaml import did_you_mean
-from testbed.units import exact_time, parse_time
+from testbed.units import exact_rate, exact_time, parse_rate, parse_time
 
 _FOLDER = "devices"
 _MOST_POINTS = 100
 
 Basis = Literal["measured", "published"]
+#: pinned: to or from memory of the host's that is never paged out.
+Way = Literal["within", "to_host", "from_host", "to_pinned", "from_pinned"]
 
 
 def _point(value: Any) -> tuple[int, float]:
@@ -44,8 +50,24 @@ def _point(value: Any) -> tuple[int, float]:
     return value[0], seconds
 
 
+def _rate(value: Any) -> float:
+    rate_bps = parse_rate(value)
+    if not 0 < rate_bps <= 1e18:
+        raise ValueError(f"{str(value)[:40]!r}: is no rate of a copy")
+    return rate_bps
+
+
 _Text = Annotated[str, Field(min_length=1, max_length=2000)]
 _Points = list[Annotated[tuple[int, float], BeforeValidator(_point)]]
+
+
+class Coding(BaseModel):
+    """A codec's times."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    encode: Annotated[_Points, Field(min_length=1, max_length=_MOST_POINTS)]
+    decode: Annotated[_Points, Field(min_length=1, max_length=_MOST_POINTS)]
 
 
 class Written(BaseModel):
@@ -60,12 +82,22 @@ class Written(BaseModel):
     source: _Text
     prefill: Annotated[_Points, Field(min_length=1, max_length=_MOST_POINTS)]
     decode: Annotated[_Points, Field(max_length=_MOST_POINTS)] = []
+    codecs: Annotated[dict[_Text, Coding], Field(max_length=_MOST_POINTS)] = {}
+    copies: dict[Way, Annotated[float, BeforeValidator(_rate)]] = {}
     name: str | None = None
+
+
+class CodecTimes(NamedTuple):
+    """How long a codec takes for a cache of so many tokens, the whole of it. codec: its text."""
+
+    codec: str
+    encode: Points
+    decode: Points
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device profile."""
+    """A device profile. codecs, copies: for people and for studies; no run takes anything from them."""
 
     name: str
     device: str  #: what it is, for people
@@ -73,6 +105,8 @@ class Device:
     basis: Basis
     source: str
     times: DeviceTimes
+    codecs: tuple[CodecTimes, ...] = ()
+    copies: tuple[tuple[str, float], ...] = ()  #: bits a second by way (`Way`)
 
     @property
     def digest(self) -> str:
@@ -88,7 +122,18 @@ class Device:
         for key, points in (("prefill", self.times.prefill), ("decode", self.times.decode)):
             if points:
                 lines += [f"{key}:", *(f"  - [{tokens}, {exact_time(took)}]" for tokens, took in points)]
+        if self.codecs:
+            lines.append("codecs:")
+            for codec, encode, decode in self.codecs:
+                ways = f"encode: {_line(encode)}, decode: {_line(decode)}"
+                lines.append(f"  {json.dumps(codec, ensure_ascii=False)}: {{{ways}}}")
+        if self.copies:
+            lines += ["copies:", *(f"  {way}: {exact_rate(rate)}" for way, rate in self.copies)]
         return "\n".join(lines) + "\n"
+
+
+def _line(points: Points) -> str:
+    return f"[{', '.join(f'[{tokens}, {exact_time(took)}]' for tokens, took in points)}]"
 
 
 def load_device(name_or_path: str) -> Device:
@@ -125,10 +170,15 @@ def find(name_or_path: str) -> Path:
 def device_from(value: Any, where: str, name: str) -> Device:
     """The device profile that a YAML mapping describes. Raises SpecError beginning with `where`."""
     written = strict_yaml.checked(Written, value, where)
-    for key in ("prefill", "decode"):
-        for number, ((before, _), (after, _)) in enumerate(itertools.pairwise(getattr(written, key)), 1):
+    ascending = {"prefill": written.prefill, "decode": written.decode}
+    for codec, coding in written.codecs.items():
+        ascending |= {f"codecs.{codec}.encode": coding.encode, f"codecs.{codec}.decode": coding.decode}
+    for key, points in ascending.items():
+        for number, ((before, _), (after, _)) in enumerate(itertools.pairwise(points), 1):
             if after <= before:
                 raise SpecError(f"{where}: {key}[{number}]: {after} tokens behind {before}; they must ascend")
     called = written.name or name
     times = DeviceTimes(called, written.model, tuple(written.prefill), tuple(written.decode))
-    return Device(called, written.device, written.dtype, written.basis, written.source, times)
+    codecs = tuple(CodecTimes(k, tuple(c.encode), tuple(c.decode)) for k, c in written.codecs.items())
+    about = (called, written.device, written.dtype, written.basis, written.source)
+    return Device(*about, times, codecs, tuple(written.copies.items()))

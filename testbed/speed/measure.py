@@ -1,4 +1,6 @@
-"""A device profile of the machine that this runs on: passes and generated tokens, timed as a side computes them."""
+"""A device profile of the machine that this runs on: passes and generated tokens, timed as a side computes them; what coding a
+cache takes, and copying it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import gc
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,6 +16,7 @@ import torch
 
 from testbed.errors import UsageError
 from testbed.hosts.processes import processor_share, scheduled
+from testbed.speed.files import CodecTimes
 from testbed.speed.times import Points
 
 if TYPE_CHECKING:
@@ -23,6 +27,9 @@ if TYPE_CHECKING:
 TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 #: Generated behind each context; the first is a pass over the token before it, and no part of what is timed.
 _GENERATED = 9
+#: Coded caches: of these, and of the model's own text.
+CODECS = ("fp16", "int8", "int4")
+_COPIED = 64 << 20  #: bytes
 _TEXT = "The quick brown fox jumps over the lazy dog, and the lazy dog sleeps. "
 
 
@@ -32,6 +39,8 @@ class Measured(NamedTuple):
     prefill: Points
     decode: Points
     share: float | None
+    codecs: tuple[CodecTimes, ...] = ()
+    copies: tuple[tuple[str, float], ...] = ()
 
 
 def measure(
@@ -65,7 +74,62 @@ def measure(
             break
     if not decode:
         raise UsageError(f"model {model.name!r} ends every text at once, so its decoding cannot be timed")
-    return Measured(tuple(prefill), tuple(decode), processor_share(before))
+    share = processor_share(before)
+    codecs = measure_codecs(model, ids, [count for count, _ in prefill], repeats)
+    for codec, encode, coded in codecs:
+        say(f"{codec}, {encode[-1][0]} tokens: encode {encode[-1][1]:.4g} s, decode {coded[-1][1]:.4g} s")
+    return Measured(tuple(prefill), tuple(decode), share, codecs, measure_copies(model.device, repeats))
+
+
+def measure_codecs(
+    model: LanguageModel, ids: list[int], counts: Sequence[int], repeats: int
+) -> tuple[CodecTimes, ...]:
+    """Medians of `repeats` encodings and decodings of the cache of the first so many tokens. A GPU's payload is made in the
+    host's memory, and read from there."""
+    from testbed.codecs.codec import Codec, decode
+
+    points: dict[str, tuple[list[tuple[int, float]], list[tuple[int, float]]]] = {}
+    for count in counts:
+        cache = model.prefill(ids[:count], None).cache
+        for codec in map(Codec, CODECS):
+            payload = codec.encode(cache)  # compiled loops and memory are no codec's own
+            decode(payload, model.device)
+            encode = partial(codec.encode, cache)
+            timed = [
+                (_took(model.device, encode), _took(model.device, partial(decode, payload, model.device)))
+                for _ in range(repeats)
+            ]
+            for own, each in zip(
+                points.setdefault(str(codec.spec), ([], [])), zip(*timed, strict=True), strict=True
+            ):
+                own.append((count, _told(median(each))))
+    return tuple(CodecTimes(codec, tuple(one), tuple(other)) for codec, (one, other) in points.items())
+
+
+def measure_copies(device: torch.device, repeats: int) -> tuple[tuple[str, float], ...]:
+    """Bits a second of a copy of 64 MiB within the device's memory; of a GPU also to and from the host's, pageable (which
+    payloads are copied to) and pinned.
+    """
+    here, there = (torch.zeros(_COPIED, dtype=torch.uint8, device=device) for _ in range(2))
+    ways = {"within": (there, here)}
+    if device.type != "cpu":
+        host = torch.zeros(_COPIED, dtype=torch.uint8)
+        pinned = torch.zeros(_COPIED, dtype=torch.uint8, pin_memory=True)
+        ways |= {"to_host": (host, here), "from_host": (here, host)}
+        ways |= {"to_pinned": (pinned, here), "from_pinned": (here, pinned)}
+    found = []
+    for way, (target, source) in ways.items():
+        target.copy_(source)
+        took = median(_took(device, partial(target.copy_, source)) for _ in range(repeats))
+        found.append((way, _told(8 * _COPIED / took)))
+    return tuple(found)
+
+
+def _took(device: torch.device, work: Callable[[], object]) -> float:
+    """Seconds until the device has done it."""
+    started = _now(device)
+    work()
+    return _now(device) - started
 
 
 def _once(model: LanguageModel, ids: list[int]) -> tuple[float, list[float]]:

@@ -72,6 +72,7 @@ def test_what_an_allocator_says_becomes_one_line_with_the_remedy(
 
 
 def test_other_failures_stay_what_they_are() -> None:
+    assert "or of threads: take fewer" in ran_out(RuntimeError("can't start new thread"))
     assert not ran_out(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(ZeroDivisionError):
         within_memory(lambda: 1 // 0)
@@ -127,7 +128,7 @@ def test_a_context_that_does_not_fit_is_refused_by_the_side_that_is_short_and_sh
         for side in (edge, cloud):
             side.call(Load("shape:llama-3.1-8b", "cpu", threads=1, times=TIMES), 120)
         link = Link("127.0.0.1", cloud.call(Serve(1 << 30), 60), timeout=60.0)
-        spare(edge if short == "edge" else cloud, 320 << 20)
+        spare(edge if short == "edge" else cloud, 420 << 20)
         batches = []
         for tokens in (4096, 64):
             about = {"count": 1, "context_tokens": tokens, "codecs": ("int4",), "max_new_tokens": 2}
@@ -141,7 +142,7 @@ def test_a_context_that_does_not_fit_is_refused_by_the_side_that_is_short_and_sh
 
         for _ in range(2):
             who = "edge: " if short == "edge" else "edge: the cloud: "
-            with pytest.raises(EndpointError, match=rf"^{who}out of memory .*: take fewer context_tokens"):
+            with pytest.raises(EndpointError, match=rf"^{who}out of memory.*: take fewer context_tokens"):
                 ask(batches[0])
             assert ask(batches[1]) == 2
         assert edge.alive and cloud.alive
@@ -223,7 +224,7 @@ def test_a_run_has_an_error_row_for_what_does_not_fit_and_goes_on(tmp_path: Path
 
             def loaded() -> dict[str, Loaded]:
                 told = load()
-                spare(session.pair.edge, 320 << 20)
+                spare(session.pair.edge, 420 << 20)
                 return told
 
             session.pair.load = loaded  # type: ignore[method-assign]
@@ -235,5 +236,5 @@ def test_a_run_has_an_error_row_for_what_does_not_fit_and_goes_on(tmp_path: Path
     errors = [row["error"] for row in directory.rows()]
     assert runner.failures == 2 and errors[2:] == ["", ""]
     assert all(
-        re.match(r"full cache: loopback: out of memory .*: take fewer context_tokens", e) for e in errors[:2]
+        re.match(r"full cache: loopback: out of memory.*: take fewer context_tokens", e) for e in errors[:2]
     )

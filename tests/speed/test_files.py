@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -13,7 +14,7 @@ from testbed import lookup, strict_yaml
 from testbed.errors import SpecError
 from testbed.models.shapes import SHAPES
 from testbed.models.sources import PRESETS
-from testbed.speed.files import Device, device_from, load_device, shipped_devices
+from testbed.speed.files import CodecTimes, Device, Way, device_from, load_device, shipped_devices
 from testbed.speed.times import DeviceTimes
 
 SHIPPED = Path(__file__).parents[2] / "devices"
@@ -26,6 +27,9 @@ RIGHT = {
     "prefill": [[16, "20ms"], [32, "30ms"]],
     "decode": [[16, "9ms"]],
 }
+
+
+WORDS = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=40)
 
 
 def points() -> st.SearchStrategy[tuple[tuple[int, float], ...]]:
@@ -47,13 +51,22 @@ def test_every_shipped_profile_is_of_a_model_that_can_be_named_and_says_its_sour
 @given(
     points(),
     st.just(()) | points(),
-    st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=40),
+    WORDS,
+    st.dictionaries(WORDS, st.tuples(points(), points()), max_size=3),
+    st.dictionaries(st.sampled_from(get_args(Way)), st.floats(1, 1e18), max_size=5),
 )
 def test_a_profile_that_is_written_reads_back(
-    prefill: tuple[tuple[int, float], ...], decode: tuple[tuple[int, float], ...], words: str
+    prefill: tuple[tuple[int, float], ...],
+    decode: tuple[tuple[int, float], ...],
+    words: str,
+    codecs: dict[str, Any],
+    copies: dict[str, float],
 ) -> None:
-    made = Device("x", words, "float16", "measured", words, DeviceTimes("x", words, prefill, decode))
+    times = DeviceTimes("x", words, prefill, decode)
+    more = tuple(CodecTimes(codec, *ways) for codec, ways in codecs.items()), tuple(copies.items())
+    made = Device("x", words, "float16", "measured", words, times, *more)
     assert device_from(strict_yaml.parse(made.text(), "x.yaml"), "x.yaml", "x") == made
+    assert made.digest == Device("x", words, "float16", "measured", words, times).digest
 
 
 def test_a_profile_is_found_beside_the_file_that_names_it(tmp_path: Path) -> None:
@@ -80,6 +93,11 @@ def test_a_profile_is_found_beside_the_file_that_names_it(tmp_path: Path) -> Non
         ({"prefill": [[0, "20ms"]]}, r"write \[TOKENS, TIME\]"),
         ({"prefill": [[16, "0s"]]}, "takes no time"),
         ({"prefill": [[16, "-1s"]]}, "is negative"),
+        ({"codecs": {"int8": {"encode": [[16, "1ms"]]}}}, "b.yaml: codecs.int8: decode is missing"),
+        ({"codecs": {"int8": {"encode": [[16, "1ms"], [8, "1ms"]], "decode": [[16, "1ms"]]}}}, r"codecs.int8.encode\[1\]: 8 t"),
+        ({"copies": {"within": "5"}}, "copies.within: rate '5' has no unit"),
+        ({"copies": {"within": "0bit"}}, "copies.within: .*is no rate of a copy"),
+        ({"copies": {"sideways": "1gbit"}}, "copies"),
         ({"decode": [[16, "9ms"], [16, "8ms"]]}, r"b.yaml: decode\[1\]: 16 tokens behind 16; they must ascend"),
     ],
 )  # fmt: skip

@@ -22,6 +22,12 @@ def test_a_measured_profile_has_the_numbers_asked_for_and_says_how(
     device = load_device(str(out))
     assert [tokens for tokens, _ in device.times.prefill] == [8, 16, 32]
     assert device.times.decode and device.basis == "measured"
+    assert [times.codec for times in device.codecs] == ["fp16", "int8", "int4"]
+    for times in device.codecs:
+        assert [[tokens for tokens, _ in way] for way in (times.encode, times.decode)] == [[8, 16, 32]] * 2
+    assert [way for way, rate in device.copies if rate > 0] == [
+        "within"
+    ]  # a processor's memory is the host's
     assert "medians of 2 passes" in device.source and "1 threads" in device.source
     assert device.times.model == Path(model).name
 
