@@ -33,7 +33,15 @@ from testbed.endpoints.room import ran_out, within_memory
 from testbed.endpoints.scouted import own_choice, scouted
 from testbed.endpoints.sessions import Admission, Served, Session, Sessions
 from testbed.endpoints.side import Handlers, InferenceSide, digest, held, main, wait_until
-from testbed.errors import NotFiniteError, OutOfMemory, PayloadError, SpecError, TestbedError, WireError
+from testbed.errors import (
+    NotFiniteError,
+    OutOfMemory,
+    PayloadError,
+    SpecError,
+    TestbedError,
+    UsageError,
+    WireError,
+)
 from testbed.transport import wire
 from testbed.transport.transport import Listener, Stream
 from testbed.transport.transport import parse as parse_transport
@@ -70,7 +78,12 @@ class Cloud(InferenceSide):
     def serve(self, message: Serve) -> int:
         """Listen by one more transport, and answer requests from now on; returns the port."""
         self.max_payload, self._request_s = message.max_payload, message.request_s
-        listener = parse_transport(message.transport).listen(congestion=message.congestion)
+        try:
+            listener = parse_transport(message.transport).listen(message.address, message.congestion)
+        except OSError as error:
+            raise UsageError(
+                f"the cloud cannot listen at {message.address} ({error.strerror}): it has to be an address of its own host"
+            ) from error
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
         return listener.port
 

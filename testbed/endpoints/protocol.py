@@ -18,7 +18,7 @@ from testbed.speed.times import DeviceTimes
 from testbed.speed.words import HERE, Speed
 from testbed.tasks.task import Example
 
-VERSION = 3
+VERSION = 4
 
 Count = Annotated[int, Meta(ge=0, le=1 << 48)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
@@ -145,13 +145,15 @@ class Prepare(Message[Prepared]):
 class Serve(Message[Port]):
     """Listen by one transport (its canonical text), and answer requests from now on; asked again, by one more.
 
-    max_payload: bounds what a request may make the cloud allocate, in bytes; request_s: what its bytes may take to come.
+    max_payload: bounds what a request may make the cloud allocate, in bytes; request_s: what its bytes may take to come;
+    address: where it listens, and nowhere else; left out: at all of its host's.
     """
 
     max_payload: Count
     congestion: Name | None = None
     request_s: Seconds = 120.0
     transport: Name = "tcp"
+    address: Name = "0.0.0.0"
 
 
 class Forget(Message[None]):

@@ -112,12 +112,14 @@ class Pair:
         return batches
 
     def serve(self, address: str, kv_bytes_per_token: int) -> None:
-        """The cloud listens by each transport, on `address` as the edge sees it, for payloads of at most what the longest context
+        """The cloud listens by each transport, on `address` alone, for payloads of at most what the longest context
         can make."""
         congestion, timeout = self.plan.swept.congestion, self.scenario.timeout
         bound = 2 * self._longest * kv_bytes_per_token + _PAYLOAD_SLACK
         for transport in map(str, self.scenario.transport):
-            message = protocol.Serve(bound, congestion, request_s=timeout, transport=transport)
+            message = protocol.Serve(
+                bound, congestion, request_s=timeout, transport=transport, address=address
+            )
             port = self._call(self.cloud, message, _SHORT_S)
             self._links[transport] = Link(
                 address, port, transport=transport, congestion=congestion, timeout=timeout

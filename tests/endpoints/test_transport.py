@@ -32,6 +32,15 @@ def test_edge_and_cloud_speak_over_whichever_transport_the_link_names(transport:
             Client().ask(asked, [PAYLOAD, PAYLOAD[:999]], link)
 
 
+def test_the_cloud_listens_at_the_address_that_it_is_told_and_nowhere_else() -> None:
+    port = Cloud().serve(Serve(1 << 22, address="127.0.0.1"))
+    parse("tcp").connect("127.0.0.1", port, None, 5.0).finish()
+    with pytest.raises(EndpointError):
+        parse("tcp").connect("127.0.0.2", port, None, 5.0)
+    with pytest.raises(UsageError, match=r"cannot listen at 192\.0\.2\.1 .*an address of its own host"):
+        Cloud().serve(Serve(1 << 22, address="192.0.2.1"))
+
+
 def test_an_unknown_transport_is_named_with_those_that_exist() -> None:
     with pytest.raises(UsageError, match=r"'pigeon': unknown; there is tcp"):
         parse("pigeon")
