@@ -213,6 +213,15 @@ def test_an_adaptive_delivery_has_one_cell_for_all_codecs_named_by_its_best() ->
     assert alone.cells(0, 256)[0].identity(alone) == made.cells(0, 256)[1].identity(made)
 
 
+@pytest.mark.parametrize("delivery", ["stream(chunk=8)", "meet(chunk=8)", "adaptive(levels=[int8], chunk=8)"])
+def test_a_context_of_more_parts_than_a_request_has_is_refused_before_the_run(delivery: str) -> None:
+    plan(delivery=[delivery], context_tokens=[2040])
+    with pytest.raises(
+        SpecError, match=r"delivery: .* 2056 tokens, and a request has at most 256: take a larger"
+    ):
+        plan(delivery=[delivery], context_tokens=[300, 2056])
+
+
 def test_what_a_levels_codec_refers_to_is_written_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,6 +95,13 @@ class Pipelined(Delivery, ABC):
     def parts(self, tokens: int, layers: int) -> list[Part]:
         """The parts of a context of so many tokens in a model of so many layers, in the order in which they are sent."""
 
+    def too_many(self, tokens: int, layers: int, most: int) -> str:
+        """Why a context of so many has more than `most` parts; empty where it has not."""
+        parts = len(self.parts(tokens, layers))
+        if parts <= most:
+            return ""
+        return f"{self} makes {parts} parts of {tokens} tokens, and a request has at most {most}: take a larger chunk"
+
     def ladder(self, codec: str) -> tuple[str, ...]:
         """The levels at which a part may be sent in a request for `codec`, the best first: codecs' texts, `TEXT`, `SKIP`."""
         return (codec,)

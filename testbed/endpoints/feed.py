@@ -20,6 +20,8 @@ from testbed.endpoints.side import Pace, wait_until
 from testbed.endpoints.spans import Span
 from testbed.endpoints.tokens import to_bytes
 from testbed.endpoints.turns import Turns
+from testbed.errors import EndpointError
+from testbed.transport.wire import MAX_PARTS
 
 if TYPE_CHECKING:
     from testbed.codecs.codec import Codec
@@ -123,6 +125,8 @@ class Feed(Source):
         self.sent: list[str] = []  #: the chunks' levels
         self.payload_bytes = 0
         self.stored_s = 0.0  #: what encoding beforehand took
+        if why := delivery.too_many(len(context.ids), context.num_layers, MAX_PARTS):
+            raise EndpointError(why)
         self._context, self._by = context, self.parts[0].by
         self._length = len(context.ids) if self._by == "tokens" else context.num_layers
         self._end = context.begin + len(context.ids)  #: the position behind the context

@@ -33,6 +33,7 @@ from testbed.net.topology.topology import Topology
 from testbed.tasks.task import Task, make_task
 from testbed.transport.tcp import Tcp
 from testbed.transport.transport import Transport
+from testbed.transport.wire import MAX_PARTS
 from testbed.units import format_rate
 
 _MAX_TRIALS = 10_000_000
@@ -318,6 +319,9 @@ def _check_extent(plan: Plan, place: str) -> None:
         for spec, delivery in itertools.product(plan.scenario.codecs, plan.scenario.delivery):
             if why := delivery.unfit(str(spec)):
                 raise SpecError(f"{place}: delivery: {why}")
+    for delivery, tokens in itertools.product(plan.scenario.delivery, plan.scenario.context_tokens):
+        if isinstance(delivery, Pipelined) and tokens and (why := delivery.too_many(tokens, 1, MAX_PARTS)):
+            raise SpecError(f"{place}: delivery: {why}")
     for kind, profile in itertools.product(plan.scenario.transport, plan.profiles):
         _check_rate(kind, profile, place)
     for kind, delivery in itertools.product(plan.scenario.transport, plan.scenario.delivery):
