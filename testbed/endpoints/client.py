@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from msgspec import structs
 
 from testbed.deadline import Deadline
 from testbed.delivery.delivery import TEXT
-from testbed.endpoints.feed import Source
+from testbed.endpoints.feed import Chunk, Source
 from testbed.endpoints.protocol import ROUNDING_S, Link, TrialRequest, TrialResult
 from testbed.endpoints.spans import CLOUD, LINK, Span, billed
 from testbed.endpoints.verdicts import Verified, verified
@@ -92,7 +92,7 @@ class _Exchange:
     verdict: wire.Verdict | None = None
     verdict_at: float = 0.0
     unverified: str = ""
-    failures: list[BaseException] = field(default_factory=list)
+    unmade: Exception | None = None  #: why a chunk could not be made
 
 
 class Client:
@@ -121,7 +121,7 @@ class Client:
         started = time.monotonic()
 
         def converse(connection: Stream, exchange: _Exchange, deadline: Deadline) -> None:
-            feed.begin(started, connection.delay_s)
+            feed.begin(started, connection.rtt_s / 2)
             connection.hold_back(feed.late)
             exchange.sent_at = connection.send(request, deadline=deadline)
             listening = _Thread(lambda: _listen(connection, exchange, request.id, deadline, feed), feed)
@@ -136,10 +136,8 @@ class Client:
                 for thread in (sending, listening):
                     thread.join()
                 connection.hold_back(False)
-            for thread in (
-                listening,
-                sending,
-            ):  # what the cloud says tells more than that nothing more could be sent
+            # What the cloud says tells more than that nothing more could be sent, but not than that nothing more could be made.
+            for thread in (sending, listening) if exchange.unmade is not None else (listening, sending):
                 if thread.failure is not None and not exchange.unverified:
                     if not (feed.verified and exchange.answer and isinstance(thread.failure, TestbedError)):
                         raise thread.failure
@@ -188,10 +186,7 @@ class Client:
         kept = self._kept.get((link.name, link.transport))
         if kept is not None:
             return kept, False
-        began = time.monotonic()
-        connection = transport.connect(link.address, link.port, link.congestion, link.timeout)
-        connection.delay_s = (time.monotonic() - began) / 2
-        return connection, True
+        return transport.connect(link.address, link.port, link.congestion, link.timeout), True
 
 
 class _Thread(threading.Thread):
@@ -214,7 +209,7 @@ class _Thread(threading.Thread):
 def _send(connection: Stream, exchange: _Exchange, id: int, feed: Source, deadline: Deadline) -> None:
     """Every chunk, as soon as it is made, and the request's end."""
     count = length = 0
-    for chunk in feed:
+    for chunk in _made(feed, connection, exchange):
         header = wire.Chunk(id, count, False, chunk.crc, chunk.level, chunk.part.start, chunk.part.stop)
         started = connection.send_chunk(header, chunk.payload, deadline, chunk.part.priority)
         sent = Span("transmit", started, started, count, LINK, feed.levels[chunk.level], len(chunk.payload))
@@ -222,6 +217,16 @@ def _send(connection: Stream, exchange: _Exchange, id: int, feed: Source, deadli
         feed.handed(count, started, len(chunk.payload))
         count, length = count + 1, length + len(chunk.payload)
     connection.send(wire.End(id, count, length), deadline=deadline)
+
+
+def _made(feed: Source, connection: Stream, exchange: _Exchange) -> Iterator[Chunk]:
+    """The feed's chunks. Where one cannot be made no answer can come, so nobody waits for it any longer."""
+    try:
+        yield from feed
+    except Exception as error:
+        exchange.unmade = error
+        connection.abort()
+        raise
 
 
 def _drain(connection: Stream, deadline: Deadline) -> None:

@@ -50,6 +50,10 @@ class QuicStream(Stream):
         what = "no whole frame arrived" if whole else "nothing arrived"
         return self.connection.read_into(buffer, deadline, what)
 
+    @property
+    def rtt_s(self) -> float:
+        return self.connection.least_rtt_s
+
     def stats(self) -> Stats:
         """Datagrams with the headers of Ethernet, IP and UDP. Sent again: packets that were declared lost."""
         c = self.connection

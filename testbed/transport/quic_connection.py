@@ -62,7 +62,7 @@ class Connection:
         self._forwarded: deque[bytes] = deque()
         self._finishing = self._finished = self._closing = False
         self._confirmed = True
-        self._rtt_s = 0.0
+        self._rtt_s = self._least_rtt_s = 0.0
         self._now = 0.0  #: when what is being looked at was taken from the socket
         self._thread = threading.Thread(target=self._run, daemon=True)
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
@@ -167,6 +167,11 @@ class Connection:
     def rtt_s(self) -> float:
         """Of a round trip, smoothed; 0: not known yet."""
         return self._rtt_s
+
+    @property
+    def least_rtt_s(self) -> float:
+        """Least of those; 0: not known yet."""
+        return self._least_rtt_s
 
     @property
     def confirmed(self) -> bool:
@@ -340,6 +345,8 @@ class Connection:
         while (event := self._quic.next_event()) is not None:
             self._take(event)
         self.lost, self._rtt_s = int(self._told("loss_total")), self._told("smoothed_rtt")
+        if self._rtt_s:
+            self._least_rtt_s = min(self._least_rtt_s or self._rtt_s, self._rtt_s)
 
     def _take(self, event: object) -> None:
         from qh3.quic import events

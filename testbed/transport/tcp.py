@@ -15,11 +15,13 @@ from testbed.deadline import Deadline
 from testbed.errors import EndpointError, UsageError
 from testbed.transport.transport import Listener, Stats, Stream, Transport
 
-# struct tcp_info of linux/tcp.h: tcpi_options, _unacked, _total_retrans, _bytes_received, _segs_out, _segs_in, _bytes_sent
-_INFO = struct.Struct("=5xB18xI72xI24xQII56xQ")
+# struct tcp_info of linux/tcp.h: tcpi_options, _unacked, _total_retrans, _bytes_received, _segs_out, _segs_in, _min_rtt (us),
+# _bytes_sent
+_INFO = struct.Struct("=5xB18xI72xI24xQII4xI48xQ")
 _TIMESTAMPS = 1  #: TCPI_OPT_TIMESTAMPS
 #: Of a segment, in front of its data: Ethernet, IPv4 and TCP; and TCP's timestamps, where both sides have them.
 _HEADERS, _TIMESTAMP_OPTION = 14 + 20 + 20, 12
+_UNKNOWN = 0xFFFFFFFF  #: a round trip that was not timed yet
 _PIECE = 1 << 20
 _UNSENT = 1 << 16  # bytes that the kernel takes ahead of what the congestion window lets out
 _MOST_PIECES = 1024  #: IOV_MAX
@@ -68,7 +70,15 @@ class TcpStream(Stream):
         except OSError as error:
             raise EndpointError(f"the connection broke while receiving: {error}") from error
 
-    def _info(self) -> tuple[int, int, int, int, int, int, int]:
+    @property
+    def rtt_s(self) -> float:
+        """By tcp_info's tcpi_min_rtt."""
+        with contextlib.suppress(OSError):  # where it is closed
+            microseconds = self._info()[6]
+            return 0.0 if microseconds == _UNKNOWN else microseconds / 1e6
+        return 0.0
+
+    def _info(self) -> tuple[int, int, int, int, int, int, int, int]:
         info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
         return _INFO.unpack(info.ljust(_INFO.size, b"\0"))
 
@@ -78,7 +88,7 @@ class TcpStream(Stream):
         Not counted: options that only some segments have (a handshake's, selective acknowledgements), data that came twice.
         """
         with contextlib.suppress(OSError):  # where it is closed
-            options, _, again, received, segments_out, segments_in, sent = self._info()
+            options, _, again, received, segments_out, segments_in, _, sent = self._info()
             headers = _HEADERS + (_TIMESTAMP_OPTION if options & _TIMESTAMPS else 0)
             congestion = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
             self._stats = Stats(

@@ -62,7 +62,10 @@ class Stream(ABC):
         self.engaged = False  #: whether its header has come, whose context or answer is due
         self._sending = threading.Lock()
 
-    delay_s: float = 0.0  #: one way, by what opening it took
+    @property
+    def rtt_s(self) -> float:
+        """Of the shortest round trip so far, as the transport counts it: without what opening it computed; 0: not known."""
+        return 0.0
 
     def hold_back(self, on: bool) -> None:  # noqa: B027
         """Whether `send` waits until the link is about to want more: what is sent next is then decided late. Where a transport
