@@ -22,7 +22,7 @@ done
 ip link set lo up
 
 modules=/usr/lib/uml/modules/$(uname -r)/kernel
-for module in drivers/net/veth drivers/net/tun net/sched/sch_ingress net/sched/sch_netem net/sched/sch_tbf net/sched/sch_plug net/sched/sch_codel \
+for module in drivers/net/veth drivers/net/tun drivers/net/ifb net/sched/sch_ingress net/sched/sch_netem net/sched/sch_tbf net/sched/sch_plug net/sched/sch_codel \
     net/sched/cls_u32 net/sched/act_mirred; do
     insmod "$modules/$module.ko" >>/run/exchange/boot 2>&1 || echo "insmod $module failed" >>/run/exchange/boot
 done

@@ -101,21 +101,34 @@ def clean(topology: str) -> tuple[list[str], int]:
     """Remove what lost connections left on the hosts of a topology: what that was, and how many hosts could not be cleaned."""
     from testbed.errors import TestbedError
     from testbed.experiment import hosts as real
+    from testbed.hosts.local import Local
     from testbed.hosts.ssh import Ssh
+    from testbed.net.real import shaping
     from testbed.net.topology.files import load_topology
 
     removed, failed = [], 0
-    places = {node.host: node for node in real.real(load_topology(topology))}
+    loaded = load_topology(topology)
+    places = {node.host: node for node in real.real(loaded)}
+    shaping_hosts = {node.host for node in loaded.nodes if node.name in {link.shape for link in loaded.links}}
     for address, node in places.items():
-        if address is None or address.local:  # what runs on this machine ends with who started it
+        if address is None:
             continue
         try:
-            with Ssh(address) as host:
-                removed += host.clean()
+            if not address.local:  # what runs on this machine ends with who started it
+                with Ssh(address) as host:
+                    removed += host.clean()
+                    if address in shaping_hosts:
+                        removed += _unshaped(node.name, shaping.clean(host))
+            elif address in shaping_hosts:
+                removed += _unshaped(node.name, shaping.clean(Local()))
         except TestbedError as error:
             failed += 1
             _tell(f"testbed: {node.name}: {error}".replace("\n", " "))
     return removed, failed
+
+
+def _unshaped(node: str, interfaces: list[str]) -> list[str]:
+    return [f"{node}: {interface} was shaped by a run that is dead" for interface in interfaces]
 
 
 def _tell(text: str) -> None:

@@ -108,6 +108,18 @@ class Local:
     def start(
         self, argv: Sequence[str], env: Mapping[str, str | None], log: Path | None = None
     ) -> LocalProcess:
+        return self._started(self.command(argv), env, log)
+
+    def start_as_root(self, argv: Sequence[str]) -> LocalProcess:
+        """Start a program with all the rights that we have, or can get by sudo."""
+        return self._started([*self._inside, *argv], {}, None)
+
+    _inside: tuple[str, ...] = ()
+    """What runs a program in the namespace."""
+
+    def _started(
+        self, command: Sequence[str], env: Mapping[str, str | None], log: Path | None
+    ) -> LocalProcess:
         # The host's own environment is ours, with the user's home and name.
         user = self._user
         given = {"HOME": user.home, "USER": user.name, "LOGNAME": user.name, **env}
@@ -119,7 +131,7 @@ class Local:
                 printed = kept = closing.enter_context(tempfile.TemporaryFile())
             try:
                 process = subprocess.Popen(
-                    self.command(argv),
+                    command,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=printed,
@@ -127,7 +139,7 @@ class Local:
                     start_new_session=True,  # Ctrl-C is the orchestrator's affair
                 )
             except OSError as error:
-                raise EndpointError(f"cannot start {argv[0]}: {error}") from error
+                raise EndpointError(f"cannot start {error.filename or command[0]}: {error}") from error
             if kept is not None:
                 closing.pop_all()
         return LocalProcess(process, log, kept)
@@ -152,9 +164,10 @@ class Namespace(Local):
     def __init__(self, name: str, user: User | None = None) -> None:
         super().__init__(user)
         self.name = name
+        self._inside = ("nsenter", f"--net=/run/netns/{name}", "--")
 
     def command(self, argv: Sequence[str]) -> list[str]:
-        return ["nsenter", f"--net=/run/netns/{self.name}", "--", *super().command(argv)]
+        return [*self._inside, *super().command(argv)]
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "kind": "namespace", "name": self.name}

@@ -172,13 +172,13 @@ class Netlink:
             )
         except RefusedError:
             return None
-        return _described(reply)
+        return described(reply)
 
     def filters(self, ifindex: int, parent: int) -> list[TrafficObject]:
         """All filters of an interface below *parent*."""
         body = TC.pack(0, ifindex, 0, parent, 0)
         replies = self._exchange(RTM_GETTFILTER, _DUMP, body, f"interface {ifindex}: filters")
-        return [found for found in map(_described, replies) if found.ifindex == ifindex]
+        return [found for found in map(described, replies) if found.ifindex == ifindex]
 
     def _exchange(self, message: int, flags: int, body: bytes, what: str) -> list[bytes]:
         """Sends one request; the bodies of what came back."""
@@ -212,7 +212,8 @@ class Netlink:
             at += (length + 3) & ~3
 
 
-def _described(reply: bytes) -> TrafficObject:
+def described(reply: bytes) -> TrafficObject:
+    """A qdisc or filter, of the body of a message that has one."""
     _, index, handle, up, _ = TC.unpack_from(reply)
     found = attributes(reply[TC.size :])
     kind = found.get(TCA_KIND, b"").rstrip(b"\0").decode(errors="replace")

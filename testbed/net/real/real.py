@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from testbed.net.calibration.calibrate import Calibration
     from testbed.net.emulators.emulator import Counters
     from testbed.net.real.measuring import End
+    from testbed.net.real.shaping import Shaping
 
 _SETTLING_S = 0.2
 #: Of what a host has: what may decide a run's times, the state of its clock among it.
@@ -51,6 +52,7 @@ class Real:
         self._hosts: dict[str, Host] = {}
         self._found: dict[str, dict[str, Any]] = {}  # what there is, by node (`testbed.hosts.survey`)
         self._addresses: dict[str, str] = {}
+        self._shapings: dict[str, Shaping] = {}
         self._closing = contextlib.ExitStack()
 
     @classmethod
@@ -61,6 +63,8 @@ class Real:
         try:
             for node in topology.nodes:
                 real._reach(node)
+            for link in topology.links:
+                real.apply(link.name, link.profile)
         except BaseException:
             real.close()
             raise
@@ -139,6 +143,41 @@ class Real:
     def apply(self, link: str, profile: Profile, origin_s: float | None = None) -> None:
         # A topology refuses all that such a link cannot be.
         self.topology = self.topology.with_profiles({link: profile})
+        if self.topology.link(link).shape is not None:
+            self._shaping(link).apply(profile)
+
+    def _shaping(self, link: str) -> Shaping:
+        """What shapes a link, begun where it was not."""
+        if link not in self._shapings:
+            from testbed.net.real.measuring import answer
+            from testbed.net.real.shaping import Shaping
+
+            ends = self.topology.link(link)
+            node, other = (ends.a, ends.b) if ends.shape == ends.a else (ends.b, ends.a)
+            host = self._hosts[node]
+            interface = next(each.interface for each in self.topology.nodes if each.name == node)
+            if not interface:
+                with host.start(host.module("testbed.net.real.end", "address", "-"), {}) as process:
+                    named = answer(process, f"node {node}")["interfaces"]
+                interface = next((n for n, found in named.items() if found == self._addresses[node]), None)
+            if not interface:
+                raise NetworkError(
+                    f"node {node}: none of its interfaces has the address {self._addresses[node]}"
+                )
+            reached = getattr(self._hosts[other], "addresses", None)
+            ours = getattr(host, "addresses", None)
+            self._shapings[link] = self._closing.enter_context(
+                Shaping(
+                    host,
+                    interface,
+                    self._addresses[other],
+                    "up" if node == ends.a else "down",
+                    force=ends.force,
+                    # From this machine, SSH goes out to the other one; to that machine, it comes in.
+                    ssh=[reached()[1]] if reached and ours is None else [],
+                )
+            )
+        return self._shapings[link]
 
     def settle(self, link: str, patience_s: float | None = None) -> bool:
         """Waits a little: nobody can say what is under way."""
@@ -147,9 +186,9 @@ class Real:
         return True
 
     def counters(self, link: str) -> dict[str, Counters]:
-        """Nobody counts: an interface's own figures have others' packets in them."""
+        """Nobody counts what no host shapes: an interface's own figures have others' packets in them."""
         self.topology.link_number(link)
-        return {}
+        return self._shapings[link].counters() if link in self._shapings else {}
 
     def calibrate(self, link: str, profile: Profile) -> Calibration:
         from testbed.net.real.measuring import measure
@@ -169,7 +208,9 @@ class Real:
         return End(node, self._hosts[node], self._addresses[node])
 
     def check(self) -> None:
-        """A process says itself that its host is gone."""
+        """Raises NetworkError where a link is not shaped as it should be. A process says itself that its host is gone."""
+        for shaping in self._shapings.values():
+            shaping.check()
 
     def close(self) -> None:
         """May be called again."""

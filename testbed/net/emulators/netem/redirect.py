@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from testbed.errors import NetworkError
 from testbed.hosts import namespaces
-from testbed.net.netlink import Attributes, Netlink, attributes
+from testbed.net.netlink import Attributes, Netlink, TrafficObject, attributes
 
 INGRESS, INGRESS_PARENT = 0xFFFF0000, 0xFFFFFFF1
 _STATS_BASIC, _STATS_PACKETS64 = 1, 8
@@ -41,12 +41,17 @@ def redirect(wire: str, ends: Iterable[tuple[str, str]]) -> None:
 
 def redirected(netlink: Netlink, source: int) -> tuple[int, int]:
     """Packets and bytes (network layer: the Ethernet header is off at ingress) that were redirected so far."""
-    for item in netlink.filters(source, INGRESS):
+    return redirects(netlink.filters(source, INGRESS)) or (0, 0)
+
+
+def redirects(filters: Iterable[TrafficObject]) -> tuple[int, int] | None:
+    """The same of the first of some filters that redirects; None: there is none."""
+    for item in filters:
         actions = attributes(item.options).get(_ACTIONS.get(item.kind, 0))
         if actions:
             first = attributes(attributes(actions).get(1, b""))
             return counted(attributes(first.get(4, b"")))  # TCA_ACT_STATS
-    return 0, 0
+    return None
 
 
 def counted(stats: Attributes) -> tuple[int, int]:
