@@ -149,34 +149,28 @@ class Real:
     def _shaping(self, link: str) -> Shaping:
         """What shapes a link, begun where it was not."""
         if link not in self._shapings:
-            from testbed.net.real.measuring import answer
             from testbed.net.real.shaping import Shaping
 
             ends = self.topology.link(link)
             node, other = (ends.a, ends.b) if ends.shape == ends.a else (ends.b, ends.a)
-            host = self._hosts[node]
-            interface = next(each.interface for each in self.topology.nodes if each.name == node)
-            if not interface:
-                with host.start(host.module("testbed.net.real.end", "address", "-"), {}) as process:
-                    named = answer(process, f"node {node}")["interfaces"]
-                interface = next((n for n, found in named.items() if found == self._addresses[node]), None)
-            if not interface:
+            here = next(each for each in self.topology.nodes if each.name == node)
+            named = self._found[node]["interfaces"].items()
+            having = [name for name, found in named if found["address"] == self._addresses[node]]
+            if not here.interface and not having:
                 raise NetworkError(
                     f"node {node}: none of its interfaces has the address {self._addresses[node]}"
                 )
-            reached = getattr(self._hosts[other], "addresses", None)
-            ours = getattr(host, "addresses", None)
-            self._shapings[link] = self._closing.enter_context(
-                Shaping(
-                    host,
-                    interface,
-                    self._addresses[other],
-                    "up" if node == ends.a else "down",
-                    force=ends.force,
-                    # From this machine, SSH goes out to the other one; to that machine, it comes in.
-                    ssh=[reached()[1]] if reached and ours is None else [],
-                )
+            local = here.host is not None and here.host.local
+            shaping = Shaping(
+                self._hosts[node],
+                here.interface or having[0],
+                self._addresses[other],
+                "up" if node == ends.a else "down",
+                force=ends.force,
+                # From this machine SSH goes out to the other one; to another, it comes in, and is found there.
+                ssh=[str(self._found[other]["ssh_address"])] if local else [],
             )
+            self._shapings[link] = self._closing.enter_context(shaping)
         return self._shapings[link]
 
     def settle(self, link: str, patience_s: float | None = None) -> bool:

@@ -323,14 +323,12 @@ def main() -> None:
     asked = json.loads(sys.stdin.readline() or "null")
     if asked is None:
         return
-    if os.geteuid() != 0:
-        raise Refusal("shaping takes root, or sudo without a password")
     if asked.get("clean"):
         _say({"undone": _clean(kernel)})
         return
     logged_in = (sys.argv[1] if len(sys.argv) > 1 else "").split()
     if len(logged_in) == 4:  # SSH_CONNECTION
-        asked["ssh"].append(logged_in[0])
+        asked["ssh"].append(logged_in[0].replace("::ffff:", ""))
         asked["spare"].append(int(logged_in[3]))
     _refuse(kernel, asked)
     record = Record.of(asked["interface"])
