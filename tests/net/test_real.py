@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from testbed.errors import EndpointError, NetworkError, SpecError
+from testbed.errors import EndpointError, NetworkError, SpecError, UsageError
 from testbed.hosts.address import LOCAL, parse_address
 from testbed.net.fabric.fabric import Fabric
 from testbed.net.profile.profile import MEASURED, parse_profile
@@ -117,3 +117,13 @@ def test_a_host_that_cannot_be_reached_is_one_line(topology: Topology) -> None:
     with pytest.raises(EndpointError, match=f"{edge.host.name}:1") as refused:
         Real.open(replace(topology, nodes=(silent, cloud)))
     assert "\n" not in str(refused.value)
+
+
+def test_a_host_that_is_to_shape_says_what_that_takes(topology: Topology) -> None:
+    """Its user is not root, and there may be no sudo."""
+    link = Link("access", "edge", "cloud", parse_profile("rate=10mbit,delay=10ms"), shape="cloud")
+    with (
+        pytest.raises(UsageError, match="shaping eth0: takes root there, or sudo without a password"),
+        Real.open(replace(topology, links=(link,))),
+    ):
+        pass

@@ -191,7 +191,7 @@ def _asked(process: Process | None, order: dict[str, Any], what: str) -> dict[st
     if not data.endswith(b"\n"):
         process.status(1.0)
         words = process.last_words()
-        if words.startswith("sudo:"):
+        if "sudo" in words:
             raise UsageError(f"{what}: takes root there, or sudo without a password ({words})")
         raise NetworkError(f"{what}: what does it has ended{words and ': ' + words}")
     answer: dict[str, Any] = json.loads(data)
