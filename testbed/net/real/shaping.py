@@ -24,7 +24,7 @@ from testbed.hosts.local import Local
 from testbed.net.emulators.emulator import Counters
 from testbed.net.emulators.netem.counters import Dropped, dropped_by, link_counters
 from testbed.net.emulators.netem.options import BOTTLENECKS, Hierarchy, hierarchy
-from testbed.net.emulators.netem.qdiscs import BUCKET, CODEL, ETHERNET_HEADER, OUTER
+from testbed.net.emulators.netem.qdiscs import BUCKET, CODEL, OUTER
 from testbed.net.emulators.netem.redirect import redirects
 from testbed.net.netlink import TCA_OPTIONS, TrafficObject, attribute, described
 from testbed.net.real import shaper
@@ -163,9 +163,7 @@ class Shaping:
             passed = redirects(filters)
             if passed is None:
                 raise NetworkError(f"{self._what} ({way}): its filter is gone")
-            packets, total = passed
-            header = ETHERNET_HEADER if hook == "egress" else 0  # what comes in is counted without
-            read[way] = {each.handle: each for each in qdiscs}, (packets, total - header * packets)
+            read[way] = {each.handle: each for each in qdiscs}, passed
         return read
 
     def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
