@@ -12,12 +12,14 @@ from msgspec import structs
 
 from testbed.deadline import Deadline
 from testbed.delivery.delivery import TEXT
+from testbed.endpoints.clocks import Clocks, Here
 from testbed.endpoints.feed import Chunk, Source
 from testbed.endpoints.protocol import ROUNDING_S, Link, TrialRequest, TrialResult
 from testbed.endpoints.spans import CLOUD, LINK, Span, billed
 from testbed.endpoints.verdicts import Verified, verified
 from testbed.errors import EndpointError, TestbedError
 from testbed.transport import wire
+from testbed.transport.clock import DRIFT, Clock, Offset
 from testbed.transport.transport import Bytes, Stats, Stream, Transport, parse
 
 #: What the cloud makes of what comes, by placement.
@@ -41,6 +43,7 @@ class Answered:
     congestion: str
     verified: Verified | None = None
     unverified: str = ""
+    clock: Clock | None = None  #: the cloud's, where that is another than this side's
 
     def result(self, message: TrialRequest, spans: list[Span], reused: list[str]) -> TrialResult:
         """What the trial came to, by all its spans, these and the edge's own; `reused`: stages taken over."""
@@ -61,6 +64,8 @@ class Answered:
             congestion=self.congestion,
             request=answer.id,
             unverified=self.unverified,
+            clock_offset_s=self.clock.ahead_s if self.clock else 0.0,
+            clock_error_s=self.clock.error_s if self.clock else 0.0,
         )
         if known is None:
             return result
@@ -93,6 +98,7 @@ class _Exchange:
     verdict_at: float = 0.0
     unverified: str = ""
     unmade: Exception | None = None  #: why a chunk could not be made
+    clock: Clock | None = None  #: the cloud's, where that is another than this side's
 
 
 class Client:
@@ -100,10 +106,11 @@ class Client:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, str], Stream] = {}
+        self._clocks = Clocks()
 
     def ask(self, request: wire.Request, context: Iterable[Bytes], link: Link) -> Answered:
         """Send a request and its context's chunks, and wait for the answer. Raises EndpointError."""
-        parse(link.transport).prepare()
+        looked = self._prepared(link)
 
         def converse(connection: Stream, exchange: _Exchange, deadline: Deadline) -> None:
             checked = request.placement == "cloud"  # a codec's bytes have checksums of their own
@@ -111,13 +118,13 @@ class Client:
             exchange.sent.append(Span("transmit", exchange.sent_at, exchange.sent_at, 0, LINK))
             _listen(connection, exchange, request.id, deadline)
 
-        return self._asked(link, converse, time.monotonic())
+        return self._asked(link, converse, time.monotonic(), looked)
 
     def feed(self, request: wire.Request, feed: Source, link: Link) -> Answered:
         """Send a request and the chunks of its context, each as soon as it is made, while this thread prefills; and wait for
         the answer. Raises EndpointError, and what making them raises.
         """
-        parse(link.transport).prepare()
+        looked = self._prepared(link)
         started = time.monotonic()
 
         def converse(connection: Stream, exchange: _Exchange, deadline: Deadline) -> None:
@@ -145,18 +152,29 @@ class Client:
             if feed.stopped and not exchange.unverified:
                 _drain(connection, deadline)
 
-        return self._asked(link, converse, started)
+        return self._asked(link, converse, started, looked)
+
+    def _prepared(self, link: Link) -> Offset | None:
+        """All that asking needs is there, and what the cloud's clock says, where it has one of its own."""
+        parse(link.transport).prepare()
+        return self._clocks.look(link) if link.apart else None
 
     def _asked(
-        self, link: Link, converse: Callable[[Stream, _Exchange, Deadline], None], started: float
+        self,
+        link: Link,
+        converse: Callable[[Stream, _Exchange, Deadline], None],
+        started: float,
+        looked: Offset | None,
     ) -> Answered:
-        """What an exchange over the link's connection came to."""
+        """What an exchange over the link's connection came to. looked: what the cloud's clock said before it began."""
         deadline, transport = Deadline(link.timeout), parse(link.transport)
         connection, fresh = self._connect(transport, link)
         before = _NOTHING if fresh else connection.stats()
-        exchange, keep = _Exchange(), False
+        exchange, keep = _Exchange(clock=Clock(looked) if looked else None), False
         try:
             converse(connection, exchange, deadline)
+            if looked is not None:
+                _put_here(exchange, Clock(looked, self._clocks.look(link)))
             exchange.began = started if fresh else exchange.sent_at  # no instant lies between two stages
             spans = _spans(exchange)
             if deadline.passed(spans[-1].end):  # as it would have been had the cloud computed it again
@@ -179,6 +197,7 @@ class Client:
             congestion=cost.congestion,
             verified=judged,
             unverified=exchange.unverified,
+            clock=exchange.clock,
         )
 
     def _connect(self, transport: Transport, link: Link) -> tuple[Stream, bool]:
@@ -248,7 +267,8 @@ def _listen(
         if isinstance(header, wire.Failure):
             raise EndpointError(f"the cloud: {header.message}")
         if header.id == id and isinstance(header, wire.Receipt) and feed is not None:
-            feed.arrived(header.index, min(header.at, received.at))
+            at = exchange.clock.here(header.at) if exchange.clock else header.at
+            feed.arrived(header.index, min(at, received.at))
         elif header.id == id and isinstance(header, wire.Enough) and feed is not None:
             feed.stop()
         elif header.id == id and isinstance(header, wire.FirstToken) and exchange.first is None:
@@ -261,6 +281,19 @@ def _listen(
             exchange.verdict, exchange.verdict_at = header, received.at
         else:
             raise EndpointError(f"the cloud sent a {type(header).__name__} frame out of turn")
+
+
+def _put_here(exchange: _Exchange, clock: Clock) -> None:
+    """Has what the cloud said in times of this side's clock."""
+    here, sent = Here(clock), [span.start for span in exchange.sent]
+    first, answer, verdict = exchange.first, exchange.answer, exchange.verdict
+    assert first is not None and answer is not None
+    exchange.clock = clock
+    exchange.first = here.first(first, exchange.sent_at, exchange.first_at)
+    exchange.answer = here.answer(answer, sent, exchange.first_at, exchange.answered_at)
+    if verdict is not None:
+        later = sent[len(answer.arrived) :]
+        exchange.verdict = here.verdict(verdict, later, exchange.answer.sent_at, exchange.verdict_at)
 
 
 def _spans(exchange: _Exchange) -> list[Span]:
@@ -308,7 +341,8 @@ def _check_times(
         and first.sent_at <= done <= exchange.answered_at
     )
     generated = answer.generate_s - answer.skipped_s
-    if not in_order or generated > done - first.sent_at + ROUNDING_S:
+    off = 2 * exchange.clock.error_s + DRIFT * generated if exchange.clock else 0.0
+    if not in_order or generated > done - first.sent_at + ROUNDING_S + off:
         raise EndpointError(
             f"the cloud's answer has times that cannot be: of a request of {exchange.sent_at:.6f} to "
             f"{exchange.answered_at:.6f} s it says received at {answer.received_at:.6f}, first token at "

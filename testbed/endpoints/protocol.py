@@ -218,7 +218,7 @@ class Compare(Message[None]):
 
 class Link(Part):
     """Where the cloud is, and how it is asked. name: of the conditions, by which a connection that is kept is found again.
-    transport: canonical text; congestion: the control that it uses where it names none."""
+    transport: canonical text; congestion: the control that it uses where it names none. apart: the cloud's clock is another."""
 
     address: Name
     port: Port
@@ -227,6 +227,7 @@ class Link(Part):
     congestion: Name | None = None
     timeout: Seconds = 120.0
     client: Name = ""
+    apart: bool = False
 
 
 EDGE, LINK, CLOUD = "edge", "link", "cloud"
@@ -296,6 +297,10 @@ class TrialResult(Part):
     verified_answer: str = ""
     later: tuple[Span, ...] = ()  #: spans behind the answer
     unverified: str = ""  #: why nothing is known of these
+    clock_offset_s: float = (
+        0.0  #: by which the cloud's clock was ahead of the edge's, on which all of these times are
+    )
+    clock_error_s: Seconds = 0.0  #: how far that may be off
 
     def __post_init__(self) -> None:
         if abs(self.stages.total() - self.e2e_s) > ROUNDING_S:

@@ -111,9 +111,9 @@ class Pair:
             self._longest = max(self._longest, made.longest)
         return batches
 
-    def serve(self, address: str, kv_bytes_per_token: int) -> None:
+    def serve(self, address: str, kv_bytes_per_token: int, apart: bool = False) -> None:
         """The cloud listens by each transport, on `address` alone, for payloads of at most what the longest context
-        can make."""
+        can make. apart: its clock is another than the edge's."""
         congestion, timeout = self.plan.swept.congestion, self.scenario.timeout
         bound = 2 * self._longest * kv_bytes_per_token + _PAYLOAD_SLACK
         for transport in map(str, self.scenario.transport):
@@ -122,7 +122,7 @@ class Pair:
             )
             port = self._call(self.cloud, message, _SHORT_S)
             self._links[transport] = Link(
-                address, port, transport=transport, congestion=congestion, timeout=timeout
+                address, port, transport=transport, congestion=congestion, timeout=timeout, apart=apart
             )
 
     def reference(self, batch: Batch, number: int) -> FullCache:

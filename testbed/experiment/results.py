@@ -31,7 +31,7 @@ from testbed.experiment import compute
 from testbed.experiment.row import COLUMNS, MEASURED, Row, in_turn
 from testbed.units import exact_time
 
-FORMAT = 5
+FORMAT = 6
 
 SPANS = "spans.jsonl"
 #: What makes a line a row: the trial that it tells of.
@@ -65,6 +65,11 @@ def _pipelines_came(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"transport": "tcp(connection=reuse)"} if row.get("transport") == "tcp+reuse" else row
 
 
+def _clocks_came(row: dict[str, Any]) -> dict[str, Any]:
+    """5 → 6: both sides had one clock."""
+    return {"clock_offset_s": 0.0, "clock_error_s": 0.0, **row}
+
+
 def _times_have_units(manifest: dict[str, Any]) -> dict[str, Any]:
     """A scenario's timeout, which was in bare seconds before units were asked for."""
     settings = manifest.get("settings")
@@ -76,7 +81,13 @@ def _times_have_units(manifest: dict[str, Any]) -> dict[str, Any]:
 
 #: By format, what makes a row of it one of the next. A resumed run has rows of several formats under one manifest, so each leaves
 #: alone what is of its result's format already; so do those of manifests.
-_MIGRATIONS = {1: _slowdowns_came, 2: _failures_measured_nothing, 3: _deliveries_came, 4: _pipelines_came}
+_MIGRATIONS = {
+    1: _slowdowns_came,
+    2: _failures_measured_nothing,
+    3: _deliveries_came,
+    4: _pipelines_came,
+    5: _clocks_came,
+}
 _MANIFESTS = (_times_have_units,)
 #: Formats that this version reads.
 READABLE = (*_MIGRATIONS, FORMAT)

@@ -127,6 +127,9 @@ class Row:
     #: whose measured times were waited for, by its profile's name; empty: computed here
     edge_device: str = ""
     cloud_device: str = ""
+    #: by which the cloud's clock was ahead of the edge's, on which all times of a row are, and how far that may be off
+    clock_offset_s: float = 0.0
+    clock_error_s: float = 0.0
 
     answer: str = ""
     score: float | None = None
@@ -171,8 +174,25 @@ class Row:
         for column, value in in_turn(dataclasses.asdict(self)).items():
             if getattr(self, column) is None:
                 setattr(self, column, value)
+        self._leave_out_what_clocks_hide()
+
+    def _leave_out_what_clocks_hide(self) -> None:
+        """What lies between two clocks, and is told no better than to 5 % of it, is not told."""
+        hidden_stages = []
+        for stage in BETWEEN:
+            value = getattr(self, stage)
+            if value is not None and self.clock_error_s > _TOLD_WITHIN * value and value > 0:
+                hidden_stages.append(stage)
+                setattr(self, stage, None)
+                setattr(self, f"busy_{stage}", None)
+        if hidden_stages:
+            off = f"{1e3 * self.clock_error_s:.3g} ms"
+            why = f"not told, as both sides' clocks are known to {off} only: {', '.join(hidden_stages)}"
+            self.warnings = "; ".join(filter(None, [self.warnings, why]))
 
 
+#: Stages that begin by one side's clock and end by the other's, and how much of one its error may be.
+BETWEEN, _TOLD_WITHIN = ("transmit_s", "first_token_s"), 0.05
 #: Placements of which a KV cache crosses the link.
 SENDING = ("split", "store")
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from testbed import files
 from testbed.endpoints.endpoint import Endpoint
-from testbed.errors import NetworkError
 from testbed.experiment.deployment import Pair
 from testbed.experiment.results import RunDirectory
 from testbed.experiment.scenario import Plan
@@ -18,9 +17,6 @@ from testbed.net.fabric.fabric import Fabric
 from testbed.net.loopback import Loopback
 from testbed.net.network import Network
 from testbed.net.traffic.traffic import running
-
-#: Two clocks that are less apart than that, as far as can be seen, are one.
-_SAME_S = 1e-3
 
 
 class Session:
@@ -58,8 +54,7 @@ def across_links(plan: Plan, directory: RunDirectory, say: Callable[[str], None]
             from testbed.net.real.real import Real
 
             say(f"reaching {', '.join(str(node.host) for node in topology.nodes)}")
-            network = stack.enter_context(real := Real.open(topology))
-            _require_one_clock(*real.clocks(plan.scenario.edge, plan.scenario.cloud))
+            network = stack.enter_context(Real.open(topology))
         else:
             say("building the network")
             captures = directory.path / "captures"
@@ -67,15 +62,6 @@ def across_links(plan: Plan, directory: RunDirectory, say: Callable[[str], None]
         edge = stack.enter_context(_endpoint("edge", network.host(plan.scenario.edge), directory))
         cloud = stack.enter_context(_endpoint("cloud", network.host(plan.scenario.cloud), directory))
         yield Session(plan, network, Pair(plan, edge, cloud, network.check))
-
-
-def _require_one_clock(ahead_s: float, off_s: float) -> None:
-    """A request's times are of both sides, and told as those of one clock."""
-    if abs(ahead_s) > off_s + _SAME_S:
-        raise NetworkError(
-            f"the cloud's clock is {ahead_s:.3f} s ahead of the edge's: stages of a request that crosses from one machine to "
-            "another are not told apart yet; `testbed calibrate` measures what lies between them"
-        )
 
 
 @contextlib.contextmanager

@@ -137,9 +137,12 @@ class Stream(ABC):
 
     def receive_request(self, deadline: Deadline, request_s: float) -> tuple[wire.Request, Deadline] | None:
         """The next request, which begins by the `deadline`, and until when all of it must be here: `request_s` seconds later.
-        None where the peer closed before it. Raises as `receive` does.
+        None where the peer closed before it. Raises as `receive` does. Until then, who asks is told what the clock says.
         """
         received = self.receive(0, deadline, request_s)
+        while received is not None and isinstance(received.header, wire.Clock):
+            self.send(wire.Clocked(received.header.id, received.at, time.monotonic()))
+            received = self.receive(0, deadline, request_s)
         if received is None:
             return None
         if not isinstance(received.header, wire.Request):

@@ -103,6 +103,20 @@ class Enough(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     id: Count
 
 
+class Clock(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Edge to cloud, between requests: what does your clock say?"""
+
+    id: Count
+
+
+class Clocked(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Cloud to edge: when that was received and answered. By the cloud's clock."""
+
+    id: Count
+    received: Instant
+    answered: Instant
+
+
 class FirstToken(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Cloud to edge, as soon as the first token is known."""
 
@@ -165,7 +179,7 @@ class Failure(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     message: Text
 
 
-Header = Request | FirstToken | Answer | Failure | Chunk | End | Receipt | Enough | Verdict
+Header = Request | FirstToken | Answer | Failure | Chunk | End | Receipt | Enough | Verdict | Clock | Clocked
 KINDS: dict[int, type[Header]] = {
     1: Request,
     2: FirstToken,
@@ -176,6 +190,8 @@ KINDS: dict[int, type[Header]] = {
     7: Receipt,
     8: Enough,
     9: Verdict,
+    11: Clock,
+    12: Clocked,
 }
 _KIND_OF = {struct_type: kind for kind, struct_type in KINDS.items()}
 _ENCODER = msgspec.msgpack.Encoder()
