@@ -174,7 +174,7 @@ class Client:
         try:
             converse(connection, exchange, deadline)
             if looked is not None:
-                _put_here(exchange, Clock(looked, self._clocks.look(link)))
+                _put_here(exchange, Clock(looked, self._clocks.behind(link, looked)))
             exchange.began = started if fresh else exchange.sent_at  # no instant lies between two stages
             spans = _spans(exchange)
             if deadline.passed(spans[-1].end):  # as it would have been had the cloud computed it again

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Iterable
 
 from msgspec import structs
 
 from testbed.deadline import Deadline
 from testbed.endpoints.protocol import Link
-from testbed.errors import EndpointError
+from testbed.errors import EndpointError, TestbedError
 from testbed.transport import wire
-from testbed.transport.clock import Clock, Offset, offset
+from testbed.transport.clock import DRIFT, Clock, Offset, offset
 from testbed.transport.transport import Stream, parse
 
 #: Exchanges of a set.
@@ -25,17 +27,29 @@ class Clocks:
 
     def look(self, link: Link) -> Offset:
         """A set of exchanges, while nothing else is under way. Raises EndpointError."""
-        key = link.name, link.transport
-        if key not in self._streams:
-            transport = parse(link.transport)
-            self._streams[key] = transport.connect(link.address, link.port, link.congestion, link.timeout)
-        stream, deadline = self._streams[key], Deadline(link.timeout)
+        if (stream := self._streams.pop((link.name, link.transport), None)) is not None:
+            with contextlib.suppress(TestbedError):  # else the cloud no longer knows that connection
+                return self._ask(link, stream)
+        connected = parse(link.transport).connect(link.address, link.port, link.congestion, link.timeout)
+        return self._ask(link, connected)
+
+    def behind(self, link: Link, before: Offset) -> Offset:
+        """What `look` finds; where nobody answers any more, what may have become of what was found before."""
         try:
-            return offset([_exchange(stream, number, deadline) for number in range(EXCHANGES)])
+            return self.look(link)
+        except TestbedError:
+            now = time.monotonic()
+            return Offset(now, before.ahead_s, before.error_s + DRIFT * (now - before.at))
+
+    def _ask(self, link: Link, stream: Stream) -> Offset:
+        deadline = Deadline(link.timeout)
+        try:
+            found = offset([_exchange(stream, number, deadline) for number in range(EXCHANGES)])
         except BaseException:
-            del self._streams[key]
-            stream.abort()
+            stream.close()
             raise
+        self._streams[link.name, link.transport] = stream
+        return found
 
 
 def _exchange(stream: Stream, number: int, deadline: Deadline) -> tuple[float, float, float, float]:

@@ -186,6 +186,7 @@ class Row:
                 setattr(self, stage, None)
                 setattr(self, f"busy_{stage}", None)
         if hidden_stages:
+            self.overlap_s = None
             off = f"{1e3 * self.clock_error_s:.3g} ms"
             why = f"not told, as both sides' clocks are known to {off} only: {', '.join(hidden_stages)}"
             self.warnings = "; ".join(filter(None, [self.warnings, why]))

@@ -116,7 +116,7 @@ class Runner:
         loaded = pair.load()
         self._batches = pair.prepare()
         self._expect()
-        pair.serve(address, loaded["edge"].kv_bytes_per_token, self.session.network.apart)
+        pair.serve(address, loaded["edge"].kv_bytes_per_token, not self.session.network.one_clock)
         self._threads = loaded["edge"].threads
         self._unlike = other_threads(self.directory.rows(), self._threads)
         if self._unlike:

@@ -82,6 +82,7 @@ def survey() -> dict[str, Any]:
         "sch_netem": sch_netem(),
         "sudo": sudo(),
         "clock": clock(),
+        "monotonic": monotonic(),
         "interfaces": interfaces(),
         "ssh_address": (os.environ.get("SSH_CONNECTION", "").split() + [""] * 4)[2],
     }
@@ -188,6 +189,13 @@ def clock() -> dict[str, Any]:
     if synchronized and synchronized[0] == 0:
         found["synchronized"] = synchronized[1].strip() == "yes"
     return found
+
+
+def monotonic() -> str:
+    """Whose monotonic clock is read here: the running kernel's and the time namespace's (time_namespaces(7))."""
+    namespace = Path("/proc/self/ns/time")
+    own = namespace.readlink() if namespace.exists() else ""
+    return f"{_text('/proc/sys/kernel/random/boot_id').strip()} {own}".strip()
 
 
 def interfaces() -> dict[str, dict[str, Any]]:

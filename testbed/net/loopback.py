@@ -24,6 +24,7 @@ class Loopback:
 
     emulation = "none"
     apart = False
+    one_clock = True
 
     def described(self) -> dict[str, dict[str, Any]]:
         return {}

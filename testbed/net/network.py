@@ -25,7 +25,12 @@ class Network(Protocol):
 
     @property
     def apart(self) -> bool:
-        """Whether its nodes have clocks, and processors, of their own."""
+        """Whether its nodes are machines of their own, with processors that nobody else's node uses."""
+        ...
+
+    @property
+    def one_clock(self) -> bool:
+        """Whether all nodes' monotonic clocks are one."""
         ...
 
     def described(self) -> dict[str, dict[str, Any]]:

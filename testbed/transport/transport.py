@@ -30,6 +30,9 @@ SEND_S = (
     60.0  #: in which a frame is handed over where nobody says otherwise: an answer, which fits any buffer
 )
 
+#: Who has asked what the clock says may ask again for so long: a run has one connection for that.
+CLOCK_S = 3600.0
+
 Bytes = bytes | bytearray | memoryview
 
 
@@ -142,7 +145,7 @@ class Stream(ABC):
         received = self.receive(0, deadline, request_s)
         while received is not None and isinstance(received.header, wire.Clock):
             self.send(wire.Clocked(received.header.id, received.at, time.monotonic()))
-            received = self.receive(0, deadline, request_s)
+            received = self.receive(0, Deadline(CLOCK_S), request_s)
         if received is None:
             return None
         if not isinstance(received.header, wire.Request):

@@ -189,6 +189,7 @@ class Fabric:
         return self.emulator.name
 
     apart = False
+    one_clock = True
 
     def described(self) -> dict[str, dict[str, Any]]:
         return {}

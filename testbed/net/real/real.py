@@ -113,6 +113,10 @@ class Real:
     def apart(self) -> bool:
         return any(node.host is not None and not node.host.local for node in self.topology.nodes)
 
+    @property
+    def one_clock(self) -> bool:
+        return len({found["monotonic"] for found in self._found.values()}) == 1
+
     closed = True
 
     def host(self, node: str) -> Host:
