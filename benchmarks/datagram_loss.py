@@ -57,6 +57,7 @@ def crossing(fabric: Fabric | None, transport: Transport, chunks: list[bytes]) -
         for frame in stream.receive_context(begun[0], sum(map(len, chunks)), begun[1]):
             came += isinstance(frame.header, wire.Chunk)
             ended = frame.at
+        stream.send(wire.Enough(1))
         stream.finish()
 
     server = threading.Thread(target=serve, daemon=True)
@@ -69,6 +70,7 @@ def crossing(fabric: Fabric | None, transport: Transport, chunks: list[bytes]) -
     for index, chunk in enumerate(chunks):
         stream.send_chunk(wire.Chunk(1, index, False, None), chunk, deadline)
     stream.send(wire.End(1, len(chunks), sum(map(len, chunks))), deadline=deadline)
+    stream.receive(0, deadline)  # in which what is missing may be asked for
     server.join()
     stream.finish()
     listener.close()

@@ -23,13 +23,22 @@ _GRACE_S = 0.02
 
 class DatagramStream(QuicStream):
     """Chunks come as soon as enough of their datagrams have, and never where too few do: behind what was sent, their request's
-    end says how many there were. loss: the share of datagrams whose loss is made up for."""
+    end says how many there were. What is missing then is asked for again, which the sender, who waits for its answer, sends.
+
+    loss: the share of datagrams whose loss is made up for; rounds: how often what is missing is asked for.
+    """
 
     lossy: ClassVar[bool] = True
 
-    def __init__(self, connection: Connection, loss: float) -> None:
+    def __init__(self, connection: Connection, loss: float, rounds: int) -> None:
         super().__init__(connection)
-        self._loss = loss
+        self._loss, self._rounds = loss, rounds
+        self._sent: dict[
+            int, list[bytes]
+        ] = {}  #: datagrams by chunk, of the request whose end is not answered
+        self._ending: wire.End | None = None
+        self._asked = 0  #: times, for what is missing of the request whose chunks are coming
+        self._last: Received | None = None  #: its end, when it was asked
         self._context: Gathering | None = None  #: of the request whose chunks are coming
         self._end: Received | None = None  #: what is held back while chunks may still come
         self._until = 0.0
@@ -44,8 +53,16 @@ class DatagramStream(QuicStream):
         body = memoryview(payload).cast("B")
         frame = b"".join((wire.pack(header, len(body)), body))
         datagrams = protect(header.id, header.index, frame, self._loss, priority)
+        self._sent[header.index] = datagrams
         self.connection.send_datagrams(datagrams, deadline or Deadline(SEND_S))
         return started
+
+    def send(self, header: wire.Header, payload: Bytes = b"", deadline: Deadline | None = None) -> float:
+        if isinstance(header, wire.Request):
+            self._sent.clear()
+        elif isinstance(header, wire.End):
+            self._ending = header
+        return super().send(header, payload, deadline)
 
     def send_request(
         self, request: wire.Request, chunks: Iterable[Bytes], checked: bool, deadline: Deadline | None = None
@@ -71,6 +88,8 @@ class DatagramStream(QuicStream):
                 if not self._lacks(self._end.header):
                     return self._ended()
                 if not self.connection.wait_readable(deadline, "no whole request arrived", self._until):
+                    if self._asks(deadline):
+                        continue
                     return self._ended()
                 if self.connection.readable:  # the peer goes on: nothing of this request is under way
                     return self._ended()
@@ -80,29 +99,58 @@ class DatagramStream(QuicStream):
                 if not self.connection.readable:
                     continue
             received = super().receive(max_payload, deadline, frame_s)
-            if received is None or not self._holds(received):
+            if received is None and self._last is not None:  # nobody is there who could send it again
+                self._end = self._last
+                return self._ended()
+            if received is None or not self._holds(received, deadline):
                 return received
 
-    def _holds(self, received: Received) -> bool:
-        """Take note of a frame that came by the stream; whether it has to wait for chunks."""
+    def _holds(self, received: Received, deadline: Deadline) -> bool:
+        """Take note of a frame that came by the stream; whether it has to wait for chunks, or is nobody else's."""
         from testbed.transport.protection import Gathering
 
-        if isinstance(received.header, wire.Request):
-            self._context = Gathering(received.header.id)
-        elif isinstance(received.header, wire.Chunk) and self._context is not None:
-            self._context.whole.add(received.header.index)
-        elif isinstance(received.header, wire.End) and self._context is not None:
+        header = received.header
+        if isinstance(header, wire.Missing):
+            self._send_again(header, deadline)
+            return True
+        if isinstance(header, wire.FirstToken):
+            self._sent.clear()
+        if isinstance(header, wire.Request):
+            self._context, self._asked, self._last = Gathering(header.id), 0, None
+        elif isinstance(header, wire.Chunk) and self._context is not None:
+            self._context.whole.add(header.index)
+        elif isinstance(header, wire.End) and self._context is not None:
             self._end = received
             self._until = time.monotonic() + max(_GRACE_S, self.connection.rtt_s / 2)
             return True
         return False
+
+    def _asks(self, deadline: Deadline) -> bool:
+        """Ask for what is missing, once more; False: that was done as often as is to be."""
+        if self._asked >= self._rounds or self._end is None or self._context is None:
+            return False
+        end, self._last, self._end = self._end.header, self._end, None
+        assert isinstance(end, wire.End)
+        self._asked += 1
+        self.send(wire.Missing(self._context.id, self._context.lacks(end.chunks)), deadline=deadline)
+        return True
+
+    def _send_again(self, missing: wire.Missing, deadline: Deadline) -> None:
+        from testbed.transport.protection import again
+
+        if self._ending is None or missing.id != self._ending.id:
+            return
+        for lack in missing.lacks:
+            if datagrams := self._sent.get(lack.chunk):
+                self.connection.send_datagrams(again(datagrams, lack.held, self._loss), deadline)
+        self.send(self._ending, deadline=deadline)
 
     def _lacks(self, end: wire.Header) -> bool:
         assert isinstance(end, wire.End) and self._context is not None
         return len(self._context.whole) < end.chunks
 
     def _ended(self) -> Received:
-        end, self._end, self._context = self._end, None, None
+        end, self._end, self._context, self._last = self._end, None, None, None
         assert end is not None
         return Received(end.header, end.payload, time.monotonic())
 
@@ -138,9 +186,11 @@ class Datagram(Quic):
     lossy: ClassVar[bool] = True
 
     fec: float = 0.02  #: share of datagrams whose loss is made up for, without asking again
+    repeats: int = 4  #: times that what is missing all the same is asked for again
 
     def __post_init__(self) -> None:
         self.require("fec", "from 0 to 0.5", 0 <= self.fec <= 0.5)
+        self.require("repeats", "from 0 to 8", 0 <= self.repeats <= 8)
 
     def stream(self, connection: Connection) -> Stream:
-        return DatagramStream(connection, self.fec)
+        return DatagramStream(connection, self.fec, self.repeats)

@@ -14,11 +14,13 @@ from __future__ import annotations
 import functools
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import zfec
 
 from testbed.errors import WireError
+from testbed.transport import wire
 
 HEADER = struct.Struct("!QHIHB")
 #: Of a symbol, at most: with all that goes before it, and some acknowledgements, it fits a QUIC packet of 1,200 bytes, to which
@@ -91,6 +93,28 @@ def protect(id: int, chunk: int, frame: bytes, loss: float, priority: int) -> li
     return [datagram for _, datagram in sorted(made, key=lambda pair: pair[0])]
 
 
+def again(datagrams: Sequence[bytes], held: Sequence[bytes], loss: float) -> list[bytes]:
+    """Of a chunk's datagrams, as `protect` made them, those to be sent once more: of each block that is not whole as many as it
+    lacks, and repair for these.
+
+    held: by block, as `wire.Lack` tells it; what no block has is passed over.
+    """
+    _, _, length, _, _ = HEADER.unpack_from(datagrams[0])
+    layout = Layout(length)
+    there = [int.from_bytes(held[n], "little") if n < len(held) else 0 for n in range(layout.blocks)]
+    wanted = []
+    for number, bits in enumerate(there):
+        short = layout.block(number)[1] - bits.bit_count()
+        wanted.append(short + repairs(short, loss, 0) if short > 0 else 0)
+    chosen = []
+    for datagram in datagrams:
+        _, _, _, number, symbol = HEADER.unpack_from(datagram)
+        if wanted[number] and not there[number] >> symbol & 1:
+            wanted[number] -= 1
+            chosen.append(datagram)
+    return chosen
+
+
 @dataclass
 class _Chunk:
     """What has come of one: symbols by block, until the block is whole."""
@@ -98,6 +122,14 @@ class _Chunk:
     layout: Layout
     symbols: dict[int, dict[int, bytes]] = field(default_factory=dict)
     whole: dict[int, bytes] = field(default_factory=dict)
+
+    def held(self) -> tuple[bytes, ...]:
+        """By block, as `wire.Lack` tells it; of a whole one all."""
+        every = [
+            range(_MOST) if number in self.whole else self.symbols.get(number, ())
+            for number in range(self.layout.blocks)
+        ]
+        return tuple(sum(1 << symbol for symbol in symbols).to_bytes(32, "little") for symbols in every)
 
 
 class Gathering:
@@ -145,6 +177,19 @@ class Gathering:
         self._held -= layout.symbols * layout.size
         self.whole.add(index)
         return index, b"".join(chunk.whole[n] for n in range(layout.blocks))[:length]
+
+    def lacks(self, chunks: int) -> tuple[wire.Lack, ...]:
+        """What of so many chunks is missing, as far as a frame's header can tell it."""
+        found, room = [], wire.MAX_HEADER // 2
+        for index in range(chunks):
+            if index in self.whole:
+                continue
+            held = self._chunks[index].held() if index in self._chunks else ()
+            room -= 16 + sum(map(len, held)) + 2 * len(held)
+            if room < 0:
+                break
+            found.append(wire.Lack(index, held))
+        return tuple(found)
 
 
 def _recovered(symbols: dict[int, bytes], count: int) -> list[bytes]:

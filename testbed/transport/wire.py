@@ -26,7 +26,7 @@ from msgspec import Meta
 
 from testbed.errors import WireError
 
-VERSION = 4
+VERSION = 5
 MAGIC = b"TBED"
 PREFIX = struct.Struct("!4sBBHIQI")
 MAX_HEADER = 64 * 1024
@@ -117,6 +117,21 @@ class Clocked(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     answered: Instant
 
 
+class Lack(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A chunk of which datagrams are missing. held: by block, its symbols that are there, a bit each, the first one lowest; for
+    blocks behind these none is."""
+
+    chunk: Index
+    held: Annotated[tuple[Annotated[bytes, Meta(max_length=32)], ...], Meta(max_length=4096)] = ()
+
+
+class Missing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Cloud to edge, behind a request's end: what of its chunks has not come, to be sent once more, and the end behind it."""
+
+    id: Count
+    lacks: Annotated[tuple[Lack, ...], Meta(max_length=MAX_CHUNKS)]
+
+
 class FirstToken(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Cloud to edge, as soon as the first token is known."""
 
@@ -179,7 +194,9 @@ class Failure(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     message: Text
 
 
-Header = Request | FirstToken | Answer | Failure | Chunk | End | Receipt | Enough | Verdict | Clock | Clocked
+Header = (
+    Request | FirstToken | Answer | Failure | Chunk | End | Receipt | Enough | Verdict | Missing | Clock | Clocked
+)
 KINDS: dict[int, type[Header]] = {
     1: Request,
     2: FirstToken,
@@ -190,6 +207,7 @@ KINDS: dict[int, type[Header]] = {
     7: Receipt,
     8: Enough,
     9: Verdict,
+    10: Missing,
     11: Clock,
     12: Clocked,
 }

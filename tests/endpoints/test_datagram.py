@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from testbed.deadline import Deadline
 from testbed.endpoints.protocol import Serve, TrialResult
@@ -83,12 +87,13 @@ def test_what_repair_makes_up_for_comes_and_what_it_does_not_is_missing(pair: Pa
 
     filtered(client, keep)
     payloads = [os.urandom(100_000) for _ in range(4)]
-    sending = beside(lambda: send_all(client, payloads))
+    sending = beside(lambda: (send_all(client, payloads), client.receive(0, Deadline(10.0))))
     started = time.monotonic()
     chunks, end = context(server)
     assert set(chunks) | {1, 2} == {0, 1, 2, 3} and 1 not in chunks
     assert all(payloads[index] == chunk for index, chunk in chunks.items()) and end.chunks == 4
     assert time.monotonic() - started < 5
+    server.send(wire.Failure(7, "heard"))
     sending.join()
 
 
@@ -102,6 +107,61 @@ def test_chunks_that_nothing_protects_come_where_nothing_is_lost() -> None:
         sending = beside(lambda: send_all(client, [bytes(200_000)]))
         assert context(server)[0] == {0: bytes(200_000)}
         sending.join()
+
+
+@pytest.mark.parametrize("loses", [lambda n: n % 3 == 0, lambda n: n < 250, lambda n: n > 20])
+def test_what_is_missing_is_asked_for_and_sent_once_more(pair: Pair, loses: Callable[[int], bool]) -> None:
+    client, server = pair
+    offered = 0
+
+    def keep(parcel: bytes) -> bool:
+        nonlocal offered
+        offered += 1
+        return not loses(offered) or again.is_set()
+
+    again = threading.Event()
+    filtered(client, keep)
+    payloads = [os.urandom(n) for n in (100_000, 1, 300_000, 0)]
+
+    def sends() -> None:
+        send_all(client, payloads)
+        again.set()
+        answer = client.receive(0, Deadline(10.0))  # in which it sends once more
+        assert answer is not None and answer.header == wire.Failure(7, "heard")
+
+    sending = beside(sends)
+    chunks, end = context(server)
+    assert chunks == dict(enumerate(payloads)) and end.chunks == 4
+    first = -(-400_001 // SYMBOL)
+    assert offered < 2 * (first + 40)
+    server.send(wire.Failure(7, "heard"))
+    sending.join()
+
+
+def test_what_is_lost_twice_is_missing(pair: Pair) -> None:
+    client, server = pair
+    filtered(client, lambda parcel: HEADER.unpack_from(parcel)[1] != 1)
+    sending = beside(lambda: (send_all(client, [bytes(50_000)] * 3), client.receive(0, Deadline(10.0))))
+    chunks, end = context(server)
+    assert set(chunks) == {0, 2} and end.chunks == 3
+    server.send(wire.Failure(7, "heard"))
+    sending.join()
+
+
+@given(st.integers(0, 400_000), st.data())
+def test_of_each_block_as_much_is_sent_again_as_it_lacks(length: int, data: st.DataObject) -> None:
+    frame = random.Random(length).randbytes(length)
+    datagrams = protection.protect(7, 0, frame, 0.02, 0)
+    lost = data.draw(st.sets(st.integers(0, len(datagrams) - 1)))
+    gathering = protection.Gathering(7)
+    whole = [gathering.take(d, 1 << 20) for n, d in enumerate(datagrams) if n not in lost]
+    if not any(whole):
+        (lack,) = gathering.lacks(1)
+        resent = protection.again(datagrams, lack.held, 0.0)
+        assert len(resent) <= len(lost)
+        *before, last = [gathering.take(d, 1 << 20) for d in resent]
+        assert not any(before) and last == (0, frame)
+    assert gathering.lacks(1) == ()
 
 
 def test_a_whole_context_and_a_text_cross_too(pair: Pair) -> None:

@@ -99,6 +99,7 @@ def test_a_request_survives_the_wire(context: list[bytes], known: bool, question
         wire.Answer(1, "text", 2, 0.5, (0.4, 0.5), (WORKED,), 0.3, None, 0.0, 9.0, True, 3, 12),
         wire.Receipt(1, 3, 0.5),
         wire.Enough(1),
+        wire.Missing(1, (wire.Lack(0, (b"\x01", b"")), wire.Lack(7))),
     ],
 )
 def test_every_kind_of_answer_survives_the_wire(header: wire.Header) -> None:
