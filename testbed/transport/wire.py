@@ -195,7 +195,18 @@ class Failure(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 Header = (
-    Request | FirstToken | Answer | Failure | Chunk | End | Receipt | Enough | Verdict | Missing | Clock | Clocked
+    Request
+    | FirstToken
+    | Answer
+    | Failure
+    | Chunk
+    | End
+    | Receipt
+    | Enough
+    | Verdict
+    | Missing
+    | Clock
+    | Clocked
 )
 KINDS: dict[int, type[Header]] = {
     1: Request,
