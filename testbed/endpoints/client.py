@@ -167,7 +167,7 @@ class Client:
         looked: Offset | None,
     ) -> Answered:
         """What an exchange over the link's connection came to. looked: what the cloud's clock said before it began."""
-        deadline, transport = Deadline(link.timeout), parse(link.transport)
+        deadline, transport = Deadline(link.timeout), parse(link.transport).closed(link.secret)
         connection, fresh = self._connect(transport, link)
         before = _NOTHING if fresh else connection.stats()
         exchange, keep = _Exchange(clock=Clock(looked) if looked else None), False

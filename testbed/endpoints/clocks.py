@@ -30,8 +30,8 @@ class Clocks:
         if (stream := self._streams.pop((link.name, link.transport), None)) is not None:
             with contextlib.suppress(TestbedError):  # else the cloud no longer knows that connection
                 return self._ask(link, stream)
-        connected = parse(link.transport).connect(link.address, link.port, link.congestion, link.timeout)
-        return self._ask(link, connected)
+        transport = parse(link.transport).closed(link.secret)
+        return self._ask(link, transport.connect(link.address, link.port, link.congestion, link.timeout))
 
     def behind(self, link: Link, before: Offset) -> Offset:
         """What `look` finds; where nobody answers any more, what may have become of what was found before."""

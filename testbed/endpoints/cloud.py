@@ -79,7 +79,8 @@ class Cloud(InferenceSide):
         """Listen by one more transport, and answer requests from now on; returns the port."""
         self.max_payload, self._request_s = message.max_payload, message.request_s
         try:
-            listener = parse_transport(message.transport).listen(message.address, message.congestion)
+            transport = parse_transport(message.transport).closed(message.secret)
+            listener = transport.listen(message.address, message.congestion)
         except OSError as error:
             raise UsageError(
                 f"the cloud cannot listen at {message.address} ({error.strerror}): it has to be an address of its own host"

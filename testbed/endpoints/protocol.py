@@ -17,6 +17,7 @@ from testbed.errors import UsageError
 from testbed.speed.times import DeviceTimes
 from testbed.speed.words import HERE, Speed
 from testbed.tasks.task import Example
+from testbed.transport.secret import Secret
 
 VERSION = 4
 
@@ -146,7 +147,8 @@ class Serve(Message[Port]):
     """Listen by one transport (its canonical text), and answer requests from now on; asked again, by one more.
 
     max_payload: bounds what a request may make the cloud allocate, in bytes; request_s: what its bytes may take to come;
-    address: where it listens, and nowhere else; left out: at all of its host's.
+    address: where it listens, and nowhere else; left out: at all of its host's. secret: what the cloud has of it, where strangers
+    are served nothing.
     """
 
     max_payload: Count
@@ -154,6 +156,7 @@ class Serve(Message[Port]):
     request_s: Seconds = 120.0
     transport: Name = "tcp"
     address: Name = "0.0.0.0"
+    secret: Secret | None = None
 
 
 class Forget(Message[None]):
@@ -218,7 +221,9 @@ class Compare(Message[None]):
 
 class Link(Part):
     """Where the cloud is, and how it is asked. name: of the conditions, by which a connection that is kept is found again.
-    transport: canonical text; congestion: the control that it uses where it names none. apart: the cloud's clock is another."""
+    transport: canonical text; congestion: the control that it uses where it names none. apart: the cloud's clock is another.
+    secret: what the edge has of it, where the data path is closed.
+    """
 
     address: Name
     port: Port
@@ -228,6 +233,7 @@ class Link(Part):
     timeout: Seconds = 120.0
     client: Name = ""
     apart: bool = False
+    secret: Secret | None = None
 
 
 EDGE, LINK, CLOUD = "edge", "link", "cloud"

@@ -18,6 +18,7 @@ from testbed.errors import EndpointError, UsageError
 from testbed.experiment.scenario import Cell, Plan
 from testbed.experiment.trial import Trial
 from testbed.net.profile.future import future
+from testbed.transport.secret import secrets
 
 #: What calls may take: loading, or preparing, of large models; what computes for one example or trial, its request's timeout
 #: aside; what only hands something over. An endpoint that has died, or been stopped, is noticed at once.
@@ -111,18 +112,19 @@ class Pair:
             self._longest = max(self._longest, made.longest)
         return batches
 
-    def serve(self, address: str, kv_bytes_per_token: int, apart: bool = False) -> None:
+    def serve(self, address: str, kv_bytes_per_token: int, apart: bool = False, closed: bool = False) -> None:
         """The cloud listens by each transport, on `address` alone, for payloads of at most what the longest context
-        can make. apart: its clock is another than the edge's."""
+        can make. apart: its clock is another than the edge's; closed: it serves this run's edge alone."""
         congestion, timeout = self.plan.swept.congestion, self.scenario.timeout
         bound = 2 * self._longest * kv_bytes_per_token + _PAYLOAD_SLACK
+        serving, asking = secrets() if closed else (None, None)
         for transport in map(str, self.scenario.transport):
             message = protocol.Serve(
-                bound, congestion, request_s=timeout, transport=transport, address=address
+                bound, congestion, timeout, transport=transport, address=address, secret=serving
             )
             port = self._call(self.cloud, message, _SHORT_S)
             self._links[transport] = Link(
-                address, port, transport=transport, congestion=congestion, timeout=timeout, apart=apart
+                address, port, "", transport, congestion, timeout=timeout, apart=apart, secret=asking
             )
 
     def reference(self, batch: Batch, number: int) -> FullCache:

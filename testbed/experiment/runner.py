@@ -112,11 +112,12 @@ class Runner:
         self._tally.say(
             f"loading {one if self.scenario.one_model else f'{models.edge} at the edge, {models.cloud} in the cloud'}"
         )
-        pair, address = self.session.pair, self.session.network.address(self.scenario.cloud)
+        pair, network = self.session.pair, self.session.network
         loaded = pair.load()
         self._batches = pair.prepare()
         self._expect()
-        pair.serve(address, loaded["edge"].kv_bytes_per_token, not self.session.network.one_clock)
+        address, kv_bytes = network.address(self.scenario.cloud), loaded["edge"].kv_bytes_per_token
+        pair.serve(address, kv_bytes, apart=not network.one_clock, closed=network.closed)
         self._threads = loaded["edge"].threads
         self._unlike = other_threads(self.directory.rows(), self._threads)
         if self._unlike:

@@ -23,7 +23,7 @@ class Loopback:
     """A `Network` without links."""
 
     emulation = "none"
-    apart = False
+    apart = closed = False
     one_clock = True
 
     def described(self) -> dict[str, dict[str, Any]]:

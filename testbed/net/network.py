@@ -29,6 +29,11 @@ class Network(Protocol):
         ...
 
     @property
+    def closed(self) -> bool:
+        """Whether strangers may reach its nodes, so that requests cross closed to them."""
+        ...
+
+    @property
     def one_clock(self) -> bool:
         """Whether all nodes' monotonic clocks are one."""
         ...

@@ -6,16 +6,17 @@ import contextlib
 import queue
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, ClassVar
 
 from testbed.deadline import Deadline
 from testbed.errors import EndpointError
 from testbed.transport.quic_connection import Connection
+from testbed.transport.secret import PATIENCE_S, made_certificate, require_token
 from testbed.transport.transport import Listener, Stats, Stream, Transport
 
 if TYPE_CHECKING:
@@ -140,12 +141,18 @@ class QuicListener(Listener):
 
     def _welcome(self, connection: Connection, peer: tuple[str, int]) -> None:
         try:
-            if connection.established_within(_HANDSHAKE_S):
-                self._ready.put(self._transport.stream(connection))
-            else:
+            if not connection.established_within(_HANDSHAKE_S):
                 connection.close()
-        except EndpointError:
+                return
+            stream = self._transport.stream(connection)
+            if (secret := self._transport.secret) is not None:
+                until = Deadline(PATIENCE_S)
+                require_token(secret, lambda rest: connection.read_into(rest, until, "no token came"))
+            self._ready.put(stream)
+        except EndpointError as error:
             connection.close()
+            if self._transport.secret is not None:
+                print(f"refused {peer[0]}: {error}", file=sys.stderr, flush=True)
         finally:
             self._pending -= 1
             del self._known[peer]
@@ -191,7 +198,10 @@ class Quic(Transport):
             while (left := until - time.monotonic()) > 0:
                 connection = self._begin((address, port))
                 if connection.established_within(min(patience, left)):
-                    return self.stream(connection)
+                    stream = self.stream(connection)
+                    if self.secret is not None:
+                        stream.write([memoryview(self.secret.token)], Deadline(left))
+                    return stream
                 connection.close()
                 patience *= 2
         except (OSError, EndpointError) as error:
@@ -231,31 +241,8 @@ class Quic(Transport):
             verify_mode=ssl.CERT_NONE,  # whose certificate it is, who made it for this listener knows, and nobody else
         )
         if not client:
-            made.load_cert_chain(*certificate())
+            own = self.secret
+            made.load_cert_chain(*((own.certificate, own.key) if own else made_certificate()))
+        elif self.secret is not None:
+            made.assert_fingerprint = self.secret.fingerprint
         return made
-
-
-def certificate() -> tuple[bytes, bytes]:
-    """A certificate that signs itself, and its key, in PEM."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, _SERVER)])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=30))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(_SERVER)]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    return certificate.public_bytes(serialization.Encoding.PEM), private

@@ -170,6 +170,10 @@ class Tcp(Transport):
         except BaseException:
             sock.close()
             raise
+        if self.secret is not None:
+            from testbed.transport.closed import ClosedTcpListener
+
+            return ClosedTcpListener(sock, self.secret)
         return TcpListener(sock)
 
     def connect(
@@ -188,7 +192,7 @@ class Tcp(Transport):
         except BaseException:
             sock.close()
             raise
-        stream = TcpStream(sock)
+        stream = self._opened(sock, f"{address}:{port}", timeout)
         if congestion is not None and stream.stats().congestion != congestion:
             stream.close()
             raise UsageError(
@@ -196,6 +200,16 @@ class Tcp(Transport):
                 f"{', '.join(allowed_congestion())}"
             )
         return stream
+
+    def _opened(self, sock: socket.socket, peer: str, timeout: float) -> TcpStream:
+        if self.secret is None:
+            return TcpStream(sock)
+        from testbed.transport.closed import closed
+
+        try:
+            return closed(sock, self.secret, True, Deadline(timeout))
+        except EndpointError as error:
+            raise EndpointError(f"no connection to {peer}: {error}") from error
 
 
 def set_congestion(sock: socket.socket, name: str | None) -> None:

@@ -6,18 +6,20 @@ made of them here, once for all transports. Scenarios write a `Transport` as ``t
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from testbed import kinds
 from testbed.deadline import Deadline
 from testbed.errors import WireError
 from testbed.transport import wire
+from testbed.transport.secret import Secret
 
 #: By name.
 TRANSPORTS: dict[str, str] = {
@@ -243,7 +245,16 @@ class Transport(kinds.Kind, ABC):
     lossy: ClassVar[bool] = False  #: whether its streams are
     keeps_up_bps: ClassVar[float]  #: greatest rate of a link that it still fills, on the machine of the docs
 
+    #: who has not the other side's counterpart of it is served nothing, and asked nothing; None: open to all
+    secret: ClassVar[Secret | None] = None
+
     connection: Literal["fresh", "reuse"] = "fresh"
+
+    def closed(self, secret: Secret | None) -> Self:
+        """The same, closed to strangers by this side's secret."""
+        made = copy.copy(self)
+        object.__setattr__(made, "secret", secret)
+        return made
 
     @abstractmethod
     def listen(self, address: str = "0.0.0.0", congestion: str | None = None) -> Listener:

@@ -188,7 +188,7 @@ class Fabric:
     def emulation(self) -> str:
         return self.emulator.name
 
-    apart = False
+    apart = closed = False
     one_clock = True
 
     def described(self) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,80 @@
+"""What makes a run's data path its own: a certificate a side, pinned by the other, and a token, made for the run."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import ssl
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+import msgspec
+
+from testbed.errors import EndpointError
+
+#: What certificates are called; nobody looks.
+NAME = "testbed"
+TOKEN_BYTES = 32
+#: In which a peer has to say who it is.
+PATIENCE_S = 5.0
+
+
+class Secret(msgspec.Struct, forbid_unknown_fields=True):
+    """What one side has: its certificate and key, and the other's certificate, in PEM; and the token that both have."""
+
+    certificate: bytes
+    key: bytes
+    peer: bytes
+    token: bytes
+
+    def __repr__(self) -> str:
+        return "Secret(…)"  # of which nothing is to be in a log
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the other's certificate, in hexadecimal."""
+        return hashlib.sha256(ssl.PEM_cert_to_DER_cert(self.peer.decode())).hexdigest()
+
+
+def secrets() -> tuple[Secret, Secret]:
+    """The serving side's and the asking side's, new."""
+    (certificate, key), (other, other_key) = made_certificate(), made_certificate()
+    token = os.urandom(TOKEN_BYTES)
+    return Secret(certificate, key, other, token), Secret(other, other_key, certificate, token)
+
+
+def made_certificate() -> tuple[bytes, bytes]:
+    """A certificate that signs itself, and its key, in PEM."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, NAME)])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=2))  # of a machine whose clock is behind, too
+        .not_valid_after(now + timedelta(days=60))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(NAME)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return certificate.public_bytes(serialization.Encoding.PEM), private
+
+
+def require_token(secret: Secret, read_into: Callable[[memoryview], int]) -> None:
+    """Raises EndpointError where what comes first is not the token; `read_into`: some of what comes, and how much."""
+    token = memoryview(bytearray(TOKEN_BYTES))
+    got = 0
+    while got < TOKEN_BYTES and (count := read_into(token[got:])):
+        got += count
+    if not hmac.compare_digest(token, secret.token):
+        raise EndpointError("another token than this run's")
