@@ -7,7 +7,6 @@ import contextlib
 import queue
 import socket
 import ssl
-import sys
 import tempfile
 import threading
 from collections import OrderedDict
@@ -16,12 +15,11 @@ from typing import cast
 
 from testbed.deadline import Deadline
 from testbed.errors import EndpointError, WireError
-from testbed.transport.secret import PATIENCE_S, Secret, require_token
+from testbed.transport.secret import PATIENCE_S, Complaints, Secret, require_token
 from testbed.transport.tcp import TcpListener, TcpStream
 
 #: Peers that may be about to say who they are; of more the one that has been at it longest is dropped.
 _MOST_PENDING = 64
-_MOST_COMPLAINTS = 100  #: of a listener, in the log
 _PIECE = 256 * 1024
 
 
@@ -134,7 +132,7 @@ class ClosedTcpListener(TcpListener):
         self._ready: queue.SimpleQueue[TcpStream | None] = queue.SimpleQueue()
         self._pending: OrderedDict[int, socket.socket] = OrderedDict()
         self._lock = threading.Lock()
-        self._complaints = 0
+        self._complaints = Complaints()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def accept(self) -> TcpStream:
@@ -169,9 +167,7 @@ class ClosedTcpListener(TcpListener):
         try:
             self._ready.put(closed(sock, self._secret, False, Deadline(PATIENCE_S)))
         except EndpointError as error:
-            self._complaints += 1
-            if self._complaints <= _MOST_COMPLAINTS:
-                print(f"refused {peer}: {error}", file=sys.stderr, flush=True)
+            self._complaints.say(peer, error)
         finally:
             with self._lock:
                 self._pending.pop(key, None)

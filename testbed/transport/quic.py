@@ -6,7 +6,6 @@ import contextlib
 import queue
 import socket
 import ssl
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 from testbed.deadline import Deadline
 from testbed.errors import EndpointError
 from testbed.transport.quic_connection import Connection
-from testbed.transport.secret import PATIENCE_S, made_certificate, require_token
+from testbed.transport.secret import PATIENCE_S, Complaints, made_certificate, require_token
 from testbed.transport.transport import Listener, Stats, Stream, Transport
 
 if TYPE_CHECKING:
@@ -88,6 +87,7 @@ class QuicListener(Listener):
         self.port = self._socket.getsockname()[1]
         self._known: dict[tuple[str, int], Connection] = {}
         self._pending = 0
+        self._complaints = Complaints()
         self._ready: queue.SimpleQueue[Stream | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -152,7 +152,7 @@ class QuicListener(Listener):
         except EndpointError as error:
             connection.close()
             if self._transport.secret is not None:
-                print(f"refused {peer[0]}: {error}", file=sys.stderr, flush=True)
+                self._complaints.say(peer[0], error)
         finally:
             self._pending -= 1
             del self._known[peer]

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import os
 import ssl
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
@@ -68,6 +69,19 @@ def made_certificate() -> tuple[bytes, bytes]:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     return certificate.public_bytes(serialization.Encoding.PEM), private
+
+
+class Complaints:
+    """Of a listener: a line in the log for each peer that was refused, and no more of them than a log can hold."""
+
+    def __init__(self) -> None:
+        self._left = 100
+
+    def say(self, peer: str, why: object) -> None:
+        """That peer was refused."""
+        self._left -= 1
+        if self._left >= 0:
+            print(f"refused {peer}: {why}", file=sys.stderr, flush=True)
 
 
 def require_token(secret: Secret, read_into: Callable[[memoryview], int]) -> None:
