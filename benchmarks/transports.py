@@ -26,7 +26,7 @@ from benchmarks.datagram_loss import crossing
 from testbed.net.fabric.fabric import Fabric
 from testbed.net.profile.profile import parse_profile
 from testbed.net.topology.topology import Link, Node, Topology
-from testbed.transport.quic import certificate
+from testbed.transport.secret import made_certificate
 from testbed.transport.transport import TRANSPORTS, parse
 from testbed.units import parse_size
 
@@ -81,7 +81,7 @@ class _Side:
 
 
 def _certify(library: str, configuration: Any) -> None:
-    chain, key = certificate()
+    chain, key = made_certificate()
     if library == "qh3":
         configuration.load_cert_chain(chain, key)
         return

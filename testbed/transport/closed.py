@@ -4,11 +4,13 @@ while another writes."""
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import queue
 import socket
 import ssl
-import tempfile
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import cast
@@ -21,8 +23,10 @@ from testbed.transport.tcp import TcpListener, TcpStream
 #: Peers that may be about to say who they are; of more the one that has been at it longest is dropped.
 _MOST_PENDING = 64
 _PIECE = 256 * 1024
+_AGAIN_S = 0.1
 
 
+@functools.lru_cache(maxsize=8)
 def _context(secret: Secret, client: bool) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if client else ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -31,10 +35,12 @@ def _context(secret: Secret, client: bool) -> ssl.SSLContext:
     context.load_verify_locations(cadata=secret.peer.decode())
     if not client:
         context.num_tickets = 0
-    with tempfile.NamedTemporaryFile(suffix=".pem") as file:  # 0600; ssl reads keys from files alone
-        file.write(secret.certificate + secret.key)
-        file.flush()
-        context.load_cert_chain(file.name)
+    file = os.memfd_create("testbed")  # ssl reads keys from files alone; no disk has this one
+    try:
+        os.write(file, secret.certificate + secret.key)
+        context.load_cert_chain(f"/proc/self/fd/{file}")
+    finally:
+        os.close(file)
     return context
 
 
@@ -107,7 +113,11 @@ class ClosedTcpStream(TcpStream):
 
 def closed(sock: socket.socket, secret: Secret, client: bool, deadline: Deadline) -> ClosedTcpStream:
     """The connection's stream, when both sides are who they should be. Raises EndpointError where they are not, and closes it."""
-    stream = ClosedTcpStream(sock, _context(secret, client), client)
+    try:
+        stream = ClosedTcpStream(sock, _context(secret, client), client)
+    except OSError as error:
+        sock.close()
+        raise EndpointError(f"it was gone already ({error.strerror})") from error
     try:
         stream.shake_hands(secret.peer, deadline)
         if client:
@@ -131,7 +141,7 @@ class ClosedTcpListener(TcpListener):
         self._secret = secret
         self._ready: queue.SimpleQueue[TcpStream | None] = queue.SimpleQueue()
         self._pending: OrderedDict[int, socket.socket] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._room = threading.Lock(), threading.Semaphore(_MOST_PENDING)
         self._complaints = Complaints()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -153,21 +163,27 @@ class ClosedTcpListener(TcpListener):
             except OSError:
                 if self.socket.fileno() < 0:
                     break
+                time.sleep(_AGAIN_S)  # there are too many open files
                 continue
             with self._lock:
                 if len(self._pending) >= _MOST_PENDING:
                     with contextlib.suppress(OSError):
                         self._pending.popitem(last=False)[1].shutdown(socket.SHUT_RDWR)
+            self._room.acquire()  # soon: one was dropped, or its thread is about to end
+            with self._lock:
                 self._pending[id(sock)] = sock
             threading.Thread(target=self._welcome, args=(sock, peer[0]), daemon=True).start()
         self._ready.put(None)
 
     def _welcome(self, sock: socket.socket, peer: str) -> None:
-        key = id(sock)
+        key, stream = id(sock), None
         try:
-            self._ready.put(closed(sock, self._secret, False, Deadline(PATIENCE_S)))
+            stream = closed(sock, self._secret, False, Deadline(PATIENCE_S))
         except EndpointError as error:
             self._complaints.say(peer, error)
         finally:
             with self._lock:
                 self._pending.pop(key, None)
+            self._room.release()
+        if stream is not None:  # and nobody drops it any more
+            self._ready.put(stream)

@@ -135,23 +135,25 @@ class QuicListener(Listener):
             sock.close()
             return
         connection = self._known[peer] = Connection(quic, sock, False, self._transport.lossy)
+        connection.trusted = self._transport.secret is None
         self._pending += 1
         connection.start(data)
         threading.Thread(target=self._welcome, args=(connection, peer), daemon=True).start()
 
     def _welcome(self, connection: Connection, peer: tuple[str, int]) -> None:
+        secret = self._transport.secret
+        until = Deadline(PATIENCE_S)
         try:
-            if not connection.established_within(_HANDSHAKE_S):
-                connection.close()
-                return
+            if not connection.established_within(_HANDSHAKE_S if secret is None else PATIENCE_S):
+                raise EndpointError("no handshake in time")
             stream = self._transport.stream(connection)
-            if (secret := self._transport.secret) is not None:
-                until = Deadline(PATIENCE_S)
+            if secret is not None:
                 require_token(secret, lambda rest: connection.read_into(rest, until, "no token came"))
+                connection.trusted = True
             self._ready.put(stream)
         except EndpointError as error:
             connection.close()
-            if self._transport.secret is not None:
+            if secret is not None:
                 self._complaints.say(peer[0], error)
         finally:
             self._pending -= 1

@@ -31,6 +31,7 @@ _PIECE = 64 * 1024
 #: What nobody has read yet; past it, arriving datagrams wait with the kernel, and then they are lost as in any full queue.
 _UNREAD = 16 << 20
 _OF_EACH = 256  #: what keeping a piece of it costs beside its bytes
+_UNTRUSTED = 64 * 1024  #: of datagrams before it is known who sends them
 _AT_ONCE = 64  #: datagrams taken from the socket before others are sent
 _BUFFER = 4 << 20  #: of the socket, as far as net.core.rmem_max lets it
 
@@ -48,6 +49,7 @@ class Connection:
         self.lost = 0  #: packets that were declared lost, whose data was sent again
         self.established = self.ended = False  #: the handshake is done; the peer says that no more comes
         self.error = ""  #: what ended it
+        self.trusted = True  #: the peer; else few of its datagrams are kept
         self._quic, self._address = quic, sock.getpeername()
         self._changed = threading.Condition()
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK)
@@ -360,6 +362,8 @@ class Connection:
                 else:
                     self.error = f"the peer opened stream {event.stream_id}, and there is but one"
             elif isinstance(event, events.DatagramFrameReceived) and self._lossy:
+                if not self.trusted and self._unread >= _UNTRUSTED:
+                    return  # as if it had been lost
                 self._arrived.append((self._now, event.data))
                 self._unread += len(event.data) + _OF_EACH
             elif isinstance(event, events.StreamReset):

@@ -8,7 +8,7 @@ import os
 import ssl
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import msgspec
 
@@ -21,7 +21,7 @@ TOKEN_BYTES = 32
 PATIENCE_S = 5.0
 
 
-class Secret(msgspec.Struct, forbid_unknown_fields=True):
+class Secret(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What one side has: its certificate and key, and the other's certificate, in PEM; and the token that both have."""
 
     certificate: bytes
@@ -46,22 +46,21 @@ def secrets() -> tuple[Secret, Secret]:
 
 
 def made_certificate() -> tuple[bytes, bytes]:
-    """A certificate that signs itself, and its key, in PEM."""
+    """A certificate that signs itself, and its key, in PEM. It is valid always: a host's clock may be wrong by years."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, NAME)])
-    now = datetime.now(UTC)
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=2))  # of a machine whose clock is behind, too
-        .not_valid_after(now + timedelta(days=60))
+        .not_valid_before(datetime(1970, 1, 1, tzinfo=UTC))
+        .not_valid_after(datetime(9999, 12, 31, tzinfo=UTC))
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(NAME)]), critical=False)
         .sign(key, hashes.SHA256())
     )
@@ -78,10 +77,11 @@ class Complaints:
         self._left = 100
 
     def say(self, peer: str, why: object) -> None:
-        """That peer was refused."""
+        """That peer was refused. why: may be in its own words."""
         self._left -= 1
         if self._left >= 0:
-            print(f"refused {peer}: {why}", file=sys.stderr, flush=True)
+            line = "".join(letter if letter.isprintable() else "?" for letter in str(why)[:200])
+            print(f"refused {peer}: {line}", file=sys.stderr, flush=True)
 
 
 def require_token(secret: Secret, read_into: Callable[[memoryview], int]) -> None:

@@ -7,10 +7,13 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from msgspec import structs
 
 from testbed.deadline import Deadline
@@ -20,7 +23,7 @@ from testbed.transport import closed as closed_tcp
 from testbed.transport import secret as secret_module
 from testbed.transport import wire
 from testbed.transport.secret import Secret, secrets
-from testbed.transport.transport import Stream, parse
+from testbed.transport.transport import Listener, Stream, parse
 from tests.endpoints.pair import Pair, in_this_process
 from tests.endpoints.test_every_transport import beside
 from tests.endpoints.test_wire import request
@@ -121,6 +124,155 @@ def test_a_stranger_is_served_nothing(transport: str, what: str, capfd: pytest.C
     assert serving.token.hex() not in said and "PRIVATE" not in said
     if transport == "tcp":
         assert said.count("refused 127.0.0.1: ") >= 1
+
+
+def test_another_certificate_by_the_same_key_and_name_is_another() -> None:
+    """It would pass for one that the known one signed."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
+    serving, asking = secrets()
+    known = x509.load_pem_x509_certificate(asking.certificate)
+    key = serialization.load_pem_private_key(asking.key, None)
+    assert isinstance(key, EllipticCurvePrivateKey)
+    other = (
+        x509.CertificateBuilder(known.subject, known.subject, key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(known.not_valid_before_utc)
+        .not_valid_after(known.not_valid_after_utc)
+        .sign(key, hashes.SHA256())
+    )
+    forged = structs.replace(asking, certificate=other.public_bytes(serialization.Encoding.PEM))
+    with parse("tcp").closed(serving).listen("127.0.0.1") as listener:
+        with pytest.raises((EndpointError, WireError)):
+            client = parse("tcp").closed(forged).connect("127.0.0.1", listener.port, None, 5.0)
+            client.receive(0, Deadline(5.0))
+            raise EndpointError("it was closed")
+        assert listener._ready.empty()  # type: ignore[attr-defined]
+
+
+def test_nothing_older_than_tls_1_3_is_spoken() -> None:
+    with parse("tcp").closed(secrets()[0]).listen("127.0.0.1") as listener:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        stranger = socket.create_connection(("127.0.0.1", listener.port))
+        with stranger, pytest.raises((ssl.SSLError, ConnectionError)):
+            context.wrap_socket(stranger)
+
+
+def test_no_disk_has_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[object] = []
+    opened = os.open
+
+    def noticed(path: str, flags: int, *about: int, **more: int) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            written.append(path)
+        return opened(path, flags, *about, **more)
+
+    monkeypatch.setattr(os, "open", noticed)
+    client, server = pair_of("tcp", *secrets())
+    client.close(), server.close()
+    assert not written
+
+
+def test_what_a_stranger_says_makes_no_line_of_its_own_in_the_log(capfd: pytest.CaptureFixture[str]) -> None:
+    secret_module.Complaints().say("192.0.2.1", "bye\nrefused nobody: \x1b[2J" + "x" * 10_000)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("refused 192.0.2.1: bye?refused") and "\x1b" not in line and len(line) < 300
+
+
+def test_few_datagrams_are_kept_of_who_has_not_told_the_token() -> None:
+    serving, asking = secrets()
+    open_ = parse("datagram").closed(structs.replace(asking, token=b""))  # nothing is told
+    with parse("datagram").closed(serving).listen("127.0.0.1") as listener:
+        client = open_.connect("127.0.0.1", listener.port, None, 5.0)
+        (connection,) = listener._known.values()  # type: ignore[attr-defined]
+        client.connection.send_datagrams([bytes(1000)] * 1000, Deadline(5.0))  # type: ignore[attr-defined]
+        until = time.monotonic() + 3
+        while connection._unread < 60_000 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert 60_000 <= connection._unread <= 70_000
+        client.close()
+
+
+def silent(port: int, secret: Secret) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port))
+
+
+def hesitant(port: int, secret: Secret) -> socket.socket:
+    """The right certificate, and no token."""
+    stream = parse("tcp").closed(structs.replace(secret, token=b"")).connect("127.0.0.1", port, None, 5.0)
+    return stream.socket  # type: ignore[attr-defined, no-any-return]
+
+
+def by_quic(port: int, secret: Secret) -> Stream:
+    """A handshake, and no token."""
+    return parse("quic").connect("127.0.0.1", port, None, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("transport", "stranger"), [("tcp", silent), ("tcp", hesitant), ("quic", by_quic), ("datagram", by_quic)]
+)
+def test_thirty_strangers_at_once_hold_no_request_up(
+    alone: Pair,
+    transport: str,
+    stranger: Callable[[int, Secret], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(closed_tcp, "_MOST_PENDING", 8)
+    serving, asking = secrets()
+    port = alone.cloud.call(Serve(1 << 22, transport=transport, secret=serving, address="127.0.0.1"), 10)
+    strangers = [stranger(port, asking) for _ in range(30)]
+    about = {"transport": transport, "port": port, "secret": asking, "name": f"{transport} {stranger}"}
+    assert alone.ask("int8", link=about).answer == alone.ask("int8").answer
+    for one in strangers:
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def listener() -> Iterator[tuple[Listener, bytes]]:
+    """One that is closed, and the greeting of a client that would be let in."""
+    serving, asking = secrets()
+    with (
+        parse("tcp").closed(serving).listen("127.0.0.1") as listener,
+        socket.create_server(("127.0.0.1", 0)) as deaf,
+    ):
+        port = deaf.getsockname()[1]
+
+        def knock() -> None:
+            with pytest.raises(EndpointError):
+                parse("tcp").closed(asking).connect("127.0.0.1", port, None, 5.0)
+
+        thread = beside(knock)
+        with deaf.accept()[0] as heard:
+            greeting = heard.recv(4096)
+        thread.join()
+        yield listener, greeting
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=600), st.booleans(), st.integers(0, 500), st.integers(1, 255))
+def test_any_bytes_instead_of_a_handshake_are_refused(
+    listener: tuple[Listener, bytes], noise: bytes, greets: bool, at: int, by: int
+) -> None:
+    """Among them a client's own greeting in which a byte is another."""
+    listening, greeting = listener
+    if greets:
+        changed = bytearray(greeting)
+        changed[at % len(changed)] ^= by
+        noise = bytes(changed) + noise
+    with socket.create_connection(("127.0.0.1", listening.port)) as stranger:
+        stranger.settimeout(10.0)
+        try:
+            stranger.sendall(noise)
+            stranger.shutdown(socket.SHUT_WR)
+            while stranger.recv(4096):  # a greeting or an alert, perhaps
+                pass
+        except ConnectionError:
+            pass
+    assert listening._ready.empty()  # type: ignore[attr-defined]
 
 
 def test_who_says_nothing_or_nonsense_is_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,17 +14,20 @@ import pytest
 from testbed.deadline import Deadline
 from testbed.errors import EndpointError, WireError
 from testbed.transport import wire
+from testbed.transport.secret import secrets
 from testbed.transport.transport import TRANSPORTS, Received, Stream, parse
 from tests.endpoints.test_wire import request
 
 LARGE = bytes(range(256)) * 12_000  # more than any buffer on the way takes
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture(params=[*TRANSPORTS, "tcp, closed"])
 def pair(request: Any) -> Iterator[tuple[Stream, Stream]]:
     """A client and its server."""
-    transport = parse(request.param)
-    with transport.listen("127.0.0.1") as listener:
+    name, _, is_closed = request.param.partition(", ")
+    serving, asking = secrets() if is_closed else (None, None)
+    transport = parse(name).closed(asking)
+    with transport.closed(serving).listen("127.0.0.1") as listener:
         client = transport.connect("127.0.0.1", listener.port, None, 10.0)
         server = listener.accept()
     with closing(client), closing(server):
