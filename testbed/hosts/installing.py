@@ -56,10 +56,10 @@ def wheel(into: Path) -> Path:
         ) from None
     information = f"{PACKAGE.replace('-', '_')}-{installed.version}.dist-info"
     contents = {f"testbed/{path.relative_to(_HERE)}": path.read_bytes() for path in _sources(_HERE)}
-    contents |= {
-        f"{information}/{name}": (installed.read_text(name) or "").encode()
-        for name in ("METADATA", "entry_points.txt")
-    }
+    # Of a checkout, PKG-INFO in its egg-info may be found first, which holds the same.
+    told = installed.read_text("METADATA") or installed.read_text("PKG-INFO") or ""
+    contents[f"{information}/METADATA"] = told.encode()
+    contents[f"{information}/entry_points.txt"] = (installed.read_text("entry_points.txt") or "").encode()
     contents[f"{information}/WHEEL"] = (
         b"Wheel-Version: 1.0\nGenerator: testbed\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     )
