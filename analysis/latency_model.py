@@ -32,7 +32,7 @@ import pandas as pd
 from scipy import optimize
 
 from testbed.analysis import settings
-from testbed.analysis.stage_sums import Sums
+from testbed.analysis.stage_sums import Sums, over_tcp
 from testbed.errors import UsageError
 from testbed.experiment.row import SENDING
 
@@ -135,7 +135,7 @@ def fit_transport(rows: pd.DataFrame) -> Transport:
     across = steady(rows)
     # Of what crossed at once, over TCP: what is in the pipeline behind a chunk hides part of its way.
     across = across[(across["placement"] != "edge") & (across["transmit_s"] > 0) & ~(across["chunks"] > 1)]
-    across = across[across["transport"].map(lambda text: text.partition("(")[0] in ("", "tcp")).astype(bool)]
+    across = across[over_tcp(across)]
     if across.empty:
         return Transport()
     names = [f.name for f in fields(Transport)]
@@ -199,7 +199,8 @@ class LatencyModel:
     def predict(self, link: Link, slower: float = 1.0) -> pd.DataFrame:
         """Median latency and its 95th percentile for each setting (the index) on this link: columns ``e2e_s``,
         ``p95_s``, seconds, with an edge *slower* by a factor than it was measured. Of examples that were answered: what fails
-        elsewhere is not known. Settings whose stages overlap in ways that are not known (`stage_sums.kind`) are left away.
+        elsewhere is not known. Settings whose stages overlap in ways that are not known (`stage_sums.kind`), and those over
+        another transport than TCP (`stage_sums.over_tcp`), are left away.
         """
         times = self._latencies(link, slower)
         quantiles = {

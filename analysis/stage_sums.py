@@ -9,7 +9,8 @@ From them a request's time on another link follows, or with an edge of another s
               prefill · link / (prefill + link), + last
 
 The last stages are the first token's and the further tokens'. What an adaptive sender does on another link is not known, nor when
-bit planes suffice: such settings have no sums.
+bit planes suffice: such settings have no sums. Nor have those that cross over QUIC or as datagrams: the link's seconds are
+forecast by TCP's fit.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ def kind(delivery: str) -> str:
     return {"": IN_TURN, "whole": IN_TURN, STREAM: STREAM, MEET: MEET}.get(name, "")
 
 
+def over_tcp(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows crossed over TCP, or crossed nothing: those that a fit of TCP tells something about."""
+    return rows["transport"].map(lambda text: text.partition("(")[0] in ("", "tcp")).astype(bool)
+
+
 @dataclass(frozen=True)
 class Sums:
     """A line for each setting and example: columns ``edge``, ``cloud``, ``last`` (s; of the edge's own placement all last stages
@@ -45,7 +51,7 @@ class Sums:
     def of(cls, rows: pd.DataFrame, generation: bool) -> Sums:
         """Of labelled, finished rows; `generation`: whether latency ends with the last token."""
         own = rows.assign(kind=rows["delivery"].map(kind))
-        own = own[own["kind"] != ""]
+        own = own[(own["kind"] != "") & (over_tcp(own) | (own["placement"] == "edge"))]
         crossing = own["placement"] != "edge"
         # A prefill of text that was sent is the cloud's; half of what a pipeline met is too, and is modelled instead.
         text = own["placement"] == "cloud"

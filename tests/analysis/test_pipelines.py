@@ -196,6 +196,18 @@ def test_the_model_predicts_pipelines_and_leaves_away_what_adapts(pipelines: Pat
     assert list(names) == ["cloud", "store int8 · stream(by=tokens)"]
 
 
+def test_what_crosses_over_another_transport_than_tcp_is_not_forecast_by_its_fit(pipelines: Path) -> None:
+    rows = load(pipelines).rows
+    model = LatencyModel.fit(rows)
+    moved = rows.assign(transport=rows["transport"].where(rows["placement"] != "store", "quic()"))
+    found = LatencyModel.fit(moved)
+    link = link_of(rows)
+    assert not any("store" in name for name in found.medians(link))
+    assert any("store" in name for name in model.medians(link)) and "edge" in found.medians(link)
+    nothing = LatencyModel.fit(moved[moved["placement"] == "store"])
+    assert nothing.predict(link).empty
+
+
 @pytest.mark.slow
 def test_the_map_of_speeds_prints_the_model_s_error(pipelines: Path) -> None:
     said = words("who_prefills", pipelines)
