@@ -23,9 +23,9 @@ LEFT_OUT = shutil.ignore_patterns(
 )
 OPTIONAL = {"datasets", "kvpress"}
 """What is imported only where it is installed: each refusal names it."""
-INDIRECT = {"accelerate", "pyarrow", "safetensors", "paramiko"}
-"""What is declared and imported by nothing of ours: what transformers reads a GGUF file with, pandas' and transformers' file
-formats, and what is to be used later."""
+INDIRECT = {"accelerate", "pyarrow", "safetensors"}
+"""What is declared and imported by nothing of ours: what transformers reads a GGUF file with, and pandas' and
+transformers' file formats."""
 NAMES = {"pyyaml": "yaml"}
 
 
