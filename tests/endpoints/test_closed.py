@@ -153,10 +153,12 @@ def test_another_certificate_by_the_same_key_and_name_is_another() -> None:
 
 
 def test_nothing_older_than_tls_1_3_is_spoken() -> None:
-    with parse("tcp").closed(secrets()[0]).listen("127.0.0.1") as listener:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        context.maximum_version = ssl.TLSVersion.TLSv1_2
+    """Not even with who has the right certificate."""
+    serving, asking = secrets()
+    own = closed_tcp._context.__wrapped__
+    with parse("tcp").closed(serving).listen("127.0.0.1") as listener:
+        context = own(asking, True)
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
         stranger = socket.create_connection(("127.0.0.1", listener.port))
         with stranger, pytest.raises((ssl.SSLError, ConnectionError)):
             context.wrap_socket(stranger)
