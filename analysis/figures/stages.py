@@ -21,6 +21,7 @@ from testbed.analysis.figures.panels import fill
 from testbed.analysis.figures.style import (
     BLUE,
     GREEN,
+    GREY,
     INK,
     ORANGE,
     PURPLE,
@@ -41,7 +42,7 @@ LOOKS = {
     "encode_s": (PURPLE, "xxxx", "encode (edge)"),
     "connect_s": (INK, "", "connect"),
     "transmit_s": (ORANGE, "////", "transmit"),
-    "queue_s": (INK, "....", "queue (cloud)"),
+    "queue_s": (GREY, "....", "queue (cloud)"),
     "decode_s": (GREEN, "----", "decode (cloud)"),
     "first_token_s": (SKY, "", "first token"),
     "generate_s": (VERMILLION, "\\\\\\\\", "further tokens"),
