@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -42,7 +42,6 @@ class DatagramStream(QuicStream):
         self._context: Gathering | None = None  #: of the request whose chunks are coming
         self._end: Received | None = None  #: what is held back while chunks may still come
         self._until = 0.0
-        self._coming: Iterator[tuple[float, bytes]] = iter(())
 
     def send_chunk(
         self, header: wire.Chunk, payload: Bytes, deadline: Deadline | None = None, priority: int = 0

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 _SETTLING_S = 0.2
 #: Of what a host has: what may decide a run's times, the state of its clock among it.
-_TOLD = (
-    *(
+_TOLD = frozenset(
+    {
         "python",
         "packages",
         "gpus",
@@ -37,7 +37,7 @@ _TOLD = (
         "memory_bytes",
         "clock",
         "interfaces",
-    ),
+    }
 )
 
 
