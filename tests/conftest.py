@@ -84,6 +84,14 @@ def _turn(item: pytest.Item) -> int:
     return 1 if item.get_closest_marker("xdist_group") else 2
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Tests that build networks see each other's: better none runs than two at once, where pytest-xdist did not group them."""
+    if session.config.getoption("loadgroup", False):
+        for item in session.items:
+            if item.get_closest_marker("xdist_group") and not item.nodeid.endswith(f"@{NETWORKS}"):
+                raise pytest.UsageError(f"this pytest-xdist does not group tests: {item.nodeid}")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Where tests are run by several workers: those of a group by one of them, and those of a file, whose fixtures they share."""
