@@ -1,0 +1,146 @@
+"""What the pages show, read by what would read it: every block of YAML, every word of a scenario and of a kind, every command."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import textwrap
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from testbed import kinds, strict_yaml
+from testbed.cli import cli
+from testbed.delivery.delivery import DELIVERIES
+from testbed.delivery.policies.policy import POLICIES
+from testbed.experiment.plan import make_plan, scenario_path
+from testbed.experiment.scenario import Scenario
+from testbed.net.topology.files import topology_from
+from testbed.speed.files import device_from
+from testbed.transport.transport import TRANSPORTS
+from tests.command import command
+
+ROOT = Path(__file__).parents[1]
+PAGES = {path.name: path.read_text() for path in [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]}
+#: What stands for something that a reader puts there.
+_PLACEHOLDER = re.compile(r"…|\||\b[A-Z]\b|FILE|MODEL|TRACE|NAME|TOPOLOGY|PROFILE|SCENARIO|RUN")
+_SHAPE = "llama-3.1-8b"
+_DEVICES = {"edge": f"device:m1-max-{_SHAPE}", "cloud": f"device:rtx-4090-{_SHAPE}"}
+
+
+def blocks(page: str) -> list[str]:
+    """Fenced blocks of YAML, and indented ones that begin as a mapping does."""
+    text = PAGES[page]
+    fenced = re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    indented = re.findall(r"(?:^(?: {4}.*)\n)+", text, re.MULTILINE)
+    return fenced + [
+        textwrap.dedent(block) for block in indented if re.match(r" {4}[a-z_]+:(?: |$)", block, re.MULTILINE)
+    ]
+
+
+def spans(page: str, pattern: str) -> Iterator[str]:
+    """What stands between backticks and looks so, without what is to be put there."""
+    for text in re.findall(r"`([^`\n]+)`", PAGES[page]):
+        if re.match(pattern, text) and not _PLACEHOLDER.search(text):
+            yield text.replace("\\|", "|")
+
+
+def planned(settings: dict[str, Any], place: str) -> None:
+    """A scenario of these settings and, for the rest, of some that go with them."""
+    base: dict[str, Any] = {"name": "page", "tasks": ["passages"]}
+    if {"edge1", "edge2"} & set(re.findall(r"\w+", str(settings))):
+        base |= {"topology": "shared-bottleneck", "edge": "edge1", "link": "backhaul"}
+    if "device:" in str(settings) or "shape:" in str(settings):
+        base |= {"model": f"shape:{_SHAPE}", "compute": _DEVICES}
+    base["profiles"] = ["5g-mid"]
+    make_plan({**base, **settings}, place)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+def test_every_block_of_yaml_is_a_scenarios_a_topologys_or_a_devices(page: str) -> None:
+    for number, text in enumerate(blocks(page)):
+        place, value = f"{page} block {number}", strict_yaml.parse(text, page)
+        if "prefill" in value:
+            device_from(value, place, "shown")
+        elif "kind" in value or "nodes" in value:
+            topology_from(value, place, "shown")
+        elif isinstance(value.get("links"), list):  # of a topology whose nodes stand elsewhere
+            nodes = {end: {"host": "local", "address": "192.0.2.1"} for end in ("edge", "cloud")}
+            topology_from({"nodes": nodes, **value}, place, "shown")
+        else:
+            planned(value, place)
+
+
+@pytest.mark.parametrize("page", ["scenarios.md", "pipeline.md", "tasks.md", "links.md"])
+def test_every_setting_of_a_scenario_in_a_text_is_one(page: str) -> None:
+    for text in spans(page, rf"({'|'.join(Scenario.model_fields)}): "):
+        planned(strict_yaml.parse(text, page), f"{page}: {text}")
+
+
+@pytest.mark.parametrize("page", ["scenarios.md", "pipeline.md"])
+def test_every_delivery_policy_and_transport_in_a_text_is_one(page: str) -> None:
+    for known, what in ((DELIVERIES, "delivery"), (POLICIES, "policy"), (TRANSPORTS, "transport")):
+        for text in spans(page, rf"({'|'.join(known)})\("):
+            kinds.parse(text, known, what)
+
+
+def test_every_factor_in_the_table_of_slower_sides_is_one() -> None:
+    factors = list(spans("scenarios.md", r"\{edge: [\d{]"))
+    assert len(factors) >= 3
+    for text in factors:
+        compute = strict_yaml.parse(text, "scenarios.md")
+        planned({"compute": compute, "placements": ["split", "cloud"]}, f"scenarios.md: {text}")
+
+
+def commands(page: str, program: str) -> Iterator[list[str]]:
+    """The words of each command that a page has on a line or between backticks."""
+    text = PAGES[page].replace("\\\n", " ")
+    lines = re.findall(r"^ {4}(?:sudo |\w+=\S+ )*(.+)$", text, re.MULTILINE)
+    lines += re.findall(r"`(?:sudo )?([^`\n]+)`", text)
+    for line in lines:
+        for part in re.split(r"; sudo | && sudo ", re.split(r" {2,}|\s#\s", line)[0]):
+            if re.match(program, part):
+                yield shlex.split(part)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_is_there_with_its_options(page: str) -> None:
+    for _, *words in commands(page, r"testbed [a-z]"):
+        found: click.Command = cli
+        while words and isinstance(found, click.Group) and words[0] in found.commands:
+            found = found.commands[words.pop(0)]
+        assert found is not cli, words
+        known = {option for each in found.params for option in [*each.opts, *each.secondary_opts]} | {
+            "--help"
+        }
+        own = words[: words.index("--")] if "--" in words else words
+        assert {word for word in own if re.match(r"-{1,2}\w", word)} <= known, words
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_benchmark_is_there_with_its_options(page: str) -> None:
+    for _, _, module, *words in commands(page, r"python -m benchmarks\.\w"):
+        spec = find_spec(module)
+        assert spec is not None and spec.origin is not None, module
+        source = Path(spec.origin).read_text() + (ROOT / "benchmarks/runs.py").read_text()
+        for word in words:
+            assert not word.startswith("--") or f'"{word}"' in source, (module, word)
+
+
+@pytest.mark.parametrize("page", ["scenarios.md", "pipeline.md", "README.md", "claims.md", "links.md"])
+def test_every_run_that_is_shown_can_be_planned(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for _, _, *words in commands(page, r"testbed (run|plan) [a-z]"):
+        words = [word.replace("MODEL", "smollm2-135m") for word in words]
+        if _PLACEHOLDER.search(" ".join(words)) or not words or ".jsonl" in str(words):
+            continue
+        if "--out" in words:
+            del words[words.index("--out") : words.index("--out") + 2]
+        scenario_path(words[0])
+        done = command("plan", *(word for word in words if word != "--accept-uncalibrated"))
+        assert done.status == 0, (words, done.errors)
