@@ -14,7 +14,19 @@ from typing import NoReturn
 import click
 
 from testbed import __version__, identity
-from testbed.cli import answers, calibrate, device, diagnose, guide, hosts, listings, network, plan, run
+from testbed.cli import (
+    answers,
+    calibrate,
+    device,
+    diagnose,
+    guide,
+    hosts,
+    listings,
+    merge,
+    network,
+    plan,
+    run,
+)
 from testbed.errors import TestbedError
 
 #: What the system says of a file that was asked for wrongly; anything else is its own trouble.
@@ -38,6 +50,7 @@ def cli() -> None:
 
 for _command in (
     run.run,
+    merge.merge,
     plan.plan,
     network.up,
     network.exec_,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from testbed.errors import StorageError, TestbedError, UsageError
 if TYPE_CHECKING:
     from testbed.experiment.runner import Runner
     from testbed.experiment.scenario import Plan
+    from testbed.experiment.shard import Shard
 
 INTERRUPTED = 130
 
@@ -39,18 +41,31 @@ INTERRUPTED = 130
     is_flag=True,
     help="Go on where a link is not what was asked for, or the machine too busy to compare; every row says so.",
 )
+@click.option(
+    "--shard",
+    metavar="I/N",
+    help="Make the I-th of N parts of the run, into OUT/shards; `auto`: as a Slurm array says. See `testbed merge`.",
+)
 @sweep_options
 @rootless_option
 def run(
-    scenario: str | None, resumed: Path | None, out: Path | None, accept_uncalibrated: bool, **changes: Any
+    scenario: str | None,
+    resumed: Path | None,
+    out: Path | None,
+    accept_uncalibrated: bool,
+    shard: str | None,
+    **changes: Any,
 ) -> int:
     """Run SCENARIO (a file, or the name of a shipped one): network, model, trials, plots."""
-    from testbed.experiment import runner
+    from testbed.experiment import runner, shards
     from testbed.experiment.plan import load_plan, moved
 
     if (scenario is None) == (resumed is None):
         raise UsageError("name a scenario to run, or a directory with --resume, and not both")
     show = Console()
+    part = None if shard is None else _part(shard)
+    if part is not None and resumed is not None:
+        resumed = _begun(resumed, part)
     if resumed is not None:
         if any(value for value in (*changes.values(), out)):
             raise UsageError("--resume continues a run as it was; leave the other options away")
@@ -64,11 +79,35 @@ def run(
         for remark in dict.fromkeys(note for profile in plan.profiles for note in profile.remarks()):
             click.echo(f"testbed: {remark}", err=True)
         _make_way(plan)
+        if part is not None:
+            if out is None:
+                raise UsageError(
+                    "--shard needs --out DIR: one directory that all shards share, or one of each machine"
+                )
+            return _execute(shards.prepare(plan, part, out, show, accept_uncalibrated), show)
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         started = runner.start(
             plan, out or Path("results") / f"{plan.scenario.name}-{stamp}", show, accept_uncalibrated
         )
     return _execute(started, show)
+
+
+def _part(text: str) -> Shard:
+    from testbed.experiment.shard import parse
+
+    return parse(text, os.environ)
+
+
+def _begun(out: Path, shard: Shard) -> Path:
+    """Where a shard of a run in `out` lies. Raises UsageError where it has not begun."""
+    from testbed.experiment.shards import place
+
+    path = place(out, shard)
+    if not path.is_dir():
+        raise UsageError(
+            f"shard {shard} has not begun in {out}: begin it with  testbed run SCENARIO --shard {shard} --out {out}"
+        )
+    return path
 
 
 def _make_way(plan: Plan) -> None:
@@ -92,10 +131,16 @@ def _execute(started: Runner, show: Console) -> int:
         show.close()
         raise _resumable(started, error) from error
     show.close()
-    if started.settled:
+    shard = started.directory.manifest().get("shard")
+    if shard is None and started.settled:
         click.echo(f"{path} is finished: every trial has its row; draw it again with  testbed plot {path}")
         return 0
-    show_results(path)
+    if shard is None:
+        show_results(path)
+    else:
+        click.echo(
+            f"shard     {shard}: {'every trial has its row' if started.settled else path / 'trials.jsonl'}"
+        )
     if started.failures:
         click.echo(
             f"testbed: {started.failures} trials failed; their rows say why; repeat them with  "

@@ -65,10 +65,16 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a run: its measurements in order; `alike`: both sides compute on the same thing, and are compared."""
+    """One start of a run: its measurements in order; `alike`: both sides compute on the same thing, and are compared.
+
+    host: where; empty: unknown. judged: its rows know already what was measured behind them, as those of shards do, which are
+    made at the same time.
+    """
 
     alike: bool
     measurements: Annotated[tuple[Measurement, ...], msgspec.Meta(min_length=1)]
+    host: str = ""
+    judged: bool = False
 
     @functools.cached_property
     def times(self) -> list[str]:
@@ -78,7 +84,8 @@ class Start:
     def record(self) -> dict[str, Any]:
         """For JSON."""
         measurements = [{**msgspec.to_builtins(m), "ratio": m.ratio} for m in self.measurements]
-        return {"alike": self.alike, "tolerance": WARNED, "measurements": measurements}
+        about = {"alike": self.alike, "host": self.host, "tolerance": WARNED}
+        return {**about, "measurements": measurements}
 
 
 def starts(record: Sequence[Any]) -> tuple[Start, ...]:
@@ -95,6 +102,8 @@ def starts(record: Sequence[Any]) -> tuple[Start, ...]:
 def complaints_behind(known: Sequence[Start], moment: str) -> tuple[str, ...]:
     """What the first measurement behind a moment complained of, in the start that was on then; nothing where none came."""
     for start in known:
+        if start.judged:
+            continue
         place = bisect_right(start.times, moment)
         if 0 < place < len(start.times):
             return start.measurements[place].complaints

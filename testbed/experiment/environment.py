@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ def describe_host() -> dict[str, Any]:
     return {
         "kernel": platform.release(),
         "machine": platform.machine(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),
@@ -35,7 +36,13 @@ def describe_host() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def host_name() -> str:
+    """This machine's name, as rows have it."""
+    return socket.gethostname()
+
+
+def cpu_name() -> str:
+    """Its processor's."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

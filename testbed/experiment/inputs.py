@@ -81,9 +81,7 @@ def check_unchanged(before: object, plan: Plan) -> None:
 def keep_traces(plan: Plan, directory: RunDirectory) -> dict[str, Any]:
     """Copies every trace and jitter table of the plan's links; the manifest's entry. Raises UsageError, with the file's name."""
     kept: dict[str, Any] = {}
-    ways = [way for profile in _profiles(plan) for way in (profile.up, profile.down)]
-    named = [part for way in ways for part in (way.trace and way.trace.source, way.jitter_law)]
-    for file in dict.fromkeys(part for part in named if isinstance(part, File | JitterTable)):
+    for file in _trace_files(plan):
         source = file.found()
         digest = _digest(source)
         if file.path in kept and kept[file.path]["sha256"] != digest:
@@ -98,6 +96,22 @@ def keep_traces(plan: Plan, directory: RunDirectory) -> dict[str, Any]:
         about = {"file": f"{_TRACES}/{target.name}", "sha256": digest, "bytes": target.stat().st_size}
         kept[file.path] = about
     return kept
+
+
+def check_traces(before: object, plan: Plan) -> None:
+    """Raises UsageError where a trace or jitter table is not the one of which the manifest's entry says that a copy was kept."""
+    for file in _trace_files(plan):
+        about = before.get(file.path) if isinstance(before, Mapping) else None
+        if not isinstance(about, Mapping) or about.get("sha256") != _digest(file.found()):
+            raise UsageError(
+                f"{file.path}: has changed since this run began; bring it back, or begin another run"
+            )
+
+
+def _trace_files(plan: Plan) -> list[File | JitterTable]:
+    ways = [way for profile in _profiles(plan) for way in (profile.up, profile.down)]
+    named = [part for way in ways for part in (way.trace and way.trace.source, way.jitter_law)]
+    return list(dict.fromkeys(part for part in named if isinstance(part, File | JitterTable)))
 
 
 def kept_traces(entry: Any, path: Path) -> dict[str, Path]:

@@ -29,8 +29,9 @@ Watcher = Callable[[Progress], None]
 class Tally:
     """Counts trials and weighs each by what it was expected to take, so that the forecast knows slow links from fast ones."""
 
-    def __init__(self, plan: Plan, watch: Watcher) -> None:
-        self._plan, self._watch, self._estimator = plan, watch, Estimator(plan)
+    def __init__(self, plan: Plan, watch: Watcher, trials: int | None = None) -> None:
+        self._watch, self._estimator = watch, Estimator(plan)
+        self._planned = plan.trials if trials is None else trials
         self._trials = 0
         self._done_s = self._total_s = 0.0  #: by the estimate
         self._started: float | None = None
@@ -67,4 +68,4 @@ class Tally:
         return max(0.0, self._total_s - self._done_s) * spent / self._done_s
 
     def _tell(self, text: str, remaining_s: float | None) -> None:
-        self._watch(Progress(self._trials, self._plan.trials, remaining_s, text))
+        self._watch(Progress(self._trials, self._planned, remaining_s, text))

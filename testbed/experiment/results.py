@@ -5,6 +5,7 @@ results/<scenario>-<UTC time>/
     calibration.json    what was asked of each link and what was measured
     compute.json        how long a fixed piece of compute took each side, before, between and after the trials
     counters.json       what the emulator counted while trials crossed the link
+    examples.json       which examples there are to be run, and how many trials each has
     trials.jsonl        one JSON object a line and trial, appended and flushed
     spans.jsonl         when each stage of a trial was at work on which chunk: a line a trial, before its row
     trials.parquet  spans.parquet      the same, written at the end
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -31,9 +33,11 @@ from testbed.experiment import compute
 from testbed.experiment.row import COLUMNS, MEASURED, Row, in_turn
 from testbed.units import exact_time
 
-FORMAT = 6
+FORMAT = 7
 
 SPANS = "spans.jsonl"
+#: What only locks it, where a directory cannot be locked itself: it is no part of a run.
+_LOCK = ".lock"
 #: What makes a line a row: the trial that it tells of.
 _IDENTITY = ("trial", "task", "example", "placement")
 
@@ -70,6 +74,11 @@ def _clocks_came(row: dict[str, Any]) -> dict[str, Any]:
     return {"clock_offset_s": 0.0, "clock_error_s": 0.0, **row}
 
 
+def _hosts_came(row: dict[str, Any]) -> dict[str, Any]:
+    """6 → 7: nobody kept which machine a row is from."""
+    return {"host": "", "cpu": "", **row}
+
+
 def _times_have_units(manifest: dict[str, Any]) -> dict[str, Any]:
     """A scenario's timeout, which was in bare seconds before units were asked for."""
     settings = manifest.get("settings")
@@ -87,6 +96,7 @@ _MIGRATIONS = {
     3: _deliveries_came,
     4: _pipelines_came,
     5: _clocks_came,
+    6: _hosts_came,
 }
 _MANIFESTS = (_times_have_units,)
 #: Formats that this version reads.
@@ -178,23 +188,44 @@ class RunDirectory:
 
     def check_new(self) -> None:
         """Raises UsageError where the directory, or another file of its name, exists and is not empty."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (
+            not self.path.is_dir() or any(p.name != _LOCK for p in self.path.iterdir())
+        ):
             raise UsageError(
                 f"{self.path} exists and is not empty; choose another --out, or continue it with --resume {self.path}"
             )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Only one process at a time may work on a run directory. Raises UsageError where another does."""
-        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
+        """Only one process at a time may work on a run directory, on whichever machine. Raises UsageError where another does."""
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock(stack)
             except BlockingIOError as error:
                 raise UsageError(f"{self.path}: another testbed process is working on this run") from error
             yield
-        finally:
-            os.close(fd)
+
+    def busy(self) -> bool:
+        """Whether a process works on the directory now. Raises OSError."""
+        with contextlib.ExitStack() as stack:
+            try:
+                self._lock(stack)
+            except BlockingIOError:
+                return True
+        return False
+
+    def _lock(self, stack: contextlib.ExitStack) -> None:
+        handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EBADF, errno.EISDIR):
+                raise
+            # NFS locks what is open for writing, which a directory cannot be (flock(2)).
+            handle = files.open_own(self.path / _LOCK, os.O_RDWR | os.O_CREAT)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def write(self, name: str, value: Any) -> None:
         """Write ``name`` (a JSON file) atomically. Raises StorageError."""

@@ -146,6 +146,9 @@ class Row:
     #: False: this machine computed unsteadily, or unlike for both sides, when it was measured before the trial; as it is read,
     #: also when it was measured behind it (`RunDirectory.rows`)
     compute_steady: bool = True
+    #: the machine (of two, the edge's and the cloud's), and its processor; empty: unknown
+    host: str = ""
+    cpu: str = ""
     #: of the edge's compute: a prefill in more may differ in its last bits, and what is made of it
     threads: int | None = None
     warnings: str = ""

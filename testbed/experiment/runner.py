@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,18 @@ from testbed import lookup
 from testbed.codecs.spec import CodecSpec
 from testbed.endpoints.protocol import Loaded, Outcome, Span
 from testbed.errors import EndpointError, NetworkError
-from testbed.experiment import inputs
+from testbed.experiment import expected, inputs
 from testbed.experiment.compute import Start
 from testbed.experiment.deployment import Batch
-from testbed.experiment.environment import describe_host
+from testbed.experiment.environment import cpu_name, describe_host, host_name
 from testbed.experiment.gate import Gate
 from testbed.experiment.progress import Tally, Watcher
 from testbed.experiment.results import FORMAT, RunDirectory, utc_now
 from testbed.experiment.row import Row
 from testbed.experiment.scenario import Cell, Plan
 from testbed.experiment.session import Opening, across_links
+from testbed.experiment.shard import WHOLE, Shard
+from testbed.experiment.shard import parse as parse_shard
 from testbed.experiment.trial import Reference, Trial, new_row
 from testbed.hosts.processes import interruptible
 from testbed.models.sources import resolve
@@ -38,7 +40,10 @@ _CONTINUED = ("calibration.json", "compute.json", "counters.json", "traffic.json
 
 
 class Runner:
-    """One execution of a plan into a run directory: `execute`, or `try_codec` while it is `on`."""
+    """One execution of a plan, or of a shard of it, into a run directory: `execute`, or `try_codec` while it is `on`.
+
+    on_row: given each row, and its spans, once it is on the disk.
+    """
 
     def __init__(
         self,
@@ -47,12 +52,15 @@ class Runner:
         watch: Watcher,
         accept_uncalibrated: bool = False,
         opening: Opening = across_links,
+        shard: Shard = WHOLE,
+        on_row: Callable[[Row, Sequence[Span]], None] | None = None,
     ) -> None:
         self.plan, self.scenario, self.directory, self.watch = plan, plan.scenario, directory, watch
         self.accept_uncalibrated = accept_uncalibrated
-        self._opening = opening
+        self.opening = opening
+        self.shard, self.on_row = shard, on_row
         self.failures = 0
-        self._tally = Tally(plan, watch)
+        self._tally = Tally(plan, watch, shard.trials(plan))
         self._identities: dict[Cell, str] = {}
         self._done: set[str] = set()  # what failed is tried again, and leaves another row
         self._expected = 0  #: trials, of which some may be done
@@ -62,6 +70,7 @@ class Runner:
         self._gate: Gate | None = None
         self._uncalibrated: set[str] = set()
         self._threads: int | None = None  #: of the edge's compute
+        self._host = self._cpu = ""  #: the machine's, as rows have them
         self._unlike = ""  #: that an earlier start of this run computed in another number
         self._current: Profile | None = None
         self._origin = time.monotonic()  #: when traces begin
@@ -75,7 +84,9 @@ class Runner:
     def try_codec(self, codec: CodecSpec) -> None:
         """Run every trial with this codec, whichever the plan has. Raises as `execute` does."""
         self.plan = replace(self.plan, scenario=self.scenario.model_copy(update={"codecs": [codec]}))
-        self._tally = Tally(self.plan, self.watch)  # what is told of the time left begins anew
+        self._tally = Tally(
+            self.plan, self.watch, self.shard.trials(self.plan)
+        )  # what is told of the time left begins anew
         self._expect()
         self._make_trials()
 
@@ -89,7 +100,7 @@ class Runner:
             if self.settled:
                 yield
                 return
-            self.session = stack.enter_context(self._opening(self.plan, self.directory, self._tally.say))
+            self.session = stack.enter_context(self.opening(self.plan, self.directory, self._tally.say))
             loaded = self._load()
             if self.session.linked:
                 self._gate = self._prove_compute(loaded)
@@ -119,11 +130,22 @@ class Runner:
         address, kv_bytes = network.address(self.scenario.cloud), loaded["edge"].kv_bytes_per_token
         pair.serve(address, kv_bytes, apart=not network.one_clock, closed=network.closed)
         self._threads = loaded["edge"].threads
-        self._unlike = other_threads(self.directory.rows(), self._threads)
+        self._host, self._cpu = self._machine()
+        before = list(self.directory.rows())
+        found = (other_threads(before, self._threads), other_hosts(before, self._host))
+        self._unlike = "; ".join(filter(None, found))
         if self._unlike:
             self._tally.say(self._unlike)
         self._write_manifest(loaded)
         return loaded
+
+    def _machine(self) -> tuple[str, str]:
+        """The name and the processor of the machine on which trials are made; of two, those of the edge and of the cloud."""
+        described = self.session.network.described()
+        sides = [described.get(side, {}) for side in (self.scenario.edge, self.scenario.cloud)]
+        if not all(sides):
+            return host_name(), cpu_name()
+        return tuple(" + ".join(str(side.get(key, "")) for side in sides) for key in ("host", "cpu"))  # type: ignore[return-value]
 
     def _take_up(self) -> None:
         # Only now does nobody else add rows.
@@ -131,25 +153,33 @@ class Runner:
         self._done = self.directory.finished()
         planned = self.directory.manifest().get("trials")
         self.settled = self.resumed and isinstance(planned, int) and 0 < planned <= len(self._done)
-        if self.settled and not (self.directory.path / "trials.parquet").exists():
+        if self.shard.trials(self.plan) == 0:  # of more shards than examples
+            self.settled = True
+        elif self.settled and not (self.directory.path / "trials.parquet").exists():
             self.directory.write_parquet()
 
     def _expect(self) -> None:
         for batch in self._batches:
             for cell in self.plan.cells(batch.task, batch.context_tokens):
-                trials = len(batch.examples) * self.scenario.repeats
+                trials = len(self._numbers(batch)) * self.scenario.repeats
                 self._tally.expect(cell, trials)
                 self._expected += trials
+
+    def _numbers(self, batch: Batch) -> list[int]:
+        """The examples of a batch whose trials are this shard's."""
+        return self.shard.numbers(self.plan, batch.task, batch.context_tokens, len(batch.examples))
 
     def _write_stretch(self, name: str, about: dict[str, str], **figures: Any) -> None:
         # One entry for each time the run was started: its figures are of one stretch of time.
         if any(figures.values()):
             before = self.directory.entries(name, "starts")
-            ended = {"ended_at": utc_now(), **figures}
+            ended = {"ended_at": utc_now(), "host": self._host, **figures}
             self.directory.write(name, {"format": FORMAT, **about, "starts": [*before, ended]})
 
     def _write_manifest(self, loaded: dict[str, Loaded]) -> None:
         before = self.directory.manifest()
+        machines = kept if isinstance(kept := before.get("machines"), dict) else {}
+        expected.write(self.directory, self.plan, self._batches)
         self.directory.write(
             "manifest.json",
             {
@@ -166,6 +196,7 @@ class Runner:
                 "trials": self._expected,
                 "starts": [*self.directory.entries("manifest.json", "starts"), utc_now()],
                 "host": describe_host(),
+                "machines": {**machines, self._host: describe_host()},
                 **({"hosts": hosts} if (hosts := self.session.network.described()) else {}),
                 "command": sys.argv,
             },
@@ -176,7 +207,7 @@ class Runner:
         ahead = {
             trial.cell.profile
             for batch in self._batches
-            for number in range(len(batch.examples))
+            for number in self._numbers(batch)
             for trial in self._trials(batch, number)
             if trial.id not in self._done
         }
@@ -194,7 +225,10 @@ class Runner:
             self._apply(profile)
             measured = self.session.network.calibrate(self.plan.link, profile)
             record = measured.to_dict()
-            history = [*history, {"profile": profile.name, "measured_at": utc_now(), **record}]
+            history = [
+                *history,
+                {"profile": profile.name, "measured_at": utc_now(), "host": self._host, **record},
+            ]
             self.directory.write("calibration.json", {"format": FORMAT, "measurements": history})
             if not measured.ok:
                 self._uncalibrated.add(profile.text())
@@ -211,7 +245,10 @@ class Runner:
         before = self.directory.entries("compute.json", "starts")
 
         def write(start: Start) -> None:
-            self.directory.write("compute.json", {"format": FORMAT, "starts": [*before, start.record()]})
+            self.directory.write(
+                "compute.json",
+                {"format": FORMAT, "starts": [*before, replace(start, host=self._host).record()]},
+            )
 
         # Of two machines nobody says that they should be alike.
         alike = edge == cloud and self.scenario.one_model and not self.session.network.apart
@@ -244,7 +281,7 @@ class Runner:
         self._origin, self._current = time.monotonic(), None
         for batch in self._batches:
             task = self.plan.tasks[batch.task]
-            for number in range(len(batch.examples)):
+            for number in self._numbers(batch):
                 todo = self._todo(batch, number)
                 if not todo:
                     continue
@@ -252,7 +289,10 @@ class Runner:
                     self._gate.between()
                 reference = self._reference(batch, number, task, todo)
                 for trial in todo:
-                    self.directory.append(*self._trial(trial, task, reference))
+                    row, spans = self._trial(trial, task, reference)
+                    self.directory.append(row, spans)
+                    if self.on_row is not None:
+                        self.on_row(row, spans)
                     self._tally.done(trial.cell)
 
     def _reference(self, batch: Batch, number: int, task: Task, todo: Sequence[Trial]) -> Reference:
@@ -300,7 +340,7 @@ class Runner:
         row = new_row(trial, self.plan, self.session.network.emulation, reference, calibrated)
         complaints = self._gate.complaints if self._gate is not None else ()
         row.compute_steady = not complaints
-        row.threads = self._threads
+        row.threads, row.host, row.cpu = self._threads, self._host, self._cpu
         row.warnings = "; ".join([*filter(None, [row.warnings, self._unlike]), *complaints])
         warnings: list[str] = []
         if reference.error:
@@ -350,6 +390,13 @@ def other_threads(rows: Iterable[dict[str, Any]], threads: int) -> str:
     return sentence if others else ""
 
 
+def other_hosts(rows: Iterable[dict[str, Any]], host: str) -> str:
+    """A sentence where these rows of earlier trials are of another machine; else empty."""
+    others = {str(row["host"]) for row in rows if row.get("host")} - {host}
+    earlier = " and ".join(sorted(others))
+    return f"measured on {host}, earlier trials of this run on {earlier}" if others else ""
+
+
 def check_ready(plan: Plan) -> None:
     """What can be known to fail before anything is written or built. Raises UsageError."""
     if plan.topology.kind == "hosts":  # who have the models, and say so where they do not
@@ -372,8 +419,8 @@ def start(plan: Plan, out: Path, watch: Watcher, accept_uncalibrated: bool) -> R
     return Runner(plan, begin(plan, out), watch, accept_uncalibrated)
 
 
-def begin(plan: Plan, out: Path) -> RunDirectory:
-    """The new directory of a run, with what is known before it. Raises UsageError."""
+def begin(plan: Plan, out: Path, shard: Shard | None = None) -> RunDirectory:
+    """The new directory of a run, or of a shard of one, with what is known before it. Raises UsageError."""
     directory = RunDirectory.create(out)
     with directory.locked():
         directory.check_new()  # another process may have begun in it meanwhile
@@ -387,6 +434,7 @@ def begin(plan: Plan, out: Path) -> RunDirectory:
                 "created": utc_now(),
                 "traces": inputs.keep_traces(plan, directory),
                 "inputs": inputs.described(plan),
+                **({"shard": str(shard)} if shard else {}),
             },
         )
     return directory
@@ -401,14 +449,24 @@ def plan_of(path: Path) -> Plan:
         return make_plan(directory.settings(), str(path / "manifest.json"))
 
 
+def shard_of(directory: RunDirectory) -> Shard:
+    """Which shard of its plan a run is; of most the whole. Raises UsageError where its manifest says what is none."""
+    written = directory.manifest().get("shard")
+    return WHOLE if written is None else parse_shard(str(written), {})
+
+
 def resume(path: Path, watch: Watcher, accept_uncalibrated: bool) -> Runner:
     """Take up the run in `path` where it ended: what has no row and what failed. Raises UsageError where it is none."""
     directory = RunDirectory.open(path)
     for name in _CONTINUED:
         directory.entries(name, "")  # unreadable is better said now than after the trials
-    plan = plan_of(path)
+    return take_up(plan_of(path), directory, watch, accept_uncalibrated)
+
+
+def take_up(plan: Plan, directory: RunDirectory, watch: Watcher, accept_uncalibrated: bool) -> Runner:
+    """Take up a run of this very plan. Raises UsageError where what it reads is not what it was."""
     check_ready(plan)
     inputs.check_unchanged(directory.manifest().get("inputs"), plan)
-    runner = Runner(plan, directory, watch, accept_uncalibrated)
+    runner = Runner(plan, directory, watch, accept_uncalibrated, shard=shard_of(directory))
     runner.resumed = True
     return runner
