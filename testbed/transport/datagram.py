@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from testbed.deadline import Deadline
 from testbed.errors import WireError
 from testbed.transport import wire
+from testbed.transport.bundle import Bundle
 from testbed.transport.quic import Quic, QuicStream
 from testbed.transport.quic_connection import Connection
 from testbed.transport.transport import SEND_S, Bytes, Received, Stream
@@ -30,7 +31,7 @@ class DatagramStream(QuicStream):
 
     lossy: ClassVar[bool] = True
 
-    def __init__(self, connection: Connection, loss: float, rounds: int) -> None:
+    def __init__(self, connection: Connection | Bundle, loss: float, rounds: int) -> None:
         super().__init__(connection)
         self._loss, self._rounds = loss, rounds
         self._sent: dict[
@@ -186,10 +187,16 @@ class Datagram(Quic):
 
     fec: float = 0.02  #: share of datagrams whose loss is made up for, without asking again
     repeats: int = 4  #: times that what is missing all the same is asked for again
+    connections: int = 1  #: QUIC connections that datagrams are spread over, each under a CUBIC of its own
 
     def __post_init__(self) -> None:
         self.require("fec", "from 0 to 0.5", 0 <= self.fec <= 0.5)
         self.require("repeats", "from 0 to 8", 0 <= self.repeats <= 8)
+        self.require("connections", "from 1 to 8", 1 <= self.connections <= 8)
 
-    def stream(self, connection: Connection) -> Stream:
+    @property
+    def count(self) -> int:
+        return self.connections
+
+    def stream(self, connection: Connection | Bundle) -> Stream:
         return DatagramStream(connection, self.fec, self.repeats)

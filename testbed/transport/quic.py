@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from testbed.deadline import Deadline
 from testbed.errors import EndpointError
+from testbed.transport.bundle import Bundle, Groups, hellos
 from testbed.transport.quic_connection import Connection
 from testbed.transport.secret import PATIENCE_S, Complaints, made_certificate, require_token
 from testbed.transport.transport import Listener, Stats, Stream, Transport
@@ -37,9 +38,9 @@ _PKTINFO = 8  # IP_PKTINFO of linux/in.h, which socket does not name before 3.14
 
 
 class QuicStream(Stream):
-    """The stream of one QUIC connection."""
+    """The stream of one QUIC connection, or of the first of several."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection | Bundle) -> None:
         super().__init__()
         self.connection = connection
 
@@ -86,13 +87,14 @@ class QuicListener(Listener):
         self._socket.setsockopt(socket.IPPROTO_IP, _PKTINFO, 1)
         self.port = self._socket.getsockname()[1]
         self._known: dict[tuple[str, int], Connection] = {}
+        self._groups = Groups(transport.count)
         self._pending = 0
         self._complaints = Complaints()
         self._ready: queue.SimpleQueue[Stream | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def accept(self) -> Stream:
-        """The next connection whose handshake is done."""
+        """The next connection whose handshake is done, or so many as are one stream's."""
         stream = self._ready.get()
         if stream is None:
             raise EndpointError("nobody listens any more")
@@ -142,15 +144,18 @@ class QuicListener(Listener):
 
     def _welcome(self, connection: Connection, peer: tuple[str, int]) -> None:
         secret = self._transport.secret
-        until = Deadline(PATIENCE_S)
+        patience = _HANDSHAKE_S if secret is None else PATIENCE_S
+        until = Deadline(patience)
         try:
-            if not connection.established_within(_HANDSHAKE_S if secret is None else PATIENCE_S):
+            if not connection.established_within(patience):
                 raise EndpointError("no handshake in time")
-            stream = self._transport.stream(connection)
             if secret is not None:
                 require_token(secret, lambda rest: connection.read_into(rest, until, "no token came"))
                 connection.trusted = True
-            self._ready.put(stream)
+            if self._transport.count == 1:
+                self._ready.put(self._transport.stream(connection))
+            elif (bundle := self._groups.joined(connection, until)) is not None:
+                self._ready.put(self._transport.stream(bundle))
         except EndpointError as error:
             connection.close()
             if secret is not None:
@@ -192,23 +197,40 @@ class Quic(Transport):
     def connect(
         self, address: str, port: int, congestion: str | None = None, timeout: float = 60.0
     ) -> Stream:
-        """Connect, and be through with the handshake. One that takes long is begun again: qh3's client sends no probes (RFC 9002,
-        6.2.2.1) once all that it sent is confirmed, so where the server's flight is lost both can wait for each other.
-        """
-        until, patience = time.monotonic() + timeout, _ATTEMPT_S
+        """Connect, and be through with the handshake, or with as many at once as there are to be."""
+        until, connections = time.monotonic() + timeout, dict[int, Connection]()
         try:
-            while (left := until - time.monotonic()) > 0:
-                connection = self._begin((address, port))
-                if connection.established_within(min(patience, left)):
-                    stream = self.stream(connection)
-                    if self.secret is not None:
-                        stream.write([memoryview(self.secret.token)], Deadline(left))
-                    return stream
-                connection.close()
-                patience *= 2
+            if not self._establish((address, port), connections, until):
+                raise EndpointError(f"no handshake within {timeout:g} s")
+            token = self.secret.token if self.secret is not None else b""
+            for number, hello in enumerate(hellos(self.count) if self.count > 1 else [b""]):
+                if greeting := token + hello:
+                    left = Deadline(max(0.0, until - time.monotonic()))
+                    connections[number].write([memoryview(greeting)], left)
         except (OSError, EndpointError) as error:
+            for connection in connections.values():
+                connection.close()
             raise EndpointError(f"no connection to {address}:{port}: {error}") from error
-        raise EndpointError(f"no connection to {address}:{port}: no handshake within {timeout:g} s")
+        several = [connections[number] for number in range(self.count)]
+        return self.stream(several[0] if self.count == 1 else Bundle(several))
+
+    def _establish(self, peer: tuple[str, int], connections: dict[int, Connection], until: float) -> bool:
+        """Have all handshakes done, which run at the same time; False: they were not by then. One that takes long is begun again:
+        qh3's client sends no probes (RFC 9002, 6.2.2.1) once all that it sent is confirmed, so where the server's flight is lost
+        both can wait for each other.
+        """
+        patience, missing = _ATTEMPT_S, list(range(self.count))
+        while missing and (left := until - time.monotonic()) > 0:
+            for number in missing:
+                connections[number] = self._begin(peer)
+            attempt = time.monotonic() + min(patience, left)
+            missing = [
+                n for n in missing if not connections[n].established_within(attempt - time.monotonic())
+            ]
+            for number in missing:
+                connections.pop(number).close()
+            patience *= 2
+        return not missing
 
     def _begin(self, peer: tuple[str, int]) -> Connection:
         from qh3.quic.connection import QuicConnection
@@ -225,8 +247,13 @@ class Quic(Transport):
         connection.start()
         return connection
 
-    def stream(self, connection: Connection) -> Stream:
-        """What the connection carries."""
+    @property
+    def count(self) -> int:
+        """Connections that a stream has."""
+        return 1
+
+    def stream(self, connection: Connection | Bundle) -> Stream:
+        """What the connection carries, or several do."""
         return QuicStream(connection)
 
     def configuration(self, client: bool) -> QuicConfiguration:

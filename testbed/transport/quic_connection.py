@@ -57,10 +57,11 @@ class Connection:
         self._open, self._lossy = client, lossy
         self._outgoing: deque[memoryview] = deque()
         self._incoming: deque[memoryview] = deque()
-        self._parcels: deque[bytes] = deque()  #: datagrams to be sent
+        self._parcels: deque[bytes] = deque()  #: datagrams to be sent, which others may take from, too
         self._handed = 0  #: bytes of one that the library has and has not sent
         self._arrived: deque[tuple[float, bytes]] = deque()  #: datagrams that came, and when
-        self._unread = 0
+        self._unread, self._most_unread = 0, _UNREAD
+        self._heard: Callable[[], None] = lambda: None  #: is told of each change, too
         self._forwarded: deque[bytes] = deque()
         self._finishing = self._finished = self._closing = False
         self._confirmed = True
@@ -118,6 +119,20 @@ class Connection:
             finally:
                 self._parcels.clear()
 
+    def join(self, parcels: deque[bytes], heard: Callable[[], None], of: int) -> None:
+        """Become one of so many that take the datagrams they send from there, each as it has room. heard: is told, by whoever
+        has the lock, of whatever a wait may be for."""
+        with self._changed:
+            self._parcels, self._heard, self._most_unread = parcels, heard, _UNREAD // of
+
+    def offer(self) -> None:
+        """Say that there are datagrams to be sent. Raises EndpointError where none can be."""
+        with self._changed:
+            if self.error or self._finishing:
+                raise EndpointError(f"the connection broke while sending: {self.error or 'it is closed'}")
+            self._confirmed = False
+            self._rouse()
+
     def wait_readable(self, deadline: Deadline, what: str, until: float | None = None) -> bool:
         """Wait until a datagram, or something of the stream, is there, or the peer has ended; False where that moment of the
         monotonic clock came first. what: is said where nothing comes by the deadline. Raises EndpointError.
@@ -132,6 +147,19 @@ class Connection:
         """Whether something of the stream is there, or its end."""
         return bool(self._incoming) or self.ended
 
+    @property
+    def arrived_at(self) -> float | None:
+        """When the datagram that `datagrams` gives next came; None: there is none."""
+        try:
+            return self._arrived[0][0]
+        except IndexError:
+            return None
+
+    @property
+    def carries(self) -> bool:
+        """Whether the library has a datagram that is not sent yet."""
+        return bool(self._handed)
+
     def datagrams(self) -> Iterator[tuple[float, bytes]]:
         """Those that have come, each once, and when."""
         while True:
@@ -139,7 +167,7 @@ class Connection:
                 if not self._arrived:
                     return
                 at, data = self._arrived.popleft()
-                crowded = self._unread >= _UNREAD
+                crowded = self._unread >= self._most_unread
                 self._unread -= len(data) + _OF_EACH
             if crowded:
                 self._rouse()
@@ -158,7 +186,7 @@ class Connection:
             count = min(len(piece), len(buffer))
             if count < len(piece):
                 self._incoming.appendleft(piece[count:])
-            crowded = self._unread >= _UNREAD
+            crowded = self._unread >= self._most_unread
             self._unread -= count if count < len(piece) else count + _OF_EACH
         buffer[:count] = piece[:count]
         if crowded:
@@ -183,13 +211,18 @@ class Connection:
     def finish(self, timeout: float) -> None:
         """End the stream, wait until the peer has ended it too and has all of it, and close; close at once where that takes too
         long."""
+        self.end()
         with self._changed, contextlib.suppress(EndpointError):
-            self._finishing = True
-            self._rouse()
             self._await(
                 lambda: self.ended and self._finished and self._confirmed, Deadline(timeout), "no end"
             )
         self.close()
+
+    def end(self) -> None:
+        """End the stream."""
+        with self._changed:
+            self._finishing = True
+            self._rouse()
 
     def close(self) -> None:
         """Say so to the peer, and end."""
@@ -211,20 +244,14 @@ class Connection:
 
         Raises EndpointError where it can no longer be, or is not by the deadline.
         """
-        while not condition():
-            if self.error:
-                raise EndpointError(f"the connection broke: {self.error}")
-            try:
-                left = deadline.left()
-            except TimeoutError as error:
-                raise EndpointError(f"{what} within {deadline}") from error
-            if until is not None:
-                soon = until - time.monotonic()
-                if soon <= 0:
-                    return False
-                left = soon if left is None else min(left, soon)
-            self._changed.wait(left)
-        return True
+        return waited(
+            self._changed,
+            condition,
+            lambda: self.error and f"the connection broke: {self.error}",
+            deadline,
+            what,
+            until,
+        )
 
     def _rouse(self) -> None:
         with self._changed:
@@ -234,7 +261,11 @@ class Connection:
     def _fail(self, why: str) -> None:
         with self._changed:
             self.error = self.error or why
-            self._changed.notify_all()
+            self._tell()
+
+    def _tell(self) -> None:
+        self._changed.notify_all()
+        self._heard()
 
     # What its own thread does.
 
@@ -271,7 +302,7 @@ class Connection:
                 or self._told("bytes_in_flight")
             )
             self._confirmed = not busy
-            self._changed.notify_all()
+            self._tell()
 
     def _feed(self) -> bool:
         """The stream first; then datagrams, one at a time, as the library's window has room: what it has it sends when its pacing
@@ -282,9 +313,15 @@ class Connection:
             return False
         window = self._told("congestion_window") - self._told("bytes_in_flight")
         with self._changed:
-            if not self._parcels or window < len(self._parcels[0]):
+            try:
+                self._handed = len(self._parcels[0])  # first: whoever waits sees it here or there
+                if window < self._handed:
+                    self._handed = 0
+                    return False
+                parcel = self._parcels.popleft()
+            except IndexError:  # another has taken it
+                self._handed = 0
                 return False
-            parcel = self._parcels.popleft()
             self._quic.send_datagram_frame(parcel)
             self._handed = len(parcel)
         return True
@@ -324,7 +361,7 @@ class Connection:
         timer = self._quic.get_timer()
         seconds = None if timer is None else max(0.0, timer - time.monotonic())
         awaited: list[int | socket.socket] = [self._eventfd]
-        if self._unread < _UNREAD:
+        if self._unread < self._most_unread:
             awaited.append(self.socket)
         select.select(awaited, (), (), seconds)  # poll and epoll wait in whole milliseconds
         with contextlib.suppress(BlockingIOError):
@@ -335,7 +372,7 @@ class Connection:
         while self._forwarded:
             datagrams.append(self._forwarded.popleft())
         with contextlib.suppress(BlockingIOError):
-            while len(datagrams) < _AT_ONCE and self._unread < _UNREAD:
+            while len(datagrams) < _AT_ONCE and self._unread < self._most_unread:
                 datagrams.append(self.socket.recv(65536, socket.MSG_DONTWAIT))
         now = self._now = time.monotonic()
         if datagrams:
@@ -370,7 +407,7 @@ class Connection:
                 self.error = "the peer gave the stream up"
             elif isinstance(event, events.ConnectionTerminated):
                 self.error = self.error or event.reason_phrase or "the peer closed it"
-            self._changed.notify_all()
+            self._tell()
 
     def _read(self, data: bytes, ended: bool) -> None:
         self._open = True
@@ -382,3 +419,31 @@ class Connection:
     def _told(self, of: str) -> float:
         """What the library's core says of its state; its facade does not. There is no core before a server's first datagram."""
         return float(getattr(self._quic._core, of, None) or 0)
+
+
+def waited(
+    changed: threading.Condition,
+    condition: Callable[[], bool],
+    broken: Callable[[], str],
+    deadline: Deadline,
+    what: str,
+    until: float | None,
+) -> bool:
+    """Wait, holding the lock, until the condition is true; False where that moment of the monotonic clock came first.
+
+    broken: why it can no longer be; then, and where it is not by the deadline, raises EndpointError.
+    """
+    while not condition():
+        if why := broken():
+            raise EndpointError(why)
+        try:
+            left = deadline.left()
+        except TimeoutError as error:
+            raise EndpointError(f"{what} within {deadline}") from error
+        if until is not None:
+            soon = until - time.monotonic()
+            if soon <= 0:
+                return False
+            left = soon if left is None else min(left, soon)
+        changed.wait(left)
+    return True

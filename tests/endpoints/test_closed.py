@@ -28,7 +28,7 @@ from tests.endpoints.pair import Pair, in_this_process
 from tests.endpoints.test_every_transport import beside
 from tests.endpoints.test_wire import request
 
-TRANSPORTS = ["tcp", "tcp(connection=reuse)", "quic", "datagram"]
+TRANSPORTS = ["tcp", "tcp(connection=reuse)", "quic", "datagram", "datagram(connections=3)"]
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,10 @@ from tests.endpoints.test_wire import request
 LARGE = bytes(range(256)) * 12_000  # more than any buffer on the way takes
 
 
-@pytest.fixture(params=[*TRANSPORTS, "tcp, closed"])
+SEVERAL = "datagram(connections=3)"
+
+
+@pytest.fixture(params=[*TRANSPORTS, SEVERAL, "tcp, closed"])
 def pair(request: Any) -> Iterator[tuple[Stream, Stream]]:
     """A client and its server."""
     name, _, is_closed = request.param.partition(", ")
@@ -136,7 +139,7 @@ def test_the_bytes_of_a_connection_are_counted_with_their_headers(pair: tuple[St
     assert 0 < there.received < 60_000 and there.congestion
 
 
-@pytest.mark.parametrize("name", TRANSPORTS)
+@pytest.mark.parametrize("name", [*TRANSPORTS, SEVERAL])
 def test_nobody_listening_is_one_clear_error(name: str) -> None:
     kind = socket.SOCK_STREAM if name == "tcp" else socket.SOCK_DGRAM
     with socket.socket(socket.AF_INET, kind) as unused:
@@ -148,7 +151,7 @@ def test_nobody_listening_is_one_clear_error(name: str) -> None:
             parse(name).connect("127.0.0.1", port, None, 1.0)
 
 
-@pytest.mark.parametrize("name", TRANSPORTS)
+@pytest.mark.parametrize("name", [*TRANSPORTS, SEVERAL])
 def test_several_connections_at_once_are_each_their_own(name: str) -> None:
     transport = parse(name)
     with transport.listen("127.0.0.1") as listener:
