@@ -77,8 +77,12 @@ class Recommendation:
 
     @property
     def runners_up(self) -> list[Option]:
-        """The others that hold the floor, from the fastest on."""
-        return [o for o in self.options if o.holds(self.quality_floor) and o is not self.choice]
+        """The others that hold the floor and are known to answer, from the fastest on."""
+        return [
+            o
+            for o in self.options
+            if o.holds(self.quality_floor) and o is not self.choice and math.isfinite(o.latency_s)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; what is unknown is None."""
@@ -245,9 +249,7 @@ def _verdict(advice: Recommendation) -> list[str]:
             )
         if advice.tied:
             lines.append(f"not shown to be slower than it, example by example: {', '.join(advice.tied)}")
-    sending = next(
-        (o for o in advice.options if o.holds(advice.quality_floor) and o.placement in SENDING), None
-    )
+    sending = next((o for o in [advice.choice, *advice.runners_up] if o and o.placement in SENDING), None)
     if sending is not None and sending is not advice.choice:
         lines.append(f"of the settings that send KV: {sending.setting}, {sending.latency_s:.3f} s")
     if advice.without_proof is not None:
@@ -266,24 +268,26 @@ def _trust(advice: Recommendation) -> list[str]:
     if not advice.held_out:
         return ["the run has one link only: the model's error on other links is unknown"]
     cells = sum(len(h.errors) for h in advice.held_out)
-    lossy = [h for h in advice.held_out if h.loss_up > 0]
+    lossy = [h for h in advice.held_out if h.loss_up > 0 and h.errors]
     right = sum(h.chosen_within <= 0.05 for h in advice.held_out)
     sent = sum(h.sending_within <= 0.05 for h in advice.held_out)
     count = len(advice.held_out)
     lines = []
     if advice.beyond_measured:
-        worst = max((abs(e) for h in advice.held_out for e in h.errors.values()), default=math.nan)
-        lines = [
-            f"this link lies outside of what was measured: the error there is unknown (worst within: {worst:.0%})"
-        ]
+        errors = [abs(e) for h in advice.held_out for e in h.errors.values()]
+        worst = f" (worst within: {max(errors):.0%})" if errors else ""
+        lines = [f"this link lies outside of what was measured: the error there is unknown{worst}"]
     if advice.link.loss_up > 0 and not advice.measured_as:
         error = f"{median_error(lossy):.0%} over {len(lossy)} of them" if lossy else "unknown"
         lines.append(
             f"on links with loss, where a request's time is a matter of luck, the model's median error is {error}"
         )
+    error = (
+        f"median error {median_error(advice.held_out):.1%} over {cells} cells" if cells else "unknown error"
+    )
     return [
         *lines,
-        f"the model on links it was not fitted to: median error {median_error(advice.held_out):.1%} over {cells} cells of "
+        f"the model on links it was not fitted to: {error} of "
         f"{count} profiles; its choice is within 5 % of the measured best on {right} of {count} "
         f"({sent} of {count} among settings that send KV)",
     ]

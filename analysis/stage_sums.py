@@ -10,7 +10,7 @@ From them a request's time on another link follows, or with an edge of another s
 
 The last stages are the first token's and the further tokens'. What an adaptive sender does on another link is not known, nor when
 bit planes suffice: such settings have no sums. Nor have those that cross over QUIC or as datagrams: the link's seconds are
-forecast by TCP's fit.
+forecast by TCP's fit; nor those of which two hosts' clocks hide a stage that is needed.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class Sums:
         figures = ["edge", "cloud", "last", "payload_bytes", "chunks", "opened"]
         # One value an example and setting: what it computes does not depend on the link.
         table = own.groupby(_KEYS, sort=False)[figures].median().reset_index()
+        table = table.dropna(subset=["edge", "cloud", "last"])
         return cls(_met(table, own[text]).reset_index(drop=True))
 
     @property

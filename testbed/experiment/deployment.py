@@ -26,6 +26,8 @@ _LOAD_S = 900.0
 _SHORT_S = 60.0
 #: Between a connection's end, as a peer sees it, and that of the process whose it was.
 _ENDING_S = 0.2
+#: Between two looks at the network while an answer is awaited.
+_NETWORK_S = 1.0
 #: What one request may make the cloud allocate: the largest context's cache in 16 bits, twice, and room for headers.
 _PAYLOAD_SLACK = 1 << 20
 
@@ -200,10 +202,15 @@ class Pair:
     def _call(self, endpoint: Endpoint, message: Message[T], within_s: float) -> T:
         """What an endpoint answers; while it is waited for, the other one and the link's processes are looked after."""
 
+        look_at = time.monotonic() + _NETWORK_S
+
         def besides() -> None:
+            nonlocal look_at
             self.edge.check()
             self.cloud.check()
-            self._check_network()
+            if time.monotonic() >= look_at:  # a look may cost a host something that computes meanwhile
+                self._check_network()
+                look_at = time.monotonic() + _NETWORK_S
 
         try:
             answer = endpoint.call(message, within_s, besides)

@@ -11,7 +11,7 @@ import socket
 import ssl
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import cast
 
@@ -20,7 +20,8 @@ from testbed.errors import EndpointError, WireError
 from testbed.transport.secret import PATIENCE_S, Complaints, Secret, require_token
 from testbed.transport.tcp import TcpListener, TcpStream
 
-#: Peers that may be about to say who they are; of more the one that has been at it longest is dropped.
+#: Peers that may be about to say who they are; of more one is dropped: of the address that has most, the one that has been at it
+#: longest, so that nobody who floods from an address of his own pushes out who asks from another.
 _MOST_PENDING = 64
 _PIECE = 256 * 1024
 _AGAIN_S = 0.1
@@ -140,7 +141,7 @@ class ClosedTcpListener(TcpListener):
         super().__init__(sock)
         self._secret = secret
         self._ready: queue.SimpleQueue[TcpStream | None] = queue.SimpleQueue()
-        self._pending: OrderedDict[int, socket.socket] = OrderedDict()
+        self._pending: OrderedDict[int, tuple[str, socket.socket]] = OrderedDict()
         self._lock, self._room = threading.Lock(), threading.Semaphore(_MOST_PENDING)
         self._complaints = Complaints()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -167,13 +168,20 @@ class ClosedTcpListener(TcpListener):
                 continue
             with self._lock:
                 if len(self._pending) >= _MOST_PENDING:
-                    with contextlib.suppress(OSError):
-                        self._pending.popitem(last=False)[1].shutdown(socket.SHUT_RDWR)
+                    self._drop_one()
             self._room.acquire()  # soon: one was dropped, or its thread is about to end
             with self._lock:
-                self._pending[id(sock)] = sock
+                self._pending[id(sock)] = peer[0], sock
             threading.Thread(target=self._welcome, args=(sock, peer[0]), daemon=True).start()
         self._ready.put(None)
+
+    def _drop_one(self) -> None:
+        """With the lock held."""
+        by_address = Counter(address for address, _ in self._pending.values())
+        most = max(by_address.values())
+        key = next(key for key, (address, _) in self._pending.items() if by_address[address] == most)
+        with contextlib.suppress(OSError):
+            self._pending.pop(key)[1].shutdown(socket.SHUT_RDWR)
 
     def _welcome(self, sock: socket.socket, peer: str) -> None:
         key, stream = id(sock), None

@@ -143,6 +143,24 @@ def test_too_few_examples_do_not_show_that_a_floor_holds(run: Path) -> None:
     assert 0.95**72 < 0.025 <= 0.95**71
 
 
+@pytest.mark.parametrize("told", [{"fp16"}, set()])
+def test_what_two_clocks_hide_is_not_predicted(told: set[str], tmp_path: Path, command: Command) -> None:
+    run = make_run(tmp_path / "run", tuple(SWEEP), ("fp16", "int8"), tasks=("needle",), examples=12)
+    change(
+        run,
+        lambda row: (
+            {"first_token_s": None} if row["placement"] != "edge" and row["codec"] not in told else {}
+        ),
+    )
+    status, out, _ = command("recommend", run, "--rate", "20mbit", "--delay", "20ms")
+    assert status == 0
+    assert "nan" not in out and "inf" not in out
+    hidden = ", ".join(name for name in ("fp16", "int8", "cloud") if name not in told)
+    assert f"not predicted, since what they do on another link is not known: {hidden}" in out
+    assert ("next: fp16, " in out) == bool(told)
+    assert ("unknown error of" in out) == (not told)
+
+
 def test_a_deadline_that_nothing_meets_leaves_no_choice(run: Path, command: Command) -> None:
     link = ("--rate", "40mbit", "--delay", "20ms")
     status, out, _ = command("recommend", run, *link, "--deadline", "10ms", "--json")

@@ -303,6 +303,18 @@ def test_who_says_nothing_or_nonsense_is_in_nobodys_way(monkeypatch: pytest.Monk
         client.close(), server.close()
 
 
+def test_a_flood_from_one_address_pushes_nobody_at_another_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(closed_tcp, "_MOST_PENDING", 8)
+    serving, asking = secrets()
+    with parse("tcp").closed(serving).listen("127.0.0.1") as listener:
+        ours = socket.create_connection(("127.0.0.1", listener.port), source_address=("127.0.0.2", 0))
+        flood = [silent(listener.port, asking) for _ in range(30)]
+        stream = closed_tcp.closed(ours, asking, True, Deadline(5.0))
+        server = listener.accept()
+        for end in (stream, server, *flood):
+            end.close()
+
+
 def test_a_changed_byte_ends_the_connection() -> None:
     client, server = pair_of("tcp", *secrets())
     client.socket.send(b"\x17\x03\x03\x00\x20" + os.urandom(32))  # type: ignore[attr-defined]

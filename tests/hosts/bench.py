@@ -139,10 +139,12 @@ def bench(
     shown: Sequence[Path] = (),
     banner: str = "",
     home_size: str = "100%",
+    ahead_s: Mapping[str, int] | None = None,
 ) -> Iterator[dict[str, Host]]:
     """Hosts by name. `names`: of new ones, or a mapping of them to the namespaces that they are to be in.
 
-    banner: what each says before it lets anybody in; home_size: how much goes into a home, as tmpfs takes it.
+    banner: what each says before it lets anybody in; home_size: how much goes into a home, as tmpfs takes it; ahead_s: by how
+    much hosts' monotonic clocks are ahead of this machine's, in time namespaces.
     """
     wanted: dict[str, str | None] = {}
     for name in names:
@@ -179,7 +181,8 @@ def bench(
             directory.mkdir()
             host = Host(name, namespace, f"tb-{name}", theirs, 2201 + number, directory)
             _furnish(host, client, 5000 + number, banner)
-            closing.enter_context(_served(host, 5000 + number, shown, home_size))
+            ahead = (ahead_s or {}).get(name)
+            closing.enter_context(_served(host, 5000 + number, shown, home_size, ahead))
             hosts[name] = host
         yield hosts
 
@@ -208,7 +211,7 @@ def _furnish(host: Host, client: Path, uid: int, banner: str) -> None:
 
 
 @contextlib.contextmanager
-def _served(host: Host, uid: int, shown: Sequence[Path], home_size: str) -> Iterator[None]:
+def _served(host: Host, uid: int, shown: Sequence[Path], home_size: str, ahead: int | None) -> Iterator[None]:
     """Its sshd, while the block runs, and whatever came to run there ended behind it."""
     paths = {Path(sys.base_prefix), Path(sys.prefix).resolve(), _CHECKOUT, *map(Path, shown)}
     hidden = {path: closed for path in paths if (closed := _closed(path)) is not None}
@@ -225,6 +228,7 @@ def _served(host: Host, uid: int, shown: Sequence[Path], home_size: str) -> Iter
         "--mount",
         "--uts",
         "--propagation=private",
+        *(["--time", "--monotonic", str(ahead)] if ahead is not None else []),
     ]
     printed = host.directory / "log"
     with printed.open("wb") as log:
