@@ -1,10 +1,16 @@
 """How soon a cache is usable over a link that loses packets: by datagrams with repair, by streams, by the kernel's TCP.
 
 sudo .venv/bin/python -m benchmarks.datagram_loss [--loss 0,1,2,5] [--rtt 20,50,100] [--rate 50mbit] [--size 1mb]
-        [--chunk 64kb] [--repeats 5] [--transport 'datagram(fec=0.05)' …] [--congestion bbr] [--json]
+        [--chunk 64kb] [--repeats 5] [--transport tcp 'datagram(fec=0.05)' …] [--out loss.json] [--minutes 8]
+python -m benchmarks.datagram_loss --table loss.json [more.json …]
 
-A payload crosses in chunks, on a connection of its own each time; the transports take turns. *usable*: from the first byte handed
-over until nothing more comes, in the median; *ratio*: to the first transport's; *chunks*: the share that came.
+A payload crosses in chunks, on a connection of its own each time; the transports take turns, and a TCP whose congestion control
+the kernel has not is left out. *usable*: from the first byte handed over until nothing more comes, in the median, with the least
+and the most; *ratio*: to the first transport's, round by round, in the median; *chunks*: the share that came.
+
+With `--out` every round is written to that file as soon as it is done, and those that are there are not done again. With
+`--minutes` no round begins later: the same call, made again, goes on (exit status 3: there is more to do). `--table` prints what
+files hold, all in one table, in Markdown.
 """
 
 from __future__ import annotations
@@ -16,8 +22,10 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from testbed.deadline import Deadline
@@ -29,8 +37,18 @@ from testbed.transport import wire
 from testbed.transport.transport import Transport, parse
 from testbed.units import parse_size
 
-TRANSPORTS = ("tcp", "quic", "datagram(fec=0.02)", "datagram(fec=0.05)")
+TRANSPORTS = (
+    "tcp(congestion=cubic)",
+    "tcp(congestion=bbr)",
+    "datagram(fec=0.02)",
+    "datagram(fec=0.02, connections=4)",
+    "datagram(fec=0.05, connections=4)",
+)
 _LONGEST_S = 120.0
+
+
+#: A payload's crossing with all that it depends on; `round` counts from 0.
+Record = dict[str, Any]
 
 
 @dataclass
@@ -77,44 +95,70 @@ def crossing(fabric: Fabric | None, transport: Transport, chunks: list[bytes]) -
     return Crossing(started - began, ended - started, came, stream.stats().sent)
 
 
-def measured(options: argparse.Namespace, loss: str, rtt: str) -> list[dict[str, Any]]:
-    """A line for each transport on one link."""
+def rounds(options: argparse.Namespace, loss: str, rtt: str, done: list[Record]) -> Iterator[list[Record]]:
+    """Those that a link still lacks, each a crossing by every transport that lacks it."""
     delay = float(rtt) / 2
+    about = {"loss_percent": float(loss), "rtt_ms": float(rtt)}
+    about |= {name: getattr(options, name) for name in ("rate", "size", "chunk")}
+    there = {(r["round"], r["transport"]) for r in done if about.items() <= r.items()}
+    lacking = {n: [t for t in options.transport if (n, t) not in there] for n in range(options.repeats)}
+    if not any(lacking.values()):
+        return
     profile = parse_profile(
         f"rate={options.rate},delay={delay:g}ms" + (f",loss={loss}%" if loss != "0" else "")
     )
-    link = Link("link", "edge", "cloud", profile, options.congestion)
-    size, chunk = parse_size(options.size), parse_size(options.chunk)
-    payload = os.urandom(size)
-    chunks = [payload[i : i + chunk] for i in range(0, size, chunk)]
-    done: dict[str, list[Crossing]] = {text: [] for text in options.transport}
-    with Fabric.build(Topology("loss", (Node("edge"), Node("cloud")), (link,)), options.emulator) as fabric:
-        for _ in range(options.repeats):
-            for text in options.transport:
-                done[text].append(crossing(fabric, parse(text), chunks))
+    topology = Topology("loss", (Node("edge"), Node("cloud")), (Link("link", "edge", "cloud", profile),))
+    payload, chunk = os.urandom(parse_size(options.size)), parse_size(options.chunk)
+    chunks = [payload[i : i + chunk] for i in range(0, len(payload), chunk)]
+    with Fabric.build(topology, options.emulator) as fabric:
+        for number, transports in lacking.items():
+            made = []
+            for text in transports:
+                crossed = asdict(crossing(fabric, parse(text), chunks)) | {"chunks": len(chunks)}
+                made.append(about | {"transport": text, "round": number} | crossed)
                 fabric.settle("link")
-    lines = []
-    for text, crossings in done.items():
-        usable = [c.usable_s for c in crossings]
-        first = statistics.median(c.usable_s for c in done[options.transport[0]])
-        lines.append(
-            {
-                "loss_percent": float(loss),
-                "rtt_ms": float(rtt),
-                "transport": text,
-                "usable_s": statistics.median(usable),
-                "each_s": usable,
-                "connect_s": statistics.median(c.connect_s for c in crossings),
-                "ratio": statistics.median(usable) / first,
-                "chunks": sum(c.came for c in crossings) / len(crossings) / len(chunks),
-                "wire_bytes": statistics.median(c.wire_bytes for c in crossings),
-            }
-        )
-    return lines
+            yield made
 
 
-def main() -> int:
-    """Print a line for each link and transport."""
+def lines(records: list[Record]) -> Iterator[str]:
+    """A table: a line for each link and transport."""
+    yield "| loss | RTT, ms | transport | n | usable, s | ratio | chunks | MB on the wire | connect, s |"
+    yield "|--:|--:|---|--:|--:|--:|--:|--:|--:|"
+    links = sorted({(r["rtt_ms"], r["loss_percent"]) for r in records})
+    for rtt, loss in links:
+        here = [r for r in records if (r["rtt_ms"], r["loss_percent"]) == (rtt, loss)]
+        first = {
+            (r["round"], r["file"]): r["usable_s"] for r in here if r["transport"] == here[0]["transport"]
+        }
+        for text in dict.fromkeys(r["transport"] for r in here):
+            own = [r for r in here if r["transport"] == text]
+            usable = [r["usable_s"] for r in own]
+            ratios = [r["usable_s"] / first[key] for r in own if (key := (r["round"], r["file"])) in first]
+            ratio = f"{statistics.median(ratios):.2f}" if ratios else ""
+            middle = {name: statistics.median(r[name] for r in own) for name in ("wire_bytes", "connect_s")}
+            yield (
+                f"| {loss:g} % | {rtt:g} | `{text}` | {len(own)} "
+                f"| {statistics.median(usable):.2f} ({min(usable):.2f} to {max(usable):.2f}) | {ratio} "
+                f"| {sum(r['came'] for r in own) / sum(r['chunks'] for r in own):.1%} "
+                f"| {middle['wire_bytes'] / 1e6:.2f} | {middle['connect_s']:.3f} |"
+            )
+
+
+def read(files: list[Path]) -> list[Record]:
+    """The crossings that files hold, each with its file's number."""
+    return [
+        r | {"file": n} for n, file in enumerate(files) for r in json.loads(file.read_text())["crossings"]
+    ]
+
+
+def had(text: str) -> bool:
+    """Whether the kernel has what that transport asks for."""
+    wanted = getattr(parse(text), "congestion", None)
+    available = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
+    return not wanted or wanted in available.read_text().split()
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--loss", default="0,1,2,5", help="percent, each way")
     parser.add_argument("--rtt", default="20,50,100", help="ms")
@@ -122,33 +166,33 @@ def main() -> int:
     parser.add_argument("--size", default="1mb")
     parser.add_argument("--chunk", default="64kb")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--transport", nargs="+", default=TRANSPORTS)
-    parser.add_argument("--congestion", default="cubic", help="the kernel's, for TCP that names none")
+    parser.add_argument("--transport", nargs="+", default=TRANSPORTS, help="ratios are to the first one")
     parser.add_argument("--emulator", default="auto")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--out", type=Path, help="where crossings are kept, and which are not done again")
+    parser.add_argument("--minutes", type=float, help="after which no round begins")
+    parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print what these hold")
     options = parser.parse_args()
-    lines: list[dict[str, Any]] = []
-    if not options.json:
-        print(
-            f"{options.size} in chunks of {options.chunk} over {options.rate}, TCP under {options.congestion}"
-        )
-        print(" loss  RTT ms  transport                  usable s  ratio  chunks  wire MB")
+    options.transport = [text for text in options.transport if had(text)]
+    return options
+
+
+def main() -> int:
+    """Measure what is lacking, and print a table of all."""
+    options, began = arguments(), time.monotonic()
+    if options.table:
+        print(*lines(read(options.table)), sep="\n")
+        return 0
+    records = read([options.out]) if options.out and options.out.exists() else []
     for rtt in options.rtt.split(","):
         for loss in options.loss.split(","):
-            for line in measured(options, loss, rtt):
-                lines.append(line)
-                if not options.json:
-                    print(
-                        f"{line['loss_percent']:4g}% {line['rtt_ms']:6g}  {line['transport']:<26} {line['usable_s']:8.3f} "
-                        f"{line['ratio']:6.2f} {line['chunks']:7.1%} {line['wire_bytes'] / 1e6:8.2f}",
-                        flush=True,
-                    )
-    if options.json:
-        print(
-            json.dumps(
-                {"congestion": options.congestion, "repeats": options.repeats, "lines": lines}, indent=2
-            )
-        )
+            for made in rounds(options, loss, rtt, records):
+                records += [record | {"file": 0} for record in made]
+                if options.out:
+                    options.out.write_text(json.dumps({"crossings": records}, indent=1) + "\n")
+                if options.minutes and time.monotonic() - began > options.minutes * 60:
+                    print(*lines(records), "there is more to do: make the same call again", sep="\n")
+                    return 3
+    print(*lines(records), sep="\n")
     return 0
 
 
