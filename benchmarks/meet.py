@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--codecs", nargs="+", default=["int8", "int4"])
-    parser.add_argument("--chunk", type=int, default=256)
+    parser.add_argument("--chunk", type=int, default=128)
     parser.add_argument("--longest", type=float, default=6.0)
     parser.add_argument("--emulator", default="auto")
     parser.add_argument("--json", action="store_true")

@@ -17,7 +17,7 @@ class Meet(Pipelined):
 
     may_end: ClassVar[bool] = True
 
-    chunk: int = 256  #: tokens of a part
+    chunk: int = 128  #: tokens of a part
 
     def __post_init__(self) -> None:
         self.require("chunk", "from 8 to 65536 tokens", 8 <= self.chunk <= 65536)

@@ -21,10 +21,15 @@ from testbed.errors import Stopped, WireError
 from testbed.models.kvcache import seen_from
 from testbed.transport import wire
 
-#: Tokens of a block, at least: of fewer, a context takes much longer than at once (docs/pipeline.md).
-_LEAST = {"cpu": 256}
-_LEAST_ELSEWHERE = 1024
-_MOST_BLOCKS = 128  #: which an answer has to tell
+
+def meeting_point(tokens: int, chunk: int, front: int, since: float, arrival: float, left: float) -> int:
+    """The first token behind `front`, of those that chunks begin with, that will have arrived when those between are computed.
+
+    since: seconds since the first chunk of the `tokens` was begun, from the end; arrival: seconds for each token that arrives;
+    left: for each that is computed, which takes as long for each.
+    """
+    met = (tokens * arrival - since + left * front) / (arrival + left)
+    return front + max(1, math.ceil((met - front) / chunk)) * chunk
 
 
 def meet(about: Answering, delivery: Meet, arrivals: Arrivals) -> None:
@@ -53,13 +58,12 @@ class _Meeting:
         self._expected = deque(delivery.parts(request.tokens, model.num_layers))
         self._front, self._back = 0, request.tokens
         self._came: deque[Arrived] = deque()  # and are not decoded
-        # Of the block under way: its pass, layers that are done, and the work that is timed.
-        self._pass, self._layers, self._made = Pass(), 0, Pass()
+        # Of the block under way: its pass, when it began, layers that are begun, tokens of those that are done, the timed work.
+        self._pass, self._since, self._layers, self._tokens, self._made = Pass(), 0.0, 0, 0, Pass()
         self._check(text, text=True)
         ids = from_bytes(text.payload, request.tokens, model.vocabulary)
-        self._blocks = model.blocks(ids, about.prefix.cache, stop=self._given_up)
+        self._blocks = model.blocks(ids, about.prefix.cache)
         self._chunk = delivery.chunk
-        self._least = max(_LEAST.get(model.device.type, _LEAST_ELSEWHERE), request.tokens // _MOST_BLOCKS)
 
     @property
     def more_comes(self) -> bool:
@@ -67,9 +71,9 @@ class _Meeting:
         return self._back > 0
 
     def come_together(self) -> None:
-        """Prefill block by block until all between is there. What has arrived is decoded before the next layer is prefilled: that
-        delays what is prefilled, which is met the earlier by what arrives; decoded behind it, it would delay the answer by all
-        it takes.
+        """Prefill all that is missing, in one pass, which shrinks as the other way comes nearer; where it shrank too far, what is
+        missing then in another. What has arrived is decoded before the next layer is prefilled: that delays what is prefilled,
+        which is met the earlier by what arrives; decoded behind it, it would delay the answer by all it takes.
         """
         while self._front < self._look():
             if self._came:
@@ -77,14 +81,16 @@ class _Meeting:
             else:
                 self._prefill()
 
-    def _ahead(self) -> int:
-        """Up to which token the next block goes: to where the two ways will meet if both go on as so far; at first, half-way.
-        Each block costs a processor a pass over the model's weights, and where little arrives there are but two.
-        """
-        left, arrived = self._back - self._front, self._about.request.tokens - self._back
-        share = self._front / (self._front + arrived) if self._front else 0.5
-        tokens = max(self._least, math.ceil(left * share))
-        return min(self._front + -(-tokens // self._chunk) * self._chunk, self._back)
+    def _meeting_point(self) -> int:
+        """Up to which token the block is to go on if both ways do as so far."""
+        tokens, arrived = self._about.request.tokens, self._about.request.tokens - self._back
+        if not arrived or not self._tokens:
+            return self._back
+        now, came = time.monotonic(), self._about.arrived
+        # The next chunk is not there by now.
+        arrival = max((came[-1] - came[0]) / arrived, (now - came[0]) / (arrived + self._chunk))
+        left = (now - self._since) / self._tokens * (self._about.side.model.num_layers - self._layers)
+        return min(self._back, meeting_point(tokens, self._chunk, self._front, now - came[0], arrival, left))
 
     def decode(self) -> None:
         """What has arrived of what is not prefilled."""
@@ -111,18 +117,17 @@ class _Meeting:
                 self._back = arrived.chunk.start
         return self._back
 
-    def _given_up(self) -> bool:
-        """Asked before each layer, at the pace at which they are computed: the block under way has arrived meanwhile. What has
-        of the tokens behind it is decoded.
+    def _wanted(self) -> int:
+        """Asked before each layer, at the pace at which they are computed: up to which token the block goes on. What has arrived
+        is decoded.
         """
         import torch
 
         about, block = self._about, self._pass
-        self._layers += 1
-        about.side.pace.hold("prefill", block.tokens, block.past, share=1 / about.side.model.num_layers)
-        if self._look() <= self._front:
-            return True
-        while self._came and self._came[0].chunk.start >= self._front + block.tokens:
+        if self._layers:
+            self._computed()
+        stop = min(self._front + block.tokens, self._look())
+        while self._came and stop > self._front:
             arrived = self._came.popleft()
             with (
                 about.amid("prefill", self._made),
@@ -130,7 +135,17 @@ class _Meeting:
                 torch.inference_mode(False),  # ordinary tensors, here too
             ):
                 self.parts.take(arrived, made)
-        return False
+        if stop > self._front:
+            stop = min(stop, self._meeting_point())
+        block.tokens = stop - self._front
+        self._layers += 1
+        return stop
+
+    def _computed(self) -> None:
+        """A layer of the block."""
+        about, block = self._about, self._pass
+        about.side.pace.hold("prefill", block.tokens, block.past, share=1 / about.side.model.num_layers)
+        self._tokens += block.tokens
 
     @contextmanager
     def _work(self, stage: Stage, chunk: int) -> Iterator[Pass]:
@@ -139,21 +154,19 @@ class _Meeting:
             yield made
 
     def _prefill(self) -> None:
-        """The next block, or some layers of one that has come meanwhile."""
+        """What is missing, or some layers of it if it has come meanwhile."""
         about, start = self._about, self._front
-        stop = self._ahead()
-        self._pass, self._layers = Pass(stop - start, held(about.prefix.cache) + start), 0
+        self._pass = Pass(self._back - start, held(about.prefix.cache) + start)
+        self._layers, self._tokens, self._since = 0, 0, time.monotonic()
         with self._work("prefill", 0) as self._made, suppress(Stopped):
-            cache = self._blocks.run(stop)
-            while about.side.pace.times is not None and self._layers < about.side.model.num_layers:
-                if self._given_up():  # by a device that is not here, which has not come to its end yet
-                    raise Stopped("a replayed pass was given up")
-            self._front = stop
+            cache = self._blocks.run(self._back, self._wanted)
+            self._computed()
+            self._front = self._blocks.done
         about.worked[-1] = structs.replace(about.worked[-1], tokens=self._front - start)
         if self._front > start:
             prefix = about.prefix.cache
             end = about.request.tokens + (prefix.length if prefix is not None else 0)
-            self.parts.put(start, stop, seen_from(cache, end))
+            self.parts.put(start, self._front, seen_from(cache, end))
 
     def _decode(self, arrived: Arrived) -> None:
         with self._work("decode", arrived.chunk.index) as made:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from testbed.models.likelihood import log_probabilities, mean_nll
 from testbed.models.live import LayerShape, LiveCache, LivePass
 from testbed.models.prefill import BlockPrefill, OnLayer, Prefill
 from testbed.models.rotary import Rotation, Rotations
+from testbed.models.shrinking import decoder_layers, shrinking
 from testbed.models.stretching import Stretching
 
 #: What tokenizers are told apart by besides their vocabularies.
@@ -136,6 +138,7 @@ class LanguageModel:
         self.num_layers: int = config.num_hidden_layers
         self.max_positions: int = getattr(config, "max_position_embeddings", None) or 2**31
         self._stretching = Stretching(network, self.max_positions)
+        self._layers = decoder_layers(network, self.num_layers)
         self.shapes = self._probe(config)
         self.kv_heads: int = self.shapes[0].kv_heads
         self.head_dim: int = self.shapes[0].head_dim
@@ -298,14 +301,16 @@ class LanguageModel:
         queries: int | None = 0,
         attention: bool = False,
         keep: int = 1,
+        wanted: Callable[[], int] | None = None,
     ) -> tuple[Tensor, LivePass]:
         """Run ids behind what `live` holds; returns the last `keep` tokens' logits, [keep, vocabulary].
 
-        Raises NotFiniteError where these are not all numbers.
+        wanted: of how many of them, as `shrinking` has it. Raises NotFiniteError where the logits are not all numbers.
         """
         run = LivePass(live, len(ids), queries, attention)
         positions = torch.arange(live.length, live.length + len(ids), device=self.device)
-        with _attention.running(run):
+        cut = nullcontext() if wanted is None else shrinking(self._layers, run, wanted)
+        with _attention.running(run), cut:
             output = self._network(
                 input_ids=torch.tensor([list(ids)], device=self.device),
                 position_ids=positions[None],
@@ -313,7 +318,9 @@ class LanguageModel:
                 use_cache=True,
                 logits_to_keep=keep,
             )
-        live.length += len(ids)
+        live.length += run.tokens
+        if run.tokens < len(ids):
+            live.rewind(live.length - live.start)
         logits = output.logits[0]
         if not bool(logits.isfinite().all()):
             raise NotFiniteError(self._not_finite(live))
@@ -339,17 +346,15 @@ class LanguageModel:
         attention: bool = False,
         inputs: bool = False,
         on_layer: OnLayer | None = None,
-        stop: Callable[[], bool] | None = None,
     ) -> Prefill:
         """Run ids behind `past` (None: from the start) and give the KV cache of these ids alone.
 
         queries: how many of the last tokens' queries to keep; None: all. attention: sum up what they pay to each other.
         inputs: keep what attention modules are given. on_layer: is given each layer of the cache, a copy, as soon as it is final.
-        stop: asked before each layer whether to give up.
         Raises UsageError past the model's length, NotFiniteError where the cache or the logits are not all numbers (`on_layer`
-        may have been given some of these), Stopped where `stop` said so.
+        may have been given some of these).
         """
-        return self.blocks(ids, past, queries, attention, inputs, stop).finish(on_layer)
+        return self.blocks(ids, past, queries, attention, inputs).finish(on_layer)
 
     def blocks(
         self,
@@ -358,25 +363,26 @@ class LanguageModel:
         queries: int | None = 0,
         attention: bool = False,
         inputs: bool = False,
-        stop: Callable[[], bool] | None = None,
     ) -> BlockPrefill:
-        """A `prefill` that goes on block by block: `run(stop)` gives each block's cache, `finish()` what `prefill` gives.
-
-        stop: asked before each layer of each block whether to give up; a block that is given up changes nothing.
-        """
+        """A `prefill` that goes on block by block: `run(stop)` gives each block's cache, `finish()` what `prefill` gives."""
         self._check_length(past, len(ids))
         live = self._live(past, len(ids))
-        live.stop = stop
         return BlockPrefill(
             ids, live, self._forward_finite, self._network, self.shapes, queries, attention, inputs
         )
 
     def _forward_finite(
-        self, live: LiveCache, ids: Sequence[int], *, queries: int, attention: bool
+        self,
+        live: LiveCache,
+        ids: Sequence[int],
+        *,
+        queries: int,
+        attention: bool,
+        wanted: Callable[[], int] | None,
     ) -> tuple[Tensor, LivePass]:
         """As `_forward`; raises NotFiniteError of keys and values, too."""
-        logits, run = self._forward(live, ids, queries=queries, attention=attention)
-        if live.first_not_finite(past=False, last=len(ids)) is not None:
+        logits, run = self._forward(live, ids, queries=queries, attention=attention, wanted=wanted)
+        if live.first_not_finite(past=False, last=run.tokens) is not None:
             raise NotFiniteError(self._not_finite(live))  # behind a window, the last token sees none of it
         return logits, run
 

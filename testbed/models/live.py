@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from testbed.errors import Stopped
 from testbed.models.arriving import ArrivingCache, Past
 from testbed.models.kvcache import KVCache, KVLayer
 
@@ -53,8 +52,6 @@ class LiveCache:
         self.length = past.length if past is not None else 0
         self.start = self.length  #: absolute position of the first token written here
         self.written = [0] * layers
-        #: Asked before a layer's keys and values are written: whether to give up.
-        self.stop: Callable[[], bool] | None = None
         #: Told when a layer's keys and values are there, before attention reads them.
         self.on_layer: Callable[[int], None] | None = None
         self._past = [0] * layers
@@ -108,10 +105,8 @@ class LiveCache:
     ) -> tuple[Tensor, Tensor]:
         """Write a layer's new keys and values, [1, kv_heads, n, d]; returns all that it holds now.
 
-        Raises Stopped where `stop` says so, and what the layer's past raises.
+        Raises what the layer's past raises.
         """
-        if self.stop is not None and self.stop():
-            raise Stopped(f"a pass was given up before layer {layer_idx}")
         if layer_idx in self._to_come:
             self._load(layer_idx, self._to_come[layer_idx])
             del self._to_come[layer_idx]
@@ -203,7 +198,8 @@ class LivePass:
     """One forward pass over a `LiveCache`: the positions it attends to, and the queries or sums of attention it keeps."""
 
     def __init__(self, cache: LiveCache, new: int, queries: int | None = 0, attention: bool = False) -> None:
-        self._cache, self._new = cache, new
+        self._cache = cache
+        self.tokens = new  #: that it still goes over
         self._keep = new if queries is None else min(queries, new)
         self._positions: dict[int | None, Tensor] = {}
         self._masks: dict[Any, Any] = {}
@@ -218,14 +214,20 @@ class LivePass:
         past = self._cache.past_positions(layer)
         name = None if past is None else id(past)
         if name not in self._positions:
-            tail = torch.arange(self._cache.start, self._cache.length + self._new)
+            tail = torch.arange(self._cache.start, self._cache.length + self.tokens)
             if past is not None and past.shape[-1]:
                 tail = torch.cat([past, tail.expand(*past.shape[:-1], -1)], -1)
             self._positions[name] = tail
         return self._positions[name]
 
+    def drop(self, tokens: int) -> None:
+        """The pass goes on without so many of its last tokens; it must keep nothing of them."""
+        self.tokens -= tokens
+        self._positions.clear()
+        self._masks.clear()
+
     def masks(self) -> dict[Any, Any]:
-        """Masks made in this pass; keyed by `positions` objects, which live as long as the pass."""
+        """Masks made in this pass; keyed by `positions` objects, which live as long as these."""
         return self._masks
 
     def observe(

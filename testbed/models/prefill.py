@@ -50,7 +50,7 @@ class BlockPrefill:
         attention: bool,
         inputs: bool,
     ) -> None:
-        """forward(live, ids, queries=…, attention=…): the last token's logits [1, vocabulary], and what the pass kept."""
+        """forward(live, ids, queries=…, attention=…, wanted=…): its last token's logits [1, vocabulary], and what it kept."""
         self._ids, self._live, self._forward = ids, live, forward
         self._network, self._shapes = network, shapes
         self._queries = len(ids) if queries is None else min(queries, len(ids))
@@ -60,18 +60,22 @@ class BlockPrefill:
         self._logits: Tensor | None = None
         self.done = 0  #: tokens that have been prefilled
 
-    def run(self, stop: int) -> KVCache:
+    def run(self, stop: int, wanted: Callable[[], int] | None = None) -> KVCache:
         """Go on up to token `stop` (of these, from 0; it is not among them); the cache of what that adds, a copy.
+
+        wanted: asked before each layer up to which token the block is to go on; those behind it are dropped, and `done` says what
+        is left. Such a block gathers no queries, attention or inputs.
 
         Sliding windows hold all of the block's tokens, as later ones may be computed behind it wherever it lies;
         `kvcache.seen_from` leaves out what nothing behind all of them sees. Joined and cut so, the blocks' caches are the one
-        that `finish` gives. Raises ValueError where nothing is left to be done up to there, and what `prefill` raises.
+        that `finish` gives. Raises ValueError where nothing is left to be done up to there, Stopped where nothing is `wanted`,
+        and what `prefill` raises.
         """
         if not self.done < stop <= len(self._ids):
             raise ValueError(f"{self.done} of {len(self._ids)} tokens are prefilled; none can end at {stop}")
         begun = self.done
-        self._advance(stop)
-        return self._live.export(self._shapes, stop - begun)
+        self._advance(stop, None if wanted is None else lambda: wanted() - begun)
+        return self._live.export(self._shapes, self.done - begun)
 
     def finish(self, on_layer: OnLayer | None = None) -> Prefill:
         """Prefill what is left; then what `prefill` gives of all tokens. To be called once: it hands out what was kept.
@@ -107,16 +111,20 @@ class BlockPrefill:
         while lists:
             yield lists.pop(0)
 
-    def _advance(self, stop: int) -> None:
+    def _advance(self, stop: int, wanted: Callable[[], int] | None = None) -> None:
         block, behind = self._ids[self.done : stop], len(self._ids) - stop
         kept = max(0, min(len(block), self._queries - behind))
+        if wanted is not None and (kept or self._paid is not None or self._inputs is not None):
+            raise ValueError("a block that may shrink gathers nothing for selectors")
         try:
             with recorded(self._network) if self._inputs is not None else nullcontext() as given:
-                logits, run = self._forward(self._live, block, queries=kept, attention=self._paid is not None)
+                logits, run = self._forward(
+                    self._live, block, queries=kept, attention=self._paid is not None, wanted=wanted
+                )
         except BaseException:
             self._live.rewind(self.done)
             raise
-        self.done = stop
+        self.done += run.tokens
         self._logits = logits[-1].float().clone()
         if kept:
             for layer, parts in enumerate(self._observed):

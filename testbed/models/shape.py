@@ -155,13 +155,12 @@ class ShapeModel(LanguageModel):
         queries: int | None = 0,
         attention: bool = False,
         inputs: bool = False,
-        stop: Callable[[], bool] | None = None,
     ) -> BlockPrefill:
         """As `LanguageModel.blocks`, of stand-in values. Raises UsageError past the model's length, and for `inputs`."""
         if inputs:
             raise UsageError(f"model {self.name!r} is a shape: it has no hidden states to look at")
         self._check_length(past, len(ids))
-        return _Blocks(self, len(ids), past, queries, attention, stop)
+        return _Blocks(self, len(ids), past, queries, attention)
 
     def values_at(self, layer: int, positions: Tensor) -> KVLayer:
         """What a layer caches of those positions, in memory of its own, as codecs find a model's."""
@@ -236,26 +235,30 @@ class _Blocks(BlockPrefill):
         past: Past | None,
         queries: int | None,
         attention: bool,
-        stop: Callable[[], bool] | None,
     ) -> None:
-        self._model, self._past, self._attention, self._stop = model, past, attention, stop
+        self._model, self._past, self._attention = model, past, attention
         first = 0 if past is None else past.length
         self._positions = torch.arange(first, first + tokens, device=model.device)
         self._queries = tokens if queries is None else min(queries, tokens)
         self.done = 0
 
-    def run(self, stop: int) -> KVCache:
+    def run(self, stop: int, wanted: Callable[[], int] | None = None) -> KVCache:
         if not self.done < stop <= len(self._positions):
             raise ValueError(
                 f"{self.done} of {len(self._positions)} tokens are prefilled; none can end at {stop}"
             )
-        self._advance(stop)
-        begun, self.done = self.done, stop
+        begun = self.done
+        _wait_for(self._past)
+        for _ in range(self._model.num_layers):  # as often as a pass would ask
+            stop = stop if wanted is None else min(stop, wanted())
+            if stop <= begun:
+                raise Stopped("a pass was given up between two layers")
+        self.done = stop
         return self._laid_out(self._positions[begun:stop])
 
     def finish(self, on_layer: OnLayer | None = None) -> Prefill:
         if self.done < len(self._positions):
-            self._advance(len(self._positions))
+            _wait_for(self._past)
         self.done = len(self._positions)
         model, layers = self._model, range(self._model.num_layers)
         whole = self._laid_out(self._positions)
@@ -273,12 +276,6 @@ class _Blocks(BlockPrefill):
         layers = [self._model.values_at(index, positions) for index in range(self._model.num_layers)]
         length = int(positions[-1]) + 1 if len(positions) else self._past.length if self._past else 0
         return KVCache(layers, length)
-
-    def _advance(self, stop: int) -> None:
-        """Wait for the past, and look whether to give up, where a pass would. Raises Stopped."""
-        _wait_for(self._past)
-        if self._stop is not None and self._stop():
-            raise Stopped("the prefill was given up")
 
 
 def _light(layer: KVLayer) -> KVLayer:

@@ -37,7 +37,7 @@ def parts(text: str, tokens: int) -> list[Part]:
         ("stream(by=tokens, chunk=256)", "stream"),
         ("stream(chunk=4, by=layers)", "stream(by=layers)"),
         ("stream(by=layers, chunk=256)", "stream(by=layers, chunk=256)"),
-        ("meet(chunk=256)", "meet"),
+        ("meet(chunk=128)", "meet"),
         ("meet( chunk = 64 )", "meet(chunk=64)"),
         ("progressive(planes=1)", "progressive"),
         ("progressive(planes=3)", "progressive(planes=3)"),
@@ -97,7 +97,7 @@ def test_parts_are_the_context_once(name: str, chunk: int, tokens: int) -> None:
 
 
 def test_meeting_begins_at_the_back_behind_the_text() -> None:
-    assert [part[1:3] for part in parts("meet", 600)] == [(0, 600), (512, 600), (256, 512), (0, 256)]
+    assert [part[1:3] for part in parts("meet", 300)] == [(0, 300), (256, 300), (128, 256), (0, 128)]
 
 
 def test_an_adaptive_delivery_has_a_ladder_of_its_own() -> None:
@@ -106,7 +106,7 @@ def test_an_adaptive_delivery_has_a_ladder_of_its_own() -> None:
     meet = parse("meet")
     assert isinstance(meet, Pipelined)
     assert meet.ladder("fp16") == ("text", "fp16")
-    assert [part.level for part in meet.parts(600, 30)] == [0, 1, 1, 1]
+    assert [part.level for part in meet.parts(300, 30)] == [0, 1, 1, 1]
 
 
 @given(st.lists(st.sampled_from(["int8", "int4", "q2c@0.25+int4", "text", "skip"]), unique=True, min_size=1))

@@ -8,9 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from testbed.deadline import Deadline
 from testbed.endpoints import meeting
+from testbed.endpoints.meeting import meeting_point
 from testbed.endpoints.protocol import TrialResult
 from testbed.endpoints.spans import bound, hidden
 from testbed.endpoints.tokens import to_bytes
@@ -21,20 +24,25 @@ from testbed.transport.transport import TRANSPORTS
 from tests.endpoints.pair import Pair, in_this_process
 from tests.tiny_models import FAMILIES
 
-#: A context of the pair's has 297 tokens: 5 chunks, and blocks of two of them.
+#: A context of the pair's has 297 tokens: 5 chunks.
 MEET = "meet(chunk=64)"
 CUT = r"closed the connection|broke"
 
 
 @pytest.fixture(autouse=True)
 def _held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(meeting._LEAST, "cpu", 128)
     monkeypatch.setitem(TRANSPORTS, "held", "tests.endpoints.held_transport:Held")
 
 
 @pytest.fixture(scope="module")
 def pair(tiny_model: Callable[[str], Path]) -> Pair:
     return in_this_process(tiny_model("llama"))
+
+
+@pytest.fixture
+def as_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cloud drops what has arrived, and foresees nothing."""
+    monkeypatch.setattr(meeting._Meeting, "_meeting_point", lambda self: self._back)
 
 
 @pytest.fixture
@@ -54,7 +62,7 @@ def begin_behind(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def computed(result: TrialResult) -> list[int]:
-    """Tokens of each block that the cloud prefilled."""
+    """Tokens of each pass that the cloud prefilled with."""
     return [span.bytes for span in result.spans if span.stage == "prefill" and span.side == "cloud"]
 
 
@@ -65,13 +73,13 @@ def met(pair: Pair, chunks: int, example: int = 1, codec: str = "fp16", **about:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_wherever_the_two_meet_the_answer_and_what_is_kept_are_the_full_caches(
-    tiny_model: Callable[[str], Path], family: str, begin_behind: Callable[[int], None]
+    tiny_model: Callable[[str], Path], family: str, begin_behind: Callable[[int], None], as_arrived: None
 ) -> None:
     pair = in_this_process(tiny_model(family))
     full = pair.reference()
     whole = pair.ask("fp16")
     kept = pair.outcome(whole)
-    for chunks, blocks in enumerate(([192, 105], [128, 128], [128, 64], [128], [64], [])):
+    for chunks, blocks in enumerate(([297], [256], [192], [128], [64], [])):
         begin_behind(chunks)
         result = met(pair, chunks)
         assert computed(result) == blocks
@@ -102,10 +110,43 @@ def test_left_to_itself_it_leaves_nothing_out_and_its_times_add_up(
             assert pair.outcome(result).tokens_kept >= 297 // 4
 
 
-def test_a_block_whose_tokens_have_all_arrived_meanwhile_is_given_up(
+def test_what_was_foreseen_to_arrive_and_does_not_is_computed_in_another_pass(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = meeting._Meeting._given_up
+    whole = pair.ask("fp16")
+    kept = pair.outcome(whole).kept_digest
+    monkeypatch.setattr(
+        meeting._Meeting, "_meeting_point", lambda self: self._front + 64 if self._layers == 1 else self._back
+    )
+    result = met(pair, 0)
+    assert computed(result) == [64, 64, 64, 64, 41] and result.answer == whole.answer
+    assert pair.outcome(result).kept_digest == kept
+
+
+times = st.floats(1e-6, 10)
+
+
+@given(st.integers(1, 3000), st.integers(8, 700), st.data(), st.floats(0, 1), times, times)
+def test_the_two_will_meet_at_the_first_chunk_that_will_be_there_when_all_before_it_is(
+    tokens: int, chunk: int, data: st.DataObject, share: float, arrival: float, left: float
+) -> None:
+    front = chunk * data.draw(st.integers(0, (tokens - 1) // chunk))
+    since = share * tokens * arrival
+    found = meeting_point(tokens, chunk, front, since, arrival, left)
+
+    def waits(begin: int) -> float:
+        """How long what comes from there on is waited for when all before it is computed."""
+        return (tokens - begin) * arrival - since - left * (begin - front)
+
+    assert found > front and (found - front) % chunk == 0
+    assert waits(found) <= 1e-6 * tokens
+    assert found == front + chunk or waits(found - chunk) >= -1e-6 * tokens
+
+
+def test_a_block_whose_tokens_have_all_arrived_meanwhile_is_wanted(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = meeting._Meeting._wanted
 
     def given_up(self: meeting._Meeting) -> bool:
         while len(self._arrivals.times) < 6:
@@ -113,14 +154,14 @@ def test_a_block_whose_tokens_have_all_arrived_meanwhile_is_given_up(
         return original(self)
 
     whole = pair.ask("int8")
-    monkeypatch.setattr(meeting._Meeting, "_given_up", given_up)
+    monkeypatch.setattr(meeting._Meeting, "_wanted", given_up)
     result = met(pair, 5, codec="int8")
     assert computed(result)[-1:] in ([0], []) and result.chunks == 6
     assert sum(computed(result)) == 0 and result.answer == whole.answer
 
 
-def test_what_arrives_behind_a_block_is_decoded_amid_it_and_its_time_is_no_part_of_the_blocks(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
+def test_what_arrives_amid_a_pass_is_dropped_from_it_and_decoded_and_its_time_is_no_part_of_the_passes(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, as_arrived: None
 ) -> None:
     look = meeting._Meeting._look
 
@@ -143,7 +184,7 @@ def test_what_arrives_behind_a_block_is_decoded_amid_it_and_its_time_is_no_part_
 
 @pytest.mark.parametrize("connection", ["fresh", "reuse"])
 def test_chunks_that_come_when_enough_have_come_are_harmless(
-    pair: Pair, connection: str, begin_behind: Callable[[int], None]
+    pair: Pair, connection: str, begin_behind: Callable[[int], None], as_arrived: None
 ) -> None:
     whole = pair.ask("int8")
     begin_behind(2)
@@ -152,7 +193,7 @@ def test_chunks_that_come_when_enough_have_come_are_harmless(
         late = pair.ask("int8", link=link, placement="store", delivery=MEET)
         # The third was under way, and perhaps another: they crossed, and are nobody's time.
         assert late.chunks and late.chunks >= 4 and late.levels == f"text,int8*{late.chunks - 1}"
-        assert computed(late) == [128, 64]
+        assert computed(late) == [192]
         assert [span.chunk for span in late.spans if span.stage == "transmit"] == [0, 1, 2]
     assert pair.ask("int8").answer == whole.answer
 
@@ -169,13 +210,13 @@ def test_a_connection_that_is_cut_inside_a_chunk_is_an_error(
 
 
 def test_a_cut_is_noticed_between_two_layers(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = meeting._Meeting._given_up
+    original = meeting._Meeting._wanted
 
     def given_up(self: meeting._Meeting) -> bool:
         self._arrivals._thread.join(20)
         return original(self)
 
-    monkeypatch.setattr(meeting._Meeting, "_given_up", given_up)
+    monkeypatch.setattr(meeting._Meeting, "_wanted", given_up)
     with pytest.raises(EndpointError, match=CUT):
         pair.ask("int8", link={"transport": "held(cut=2)"}, placement="store", delivery=MEET)
 

@@ -1,4 +1,4 @@
-"""Layers that come one after another: read, waited for, given up; and prefills that hand out theirs, or stop, on the way."""
+"""Layers that come one after another: read, waited for, missed; and prefills that hand out theirs on the way."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from testbed.errors import LateError, Stopped, WireError
+from testbed.errors import LateError, WireError
 from testbed.models.arriving import ArrivingCache
 from testbed.models.kvcache import KVCache, KVLayer, join
 from testbed.models.language import LanguageModel
 from testbed.models.loading import load_model
+from testbed.models.shrinking import decoder_layers
 from tests.models.test_architectures import READ, written
 from tests.models.test_prefill import CONTEXT, IDS, PREFIX, QUESTION, assert_equal
 from tests.tiny_models import FAMILIES, SHAPES
@@ -134,15 +135,13 @@ def test_layers_are_handed_out_before_the_next_is_computed(tiny_model: Tiny, fam
     events: list[str] = []
     told: list[KVLayer] = []
 
-    def stop() -> bool:
-        events.append("next")
-        return False
-
     def on_layer(index: int, layer: KVLayer) -> None:
         events.append(f"layer {index}")
         told.append(layer)
 
-    cache = model.prefill(IDS, None, on_layer=on_layer, stop=stop).cache
+    for module in decoder_layers(model._network, 3):
+        module.register_forward_pre_hook(lambda *_: events.append("next"))
+    cache = model.prefill(IDS, None, on_layer=on_layer).cache
     assert events == ["next", "layer 0", "next", "layer 1", "next", "layer 2"]
     assert_equal(KVCache(told, cache.length), cache)
     told[0].keys.mul_(2)  # an ordinary tensor, and a copy
@@ -158,35 +157,3 @@ def test_a_prefill_in_blocks_hands_out_the_layers_of_all_of_them_at_the_end(tiny
         told: dict[int, KVLayer] = {}
         cache = blocks.finish(told.__setitem__).cache
         assert_equal(KVCache([told[index] for index in range(3)], cache.length), cache)
-
-
-def test_a_prefill_is_given_up_between_layers(tiny_model: Tiny) -> None:
-    model = load_model(str(tiny_model("llama")), threads=1)
-    told: dict[int, KVLayer] = {}
-    with pytest.raises(Stopped, match="before layer 2"):
-        model.prefill(IDS, None, on_layer=told.__setitem__, stop=lambda: len(told) == 2)
-    assert list(told) == [0, 1]
-
-
-def test_a_block_that_was_given_up_may_be_run_again(tiny_model: Tiny) -> None:
-    model = load_model(str(tiny_model("gemma3")), threads=1)
-    asked: list[bool] = []
-
-    def stop() -> bool:
-        asked.append(True)
-        return len(asked) == 5  # the second layer of the second block
-
-    blocks = model.blocks(IDS, None, queries=None, attention=True, stop=stop)
-    calm = model.blocks(IDS, None, queries=None, attention=True)
-    assert_equal(blocks.run(30), calm.run(30))
-    with pytest.raises(Stopped):
-        blocks.run(60)
-    assert blocks.done == 30
-    assert_equal(blocks.run(50), calm.run(50))
-    one, other = blocks.finish(), calm.finish()
-    assert_equal(one.cache, other.cache)
-    for first, second in zip(one.queries, other.queries, strict=True):
-        assert torch.equal(first, second)
-    assert one.attention is not None and other.attention is not None
-    for first, second in zip(one.attention, other.attention, strict=True):
-        assert torch.equal(first, second)
