@@ -1,9 +1,13 @@
 """Kill a run with SIGKILL again and again, clean up, resume, and count: nothing left behind, every trial exactly once.
 
-    sudo .venv/bin/python -m benchmarks.kill_resume [--kills 20] [--json]
+    sudo .venv/bin/python -m benchmarks.kill_resume [--kills 20] [--pipeline [RUN …] [--stop]] [--json]
 
 The model is a tiny random one; the namespaces, links, sockets and processes are real. What the host's own network looks like
 (``ip addr``, ``ip route``, ``iptables-save``, ``sysctl -a``) is compared before and after.
+
+--pipeline: runs of every placement, delivery and transport on a link of 4 Mbit/s, so that most of a trial is transmission. In
+turn the whole run is killed, its edge, and its cloud; with --stop, edge and cloud are stopped (SIGSTOP) instead, and the run has
+to end by itself. Their links and machine are not measured first.
 """
 
 from __future__ import annotations
@@ -15,11 +19,13 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +42,52 @@ examples: 6
 threads: 1
 max_new_tokens: 4
 """
+
+_PIPELINE = """\
+name: killed
+emulator: userspace
+profiles: ["rate=4mbit,delay=5ms"]
+tasks: [needle]
+context_tokens: 300
+threads: 1
+max_new_tokens: 4
+"""
+_ADAPTIVE = "adaptive(levels=[int8, int4, text, skip], deadline=5s, chunk=64, policy=ewma)"
+_BY_PARTS = "whole, stream(chunk=64), 'stream(by=layers, chunk=1)', meet(chunk=64)"
+#: Each delivery by each transport that takes it, for each placement.
+PIPELINE = {
+    "tcp": f"""{_PIPELINE}
+placements: [split, store, cloud, edge]
+codecs: [int8]
+transport: [tcp, tcp(connection=reuse)]
+delivery: [{_BY_PARTS}, "{_ADAPTIVE}"]
+examples: 3
+""",
+    "quic": f"""{_PIPELINE}
+placements: [split, store, cloud, edge]
+codecs: [planes]
+transport: [quic, tcp]
+delivery: [{_BY_PARTS}, progressive(planes=2), "{_ADAPTIVE}"]
+examples: 3
+""",
+    "datagram": f"""{_PIPELINE}
+placements: [split, store, cloud, edge]
+codecs: [int8]
+transport: [datagram, datagram(connection=reuse)]
+delivery: [whole, stream(chunk=64), "{_ADAPTIVE}"]
+examples: 5
+""",
+    "scout": f"""{_PIPELINE}
+placements: [scout, store]
+codecs: [random@0.5, window@0.5]
+transport: [tcp, quic]
+delivery: [whole, stream(chunk=64)]
+examples: 5
+""",
+}
+VICTIMS = ("run", "edge", "cloud")
+#: How long a run whose endpoint is gone or stands still may take to end.
+_ENDS_S = 60.0
 
 #: Counters and clocks that move by themselves, and what the kernel keeps about sizes of its own caches.
 _RESTLESS = re.compile(
@@ -94,10 +146,10 @@ def leftovers() -> list[str]:
     return found
 
 
-def testbed(*arguments: str) -> subprocess.Popen[str]:
-    """Start the command line in a process of its own."""
+def testbed(*arguments: str, measured: bool = True) -> subprocess.Popen[str]:
+    """Start the command line in a process of its own. measured: it measures its links first."""
     return subprocess.Popen(
-        [sys.executable, "-m", "testbed", *arguments],
+        [sys.executable, "-m", "testbed" if measured else "tests.runs", *arguments],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -105,58 +157,108 @@ def testbed(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def torture(kills: int, seed: int, directory: Path, model: Path, scenario: str = SCENARIO) -> dict[str, Any]:
-    """Kill a run `kills` times at random moments, then let it end. Returns what was found."""
+def torture(
+    kills: int,
+    seed: int,
+    directory: Path,
+    model: Path,
+    scenario: str = SCENARIO,
+    victims: Sequence[str] = VICTIMS[:1],
+    fate: signal.Signals = signal.SIGKILL,
+    measured: bool = True,
+) -> dict[str, Any]:
+    """Kill a run or one of its endpoints `kills` times at random moments, the victims in turn, then let it end. Returns what was
+    found. fate: what an endpoint is sent."""
     generator = random.Random(seed)
-    path = directory / "killed.yaml"
+    directory.mkdir(parents=True, exist_ok=True)
+    path, out = directory / "killed.yaml", directory / "run"
     path.write_text(scenario + f"model: {model}\n")
-    out = directory / "run"
-    before = host_state()
+    before, mine = host_state(), set(leftovers())
     untidy: list[list[str]] = []
     killed_at: list[int] = []
-    ended = 0
-    mine = set(leftovers())
-    for _ in range(kills):
-        process = _start(path, out)
-        _let_run(process, out, generator)
-        ended += process.poll() is not None
-        process.kill()
-        process.communicate()
+    ends: list[dict[str, Any]] = []
+    for number in range(kills):
+        victim = victims[number % len(victims)]
+        process = _start(path, out, measured)
+        _let_run(process, out, generator, amid=victim != "run")
+        ends.append(_end(process, victim, fate))
         killed_at.append(_rows(out))
         subprocess.run([sys.executable, "-m", "testbed", "clean"], cwd=ROOT, check=True, capture_output=True)
         untidy.append(sorted(set(settled(mine)) - mine))
-    last = _start(path, out)
+    last = _start(path, out, measured)
     _, errors = last.communicate()
     rows = [json.loads(line) for line in (out / "trials.jsonl").read_text().split("\n") if line]
-    times = Counter(row["trial"] for row in rows)
+    times = Counter(row["trial"] for row in rows if not row["error"])
     after = host_state()
     changed = {name: _difference(before[name], after[name]) for name in before if before[name] != after[name]}
     return {
-        "kills": kills,
-        "ended_before_the_kill": ended,
+        "kills": {victim: sum(end["victim"] == victim for end in ends) for victim in victims},
+        "ended_before_the_kill": sum(end["before"] for end in ends),
+        "longest_until_ended_s": max((end["took_s"] for end in ends), default=0.0),
+        "said": sorted({end["said"] for end in ends if end["said"]})[:6],
         "rows_when_killed": killed_at,
         "left_behind_after_clean": [items for items in untidy if items],
         "final_exit_status": last.returncode,
         "final_errors": errors[-500:] if last.returncode else "",
-        "trials": len(rows),
-        "expected": 6 * 2 * 5,
+        "trials": len(times),
+        "expected": json.loads((out / "manifest.json").read_text())["trials"],
         "repeated": [trial for trial, n in times.items() if n > 1],
         "failed": sum(bool(row["error"]) for row in rows),
+        "failed_and_not_made_again": sorted({row["trial"] for row in rows if row["error"]} - set(times)),
         "host_changed": changed,
     }
 
 
-def _start(scenario: Path, out: Path) -> subprocess.Popen[str]:
+def _end(process: subprocess.Popen[str], victim: str, fate: signal.Signals) -> dict[str, Any]:
+    """Kill the run, or do that to its endpoint and wait until the run has ended by itself; how long that took, what it said."""
+    pid = None if victim == "run" else _endpoint(process.pid, victim)
+    before, started, said = process.poll() is not None, time.monotonic(), ""
+    if victim == "run":
+        process.kill()
+        process.communicate()
+    elif not before:
+        if pid is not None:
+            os.kill(pid, fate)
+        try:
+            said = process.communicate(timeout=_ENDS_S)[1]
+        except subprocess.TimeoutExpired:
+            said = f"has not ended in {_ENDS_S:g} s"
+            process.kill()
+            process.communicate()
+    took_s = time.monotonic() - started
+    words = re.findall(r"the (?:edge|cloud) process.*?\)|has not ended.*", said) or said.splitlines()[-1:]
+    said = re.sub(r"\d[\d.]*", "N", words[0]) if words else ""
+    return {"victim": victim, "before": before, "took_s": round(took_s, 2), "said": said}
+
+
+def _endpoint(pid: int, side: str) -> int | None:
+    """That side's process among what a process has started; None: there is none."""
+    waiting = [pid]
+    while waiting:
+        each = waiting.pop()
+        try:
+            words = Path(f"/proc/{each}/cmdline").read_bytes().split(b"\0")
+            children = [task.read_text().split() for task in Path(f"/proc/{each}/task").glob("*/children")]
+        except OSError:
+            continue
+        if f"testbed.endpoints.{side}".encode() in words:
+            return each
+        waiting += [int(child) for own in children for child in own]
+    return None
+
+
+def _start(scenario: Path, out: Path, measured: bool = True) -> subprocess.Popen[str]:
     """Begin the run, or continue it. On a busy machine links may be out of tolerance, which is not what this is about."""
     if (out / "manifest.json").exists():
-        return testbed("run", "--resume", str(out), "--accept-uncalibrated")
+        return testbed("run", "--resume", str(out), "--accept-uncalibrated", measured=measured)
     shutil.rmtree(out, ignore_errors=True)
-    return testbed("run", str(scenario), "--out", str(out), "--accept-uncalibrated")
+    return testbed("run", str(scenario), "--out", str(out), "--accept-uncalibrated", measured=measured)
 
 
-def _let_run(process: subprocess.Popen[str], out: Path, generator: random.Random) -> None:
-    """Until a random moment: of the set-up (by the clock), or of the trials (a few rows on, and a little more)."""
-    kind = generator.random()
+def _let_run(process: subprocess.Popen[str], out: Path, generator: random.Random, amid: bool = False) -> None:
+    """Until a random moment: of the set-up (by the clock), or of the trials (a few rows on, and a little more). amid: of the
+    trials."""
+    kind = 1.0 if amid else generator.random()
     if kind < 0.2:
         rows, patience = 0, generator.uniform(0.0, 1.0)
     elif kind < 0.5:
@@ -189,26 +291,44 @@ def _difference(before: str, after: str) -> list[str]:
     return sorted(set(before.splitlines()) ^ set(after.splitlines()))[:20]
 
 
+def good(found: dict[str, Any]) -> bool:
+    """Whether nothing was left, repeated, missing or changed."""
+    wrong = ("left_behind_after_clean", "repeated", "failed_and_not_made_again", "host_changed")
+    ended = found["trials"] == found["expected"] and found["final_exit_status"] == 0
+    return ended and not any(found[name] for name in wrong) and found["longest_until_ended_s"] < _ENDS_S
+
+
 def main() -> int:
     """Print what was found; exit status 1 where anything was left, repeated, missing or changed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--kills", type=int, default=20)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pipeline", nargs="*", choices=list(PIPELINE), help="these runs, or all of them")
+    parser.add_argument("--stop", action="store_true", help="stop edge and cloud")
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     from tests.tiny_models import tiny_model_directory
 
+    results = {}
     with tempfile.TemporaryDirectory() as name:
+        about = (options.kills, options.seed)
         model = tiny_model_directory("llama", Path(name) / "model")
-        result = torture(arguments.kills, arguments.seed, Path(name), model)
-    good = not result["left_behind_after_clean"] and not result["repeated"] and not result["host_changed"]
-    good = good and result["trials"] == result["expected"] and result["final_exit_status"] == 0
-    if arguments.json:
-        print(json.dumps(result, indent=2))
+        if options.pipeline is None:
+            results[""] = torture(*about, Path(name) / "plain", model)
+        else:
+            fate, victims = (signal.SIGSTOP, VICTIMS[1:]) if options.stop else (signal.SIGKILL, VICTIMS)
+            for run in options.pipeline or PIPELINE:
+                results[run] = torture(
+                    *about, Path(name) / run, model, PIPELINE[run], victims, fate, measured=False
+                )
+    if options.json:
+        print(json.dumps(results if options.pipeline is not None else results[""], indent=2))
     else:
-        for key, value in result.items():
-            print(f"{key:<26} {value}")
-    return 0 if good else 1
+        for run, result in results.items():
+            for key, value in {**({"run": run} if run else {}), **result}.items():
+                print(f"{key:<26} {value}")
+            print()
+    return 0 if all(map(good, results.values())) else 1
 
 
 if __name__ == "__main__":
