@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import textwrap
@@ -144,3 +145,18 @@ def test_every_run_that_is_shown_can_be_planned(page: str, monkeypatch: pytest.M
         scenario_path(words[0])
         done = command("plan", *(word for word in words if word != "--accept-uncalibrated"))
         assert done.status == 0, (words, done.errors)
+
+
+def test_the_example_of_a_forecast_is_forecast_as_it_says(tmp_path: Path) -> None:
+    shown = next(block for block in blocks("pipeline.md") if block.startswith("model: shape:"))
+    (path := tmp_path / "shape.yaml").write_text(shown)
+    found = {
+        border["codec"]: border["beats_edge_bps"]
+        for border in json.loads(command("plan", str(path), "--json").out)["borders"]
+    }
+    says = re.findall(
+        r"`([^`]+)`(?: cache beats the edge's own answer)? from (\d+) Mbit/s", PAGES["pipeline.md"]
+    )
+    assert {codec for codec, _ in says} == set(found)
+    for codec, mbit in says:
+        assert found[codec] == pytest.approx(float(mbit) * 1e6, rel=0.05)
