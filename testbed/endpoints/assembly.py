@@ -108,7 +108,7 @@ class Parts:
         self._side, self._prefix, self._request = side, prefix, request
         self._begin = prefix.cache.length if prefix.cache is not None else 0
         self._there: dict[int, KVCache] = {}  # by their first token
-        self._covered = 0
+        self._ends: dict[int, int] = {}
 
     def stage(self, arrived: Arrived) -> Literal["decode", "prefill"]:
         """What `take` will do."""
@@ -127,25 +127,38 @@ class Parts:
             ids = from_bytes(arrived.payload, chunk.stop - chunk.start, model.vocabulary)
             before = self._joined([start for start in self._there if start < chunk.start], start)
             made.tokens, made.past = len(ids), held(self._prefix.cache, before)
-            cache = model.prefill(ids, self._side.behind(self._prefix, before)).cache
+            cache = model.prefill(ids, self._past(before, start)).cache
         else:
             cache = _decode(self._side, [arrived.payload])
             _check_within(cache, start, stop, chunk)
         self.put(chunk.start, chunk.stop, cache)
 
     def put(self, start: int, stop: int, cache: KVCache) -> None:
-        """The cache of a part is there."""
-        self._there[start] = cache
-        self._covered += stop - start
+        """The cache of a part is there. Raises WireError where some of it was: what is left out could not be counted."""
+        if start >= stop or any(start < end and begin < stop for begin, end in self._ends.items()):
+            raise WireError(
+                f"a part of tokens {start} to {stop} of a context, where those have come, or none"
+            )
+        self._there[start], self._ends[start] = cache, stop
 
     def finish(self) -> Rebuilt:
         """All that has come. Raises PayloadError."""
         end = self._begin + self._request.tokens
         whole = self._joined(list(self._there), end)
-        left_out = max(0, self._request.tokens - self._covered)
+        left_out = self._request.tokens - sum(stop - start for start, stop in self._ends.items())
         if whole is None:  # all was left out
-            return Rebuilt(self._side.behind(self._prefix, None), 0, [], left_out)
+            return Rebuilt(self._past(None, end), 0, [], left_out)
         return rebuilt_from(self._side, self._prefix, whole, left_out)
+
+    def _past(self, before: KVCache | None, position: int) -> KVCache:
+        """What the token at that position sees: the prefix and, of the context, what is there. What is not leaves its place."""
+        from testbed.models.kvcache import KVCache, nothing
+
+        past = self._side.behind(self._prefix, before)
+        if past is None:
+            model = self._side.model
+            past = nothing(model.shapes, model.cache_dtype, model.device)
+        return KVCache(past.layers, position)
 
     def _joined(self, starts: list[int], length: int) -> KVCache | None:
         from testbed.models.kvcache import KVCache

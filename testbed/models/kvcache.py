@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from testbed.models.live import LayerShape
     from testbed.models.rope import Rope
 
 #: Bytes of an element in the formats that caches are held in (fp16, bf16).
@@ -241,6 +242,18 @@ def stack(*caches: KVCache) -> KVCache:
     if len(lengths) != 1:
         raise ValueError(f"stack() takes caches of one length, not {lengths}")
     return KVCache([layer for cache in caches for layer in cache.layers], lengths[0])
+
+
+def nothing(shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device) -> KVCache:
+    """A cache without a token, of a model of these shapes."""
+    import torch
+
+    empty = []
+    for shape in shapes:
+        sizes = ((shape.kv_heads, 0, width) for width in (shape.head_dim, shape.value_dim))
+        keys, values = (torch.empty(size, dtype=dtype, device=device) for size in sizes)
+        empty.append(KVLayer(keys, values, torch.empty(0, dtype=torch.int64, device=device), shape.window))
+    return KVCache(empty, 0)
 
 
 def layers(cache: KVCache, start: int, stop: int) -> KVCache:

@@ -13,10 +13,14 @@ import pytest
 from testbed.codecs.codec import Codec
 from testbed.delivery.policies.policy import POLICIES, Policy, Situation
 from testbed.endpoints.protocol import Stock, TrialRequest
+from testbed.models.kvcache import KVCache, nothing
+from testbed.models.loading import load_model
 from tests.endpoints.pair import Pair, in_this_process
 from tests.tiny_models import FAMILIES
 
 SEEN: list[Situation] = []
+#: Those without sliding windows, in which all of what is sent is kept.
+FULL = ("llama", "qwen2", "qwen3", "phi3", "gpt neox", "deepseek v2", "deepseek v3")
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,28 @@ def test_what_is_left_out_is_counted_and_the_rest_stays_in_its_place(pair: Pair)
     tokens = whole.tokens_kept
     assert part.tokens_left_out == 60 + (tokens - 240)
     assert pair.outcome(part).tokens_kept == tokens - part.tokens_left_out
+
+
+@pytest.mark.parametrize("family", FULL)
+def test_a_text_behind_what_is_left_out_is_computed_in_its_place(
+    tiny_model: Callable[[str], Path], family: str
+) -> None:
+    pair = in_this_process(tiny_model(family))
+    # The first part, the third and the fifth are left out; as a cache the others are where they were.
+    cache = pair.outcome(pair.ask("fp16", delivery=adaptive("fp16, skip", "rotating(first=1)")))
+    asked = pair.ask("fp16", delivery=adaptive("text, skip", "rotating(first=1)"))
+    text = pair.outcome(asked)
+    assert asked.levels == "skip,text,skip,text,skip"
+    assert (text.tokens_kept, text.kept_digest) == (cache.tokens_kept, cache.kept_digest)
+
+
+def test_a_text_is_computed_in_its_place_where_no_prefix_stands_before_it(
+    tiny_model: Callable[[str], Path],
+) -> None:
+    model = load_model(str(tiny_model("llama")))
+    nowhere = nothing(model.shapes, model.cache_dtype, model.device)
+    cache = model.prefill([5, 6, 7], KVCache(nowhere.layers, 40)).cache
+    assert cache.length == 43 and cache.layers[0].positions.tolist() == [40, 41, 42]
 
 
 def test_a_context_of_which_nothing_is_sent_still_has_an_answer(pair: Pair) -> None:

@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from testbed.deadline import Deadline
-from testbed.endpoints.protocol import TrialResult
+from testbed.endpoints.protocol import Serve, TrialResult
 from testbed.errors import EndpointError, WireError
 from testbed.transport import wire
 from testbed.transport.tcp import Tcp
+from testbed.transport.transport import parse
 from tests.endpoints.pair import Pair, in_this_process
 
 #: What the cloud did not expect would end a thread of it.
@@ -112,6 +113,67 @@ def test_a_connection_cut_at_any_chunk_is_an_error_and_no_wait(
         if count < enough.get(delivery, len(recorded[delivery])):
             assert [type(header) for header in said if not isinstance(header, wire.Receipt)] == [wire.Failure]
         assert isinstance(said[-1], wire.Failure | wire.Answer)
+
+
+def parts_of(frames: list[Frame], tokens: list[tuple[int, int]]) -> list[Frame]:
+    """A request of these parts of its context, each with the payload of the honest one that begins there."""
+    request, *chunks, _ = frames
+    honest = {header.start: (header, payload) for header, payload in chunks if isinstance(header, wire.Chunk)}
+    made: list[Frame] = [request]
+    for index, (start, stop) in enumerate(tokens):
+        header, payload = honest[start]
+        made.append(
+            (msgspec.structs.replace(header, index=index, last=False, start=start, stop=stop), payload)
+        )
+    request_id = request[0].id  # type: ignore[union-attr]
+    return [*made, (wire.End(request_id, len(tokens), sum(len(payload) for _, payload in made)), b"")]
+
+
+@pytest.mark.parametrize(
+    "tokens", [[(0, 64), (64, 128), (0, 64)], [(0, 64), (0, 0)], [(0, 128), (64, 128)], [(64, 192), (0, 65)]]
+)
+def test_a_part_that_has_come_is_refused_so_that_what_is_left_out_is_counted(
+    pair: Pair, recorded: dict[str, list[Frame]], tokens: list[tuple[int, int]]
+) -> None:
+    said = replies(pair, parts_of(recorded["stream(chunk=64)"], tokens))
+    assert [type(header) for header in said] == [wire.Failure]
+    some = replies(pair, parts_of(recorded["stream(chunk=64)"], [(64, 128), (0, 64)]))[-1]
+    assert isinstance(some, wire.Answer) and some.left_out == 297 - 128
+
+
+@pytest.mark.parametrize(
+    "delivery", ["stream(chunk=64)", "adaptive(levels=[int8, text], policy=fixed(level=1), chunk=64)"]
+)
+def test_by_datagrams_chunks_may_come_in_any_order_and_those_that_do_not_are_counted(
+    pair: Pair, recorded: dict[str, list[Frame]], delivery: str
+) -> None:
+    honest, port = recorded[delivery], pair.cloud.call(Serve(1 << 22, transport="datagram(repeats=0)"), 10)
+    (request, _), *chunks, (end, _) = honest
+    assert isinstance(end, wire.End)
+
+    @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.permutations(chunks), st.integers(0, len(chunks)))
+    def check(shuffled: list[Frame], lost: int) -> None:
+        stream = parse("datagram(repeats=0)").connect("127.0.0.1", port, None, 10.0)
+        try:
+            stream.send(request)
+            for header, payload in shuffled[lost:]:
+                stream.send_chunk(header, payload, Deadline(10.0))  # type: ignore[arg-type]
+            stream.send(end)
+            said: Any = None
+            while not isinstance(said, wire.Answer | wire.Failure):
+                received = stream.receive(0, Deadline(20.0))
+                assert received is not None
+                said = received.header
+        finally:
+            stream.close()
+        missing = sum(header.stop - header.start for header, _ in shuffled[:lost])  # type: ignore[union-attr]
+        if lost == len(chunks):
+            assert isinstance(said, wire.Failure) or said.left_out == 297
+        else:
+            assert isinstance(said, wire.Answer) and said.left_out == missing, said
+
+    check()
 
 
 CHANGES: dict[str, Any] = {
