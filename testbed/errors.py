@@ -40,6 +40,10 @@ class EndpointError(TestbedError):
     """An endpoint process died, answered with an error, or did not answer in time."""
 
 
+class RefusedError(EndpointError):
+    """The cloud had no room for a request."""
+
+
 class NotFiniteError(TestbedError):
     """A model's caches or logits are NaN or infinite: what would be measured with them says nothing."""
 

@@ -1,8 +1,9 @@
 """Kinds of a thing, each a frozen dataclass with a name, whose fields are its parameters: how they are found, written and read.
 
 What a name stands for is a line in its registry, such as ``"q2c": "testbed.codecs.select.q2c:Q2C"``; what is written is
-``name(key=value, …)``, defaults left out. A value is a number, a word, ``true`` or ``false``, a time (``2s``), a kind of its own
-(``policy=ewma(alpha=0.3)``) or a list of texts in brackets (``levels=[int8, q2c@0.25(pool=1)+int4, text]``).
+``name(key=value, …)``, defaults left out. A value is a number, a word, ``true`` or ``false``, a time (``2s``), so many a second
+(``2/s``), a size (``8gb``), a kind of its own (``policy=ewma(alpha=0.3)``) or a list of texts in brackets
+(``levels=[int8, q2c@0.25(pool=1)+int4, text]``).
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 from testbed.errors import SpecError, UnitError
-from testbed.units import exact_time, parse_time
+from testbed.units import exact_per_second, exact_size, exact_time, parse_per_second, parse_size, parse_time
 
 LONGEST = 2000  # characters of a kind's text, with all that is in it
 DEEPEST = 8  # parentheses and brackets in one another
 
-#: Of a field: seconds, which people write with their unit.
+#: Of a field: seconds, events a second, bytes, which people write with their unit.
 Time = Annotated[float, "time"]
+PerSecond = Annotated[float, "rate"]
+Size = Annotated[int, "size"]
 
 _INTEGER = re.compile(r"[+-]?\d{1,15}")
 _NUMBER = re.compile(r"[+-]?(?:\d{1,30}\.?\d{0,30}|\.\d{1,30})(?:[eE][+-]?\d{1,3})?")
@@ -51,8 +54,9 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Kind:
-    """Base of all kinds. Fields are `int`, `float`, `bool`, `str`, `Time`, `Literal` words, `tuple[str, ...]` (a list of texts)
-    or a base class of other kinds, which says what `family` they are of; ``… | None = None`` is nothing where it is not given.
+    """Base of all kinds. Fields are `int`, `float`, `bool`, `str`, `Time`, `PerSecond`, `Size`, `Literal` words,
+    `tuple[str, ...]` (a list of texts) or a base class of other kinds, which says what `family` they are of; ``… | None = None``
+    is nothing where it is not given.
 
     The class docstring's first line is the description that people see; `source` names the paper.
     `__post_init__` checks ranges with `require`, which raises `SpecError`.
@@ -147,6 +151,10 @@ def print_value(value: Value, type: str = "") -> str:
         return f"[{', '.join(value)}]"
     if type == "time" and isinstance(value, float | int) and math.isfinite(value):
         return exact_time(value)
+    if type == "rate" and isinstance(value, float | int) and math.isfinite(value):
+        return exact_per_second(value)
+    if type == "size" and isinstance(value, int):
+        return exact_size(value)
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
     return str(value)
@@ -166,6 +174,8 @@ def read_value(text: str, parameter: Parameter) -> Value:
         "float": (lambda word: _finite(_whole(_NUMBER, word)), "a number"),
         "str": (lambda word: _whole(_WORD, word), "a word or a path"),
         "time": (parse_time, "a time"),
+        "rate": (parse_per_second, "so many a second"),
+        "size": (parse_size, "a size"),
         "list": (_items, "a list in brackets, such as [a, b]"),
     }
     reader, expected = readers[parameter.type]

@@ -72,6 +72,31 @@ def parse_size(text: str | float) -> int:
     return round(_scaled(text, _SIZES, "size", "512kb"))
 
 
+def parse_per_second(text: str | float) -> float:
+    """``"2/s"`` -> 2.0, ``"90/min"`` -> 1.5: so many a second. Raises UnitError."""
+    number, slash, unit = str(text).partition("/")
+    scale = {"s": 1.0, "min": 60.0, "h": 3600.0}.get(unit.strip().lower())
+    if not slash or scale is None:
+        raise UnitError(
+            f"rate {str(text)[:40]!r}: write how many there are in which time, such as 2/s or 90/min"
+        )
+    value, rest = _split(number, "rate", "2/s")
+    if rest or value < 0:
+        raise UnitError(f"rate {str(text)[:40]!r}: expected a number a second, such as 2/s")
+    return value / scale
+
+
+def exact_per_second(per_second: float) -> str:
+    """2.0 -> ``"2/s"``; reads back as the same number."""
+    return positional(repr(int(per_second) if per_second == int(per_second) else per_second)) + "/s"
+
+
+def exact_size(size_bytes: int) -> str:
+    """As `format_size`, but every digit where four are not enough."""
+    text = format_size(size_bytes)
+    return text if parse_size(text) == size_bytes else f"{size_bytes}b"
+
+
 def parse_fraction(text: str | float) -> float:
     """``"1%"`` or ``0.01`` -> 0.01: a ratio, which nobody takes for percent. Must lie in 0..1. Raises UnitError."""
     return _fraction(text, "fraction", "1% or 0.01", bare=True)

@@ -73,3 +73,8 @@ class Prefilled:
     answered: dict[tuple[str, str, int], int] = field(default_factory=dict)
     #: by placement, delivery and repeat, what was made of it in parts
     made: dict[tuple[str, str, int], Made] = field(default_factory=dict)
+
+    @property
+    def text(self) -> bytes:
+        """The context's, as it is sent."""
+        return self.batch.task.context_text(self.example).encode()

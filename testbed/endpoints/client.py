@@ -17,7 +17,7 @@ from testbed.endpoints.feed import Chunk, Source
 from testbed.endpoints.protocol import ROUNDING_S, Link, TrialRequest, TrialResult
 from testbed.endpoints.spans import CLOUD, LINK, Span, billed
 from testbed.endpoints.verdicts import Verified, verified
-from testbed.errors import EndpointError, TestbedError
+from testbed.errors import EndpointError, RefusedError, TestbedError
 from testbed.transport import wire
 from testbed.transport.clock import DRIFT, Clock, Offset
 from testbed.transport.transport import Bytes, Stats, Stream, Transport, parse
@@ -108,13 +108,31 @@ class Client:
         self._kept: dict[tuple[str, str], Stream] = {}
         self._clocks = Clocks()
 
-    def ask(self, request: wire.Request, context: Iterable[Bytes], link: Link) -> Answered:
-        """Send a request and its context's chunks, and wait for the answer. Raises EndpointError."""
+    def close(self) -> None:
+        """Give up the connections that were kept."""
+        for stream in self._kept.values():
+            stream.close()
+        self._kept.clear()
+
+    def ask(
+        self,
+        request: wire.Request,
+        context: Iterable[Bytes],
+        link: Link,
+        sent: Callable[[], None] | None = None,
+    ) -> Answered:
+        """Send a request and its context's chunks, and wait for the answer. Raises EndpointError, RefusedError.
+
+        sent: told once all of it is on its way, but for little; the link is then another request's.
+        """
         looked = self._prepared(link)
 
         def converse(connection: Stream, exchange: _Exchange, deadline: Deadline) -> None:
             checked = request.placement == "cloud"  # a codec's bytes have checksums of their own
+            connection.hold_back(sent is not None)
             exchange.sent_at = connection.send_request(request, context, checked, deadline)
+            if sent is not None:
+                sent()
             exchange.sent.append(Span("transmit", exchange.sent_at, exchange.sent_at, 0, LINK))
             _listen(connection, exchange, request.id, deadline)
 
@@ -265,7 +283,7 @@ def _listen(
             raise EndpointError("the cloud closed the connection without an answer")
         header: Any = received.header
         if isinstance(header, wire.Failure):
-            raise EndpointError(f"the cloud: {header.message}")
+            raise (RefusedError if header.refused else EndpointError)(f"the cloud: {header.message}")
         if header.id == id and isinstance(header, wire.Receipt) and feed is not None:
             at = exchange.clock.here(header.at) if exchange.clock else header.at
             feed.arrived(header.index, min(at, received.at))

@@ -23,6 +23,7 @@ from testbed.endpoints.plane_feed import PlaneFeed
 from testbed.endpoints.protocol import (
     Asked,
     FullCache,
+    Keep,
     Learn,
     Link,
     Load,
@@ -35,11 +36,13 @@ from testbed.endpoints.protocol import (
     Stock,
     TrialRequest,
     TrialResult,
+    Ware,
 )
 from testbed.endpoints.room import ran_out, within_memory
 from testbed.endpoints.scouting import Scouting
 from testbed.endpoints.side import Handlers, InferenceSide, Pace, held, main, per_token, wait_until
 from testbed.endpoints.spans import Span, behind, billed, in_turn
+from testbed.endpoints.wares import written
 from testbed.errors import OutOfMemory
 from testbed.tasks.task import make_task
 from testbed.transport import wire
@@ -69,6 +72,7 @@ class Edge(InferenceSide):
             Prepare: self.prepare,
             Reference: self.reference,
             Show: self.show,
+            Keep: self.keep,
             Stock: self.stock,
             TrialRequest: self.trial,
         }
@@ -288,8 +292,15 @@ class Edge(InferenceSide):
     def _cloud(self, message: TrialRequest, link: Link) -> TrialResult:
         """The context's text crosses, the cloud does the rest."""
         prefilled = self._prefilled(message.batch, message.example)
-        context = prefilled.batch.task.context_text(prefilled.example)
-        return self._ask(prefilled, message, link, Encoded([context.encode()]), [], [])
+        return self._ask(prefilled, message, link, Encoded([prefilled.text]), [], [])
+
+    def keep(self, message: Keep) -> Ware:
+        """What a trial has sent, in a file."""
+        trial = message.trial
+        prefilled = self._prefilled(trial.batch, trial.example)
+        texts = trial.placement == "cloud"
+        pieces = [prefilled.text] if texts else self._encoded(prefilled, trial)[0].pieces
+        return written(prefilled, pieces, trial, message.path)
 
     def _scout(self, message: TrialRequest, link: Link) -> TrialResult:
         """The context's text crosses while this side chooses, and then its choice; the cloud prefills, and keeps that."""

@@ -19,7 +19,7 @@ from testbed.speed.words import HERE, Speed
 from testbed.tasks.task import Example
 from testbed.transport.secret import Secret
 
-VERSION = 4
+VERSION = 5
 
 Count = Annotated[int, Meta(ge=0, le=1 << 48)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
@@ -256,9 +256,11 @@ class Span(NamedTuple):
 class Stages(Part):
     """A request's stages in the order in which they happen, seconds; 0: a placement does not have it."""
 
+    edge_queue_s: Seconds = 0.0
     prefill_s: Seconds = 0.0
     select_s: Seconds = 0.0
     encode_s: Seconds = 0.0
+    link_queue_s: Seconds = 0.0
     connect_s: Seconds = 0.0
     transmit_s: Seconds = 0.0
     queue_s: Seconds = 0.0
@@ -359,3 +361,119 @@ class Examine(Message[Outcome]):
     gold: str
     client: Name = ""
     selector: Name = ""
+
+
+class Ware(Part):
+    """A request that was made beforehand: what is sent, and what making it took. path: of the file that has the chunks of its
+    context, one behind the other, of such lengths.
+    """
+
+    placement: Name
+    path: str
+    lengths: tuple[Count, ...]
+    prefix: Name
+    question: str
+    stop: Name
+    max_new_tokens: Count
+    choices: tuple[str, ...] = ()
+    codec: Name = ""
+    delivery: Name = WHOLE
+    prefill_s: Seconds = 0.0
+    select_s: Seconds = 0.0
+    encode_s: Seconds = 0.0
+
+    @property
+    def payload_bytes(self) -> int:
+        """All of its chunks."""
+        return sum(self.lengths)
+
+
+class Keep(Message[Ware]):
+    """Write what a trial that was made has sent to a file of that path, so that it can be sent again by who has no model."""
+
+    trial: TrialRequest
+    path: str
+
+
+class Replayed(Part):
+    """How a request of a ware is answered: what that takes, in seconds, and what is said. stage: what is done with what came;
+    token_s: of each token behind the first; held: tokens before these; memory: bytes of its cache in 16 bits."""
+
+    stage: Literal["decode", "prefill"]
+    rebuild_s: Seconds
+    first_s: Seconds
+    token_s: tuple[Seconds, ...]
+    held: Count
+    memory: Count
+    text: str
+    tokens: Count
+    first_token: Count = 0
+
+
+class Stage(Message[None]):
+    """An edge without a model: send these wares, whoever asks for them by their numbers, over that link."""
+
+    wares: dict[int, Ware]
+    link: Link
+
+
+class Answers(Message[None]):
+    """A cloud without a model: answer requests for wares so, in the order of a discipline (its canonical text). Whoever is still
+    being served goes on by the one before. times: of the device, where passes over several tokens are waited for."""
+
+    serving: Name
+    wares: dict[int, Replayed]
+    times: DeviceTimes | None = None
+
+
+class Planned(NamedTuple):
+    """A request of a load: so many seconds behind its start, for that ware, as that client's."""
+
+    number: Count
+    at: Seconds
+    client: Name
+    ware: Count
+
+
+class Looping(NamedTuple):
+    """A client of a closed loop: when it asks first, seconds behind the start; numbers: of its requests, the first and each next
+    one so much more; wares: in turn."""
+
+    client: Name
+    at: Seconds
+    number: Count
+    stride: Count
+    wares: tuple[Count, ...]
+
+
+class Offer(Message[None]):
+    """Begin to ask at `origin`, monotonic seconds: these requests, or those of these clients until `until_s` behind it."""
+
+    origin: float
+    planned: tuple[Planned, ...] = ()
+    looping: tuple[Looping, ...] = ()
+    think_s: Seconds = 0.0
+    until_s: Seconds = 0.0
+
+
+class Happened(Part):
+    """What became of a request. at: when it came up, seconds behind the start; refused: the cloud had no room for it."""
+
+    number: Count
+    client: Name
+    at: Seconds
+    ware: Count
+    result: TrialResult | None = None
+    error: str = ""
+    refused: bool = False
+
+
+class Collected(Part):
+    """What became of requests since that was asked last; open: clients and requests of whom more will come."""
+
+    happened: tuple[Happened, ...]
+    open: Count
+
+
+class Collect(Message[Collected]):
+    """Tell what became of requests."""

@@ -11,6 +11,8 @@ from testbed.endpoints.protocol import CLOUD, EDGE, LINK, Span, Stages
 
 #: The pipeline: a stage is named as its column, without the unit.
 PIPELINE = tuple(column.removesuffix("_s") for column in Stages.__struct_fields__)
+#: Those in which nothing is done.
+QUEUES = ("edge_queue", "link_queue", "queue")
 
 
 def in_turn(**seconds: float) -> list[Span]:
@@ -59,7 +61,9 @@ def busy(spans: Iterable[Span]) -> Stages:
 def hidden(spans: Sequence[Span]) -> float:
     """What of the stages' work the pipeline hid behind later ones; waiting in a queue is none."""
     worked, exposed = (structs.asdict(stages) for stages in (busy(spans), billed(spans)))
-    return sum(max(0.0, worked[stage] - exposed[stage]) for stage in worked if stage != "queue_s")
+    return sum(
+        max(0.0, worked[stage] - exposed[stage]) for stage in worked if stage.removesuffix("_s") not in QUEUES
+    )
 
 
 def bound(spans: Iterable[Span], delay_s: float = 0.0) -> float:
@@ -73,7 +77,7 @@ def bound(spans: Iterable[Span], delay_s: float = 0.0) -> float:
     arrived = end = float("-inf")
     began = None
     for span in sorted(spans, key=lambda span: (span.start, span.end)):
-        if span.stage == "queue":
+        if span.stage in QUEUES:
             continue
         began = span.start if began is None else began
         takes, behind = span.end - span.start, 0.0

@@ -58,6 +58,7 @@ class Pair:
         self._check_network = check
         self._links: dict[str, Link] = {}  #: by transport
         self._longest = 0
+        self.bound = 0  #: bytes that a request's payload may have
         self._rehearsed: set[tuple[Any, ...]] = set()  #: trials of the example at hand
 
     @property
@@ -118,7 +119,7 @@ class Pair:
         """The cloud listens by each transport, on `address` alone, for payloads of at most what the longest context
         can make. apart: its clock is another than the edge's; closed: it serves this run's edge alone."""
         congestion, timeout = self.plan.swept.congestion, self.scenario.timeout
-        bound = 2 * self._longest * kv_bytes_per_token + _PAYLOAD_SLACK
+        self.bound = bound = 2 * self._longest * kv_bytes_per_token + _PAYLOAD_SLACK
         serving, asking = secrets() if closed else (None, None)
         for transport in map(str, self.scenario.transport):
             message = protocol.Serve(
@@ -169,6 +170,10 @@ class Pair:
             message = structs.replace(self._asked(trial), replay=False)
             self._call(self.edge, message, CALL_S + self.scenario.timeout)
             self._rehearsed.add(key)
+
+    def keep(self, trial: Trial, path: str) -> protocol.Ware:
+        """What a trial that was made has sent, in a file of that path."""
+        return self._call(self.edge, protocol.Keep(self._asked(trial), path), CALL_S)
 
     def _asked(self, trial: Trial, origin: float = 0.0) -> protocol.TrialRequest:
         cell = trial.cell

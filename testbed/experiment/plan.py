@@ -21,6 +21,8 @@ from testbed.codecs.spec import parse as parse_codec
 from testbed.delivery.delivery import Pipelined
 from testbed.errors import SpecError, UsageError
 from testbed.experiment.devices import look_up
+from testbed.experiment.edges import Edge
+from testbed.experiment.loads import bound_load, edges_of
 from testbed.experiment.on_hosts import on_hosts
 from testbed.experiment.row import SENDING
 from testbed.experiment.scenario import EXAMPLES, OF_TWO_MODELS, Models, Plan, Scenario
@@ -124,9 +126,12 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
         scenario = scenario.model_copy(update={"topology": beside})
     tasks = [_beside(task) for task in scenario.tasks]
     scenario = scenario.model_copy(update={"tasks": tasks, "model": _models_beside(scenario.model)})
-    topology = _at(f"{place}: topology", lambda: load_topology(scenario.topology))
-    _check_nodes(scenario, topology, place)
-    link = _swept_link(scenario, topology, place)
+    many = scenario.edges if isinstance(scenario.edges, int) else None
+    topology = _at(f"{place}: topology", lambda: load_topology(scenario.topology, many))
+    edges = edges_of(scenario, topology, place)
+    _check_nodes(scenario, topology, place, edges)
+    own_links = bool(edges) and scenario.link is None and "bottleneck" not in [k.name for k in topology.links]
+    link = edges[0].link if own_links else _swept_link(scenario, topology, place)
     _check_links([*given, *scenario.links], topology, place)
     if topology.kind == "hosts":
         scenario = on_hosts(scenario, topology, link, place)
@@ -146,8 +151,11 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     _check_placements(scenario, place)
     scenario, devices = look_up(scenario, place)
     _check_decoding(scenario, place)
+    scenario, edges = bound_load(scenario, edges, place)
     conditions = _under(topology, scenario, place)
-    plan = Plan(scenario, conditions, link, profiles, _tasks(scenario, place), asked, devices)
+    plan = Plan(
+        scenario, conditions, link, profiles, _tasks(scenario, place), asked, devices, edges, own_links
+    )
     for profile in profiles:
         _at(f"{place}: profiles", partial(plan.under, profile))
     _check_extent(plan, place)
@@ -173,9 +181,9 @@ def _model_beside(name: str) -> str:
     return str(found) if lookup.find(name) and is_model and not has_a_name(name) else name
 
 
-def _check_nodes(scenario: Scenario, topology: Topology, place: str) -> None:
+def _check_nodes(scenario: Scenario, topology: Topology, place: str, edges: Sequence[Edge] = ()) -> None:
     nodes = {node.name for node in topology.nodes}
-    named = [("edge", scenario.edge), ("cloud", scenario.cloud)]
+    named = [*([] if edges else [("edge", scenario.edge)]), ("cloud", scenario.cloud)]
     for number, value in enumerate(scenario.traffic):
         named += [(f"traffic[{number}].{key}", value[key]) for key in ("from", "to")]
     for key, node in named:
@@ -308,7 +316,7 @@ def moved(asked: object, model: str) -> list[str]:
 def _check_extent(plan: Plan, place: str) -> None:
     if len({p.text() for p in plan.profiles}) < len(plan.profiles):
         raise SpecError(f"{place}: profiles: the same conditions are listed twice")
-    for key in ("tasks", "placements", "context_tokens", "delivery", "transport"):
+    for key in ("tasks", "placements", "context_tokens", "delivery", "transport", "load", "serving"):
         listed = getattr(plan.scenario, key)
         if key == "tasks":
             listed = [plan.scenario.task(index) for index in range(len(listed))]

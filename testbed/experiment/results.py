@@ -33,7 +33,7 @@ from testbed.experiment import compute
 from testbed.experiment.row import COLUMNS, MEASURED, Row, in_turn
 from testbed.units import exact_time
 
-FORMAT = 7
+FORMAT = 8
 
 SPANS = "spans.jsonl"
 #: What only locks it, where a directory cannot be locked itself: it is no part of a run.
@@ -79,6 +79,21 @@ def _hosts_came(row: dict[str, Any]) -> dict[str, Any]:
     return {"host": "", "cpu": "", **row}
 
 
+def _loads_came(row: dict[str, Any]) -> dict[str, Any]:
+    """7 → 8: nobody else asked."""
+    queues = ("edge_queue_s", "link_queue_s", "busy_edge_queue_s", "busy_link_queue_s")
+    came = dict.fromkeys(queues, None if row.get("error") else 0.0)
+    return {
+        **came,
+        "load": "sequential",
+        "serving": "fifo",
+        "client": "",
+        "warmup": False,
+        "refused": False,
+        **row,
+    }
+
+
 def _times_have_units(manifest: dict[str, Any]) -> dict[str, Any]:
     """A scenario's timeout, which was in bare seconds before units were asked for."""
     settings = manifest.get("settings")
@@ -97,6 +112,7 @@ _MIGRATIONS = {
     4: _pipelines_came,
     5: _clocks_came,
     6: _hosts_came,
+    7: _loads_came,
 }
 _MANIFESTS = (_times_have_units,)
 #: Formats that this version reads.
@@ -151,6 +167,17 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` so that a reader sees the old file or the new one, never half of either. Raises StorageError."""
     text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
     files.replace(path, text.encode("utf-8", "backslashreplace"))
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _trial(line: bytes) -> str:
+    try:
+        return str(json.loads(line)["trial"])
+    except (ValueError, RecursionError, TypeError, LookupError):
+        return ""
 
 
 @dataclass
@@ -274,9 +301,27 @@ class RunDirectory:
             self._append(SPANS, {"trial": row.trial, "spans": [_span(span) for span in spans]})
         self._append("trials.jsonl", dataclasses.asdict(row))
 
+    def append_all(self, rows: Sequence[tuple[Row, Sequence[Span]]]) -> None:
+        """Append rows that are of use together, behind their spans, each kind at once. Raises StorageError."""
+        spans = [{"trial": row.trial, "spans": [_span(s) for s in own]} for row, own in rows if own]
+        for name, entries in ((SPANS, spans), ("trials.jsonl", [dataclasses.asdict(row) for row, _ in rows])):
+            if entries:
+                files.append(self.path / name, b"".join(map(_line, entries)))
+
+    def keep_first(self, rows: int) -> None:
+        """Cut off all rows behind so many, and the spans that are of none of those left. Raises StorageError."""
+        path, spans = self.path / "trials.jsonl", self.path / SPANS
+        if not path.exists():
+            return
+        kept = path.read_bytes().splitlines(keepends=True)[:rows]
+        files.replace(path, b"".join(kept))
+        known = {row["trial"] for row in self.rows()}
+        if spans.exists():
+            own = [line for line in spans.read_bytes().splitlines(keepends=True) if _trial(line) in known]
+            files.replace(spans, b"".join(own))
+
     def _append(self, name: str, entry: dict[str, Any]) -> None:
-        line = json.dumps(entry, ensure_ascii=False) + "\n"
-        files.append(self.path / name, line.encode("utf-8", "backslashreplace"))
+        files.append(self.path / name, _line(entry))
 
     def repair(self) -> int:
         """Cut off last lines that a kill left unfinished; returns how many bytes went."""

@@ -50,9 +50,12 @@ class Row:
     #: how far the profile's traces had come when the trial began; None: nothing changes
     trace_s: float | None = None
 
+    #: the request comes up -> the edge is free for it: it serves one at a time; 0 where nobody else asks
+    edge_queue_s: float | None = None
     prefill_s: float | None = None
     select_s: float | None = None
     encode_s: float | None = None
+    link_queue_s: float | None = None  #: ready to be sent -> the edge's link is free for it
     #: opening the request's connection, until its first byte is handed over; 0 when one is reused
     connect_s: float | None = None
     transmit_s: float | None = None  #: first byte handed to the socket -> last byte received, on one clock
@@ -71,9 +74,11 @@ class Row:
     #: of select_s, the question's pass behind the context: part of the prefill where an edge reads both at once
     question_s: float | None = None
 
+    busy_edge_queue_s: float | None = None
     busy_prefill_s: float | None = None  #: of each stage the whole time at work (see `BUSY`)
     busy_select_s: float | None = None
     busy_encode_s: float | None = None
+    busy_link_queue_s: float | None = None
     busy_connect_s: float | None = None
     busy_transmit_s: float | None = None
     busy_queue_s: float | None = None
@@ -130,6 +135,13 @@ class Row:
     #: by which the cloud's clock was ahead of the edge's, on which all times of a row are, and how far that may be off
     clock_offset_s: float = 0.0
     clock_error_s: float = 0.0
+
+    load: str = "sequential"  #: who asks when, canonical text
+    serving: str = "fifo"  #: in which order the cloud answers, canonical text
+    client: str = ""  #: who asked: an edge, or one of its clients
+    arrived_at: float | None = None  #: when the request came up, seconds behind the load's start
+    warmup: bool = False  #: in the first part of a load, which no figure counts
+    refused: bool = False  #: the cloud had no room for it
 
     answer: str = ""
     score: float | None = None

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
@@ -31,9 +31,13 @@ from testbed.experiment.shard import parse as parse_shard
 from testbed.experiment.trial import Reference, Trial, new_row
 from testbed.hosts.processes import interruptible
 from testbed.models.sources import resolve
+from testbed.net.network import Network
 from testbed.net.profile.profile import Profile
 from testbed.net.traffic.traffic import require_tools
 from testbed.tasks.task import Task
+
+if TYPE_CHECKING:
+    from testbed.net.calibration.calibrate import Calibration
 
 #: Files to which every start of a run adds.
 _CONTINUED = ("calibration.json", "compute.json", "counters.json", "traffic.json")
@@ -136,7 +140,8 @@ class Runner:
         self._unlike = "; ".join(filter(None, found))
         if self._unlike:
             self._tally.say(self._unlike)
-        self._write_manifest(loaded)
+        expected.write(self.directory, self.plan, self._batches)
+        self._write_manifest(loaded, network)
         return loaded
 
     def _machine(self) -> tuple[str, str]:
@@ -176,10 +181,9 @@ class Runner:
             ended = {"ended_at": utc_now(), "host": self._host, **figures}
             self.directory.write(name, {"format": FORMAT, **about, "starts": [*before, ended]})
 
-    def _write_manifest(self, loaded: dict[str, Loaded]) -> None:
+    def _write_manifest(self, loaded: dict[str, Loaded], network: Network) -> None:
         before = self.directory.manifest()
         machines = kept if isinstance(kept := before.get("machines"), dict) else {}
-        expected.write(self.directory, self.plan, self._batches)
         self.directory.write(
             "manifest.json",
             {
@@ -191,13 +195,13 @@ class Runner:
                 "topology": self.plan.topology.name,
                 "link": self.plan.link,
                 "profiles": {p.name: {"text": p.text(), "source": p.source} for p in self.plan.profiles},
-                "emulator": self.session.network.emulation,
+                "emulator": network.emulation,
                 "endpoints": {side: structs.asdict(about) for side, about in loaded.items()},
                 "trials": self._expected,
                 "starts": [*self.directory.entries("manifest.json", "starts"), utc_now()],
                 "host": describe_host(),
                 "machines": {**machines, self._host: describe_host()},
-                **({"hosts": hosts} if (hosts := self.session.network.described()) else {}),
+                **({"hosts": hosts} if (hosts := network.described()) else {}),
                 "command": sys.argv,
             },
         )
@@ -222,8 +226,7 @@ class Runner:
             self._tally.say(
                 f"measuring the link: {profile.name} ({number + 1} of {len(profiles)}){foretell(profile)}"
             )
-            self._apply(profile)
-            measured = self.session.network.calibrate(self.plan.link, profile)
+            measured = self._measured(profile)
             record = measured.to_dict()
             history = [
                 *history,
@@ -237,6 +240,11 @@ class Runner:
                         f"link {self.plan.link} is not what was asked for under {profile.name}: {measured.cause}; "
                         "continue all the same with --accept-uncalibrated"
                     )
+
+    def _measured(self, profile: Profile) -> Calibration:
+        """The swept link, put under that profile."""
+        self._apply(profile)
+        return self.session.network.calibrate(self.plan.link, profile)
 
     def _prove_compute(self, loaded: dict[str, Loaded]) -> Gate:
         """Measure how the sides compute before the first trial; a machine far from fit stops the run unless told to go on."""
@@ -416,7 +424,16 @@ def check_ready(plan: Plan) -> None:
 def start(plan: Plan, out: Path, watch: Watcher, accept_uncalibrated: bool) -> Runner:
     """A run into a new directory `out`, not yet executed."""
     check_ready(plan)
-    return Runner(plan, begin(plan, out), watch, accept_uncalibrated)
+    return _runner(plan)(plan, begin(plan, out), watch, accept_uncalibrated)
+
+
+def _runner(plan: Plan) -> type[Runner]:
+    """What runs a plan: trial by trial, or loads."""
+    if not plan.scenario.loaded:
+        return Runner
+    from testbed.experiment.load_run import LoadRunner
+
+    return LoadRunner
 
 
 def begin(plan: Plan, out: Path, shard: Shard | None = None) -> RunDirectory:
@@ -467,6 +484,6 @@ def take_up(plan: Plan, directory: RunDirectory, watch: Watcher, accept_uncalibr
     """Take up a run of this very plan. Raises UsageError where what it reads is not what it was."""
     check_ready(plan)
     inputs.check_unchanged(directory.manifest().get("inputs"), plan)
-    runner = Runner(plan, directory, watch, accept_uncalibrated, shard=shard_of(directory))
+    runner = _runner(plan)(plan, directory, watch, accept_uncalibrated, shard=shard_of(directory))
     runner.resumed = True
     return runner

@@ -30,13 +30,20 @@ from testbed.delivery.delivery import Delivery, Pipelined
 from testbed.delivery.delivery import parse as parse_delivery
 from testbed.delivery.whole import Whole
 from testbed.errors import SpecError
+from testbed.experiment.edges import Edge, Edges, edges_from
 from testbed.experiment.row import SENDING
+from testbed.load.load import Load
+from testbed.load.load import parse as parse_load
+from testbed.load.sequential import Sequential
 from testbed.models import devices
 from testbed.models.shapes import is_shape
 from testbed.net import emulators
 from testbed.net.profile.profile import Profile
 from testbed.net.topology.topology import Link, Topology
 from testbed.net.traffic.traffic import Flow
+from testbed.serving.fifo import Fifo
+from testbed.serving.serving import Serving
+from testbed.serving.serving import parse as parse_serving
 from testbed.speed.files import Device
 from testbed.speed.words import HERE, Speed
 from testbed.speed.words import parse as parse_speed
@@ -77,6 +84,14 @@ def _codec(value: Any) -> CodecSpec:
 
 def _delivery(value: Any) -> Delivery:
     return parse_delivery(_unsplit(str(value), "delivery", "stream(by=layers, chunk=8)"))
+
+
+def _load(value: Any) -> Load:
+    return parse_load(_unsplit(str(value), "load", "closed(clients=8, think=1s)"))
+
+
+def _serving(value: Any) -> Serving:
+    return parse_serving(_unsplit(str(value), "serving", "batch(max=8, memory=40gb)"))
 
 
 def _transport(value: Any) -> Transport:
@@ -208,6 +223,28 @@ class Scenario(BaseModel):
         BeforeValidator(_listed),
         Field(min_length=1),
     ] = [Tcp()]
+    #: who asks, where that is not `edge` alone
+    edges: Annotated[Edges | None, BeforeValidator(edges_from)] = None
+    #: who asks when, for how long, and for how long before anything of that counts
+    load: Annotated[
+        list[Annotated[InstanceOf[Load], BeforeValidator(_load), PlainSerializer(str, when_used="json")]],
+        BeforeValidator(_listed),
+        Field(min_length=1),
+    ] = [Sequential()]
+    duration: Annotated[
+        float, BeforeValidator(_seconds), Field(gt=0, le=86400), PlainSerializer(exact_time, when_used="json")
+    ] = 60.0
+    warmup: Annotated[
+        float, BeforeValidator(_seconds), Field(ge=0, le=86400), PlainSerializer(exact_time, when_used="json")
+    ] = 0.0
+    #: in which order the cloud answers who asks at the same time
+    serving: Annotated[
+        list[
+            Annotated[InstanceOf[Serving], BeforeValidator(_serving), PlainSerializer(str, when_used="json")]
+        ],
+        BeforeValidator(_listed),
+        Field(min_length=1),
+    ] = [Fifo()]
     tasks: Annotated[
         list[Annotated[dict[str, Any], BeforeValidator(_task)]], BeforeValidator(_listed), Field(min_length=1)
     ]
@@ -265,6 +302,11 @@ class Scenario(BaseModel):
         """A task's name and parameters, however many of its examples are asked for."""
         return {key: value for key, value in self.tasks[index].items() if key != EXAMPLES}
 
+    @property
+    def loaded(self) -> bool:
+        """Whether requests may meet each other."""
+        return any(load.timed for load in self.load)
+
     def examples_of(self, index: int) -> int:
         """How many examples of a task are asked for."""
         return int(self.tasks[index].get(EXAMPLES, self.examples))
@@ -288,6 +330,8 @@ class Cell:
     delivery: Delivery
     transport: Transport  #: of `edge`, which uses none, the scenario's first
     profile: Profile
+    load: Load = field(default_factory=Sequential)
+    serving: Serving = field(default_factory=Fifo)
 
     @property
     def codec_text(self) -> str:
@@ -323,6 +367,8 @@ class Cell:
             settings["traffic"] = scenario.traffic
         if self.delivery != Whole():
             settings["delivery"] = str(self.delivery)
+        if self.load.timed:
+            settings |= plan.load_settings(self)
         if plan.prompt != DEFAULT:
             settings["prompt"] = str(plan.prompt)
         text = json.dumps(settings, sort_keys=True)
@@ -351,6 +397,22 @@ class Plan:
     tasks: tuple[Task, ...]
     asked: dict[str, str] = field(default_factory=dict)
     devices: dict[str, Device] = field(default_factory=dict)
+    edges: tuple[Edge, ...] = ()  #: who asks, under a load
+    own_links: bool = False  #: the swept link is each edge's own
+
+    def load_settings(self, cell: Cell) -> dict[str, Any]:
+        """A load's part of a cell's identity."""
+        edges = [
+            [e.node, e.link, e.profile.text() if e.profile else "", str(e.codec or "")] for e in self.edges
+        ]
+        times = [self.scenario.warmup, self.scenario.duration]
+        return {"load": cell.load.identity, "serving": str(cell.serving), "edges": edges, "lasts": times}
+
+    def at_edge(self, cell: Cell, edge: Edge) -> Cell:
+        """The cell as that edge has it."""
+        codec = edge.codec if edge.codec and cell.placement in SENDING else cell.codec
+        profile = edge.profile or cell.profile
+        return replace(cell, codec=codec, profile=profile)
 
     def flows(self) -> list[Flow]:
         """The background traffic."""
@@ -370,7 +432,12 @@ class Plan:
     def under(self, profile: Profile) -> Topology:
         """The topology with the swept link under `profile`."""
         links = tuple(replace(k, profile=profile) if k.name == self.link else k for k in self.topology.links)
-        return replace(self.topology, links=links)
+        return replace(self.topology, links=links).with_profiles(self.conditions(profile))
+
+    def conditions(self, profile: Profile) -> dict[str, Profile]:
+        """The profiles of edges' links, by link, where the swept one is under `profile`."""
+        own = {edge.link: edge.profile or (profile if self.own_links else None) for edge in self.edges}
+        return {link: found for link, found in own.items() if found is not None}
 
     @property
     def prompt(self) -> PromptFormat:
@@ -414,9 +481,11 @@ class Plan:
             transports = self.scenario.transport[:1] if placement == "edge" else self.scenario.transport
             for codec, delivery in self._payloads(placement):
                 cells += [
-                    Cell(task, context_tokens, placement, codec, delivery, transport, profile)
+                    Cell(task, context_tokens, placement, codec, delivery, transport, profile, load, serving)
                     for transport in transports
                     for profile in self.profiles
+                    for load in self.scenario.load
+                    for serving in self.scenario.serving
                 ]
         return cells
 
@@ -433,11 +502,14 @@ class Plan:
     def codecs(self) -> list[CodecSpec]:
         """All that a cache may cross as, those among deliveries' levels included."""
         levels = (codec for delivery in self.scenario.delivery for codec in delivery.codecs)
-        return list(dict.fromkeys((*self.scenario.codecs, *levels)))
+        own = (edge.codec for edge in self.edges if edge.codec)
+        return list(dict.fromkeys((*self.scenario.codecs, *levels, *own)))
 
     @property
     def trials(self) -> int:
-        """How many trials the whole sweep has, if every task has as many examples as asked."""
+        """How many trials the whole sweep has, if every task has as many examples as asked; of a load, how often it is put on."""
+        loaded = self.scenario.loaded
         return self.scenario.repeats * sum(
-            len(self.cells(*batch)) * self.scenario.examples_of(batch[0]) for batch in self.batches()
+            len(self.cells(*batch)) * (1 if loaded else self.scenario.examples_of(batch[0]))
+            for batch in self.batches()
         )

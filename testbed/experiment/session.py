@@ -59,8 +59,8 @@ def across_links(plan: Plan, directory: RunDirectory, say: Callable[[str], None]
             say("building the network")
             captures = directory.path / "captures"
             network = stack.enter_context(Fabric.build(topology, plan.scenario.emulator, captures=captures))
-        edge = stack.enter_context(_endpoint("edge", network.host(plan.scenario.edge), directory))
-        cloud = stack.enter_context(_endpoint("cloud", network.host(plan.scenario.cloud), directory))
+        edge = stack.enter_context(endpoint("edge", network.host(plan.scenario.edge), directory))
+        cloud = stack.enter_context(endpoint("cloud", network.host(plan.scenario.cloud), directory))
         yield Session(plan, network, Pair(plan, edge, cloud, network.check))
 
 
@@ -68,16 +68,16 @@ def across_links(plan: Plan, directory: RunDirectory, say: Callable[[str], None]
 def in_one_process(plan: Plan, directory: RunDirectory, say: Callable[[str], None]) -> Iterator[Session]:
     """Edge and cloud in one process that share one model, over loopback: what a codec does to the answers needs no link. Raises
     EndpointError."""
-    with Loopback() as network, _endpoint("loopback", network.host("edge"), directory) as both:
+    with Loopback() as network, endpoint("loopback", network.host("edge"), directory) as both:
         yield Session(plan, network, Pair(plan, both, both))
 
 
 @contextlib.contextmanager
-def _endpoint(role: str, host: Host, directory: RunDirectory) -> Iterator[Endpoint]:
-    """An endpoint whose log is in the run's directory."""
+def endpoint(role: str, host: Host, directory: RunDirectory, log: str = "") -> Iterator[Endpoint]:
+    """An endpoint whose log is in the run's directory, of another name than its role's where one is given."""
     logs = directory.path / "logs"
     with files.storing(logs):
         logs.mkdir(exist_ok=True)
-    endpoint = Endpoint.start(role, host, logs / f"{role}.log")
+    endpoint = Endpoint.start(role, host, logs / f"{log or role}.log")
     with endpoint.process:
         yield endpoint

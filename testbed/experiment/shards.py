@@ -71,6 +71,10 @@ def prepare(
     plan: Plan, shard: Shard, directory: Path, watch: Watcher, accept_uncalibrated: bool = False
 ) -> Runner:
     """A shard that is yet to be executed: begun anew, or taken up where it ended. Raises UsageError."""
+    if plan.scenario.loaded:
+        raise UsageError(
+            "--shard: a load is put on by one machine, since its requests meet there; leave --shard away"
+        )
     path = place(directory, shard)
     for other in found_in(directory):
         known = of_folder(other.name)

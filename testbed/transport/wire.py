@@ -188,10 +188,11 @@ class Verdict(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Failure(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Cloud to edge: why there is no answer."""
+    """Cloud to edge: why there is no answer. refused: there was no room for the request."""
 
     id: Count
     message: Text
+    refused: bool = False
 
 
 Header = (

@@ -86,6 +86,10 @@ KINDS: dict[str, tuple[Callable[[int], Named], int]] = {
 """Name -> the shape, and the fewest nodes it has."""
 
 
+#: Of a kind, the nodes that are no edges.
+_BESIDES = {"star": 1, "shared-bottleneck": 2}
+
+
 class _Written(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -193,12 +197,20 @@ def _require(names: Iterable[str], known: list[str], where: str) -> None:
             raise SpecError(f"{where}: no link {name[:40]!r}{did_you_mean(name, known)}")
 
 
-def load_topology(name_or_path: str | Path) -> Topology:
-    """The topology of a file, or of the shipped file of that name (``edge-cloud``). Raises SpecError naming
-    file and place."""
+def load_topology(name_or_path: str | Path, edges: int | None = None) -> Topology:
+    """The topology of a file, or of the shipped file of that name (``edge-cloud``); edges: a generated one is to have so many
+    nodes besides its hub, or router and cloud. Raises SpecError naming file and place."""
     path = _find(name_or_path)
     with lookup.beside(path):
-        return topology_from(strict_yaml.read(path), str(path), path.stem)
+        value = strict_yaml.read(path)
+        if edges is not None:
+            kind = value.get("kind") if isinstance(value, dict) else None
+            if kind not in _BESIDES:
+                raise SpecError(
+                    f"{path}: so many edges, {edges}, are of a generated topology ({', '.join(_BESIDES)}); name them"
+                )
+            value = {**value, "nodes": edges + _BESIDES[kind]}
+        return topology_from(value, str(path), path.stem)
 
 
 def shipped_topologies() -> list[Path]:

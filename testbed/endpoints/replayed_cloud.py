@@ -1,0 +1,195 @@
+"""A cloud without a model: what answering takes was measured beforehand, and is waited for, one request at a time or several, in
+the order that a serving discipline says. What comes over the links is received for real, and thrown away.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from testbed.deadline import Deadline
+from testbed.endpoints.protocol import Answers, Greeting, Hello, Replayed, Serve
+from testbed.endpoints.side import Handlers, main, wait_until
+from testbed.errors import TestbedError, UsageError, WireError
+from testbed.serving.job import Job
+from testbed.serving.server import Server
+from testbed.serving.serving import parse as parse_serving
+from testbed.speed.times import DeviceTimes
+from testbed.transport import wire
+from testbed.transport.transport import Listener, Stream
+from testbed.transport.transport import parse as parse_transport
+
+_MAX_CONNECTIONS = 4096
+_IDLE_S = 3600.0
+
+
+def step_s(times: DeviceTimes | None) -> Callable[[Sequence[Job]], float]:
+    """Seconds of a pass that makes the next token of each of several requests.
+
+    By a device's times of decoding alone: a pass reads the weights once, and each request's cache. What a token takes behind
+    the shortest context that was measured is taken as the former, what it takes more behind a longer one as the latter. It takes
+    no less than a pass over as many tokens, which have to be multiplied. Without a device: each token by itself, in turn.
+    """
+
+    def each(jobs: Sequence[Job]) -> float:
+        return sum(job.token_s[job.told] for job in jobs)
+
+    def together(jobs: Sequence[Job]) -> float:
+        assert times is not None
+        weights = times.token_s(0)
+        caches = sum(max(0.0, job.token_s[job.told] - weights) for job in jobs)
+        return max(weights + caches, times.pass_s(len(jobs)))
+
+    return together if times is not None and times.decode else each
+
+
+@dataclass(eq=False)
+class _Asked:
+    """A request, and when its first token and its last one are known."""
+
+    job: Job
+    first: threading.Event = field(default_factory=threading.Event)
+    last: threading.Event = field(default_factory=threading.Event)
+
+
+class Queue:
+    """A server in real time, in a thread of its own. What it does follows without a gap as long as there is something to do,
+    however late its thread is woken.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._changed = threading.Condition()
+        self._asked: dict[Job, _Asked] = {}
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def offer(self, job: Job, now: float) -> tuple[_Asked | None, str]:
+        """A request has come, all of which was there at that moment; or why it is turned away."""
+        with self._changed:
+            if why := self._server.offer(job, now):
+                return None, why
+            self._asked[job] = asked = _Asked(job)
+            self._changed.notify_all()
+        return asked, ""
+
+    def _run(self) -> None:
+        now = 0.0
+        while True:
+            with self._changed:
+                while (work := self._server.begin(self._from(now))) is None:
+                    self._changed.wait()
+                now = self._from(now) + work.seconds
+            wait_until(now)
+            with self._changed:
+                for job in self._server.end(work, now):
+                    asked = self._asked[job]
+                    asked.first.set()
+                    if job.done:
+                        asked.last.set()
+                        del self._asked[job]
+
+    def _from(self, now: float) -> float:
+        """When what comes next begins: behind what was done last, or when somebody came."""
+        if self._server.inside or not self._server.waiting:
+            return now
+        return max(now, min(job.arrived for job in self._server.waiting))
+
+
+class ReplayedCloud:
+    """Serves links in threads of its own; calls from the orchestrator come in on the main thread."""
+
+    def __init__(self) -> None:
+        self._max_payload, self._request_s = 0, 0.0
+        self._wares: dict[int, Replayed] = {}
+        self._queue: Queue | None = None
+        self._connections = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+
+    def handlers(self) -> Handlers:
+        """What it does for the orchestrator, by message."""
+        return {Hello: lambda message: Greeting(), Serve: self.serve, Answers: self.answers}
+
+    def serve(self, message: Serve) -> int:
+        """Listen by one more transport; returns the port."""
+        self._max_payload, self._request_s = message.max_payload, message.request_s
+        transport = parse_transport(message.transport).closed(message.secret)
+        try:
+            listener = transport.listen(message.address, message.congestion)
+        except OSError as error:
+            raise UsageError(f"the cloud cannot listen at {message.address} ({error.strerror})") from error
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        return listener.port
+
+    def answers(self, message: Answers) -> None:
+        """Answer so from now on."""
+        self._wares = message.wares
+        self._queue = Queue(Server(parse_serving(message.serving), step_s(message.times)))
+
+    def _accept(self, listener: Listener) -> None:
+        while True:
+            connection = listener.accept()
+            self._connections.acquire()
+            threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
+
+    def _converse(self, connection: Stream) -> None:
+        """Answer requests until the peer closes."""
+        patience = self._request_s
+        try:
+            while (received := connection.receive_request(Deadline(patience), self._request_s)) is not None:
+                self._answer(connection, *received)
+                patience = _IDLE_S
+        except TestbedError as error:
+            self._complain(connection, wire.Failure(0, str(error)[:2000]))
+        finally:
+            connection.finish()
+            self._connections.release()
+
+    @staticmethod
+    def _complain(connection: Stream, failure: wire.Failure) -> None:
+        try:
+            connection.send(failure)
+        except TestbedError:
+            pass
+
+    def _answer(self, connection: Stream, request: wire.Request, deadline: Deadline) -> None:
+        at = 0.0
+        for frame in connection.receive_context(request, self._max_payload, deadline):
+            at = frame.at
+        ware = self._wares.get(request.same_as)
+        if ware is None or self._queue is None:
+            raise WireError(f"the request is for ware {request.same_as}, which is not known here")
+        job = Job(ware.rebuild_s, ware.first_s, ware.token_s, ware.held, ware.memory)
+        asked, why = self._queue.offer(job, at)
+        if asked is None:
+            self._complain(connection, wire.Failure(request.id, f"refused: {why}", refused=True))
+            return
+        asked.first.wait()
+        first_at = time.monotonic()
+        connection.send(wire.FirstToken(request.id, ware.first_token, first_at))
+        asked.last.wait()
+        last_at = time.monotonic()
+        connection.send(
+            wire.Answer(
+                id=request.id,
+                text=ware.text,
+                tokens=ware.tokens,
+                received_at=at,
+                arrived=(),
+                worked=(
+                    wire.Worked("queue", at, job.began),
+                    wire.Worked(ware.stage, job.began, job.rebuilt),
+                    wire.Worked("first_token", job.rebuilt, job.first),
+                ),
+                generate_s=max(0.0, min(job.done - job.first, last_at - first_at)),
+                token_s=(job.done - job.first) / len(job.token_s) if job.token_s else None,
+                skipped_s=0.0,
+                sent_at=last_at,
+                reused=True,
+                retransmits=connection.stats().sent_again,
+            )
+        )
+
+
+if __name__ == "__main__":
+    main(lambda: ReplayedCloud().handlers())

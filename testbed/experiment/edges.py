@@ -1,0 +1,113 @@
+"""What a scenario says of many edges: which nodes they are, what is each one's own, and by which links they leave them."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, InstanceOf, PlainSerializer
+
+from testbed import strict_yaml
+from testbed.codecs.spec import CodecSpec
+from testbed.codecs.spec import parse as parse_codec
+from testbed.errors import SpecError
+from testbed.net.profile.profile import Profile, profile_from
+from testbed.net.topology.topology import Topology
+
+#: What one machine runs: a process an edge.
+MOST = 64
+
+
+def _codec(value: Any) -> CodecSpec | None:
+    return parse_codec(str(value)) if value is not None else None
+
+
+class Own(BaseModel):
+    """What is one edge's own, or that of all whose names match; else it has the cell's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    profile: Any = None  #: of its link
+    codec: Annotated[
+        InstanceOf[CodecSpec] | None,
+        BeforeValidator(_codec),
+        PlainSerializer(str, when_used="json-unless-none"),
+    ] = None
+
+
+#: Names or patterns of nodes, with what is each one's own; a number: so many, which a generated topology then has.
+Edges = int | dict[str, Own]
+
+
+def edges_from(value: Any) -> Edges | None:
+    """What a scenario says of its edges. Raises SpecError."""
+    if value is None:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not 1 <= value <= MOST:
+            raise SpecError(f"{value} edges; this machine runs 1 to {MOST}")
+        return value
+    if isinstance(value, str):
+        return {value: Own()}
+    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+        if len(set(value)) < len(value):
+            raise SpecError(f"{next(name for name in value if value.count(name) > 1)!r} is listed twice")
+        return dict.fromkeys(value, Own())
+    if isinstance(value, Mapping) and value:
+        found = {}
+        for name, own in value.items():
+            settings = own.model_dump() if isinstance(own, Own) else own
+            found[str(name)] = strict_yaml.checked(Own, settings if settings is not None else {}, str(name))
+        return found
+    raise SpecError(
+        f"{str(value)[:40]!r}: write a number, a name or a pattern such as n*, a list of them, or a mapping with what is each "
+        "one's own, such as {n1: {profile: lte, codec: int8}}"
+    )
+
+
+@dataclass(frozen=True)
+class Edge:
+    """An edge of a plan: its node, the link by which it leaves that, and what is its own (None: the cell's)."""
+
+    node: str
+    link: str
+    profile: Profile | None = None
+    codec: CodecSpec | None = None
+
+
+def matched(edges: dict[str, Own], topology: Topology, cloud: str, place: str) -> tuple[Edge, ...]:
+    """The nodes that these names and patterns mean, in the topology's order; a name's own goes before a pattern's.
+
+    Raises SpecError: a name or a pattern of no node, the cloud, or too many.
+    """
+    names = [node.name for node in topology.nodes]
+    found: dict[str, Own] = {}
+    for pattern, own in edges.items():
+        meant = [name for name in fnmatch.filter(names, pattern) if name != cloud or pattern == name]
+        if not meant:
+            raise SpecError(f"{place}: edges: topology {topology.name} has no node {pattern[:40]!r}; it has "
+                            f"{', '.join(names[:12])}{' …' if len(names) > 12 else ''}")  # fmt: skip
+        if cloud in meant:
+            raise SpecError(f"{place}: edges: {cloud!r} is the cloud")
+        for name in meant:
+            exact = pattern == name
+            if name not in found or exact:
+                found[name] = own
+    if len(found) > MOST:
+        raise SpecError(f"{place}: edges: {len(found)} of them; this machine runs at most {MOST}")
+    return tuple(_edge(name, found[name], topology, place) for name in names if name in found)
+
+
+def _edge(name: str, own: Own, topology: Topology, place: str) -> Edge:
+    link = topology.links[topology.interfaces(name)[0].link].name
+    if own.profile is None:
+        return Edge(name, link, None, own.codec)
+    here = f"{place}: edges.{name}.profile"
+    profile = profile_from(own.profile, here)
+    for way, direction in profile.ways.items():
+        direction.schedule(
+            way, 0.0
+        )  # its trace's file is read, and what is wrong with it known before anything is built
+    return Edge(name, link, profile, own.codec)

@@ -1,0 +1,204 @@
+"""A run of loads: what is sent is made beforehand, then many edges ask at once, and each load leaves its rows when it has ended.
+
+A load is of use as a whole: one that did not come to its end leaves none, and is put on again where the run is resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from testbed.endpoints.protocol import Happened, Span
+from testbed.experiment import wares as making
+from testbed.experiment.crowd import Crowd, Put
+from testbed.experiment.deployment import Batch
+from testbed.experiment.results import utc_now
+from testbed.experiment.row import Row
+from testbed.experiment.runner import Runner
+from testbed.experiment.scenario import Cell
+from testbed.experiment.trial import new_row
+from testbed.experiment.wares import Wares
+from testbed.hosts.processes import interruptible
+from testbed.load.closed import Closed
+from testbed.load.load import Open
+from testbed.net.fabric.accounting import LATE_S
+from testbed.net.fabric.fabric import Fabric
+from testbed.net.profile.profile import Profile
+
+if TYPE_CHECKING:
+    from testbed.net.calibration.calibrate import Calibration
+
+_LOADS = "loads.json"
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A load, put on once."""
+
+    batch: Batch
+    cell: Cell
+    cell_id: str
+    repeat: int
+
+    @property
+    def id(self) -> str:
+        """The same load has the same one in every start of a run."""
+        text = f"{self.cell_id}/{self.batch.index}/{self.repeat}"
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def trial(self, number: int) -> str:
+        """The identity of one of its requests."""
+        return hashlib.blake2b(f"{self.id}/{number}".encode(), digest_size=8).hexdigest()
+
+
+class LoadRunner(Runner):
+    """One execution of a plan of loads into a run directory."""
+
+    def execute(self) -> None:
+        """Put on every load that has not come to its end. Raises as `Runner.execute` does."""
+        with interruptible(), self.directory.locked():
+            self._take_up()
+            if not self.settled:
+                with making.made(self.plan, self.directory, self._cell_id, self._tally.say) as wares:
+                    self._batches = wares.batches
+                    self._put_on(wares)
+        if not self.settled:
+            self.directory.write_parquet()
+
+    def _take_up(self) -> None:
+        ended = self.directory.entries(_LOADS, "ended")
+        self._done = {str(entry["id"]) for entry in ended}
+        self.directory.repair()
+        self.directory.keep_first(sum(int(entry["requests"]) for entry in ended))
+        planned = self.directory.manifest().get("trials")
+        self.settled = self.resumed and isinstance(planned, int) and 0 < planned <= len(self._done)
+        if self.settled and not (self.directory.path / "trials.parquet").exists():
+            self.directory.write_parquet()
+
+    def _episodes(self) -> Iterator[Episode]:
+        for batch in self._batches:
+            for repeat in range(self.scenario.repeats):
+                for cell in self.plan.cells(batch.task, batch.context_tokens):
+                    yield Episode(batch, cell, self._cell_id(cell), repeat)
+
+    def _put_on(self, wares: Wares) -> None:
+        ahead = []
+        for episode in self._episodes():
+            self._expected += 1
+            self._tally.expect(episode.cell, 1)
+            if episode.id in self._done:
+                self._tally.skip(episode.cell)
+            else:
+                ahead.append(episode)
+        self._tally.say("building the network")
+        topology = self.plan.under(self.plan.profiles[0])
+        with (
+            Fabric.build(
+                topology, self.scenario.emulator, captures=self.directory.path / "captures"
+            ) as fabric,
+            Crowd(self.plan, fabric, self.directory, wares) as crowd,
+        ):
+            self._fabric = fabric
+            self._write_manifest(wares.loaded, fabric)
+            self._calibrate(self._profiles_under(ahead))
+            self._tally.begin()
+            self._origin = time.monotonic()
+            for episode in ahead:
+                self._one(episode, crowd, wares)
+                self._tally.done(episode.cell)
+
+    def _profiles_under(self, ahead: Sequence[Episode]) -> list[Profile]:
+        """All that links of edges will be under, or the swept one."""
+        profiles = dict.fromkeys(episode.cell.profile for episode in ahead)
+        own = (edge.profile for edge in self.plan.edges if edge.profile is not None)
+        used = [*profiles, *own] if ahead else []
+        if self.plan.own_links and all(edge.profile is not None for edge in self.plan.edges):
+            used = [*own]
+        return list(dict.fromkeys(used))
+
+    def _measured(self, profile: Profile) -> Calibration:
+        """One of the links that will be under that profile: what makes them is alike."""
+        plan = self.plan
+        own = [edge.link for edge in plan.edges if (edge.profile or profile) == profile]
+        swept = profile in plan.profiles and not plan.own_links
+        link = plan.link if swept or not own else own[0]
+        self._fabric.settle(link)
+        self._fabric.apply(link, profile)
+        return self._fabric.calibrate(link, profile)
+
+    def _conditions(self, cell: Cell) -> None:
+        """Every link under what it is to be under; traces begin now, or began with the run."""
+        if self.scenario.at != "run":
+            self._origin = time.monotonic()
+        links = {} if self.plan.own_links else {self.plan.link: cell.profile}
+        for link, profile in {**links, **self.plan.conditions(cell.profile)}.items():
+            self._fabric.settle(link)
+            self._fabric.apply(link, profile, self._origin)
+
+    def _one(self, episode: Episode, crowd: Crowd, wares: Wares) -> None:
+        """Put a load on, and keep what became of it."""
+        self._conditions(episode.cell)
+        put = self._put(episode, wares)
+        before = {edge.link: self._fabric.counters(edge.link) for edge in self.plan.edges}
+        rows = [self._row(episode, wares, *each) for each in crowd.ask(episode.cell, put)]
+        late: dict[str, list[str]] = {}
+        for edge in self.plan.edges:
+            now = self._fabric.counters(edge.link)
+            late[edge.link] = [
+                said for way in now for said in now[way].since(before[edge.link][way]).complaints(way, LATE_S)
+            ]
+        for row, _ in rows:
+            row.warnings = "; ".join(filter(None, [row.warnings, *late[row.link]]))
+        rows.sort(key=lambda each: (each[0].arrived_at or 0.0, each[0].client))
+        self.directory.append_all(rows)
+        self.failures += sum(bool(row.error) and not row.refused for row, _ in rows)
+        ended = self.directory.entries(_LOADS, "ended")
+        about = {"id": episode.id, "requests": len(rows), "cell": episode.cell_id, "repeat": episode.repeat}
+        self.directory.write(_LOADS, {"ended": [*ended, {**about, "ended_at": utc_now()}]})
+
+    def _put(self, episode: Episode, wares: Wares) -> Put:
+        """Who asks what when."""
+        scenario, load = self.scenario, episode.cell.load
+        until_s = scenario.warmup + scenario.duration
+        seed = f"{scenario.seed}/{episode.batch.index}/{episode.repeat}"
+        edges = self.plan.edges
+        numbers = [
+            [
+                wares.of(episode.batch, number, self.plan.at_edge(episode.cell, edge)).number
+                for number in range(len(episode.batch.examples))
+            ]
+            for edge in edges
+        ]
+        put = Put(episode.cell, until_s, numbers)
+        if isinstance(load, Open):
+            put.arrivals = load.arrivals([edge.node for edge in edges], until_s, seed)
+        elif isinstance(load, Closed):
+            put.clients, put.think_s = load.starting(len(edges), seed), load.think
+        return put
+
+    def _row(
+        self, episode: Episode, wares: Wares, edge: int, happened: Happened
+    ) -> tuple[Row, Sequence[Span]]:
+        """A request's row and its spans."""
+        made = wares.numbered(happened.ware)
+        own = self.plan.edges[edge]
+        trial = replace(made.trial, cell=self.plan.at_edge(episode.cell, own), cell_id=episode.cell_id)
+        calibrated = trial.cell.profile.text() not in self._uncalibrated
+        row = new_row(trial, self.plan, self._fabric.emulation, made.reference, calibrated)
+        row.trial, row.repeat = episode.trial(happened.number), episode.repeat
+        row.link, row.client, row.arrived_at = own.link, happened.client, happened.at
+        row.warmup, row.refused = happened.at < self.scenario.warmup, happened.refused
+        row.threads = wares.loaded["edge"].threads
+        row.replayed = True
+        result = happened.result
+        if result is None:
+            row.error = happened.error
+            return row, ()
+        result.replayed = True
+        result.payload_bytes, result.shared_bytes = made.result.payload_bytes, made.result.shared_bytes
+        result.question_s = made.result.question_s
+        row.fill(result, made.outcome, made.scores)
+        return row, result.spans

@@ -1,0 +1,88 @@
+"""What a scenario says of loads, looked up and held against what can be put on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from testbed.codecs.spec import CodecSpec
+from testbed.delivery.whole import Whole
+from testbed.errors import SpecError
+from testbed.experiment.edges import Edge, Own, matched
+from testbed.experiment.scenario import Scenario
+from testbed.load.load import Open
+from testbed.models.sources import find as find_model
+from testbed.net.topology.topology import Topology
+from testbed.serving.fifo import Fifo
+
+#: What crosses a link, or nothing: of a scout there is no ware.
+_PLACEMENTS = ("split", "store", "cloud")
+_OWN = Own()
+
+
+def edges_of(scenario: Scenario, topology: Topology, place: str) -> tuple[Edge, ...]:
+    """Who asks under a load; nobody but `edge` where there is none. Raises SpecError."""
+    if not scenario.loaded:
+        for key, said in (("edges", scenario.edges is not None), ("warmup", scenario.warmup > 0)):
+            if said:
+                raise SpecError(
+                    f"{place}: {key}: is of a load, such as load: closed(think=1s), and there is none"
+                )
+        if scenario.serving != [Fifo()]:
+            raise SpecError(
+                f"{place}: serving: {scenario.serving[0]}: nobody waits where requests come one after the other; "
+                "write a load, such as load: closed(clients=8)"
+            )
+        return ()
+    if isinstance(scenario.edges, int):
+        cloud = scenario.cloud
+        found = [node.name for node in topology.nodes if topology.interfaces(node.name)[0].end == "a"]
+        edges = [name for name in found if len(topology.interfaces(name)) == 1 and name != cloud]
+        return matched(dict.fromkeys(edges, _OWN), topology, cloud, place)
+    if scenario.edges is None:
+        return matched({scenario.edge: _OWN}, topology, scenario.cloud, place)
+    return matched(scenario.edges, topology, scenario.cloud, place)
+
+
+def bound_load(scenario: Scenario, edges: tuple[Edge, ...], place: str) -> tuple[Scenario, tuple[Edge, ...]]:
+    """The scenario with loads' files where they are, and the edges with what their codecs refer to written out. Raises SpecError
+    for what no load is put on with."""
+    if not scenario.loaded:
+        return scenario, edges
+    try:
+        loads = [load.bound() for load in scenario.load]
+        until_s = scenario.warmup + scenario.duration
+        names = [edge.node for edge in edges]
+        for load in loads:
+            if isinstance(load, Open):
+                load.arrivals(names, until_s, "")
+    except SpecError as error:
+        raise SpecError(f"{place}: load: {error}") from None
+    _check(scenario, place)
+    bound = tuple(_bound(edge, scenario, place) for edge in edges)
+    return scenario.model_copy(update={"load": loads}), bound
+
+
+def _check(scenario: Scenario, place: str) -> None:
+    if not all(load.timed for load in scenario.load):
+        raise SpecError(f"{place}: load: sequential beside others; make it a scenario of its own")
+    refused: dict[str, list[Any]] = {
+        "placements": [p for p in scenario.placements if p not in _PLACEMENTS],
+        "delivery": [str(d) for d in scenario.delivery if d != Whole()],
+        "traffic": scenario.traffic,
+        "at": [scenario.at] if scenario.at == "example" else [],
+    }
+    can = {"placements": ", ".join(_PLACEMENTS), "delivery": "whole", "traffic": "none", "at": "trial, run"}
+    for key, values in refused.items():
+        if values:
+            raise SpecError(f"{place}: {key}: {str(values[0])[:60]} under a load; there it takes {can[key]}")
+
+
+def _bound(edge: Edge, scenario: Scenario, place: str) -> Edge:
+    codec: CodecSpec | None = edge.codec
+    if codec is None:
+        return edge
+    if codec.unfit:
+        raise SpecError(f"{place}: edges.{edge.node}.codec: {codec.unfit}")
+    if codec.refers:
+        codec = codec.bound(find_model(scenario.models.edge).name)
+    return Edge(edge.node, edge.link, edge.profile, codec)

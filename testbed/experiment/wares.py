@@ -1,0 +1,178 @@
+"""Requests that are made before a load's clock starts: computed, sent and answered once, over loopback, by sides with models.
+
+What of them crosses links later is kept in files; what computing them took is waited for there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from msgspec import structs
+
+from testbed.delivery.delivery import Delivery
+from testbed.endpoints.protocol import FullCache, Loaded, Outcome, Replayed, TrialResult, Ware
+from testbed.experiment.deployment import Batch, Pair
+from testbed.experiment.results import RunDirectory
+from testbed.experiment.scenario import Cell, Plan
+from testbed.experiment.session import endpoint
+from testbed.experiment.trial import Reference, Trial
+from testbed.net.loopback import Loopback
+from testbed.tasks.task import Task
+
+_FOLDER = ".wares-"
+#: What a ware depends on, besides its example: neither link nor load.
+Key = tuple[int, int, str, str, Delivery]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A ware and its answer, each as the side that has no model is told it; the trial that made both, and what came of it."""
+
+    number: int
+    trial: Trial
+    reference: Reference
+    ware: Ware
+    answer: Replayed
+    result: TrialResult
+    outcome: Outcome
+    scores: dict[str, float]
+
+
+@dataclass
+class Wares:
+    """All of a plan, and what was said while they were made."""
+
+    loaded: dict[str, Loaded]
+    batches: list[Batch]
+    bound: int  #: bytes of the largest payload, and a little
+    made: dict[Key, Made] = field(default_factory=dict)
+
+    def of(self, batch: Batch, number: int, cell: Cell) -> Made:
+        """An example's, as a cell sends it."""
+        return self.made[_key(batch.index, number, cell)]
+
+    def numbered(self, number: int) -> Made:
+        """The one of that number."""
+        return self._by_number[number]
+
+    @cached_property
+    def _by_number(self) -> dict[int, Made]:
+        return {made.number: made for made in self.made.values()}
+
+
+def _key(batch: int, number: int, cell: Cell) -> Key:
+    return batch, number, cell.placement, cell.codec_text, cell.delivery
+
+
+@contextlib.contextmanager
+def made(
+    plan: Plan, directory: RunDirectory, ids: Callable[[Cell], str], say: Callable[[str], None]
+) -> Iterator[Wares]:
+    """Every ware of the plan, in files that go with the block. The sides that made them are gone by then. ids: cells' identities.
+
+    Raises EndpointError where a side ends, or one cannot be made.
+    """
+    home = directory.path.absolute()
+    for left in home.glob(f"{_FOLDER}*"):  # by a start that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_FOLDER, dir=home) as folder:
+        with Loopback() as network, contextlib.ExitStack() as stack:
+            edge, cloud = (
+                stack.enter_context(endpoint(role, network.host(role), directory, f"{role}-wares"))
+                for role in ("edge", "cloud")
+            )
+            pair = Pair(plan, edge, cloud)
+            say(f"loading {plan.scenario.models.edge} to make what will be sent")
+            loaded = pair.load()
+            wares = Wares(loaded, pair.prepare(), 0)
+            pair.serve(network.address("cloud"), loaded["edge"].kv_bytes_per_token)
+            wares.bound = pair.bound
+            for batch in wares.batches:
+                say(f"making {len(batch.examples)} examples' requests of {plan.tasks[batch.task].label}")
+                _make_batch(plan, pair, batch, wares, Path(folder), ids)
+        yield wares
+
+
+def _make_batch(
+    plan: Plan, pair: Pair, batch: Batch, wares: Wares, folder: Path, ids: Callable[[Cell], str]
+) -> None:
+    cells = plan.cells(batch.task, batch.context_tokens)
+    for number, prepared in enumerate(batch.examples):
+        reference: Reference | None = None
+        for cell in cells:
+            for edge in plan.edges:
+                own = plan.at_edge(cell, edge)
+                key = _key(batch.index, number, own)
+                if key in wares.made:
+                    continue
+                if reference is None:
+                    reference = _reference(pair, batch, number, plan.tasks[batch.task])
+                about = (batch.index, number, prepared.example, prepared.gold)
+                trial = Trial(own, ids(cell), 0, *about)
+                place = len(wares.made) + 1
+                path = folder / f"{place}.payload"
+                wares.made[key] = _make(plan, pair, trial, place, path, reference, wares.loaded)
+
+
+def _reference(pair: Pair, batch: Batch, number: int, task: Task) -> Reference:
+    full: FullCache = pair.reference(batch, number)
+    example = batch.examples[number].example
+    score = task.score(full.answer, example)["score"] if full.nll is not None else None
+    return Reference(full.context_tokens, full.kv_bytes, full.answer, score, full.nll, full.nll)
+
+
+def _make(
+    plan: Plan,
+    pair: Pair,
+    trial: Trial,
+    number: int,
+    path: Path,
+    reference: Reference,
+    loaded: dict[str, Loaded],
+) -> Made:
+    pair.stock(trial)
+    if plan.rehearses(trial.cell):
+        pair.rehearse(trial)
+    result = pair.trial(trial)
+    outcome = pair.outcome(result.request, trial)
+    ware = pair.keep(trial, str(path))
+    stages = result.stages
+    texts = trial.cell.placement == "cloud"
+    ware = structs.replace(
+        ware,
+        prefill_s=0.0 if texts else stages.prefill_s,
+        select_s=stages.select_s,
+        encode_s=stages.encode_s,
+    )
+    tokens = max(0, result.answer_tokens - 1)
+    held = outcome.tokens_kept
+    memory = held * loaded["cloud"].kv_bytes_per_token
+    answer = Replayed(
+        stage="prefill" if texts else "decode",
+        rebuild_s=stages.prefill_s if texts else stages.decode_s,
+        first_s=stages.first_token_s,
+        token_s=tuple(_token_s(plan, held, tokens, stages.generate_s)),
+        held=held,
+        memory=memory,
+        text=result.answer,
+        tokens=result.answer_tokens,
+    )
+    scores: dict[str, Any] = {}
+    if reference.nll is not None:
+        scores = plan.tasks[trial.cell.task].score(result.answer, trial.example)
+    return Made(number, trial, reference, ware, answer, result, outcome, scores)
+
+
+def _token_s(plan: Plan, held: int, tokens: int, generate_s: float) -> list[float]:
+    """Seconds of each token behind the first: of a device behind so many, or else alike."""
+    device = plan.devices.get("cloud")
+    if device is not None and device.times.decode:
+        return [device.times.token_s(held + token) for token in range(tokens)]
+    return [generate_s / tokens] * tokens

@@ -1,0 +1,1 @@
+"""Who asks when: arrivals of requests, one kind a file."""
