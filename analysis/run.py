@@ -143,6 +143,10 @@ def load(path: Path, where: str | None = None) -> Run:
     table = _latest(_typed(pd.DataFrame(rows)))
     if where:
         table = _select(table, where)
+    warming = table["warmup"].astype(bool)
+    if warming.any():
+        table = table[~warming]
+        notes.append(f"{int(warming.sum()):,} requests of loads' warm-up left out")
     failed = table["error"] != ""
     done = table[~failed].reset_index(drop=True)
     return Run(

@@ -64,9 +64,9 @@ def lanes(spans: pd.DataFrame) -> list[int]:
 
 def _side(stage: str, placement: str) -> str:
     """Where a stage is that comes after the others."""
-    if stage in ("connect", "transmit"):
+    if stage in ("link_queue", "connect", "transmit"):
         return "link"
-    if placement == "edge" or stage in ("select", "encode"):
+    if placement == "edge" or stage in ("edge_queue", "select", "encode"):
         return "edge"
     return "edge" if stage == "prefill" and placement != "cloud" else "cloud"
 

@@ -37,9 +37,11 @@ from testbed.analysis.run import Run, stage_names
 
 # Hatches alternate between dense and sparse, so that neighbours differ in a black-and-white print.
 LOOKS = {
+    "edge_queue_s": (GREY, "xxxx", "queue (edge)"),
     "prefill_s": (BLUE, "", "prefill"),
     "select_s": (YELLOW, "....", "select (edge)"),
     "encode_s": (PURPLE, "xxxx", "encode (edge)"),
+    "link_queue_s": (GREY, "////", "queue (link)"),
     "connect_s": (INK, "", "connect"),
     "transmit_s": (ORANGE, "////", "transmit"),
     "queue_s": (GREY, "....", "queue (cloud)"),

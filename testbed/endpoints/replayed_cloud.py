@@ -78,9 +78,9 @@ class Queue:
         now = 0.0
         while True:
             with self._changed:
-                while (work := self._server.begin(self._from(now))) is None:
+                while (work := self._server.begin(at := self._from(now))) is None:
                     self._changed.wait()
-                now = self._from(now) + work.seconds
+                now = at + work.seconds
             wait_until(now)
             with self._changed:
                 for job in self._server.end(work, now):

@@ -23,6 +23,7 @@ from testbed import files
 from testbed.errors import UsageError
 from testbed.experiment.results import RunDirectory
 from testbed.experiment.scenario import Plan
+from testbed.load.arrivals import Arrivals
 from testbed.models.sources import hub_commit, resolve
 from testbed.net.profile.jitter import JitterTable
 from testbed.net.profile.profile import Profile
@@ -50,6 +51,9 @@ def described(plan: Plan) -> dict[str, str]:
         for law in (profile.up.jitter_law, profile.down.jitter_law):
             if isinstance(law, JitterTable):
                 paths[f"jitter table {law.path}"] = law.found()
+    for load in plan.scenario.load:
+        if isinstance(load, Arrivals):
+            paths[f"arrivals {load.file}"] = Path(load.file)
     commits = {}
     here = plan.topology.kind == "namespaces"  # hosts have models of their own
     for name in dict.fromkeys((plan.scenario.models.edge, plan.scenario.models.cloud) if here else ()):
@@ -131,7 +135,8 @@ def kept_traces(entry: Any, path: Path) -> dict[str, Path]:
 
 
 def _profiles(plan: Plan) -> list[Profile]:
-    return [*plan.profiles, *(link.profile for link in plan.topology.links)]
+    own = (edge.profile for edge in plan.edges if edge.profile is not None)
+    return [*plan.profiles, *own, *(link.profile for link in plan.topology.links)]
 
 
 def _digest(path: Path) -> str:

@@ -79,6 +79,8 @@ def new_row(trial: Trial, plan: Plan, emulator: str, reference: Reference, calib
         loss_down=steady.down.loss,
         kv_bytes=reference.kv_bytes,
         questions_per_context=scenario.questions_per_context,
+        load=str(cell.load),
+        serving=str(cell.serving),
         **_speeds(plan),
         reference_answer=reference.answer,
         reference_score=reference.score,

@@ -9,7 +9,7 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,11 @@ from testbed.experiment.session import endpoint
 from testbed.experiment.trial import Reference, Trial
 from testbed.net.loopback import Loopback
 from testbed.tasks.task import Task
+from testbed.transport.tcp import Tcp
 
 _FOLDER = ".wares-"
+#: So often is each made: what took the middle of these times is what every request takes, which one slow start must not decide.
+_TRIES = 3
 #: What a ware depends on, besides its example: neither link nor load.
 Key = tuple[int, int, str, str, Delivery]
 
@@ -88,7 +91,7 @@ def made(
                 stack.enter_context(endpoint(role, network.host(role), directory, f"{role}-wares"))
                 for role in ("edge", "cloud")
             )
-            pair = Pair(plan, edge, cloud)
+            pair = Pair(_plain(plan), edge, cloud)
             say(f"loading {plan.scenario.models.edge} to make what will be sent")
             loaded = pair.load()
             wares = Wares(loaded, pair.prepare(), 0)
@@ -100,6 +103,13 @@ def made(
         yield wares
 
 
+def _plain(plan: Plan) -> Plan:
+    """The plan as it crosses loopback: by TCP, whose congestion control is this machine's."""
+    links = tuple(replace(link, congestion=None) for link in plan.topology.links)
+    scenario = plan.scenario.model_copy(update={"transport": [Tcp()]})
+    return replace(plan, scenario=scenario, topology=replace(plan.topology, links=links))
+
+
 def _make_batch(
     plan: Plan, pair: Pair, batch: Batch, wares: Wares, folder: Path, ids: Callable[[Cell], str]
 ) -> None:
@@ -108,7 +118,7 @@ def _make_batch(
         reference: Reference | None = None
         for cell in cells:
             for edge in plan.edges:
-                own = plan.at_edge(cell, edge)
+                own = replace(plan.at_edge(cell, edge), transport=Tcp())
                 key = _key(batch.index, number, own)
                 if key in wares.made:
                     continue
@@ -137,10 +147,14 @@ def _make(
     reference: Reference,
     loaded: dict[str, Loaded],
 ) -> Made:
-    pair.stock(trial)
-    if plan.rehearses(trial.cell):
-        pair.rehearse(trial)
-    result = pair.trial(trial)
+    tries = []
+    for repeat in range(_TRIES):
+        again = replace(trial, repeat=repeat)
+        pair.stock(again)
+        if plan.rehearses(again.cell):
+            pair.rehearse(again)
+        tries.append(pair.trial(again))
+    result = sorted(tries, key=lambda each: each.e2e_s)[_TRIES // 2]
     outcome = pair.outcome(result.request, trial)
     ware = pair.keep(trial, str(path))
     stages = result.stages
