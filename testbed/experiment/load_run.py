@@ -15,6 +15,8 @@ from testbed.endpoints.protocol import Happened, Span
 from testbed.experiment import wares as making
 from testbed.experiment.crowd import Crowd, Put
 from testbed.experiment.deployment import Batch
+from testbed.experiment.environment import cpu_name, host_name
+from testbed.experiment.progress import Tally
 from testbed.experiment.results import utc_now
 from testbed.experiment.row import Row
 from testbed.experiment.runner import Runner
@@ -59,6 +61,8 @@ class LoadRunner(Runner):
 
     def execute(self) -> None:
         """Put on every load that has not come to its end. Raises as `Runner.execute` does."""
+        self._tally = Tally(self.plan, self.watch, self.plan.trials)
+        self._host, self._cpu = host_name(), cpu_name()
         with interruptible(), self.directory.locked():
             self._take_up()
             if not self.settled:
@@ -192,7 +196,7 @@ class LoadRunner(Runner):
         row.link, row.client, row.arrived_at = own.link, happened.client, happened.at
         row.warmup, row.refused = happened.at < self.scenario.warmup, happened.refused
         row.threads = wares.loaded["edge"].threads
-        row.replayed = True
+        row.host, row.cpu, row.replayed = self._host, self._cpu, True
         result = happened.result
         if result is None:
             row.error = happened.error
