@@ -94,10 +94,11 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 #: Models of the same tokenizer that are larger or smaller than the families'.
 SIZES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama small": (
-        "LlamaConfig",
+    f"{family} small": (
+        FAMILIES[family][0],
         {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1},
-    ),
+    )
+    for family in ("llama", "qwen2")
 }
 
 _WORDS = """

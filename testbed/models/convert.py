@@ -15,6 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+_OF_TOKENIZER = ("tokenizer.ggml.pre", "tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
+_UNUSED = 5  #: gguf.TokenType.UNUSED
+
 
 def convert(gguf_file: Path, directory: Path) -> None:
     """Write config, tokenizer and float32 safetensors of `gguf_file` into `directory`."""
@@ -39,17 +42,28 @@ def convert(gguf_file: Path, directory: Path) -> None:
             delattr(owner, name)
     network.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    _restore_digits(gguf.GGUFReader(str(gguf_file)), directory / "tokenizer.json")
+    _mend_tokenizer(gguf.GGUFReader(str(gguf_file)), directory / "tokenizer.json")
 
 
-def _restore_digits(reader: Any, path: Path) -> None:
-    """SmolLM's tokenizer splits numbers into digits; transformers' conversion from GGUF forgets that."""
-    field = reader.fields.get("tokenizer.ggml.pre")
-    if field is None or field.contents() != "smollm":
-        return
+def _mend_tokenizer(reader: Any, path: Path) -> None:
+    """Say what transformers' conversion forgets: how a family cuts texts, which a GGUF file says by a name alone. SmolLM's
+    tokenizer splits numbers into digits, and Qwen2's composes letters and their marks first. And forget what fills
+    the table of embeddings up: models of one tokenizer have tables of several lengths.
+    """
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    digits = {"type": "Digits", "individual_digits": True}
-    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, tokenizer["pre_tokenizer"]]}
+    facts = {name: field.contents() for name, field in reader.fields.items() if name in _OF_TOKENIZER}
+    cutting = facts.get("tokenizer.ggml.pre")
+    if cutting == "qwen2":
+        tokenizer["normalizer"] = {"type": "NFC"}
+    if cutting == "smollm":
+        digits = {"type": "Digits", "individual_digits": True}
+        splits = [digits, tokenizer["pre_tokenizer"]]
+        tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": splits}
+    names, kinds = facts.get("tokenizer.ggml.tokens", ()), facts.get("tokenizer.ggml.token_type", ())
+    vocabulary = tokenizer["model"]["vocab"]
+    for number, (name, kind) in enumerate(zip(names, kinds, strict=False)):
+        if kind == _UNUSED and name == f"[PAD{number}]" and isinstance(vocabulary, dict):
+            vocabulary.pop(name, None)
     path.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 

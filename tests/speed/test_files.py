@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from testbed import lookup, strict_yaml
 from testbed.errors import SpecError
+from testbed.models.presets import PRESETS
 from testbed.models.shapes import SHAPES
-from testbed.models.sources import PRESETS
 from testbed.speed.files import CodecTimes, Device, Way, device_from, load_device, shipped_devices
 from testbed.speed.times import DeviceTimes
 
