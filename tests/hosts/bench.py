@@ -54,6 +54,7 @@ for closed in {closed}; do mount -t tmpfs -o mode=755 none "$closed"; done
 for path in {shown}; do mkdir -p "$path"; mount --bind "$0/shown$path" "$path"; done
 mount --bind "$0/passwd" /etc/passwd
 mount --bind "$0/shadow" /etc/shadow
+[ ! -e "$0/sudoers" ] || mount --bind "$0/sudoers" /etc/sudoers
 mount -t tmpfs -o mode=755,size="$2" none /home
 mkdir -p "/home/$1/.ssh"
 cp "$0/authorized_keys" "/home/$1/.ssh/"
@@ -140,11 +141,13 @@ def bench(
     banner: str = "",
     home_size: str = "100%",
     ahead_s: Mapping[str, int] | None = None,
+    sudoers: str = "",
 ) -> Iterator[dict[str, Host]]:
     """Hosts by name. `names`: of new ones, or a mapping of them to the namespaces that they are to be in.
 
     banner: what each says before it lets anybody in; home_size: how much goes into a home, as tmpfs takes it; ahead_s: by how
-    much hosts' monotonic clocks are ahead of this machine's, in time namespaces.
+    much hosts' monotonic clocks are ahead of this machine's, in time namespaces; sudoers: all that sudo is told there, in which
+    `{user}` is the host's.
     """
     wanted: dict[str, str | None] = {}
     for name in names:
@@ -181,6 +184,9 @@ def bench(
             directory.mkdir()
             host = Host(name, namespace, f"tb-{name}", theirs, 2201 + number, directory)
             _furnish(host, client, 5000 + number, banner)
+            if sudoers:
+                (directory / "sudoers").write_text(sudoers.replace("{user}", host.user))
+                (directory / "sudoers").chmod(0o440)
             ahead = (ahead_s or {}).get(name)
             closing.enter_context(_served(host, 5000 + number, shown, home_size, ahead))
             hosts[name] = host
@@ -266,6 +272,19 @@ def wait_for(true: Callable[[], object], seconds: float = 30.0) -> bool:
     while not true() and time.monotonic() < until:
         time.sleep(0.02)
     return bool(true())
+
+
+@contextlib.contextmanager
+def cable(here: Host, there: Host) -> Iterator[None]:
+    """Both joined by `eth0`, 10.98.0.1 and 10.98.0.2, while the block runs; a packet on it is one of the network's."""
+    _ip(f"link add eth0 netns {here.namespace} type veth peer name eth0 netns {there.namespace}")
+    try:
+        for number, host in enumerate((here, there), 1):
+            _ip(f"-n {host.namespace} addr add 10.98.0.{number}/24 dev eth0")
+            _ip(f"-n {host.namespace} link set eth0 up gso_max_segs 1")
+        yield
+    finally:
+        _ip(f"-n {here.namespace} link del eth0")
 
 
 def make_key(path: Path) -> None:
