@@ -7,7 +7,6 @@ and repeated by hand.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import shutil
 import subprocess
@@ -17,35 +16,22 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from testbed import files, programs
-from testbed.errors import EndpointError, StorageError
+from testbed.errors import EndpointError
 from testbed.hosts import processes, rootless
-from testbed.hosts.channel import Channel
+from testbed.hosts.started import Started
 from testbed.identity import User, invoking_user
 
 #: How long a process may take to leave, once its standard input has ended.
 _LEAVE_S = 3.0
 
 
-class LocalProcess:
+class LocalProcess(Started):
     """A `Process` of this machine; what its parts are for is said there."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path | None, printed: IO[bytes] | None) -> None:
-        self._process, self.log, self._printed = process, log, printed
-        self.pid = process.pid
-        self.stdin, self.stdout = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
-        self._watch = processes.Watch(process.pid)
-
-    def __enter__(self) -> LocalProcess:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self.kill()
-        self.stop()
-
-    @functools.cached_property
-    def channel(self) -> Channel:
-        return Channel(self.stdout, self.stdin)
+        stdin, stdout = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
+        super().__init__(process.pid, stdin, stdout, log, printed)
+        self._process, self._watch = process, processes.Watch(process.pid)
 
     def status(self, within_s: float | None = 0.0) -> int | None:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -55,25 +41,11 @@ class LocalProcess:
     def stopped_s(self) -> float:
         return self._watch.stopped_s()
 
-    def last_words(self) -> str:
-        try:
-            if self._printed is not None:
-                self._printed.seek(0)
-                data = self._printed.read()
-            else:
-                data = files.read(cast(Path, self.log))
-        except (OSError, ValueError, StorageError):  # gone, or closed
-            return ""
-        lines = data.decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else ""
-
     def kill(self) -> None:
         self._process.kill()
 
     def stop(self) -> None:
-        for stream in (self.stdin, self.stdout):
-            with contextlib.suppress(OSError):
-                stream.close()
+        self._hang_up()
         if self.status(_LEAVE_S) is None:
             self._process.kill()
             self._process.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import tempfile
@@ -14,11 +13,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 import paramiko
 
-from testbed import files
-from testbed.errors import StorageError, TestbedError
-from testbed.hosts.channel import Channel
+from testbed.errors import TestbedError
 from testbed.hosts.connection import LOST, end
 from testbed.hosts.remote import LEAVE_S, MARK
+from testbed.hosts.started import Started
 
 if TYPE_CHECKING:
     from testbed.hosts.ssh import Ssh
@@ -29,7 +27,7 @@ _PIECE = 1 << 16
 LIVING: set[str] = set()
 
 
-class SshProcess:
+class SshProcess(Started):
     """A `Process` of another machine; what its parts are for is said there. A status of 255 also says that its keeper, or the
     connection to its host, was lost, as the last words do.
 
@@ -46,19 +44,18 @@ class SshProcess:
         log: Path | None,
         printed: IO[bytes] | None,
     ) -> None:
-        self._host, self._session, self._mark, self.log = host, session, mark, log
-        self.pid, self._started = int(told["pid"]), int(told["started"])
+        given, stdin = os.pipe()
+        stdout, made = os.pipe()
+        self._out: IO[bytes] = printed or tempfile.TemporaryFile()  # noqa: SIM115 (until `stop`)
+        super().__init__(int(told["pid"]), os.fdopen(stdin, "wb"), os.fdopen(stdout, "rb"), log, self._out)
+        self._host, self._session, self._mark = host, session, mark
+        self._started = int(told["started"])
         self._name = mark.removeprefix(MARK).decode()
         LIVING.add(self._name)
-        self._printed: IO[bytes] = printed or tempfile.TemporaryFile()  # noqa: SIM115 (until `stop`)
         self._fate: int | None = None
         self._ended, self._writing = threading.Event(), threading.Lock()
         self._stopped = 0.0
         session.settimeout(None)
-        given, stdin = os.pipe()
-        stdout, made = os.pipe()
-        self.stdin: IO[bytes] = os.fdopen(stdin, "wb")
-        self.stdout: IO[bytes] = os.fdopen(stdout, "rb")
         pumps = ((self._give, given), (self._take, made, first), (self._listen,))
         self._pumps = [
             threading.Thread(target=pump, args=arguments, name=f"ssh-{self.pid}", daemon=True)
@@ -66,18 +63,6 @@ class SshProcess:
         ]
         for pump in self._pumps:
             pump.start()
-
-    def __enter__(self) -> SshProcess:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self.kill()
-        self.stop()
-
-    @functools.cached_property
-    def channel(self) -> Channel:
-        return Channel(self.stdout, self.stdin)
 
     def status(self, within_s: float | None = 0.0) -> int | None:
         self._ended.wait(within_s)
@@ -87,20 +72,14 @@ class SshProcess:
         return self._stopped
 
     def last_words(self) -> str:
-        try:
-            if self.log is None:
-                with self._writing:
-                    self._printed.seek(0)
-                    data = self._printed.read()
-            else:
-                data = files.read(self.log)
-        except (OSError, ValueError, StorageError):  # gone, or closed
-            return ""
-        lines = data.decode(errors="replace").strip().splitlines()
-        words = lines[-1] if lines else ""
+        words = super().last_words()
         if "No module named 'testbed" in words:
             words += f" ({self._host.address}: testbed hosts install TOPOLOGY puts it there)"
         return words
+
+    def _kept_words(self) -> bytes:
+        with self._writing:
+            return super()._kept_words()
 
     def kill(self) -> None:
         if self.status() is None and self._host.connected:
@@ -109,16 +88,14 @@ class SshProcess:
             self.status(_AT_ONCE_S)
 
     def stop(self) -> None:
-        for stream in (self.stdin, self.stdout):
-            with contextlib.suppress(OSError):
-                stream.close()
+        self._hang_up()
         if self.status(LEAVE_S) is None:
             self.kill()
         end(self._session)
         self._ended.wait(_AT_ONCE_S)
         for pump in self._pumps:
             pump.join(_AT_ONCE_S)
-        self._printed.close()
+        self._out.close()
 
     def _give(self, given: int) -> None:
         with os.fdopen(given, "rb", buffering=0) as pipe, contextlib.suppress(*LOST):
@@ -176,9 +153,9 @@ class SshProcess:
 
     def _print(self, data: bytes) -> None:
         with self._writing, contextlib.suppress(OSError, ValueError):  # no room, or closed
-            self._printed.seek(0, os.SEEK_END)
-            self._printed.write(data)
-            self._printed.flush()
+            self._out.seek(0, os.SEEK_END)
+            self._out.write(data)
+            self._out.flush()
 
 
 def _received(receive: Callable[[int], bytes]) -> bytes:
