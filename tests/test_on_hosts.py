@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from testbed.errors import SpecError
+from testbed.errors import SpecError, UsageError
+from testbed.experiment import sending
 from testbed.experiment.plan import make_plan
 from testbed.experiment.scenario import Plan
+from testbed.hosts.local import Local
 from testbed.net.profile.profile import MEASURED, PRESETS
 from tests.command import command
 
@@ -72,3 +74,29 @@ def test_a_plan_says_that_a_measured_links_times_are_unknown(tmp_path: Path) -> 
     told = command("plan", str(tmp_path / "t.yaml"))
     assert told.status == 0, told.errors
     assert "unknown" in told.out
+
+
+class Remote(Local):
+    """A host that has what `has` names, and tells what it was given."""
+
+    def __init__(self, has: Path | None = None) -> None:
+        super().__init__()
+        self.address, self.has = "ssh://there", has
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "ssh"}
+
+    def run(self, argv: list[str]) -> tuple[int, bytes]:
+        return int(argv[-1] != str(self.has)), b""
+
+
+def test_what_is_too_large_to_be_sent_has_to_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sending, "MOST_BYTES", 999)
+    own = tmp_path / "own.jsonl"
+    own.write_bytes(bytes(1000))
+    with pytest.raises(UsageError, match=f"not sent to ssh://there; copy it there, to {own} as here"):
+        sending.there(Remote(), str(own))
+    assert sending.there(Remote(has=own), str(own)) == str(own)
+    assert sending.there(Local(), str(own)) == str(own)

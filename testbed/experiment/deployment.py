@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,7 +16,9 @@ from testbed.endpoints.endpoint import CALL_S, Endpoint
 from testbed.endpoints.protocol import Computed, FullCache, Link, Loaded, Message, Outcome, TrialResult
 from testbed.errors import EndpointError, UsageError
 from testbed.experiment.scenario import Cell, Plan
+from testbed.experiment.sending import model_there, there
 from testbed.experiment.trial import Trial
+from testbed.hosts.host import Host
 from testbed.net.profile.future import future
 from testbed.transport.secret import secrets
 
@@ -48,14 +50,19 @@ class Pair:
     """The edge and the cloud of one run. Every method raises EndpointError where an endpoint fails, has ended or gives an
     answer that cannot be, and NetworkError where a process that the link needs has ended.
 
-    check: raises that NetworkError.
+    check: raises that NetworkError; hosts: on which of them each side runs, where files of ours may have to be sent.
     """
 
     def __init__(
-        self, plan: Plan, edge: Endpoint, cloud: Endpoint, check: Callable[[], None] = lambda: None
+        self,
+        plan: Plan,
+        edge: Endpoint,
+        cloud: Endpoint,
+        check: Callable[[], None] = lambda: None,
+        hosts: Mapping[str, Host] | None = None,
     ) -> None:
         self.plan, self.scenario, self.edge, self.cloud = plan, plan.scenario, edge, cloud
-        self._check_network = check
+        self._check_network, self._hosts = check, hosts or {}
         self._links: dict[str, Link] = {}  #: by transport
         self._longest = 0
         self.bound = 0  #: bytes that a request's payload may have
@@ -69,12 +76,14 @@ class Pair:
     def load(self) -> dict[str, Loaded]:
         """Load the model on one side, then the other: two loads at once would only fight over memory and cores.
 
-        Returns what each says of its model, by side. Raises UsageError where they have models of two tokenizers.
+        Returns what each says of its model, by side. Raises UsageError where they have models of two tokenizers, or one is not on
+        a host and too large to be sent.
         """
         loaded = {}
         for side, endpoint in (("edge", self.edge), ("cloud", self.cloud)):
+            name = getattr(self.scenario.models, side)
             message = protocol.Load(
-                getattr(self.scenario.models, side),
+                model_there(self._hosts[side], name) if side in self._hosts else name,
                 device=getattr(self.scenario.device, side),
                 dtype=getattr(self.scenario.dtype, side),
                 threads=self.scenario.threads,
@@ -99,6 +108,8 @@ class Pair:
         batches = []
         for task, context_tokens in self.plan.batches():
             settings = self.scenario.task(task)
+            if "edge" in self._hosts and (path := settings.get("path")):
+                settings = {**settings, "path": there(self._hosts["edge"], str(path))}
             message = protocol.Prepare(
                 settings["task"],
                 parameters={k: v for k, v in settings.items() if k != "task"},

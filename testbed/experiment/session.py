@@ -59,9 +59,12 @@ def across_links(plan: Plan, directory: RunDirectory, say: Callable[[str], None]
             say("building the network")
             captures = directory.path / "captures"
             network = stack.enter_context(Fabric.build(topology, plan.scenario.emulator, captures=captures))
-        edge = stack.enter_context(endpoint("edge", network.host(plan.scenario.edge), directory))
-        cloud = stack.enter_context(endpoint("cloud", network.host(plan.scenario.cloud), directory))
-        yield Session(plan, network, Pair(plan, edge, cloud, network.check))
+        hosts = {
+            side: network.host(node)
+            for side, node in (("edge", plan.scenario.edge), ("cloud", plan.scenario.cloud))
+        }
+        edge, cloud = (stack.enter_context(endpoint(side, host, directory)) for side, host in hosts.items())
+        yield Session(plan, network, Pair(plan, edge, cloud, network.check, hosts))
 
 
 @contextlib.contextmanager
