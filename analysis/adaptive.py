@@ -52,7 +52,7 @@ def kept(run: Run) -> list[Kept]:
 
 def _kept(panel: str, rows: pd.DataFrame) -> list[Kept]:
     found = []
-    rows = _judged(rows)
+    rows = settings.at_home(_judged(rows))
     oracle = rows[rows["delivery"].str.contains(ORACLE, regex=False)]
     for setting, own in rows.groupby("setting", sort=False):
         examples = settings.clusters(own)

@@ -38,10 +38,11 @@ class Line:
     trials: tuple[int, int] = (0, 0)
 
 
-def compare(first: Run, second: Run) -> list[Line]:
+def compare(first: Run, second: Run, across_hosts: bool = False) -> list[Line]:
     """Every setting and profile that both runs have, in the first one's order.
 
-    Raises UsageError where they share none.
+    Raises UsageError where they share none, and where examples met other hosts in the one than in the other, unless
+    `across_hosts`: then what differs may be the hosts' own.
     """
     column = "ttft_s" if any("first token" in run.latency for run in (first, second)) else "e2e_s"
     tables = [_timed(settings.labelled(run.require().attempts), column) for run in (first, second)]
@@ -53,10 +54,12 @@ def compare(first: Run, second: Run) -> list[Line]:
     shared = [key for key in groups[0] if key in groups[1]]
     if not shared:
         raise UsageError(f"{first.path} and {second.path} have no setting on the same link in common")
+    if not across_hosts:
+        _check_hosts(first, second)
     lines = []
     for key in shared:
         own = [g[key] for g in groups]
-        pair = _pair(*own)
+        pair = _pair(own[0], own[1], across_hosts)
         ratio, p = paired_latency.compared(pair["latency_s_b"].to_numpy(), pair["latency_s_a"].to_numpy())
         clusters = settings.clusters(pair)
         lines.append(
@@ -77,6 +80,30 @@ def compare(first: Run, second: Run) -> list[Line]:
         )
     adjusted = stats.holm([line.p for line in lines])
     return [replace(line, p=float(p)) for line, p in zip(lines, adjusted, strict=True)]
+
+
+def _check_hosts(first: Run, second: Run) -> None:
+    """Raises UsageError where the runs' examples, or the runs that share none, met unlike hosts; of older rows nobody knows."""
+    hosts = [_hosts(run.attempts) for run in (first, second)]
+    both = hosts[0].keys() & hosts[1].keys()
+    unlike = [key for key in both if hosts[0][key] != hosts[1][key]]
+    every = [sorted(set().union(*of.values())) for of in hosts]
+    if unlike or (not both and all(every) and every[0] != every[1]):
+        where = [" and ".join(names[:3]) + (" and others" if len(names) > 3 else "") for names in every]
+        some = f", {len(unlike):,} of {len(both):,} examples in both on another host" if both else ""
+        raise UsageError(
+            f"{first.path} was made on {where[0]}, {second.path} on {where[1]}{some}: what differs may be the hosts' own; "
+            "compare them all the same with --across-hosts"
+        )
+
+
+def _hosts(rows: pd.DataFrame) -> dict[tuple[str, str], set[str]]:
+    """The hosts, with their processors, that each example met; examples of which all are unknown are left out."""
+    known = rows[rows["host"] != ""]
+    named = known.assign(_of=known["host"] + known["cpu"].map(lambda cpu: f" ({cpu})" if cpu else ""))
+    return {
+        (str(task), str(example)): set(map(str, own)) for (task, example), own in named.groupby(_KEYS)["_of"]
+    }
 
 
 def _timed(rows: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -100,11 +127,13 @@ def _both(estimates: Iterable[Any]) -> tuple[Any, Any]:
     return a, b
 
 
-def _pair(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
-    """The examples that both have, repeats averaged; of latencies the median."""
-    how = {"latency_s": "median", "score": "mean", "nll": "mean"}
+def _pair(a: pd.DataFrame, b: pd.DataFrame, across_hosts: bool) -> pd.DataFrame:
+    """The examples that both have, on one host unless `across_hosts`, repeats averaged; of latencies the median."""
+    how = {"latency_s": "median", "score": "mean", "nll": "mean", "host": "first"}
     means = [t.groupby(_KEYS).agg(how).reset_index() for t in (a, b)]
-    return means[0].merge(means[1], on=_KEYS, suffixes=("_a", "_b"))
+    both = means[0].merge(means[1], on=_KEYS, suffixes=("_a", "_b"))
+    unknown = (both["host_a"] == "") | (both["host_b"] == "")
+    return both if across_hosts else both[(both["host_a"] == both["host_b"]) | unknown]
 
 
 def differences(first: Run, second: Run) -> list[str]:
@@ -117,7 +146,7 @@ def differences(first: Run, second: Run) -> list[str]:
         for key in dict.fromkeys([*old, *new])
         if old.get(key) != new.get(key) and key not in ("name", "description")
     ]
-    for key in ("emulator", "threads"):
+    for key in ("emulator", "threads", "host", "cpu"):
         if not all(key in run.rows and run.rows[key].notna().any() for run in (first, second)):
             continue
         values = [", ".join(sorted(map(_shown, set(run.rows[key].dropna())))) for run in (first, second)]

@@ -81,23 +81,24 @@ class Comparison:
 
 
 def by_example(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line per model, task, example and setting: the mean of its rows' qualities, over links and
-    repeats.
+    """One line per model, task, example and setting: the mean of its rows' qualities, over links and repeats, and the host of
+    the first.
     """
     labelled = rows if "setting" in rows else settings.labelled(rows)
-    return labelled.groupby([*_KEYS, "setting"], sort=False)[_QUALITIES].mean().reset_index()
+    grouped = labelled.groupby([*_KEYS, "setting"], sort=False)
+    return grouped.agg({**dict.fromkeys(_QUALITIES, "mean"), "host": "first"}).reset_index()
 
 
 def pairs(table: pd.DataFrame, setting: str, baseline: str = FULL) -> pd.DataFrame:
-    """The examples (of `by_example`) that both settings have, with the baseline's columns suffixed
-    ``_base``.
-    """
+    """The examples (of `by_example`) that both settings have, on one host, with the baseline's columns suffixed ``_base``."""
     own = table[table["setting"] == setting]
     if baseline == FULL:
         base = {"score_base": own["reference_score"], "nll_base": own["reference_nll"]}
         return own.assign(**base, kl_base=0.0)
     other = table[table["setting"] == baseline]
-    return own.merge(other, on=_KEYS, suffixes=("", "_base"))
+    both = own.merge(other, on=_KEYS, suffixes=("", "_base"))
+    hosts = [both[column].fillna("") for column in ("host", "host_base")]
+    return both[(hosts[0] == hosts[1]) | (hosts[0] == "") | (hosts[1] == "")]
 
 
 def compare(both: pd.DataFrame, model: str, task: str, setting: str, baseline: str) -> Comparison:

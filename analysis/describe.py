@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from testbed.analysis import settings
+from testbed.analysis import hosts, settings
 from testbed.analysis.run import Run
 from testbed.units import format_fraction, positional
 
@@ -57,7 +57,7 @@ def caveats(run: Run) -> list[str]:
     rows, sentences = run.rows, []
     if run.where:
         sentences.append(f"Only rows where {run.where}.")
-    sentences += elsewhere(rows)
+    sentences += [*elsewhere(rows), *hosts.caveats(run)]
     reused = rows["reused"].str.split(",").explode().str.strip()
     shares = reused[reused.fillna("") != ""].value_counts() / max(1, len(rows))
     if len(shares):
@@ -134,8 +134,9 @@ def failures(run: Run) -> str:
 
 
 def computing(run: Run) -> str:
-    """How the machine computed during a run's last start, in a sentence; empty where nobody measured."""
-    if not run.compute:
+    """How the machine computed during a run's last start, in a sentence; empty where nobody measured, or on several
+    hosts (see `hosts`)."""
+    if not run.compute or len({start.host for start in run.compute} - {""}) > 1:
         return ""
     first, *_ = measurements = run.compute[-1].measurements
     drifts = [m.edge.median_s / first.edge.median_s for m in measurements]

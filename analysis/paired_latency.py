@@ -88,7 +88,7 @@ def first_token_differences(rows: pd.DataFrame, baseline: str) -> dict[str, stat
 def _by_example(rows: pd.DataFrame, latencies: pd.Series[float] | None = None) -> pd.DataFrame:
     """Median latency over repeats: an example a line, a setting a column; NaN where it was not tried."""
     times = settings.latencies(rows) if latencies is None else latencies
-    table = rows.assign(_latency=times, _example=settings.clusters(rows))
+    table = settings.at_home(rows.assign(_latency=times, _example=settings.clusters(rows)))
     return table.groupby(["_example", "setting"], sort=False)["_latency"].median().unstack("setting")
 
 

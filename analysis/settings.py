@@ -17,6 +17,7 @@ from testbed.analysis.levels import counts, ladder
 from testbed.experiment.row import SENDING
 
 _BETWEEN = "\x1f"  #: task and example; not NUL, which numpy strips from the ends of strings
+_OF_EXAMPLE = ["model", "task", "example"]
 #: A setting that reaches this share of the full cache's quality counts as having kept it.
 QUALITY_FLOOR = 0.95
 
@@ -222,6 +223,18 @@ def worst_task(rows: pd.DataFrame) -> Worst | None:
 def clusters(rows: pd.DataFrame) -> pd.Series[str]:
     """What is resampled: an example of a task, with all its rows."""
     return rows["task"] + _BETWEEN + rows["example"]
+
+
+def at_home(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of which pairs may be made: of an example that met several hosts those of the one with most of its rows, and those
+    of which nobody knows the host."""
+    named = rows[rows["host"] != ""] if "host" in rows else rows.assign(host="")
+    if named["host"].nunique() < 2:
+        return rows
+    counts = named.groupby([*_OF_EXAMPLE, "host"], sort=False).size().reset_index(name="rows")
+    homes = counts.sort_values("rows", ascending=False, kind="stable").drop_duplicates(_OF_EXAMPLE)
+    home = rows[_OF_EXAMPLE].merge(homes, on=_OF_EXAMPLE, how="left")["host"].set_axis(rows.index)
+    return rows[(rows["host"] == "") | (rows["host"] == home)]
 
 
 def full_cache_quality(rows: pd.DataFrame) -> float:

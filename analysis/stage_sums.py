@@ -120,7 +120,7 @@ def speed_ratio(rows: pd.DataFrame) -> float:
     """How many times longer the edge's prefill of a context takes than the cloud's: the median over examples that both prefilled;
     where none did, the factors by which either was slowed down.
     """
-    of = ["model", "task", "example"]
+    of = ["model", "task", "example", "host"]
     plain = rows["delivery"].map(kind) != MEET
     edge = rows[plain & rows["placement"].isin(("edge", "split")) & (rows["busy_prefill_s"] > 0)]
     cloud = rows[(rows["placement"] == "cloud") & (rows["busy_prefill_s"] > 0)]

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from testbed import stats
-from testbed.analysis import paired_latency, settings
+from testbed.analysis import hosts, paired_latency, settings
 from testbed.analysis.describe import caveats, computing, conditions, megabytes
 from testbed.analysis.names import short
 from testbed.analysis.run import Run
@@ -136,7 +136,7 @@ def table(run: Run) -> str:
         "=  keeps it, too, and is not shown to be slower than *, example by example\n"
         "   (qualities by the estimates; testbed recommend asks what the intervals show)"
     )
-    return "\n\n".join([*blocks, "\n".join([legend, *notes])])
+    return "\n\n".join([*blocks, *filter(None, [hosts.text(run)]), "\n".join([legend, *notes])])
 
 
 def _block(name: str, rows: pd.DataFrame) -> str:

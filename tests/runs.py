@@ -39,7 +39,7 @@ def run(*arguments: str, **settings: Any) -> Ended:
 @contextlib.contextmanager
 def undrawn() -> Iterator[None]:
     """A run draws nothing."""
-    with patch("testbed.cli.run.show_results"):
+    with patch("testbed.cli.run.show_results"), patch("testbed.cli.merge.show_results"):
         yield
 
 

@@ -23,7 +23,7 @@ from testbed.experiment.row import COLUMNS, STAGES
 from testbed.experiment.runner import Runner
 from testbed.net.fabric.accounting import LATE_S
 from tests.analysis.make_run import headline, make_run
-from tests.command import hear_signals
+from tests.command import command, hear_signals
 from tests.runs import SCENARIO, TRIALS, rows, run, undrawn, unmeasured
 
 ROOT = Path(__file__).parents[1]
@@ -192,6 +192,26 @@ class TestAWholeRun:
         same = ("answer", "kept_digest", "payload_digest", "payload_bytes", "nll", "score", "error")
         again = [[row["trial"], *(row[key] for key in same)] for row in rows(out)]
         assert sorted(again) == sorted([row["trial"], *(row[key] for key in same)] for row in rows(finished))
+
+    def test_in_shards_and_merged_has_the_same_answers_tokens_and_bytes(
+        self, finished: Path, scenario: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "shards"
+        with unmeasured():
+            for shard in ("1/2", "2/2"):
+                done = run(str(scenario), "--shard", shard, "--out", str(out))
+                assert done.status == 0, done.errors
+                assert f"shard     {shard}" in done.out
+            again = run("--resume", str(out), "--shard", "2/2")
+            assert again.status == 0 and "every trial has its row" in again.out
+            assert command("merge", str(out)).status == 0
+        same = ("trial", "answer", "kept_digest", "payload_digest", "payload_bytes", "nll", "score", "error")
+        merged, whole = (sorted([r[key] for key in same] for r in rows(path)) for path in (out, finished))
+        assert merged == whole
+        counted = json.loads((out / "counters.json").read_text())["starts"]
+        assert [start["shard"] for start in counted] == ["1/2", "2/2"]
+        done = run("--resume", str(out))
+        assert done.status == 0 and "is finished" in done.out, done.errors
 
     def test_says_so_and_stops_where_it_is_finished_already(self, finished: Path, tmp_path: Path) -> None:
         out = tmp_path / "finished"

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from testbed import stats
+from testbed.analysis import settings
 from testbed.analysis.claims import rules
 from testbed.analysis.claims.pool import CONCENTRATED, DISTRIBUTED, Pool
 from testbed.analysis.claims.rules import Verdict
@@ -219,7 +220,7 @@ def worth(pool: Pool) -> Iterator[Verdict]:
             best = _fastest_alike(own[own["placement"].isin(SENDING)])
             if best is None or "cloud" not in set(own["setting"]):
                 continue
-            times = own.groupby(["setting", "task", "example"])["e2e_s"].median()
+            times = settings.at_home(own).groupby(["setting", "task", "example"])["e2e_s"].median()
             pairs = pd.DataFrame({"kv": times[best], "text": times["cloud"]}).dropna().reset_index()
             ratio = rules.geometric(pairs["kv"] / pairs["text"], pairs)
             what = f"{best} against sending the text, on {panel}"

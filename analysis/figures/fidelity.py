@@ -101,7 +101,7 @@ def draw(run: Run) -> Figure:
     for ax, (what, title, label) in zip(axes, panels, strict=True):
         panel_title(ax, title, label)
         _panel(ax, links, what, 5 if len(panels) == len(_ALWAYS) else 3)
-    axes[0].set_yticks(range(len(links)), [_short(m.profile) + ("" if m.ok else "  ✗") for m in links])
+    axes[0].set_yticks(range(len(links)), [_short(m.label) + ("" if m.ok else "  ✗") for m in links])
     for tick, each in zip(axes[0].get_yticklabels(), links, strict=True):
         tick.set_color(INK if each.ok else VERMILLION)
     handles = [mark.handle(name) for mark, _, name in WAYS.values()]

@@ -65,7 +65,7 @@ def draw(run: Run) -> Figure:
 def _curve(ax: Axes, link: Outcome, curve: Curve) -> None:
     shape = curve.correlation
     fit = f"correlation {shape:.4f}" if shape is not None else "constant: no correlation"
-    name = f"{WAYS[curve.way][2]}: {spaced(link.profile)}"
+    name = f"{WAYS[curve.way][2]}: {spaced(link.label)}"
     panel_title(ax, name, f"{fit} · total {_total_error(curve):+.2f} %")
     _steps(ax, curve, np.array(curve.asked_bytes) / 1e3, np.array(curve.delivered_bytes) / 1e3)
     ax.set_ylabel(f"kB per {curve.bin_s * 1e3:g} ms")
@@ -81,7 +81,7 @@ def _track(ax: Axes, link: Outcome, track: Track) -> None:
             if track.what == "delay"
             else f"in all {100 * measured:.2f} %, asked {100 * asked:.2f} % · {note}"
         )
-    panel_title(ax, f"{WAYS[track.way][2]}: {spaced(link.profile)}", note)
+    panel_title(ax, f"{WAYS[track.way][2]}: {spaced(link.label)}", note)
     wanted, seen = (
         scale * np.array([math.nan if v is None else v for v in values], dtype=float)
         for values in (track.asked, track.measured)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from testbed.analysis import adaptive, claims, comparisons, naive
+from testbed.analysis import adaptive, claims, comparisons, hosts, naive
 from testbed.analysis.describe import caveats, computing, subject
 from testbed.analysis.figures import FIGURES, draw_all
 from testbed.analysis.run import Run
@@ -75,6 +75,7 @@ def render(run: Run, figures: list[Path]) -> str:
         lines=_lines(summarise(run)),
         comparisons=comparisons.text(comparisons.against(run)) + "\n\n" + comparisons.latency_text(run),
         formula=naive.text(run),
+        hosts=hosts.text(run),
         deadlines=adaptive.text(run),
         headline=table(run),
         claims=judged,
@@ -133,7 +134,7 @@ def _calibration(run: Run) -> list[dict[str, Any]]:
     """Each profile's last measurement: asked, measured, verdict."""
     verdicts = {True: "ok", False: "OUT", None: "–"}
     return [
-        {"profile": outcome.profile, **check.line(), "ok": verdicts[check.ok]}
+        {"profile": outcome.label, **check.line(), "ok": verdicts[check.ok]}
         for outcome in outcomes(run.calibration)
         for check in outcome.checks
     ]

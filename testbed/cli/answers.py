@@ -47,13 +47,16 @@ def report(path: Path) -> None:
 @click.command()
 @click.argument("first", metavar="RUN", type=click.Path(path_type=Path))
 @click.argument("second", metavar="RUN", type=click.Path(path_type=Path))
+@click.option(
+    "--across-hosts", is_flag=True, help="Also where the machines differ, and with them what is measured."
+)
 @as_json
-def compare(first: Path, second: Path) -> Any:
+def compare(first: Path, second: Path, across_hosts: bool) -> Any:
     """Put two runs side by side, paired where their examples match."""
     from testbed.analysis import compare as comparing
 
     a, b = open_run(first), open_run(second)
-    lines = comparing.compare(a, b)
+    lines = comparing.compare(a, b, across_hosts)
     return comparing.to_dict(a, b, lines), comparing.text(a, b, lines), 0
 
 

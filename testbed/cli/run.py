@@ -46,6 +46,12 @@ INTERRUPTED = 130
     metavar="I/N",
     help="Make the I-th of N parts of the run, into OUT/shards; `auto`: as a Slurm array says. See `testbed merge`.",
 )
+@click.option(
+    "--array",
+    type=click.IntRange(1, 100_000),
+    metavar="N",
+    help="Print a script that runs N shards as an array of Slurm's jobs, and merges them, into --out.",
+)
 @sweep_options
 @rootless_option
 def run(
@@ -54,6 +60,7 @@ def run(
     out: Path | None,
     accept_uncalibrated: bool,
     shard: str | None,
+    array: int | None,
     **changes: Any,
 ) -> int:
     """Run SCENARIO (a file, or the name of a shipped one): network, model, trials, plots."""
@@ -62,6 +69,8 @@ def run(
 
     if (scenario is None) == (resumed is None):
         raise UsageError("name a scenario to run, or a directory with --resume, and not both")
+    if array is not None:
+        return _print_array(scenario, array, out, accept_uncalibrated, shard, changes)
     show = Console()
     part = None if shard is None else _part(shard)
     if part is not None and resumed is not None:
@@ -90,6 +99,29 @@ def run(
             plan, out or Path("results") / f"{plan.scenario.name}-{stamp}", show, accept_uncalibrated
         )
     return _execute(started, show)
+
+
+def _print_array(
+    scenario: str | None,
+    count: int,
+    out: Path | None,
+    accept_uncalibrated: bool,
+    shard: str | None,
+    changes: dict[str, Any],
+) -> int:
+    from testbed.cli import array
+    from testbed.experiment.plan import load_plan
+    from testbed.hosts import rootless
+
+    if scenario is None or out is None or shard is not None:
+        raise UsageError(
+            "--array takes a scenario and --out DIR, which all shards share, and no --shard or --resume"
+        )
+    plan = load_plan(scenario, **changes)
+    unprivileged = rootless.inside() or os.geteuid() != 0
+    more = array.options(accept_uncalibrated, changes)
+    click.echo(array.script(plan, scenario, count, out, unprivileged, more, array.program()), nl=False)
+    return 0
 
 
 def _part(text: str) -> Shard:

@@ -167,7 +167,7 @@ def _check_columns(asked: Sequence[float | None], measured: Sequence[float | Non
 
 @dataclass(frozen=True)
 class Outcome:
-    """A profile's last measurement, read back."""
+    """A profile's last measurement, read back. host: on which it was made, where the record is of several."""
 
     profile: str
     ok: bool
@@ -175,6 +175,12 @@ class Outcome:
     checks: tuple[Check, ...]
     curves: tuple[Curve, ...] = ()
     tracks: tuple[Track, ...] = ()
+    host: str = ""
+
+    @property
+    def label(self) -> str:
+        """What tells it from others."""
+        return f"{self.profile} · {self.host}" if self.host else self.profile
 
     def check(self, way: str, what: str) -> Check | None:
         """The figure of one way; None: there is none."""
@@ -184,19 +190,31 @@ class Outcome:
 
 
 def outcomes(record: dict[str, Any]) -> list[Outcome]:
-    """Each profile's last measurement in calibration.json, in the order in which they came; what is not one is passed over."""
+    """Each profile's last measurement in calibration.json, on each host, in the order in which they came; what is none is passed
+    over."""
+    measurements = list(_dicts(record.get("measurements")))
+    several = len({str(each.get("host") or "") for each in measurements} - {""}) > 1
     latest = {
-        str(measurement.get("profile")): measurement for measurement in _dicts(record.get("measurements"))
+        (str(each.get("profile")), str(each.get("host") or "") if several else ""): each
+        for each in measurements
     }
     read = []
-    for profile, measurement in latest.items():
+    for (profile, host), measurement in latest.items():
         if attempts := list(_dicts(measurement.get("attempts"))):
             last = attempts[-1]
             checks = tuple(_read(Check, last.get("checks")))
             curves, tracks = tuple(_read(Curve, last.get("curves"))), tuple(_read(Track, last.get("tracks")))
             emulator = str(measurement.get("emulator") or "")
             read.append(
-                Outcome(profile, measurement.get("ok") is not False, emulator, checks, curves, tracks)
+                Outcome(
+                    profile,
+                    measurement.get("ok") is not False,
+                    emulator,
+                    checks,
+                    curves,
+                    tracks,
+                    host,
+                )
             )
     return read
 
