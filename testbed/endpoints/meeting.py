@@ -117,12 +117,14 @@ class _Meeting:
                 self._back = arrived.chunk.start
         return self._back
 
-    def _wanted(self) -> int:
-        """Asked before each layer, at the pace at which they are computed: up to which token the block goes on. What has arrived
-        is decoded.
+    def _wanted(self, layer: bool) -> int:
+        """Up to which token the block goes on. Before each layer, at the pace at which they are computed, what has arrived is
+        decoded; within one it is only given up where all has.
         """
         import torch
 
+        if not layer:
+            return self._look()
         about, block = self._about, self._pass
         if self._layers:
             self._computed()

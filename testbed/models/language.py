@@ -30,7 +30,7 @@ from testbed.models.likelihood import log_probabilities, mean_nll
 from testbed.models.live import LayerShape, LiveCache, LivePass
 from testbed.models.prefill import BlockPrefill, OnLayer, Prefill
 from testbed.models.rotary import Rotation, Rotations
-from testbed.models.shrinking import decoder_layers, shrinking
+from testbed.models.shrinking import Wanted, decoder_layers, shrinking
 from testbed.models.stretching import Stretching
 
 #: What tokenizers are told apart by besides their vocabularies.
@@ -308,7 +308,7 @@ class LanguageModel:
         queries: int | None = 0,
         attention: bool = False,
         keep: int = 1,
-        wanted: Callable[[], int] | None = None,
+        wanted: Wanted | None = None,
     ) -> tuple[Tensor, LivePass]:
         """Run ids behind what `live` holds; returns the last `keep` tokens' logits, [keep, vocabulary].
 
@@ -385,7 +385,7 @@ class LanguageModel:
         *,
         queries: int,
         attention: bool,
-        wanted: Callable[[], int] | None,
+        wanted: Wanted | None,
     ) -> tuple[Tensor, LivePass]:
         """As `_forward`; raises NotFiniteError of keys and values, too."""
         logits, run = self._forward(live, ids, queries=queries, attention=attention, wanted=wanted)

@@ -14,6 +14,7 @@ from torch import Tensor
 from testbed.models.inputs import AttentionInputs, in_turn, recorded
 from testbed.models.kvcache import KVCache, KVLayer
 from testbed.models.live import LayerShape, LiveCache, LivePass
+from testbed.models.shrinking import Wanted
 
 #: Takes a layer's index and its keys and values.
 OnLayer = Callable[[int, KVLayer], None]
@@ -60,11 +61,11 @@ class BlockPrefill:
         self._logits: Tensor | None = None
         self.done = 0  #: tokens that have been prefilled
 
-    def run(self, stop: int, wanted: Callable[[], int] | None = None) -> KVCache:
+    def run(self, stop: int, wanted: Wanted | None = None) -> KVCache:
         """Go on up to token `stop` (of these, from 0; it is not among them); the cache of what that adds, a copy.
 
-        wanted: asked before each layer up to which token the block is to go on; those behind it are dropped, and `done` says what
-        is left. Such a block gathers no queries, attention or inputs.
+        wanted: up to which token the block is to go on (see `shrinking`); those behind it are dropped, and `done` says what is
+        left. Such a block gathers no queries, attention or inputs.
 
         Sliding windows hold all of the block's tokens, as later ones may be computed behind it wherever it lies;
         `kvcache.seen_from` leaves out what nothing behind all of them sees. Joined and cut so, the blocks' caches are the one
@@ -74,7 +75,7 @@ class BlockPrefill:
         if not self.done < stop <= len(self._ids):
             raise ValueError(f"{self.done} of {len(self._ids)} tokens are prefilled; none can end at {stop}")
         begun = self.done
-        self._advance(stop, None if wanted is None else lambda: wanted() - begun)
+        self._advance(stop, None if wanted is None else lambda layer: wanted(layer) - begun)
         return self._live.export(self._shapes, self.done - begun)
 
     def finish(self, on_layer: OnLayer | None = None) -> Prefill:
@@ -111,7 +112,7 @@ class BlockPrefill:
         while lists:
             yield lists.pop(0)
 
-    def _advance(self, stop: int, wanted: Callable[[], int] | None = None) -> None:
+    def _advance(self, stop: int, wanted: Wanted | None = None) -> None:
         block, behind = self._ids[self.done : stop], len(self._ids) - stop
         kept = max(0, min(len(block), self._queries - behind))
         if wanted is not None and (kept or self._paid is not None or self._inputs is not None):

@@ -23,6 +23,7 @@ from testbed.models.live import LayerShape
 from testbed.models.prefill import BlockPrefill, OnLayer, Prefill
 from testbed.models.rotary import Rotation
 from testbed.models.shapes import PREFIX, Shape
+from testbed.models.shrinking import Wanted
 
 #: A word and the space before it, at most six letters of it: about as many tokens as a tokenizer makes of English.
 _TOKEN = re.compile(r" ?\w{1,6}| ?[^\w\s]|\s", re.ASCII)
@@ -242,7 +243,7 @@ class _Blocks(BlockPrefill):
         self._queries = tokens if queries is None else min(queries, tokens)
         self.done = 0
 
-    def run(self, stop: int, wanted: Callable[[], int] | None = None) -> KVCache:
+    def run(self, stop: int, wanted: Wanted | None = None) -> KVCache:
         if not self.done < stop <= len(self._positions):
             raise ValueError(
                 f"{self.done} of {len(self._positions)} tokens are prefilled; none can end at {stop}"
@@ -250,9 +251,9 @@ class _Blocks(BlockPrefill):
         begun = self.done
         _wait_for(self._past)
         for _ in range(self._model.num_layers):  # as often as a pass would ask
-            stop = stop if wanted is None else min(stop, wanted())
+            stop = stop if wanted is None else min(stop, wanted(True))
             if stop <= begun:
-                raise Stopped("a pass was given up between two layers")
+                raise Stopped("a pass was given up")
         self.done = stop
         return self._laid_out(self._positions[begun:stop])
 

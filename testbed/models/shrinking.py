@@ -12,6 +12,8 @@ from torch import Tensor
 from testbed.errors import Stopped
 from testbed.models.live import LivePass
 
+_GIVEN_UP = "a pass was given up"
+
 
 def decoder_layers(network: Any, count: int) -> list[Any]:
     """The modules that hidden states go through one after the other, each with one layer's attention in it."""
@@ -24,8 +26,12 @@ def decoder_layers(network: Any, count: int) -> list[Any]:
     return list(next(ours, ()))
 
 
+#: How much is wanted of a pass; asked before each layer (True), and within it (False), where it is only given up.
+Wanted = Callable[[bool], int]
+
+
 @contextmanager
-def shrinking(layers: Sequence[Any], run: LivePass, wanted: Callable[[], int]) -> Iterator[None]:
+def shrinking(layers: Sequence[Any], run: LivePass, wanted: Wanted) -> Iterator[None]:
     """Before each of the `layers`, `run` goes on with as many of its first tokens as are `wanted` then: whatever a token's layers
     are computed from lies before it. Behind the last layer, the last token that is left stands for those that are not, so that
     the network finds as many as it was given. Raises Stopped, within the pass, where none is wanted.
@@ -33,15 +39,19 @@ def shrinking(layers: Sequence[Any], run: LivePass, wanted: Callable[[], int]) -
     given = run.tokens
 
     def before(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        held, rows = run.tokens, min(run.tokens, wanted())
+        held, rows = run.tokens, min(run.tokens, wanted(True))
         if rows <= 0:
-            raise Stopped("a pass was given up between two layers")
+            raise Stopped(_GIVEN_UP)
         if rows < held:
             run.drop(held - rows)
         if rows == given:
             return None
         cut = [_first(argument, rows, (given, held)) for argument in arguments]
         return tuple(cut), {name: _first(value, rows, (given, held)) for name, value in named.items()}
+
+    def within(*_: Any) -> None:
+        if wanted(False) <= 0:
+            raise Stopped(_GIVEN_UP)
 
     def behind(_: Any, __: Any, output: Any) -> Any:
         states = output[0] if isinstance(output, tuple) else output
@@ -51,6 +61,10 @@ def shrinking(layers: Sequence[Any], run: LivePass, wanted: Callable[[], int]) -
 
     hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
     hooks += [layer.register_forward_hook(behind) for layer in layers[-1:]]
+    parts = (part for layer in layers for part in layer.modules())
+    hooks += [
+        part.register_forward_pre_hook(within) for part in parts if not any(True for _ in part.children())
+    ]
     try:
         yield
     finally:

@@ -143,15 +143,15 @@ def test_the_two_will_meet_at_the_first_chunk_that_will_be_there_when_all_before
     assert found == front + chunk or waits(found - chunk) >= -1e-6 * tokens
 
 
-def test_a_block_whose_tokens_have_all_arrived_meanwhile_is_wanted(
+def test_a_block_whose_tokens_have_all_arrived_meanwhile_is_given_up(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = meeting._Meeting._wanted
 
-    def given_up(self: meeting._Meeting) -> bool:
+    def given_up(self: meeting._Meeting, layer: bool) -> int:
         while len(self._arrivals.times) < 6:
             time.sleep(0.001)
-        return original(self)
+        return original(self, layer)
 
     whole = pair.ask("int8")
     monkeypatch.setattr(meeting._Meeting, "_wanted", given_up)
@@ -212,9 +212,9 @@ def test_a_connection_that_is_cut_inside_a_chunk_is_an_error(
 def test_a_cut_is_noticed_between_two_layers(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     original = meeting._Meeting._wanted
 
-    def given_up(self: meeting._Meeting) -> bool:
+    def given_up(self: meeting._Meeting, layer: bool) -> int:
         self._arrivals._thread.join(20)
-        return original(self)
+        return original(self, layer)
 
     monkeypatch.setattr(meeting._Meeting, "_wanted", given_up)
     with pytest.raises(EndpointError, match=CUT):

@@ -101,7 +101,7 @@ def test_a_prefill_is_given_up_where_asked_and_a_layer_that_does_not_come_is_nam
     model = ShapeModel(SMALL)
     blocks = model.blocks(range(9), None)
     with pytest.raises(Stopped):
-        blocks.run(4, lambda: 0)
+        blocks.run(4, lambda layer: 0)
     with pytest.raises(ValueError, match="none can end at 4"):
         model.blocks(range(3), None).run(4)
     arriving = ArrivingCache(4, 9)

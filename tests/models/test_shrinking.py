@@ -13,6 +13,7 @@ from testbed.models.kvcache import join, seen_from
 from testbed.models.language import LanguageModel
 from testbed.models.loading import load_model
 from testbed.models.shape import ShapeModel
+from testbed.models.shrinking import Wanted
 from tests.models.test_architectures import READ, written
 from tests.models.test_prefill import CONTEXT, NEAR, PREFIX, QUESTION, assert_equal, distance
 from tests.models.test_shape import SMALL
@@ -21,10 +22,10 @@ from tests.tiny_models import FAMILIES, SHAPES
 Tiny = Callable[[str], Path]
 
 
-def wanted(*stops: int) -> Callable[[], int]:
+def wanted(*stops: int) -> Wanted:
     """What is wanted before each layer; from the last one on, that."""
     left = list(stops)
-    return lambda: left.pop(0) if len(left) > 1 else left[0]
+    return lambda layer: left.pop(0) if layer and len(left) > 1 else left[0]
 
 
 def check(model: LanguageModel) -> None:
@@ -70,9 +71,22 @@ def test_a_block_of_which_nothing_is_wanted_is_given_up_and_may_be_run_again(tin
     assert_equal(blocks.finish().cache, calm.finish().cache)
 
 
+def test_a_block_is_given_up_within_a_layer_too(tiny_model: Tiny) -> None:
+    blocks = load_model(str(tiny_model("llama")), threads=1).blocks(CONTEXT, None)
+    asked: list[bool] = []
+
+    def wanted(layer: bool) -> int:
+        asked.append(layer)
+        return len(CONTEXT) if layer or len(asked) < 5 else 0
+
+    with pytest.raises(Stopped):
+        blocks.run(len(CONTEXT), wanted)
+    assert asked == [True, False, False, False, False] and blocks.done == 0
+
+
 def test_a_pass_that_is_left_as_it_is_gives_the_same_bits(tiny_model: Tiny) -> None:
     model = load_model(str(tiny_model("gemma3")), threads=1)
-    assert_equal(model.blocks(CONTEXT, None).run(40, lambda: 99), model.blocks(CONTEXT, None).run(40))
+    assert_equal(model.blocks(CONTEXT, None).run(40, lambda layer: 99), model.blocks(CONTEXT, None).run(40))
 
 
 @pytest.mark.parametrize("gathered", [{"queries": 5}, {"attention": True}, {"inputs": True}])
@@ -80,7 +94,7 @@ def test_a_block_that_may_shrink_gathers_nothing(tiny_model: Tiny, gathered: dic
     model = load_model(str(tiny_model("llama")), threads=1)
     blocks = model.blocks(CONTEXT, None, **gathered)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="gathers nothing"):
-        blocks.run(len(CONTEXT), lambda: 9)
+        blocks.run(len(CONTEXT), lambda layer: 9)
     assert blocks.done == 0
 
 
