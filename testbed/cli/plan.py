@@ -27,6 +27,7 @@ def plan(scenario: str, **changes: Any) -> Any:
     planned = load_plan(scenario, **changes)
     estimator = Estimator(planned)
     cells = estimator.summary()
+    loaded = planned.scenario.loaded
     seconds = sum(cell["trial_s"] * cell["trials"] for cell in cells)
     sent = sum(cell["payload_bytes"] * cell["trials"] for cell in cells)
     rows = [
@@ -39,14 +40,18 @@ def plan(scenario: str, **changes: Any) -> Any:
             c["profile"],
             format_size(c["payload_bytes"]),
             "unknown" if c["transmit_s"] is None else format_time(c["transmit_s"]),
+            *([c["load"], c["serving"]] if loaded else []),
         ]
         for c in cells
     ]
-    text = table(
-        rows, ["task", "placement", "codec", "delivery", "transport", "profile", "payload", "transmit"]
-    )
-    text += f"\n\n{planned.trials} trials of {len(cells)} cells, "
-    text += f"{format_size(sent)} across the link, about {format_duration(seconds)}"
+    header = ["task", "placement", "codec", "delivery", "transport", "profile", "payload", "transmit"]
+    text = table(rows, [*header, *(["load", "serving"] if loaded else [])])
+    if loaded:
+        names = ", ".join(edge.node for edge in planned.edges)
+        text += f"\n\n{planned.trials} loads, about {format_duration(seconds)}; edges: {names}"
+    else:
+        text += f"\n\n{planned.trials} trials of {len(cells)} cells, "
+        text += f"{format_size(sent)} across the link, about {format_duration(seconds)}"
     if estimator.model is None:
         model = planned.scenario.models.cloud
         text += f"\nmodel {model}: no configuration at hand, so cache sizes are unknown"

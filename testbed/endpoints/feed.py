@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 from testbed.delivery.delivery import SKIP, TEXT, Bytes, Part, Pipelined
 from testbed.endpoints.side import Pace, wait_until
 from testbed.endpoints.spans import Span
-from testbed.endpoints.tokens import to_bytes
 from testbed.endpoints.turns import Turns
 from testbed.errors import EndpointError
 from testbed.transport.wire import MAX_PARTS
@@ -265,6 +264,8 @@ class Feed(Source):
         if text == SKIP:
             return Chunk(part, level, b"", 0)
         if text == TEXT:
+            from testbed.endpoints.tokens import to_bytes  # of numpy, which a feed of caches need not load
+
             ids = to_bytes(self._context.ids[part.start : part.stop], self._context.vocabulary)
             return Chunk(part, level, ids, zlib.crc32(ids))
         codec = self._context.codecs[text]

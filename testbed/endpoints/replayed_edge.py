@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from testbed import files
-from testbed.endpoints.client import Client
+from testbed.endpoints.client import REBUILDS, Client
 from testbed.endpoints.protocol import (
     Collect,
     Collected,
@@ -203,7 +203,9 @@ class ReplayedEdge:
         payload = self._payloads[ware.path]
         answered = client.ask(request, list(_pieces(payload, ware.lengths)), link, handed.set)
         message = TrialRequest("split", 0, 0, replay=True)
-        return answered.result(message, [*asked.spans, *answered.spans], ["prefill", "select", "encode"])
+        reused = ["prefill", "select", "encode"] if ware.placement != "cloud" else []
+        reused += [REBUILDS[ware.placement], "first_token", "generate"]
+        return answered.result(message, [*asked.spans, *answered.spans], reused)
 
     def _ended(
         self, asked: _Asked, result: TrialResult | None = None, error: str = "", refused: bool = False

@@ -85,13 +85,13 @@ def _check_shape(scenario: Scenario, devices: dict[str, Device], place: str) -> 
             "compute: {edge: device:NAME, cloud: device:NAME} (`testbed devices` lists them)"
         )
     for model, codec in itertools.product(shapes.values(), scenario.codecs):
-        if why := _needs_values(codec):
+        if why := needs_values(codec):
             raise SpecError(
                 f"{place}: codecs: {str(codec)!r}: {why}, and those of model {model} only stand in"
             )
 
 
-def _needs_values(codec: CodecSpec) -> str:
+def needs_values(codec: CodecSpec) -> str:
     """What of a codec's bytes depends on a cache's values; empty: they follow from its shape alone."""
     coder = codec.coder or codec.quantizer.own_coder
     if coder is not None:

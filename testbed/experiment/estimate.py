@@ -153,6 +153,11 @@ class Estimator:
         """One trial of this cell."""
         return self.transmit_s(cell) + self.compute_s(cell) + 0.05
 
+    @property
+    def lasts_s(self) -> float:
+        """A load, what it takes to begin it included."""
+        return self.plan.scenario.warmup + self.plan.scenario.duration + 2.0
+
     def summary(self) -> list[dict[str, Any]]:
         """One entry a cell: what it is, its payload and its time."""
         return [
@@ -166,8 +171,11 @@ class Estimator:
                 "profile": cell.profile.name,
                 "payload_bytes": round(self.payload_bytes(cell)),
                 "transmit_s": None if cell.profile.measured else self.transmit_s(cell),
-                "trial_s": self.seconds(cell),
-                "trials": self.plan.scenario.examples_of(cell.task) * self.plan.scenario.repeats,
+                "load": str(cell.load),
+                "serving": str(cell.serving),
+                "trial_s": self.lasts_s if cell.load.timed else self.seconds(cell),
+                "trials": self.plan.scenario.repeats
+                * (1 if cell.load.timed else self.plan.scenario.examples_of(cell.task)),
             }
             for batch in self.plan.batches()
             for cell in self.plan.cells(*batch)

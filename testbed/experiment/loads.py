@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from testbed.codecs.spec import CodecSpec
 from testbed.delivery.whole import Whole
 from testbed.errors import SpecError
+from testbed.experiment.devices import needs_values
 from testbed.experiment.edges import Edge, Own, matched
 from testbed.experiment.scenario import Scenario
 from testbed.load.load import Open
+from testbed.models.shapes import is_shape
 from testbed.models.sources import find as find_model
 from testbed.net.topology.topology import Topology
 from testbed.serving.fifo import Fifo
+from testbed.speed.files import Device
 
 #: What crosses a link, or nothing: of a scout there is no ware.
 _PLACEMENTS = ("split", "store", "cloud")
@@ -43,7 +47,9 @@ def edges_of(scenario: Scenario, topology: Topology, place: str) -> tuple[Edge, 
     return matched(scenario.edges, topology, scenario.cloud, place)
 
 
-def bound_load(scenario: Scenario, edges: tuple[Edge, ...], place: str) -> tuple[Scenario, tuple[Edge, ...]]:
+def bound_load(
+    scenario: Scenario, edges: tuple[Edge, ...], devices: Mapping[str, Device], place: str
+) -> tuple[Scenario, tuple[Edge, ...]]:
     """The scenario with loads' files where they are, and the edges with what their codecs refer to written out. Raises SpecError
     for what no load is put on with."""
     if not scenario.loaded:
@@ -57,14 +63,21 @@ def bound_load(scenario: Scenario, edges: tuple[Edge, ...], place: str) -> tuple
                 load.arrivals(names, until_s, "")
     except SpecError as error:
         raise SpecError(f"{place}: load: {error}") from None
-    _check(scenario, place)
+    _check(scenario, devices, place)
     bound = tuple(_bound(edge, scenario, place) for edge in edges)
     return scenario.model_copy(update={"load": loads}), bound
 
 
-def _check(scenario: Scenario, place: str) -> None:
+def _check(scenario: Scenario, devices: Mapping[str, Device], place: str) -> None:
     if not all(load.timed for load in scenario.load):
         raise SpecError(f"{place}: load: sequential beside others; make it a scenario of its own")
+    for serving in scenario.serving:
+        device = devices.get("cloud")
+        if serving.most > 1 and (device is None or not device.times.decode):
+            raise SpecError(
+                f"{place}: serving: {serving}: how long a token of several requests takes follows from a device's times of "
+                "decoding; write compute: {cloud: device:NAME} (`testbed devices` lists them), or fifo, or shortest"
+            )
     refused: dict[str, list[Any]] = {
         "placements": [p for p in scenario.placements if p not in _PLACEMENTS],
         "delivery": [str(d) for d in scenario.delivery if d != Whole()],
@@ -83,6 +96,10 @@ def _bound(edge: Edge, scenario: Scenario, place: str) -> Edge:
         return edge
     if codec.unfit:
         raise SpecError(f"{place}: edges.{edge.node}.codec: {codec.unfit}")
+    if is_shape(scenario.models.edge) and (why := needs_values(codec)):
+        raise SpecError(
+            f"{place}: edges.{edge.node}.codec: {str(codec)!r}: {why}, and those of model {scenario.models.edge} only stand in"
+        )
     if codec.refers:
         codec = codec.bound(find_model(scenario.models.edge).name)
     return Edge(edge.node, edge.link, edge.profile, codec)

@@ -151,7 +151,7 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     _check_placements(scenario, place)
     scenario, devices = look_up(scenario, place)
     _check_decoding(scenario, place)
-    scenario, edges = bound_load(scenario, edges, place)
+    scenario, edges = bound_load(scenario, edges, devices, place)
     conditions = _under(topology, scenario, place)
     plan = Plan(
         scenario, conditions, link, profiles, _tasks(scenario, place), asked, devices, edges, own_links
