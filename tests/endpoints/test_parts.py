@@ -87,7 +87,7 @@ def test_a_part_that_cannot_be_encoded_ends_its_request_at_once_and_is_what_is_s
     assert pair.ask("fp16", placement=placement, delivery=delivery).answer_tokens
 
 
-@pytest.mark.parametrize("transport", ["tcp", "quic", "datagram"])
+@pytest.mark.parametrize("transport", ["tcp", "quic", "datagram", "datagram(connections=3)"])
 def test_the_way_is_what_the_transport_counts_and_not_half_of_what_opening_took(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
