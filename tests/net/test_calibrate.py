@@ -135,8 +135,33 @@ def test_packets_sent_many_at_a_time_are_single_ones_that_all_arrive():
     assert [probe.MESSAGE.unpack_from(packet)[1] for packet in got] == list(range(103))
 
 
+def test_packets_read_together_count_each_with_its_number():
+    from testbed.net.calibration import prober as probe
+
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as to,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
+    ):
+        to.bind(("127.0.0.1", 0))
+        to.setblocking(False)
+        sender.connect(to.getsockname())
+        receiver = probe.Receiver(to, together=True)
+        receiver.begin(1)
+        plan = {"packets": 103, "bytes": 200, "interval_s": 1e-5, "duration_s": 5.0, "catch_up": True}
+        probe.send(sender, plan | {"phase": 1, "batch": 16})
+        probe.send(sender, plan | {"phase": 2, "batch": 16})  # of another phase
+        reads = 0
+        deadline = time.monotonic() + 5
+        while len(receiver.arrivals) < 103 and time.monotonic() < deadline:
+            reads += receiver.drain(1)
+    arrived = [probe.ARRIVAL.unpack(arrival) for arrival in receiver.arrivals]
+    assert [number for number, *_ in arrived] == list(range(103))
+    assert reads == 7
+    assert all(0 <= at - sent < 5_000_000_000 for _, sent, at in arrived)
+
+
 @pytest.mark.parametrize(
-    ("interval_s", "size", "batch"), [(1e-3, 1500, 1), (1e-5, 1500, 16), (2e-5, 1500, 10), (1e-9, 1500, 16)]
+    ("interval_s", "size", "batch"), [(1e-3, 1500, 1), (1e-5, 1500, 20), (2e-5, 1500, 10), (1e-9, 1500, 40)]
 )
 def test_only_very_frequent_packets_are_sent_many_at_a_time(interval_s: float, size: int, batch: int):
     flow = PacketTrain(1000, size, interval_s, 1.0)

@@ -56,6 +56,50 @@ def tcp_super_packet(payload: bytes, size: int, version: int = 4, flags: int = 0
     return vnet + bytes(12) + kind + bytes(ip) + bytes(tcp) + payload
 
 
+def udp_super_packet(payload: bytes, size: int, version: int = 4) -> bytes:
+    """The same for datagrams that were sent with UDP_SEGMENT."""
+    length = 8 + len(payload)
+    udp = bytearray(struct.pack("!HHHH", 5, 6, length, 0))
+    if version == 4:
+        ip = bytearray(
+            struct.pack(
+                "!BBHHHBBH4s4s", 0x45, 2, 20 + length, 65535, 0, 64, 17, 0, b"\x0a\0\0\1", b"\x0a\0\0\2"
+            )
+        )
+        struct.pack_into("!H", ip, 10, 0xFFFF & ~internet_sum(bytes(ip)))
+        pseudo = bytes(ip[12:20]) + struct.pack("!BBH", 0, 17, length)
+    else:
+        ip = bytearray(struct.pack("!IHBB16s16s", 6 << 28 | 2 << 20, length, 17, 64, b"\1" * 16, b"\2" * 16))
+        pseudo = bytes(ip[8:40]) + struct.pack("!II", length, 17)
+    struct.pack_into("!H", udp, 6, internet_sum(pseudo))
+    start = 14 + len(ip)
+    vnet = struct.pack("=BBHHHH", 1, 5, start + 8, size, start, 6)
+    kind = b"\x08\x00" if version == 4 else b"\x86\xdd"
+    return vnet + bytes(12) + kind + bytes(ip) + bytes(udp) + payload
+
+
+def singles(frame: bytes) -> list[bytes]:
+    """The packets that a frame, super-packet or not, stands for."""
+    return packet.split(frame) if frame[1] else [frame]
+
+
+def check_datagram(frame: bytes, version: int) -> bytes:
+    """Verifies lengths and checksums of a single datagram, and returns its payload."""
+    done = packet.finish_checksum(frame)[24:]
+    header = 20 if version == 4 else 40
+    udp = done[header:]
+    if version == 4:
+        assert internet_sum(done[:20]) == 0xFFFF
+        assert struct.unpack_from("!H", done, 2)[0] == len(done)
+        pseudo = done[12:20] + struct.pack("!BBH", 0, 17, len(udp))
+    else:
+        assert struct.unpack_from("!H", done, 4)[0] == len(done) - 40
+        pseudo = done[8:40] + struct.pack("!II", len(udp), 17)
+    assert struct.unpack_from("!H", udp, 4)[0] == len(udp)
+    assert internet_sum(pseudo + udp) == 0xFFFF
+    return udp[8:]
+
+
 def check_segment(frame: bytes, version: int) -> tuple[int, int, bytes]:
     """Verifies lengths and checksums of a single segment, and returns its sequence number, flags and payload."""
     done = packet.finish_checksum(frame)[24:]
@@ -90,6 +134,55 @@ def test_a_super_packets_segments_are_valid_packets_that_carry_the_same_bytes(
     assert [sequence for sequence, *_ in checked] == sequences
     assert [bool(flags & 0x09) for _, flags, _ in checked] == [False] * (count - 1) + [True]
     assert [bool(flags & 0x80) for _, flags, _ in checked] == [True] + [False] * (count - 1)
+
+
+@given(
+    payload=st.integers(1, 9000).map(lambda n: random.Random(n).randbytes(n)),
+    size=st.integers(100, 1472),
+    version=st.sampled_from([4, 6]),
+    data=st.data(),
+)
+def test_a_super_packets_datagrams_are_valid_packets_alone_and_in_rows(
+    payload: bytes, size: int, version: int, data: st.DataObject
+) -> None:
+    frame = udp_super_packet(payload, size, version)
+    length, count = packet.measure(frame)
+    pieces = packet.split(frame)
+    assert count == len(pieces) == math.ceil(len(payload) / size)
+    assert length == sum(len(piece) - 24 for piece in pieces)
+    datagrams = [check_datagram(piece, version) for piece in pieces]
+    assert datagrams == [payload[at : at + size] for at in range(0, len(payload), size)]
+    first = data.draw(st.integers(0, count - 1))
+    kept = data.draw(st.integers(1, count - first))
+    row = singles(packet.cut(frame, first, kept))
+    assert [check_datagram(piece, version) for piece in row] == datagrams[first : first + kept]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=40),
+    loss=st.sampled_from(
+        ["loss=10%", "loss=gilbert(20%,burst=3)", "loss=states(p13=5%,p31=20%,p32=10%,p23=30%)"]
+    ),
+    udp=st.booleans(),
+)
+def test_loss_takes_of_super_packets_the_packets_that_it_takes_of_single_ones(
+    sizes: list[int], loss: str, udp: bool
+) -> None:
+    make, payload = (udp_super_packet, 1472) if udp else (tcp_super_packet, 1460)
+    frames = [make(random.Random(n).randbytes(count * payload - 7), payload) for n, count in enumerate(sizes)]
+    conditions = direction_conditions(parse_profile(f"rate=1gbit,delay=2ms,{loss},seed=5"), "up")
+
+    def through(frames: list[bytes]) -> tuple[list[bytes], dict[str, float]]:
+        left: list[bytes] = []
+        line = Line(left.append, 1)
+        line.apply(conditions, 0.0)
+        for frame in frames:
+            line.enter(frame, 0.0)
+        line.advance(10.0)
+        counted = {name: count for name, count in line.counters().items() if not name.endswith("_s")}
+        return [piece for frame in left for piece in singles(frame)], counted
+
+    assert through(frames) == through([piece for frame in frames for piece in singles(frame)])
 
 
 @given(st.binary(min_size=24, max_size=200))
@@ -307,12 +400,22 @@ def test_of_a_super_packet_what_the_queue_has_no_room_for_is_dropped() -> None:
     assert packet.measure(left[1]) == (4500, 3)
 
 
-def test_super_packets_are_half_a_millisecond_long_and_none_where_chance_decides_over_packets() -> None:
+def test_super_packets_are_half_a_millisecond_long_and_none_where_chance_does_more_than_lose() -> None:
     def segments(text: str) -> int:
         return super_packet_segments(parse_profile(text).up)
 
     assert segments("rate=1gbit,delay=1ms") == 40  # 60 kB at most
     assert segments("rate=300mbit,delay=1ms") == 12
     assert segments("rate=10mbit,delay=1ms") == 1
-    for text in ("loss=1%", "jitter=1ms", "corrupt=1%", "duplicate=1%", "reorder=1%", "queue=codel(1bdp)"):
+    assert (
+        segments("rate=1gbit,delay=1ms,loss=gilbert(1%,burst=4)") == 40
+    )  # it takes single packets out of them
+    for text in (
+        "loss=1%,ecn=yes",
+        "jitter=1ms",
+        "corrupt=1%",
+        "duplicate=1%",
+        "reorder=1%",
+        "queue=codel(1bdp)",
+    ):
         assert segments(f"rate=1gbit,delay=5ms,{text}") == 1

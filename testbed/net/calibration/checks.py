@@ -37,7 +37,9 @@ def rate_check(way: str, direction: Direction, flow: Arrived, packet_bytes: int)
     # Arrivals are the sum of equal serialisation times once the bottleneck is never idle; the first ones are not.
     first = next(i for i, t in enumerate(times) if t - times[0] >= min(_FILL_S, (times[-1] - times[0]) / 8))
     times = times[first:]
-    rate = (len(times) - 1) * packet_bytes * 8 / (times[-1] - times[0]) if times[-1] > times[0] else 0.0
+    # What left together arrives together: the first moment's packets are those that the time begins after.
+    after = len(times) - bisect_right(times, times[0])
+    rate = after * packet_bytes * 8 / (times[-1] - times[0]) if after else 0.0
     low, high = _parts_interval(times, packet_bytes, rate)
     ok = None if asked is None else abs(rate - asked) <= RATE_TOLERANCE * asked
     return Check(way, "rate", asked, rate, low, high, len(times), ok, tolerance)

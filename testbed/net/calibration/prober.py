@@ -27,7 +27,8 @@ from testbed.programs import end_sleeps_exactly, schedule_in_real_time
 MESSAGE = struct.Struct("=IIq")  # phase, number, CLOCK_MONOTONIC nanoseconds when sent
 ARRIVAL = struct.Struct("=Iqq")  # number, sent, arrived (both CLOCK_MONOTONIC nanoseconds)
 UDP_OVERHEAD = 28  # IPv4 and UDP headers
-_UDP_SEGMENT = 103
+_UDP_SEGMENT, _UDP_GRO = 103, 104
+_LARGEST = 1 << 16  # bytes of what one system call gives
 _TIMESPEC = struct.Struct("@ll")
 _READ_PER_TURN = 64
 _PRIORITY = 1
@@ -36,8 +37,13 @@ _PRIORITY = 1
 class Receiver:
     """What came in on a socket, of one phase."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+    def __init__(self, sock: socket.socket, together: bool = False) -> None:
+        """*together*: packets that were sent in one system call, and kept together by the link, are read in one, too (UDP_GRO,
+        udp(7)). Not behind a network card, which might put others together."""
+        self._sock, self._buffer = sock, bytearray(_LARGEST)
+        if together:
+            with contextlib.suppress(OSError):  # before Linux 5.0
+                sock.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 1)
         self.begin(0)
 
     def begin(self, phase: int) -> None:
@@ -51,22 +57,22 @@ class Receiver:
         """Reads up to *most* packets; whether there may be more."""
         for _ in range(most):
             try:
-                data, ancillary, _, _ = self._sock.recvmsg(2048, 128)
+                length, ancillary, _, _ = self._sock.recvmsg_into([self._buffer], 128)
             except BlockingIOError:
                 return False
             except ConnectionRefusedError:  # the other side's socket is gone: an ICMP message said so
                 continue
-            if len(data) < MESSAGE.size:
-                continue
-            phase, number, sent = MESSAGE.unpack_from(data)
-            if phase != self._phase:
-                continue
-            arrived = time.monotonic_ns()
+            arrived, each = time.monotonic_ns(), length
             for level, kind, value in ancillary:
                 if level == socket.SOL_SOCKET and kind == SO_TIMESTAMPNS:
                     seconds, nanoseconds = _TIMESPEC.unpack_from(value)
                     arrived = seconds * 1_000_000_000 + nanoseconds - self._offset
-            self.arrivals.append(ARRIVAL.pack(number, sent, arrived))
+                elif level == socket.IPPROTO_UDP and kind == _UDP_GRO:
+                    each = int.from_bytes(value[:4], sys.byteorder)
+            for place in range(0, length - MESSAGE.size + 1, max(each, MESSAGE.size)):
+                phase, number, sent = MESSAGE.unpack_from(self._buffer, place)
+                if phase == self._phase:
+                    self.arrivals.append(ARRIVAL.pack(number, sent, arrived))
         return True
 
 
@@ -84,13 +90,13 @@ def send(sock: socket.socket, plan: dict[str, Any]) -> dict[str, Any]:
     start = ordered if plan.get("begin_s") is None else plan["begin_s"]
     until, interval = next(pace, (inf, plan["interval_s"]))
     end = start + plan["duration_s"]
-    filling = bytes(plan["bytes"] - MESSAGE.size)
-    batch = plan.get("batch", 1)
+    size, batch = plan["bytes"], plan.get("batch", 1)
     if batch > 1:
         try:
-            sock.setsockopt(socket.IPPROTO_UDP, _UDP_SEGMENT, plan["bytes"])
+            sock.setsockopt(socket.IPPROTO_UDP, _UDP_SEGMENT, size)
         except OSError:  # before Linux 4.18
             batch = 1
+    packets, write = bytearray(batch * size), MESSAGE.pack_into
     due, number, phase, held_up = max(start, ordered), 0, plan["phase"], 0.0
     while number < plan["packets"] and due < end and (now := time.monotonic()) < end:
         if now < due:
@@ -101,9 +107,10 @@ def send(sock: socket.socket, plan: dict[str, Any]) -> dict[str, Any]:
         while due - start >= until:
             until, interval = next(pace, (inf, interval))
         count, stamp = min(batch, plan["packets"] - number), time.monotonic_ns()
-        packets = [MESSAGE.pack(phase, n, stamp) + filling for n in range(number, number + count)]
+        for place in range(count):
+            write(packets, place * size, phase, number + place, stamp)
         with contextlib.suppress(BlockingIOError, ConnectionRefusedError):
-            sock.send(b"".join(packets))
+            sock.send(memoryview(packets)[: count * size])
         number += count
         held_up = max(held_up, now - due)
         due = count * interval + (due if plan["catch_up"] else max(due, now))
@@ -123,7 +130,7 @@ def main() -> None:
         end_sleeps_exactly()
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.setblocking(False)
-    receiver, orders, answers = Receiver(sock), sys.stdin.buffer, sys.stdout.buffer
+    receiver, orders, answers = Receiver(sock, together=True), sys.stdin.buffer, sys.stdout.buffer
     while True:
         while not select.select([orders], [], [], 0.005)[0]:
             while receiver.drain(_READ_PER_TURN):

@@ -26,7 +26,7 @@ from testbed.programs import isolated
 
 _RECEIVE_BUFFER = 128 << 20  # a whole phase fits, so a receiver that does not get to run loses nothing
 _SEND_BUFFER = 4 << 20
-_BATCH, _BATCH_S = 16, 0.2e-3
+_BATCH, _BATCH_S = 40, 0.2e-3
 _PATIENCE_S = 60.0  # for an answer, beyond what its flow takes
 
 

@@ -35,7 +35,7 @@ _QUIET = {f"net/ipv6/conf/{scope}/disable_ipv6": "1" for scope in ("all", "defau
 def build(state: State, segments: Mapping[int, Mapping[str, int]] | None = None) -> None:
     """Makes and fills the state's namespaces, which are named and not there yet: links, addresses, routes, sysctls.
 
-    `segments`: link number -> how many TCP segments may enter it as one packet, ``up`` and ``down``; 1 where it is not named.
+    `segments`: link number -> how many segments may enter it as one packet, ``up`` and ``down``; 1 where it is not named.
     What arrives at the wire's ends of a link goes nowhere yet: that is the emulator's part. Raises NetworkError, or UsageError
     for a congestion control this kernel does not offer.
     """
@@ -82,7 +82,7 @@ class _Wire:
             second = end.end == "b"
             name = wire_ends(end.link)[second]
             several = max(self._segments.get(end.link, {"up": 1}).values()) > 1
-            self._ethtool.disable_segmentation(name, but_tcp=several)
+            self._ethtool.disable_segmentation(name, but_transports=several)
             self._batch.link("set", index=_FIRST_INDEX + 2 * end.link + second, state="up")
         self._batch.send()
 
@@ -116,18 +116,18 @@ def allow_tcp_buffers(state: State) -> None:
 
 
 def allow_super_packets(state: State, number: int, segments: Mapping[str, int]) -> None:
-    """How many TCP segments may enter link *number* as one packet, ``up`` and ``down``; 1, as it is at first: none."""
+    """How many segments of TCP or UDP may enter link *number* as one packet, ``up`` and ``down``; 1, as it is at first: none."""
     for end, way in zip(_ends(state.topology, number), ("up", "down"), strict=True):
         with _changing(state, state.namespace(end.node)) as network, Ethtool() as ethtool:
             network.link("set", index=socket.if_nametoindex(end.name), gso_max_segs=segments[way])
             if segments[way] > 1:
-                ethtool.enable_tcp_segmentation(end.name)
+                ethtool.enable_transports_segmentation(end.name)
             else:
                 ethtool.disable_segmentation(end.name)
     if max(segments.values()) > 1:
         with namespaces.inside(state.wire), Ethtool() as ethtool:
             for name in wire_ends(number):
-                ethtool.enable_tcp_segmentation(name)
+                ethtool.enable_transports_segmentation(name)
 
 
 def set_mtu(state: State, number: int, mtu: int) -> None:
@@ -242,7 +242,7 @@ def _configure_node(state: State, node: str, wire: _Wire, segments: Mapping[int,
         _set_sysctls({"net/ipv6/conf/all/forwarding": "1"})
     with Ethtool() as ethtool:
         for end in ends:
-            ethtool.disable_segmentation(end.name, but_tcp=_allowed(segments, end) > 1)
+            ethtool.disable_segmentation(end.name, but_transports=_allowed(segments, end) > 1)
 
 
 def _add_routes(requests: Batch | IPRoute, topology: Topology, node: str, indices: Mapping[str, int]) -> None:

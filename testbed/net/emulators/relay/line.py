@@ -19,8 +19,9 @@ from testbed.net.emulators.relay import packet
 from testbed.net.emulators.relay.codel import CoDel
 from testbed.net.emulators.relay.conditions import Conditions
 from testbed.net.emulators.relay.drop_tail import admitted
-from testbed.net.emulators.relay.impairments import chain
+from testbed.net.emulators.relay.impairments import chain, lost_alone
 from testbed.net.emulators.relay.impairments.contract import Context, Counted, Item, Onward
+from testbed.net.emulators.relay.impairments.loss import Lost, surviving
 from testbed.net.emulators.relay.rate import Rate, rate_of
 
 HEADERS = packet.HEADERS  # rates and queues count what is behind them
@@ -48,6 +49,7 @@ class Line:
         # What the conditions come to; see `apply`.
         self._delay_s = 0.0
         self._impair: Onward | None = None
+        self._lost: Lost | None = None  # in place of the above
         self._limit_bytes: float = inf
         self._codel: CoDel | None = None
         self._ecn = False
@@ -61,7 +63,8 @@ class Line:
             self.seed = conditions.seed
             self.chance.seed(self.seed)
         self._delay_s = conditions.delay_s
-        self._impair = chain(Context(conditions, self.chance, self.counted, self._travel, self._overtake))
+        context = Context(conditions, self.chance, self.counted, self._travel, self._overtake)
+        self._impair, self._lost = chain(context), lost_alone(context)
         self._limit_bytes = inf if conditions.queue_bytes is None else conditions.queue_bytes
         codel = conditions.codel
         self._codel = CoDel(codel.target_s, codel.interval_s, conditions.mtu) if codel else None
@@ -104,8 +107,24 @@ class Line:
         if self._impair is None:
             self._travel(now, now + self._delay_s, frame, size, count)
             return
+        if self._lost is not None:
+            self._thin(frame, now, size, count)
+            return
         for piece in packet.split(frame) if count > 1 else (frame,):
             self._impair(piece, now)
+
+    def _thin(self, frame: bytes, now: float, size: int, count: int) -> None:
+        """Loses each packet that a frame stands for or not; those in a row that are left travel on as one frame."""
+        assert self._lost is not None
+        arrival, left = now + self._delay_s, 0
+        for first, kept in surviving(self._lost, count):
+            left += kept
+            if kept == count:
+                self._travel(now, arrival, frame, size, count)
+            else:
+                piece = packet.cut(frame, first, kept)
+                self._travel(now, arrival, piece, packet.measure(piece)[0], kept)
+        self.counted.dropped_loss += count - left
 
     def _travel(self, now: float, arrival: float, frame: bytes, size: int, count: int) -> None:
         if self.held_bytes > MAX_HELD_BYTES:

@@ -1,7 +1,8 @@
 """Packets as a packet socket with PACKET_VNET_HDR gives and takes them: struct virtio_net_hdr, Ethernet header, IP packet.
 
-A TCP "packet" may be a super-packet, several segments that share one header (generic segmentation offload): `measure` says
-what they would take on a wire, `cut` makes a smaller one of some of them. See packet(7) and linux/virtio_net.h.
+A "packet" may be a super-packet, several TCP segments or UDP datagrams that share one header (generic segmentation offload):
+`measure` says what they would take on a wire, `cut` makes a smaller one of some of them. See packet(7), udp(7) (UDP_SEGMENT) and
+linux/virtio_net.h.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ HEADERS = VNET_HEADER + ETHERNET_HEADER
 
 _VNET = struct.Struct("=BBHHHH")
 _NEEDS_CHECKSUM = 1
+_UDP = 5  # VIRTIO_NET_HDR_GSO_UDP_L4; the other kinds are TCP's
+_UDP_HEADER, _TCP_HEADER = 8, 20  # bytes, without options
 _ECT = (1, 2)
 _FIN_PSH, _CWR = 0x09, 0x80
 
@@ -26,17 +29,19 @@ def measure(frame: bytes) -> tuple[int, int]:
 
 def _layout(frame: bytes) -> tuple[int, int, int, int]:
     # segments, bytes of all headers (without struct virtio_net_hdr), payload, bytes of payload in a segment
-    _, _, _, gso_size, start, _ = _VNET.unpack_from(frame)
+    _, kind, _, gso_size, start, _ = _VNET.unpack_from(frame)
     transport = VNET_HEADER + start
-    if not gso_size or len(frame) < transport + 20:
+    least = _UDP_HEADER if kind == _UDP else _TCP_HEADER
+    if not gso_size or len(frame) < transport + least:
         return 1, ETHERNET_HEADER, len(frame) - HEADERS, max(1, len(frame) - HEADERS)
-    headers = start + (frame[transport + 12] >> 4) * 4
+    headers = start + (least if kind == _UDP else (frame[transport + 12] >> 4) * 4)
     payload = len(frame) - VNET_HEADER - headers
     return max(1, -(-payload // gso_size)), headers, payload, gso_size
 
 
 def cut(frame: bytes, first: int, count: int) -> bytes:
-    """The TCP segments from *first* on, *count* of them, as a packet of their own. RFC 9293; the kernel's tcp_gso_segment."""
+    """The segments or datagrams from *first* on, *count* of them, as a packet of their own. RFC 9293, RFC 768; the kernel's
+    tcp_gso_segment and __udp_gso_segment."""
     flags, kind, _, _, start, offset = _VNET.unpack_from(frame)
     segments, headers, payload, size = _layout(frame)
     body = frame[
@@ -44,12 +49,10 @@ def cut(frame: bytes, first: int, count: int) -> bytes:
     ]
     head = bytearray(frame[VNET_HEADER : VNET_HEADER + headers])
     _set_ip(head, first, headers - ETHERNET_HEADER + len(body), start)
-    (sequence,) = struct.unpack_from("!I", head, start + 4)
-    struct.pack_into("!I", head, start + 4, (sequence + first * size) & 0xFFFFFFFF)
-    if first + count < segments:
-        head[start + 13] &= ~_FIN_PSH & 0xFF
-    if first:
-        head[start + 13] &= ~_CWR & 0xFF
+    if kind == _UDP:
+        struct.pack_into("!H", head, start + 4, _UDP_HEADER + len(body))
+    else:
+        _set_tcp(head, start, first * size, bool(first), first + count >= segments)
     # What is there is the sum over the pseudo-header, which has the length in it; the kernel adds the rest.
     (partial,) = struct.unpack_from("!H", head, start + offset)
     change = (headers - start + len(body)) - (headers - start + payload)
@@ -61,6 +64,15 @@ def cut(frame: bytes, first: int, count: int) -> bytes:
 def split(frame: bytes) -> list[bytes]:
     """A super-packet's segments, each a packet."""
     return [cut(frame, number, 1) for number in range(_layout(frame)[0])]
+
+
+def _set_tcp(head: bytearray, start: int, before: int, later: bool, last: bool) -> None:
+    (sequence,) = struct.unpack_from("!I", head, start + 4)
+    struct.pack_into("!I", head, start + 4, (sequence + before) & 0xFFFFFFFF)
+    if not last:
+        head[start + 13] &= ~_FIN_PSH & 0xFF
+    if later:
+        head[start + 13] &= ~_CWR & 0xFF
 
 
 def _set_ip(head: bytearray, first: int, length: int, start: int) -> None:

@@ -46,13 +46,14 @@ def require_packet_sockets() -> None:
 
 
 def super_packet_segments(direction: Direction) -> int:
-    """How many TCP segments may cross as one packet without being told from so many: half a millisecond's worth.
+    """How many segments of TCP or UDP may cross as one packet without being told from so many: half a millisecond's worth.
 
-    One where chance decides over each packet, and where there is no rate to say how long they take.
+    One where chance has more in store for each packet than its loss, and where there is no rate to say how long they take.
     """
-    chance = (direction.loss, direction.duplicate, direction.corrupt, direction.reorder, direction.jitter_s)
+    chance = (direction.duplicate, direction.corrupt, direction.reorder, direction.jitter_s)
     if (
         any(chance)
+        or (direction.ecn and (direction.loss or direction.loss_model is not None))
         or direction.queue.codel is not None
         or direction.rate_bps is None
         or direction.trace is not None

@@ -11,7 +11,7 @@ from testbed.net.emulators.relay.impairments.contract import Context, Impairment
 from testbed.net.emulators.relay.impairments.corruption import corruption
 from testbed.net.emulators.relay.impairments.delay import delay
 from testbed.net.emulators.relay.impairments.duplication import duplication
-from testbed.net.emulators.relay.impairments.loss import loss
+from testbed.net.emulators.relay.impairments.loss import Lost, loss, loss_of
 from testbed.net.emulators.relay.impairments.reordering import reordering
 
 IMPAIRMENTS: tuple[Impairment, ...] = (duplication, loss, corruption, reordering)
@@ -26,3 +26,16 @@ def chain(context: Context) -> Onward | None:
     conditions = context.conditions
     steady = conditions.jitter_table is None and conditions.schedule is None
     return None if steady and onward is travelling else onward
+
+
+def lost_alone(context: Context) -> Lost | None:
+    """What decides over each packet where its loss is all that chance decides, and no queue's management does: what is left of a
+    super-packet may then stay together. None: anything else."""
+    conditions = context.conditions
+    onward = travelling = delay(context)
+    for impairment in reversed([each for each in IMPAIRMENTS if each is not loss]):
+        onward = impairment(context, onward)
+    steady = conditions.jitter_table is None and conditions.schedule is None
+    if not steady or onward is not travelling or conditions.ecn or conditions.codel is not None:
+        return None
+    return loss_of(conditions, context.chance)

@@ -63,6 +63,19 @@ def loss_of(conditions: Conditions, chance: Random) -> Lost | None:
     return independent(conditions.loss, chance) if conditions.loss else None
 
 
+def surviving(lost: Lost, count: int) -> list[tuple[int, int]]:
+    """Of *count* packets, asked about in turn, those that are left, in rows: the first one's number and how many."""
+    rows, begin = [], 0
+    for number in range(count):
+        if lost():
+            if number > begin:
+                rows.append((begin, number - begin))
+            begin = number + 1
+    if count > begin:
+        rows.append((begin, count - begin))
+    return rows
+
+
 def loss(context: Context, onward: Onward) -> Onward:
     """Loses packets, or marks those that allow it, as a trace says or the conditions do.
 
