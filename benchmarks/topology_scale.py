@@ -30,17 +30,17 @@ from testbed.net.emulators import NAMES, choose
 from testbed.net.emulators.netem.support import available
 from testbed.net.fabric import removal
 from testbed.net.fabric.fabric import Fabric
-from testbed.net.profile.profile import parse_profile
+from testbed.net.profile.profile import Profile, parse_profile
 from testbed.net.topology.topology import Link, Node, Topology
 
 PROFILE = parse_profile("rate=100mbit,delay=10ms")
 _ALL = "match u32 0 0 action mirred egress redirect dev"
 
 
-def star(nodes: int) -> Topology:
+def star(nodes: int, profile: Profile = PROFILE) -> Topology:
     """A router and `nodes` - 1 leaves, each on a link of its own."""
     names = [f"n{number}" for number in range(1, nodes)]
-    links = tuple(Link(f"to-{name}", name, "hub", PROFILE) for name in names)
+    links = tuple(Link(f"to-{name}", name, "hub", profile) for name in names)
     return Topology(f"star-{nodes}", (Node("hub"), *map(Node, names)), links)
 
 

@@ -7,15 +7,23 @@ from typing import Any
 
 import click
 
-from testbed.cli.parts import as_json, table
+from testbed.cli.parts import as_json, require_root, table
 
 
 @click.command()
+@click.option(
+    "--links",
+    is_flag=True,
+    help="Measure what rates this machine's links carry, and keep it. Takes about a minute.",
+)
 @as_json
-def doctor() -> Any:
+def doctor(links: bool) -> Any:
     """Say what this machine can and cannot do."""
-    from testbed.experiment.environment import examine
+    from testbed.experiment.environment import examine, measure_capacity
 
+    if links:
+        require_root()
+        measure_capacity(lambda line: click.echo(line, err=True))
     findings = examine()
     rows = [[f.what, "yes" if f.ok else ("MISSING" if f.needed else "no"), f.detail] for f in findings]
     missing = [f for f in findings if f.needed and not f.ok]

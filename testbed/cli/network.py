@@ -30,6 +30,7 @@ def up(topology: str, links: dict[str, str], emulator: str, captures: Path | Non
     With --rootless it stands for as long as the shell that opens then, in which `testbed exec`, show and down work; for a
     script, write the commands to its standard input.
     """
+    from testbed.experiment.environment import beyond_capacity
     from testbed.hosts import rootless
     from testbed.hosts.processes import interruptible
     from testbed.net.fabric import fabric, removal
@@ -40,6 +41,8 @@ def up(topology: str, links: dict[str, str], emulator: str, captures: Path | Non
     loaded = load_topology(topology)
     given = {name: parse_profile(profile) for name, profile in links.items()}
     require_root()
+    for remark in beyond_capacity(loaded.with_profiles(given), emulator):
+        click.echo(f"testbed: {remark}", err=True)
     with interruptible():
         try:
             network = fabric.up(loaded, given, emulator, captures)

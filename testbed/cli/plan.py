@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def plan(scenario: str, **changes: Any) -> Any:
     """Show what SCENARIO would run: cells, bytes, expected time. Needs no root and builds nothing."""
     from testbed.experiment.borders import borders
+    from testbed.experiment.environment import too_much
     from testbed.experiment.estimate import Estimator
     from testbed.experiment.plan import load_plan
     from testbed.units import format_duration, format_size, format_time
@@ -59,6 +60,7 @@ def plan(scenario: str, **changes: Any) -> Any:
     found = [] if measured else borders(estimator)
     text += _borders(found)
     remarks = [remark for profile in planned.profiles for remark in profile.remarks()]
+    remarks += too_much(planned)
     text += "".join(f"\n{remark}" for remark in remarks)
     value = {
         "cells": cells,

@@ -65,6 +65,7 @@ def run(
 ) -> int:
     """Run SCENARIO (a file, or the name of a shipped one): network, model, trials, plots."""
     from testbed.experiment import runner, shards
+    from testbed.experiment.environment import too_much
     from testbed.experiment.plan import load_plan, moved
 
     if (scenario is None) == (resumed is None):
@@ -85,7 +86,8 @@ def run(
     else:
         assert scenario is not None
         plan = load_plan(scenario, **changes)
-        for remark in dict.fromkeys(note for profile in plan.profiles for note in profile.remarks()):
+        notes = [note for profile in plan.profiles for note in profile.remarks()]
+        for remark in dict.fromkeys([*notes, *too_much(plan)]):
             click.echo(f"testbed: {remark}", err=True)
         _make_way(plan)
         if part is not None:

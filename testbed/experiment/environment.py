@@ -8,11 +8,17 @@ import platform
 import shutil
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from testbed import __version__
+
+if TYPE_CHECKING:
+    from testbed.experiment.scenario import Plan
+    from testbed.net.calibration.capacity import Capacity
+    from testbed.net.topology.topology import Topology
 
 _PACKAGES = ("torch", "transformers", "pyroute2", "numpy", "pandas", "msgspec", "zstandard", "safetensors")
 
@@ -34,6 +40,52 @@ def describe_host() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": packages,
     }
+
+
+def _machine() -> dict[str, Any]:
+    """What a measurement of this machine's speed holds for."""
+    return {"kernel": platform.release(), "cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))}
+
+
+def _capacity_file() -> Path:
+    from testbed.models.sources import cache_directory
+
+    return cache_directory() / "capacity.json"
+
+
+def capacity() -> Capacity | None:
+    """What this machine was measured to carry over its links; None: it was not, or was another machine then."""
+    from testbed.net.calibration.capacity import load_capacity
+
+    return load_capacity(_capacity_file(), _machine())
+
+
+def measure_capacity(say: Callable[[str], None]) -> Capacity:
+    """Measures it and keeps it. *say* takes a line a step. Raises UsageError without root; NetworkError, StorageError."""
+    import msgspec
+
+    from testbed.files import replace, storing
+    from testbed.net.calibration.capacity import measure
+    from testbed.net.fabric.fabric import Fabric
+
+    found, path = measure(Fabric.build, _machine(), say), _capacity_file()
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, msgspec.json.format(msgspec.json.encode(found)))
+    return found
+
+
+def beyond_capacity(topology: Topology, emulator: str = "auto") -> list[str]:
+    """See `testbed.net.calibration.capacity.beyond`."""
+    from testbed.net.calibration.capacity import beyond
+
+    return beyond(topology, capacity(), emulator)
+
+
+def too_much(plan: Plan) -> list[str]:
+    """The same of a plan's topology, under each of its profiles."""
+    under = [beyond_capacity(plan.under(profile), plan.scenario.emulator) for profile in plan.profiles]
+    return list(dict.fromkeys(remark for remarks in under for remark in remarks))
 
 
 def host_name() -> str:
@@ -75,6 +127,7 @@ def examine() -> list[Finding]:
         Finding("rootless", not rootless_not, rootless_not or "testbed run --rootless works here", False),
         _packet_sockets(root),
         _netem(root),
+        _capacity(),
         _program("nsenter", "util-linux"),
         _program("setpriv", "util-linux"),
         _program("iperf3", "iperf3", needed=False),
@@ -113,6 +166,13 @@ def _netem(root: bool) -> Finding:
         "this kernel has no sch_netem; links use the userspace emulator" if root else "unknown without root"
     )
     return Finding("netem", able, "the kernel's own emulator" if able else lacking, False)
+
+
+def _capacity() -> Finding:
+    found = capacity()
+    return Finding(
+        "link rates", found is not None, str(found or "not measured: sudo testbed doctor --links"), False
+    )
 
 
 def _program(name: str, package: str, needed: bool = True) -> Finding:

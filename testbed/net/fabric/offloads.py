@@ -2,8 +2,9 @@
 
 With them on, TCP hands a veth "packets" of up to 64 kB, which a queue counts as one and a loss takes as a whole. All features of
 that kind go off by name, also the ones ethtool's short names leave out (``tx-udp-segmentation``, which QUIC stacks use). An
-emulator that sees through such packets may have TCP's and UDP's (UDP_SEGMENT, udp(7)), capped to a fraction of a millisecond of
-the link's rate, where they spare much of its work. Checksums stay offloaded: nobody needs them on a link inside one machine. See ethtool(8).
+emulator that sees through such packets may have TCP's and UDP's (UDP_SEGMENT, udp(7)), capped to a fraction of a millisecond
+of the link's rate, where they spare much of its work. Checksums stay offloaded: nobody needs them on a link inside one
+machine. See ethtool(8).
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ Without ``keep`` the relay ends with this process, however that ends.
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import socket
 import time
 from collections.abc import Sequence
@@ -32,6 +34,8 @@ HONOURED = frozenset(
 
 LINKS_A_RELAY = 256
 """Two descriptors each have to fit into what a process may have open by default, 1024, here and there."""
+RELAY_BPS = 2e9
+"""Of rates, both ways together, that one process is given where there is a processor for another."""
 _SUPER_PACKET_S = 0.5e-3
 _SUPER_PACKET_BYTES = 60_000
 PROGRAM = "testbed.net.emulators.relay.relay"
@@ -63,6 +67,25 @@ def super_packet_segments(direction: Direction) -> int:
     return max(1, int(at_once / direction.mtu))
 
 
+def spread(wanted: Sequence[Wanted], processors: int) -> list[list[int]]:
+    """Which links, by number and in ascending order, share a relay process. One serves all up to `LINKS_A_RELAY` links and
+    `RELAY_BPS`; beyond that another does for every so much more, but no more of them than there are processors. The fastest
+    link goes to whichever has least so far, then the next. What has no limit counts as such a process's worth."""
+    loads = [
+        min(RELAY_BPS, sum(way.mean_rate_bps(name) or RELAY_BPS for name, way in link.profile.ways.items()))
+        for link in wanted
+    ]
+    for_links, for_rates = math.ceil(len(wanted) / LINKS_A_RELAY), math.ceil(sum(loads) / RELAY_BPS)
+    shares: list[list[int]] = [[] for _ in range(max(for_links, min(for_rates, processors, len(wanted))))]
+    sums = [0.0] * len(shares)
+    for number in sorted(range(len(wanted)), key=lambda number: -loads[number]):
+        open_ = [place for place, share in enumerate(shares) if len(share) < LINKS_A_RELAY]
+        least = min(open_, key=lambda place: (sums[place], len(shares[place])))
+        shares[least].append(number)
+        sums[least] += loads[number]
+    return [sorted(share) for share in shares if share]
+
+
 class Userspace(Emulator):
     """The emulator called ``userspace``; see `testbed.net.emulators`."""
 
@@ -82,19 +105,21 @@ class Userspace(Emulator):
     def attach_all(
         self, wire: str, wanted: Sequence[Wanted], *, keep: Path | None = None
     ) -> Sequence[Attachment]:
-        """The same for many links, up to `LINKS_A_RELAY` of which share a relay process."""
+        """The same for many links, which are spread over relay processes (see `spread`)."""
         for link in wanted:
             refuse_unknown(self.name, link.profile, HONOURED)
         quieten(wire)
-        attachments: list[Attachment] = []
+        attachments: dict[str, Attachment] = {}
         try:
-            for start in range(0, len(wanted), LINKS_A_RELAY):
-                attachments += self._attach(wire, wanted[start : start + LINKS_A_RELAY], keep)
+            for share in spread(wanted, len(os.sched_getaffinity(0))):
+                links = [wanted[number] for number in share]
+                attached = self._attach(wire, links, keep)
+                attachments.update(zip((link.link for link in links), attached, strict=True))
         except BaseException:
-            for attachment in attachments:
+            for attachment in attachments.values():
                 attachment.detach()
             raise
-        return attachments
+        return [attachments[link.link] for link in wanted]
 
     def _attach(self, wire: str, wanted: Sequence[Wanted], keep: Path | None) -> list[RelayAttachment]:
         with contextlib.ExitStack() as undo:
