@@ -149,6 +149,13 @@ CLAIMS = (
         judges.coded,
     ),
     Claim(
+        "scout-overlap",
+        "16",
+        "84 to 92 % of the tokens at 75 %, from a small model of the same family",
+        f"at {judges.SCOUTED:.0%} Q2C chooses at least {judges.SHARED:.0%} of what it chooses for the model that answers",
+        judges.scouts,
+    ),
+    Claim(
         "kv-worth-sending",
         "-",
         "(the deciding baseline)",
@@ -168,11 +175,6 @@ NOT_YET = (
     ),
     ("14", "loss, 5G and jitter", "a capability, not a claim: scenarios/5g.yaml measures it"),
     ("15", "the deployment guide", "a procedure: testbed guide walks it"),
-    (
-        "16",
-        "scout: positions from a small model",
-        "runs have it; two named models of one tokenizer are still to come",
-    ),
 )
 
 

@@ -25,6 +25,8 @@ from testbed.experiment.row import SENDING
 WORTH_LOSS = 0.05
 #: Of the claims on selection.
 RATIO = 0.25
+#: Of the claim on scouts: the share of tokens kept, and of those the least that both models choose.
+SCOUTED, SHARED = 0.75, 0.84
 _TIMES = rules.LEAST_TIMES
 
 Judge = Callable[[Pool], Iterator[Verdict]]
@@ -178,6 +180,28 @@ def coded(pool: Pool) -> Iterator[Verdict]:
             if spec.coder is not None and plain is not None:
                 saved, what = rules.saving(rows, setting, plain), f"{setting} against {plain}"
                 yield rules.threshold(model, what, saved, 0.2, "saves {:.1%} {}")
+
+
+def scouts(pool: Pool) -> Iterator[Verdict]:
+    """Each form of Q2C as another model's scout: the share of its choice that is the answering model's own, which is the share
+    of all tokens kept where one of them chooses by chance.
+    """
+    figure = "{:.1%} of the choice is the model's own {}"
+    for model, rows in pool.by_model():
+        own = rows[(rows["placement"] == "scout") & (rows["edge_model"] != "")]
+        for (scout, setting), chosen in own.groupby(["edge_model", "codec"], sort=False):
+            spec = parsed(str(setting))
+            if (
+                spec is None
+                or spec.selector is None
+                or spec.selector.name != "q2c"
+                or _rest(spec)[0] != SCOUTED
+            ):
+                continue
+            found = chosen[chosen["choice_overlap"].notna()]
+            share = stats.mean(found["choice_overlap"], settings.clusters(found))
+            verdict = rules.threshold(model, f"{setting} by {scout}", share, SHARED, figure)
+            yield replace(verdict, figures=f"{verdict.figures}; by chance {SCOUTED:.0%}")
 
 
 def _beside(whole: stats.Estimate, text: str) -> str:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from testbed.codecs.layout import expected_bytes
+from testbed.endpoints.tokens import token_bytes
 from testbed.errors import UsageError
 from testbed.experiment.machines import Machine
 from testbed.experiment.scenario import Cell, Plan
 from testbed.models.shapes import find_shape, is_shape
 from testbed.models.sources import resolve
 
-_TEXT_BYTES_PER_TOKEN, _NUMBER_BYTES = 4.5, 2
+_TEXT_BYTES_PER_TOKEN = 4.5
 _MSS_BYTES = 1448
 _INITIAL_WINDOW = 10  #: segments, RFC 6928
 QUESTION_TOKENS, ANSWER_TOKENS = 24, 8
@@ -28,20 +29,22 @@ QUESTION_TOKENS, ANSWER_TOKENS = 24, 8
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What of a model decides the size of its cache."""
+    """What of a model decides the size of its cache, and of a text as numbers."""
 
     layers: int
     kv_heads: int
     head_dim: int
     value_dim: int
     parameters: float
+    vocabulary: int
 
 
 def dimensions(model: str) -> Dimensions | None:
     """From the model's ``config.json``, without loading it; None where it is not at hand. Raises UsageError."""
     if is_shape(model):
         shape = find_shape(model)
-        return Dimensions(shape.layers, shape.kv_heads, shape.head_dim, shape.value_dim, shape.parameters)
+        cache = (shape.layers, shape.kv_heads, shape.head_dim, shape.value_dim)
+        return Dimensions(*cache, shape.parameters, shape.vocabulary)
     source = resolve(model)
     path = Path(source.path) / "config.json" if source.path is not None else None
     if path is None or not path.is_file():
@@ -68,8 +71,10 @@ def _described(config: dict[str, Any]) -> Dimensions:
     layers = config["num_hidden_layers"]
     head_dim = config.get("head_dim") or hidden // heads
     parameters = layers * hidden * (4 * hidden + 3 * config.get("intermediate_size", 4 * hidden))
-    parameters += config.get("vocab_size", 32000) * hidden
-    return Dimensions(layers, config.get("num_key_value_heads") or heads, head_dim, head_dim, parameters)
+    vocabulary = config.get("vocab_size", 32000)
+    parameters += vocabulary * hidden
+    kv_heads = config.get("num_key_value_heads") or heads
+    return Dimensions(layers, kv_heads, head_dim, head_dim, parameters, vocabulary)
 
 
 def transfer_s(payload: float, rate: float, rtt: float) -> float:
@@ -105,7 +110,7 @@ class Estimator:
         if cell.placement == "edge":
             return 0.0
         if cell.placement == "scout":  # a number a token, and a bit
-            return tokens * (_NUMBER_BYTES + 1 / 8)
+            return tokens * (token_bytes(self.model.vocabulary if self.model else 0) + 1 / 8)
         if cell.codec is None or self.model is None:
             return tokens * _TEXT_BYTES_PER_TOKEN
         layers = [(self.model.kv_heads, self.model.head_dim, self.model.value_dim, None)] * self.model.layers

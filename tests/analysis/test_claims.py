@@ -281,6 +281,37 @@ def test_text_is_compared_with_the_fastest_codec_that_loses_little(tmp_path: Pat
     assert verdict.what == "int8 against sending the text, on 5g-mid"
 
 
+@pytest.mark.parametrize(
+    ("shared", "n", "verdict"),
+    [(0.9, 50, "holds"), (0.9, 49, "undecided"), (0.75, 50, "fails"), (0.84, 50, "undecided")],
+)
+def test_a_scout_has_to_choose_what_the_answering_model_would(
+    tmp_path: Path, shared: float, n: int, verdict: str
+) -> None:
+    """Judged are Q2C's choices of three quarters by another model alone, each form apart."""
+    path = make_run(tmp_path / "run", ("5g-edge",), ("fp16",), ("split",), ("needle",), examples=n)
+    rng, rows = np.random.default_rng(2), []
+    of_two = {"placement": "scout", "model": "large"}
+    for codec, scout in (
+        ("q2c@0.75(scope=global)", "small"),
+        ("q2c@0.75(scope=global, layers=last, sinks=0, pool=1)", "small"),
+        ("q2c@0.25(scope=global)", "small"),
+        ("random@0.75", "small"),
+        ("q2c@0.75(scope=global)", ""),
+    ):
+        for row in lines(path):
+            own = {"codec": codec, "edge_model": scout, "choice_overlap": shared + float(rng.normal(0, 0.02))}
+            rows.append(row | of_two | own | {"trial": f"{len(rows)}"})
+    rewrite(path, rows)
+    found = judged(path)["scout-overlap"]
+    assert [(v.verdict, v.n) for v in found] == [(verdict, n)] * 2
+    assert [v.what for v in found] == [
+        "q2c@0.75(scope=global) by small",
+        "q2c@0.75(scope=global, layers=last, sinks=0, pool=1) by small",
+    ]
+    assert found[0].figures.endswith("; by chance 75%")
+
+
 #: which claims each scenario of scenarios/claims is for
 SCENARIOS = {
     "q2c": {claim.name for claim in claims.CLAIMS if claim.number in ("1", "2")},
@@ -292,6 +323,7 @@ SCENARIOS = {
     "q2c-free": {"q2c-free"},
     "context-length": {"q2c-grows", "int4-grows"},
     "entropy-coding": {"entropy-coding-saves"},
+    "scout": {"scout-overlap"},
     "text-and-prefill": {"kv-worth-sending"},
 }
 ASKED_IN_ONE = ("int8", "int4", "protected-layer", "delta", "entropy-coding")
@@ -323,6 +355,8 @@ def test_a_scenarios_rows_are_what_its_claims_ask_for(tmp_path: Path, name: str)
                     "profile": cell.profile.name,
                     "context_tokens": tokens,
                     "reference_score": 1.0,
+                    "edge_model": "" if plan.scenario.one_model else plan.scenario.models.edge,
+                    "choice_overlap": 0.9 if cell.placement == "scout" else None,
                 }
                 rows += [like | known | {"example": str(i), "trial": f"{len(rows) + i}"} for i in range(50)]
         rewrite(path, rows)
