@@ -349,6 +349,20 @@ def test_more_shards_than_examples_leave_some_with_nothing_to_do(plan: Plan, tmp
     assert (done.trials, done.finished, done.settled, done.complete) == (0, 0, True, True)
 
 
+def test_a_shard_that_was_killed_before_it_had_a_manifest_is_begun_anew(plan: Plan, tmp_path: Path) -> None:
+    left = shards.place(tmp_path, Shard(15, 15))
+    (left / "traces").mkdir(parents=True)
+    assert shards.run(plan, Shard(15, 15), tmp_path, opening=in_one_process).complete
+    assert RunDirectory.open(left).manifest()["shard"] == "15/15"
+
+
+def test_a_load_is_not_made_in_shards(tmp_path: Path) -> None:
+    settings = ("load=closed(clients=2, think=1s)", "placements=split", "delivery=whole")
+    loaded = [part for setting in settings for part in ("--set", setting)]
+    done = command("run", "quick", "--array", "3", "--out", str(tmp_path), *loaded)
+    assert done.status == 2 and "a load is put on by one machine" in done.errors
+
+
 def test_a_directory_on_nfs_is_locked_by_a_file_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

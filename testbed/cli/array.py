@@ -30,7 +30,7 @@ array=$(sbatch --parsable --job-name={name} --array="${{1:-1-{count}}}" {resourc
 exec {run}
 END
 )
-# It says what is missing, and then writes nothing.
+# Where something is missing it says so, and writes nothing.
 sbatch --job-name={name}-merge --dependency="afterany:${{array%%;*}}" --output={merge_log} --wrap={merge}
 """
 
@@ -41,8 +41,9 @@ def script(
     """The script. more: further options of each shard's run; program: that runs `testbed`. Raises UsageError where there are
     fewer examples than shards."""
     from testbed.experiment.shard import Shard
-    from testbed.experiment.shards import FOLDER
+    from testbed.experiment.shards import FOLDER, check_shares
 
+    check_shares(plan, count)
     if not Shard(count, count).trials(plan):
         raise UsageError(f"--array {count}: there are fewer examples than that to be dealt out")
     run = [scenario, "--out", str(out), *more, *(["--rootless"] if rootless else [])]

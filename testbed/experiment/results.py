@@ -36,8 +36,9 @@ from testbed.units import exact_time
 FORMAT = 8
 
 SPANS = "spans.jsonl"
-#: What only locks it, where a directory cannot be locked itself: it is no part of a run.
-_LOCK = ".lock"
+#: What only locks it, where a directory cannot be locked itself: it is no part of a run. What a kill may leave before there is a
+#: manifest: copies of traces, which have their digests in their names.
+_LOCK, _BEFORE = ".lock", "traces"
 #: What makes a line a row: the trial that it tells of.
 _IDENTITY = ("trial", "task", "example", "placement")
 
@@ -216,7 +217,7 @@ class RunDirectory:
     def check_new(self) -> None:
         """Raises UsageError where the directory, or another file of its name, exists and is not empty."""
         if self.path.exists() and (
-            not self.path.is_dir() or any(p.name != _LOCK for p in self.path.iterdir())
+            not self.path.is_dir() or any(p.name not in (_LOCK, _BEFORE) for p in self.path.iterdir())
         ):
             raise UsageError(
                 f"{self.path} exists and is not empty; choose another --out, or continue it with --resume {self.path}"

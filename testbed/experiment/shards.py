@@ -71,10 +71,7 @@ def prepare(
     plan: Plan, shard: Shard, directory: Path, watch: Watcher, accept_uncalibrated: bool = False
 ) -> Runner:
     """A shard that is yet to be executed: begun anew, or taken up where it ended. Raises UsageError."""
-    if plan.scenario.loaded:
-        raise UsageError(
-            "--shard: a load is put on by one machine, since its requests meet there; leave --shard away"
-        )
+    check_shares(plan, shard.count)
     path = place(directory, shard)
     for other in found_in(directory):
         known = of_folder(other.name)
@@ -90,6 +87,14 @@ def prepare(
     directory_of = RunDirectory.open(path)
     check_same(plan, directory_of)
     return take_up(plan, directory_of, watch, accept_uncalibrated)
+
+
+def check_shares(plan: Plan, count: int) -> None:
+    """Raises UsageError where a plan is not to be made in so many shards."""
+    if plan.scenario.loaded:
+        raise UsageError(
+            f"{count} shards: a load is put on by one machine, since its requests meet there; make it in one piece"
+        )
 
 
 def outcome(runner: Runner) -> ShardOutcome:

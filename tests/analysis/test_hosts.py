@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from testbed.analysis import compare, comparisons, hosts, paired_latency, settings
+from testbed.analysis import compare, comparisons, hosts, paired_latency, report, settings
 from testbed.analysis.run import load
 from testbed.analysis.summary import table
 from testbed.errors import UsageError
@@ -53,6 +53,7 @@ def test_the_hosts_of_a_run_are_put_side_by_side(run: Path) -> None:
     assert "Trials were made on 2 hosts" in said
     assert "Hosts are unlike: the edge computes 2.00 times as long on node-b as on node-a." in said
     assert "Some CPU" in said and "Compute, measured" not in said
+    assert "The hosts, side by side" in report.render(load(run), [])
 
 
 def test_of_one_host_nothing_is_said(run: Path) -> None:
