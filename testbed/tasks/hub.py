@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from testbed.errors import UsageError
-from testbed.tasks.jsonl import Row, make_row
+from testbed.tasks.jsonl import Row, unique
 
 _MOST_ROWS = 20_000
 
@@ -57,73 +57,6 @@ def read_hub(name: str) -> tuple[Row, ...]:
     return rows_from(records, f"hub:{name}")
 
 
-def rows_from(records: list[Any], place: str) -> tuple[Row, ...]:
-    """The rows of records as the hub has them, ids made unique. Raises UsageError naming the record that has no known form."""
-    rows: dict[str, Row] = {}
-    for number, record in enumerate(records, start=1):
-        row = make_row(convert(record), f"{place}:{number}", str(number))
-        rows.setdefault(row.id, row)
-    return tuple(rows.values())
-
-
-def convert(record: Any) -> Any:
-    """A record of a known form, as a line of a file would have it; any other, unchanged.
-
-    Known are the forms of SQuAD, HotpotQA and 2WikiMultihopQA, MuSiQue, BoolQ and RACE.
-    """
-    if not isinstance(record, dict):
-        return record
-    made = {"id": str(record.get("id") or record.get("_id") or record.get("example_id") or "")}
-    if not made["id"]:
-        del made["id"]
-    for form in (_squad, _hotpot, _musique, _boolq, _race):
-        try:
-            return {**made, "question": record["question"], **form(record)}
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
-            continue
-    return record
-
-
-def _squad(record: dict[str, Any]) -> dict[str, Any]:
-    return {"context": record["context"] + "", "answers": list(dict.fromkeys(record["answers"]["text"]))}
-
-
-def _hotpot(record: dict[str, Any]) -> dict[str, Any]:
-    gold = set(record["supporting_facts"]["title"])
-    context = record["context"]
-    return _paragraphs(
-        [
-            {"title": title, "text": "".join(sentences), "gold": title in gold}
-            for title, sentences in zip(context["title"], context["sentences"], strict=True)
-        ],
-        [record["answer"]],
-    )
-
-
-def _musique(record: dict[str, Any]) -> dict[str, Any]:
-    return _paragraphs(
-        [
-            {"title": each["title"], "text": each["paragraph_text"], "gold": each["is_supporting"]}
-            for each in record["paragraphs"]
-        ],
-        [record["answer"], *record.get("answer_aliases", [])],
-    )
-
-
-def _paragraphs(paragraphs: list[dict[str, Any]], answers: list[str]) -> dict[str, Any]:
-    context = "\n".join(f"{each['title']}: {each['text']}" for each in paragraphs)
-    return {"context": context, "answers": answers, "paragraphs": paragraphs}
-
-
-def _boolq(record: dict[str, Any]) -> dict[str, Any]:
-    answer = {True: "yes", False: "no"}[record["answer"]]
-    return {"context": record["passage"], "answers": [answer], "choices": ["yes", "no"]}
-
-
-def _race(record: dict[str, Any]) -> dict[str, Any]:
-    options = record["options"]
-    return {
-        "context": record["article"],
-        "answers": [options["ABCD".index(record["answer"])]],
-        "choices": options,
-    }
+def rows_from(found: list[Any], place: str) -> tuple[Row, ...]:
+    """The rows of records as the hub has them, of each id the first. Raises UsageError naming the record of no known form."""
+    return tuple(unique(found, place))

@@ -1,7 +1,8 @@
-"""Files of JSON lines: SQuAD, MCTest, HotpotQA and the like, brought into one format.
+"""Files of JSON lines, or of one JSON value: SQuAD, MCTest, HotpotQA and the like, brought into one format.
 
-A line is an object with ``context``, ``question`` and ``answers`` (a list of texts, the preferred one first), and optionally
-``id`` (default: the line's number), ``paragraphs`` (a list of ``title``, ``text``, ``gold``) and ``choices`` (texts).
+A line is of one of the forms that `forms` knows, or an object with ``context``, ``question``, ``answers`` (a list of texts, the
+preferred one first), and optionally ``id`` (default: the line's number), ``paragraphs`` (a list of ``title``, ``text``,
+``gold``) and ``choices`` (texts). A ``.json`` file may be one value: a list of such objects, or SQuAD's articles.
 Files are not trusted: lines, lists and the file are bounded, and what is wrong is named by file and line.
 """
 
@@ -18,9 +19,11 @@ from typing import Any
 
 from testbed.errors import UsageError
 from testbed.files import open_named
+from testbed.tasks.forms import convert, records
 
 _LONGEST_LINE = 4 * 2**20  # bytes
 _LARGEST_FILE = 2**30  # bytes
+_LARGEST_VALUE = 2**27  # bytes; of a file that is one value, which is read at once
 _MOST_CHOICES = 64
 _BLANK_LINES = re.compile(r"\s*\n\s*")
 
@@ -58,6 +61,10 @@ def read_rows(path: Path) -> tuple[Row, ...]:
 
 
 def _read(path: Path) -> Iterator[Row]:
+    whole = _one_value(path) if path.suffix.lower() == ".json" else None
+    if whole is not None:
+        yield from unique(records(whole), str(path))
+        return
     seen: dict[str, int] = {}
     with open_named(path) as file:
         for number in itertools.count(1):
@@ -77,12 +84,40 @@ def _read(path: Path) -> Iterator[Row]:
             yield row
 
 
+def _one_value(path: Path) -> Any:
+    """Of a file that is one JSON value; None where it is lines of them."""
+    with open_named(path) as file:
+        data = file.read(_LARGEST_VALUE + 1)
+    if len(data) > _LARGEST_VALUE:
+        raise UsageError(
+            f"{path}: larger than {_LARGEST_VALUE >> 20} MiB; write its questions as lines of JSON"
+        )
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        if error.msg.startswith("Extra data"):
+            return None
+        raise UsageError(f"{path}:{error.lineno}: not JSON: {error.msg[:80]}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: not JSON in UTF-8: {str(error)[:80]}") from error
+
+
+def unique(found: list[Any], place: str) -> Iterator[Row]:
+    """The rows of records, each id once: the first. Raises UsageError naming the record that has no known form."""
+    seen = set()
+    for number, record in enumerate(found, start=1):
+        row = make_row(convert(record), f"{place}:{number}", str(number))
+        if row.id not in seen:
+            yield row
+        seen.add(row.id)
+
+
 def _row(line: bytes, place: str, default_id: str) -> Row:
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{place}: not a line of JSON in UTF-8: {str(error)[:80]}") from error
-    return make_row(value, place, default_id)
+    return make_row(convert(value), place, default_id)
 
 
 def make_row(value: Any, place: str, default_id: str) -> Row:

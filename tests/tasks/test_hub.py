@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from testbed.errors import UsageError
 from testbed.tasks import make_task
-from testbed.tasks.hub import convert, parse_hub, rows_from
+from testbed.tasks.forms import convert
+from testbed.tasks.hub import parse_hub, rows_from
 
 SQUAD = {
     "id": "a",
