@@ -64,15 +64,13 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def hosts(tiny_model: Callable[[str], Path]) -> Iterator[dict[str, Host]]:
+def hosts() -> Iterator[dict[str, Host]]:
     between = Topology(
         "between", (Node("edge"), Node("cloud")), (Link("access", "edge", "cloud", parse_profile(UNDER)),)
     )
-    for part in tiny_model("llama").iterdir():  # hosts have users of their own
-        part.chmod(0o644)
     with Fabric.build(between, "userspace") as fabric:
         nodes = {name: fabric.namespace(name) for name in ("edge", "cloud")}
-        with bench(nodes, shown=[tiny_model("llama")]) as made:
+        with bench(nodes) as made:  # where nobody may look into our directories
             yield made
 
 
@@ -190,9 +188,16 @@ def test_the_orchestrators_machine_may_be_the_edge(
     assert nothing_runs(hosts)
 
 
-def test_what_two_clocks_say_is_in_the_rows(scenario: Path, hosts: dict[str, Host], tmp_path: Path) -> None:
+def test_what_two_clocks_say_is_in_the_rows_of_a_file_that_was_sent_there(
+    scenario: Path, hosts: dict[str, Host], tmp_path: Path
+) -> None:
+    question = {"question": "Which day is it?", "context": "It is Friday. " * 40, "answers": ["Friday"]}
+    (tmp_path / "own.jsonl").write_text(json.dumps(question) + "\n")
+    tasks = [{"task": "qa", "path": str(tmp_path / "own.jsonl")}]
     with patch.object(Real, "one_clock", False):
-        done = run(str(scenario), "--out", str(tmp_path / "out"))
+        done = run(
+            str(scenario), "--out", str(tmp_path / "out"), tasks=tasks, examples=1, context_tokens=None
+        )
     assert done.status == 0, done.errors
     for row in rows(tmp_path / "out"):
         crossed = row["placement"] != "edge"

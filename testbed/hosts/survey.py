@@ -171,7 +171,8 @@ def sudo() -> str:
     """``root``, ``yes`` (without a password), or why not."""
     if os.geteuid() == 0:
         return "root"
-    said = _said("sudo", "-n", "--", "python3", "-I", "-S", "-c", "pass")
+    python = "/usr/bin/python3" if os.access("/usr/bin/python3", os.X_OK) else "python3"  # as for shaping
+    said = _said("sudo", "-n", "--", python, "-I", "-S", "-c", "pass")
     if said is None:
         return "no sudo"
     return "yes" if said[0] == 0 else (said[2].splitlines() or ["no"])[-1]

@@ -266,6 +266,12 @@ def _closed(path: Path) -> Path | None:
     return None
 
 
+def assert_nothing_left(host: Host) -> None:
+    """No program of its user's, and no file."""
+    assert wait_for(lambda: not host.programs()), host.programs()
+    assert set(host.files()) <= {".local", ".local/state"}
+
+
 def wait_for(true: Callable[[], object], seconds: float = 30.0) -> bool:
     """Whether it becomes true in so many seconds."""
     until = time.monotonic() + seconds

@@ -23,7 +23,7 @@ from testbed.hosts.ssh import Ssh
 from testbed.net.fabric.fabric import Fabric
 from testbed.net.topology.files import load_topology
 from tests.hosts import bench as benches
-from tests.hosts.bench import Host, bench, wait_for
+from tests.hosts.bench import Host, assert_nothing_left, bench, wait_for
 
 pytestmark = [
     pytest.mark.netns,
@@ -32,24 +32,6 @@ pytestmark = [
 ROUNDS = int(os.environ.get("TESTBED_ROUNDS", 2))
 #: One that leaves when its input ends, and one that does not, and has a child.
 LEAVES, STAYS = ["cat"], ["sh", "-c", "trap '' TERM HUP; sleep 1000 & sleep 1001; sleep 1002"]
-
-
-@pytest.fixture(scope="module")
-def edge() -> Iterator[Host]:
-    with bench("edge") as hosts:
-        yield hosts["edge"]
-
-
-@pytest.fixture
-def there(edge: Host) -> Iterator[Ssh]:
-    with Ssh(edge.url) as made:
-        yield made
-    assert_nothing_left(edge)
-
-
-def assert_nothing_left(host: Host) -> None:
-    assert wait_for(lambda: not host.programs()), host.programs()
-    assert set(host.files()) <= {".local", ".local/state"}
 
 
 def keeper(program: int) -> int:

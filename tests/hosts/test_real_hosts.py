@@ -166,6 +166,26 @@ def test_a_host_that_is_not_there_is_one_line_and_the_other_is_looked_at(
         assert [text for text in done.errors.splitlines() if nobody in text]
 
 
+def test_a_cloud_vm_is_reached_past_a_bastion_and_what_stands_in_the_datas_way_is_named(
+    hosts: dict[str, Host], tmp_path: Path
+) -> None:
+    edge, cloud = hosts["edge"], hosts["cloud"]
+    config = Path(os.environ["HOME"], ".ssh/config")
+    where = f"  HostName {cloud.address}\n  Port {cloud.port}\n  User {cloud.user}\n"
+    config.write_text(f"Host bastion\n{where}Host vm\n{where}  ProxyJump bastion\n")
+    path = topology(
+        tmp_path, edge=f"host: '{edge.url}', interface: eth0", cloud="host: ssh://vm, interface: eth0"
+    )
+    try:
+        assert "from 10.0.0.1 on eth0" in line(command("hosts", path), "access", "edge", "to", "cloud")
+        cloud.execute("ip", "route", "add", "blackhole", "10.0.0.1/32")  # as a firewall that drops
+        closed = line(command("hosts", path), "access", "edge", "to", "cloud")
+        assert "MISSING" in closed and "does a firewall let TCP through?" in closed
+    finally:
+        config.unlink()
+        cloud.execute("ip", "route", "flush", "type", "blackhole")
+
+
 def test_a_system_python_is_no_environment_to_install_into(hosts: dict[str, Host], tmp_path: Path) -> None:
     done = command("hosts", "install", both(hosts, tmp_path, "python3"))
     assert done.status == 1

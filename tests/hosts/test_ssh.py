@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,26 +15,12 @@ from testbed.errors import EndpointError, StorageError, UsageError
 from testbed.hosts.host import host, lines
 from testbed.hosts.ssh import Ssh
 from tests.hosts import bench as benches
-from tests.hosts.bench import Host, bench, wait_for
+from tests.hosts.bench import Host, wait_for
 
 pytestmark = [
     pytest.mark.netns,
     pytest.mark.skipif(bool(benches.missing()), reason=benches.missing() or "-"),
 ]
-
-
-@pytest.fixture(scope="module")
-def edge() -> Iterator[Host]:
-    with bench("edge") as hosts:
-        yield hosts["edge"]
-
-
-@pytest.fixture
-def there(edge: Host) -> Iterator[Ssh]:
-    with Ssh(edge.url) as made:
-        yield made
-    assert wait_for(lambda: not edge.programs())
-    assert set(edge.files()) <= {".local", ".local/state"}
 
 
 def test_a_programs_streams_environment_status_and_last_words_are_its_starters(there: Ssh) -> None:

@@ -35,14 +35,16 @@ if TYPE_CHECKING:
 
 _ANSWER_S = 30.0
 _NOTHING = Counters(0, 0, 0, 0, 0.0)
-#: As root, or by sudo; the helper cannot see by which connection its user came.
+#: As root, or by sudo, which is told of one Python by its path; the helper cannot see by which connection its user came.
 _AS_ROOT = (
-    'if [ "$(id -u)" = 0 ]; then exec "$@" "$SSH_CONNECTION"; else exec sudo -n -- "$@" "$SSH_CONNECTION"; fi'
+    "python=/usr/bin/python3; [ -x $python ] || python=python3; "
+    'if [ "$(id -u)" = 0 ]; then exec $python "$@" "$SSH_CONNECTION"; '
+    'else exec sudo -n -- $python "$@" "$SSH_CONNECTION"; fi'
 )
 
 
 def _start(host: Host) -> Process:
-    argv = ["sh", "-c", _AS_ROOT, "sh", "python3", "-I", "-S", "-c", inspect.getsource(shaper)]
+    argv = ["sh", "-c", _AS_ROOT, "sh", "-I", "-S", "-c", inspect.getsource(shaper)]
     # A program of this machine's could never become root.
     return host.start_as_root(argv) if isinstance(host, Local) else host.start(argv, {})
 

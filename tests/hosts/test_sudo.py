@@ -1,0 +1,116 @@
+"""What takes root on a host, and how to give its user only that: the page's line for sudo, as it is written there, alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from testbed.errors import NetworkError, UsageError
+from testbed.hosts.asking import asked
+from testbed.hosts.ssh import Ssh
+from testbed.net.real.shaping import Shaping, clean
+from tests.hosts import bench as benches
+from tests.hosts.bench import Host, bench, cable, wait_for
+
+MISSING = benches.missing() or ("" if shutil.which("sudo") else "needs sudo")
+
+pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(MISSING), reason=MISSING or "-")]
+
+PAGE = Path(__file__).parents[2] / "docs" / "hosts.md"
+ROUNDS = 10
+
+
+def line_for_sudo() -> str:
+    """As the page has it, for a user called lab."""
+    (line,) = re.findall(r"^ *`(lab ALL=.*)`$", PAGE.read_text(), re.MULTILINE)
+    return f"{line}\n"
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[dict[str, Host]]:
+    sudoers = re.sub("^lab ", "{user} ", line_for_sudo())
+    with bench("edge", "cloud", sudoers=sudoers) as made, cable(made["edge"], made["cloud"]):
+        yield made
+
+
+@pytest.fixture(scope="module")
+def edge(hosts: dict[str, Host]) -> Host:
+    return hosts["edge"]
+
+
+def state(host: Host) -> tuple[str, str]:
+    """Queueing disciplines and interfaces."""
+    return host.execute("tc", "qdisc"), host.execute("ip", "-o", "link")
+
+
+def helpers(host: Host) -> list[int]:
+    """Root's Pythons there: who watches, and who works."""
+    return sorted(
+        pid
+        for pid, words in host.programs().items()
+        if Path(words[0]).name.startswith("python3") and Path(f"/proc/{pid}").stat().st_uid == 0
+    )
+
+
+def test_the_pages_line_is_one_that_sudo_takes(tmp_path: Path) -> None:
+    (tmp_path / "lab").write_text(line_for_sudo())
+    subprocess.run(["visudo", "-cf", str(tmp_path / "lab")], check=True, capture_output=True)
+
+
+def test_a_user_who_has_that_line_alone_can_shape_and_do_nothing_else_as_root(edge: Host, there: Ssh) -> None:
+    assert there.run(["sudo", "-n", "id"])[0] == 1
+    assert there.run(["sudo", "-n", "/usr/bin/python3", "-c", "1"])[0] == 1
+    assert asked(there, "/usr/bin/python3", "survey")["sudo"] == "yes"
+    before = state(edge)
+    with Shaping(there, "eth0", "10.98.0.2") as shaping:
+        shaping.check()
+        assert "clsact" in state(edge)[0] and len(helpers(edge)) == 2
+    assert wait_for(lambda: state(edge) == before and not helpers(edge))
+
+
+def test_the_interface_by_which_ssh_came_is_found_through_sudo_and_refused(edge: Host, there: Ssh) -> None:
+    ours = there.addresses()[0]
+    refused = pytest.raises(UsageError, match=rf"mgmt0 carries the SSH connection \({ours}\)")
+    with refused, Shaping(there, "mgmt0", ours):
+        pass
+
+
+def test_whatever_dies_what_was_shaped_over_ssh_is_undone(edge: Host) -> None:
+    before = state(edge)
+    for _ in range(ROUNDS):
+        with Ssh(edge.url) as there, Shaping(there, "eth0", "10.98.0.2") as shaping:
+            assert state(edge) != before and edge.sever()
+            assert wait_for(lambda: state(edge) == before and not helpers(edge))
+            with pytest.raises(NetworkError, match=r"has ended.*the connection was lost"):
+                shaping.check()
+    for which in (0, -1):  # who watches, who works
+        with Ssh(edge.url) as there, Shaping(there, "eth0", "10.98.0.2"):
+            os.kill(helpers(edge)[which], signal.SIGKILL)
+            if which:
+                assert wait_for(lambda: state(edge) == before)
+        assert wait_for(lambda: state(edge) == before and not helpers(edge))
+    with Ssh(edge.url) as there:
+        with Shaping(there, "eth0", "10.98.0.2"):
+            for pid in helpers(edge):
+                os.kill(pid, signal.SIGKILL)
+        assert wait_for(lambda: not helpers(edge)) and state(edge) != before
+        assert clean(there) == ["eth0"] and state(edge) == before
+        assert clean(there) == []
+
+
+def test_without_that_line_it_is_refused_with_what_it_takes() -> None:
+    with (
+        bench("edge", "cloud", sudoers="root ALL=(ALL:ALL) ALL\n") as hosts,
+        cable(hosts["edge"], hosts["cloud"]),
+        Ssh(hosts["edge"].url) as there,
+        pytest.raises(UsageError, match="takes root there, or sudo without a password"),
+        Shaping(there, "eth0", "10.98.0.2"),
+    ):
+        pass
