@@ -1,8 +1,8 @@
 """What a request comes to whose link stands still in mid-stream: the answer when it goes on, or an error when its time is over.
 
-    sudo .venv/bin/python -m benchmarks.standstill [--runs tcp quic datagram] [--examples 1] [--json]
+    sudo .venv/bin/python -m benchmarks.standstill [--runs tcp quic datagram] [--placements store split] [--examples 1] [--json]
 
-A tiny random model; every placement that sends a cache, delivery and transport, over a link of 4 Mbit/s that is out of order
+A tiny random model; every delivery and transport, over a link of 4 Mbit/s that is out of order
 from 80 ms on. `goes on`: for 1 s, of the 30 s that a request may take. `timeout`: for 4 s, of 1 s. Longest: from a trial's
 beginning to the next one's; behind its time-out a connection is closed in two seconds at most, and the link settles.
 """
@@ -23,7 +23,6 @@ from typing import Any
 _SCENARIO = """\
 name: standstill
 emulator: userspace
-placements: [store, split]
 tasks: [needle]
 context_tokens: 300
 threads: 1
@@ -79,6 +78,7 @@ def main() -> int:
     """Print a table; exit status 1 where a request that had time was not answered."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--placements", nargs="+", choices=["store", "split"], default=["store"])
     parser.add_argument("--examples", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -92,7 +92,8 @@ def main() -> int:
         for which in options.runs:
             for outage, settings in OUTAGES.items():
                 out = Path(name) / f"{which}-{outage.replace(' ', '-')}"
-                about = {**RUNS[which], **settings, "examples": options.examples}
+                about = {**RUNS[which], **settings}
+                about |= {"examples": options.examples, "placements": options.placements}
                 done = run(str(path), "--out", str(out), **about)
                 if done.status not in (0, 1) or not (out / "trials.jsonl").exists():
                     raise SystemExit(done.errors)
