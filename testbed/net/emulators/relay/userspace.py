@@ -25,6 +25,7 @@ from testbed.net.emulators.relay.serving import ServingProcess
 
 if TYPE_CHECKING:
     from testbed.net.profile.profile import Direction, Profile
+    from testbed.net.profile.trace import Way
 
 HONOURED = frozenset(
     {"jitter law", "jitter reorder", "loss model", "codel", "duplicate", "corrupt", "reorder", "ecn"}
@@ -34,8 +35,12 @@ HONOURED = frozenset(
 
 LINKS_A_RELAY = 256
 """Two descriptors each have to fit into what a process may have open by default, 1024, here and there."""
-RELAY_BPS = 2e9
-"""Of rates, both ways together, that one process is given where there is a processor for another."""
+FRAME_S, BYTE_S = 8e-6, 0.7e-9
+"""Of a processor's time, what a relay takes for a frame and for each of its bytes: 1 Gbit/s in packets of 1500 bytes take three
+quarters of a processor, in super-packets of 60 kB a tenth."""
+RELAY_SHARE = 0.6
+"""Of a processor, what the links of one relay may take by that before some are given to another: those at the links' ends want
+processors, too."""
 _SUPER_PACKET_S = 0.5e-3
 _SUPER_PACKET_BYTES = 60_000
 PROGRAM = "testbed.net.emulators.relay.relay"
@@ -69,13 +74,13 @@ def super_packet_segments(direction: Direction) -> int:
 
 def spread(wanted: Sequence[Wanted], processors: int) -> list[list[int]]:
     """Which links, by number and in ascending order, share a relay process. One serves all up to `LINKS_A_RELAY` links and
-    `RELAY_BPS`; beyond that another does for every so much more, but no more of them than there are processors. The fastest
-    link goes to whichever has least so far, then the next. What has no limit counts as such a process's worth."""
+    `RELAY_SHARE`; beyond that another does for every so much more, but no more of them than there are processors. The link that
+    takes most goes to whichever has least so far, then the next."""
     loads = [
-        min(RELAY_BPS, sum(way.mean_rate_bps(name) or RELAY_BPS for name, way in link.profile.ways.items()))
+        min(RELAY_SHARE, max(_share(direction, way) for way, direction in link.profile.ways.items()))
         for link in wanted
     ]
-    for_links, for_rates = math.ceil(len(wanted) / LINKS_A_RELAY), math.ceil(sum(loads) / RELAY_BPS)
+    for_links, for_rates = math.ceil(len(wanted) / LINKS_A_RELAY), math.ceil(sum(loads) / RELAY_SHARE - 1e-9)
     shares: list[list[int]] = [[] for _ in range(max(for_links, min(for_rates, processors, len(wanted))))]
     sums = [0.0] * len(shares)
     for number in sorted(range(len(wanted)), key=lambda number: -loads[number]):
@@ -84,6 +89,15 @@ def spread(wanted: Sequence[Wanted], processors: int) -> list[list[int]]:
         shares[least].append(number)
         sums[least] += loads[number]
     return [sorted(share) for share in shares if share]
+
+
+def _share(direction: Direction, way: Way) -> float:
+    """Of a processor, what a relay takes for one way at its full rate. What has no limit counts as all that a relay is given."""
+    rate = direction.mean_rate_bps(way)
+    if rate is None:
+        return RELAY_SHARE
+    frame = super_packet_segments(direction) * direction.mtu
+    return rate / 8 * (FRAME_S / frame + BYTE_S)
 
 
 class Userspace(Emulator):
