@@ -149,14 +149,17 @@ def test_packets_read_together_count_each_with_its_number():
         receiver.begin(1)
         plan = {"packets": 103, "bytes": 200, "interval_s": 1e-5, "duration_s": 5.0, "catch_up": True}
         probe.send(sender, plan | {"phase": 1, "batch": 16})
-        probe.send(sender, plan | {"phase": 2, "batch": 16})  # of another phase
-        reads = 0
-        deadline = time.monotonic() + 5
-        while len(receiver.arrivals) < 103 and time.monotonic() < deadline:
-            reads += receiver.drain(1)
-    arrived = [probe.ARRIVAL.unpack(arrival) for arrival in receiver.arrivals]
+        probe.send(sender, plan | {"phase": 2, "packets": 5})  # before the receiver is told of that phase
+        probe.send(sender, plan | {"phase": 3, "packets": 7})
+        reads = sum(receiver.drain(1) for _ in range(7 + 5 + 7))
+        arrived = [probe.ARRIVAL.unpack(arrival) for arrival in receiver.arrivals]
+        assert not receiver.drain(1)
+        receiver.begin(2)
+        assert [probe.ARRIVAL.unpack(arrival)[0] for arrival in receiver.arrivals] == list(range(5))
+        receiver.begin(4)
+        assert not receiver.arrivals
     assert [number for number, *_ in arrived] == list(range(103))
-    assert reads == 7
+    assert reads == 7 + 5 + 7
     assert all(0 <= at - sent < 5_000_000_000 for _, sent, at in arrived)
 
 

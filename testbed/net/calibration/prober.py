@@ -44,14 +44,16 @@ class Receiver:
         if together:
             with contextlib.suppress(OSError):  # before Linux 5.0
                 sock.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 1)
+        self._phase, self._early = -1, list[bytes]()
         self.begin(0)
 
     def begin(self, phase: int) -> None:
-        """Forgets what came in; from now on only packets of *phase* count."""
-        self._phase = phase
+        """Forgets what came in; from now on only packets of *phase* count. Of the next one those do that were there before: its
+        sender may have been told earlier."""
+        self.arrivals = self._early if phase == self._phase + 1 else []
+        self._phase, self._early = phase, []
         # Time stamps come on the wall clock; on this host and for these seconds it runs alongside the monotonic one.
         self._offset = min(time.time_ns() - time.monotonic_ns() for _ in range(20))
-        self.arrivals: list[bytes] = []
 
     def drain(self, most: int) -> bool:
         """Reads up to *most* packets; whether there may be more."""
@@ -73,6 +75,8 @@ class Receiver:
                 phase, number, sent = MESSAGE.unpack_from(self._buffer, place)
                 if phase == self._phase:
                     self.arrivals.append(ARRIVAL.pack(number, sent, arrived))
+                elif phase == self._phase + 1:
+                    self._early.append(ARRIVAL.pack(number, sent, arrived))
         return True
 
 
