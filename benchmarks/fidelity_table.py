@@ -53,7 +53,8 @@ def report(found: dict[str, Any]) -> str:
     if cells := found.get("cells"):
         lines += ["  worst of a rate's cells, both ways:"]
         lines += [
-            f"  {'rate':>12} {'rate error':>11} {'p50 over':>11} {'p99 over':>11}   loss outside of its 99 % interval"
+            f"  {'rate asked':>12} {'measured':>14} {'rate error':>11} {'p50 over':>11} {'p99 over':>11}   loss outside of its "
+            "99 % interval"
         ]
         rates = sorted({row["rate_bps"] or math.inf for row in cells})
         groups = [
@@ -97,7 +98,16 @@ def _group(name: str, rows: list[dict[str, Any]]) -> str:
     out = sum(way["loss_ok"] is False for way in ways)
     rate = _shown(worst(rows, "rate_error"), 100, "%")
     p50, p99 = (_shown(worst(rows, key), 1e3, "ms") for key in ("p50_over_s", "p99_over_s"))
-    return f"  {name:>12} {rate:>11} {p50:>11} {p99:>11}   {out} of {len(ways)}"
+    return f"  {name:>12} {_measured(ways):>14} {rate:>11} {p50:>11} {p99:>11}   {out} of {len(ways)}"
+
+
+def _measured(ways: list[dict[str, Any]]) -> str:
+    """From the least to the most, in Mbit/s; of several rates nothing, and of records without them."""
+    rates = [way.get("rate_bps") for way in ways]
+    known = [rate / 1e6 for rate in rates if rate is not None]
+    if not known or max(known) > 2 * min(known):
+        return ""
+    return f"{min(known):.4g} - {max(known):.4g}"
 
 
 def _pooled(rows: list[dict[str, Any]]) -> list[str]:

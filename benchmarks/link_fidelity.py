@@ -7,7 +7,7 @@
 *cells*: each is one profile on one link, measured once as a run measures it, up and down, with 10,000 probes each way for
 delay and loss. *bursts*: 200,000 probes each way through Gilbert-Elliott chains. *traces*: what is delivered along a sine
 and along --trace. *tcp*: one flow's goodput on loss-free links, in the ten seconds after its start-up (a second and twenty
-round trips). ``--busy`` keeps every core busy with a process of ordinary priority meanwhile. The whole takes half an hour; it
+round trips). ``--busy`` keeps every core busy with a process of ordinary priority meanwhile. The whole takes forty minutes; it
 can be had in parts, whose JSON ``--merge`` puts together again.
 """
 
@@ -32,7 +32,7 @@ from testbed.net.profile.loss import GilbertElliott
 from testbed.net.profile.profile import Profile, parse_profile
 from testbed.net.topology.topology import Link, Node, Topology
 
-RATES = (1, 10, 50, 100, 500, 1000)  # Mbit/s
+RATES = (1, 10, 50, 100, 500, 1000, 2000, 5000)  # Mbit/s
 DELAYS = (1, 10, 50, 150)  # ms
 LOSSES = (0, 1, 5)  # %
 QUICK = (
@@ -67,6 +67,7 @@ def cell(text: str, emulator: str, probes: int) -> dict[str, Any]:
     for way in WAYS:
         rate, delay, loss = (checks[way, what] for what in ("rate", "delay", "loss"))
         row[way] = {
+            "rate_bps": rate.measured,
             "rate_error": None if None in (rate.asked, rate.measured) else rate.measured / rate.asked - 1,
             "p50_over_s": None if delay.measured is None else delay.measured - delay.asked,
             "p99_over_s": None if delay.p99 is None else delay.p99 - delay.asked,
