@@ -99,6 +99,9 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1},
     )
     for family in ("llama", "qwen2")
+} | {
+    # A table of embeddings that is longer than the tokenizer's numbers need, as Qwen's are.
+    "qwen2 padded": ("Qwen2Config", {"hidden_size": 32, "vocab_size": 70_000}),
 }
 
 _WORDS = """

@@ -51,7 +51,14 @@ def prefilled(path: Path, pair: Pair, example: int = 1):  # type: ignore[no-unty
 
 @pytest.mark.parametrize(
     "edge, cloud",
-    [("llama small", "llama"), ("qwen2", "qwen3"), ("gemma2", "gemma3"), ("gpt neox", "deepseek v2")],
+    [
+        ("llama small", "llama"),
+        ("qwen2", "qwen3"),
+        ("gemma2", "gemma3"),
+        ("gpt neox", "deepseek v2"),
+        ("qwen2 padded", "qwen2"),
+        ("qwen2", "qwen2 padded"),
+    ],
 )
 def test_with_all_tokens_chosen_the_answer_is_the_one_to_the_text(
     tiny_model: Callable[[str], Path], edge: str, cloud: str
