@@ -394,6 +394,11 @@ class TestTheCommandLine:
         done = command("run", "quick", "--shard", "3/2", "--out", "x")
         assert done.status == 2 and "shard 3/2" in done.errors
 
+    def test_wants_to_know_which_shard_is_to_be_resumed(self, tmp_path: Path) -> None:
+        (tmp_path / "shards" / "1-of-2").mkdir(parents=True)
+        done = command("run", "--resume", str(tmp_path))
+        assert done.status == 2 and f"testbed merge {tmp_path}" in done.errors
+
     def test_prints_a_script_that_submits_an_array_and_its_merge(self, tmp_path: Path) -> None:
         out = tmp_path / "a run"
         done = command(

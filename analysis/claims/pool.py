@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from testbed import stats
-from testbed.analysis import comparisons, settings
+from testbed.analysis import comparisons, hosts, settings
 from testbed.analysis.describe import failures
 from testbed.analysis.run import Run, read_apart
 from testbed.errors import UsageError
@@ -87,6 +87,8 @@ def collect(runs: list[Run]) -> tuple[Pool, list[str]]:
     ]
     if apart := read_apart(runs):
         left_out.append(f"not the same in all of these runs: {apart} (those that differ share no task)")
+    if len(named := hosts.names(rows)) > 1:
+        left_out.append(f"made on {len(named)} hosts: settings are paired within each, and not across")
     for (model, task), own in table.groupby(["model", "task"], sort=False):
         full = stats.mean(own["reference_score"], own["example"], bounds=(0.0, 1.0))
         least = LEAST_REFERENCE_CHOICE if str(task).startswith("choice") else LEAST_REFERENCE

@@ -74,7 +74,7 @@ def run(
         return _print_array(scenario, array, out, accept_uncalibrated, shard, changes)
     show = Console()
     part = None if shard is None else _part(shard)
-    if part is not None and resumed is not None:
+    if resumed is not None:
         resumed = _begun(resumed, part)
     if resumed is not None:
         if any(value for value in (*changes.values(), out)):
@@ -132,10 +132,16 @@ def _part(text: str) -> Shard:
     return parse(text, os.environ)
 
 
-def _begun(out: Path, shard: Shard) -> Path:
-    """Where a shard of a run in `out` lies. Raises UsageError where it has not begun."""
-    from testbed.experiment.shards import place
+def _begun(out: Path, shard: Shard | None) -> Path:
+    """Where a run, or a shard of one, lies that is in `out`. Raises UsageError where it has not begun."""
+    from testbed.experiment.shards import found_in, place
 
+    if shard is None:
+        if found_in(out) and not (out / "manifest.json").exists():
+            raise UsageError(
+                f"{out} has shards: say which with --shard, or put them together with  testbed merge {out}"
+            )
+        return out
     path = place(out, shard)
     if not path.is_dir():
         raise UsageError(
