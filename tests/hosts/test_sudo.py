@@ -15,6 +15,7 @@ import pytest
 from testbed.errors import NetworkError, UsageError
 from testbed.hosts.asking import asked
 from testbed.hosts.ssh import Ssh
+from testbed.net.profile.profile import parse_profile
 from testbed.net.real.shaping import Shaping, clean
 from tests.hosts import bench as benches
 from tests.hosts.bench import Host, bench, cable, wait_for
@@ -103,6 +104,22 @@ def test_whatever_dies_what_was_shaped_over_ssh_is_undone(edge: Host) -> None:
         assert wait_for(lambda: not helpers(edge)) and state(edge) != before
         assert clean(there) == ["eth0"] and state(edge) == before
         assert clean(there) == []
+
+
+@pytest.mark.netem
+def test_a_profile_put_there_over_ssh_is_met_and_undone_with_the_connection(edge: Host) -> None:
+    before = state(edge)
+    for lost in (False, True):
+        with Ssh(edge.url) as there, Shaping(there, "eth0", "10.98.0.2") as shaping:
+            shaping.apply(parse_profile("up:rate=20mbit,delay=15ms;down:rate=40mbit,delay=25ms"))
+            shaping.check()
+            said = edge.execute("ping", "-q", "-i", "0.2", "-c", "5", "10.98.0.2")
+            print(said.splitlines()[-1])
+            assert float(said.rpartition("= ")[2].split("/")[0]) >= 40  # ms
+            assert not lost or edge.sever()
+            if lost:
+                assert wait_for(lambda: state(edge) == before)
+        assert wait_for(lambda: state(edge) == before and not helpers(edge))
 
 
 def test_without_that_line_it_is_refused_with_what_it_takes() -> None:

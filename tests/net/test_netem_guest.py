@@ -9,6 +9,7 @@ import pytest
 
 from tests import kernel
 from tests.guest import GuestResult, run_in_guest
+from tests.hosts import test_sudo
 
 
 @pytest.mark.slow
@@ -18,7 +19,8 @@ def test_what_needs_netem_passes_in_a_guest_kernel(capsys: pytest.CaptureFixture
         pytest.skip("this kernel has netem: those tests run directly")
     if reason := kernel.lacks_guest():
         pytest.skip(f"this kernel has no netem, and no guest can be booted: {reason}")
-    result = _lane("tests/net", "tests/test_run.py")
+    hosts = [] if test_sudo.MISSING else ["tests/hosts/test_sudo.py"]
+    result = _lane("tests/net", "tests/test_run.py", *hosts)
     # The guest is one slow machine beside whatever its host does: what comes late in it is asked once more, by itself.
     if failed := re.findall(r"^FAILED (.+?)(?: - .*)?$", result.output, re.MULTILINE):
         result = _lane(*failed)
