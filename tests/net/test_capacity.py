@@ -93,6 +93,7 @@ def test_a_measurement_is_read_back_on_its_machine_alone_and_a_broken_file_is_no
 
 
 @pytest.mark.netns
+@pytest.mark.usefixtures("own_state")
 def test_a_machine_is_measured_by_more_and_more_until_it_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "RATES_BPS", (20e6, 90e9))  # nothing carries the second
     monkeypatch.setattr(capacity, "_ATTEMPTS", 1)
@@ -110,6 +111,7 @@ def test_a_machine_is_measured_by_more_and_more_until_it_is_too_much(monkeypatch
 
 
 @pytest.mark.netns
+@pytest.mark.usefixtures("own_state")
 def test_a_flow_up_each_link_fills_it_and_nothing_is_left_of_it() -> None:
     import threading
 

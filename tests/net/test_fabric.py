@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -23,12 +24,14 @@ from pyroute2.ethtool.ioctl import IoctlEthtool
 from testbed.errors import NetworkError, SpecError, UsageError
 from testbed.hosts import namespaces, processes
 from testbed.hosts.namespaces import call_in_scratch, call_inside
+from testbed.net.emulators.relay.userspace import Userspace
 from testbed.net.fabric import removal, state
 from testbed.net.fabric.batch import Batch
 from testbed.net.fabric.description import describe
 from testbed.net.fabric.execute import execute
 from testbed.net.fabric.fabric import Fabric, up
 from testbed.net.profile.profile import PRESETS, parse_profile
+from testbed.net.sockets import enlarge_buffers
 from testbed.net.topology.files import load_topology
 from testbed.net.topology.topology import Link, Node, Topology
 from tests.command import hear_signals
@@ -100,6 +103,40 @@ def test_what_crosses_a_link_is_never_larger_than_the_mtu(shared: Fabric) -> Non
             "generic-receive-offload",
         ):
             assert f"{offload}: off" in listing
+
+
+@pytest.mark.parametrize(
+    ("profile", "lost"), [("rate=1gbit,delay=2ms", 0), ("rate=1gbit,delay=2ms,loss=50%", 0.5)]
+)
+def test_datagrams_of_one_system_call_are_counted_and_lost_each_on_its_own(profile: str, lost: float) -> None:
+    topology = Topology("one", (Node("a"), Node("b")), (Link("link", "a", "b", parse_profile(profile)),))
+    calls, datagrams, size = 20, 40, 1472
+    with Fabric.build(topology, Userspace(seed=3)) as fabric:
+        with namespaces.inside(fabric.namespace("b")):
+            to = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            enlarge_buffers(to, 16 << 20, 1 << 20)
+            to.bind((fabric.address("b"), 0))
+        with namespaces.inside(fabric.namespace("a")):
+            sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with to, sender:
+            sender.connect(to.getsockname())
+            sender.setsockopt(socket.IPPROTO_UDP, 103, size)  # UDP_SEGMENT
+            to.settimeout(1)
+            received = []
+            for call in range(calls):
+                sender.send(b"".join(struct.pack("!II", call, n) + bytes(size - 8) for n in range(datagrams)))
+                time.sleep(0.005)
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    received.append(to.recv(1 << 16))
+        up = fabric.counters("link")["up"]
+    assert {len(datagram) for datagram in received} == {size}
+    numbers = [struct.unpack_from("!II", datagram) for datagram in received]
+    assert numbers == sorted(set(numbers))
+    assert up.packets == calls * datagrams and up.bytes == calls * datagrams * (size + 28)
+    assert up.delivered == len(received) == up.packets - up.dropped_loss
+    # 800 draws: six standard deviations are 0.11
+    assert abs(up.dropped_loss / up.packets - lost) <= (0.11 if lost else 0)
 
 
 def test_bulk_tcp_crosses_two_links_in_packets_of_the_mtu_under_the_links_congestion_control(
