@@ -23,6 +23,7 @@ from testbed.net.profile.schedule import unpack
 
 NOBODY = 65534
 COALESCE_S = 120e-6  # no two wake-ups closer than this: waking is what costs most, and a busy link would have two a packet
+REST = 0.15  # of the time since it woke, at least: the kernel stops a real-time process that never sleeps, for 50 ms a second
 SPIN_S = 30e-6  # below this, waiting in select(2) costs more precision than polling costs processor
 MANY = 1000  # packets under way
 IDLE_S = 1.0  # how often an idle relay looks whether its parent still lives
@@ -112,11 +113,13 @@ class Relay:
         """Until *control* says to stop."""
         busy, ports, waiter, receive = self._busy, self._ports, Waiter(), Receiver().receive
         files = [*ports, *control.files]
-        woken, checked, more = 0.0, monotonic(), False
+        woken = checked = monotonic()
+        more = False
         while not control.stopped:
             now = monotonic()
-            if now - woken < COALESCE_S and not more:
-                sleep(COALESCE_S - (now - woken))
+            if not more:
+                worked = now - woken
+                sleep(max(COALESCE_S - worked, REST * worked))
                 now = monotonic()
             due = inf
             for line in busy:

@@ -35,10 +35,10 @@ HONOURED = frozenset(
 
 LINKS_A_RELAY = 256
 """Two descriptors each have to fit into what a process may have open by default, 1024, here and there."""
-FRAME_S, BYTE_S = 8e-6, 0.7e-9
-"""Of a processor's time, what a relay takes for a frame and for each of its bytes: 1 Gbit/s in packets of 1500 bytes take three
-quarters of a processor, in super-packets of 60 kB a tenth."""
-RELAY_SHARE = 0.6
+FRAME_S, BYTE_S = 20e-6, 0.7e-9
+"""Of a processor's time, what a relay takes for a frame with its acknowledgement, each read and sent by a system call of its own
+where there are many links, and for each byte."""
+RELAY_SHARE = 0.8
 """Of a processor, what the links of one relay may take by that before some are given to another: those at the links' ends want
 processors, too."""
 _SUPER_PACKET_S = 0.5e-3
