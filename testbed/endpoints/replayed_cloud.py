@@ -74,6 +74,14 @@ class Queue:
             self._changed.notify_all()
         return asked, ""
 
+    def withdraw(self, asked: _Asked) -> bool:
+        """Nobody waits for that any longer; whether its turn had not come yet."""
+        with self._changed:
+            withdrawn = self._server.withdraw(asked.job)
+            if withdrawn:
+                del self._asked[asked.job]
+        return withdrawn
+
     def _run(self) -> None:
         now = 0.0
         while True:
@@ -156,13 +164,17 @@ class ReplayedCloud:
         at = 0.0
         for frame in connection.receive_context(request, self._max_payload, deadline):
             at = frame.at
-        ware = self._wares.get(request.same_as)
-        if ware is None or self._queue is None:
+        ware, served_by = self._wares.get(request.same_as), self._queue
+        if ware is None or served_by is None:
             raise WireError(f"the request is for ware {request.same_as}, which is not known here")
         job = Job(ware.rebuild_s, ware.first_s, ware.token_s, ware.held, ware.memory)
-        asked, why = self._queue.offer(job, at)
+        asked, why = served_by.offer(job, at)
         if asked is None:
             self._complain(connection, wire.Failure(request.id, f"refused: {why}", refused=True))
+            return
+        # Who asked has given up by then, and what still waits would hold up those who have not.
+        if not asked.first.wait(self._request_s) and served_by.withdraw(asked):
+            self._complain(connection, wire.Failure(request.id, f"its turn did not come within {deadline}"))
             return
         asked.first.wait()
         first_at = time.monotonic()

@@ -47,6 +47,14 @@ class Server:
         self.waiting.append(job)
         return ""
 
+    def withdraw(self, job: Job) -> bool:
+        """Nobody waits for a request any longer; whether it is taken out, which it is while it waits itself."""
+        if job not in self.waiting:
+            return False
+        self.waiting.remove(job)
+        self.memory -= job.memory
+        return True
+
     def _no_room(self, job: Job) -> str:
         serving = self.serving
         if serving.waiting and len(self.waiting) >= serving.waiting:

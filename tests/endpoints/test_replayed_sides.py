@@ -139,6 +139,20 @@ def test_who_is_refused_says_so_and_why(tmp_path: Path) -> None:
     assert theirs[0].error == "the cloud: refused: its cache takes 1kb, and 500b of 1.5kb are free"
 
 
+def test_whoever_gives_up_is_in_nobodys_way_at_the_cloud(tmp_path: Path) -> None:
+    sides = Sides(tmp_path, rebuild_s=0.5, first_s=0.0, token_s=())
+    port = sides.cloud.serve(Serve(1 << 20, address="127.0.0.1", request_s=0.2))
+    sides.link = structs.replace(sides.link, port=port, timeout=0.2)
+    sides.stage()
+    ((*happened,),) = sides.offer(planned(0.0, 0.01, 0.02))
+    assert all(each.error for each in happened)
+    time.sleep(0.6)
+    sides.link = structs.replace(sides.link, timeout=5.0)
+    sides.stage()
+    ((late,),) = sides.offer(planned(0.0, first=9))
+    assert result(late).stages.queue_s < 0.4
+
+
 def test_what_is_not_known_at_the_cloud_fails_by_name(tmp_path: Path) -> None:
     sides = Sides(tmp_path)
     sides.cloud.answers(Answers("fifo", {}))

@@ -88,6 +88,15 @@ def test_who_finds_no_room_is_turned_away_with_the_reason_and_takes_none() -> No
     assert server.refused == 1
 
 
+def test_who_is_waited_for_no_longer_leaves_the_queue_and_its_memory_unless_it_is_being_served() -> None:
+    server = Server(parse("fifo(memory=3b)"), alone)
+    served_now, waiting = Job(1.0, 0.0, memory=1), Job(1.0, 0.0, memory=2)
+    assert server.offer(served_now, 0.0) == server.offer(waiting, 0.0) == ""
+    assert server.begin(0.0) is not None
+    assert server.withdraw(waiting) and not server.withdraw(served_now)
+    assert server.memory == 1 and server.waiting == []
+
+
 @given(st.lists(st.tuples(st.floats(0, 3), st.integers(1, 100), st.floats(0, 2)), max_size=40))
 def test_memory_is_never_more_than_allowed_and_all_of_it_is_free_in_the_end(
     offered: list[tuple[float, int, float]],
