@@ -14,7 +14,7 @@ from testbed.cli.parts import as_json, require_root, table
 @click.option(
     "--links",
     is_flag=True,
-    help="Measure what rates this machine's links carry, and keep it. Takes about a minute.",
+    help="Measure what rates this machine's links carry, and keep it. Takes about a minute; nothing else should run.",
 )
 @as_json
 def doctor(links: bool) -> Any:
