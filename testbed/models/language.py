@@ -8,12 +8,12 @@ ids = model.generate(model.tokenize(question), join(prefix.cache, context.cache)
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from testbed.models.arriving import Past
 from testbed.models.kvcache import KVCache, KVLayer
 from testbed.models.likelihood import log_probabilities, mean_nll
 from testbed.models.live import LayerShape, LiveCache, LivePass
-from testbed.models.prefill import BlockPrefill, OnLayer, Prefill
+from testbed.models.prefill import BlockPrefill, OnLayer, Prefill, drops_tokens
 from testbed.models.rotary import Rotation, Rotations
 from testbed.models.shrinking import Wanted, decoder_layers, shrinking
 from testbed.models.stretching import Stretching
@@ -82,7 +82,7 @@ class Tokens:
         told = json.dumps([vocabulary, self._start, self._encoded(_SAMPLE)])
         return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
-    @functools.cached_property
+    @cached_property
     def count(self) -> int:
         """One more than the greatest number of a token."""
         return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
@@ -144,7 +144,7 @@ class LanguageModel:
         self.num_layers: int = config.num_hidden_layers
         self.max_positions: int = getattr(config, "max_position_embeddings", None) or 2**31
         self._stretching = Stretching(network, self.max_positions)
-        self._layers = decoder_layers(network, self.num_layers)
+        self._layers, self._drops = decoder_layers(network, self.num_layers), True
         self.shapes = self._probe(config)
         self.kv_heads: int = self.shapes[0].kv_heads
         self.head_dim: int = self.shapes[0].head_dim
@@ -155,6 +155,7 @@ class LanguageModel:
             module.layer_idx: module for module in network.modules() if hasattr(module, "expand_kv")
         }
         self._rotations = self._found_rotations()
+        self._drops = drops_tokens(partial(self.blocks, past=None), self.num_layers)
 
     def _probe(self, config: Any) -> list[LayerShape]:
         """Run one token and see what each layer's attention does, instead of trusting names in configs."""
@@ -316,7 +317,7 @@ class LanguageModel:
         """
         run = LivePass(live, len(ids), queries, attention)
         positions = torch.arange(live.length, live.length + len(ids), device=self.device)
-        cut = nullcontext() if wanted is None else shrinking(self._layers, run, wanted)
+        cut = nullcontext() if wanted is None else shrinking(self._layers, run, wanted, self._drops)
         with _attention.running(run), cut:
             output = self._network(
                 input_ids=torch.tensor([list(ids)], device=self.device),

@@ -31,10 +31,12 @@ Wanted = Callable[[bool], int]
 
 
 @contextmanager
-def shrinking(layers: Sequence[Any], run: LivePass, wanted: Wanted) -> Iterator[None]:
+def shrinking(layers: Sequence[Any], run: LivePass, wanted: Wanted, drops: bool = True) -> Iterator[None]:
     """Before each of the `layers`, `run` goes on with as many of its first tokens as are `wanted` then: whatever a token's layers
     are computed from lies before it. Behind the last layer, the last token that is left stands for those that are not, so that
     the network finds as many as it was given. Raises Stopped, within the pass, where none is wanted.
+
+    drops: False: the layers take no fewer tokens than the network was given, and the pass is only given up.
     """
     given = run.tokens
 
@@ -59,8 +61,10 @@ def shrinking(layers: Sequence[Any], run: LivePass, wanted: Wanted) -> Iterator[
         whole = torch.cat([states, states[:, -1:].expand(-1, missing, -1)], 1) if missing else states
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
-    hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
-    hooks += [layer.register_forward_hook(behind) for layer in layers[-1:]]
+    hooks = []
+    if drops:
+        hooks += [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+        hooks += [layer.register_forward_hook(behind) for layer in layers[-1:]]
     parts = (part for layer in layers for part in layer.modules())
     hooks += [
         part.register_forward_pre_hook(within) for part in parts if not any(True for _ in part.children())
@@ -78,6 +82,6 @@ def _first(value: Any, rows: int, tokens: tuple[int, ...]) -> Any:
         return type(value)(_first(each, rows, tokens) for each in value)
     if isinstance(value, Tensor):
         for dimension in range(min(2, value.dim())):
-            if value.shape[dimension] in tokens:
+            if 1 < value.shape[dimension] in tokens:  # a single one is left as it is, or the batch
                 return value.narrow(dimension, 0, rows)
     return value

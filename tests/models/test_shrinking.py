@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,24 @@ from tests.models.test_shape import SMALL
 from tests.tiny_models import FAMILIES, SHAPES
 
 Tiny = Callable[[str], Path]
+_USUAL: dict[str, Any] = {
+    "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "intermediate_size": 64, "max_position_embeddings": 512, "pad_token_id": 0,
+}  # fmt: skip
+
+OTHERWISE: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        {
+            **_USUAL,
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 400,
+            "sliding_window": 8,
+        },
+    ),
+    "beam": ("BeamConfig", {**_USUAL, "moe_intermediate_size": 32}),
+}
 
 
 def wanted(*stops: int) -> Wanted:
@@ -58,6 +77,28 @@ def test_what_is_left_of_a_pass_is_what_a_pass_over_it_alone_gives(
 @pytest.mark.parametrize("name", READ)
 def test_passes_of_other_architectures_shrink_too(name: str, tmp_path: Path) -> None:
     check(load_model(str(written(tmp_path, *READ[name])), threads=1))
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_a_pass_of_an_architecture_whose_layers_take_no_fewer_tokens_stays_whole(
+    name: str, tmp_path: Path
+) -> None:
+    """One holds several streams of hidden states in front of the tokens, the other scales the tokens in four dimensions."""
+    model = load_model(str(written(tmp_path, *OTHERWISE[name])), threads=1)
+    blocks, calm = model.blocks(CONTEXT, None), model.blocks(CONTEXT, None)
+    assert_equal(blocks.run(60, wanted(60, 41, 23)), calm.run(60))
+    assert blocks.done == 60
+    with pytest.raises(Stopped):
+        blocks.run(len(CONTEXT), lambda layer: 60)
+    assert_equal(blocks.finish().cache, calm.finish().cache)
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 4, 16, 64])  # as many as layers, heads, widths
+def test_what_happens_to_be_as_long_as_the_pass_is_left_as_it_is(tiny_model: Tiny, tokens: int) -> None:
+    model = load_model(str(tiny_model("gemma2")), threads=1)
+    blocks = model.blocks(CONTEXT[:tokens], None)
+    cut = blocks.run(tokens, wanted(tokens, 1, 1))
+    assert blocks.done == 1 and distance(cut, model.blocks(CONTEXT[:1], None).run(1)) <= NEAR[model.cache_dtype]
 
 
 def test_a_block_of_which_nothing_is_wanted_is_given_up_and_may_be_run_again(tiny_model: Tiny) -> None:
