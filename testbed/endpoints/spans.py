@@ -68,12 +68,14 @@ def hidden(spans: Sequence[Span]) -> float:
 
 def bound(spans: Iterable[Span], delay_s: float = 0.0) -> float:
     """The makespan, in seconds, of the same work in an ideal pipeline: edge, link and cloud each do one thing after another, in
-    the order in which they did, each as soon as they are free and what it needs of its chunk is there. Nothing queues.
+    the order in which they did, each as soon as they are free and what it needs of its chunk is there: what was done with that
+    before it began (a chunk that crosses as text needs none of its cache). Nothing queues, and nothing ends later than it did.
 
     Of a chunk the link takes the time from when it could cross (it was handed over, the one before it had arrived) until it had.
     delay_s: what of that is the way, one-way, on which chunks follow each other.
     """
-    free, ready = dict.fromkeys((EDGE, LINK, CLOUD), 0.0), dict[int, float]()
+    free = dict.fromkeys((EDGE, LINK, CLOUD), 0.0)
+    done: dict[int, list[tuple[float, float]]] = {}  # with each chunk: when, and when at best
     arrived = end = float("-inf")
     began = None
     for span in sorted(spans, key=lambda span: (span.start, span.end)):
@@ -84,7 +86,10 @@ def bound(spans: Iterable[Span], delay_s: float = 0.0) -> float:
         if span.stage == "transmit":
             takes, behind = max(0.0, span.end - max(arrived, span.start + delay_s)), delay_s
             arrived = max(arrived, span.end)
-        finished = max(free[span.side], ready.get(span.chunk, 0.0)) + takes
-        free[span.side], ready[span.chunk] = finished, finished + behind
-        end = max(end, finished + behind)
+        before = done.setdefault(span.chunk, [])
+        needed = max((at_best for at, at_best in before if at <= span.start), default=0.0)
+        finished = max(free[span.side], needed) + takes
+        at_best = min(finished + behind, span.end - began)
+        before.append((span.end, at_best))
+        free[span.side], end = max(free[span.side], at_best - behind), max(end, at_best)
     return end if began is not None else 0.0

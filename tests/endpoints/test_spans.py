@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from testbed.endpoints.protocol import Stages
-from testbed.endpoints.spans import PIPELINE, Span, behind, billed, in_turn
+from testbed.endpoints.protocol import CLOUD, EDGE, LINK, Stages
+from testbed.endpoints.spans import PIPELINE, Span, behind, billed, bound, in_turn
 
 STAGE = st.sampled_from(PIPELINE)
 ENDS = st.tuples(st.integers(0, 30), st.integers(0, 30)).filter(lambda ends: ends[0] < ends[1])
@@ -60,3 +60,53 @@ def test_what_a_pipeline_hides_of_a_transmission_is_not_billed() -> None:
 def test_what_is_waited_for_behind_a_moment_counts_from_then_on() -> None:
     """A connection that is there already takes no time, but the request begins with it."""
     assert billed([Span("connect", 1, 1), Span("transmit", 3, 4)]) == Stages(transmit_s=3)
+
+
+SPAN = st.builds(
+    lambda stage, ends, chunk, side: Span(stage, *ends, chunk, side),
+    STAGE,
+    ENDS,
+    st.integers(0, 2),
+    st.sampled_from((EDGE, LINK, CLOUD)),
+)
+
+
+@given(st.lists(SPAN, min_size=1), st.integers(0, 40))
+def test_an_ideal_pipeline_takes_no_longer_than_the_request_did(spans: list[Span], delay: int) -> None:
+    whole = max(s.end for s in spans) - min(s.start for s in spans)
+    assert 0 <= bound(spans, delay) <= whole
+
+
+def test_an_ideal_pipeline_begins_each_part_when_what_it_needs_is_there() -> None:
+    spans = [
+        Span("prefill", 0, 2, 0, EDGE),
+        Span("transmit", 2, 6, 0, LINK),
+        Span("prefill", 3, 5, 1, EDGE),  # it could have begun at 2
+        Span("transmit", 7, 12, 1, LINK),  # and this at 6, and taken 5
+        Span("decode", 6, 7, 0, CLOUD),
+        Span("queue", 12, 14, 1, CLOUD),
+        Span("decode", 14, 15, 1, CLOUD),
+    ]
+    assert bound(spans) == 12
+
+
+def test_a_part_that_crosses_as_text_needs_nothing_that_the_edge_computes_meanwhile() -> None:
+    spans = [
+        Span("transmit", 0, 1, 0, LINK),
+        Span("prefill", 0.5, 20, 0, EDGE),
+        Span("prefill", 2, 6, 0, CLOUD),  # it could have begun at 1
+        Span("first_token", 6, 8, 0, CLOUD),
+        Span("generate", 8, 25, 0, CLOUD),
+    ]
+    assert bound(spans) == 24
+
+
+def test_parts_that_overtake_each_other_are_there_when_they_came() -> None:
+    spans = [
+        Span("transmit", 0, 9, 0, LINK),
+        Span("transmit", 1, 4, 1, LINK),
+        Span("decode", 4, 5, 1, CLOUD),
+        Span("decode", 9, 10, 0, CLOUD),
+    ]
+    assert bound(spans) == 10
+    assert bound(spans[1:3]) == 4
