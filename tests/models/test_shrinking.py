@@ -98,7 +98,9 @@ def test_what_happens_to_be_as_long_as_the_pass_is_left_as_it_is(tiny_model: Tin
     model = load_model(str(tiny_model("gemma2")), threads=1)
     blocks = model.blocks(CONTEXT[:tokens], None)
     cut = blocks.run(tokens, wanted(tokens, 1, 1))
-    assert blocks.done == 1 and distance(cut, model.blocks(CONTEXT[:1], None).run(1)) <= NEAR[model.cache_dtype]
+    assert (
+        blocks.done == 1 and distance(cut, model.blocks(CONTEXT[:1], None).run(1)) <= NEAR[model.cache_dtype]
+    )
 
 
 def test_a_block_of_which_nothing_is_wanted_is_given_up_and_may_be_run_again(tiny_model: Tiny) -> None:
