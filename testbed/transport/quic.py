@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 from testbed.deadline import Deadline
 from testbed.errors import EndpointError
 from testbed.transport.bundle import Bundle, Groups, hellos
-from testbed.transport.quic_connection import Connection
+from testbed.transport.quic_connection import BUFFER, Connection
 from testbed.transport.secret import PATIENCE_S, Complaints, made_certificate, require_token
 from testbed.transport.transport import Listener, Stats, Stream, Transport
 
@@ -30,7 +30,7 @@ _INITIAL_RTT_S = (
     0.1  #: what is taken for a round trip before one is known, after two of which what was lost is sent again
 )
 _DATAGRAM = 1500  #: the longest that is taken
-_MOST_PENDING = 64  #: handshakes under way
+_MOST_PENDING = 64  #: handshakes under way, for each connection of a stream: those of one wait for each other
 _SMALLEST_INITIAL = 1200  # RFC 9000, 14.1
 _SERVER = "testbed"
 CONGESTION = "cubic"
@@ -85,6 +85,7 @@ class QuicListener(Listener):
             socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
         )  # now: before, a port in use would do
         self._socket.setsockopt(socket.IPPROTO_IP, _PKTINFO, 1)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)  # many may begin at once
         self.port = self._socket.getsockname()[1]
         self._known: dict[tuple[str, int], Connection] = {}
         self._groups = Groups(transport.count)
@@ -115,9 +116,13 @@ class QuicListener(Listener):
                 continue
             if not data and peer is None:  # shut down
                 break
-            if (connection := self._known.get(peer)) is not None:
+            if (connection := self._known.get(peer)) is not None and connection.alive:
+                # Also one whose handshake is done: what came before its socket was there, and is not another one's beginning.
                 connection.forward(data)
-            elif self._pending < _MOST_PENDING and (first := _initial_for(data)) is not None:
+            elif (
+                self._pending < _MOST_PENDING * self._transport.count
+                and (first := _initial_for(data)) is not None
+            ):
                 self._take(data, first, _local_address(about), peer)
         self._socket.close()
         self._ready.put(None)
@@ -136,6 +141,7 @@ class QuicListener(Listener):
         except OSError:  # gone already
             sock.close()
             return
+        self._known = {peer: known for peer, known in self._known.items() if known.alive}
         connection = self._known[peer] = Connection(quic, sock, False, self._transport.lossy)
         connection.trusted = self._transport.secret is None
         self._pending += 1
@@ -162,7 +168,15 @@ class QuicListener(Listener):
                 self._complaints.say(peer[0], error)
         finally:
             self._pending -= 1
-            del self._known[peer]
+
+
+def _established(connection: Connection, until: float) -> bool:
+    try:
+        return connection.established_within(until - time.monotonic())
+    except EndpointError:
+        if connection.misheard:
+            return False
+        raise
 
 
 def _initial_for(data: bytes) -> bytes | None:
@@ -217,16 +231,14 @@ class Quic(Transport):
     def _establish(self, peer: tuple[str, int], connections: dict[int, Connection], until: float) -> bool:
         """Have all handshakes done, which run at the same time; False: they were not by then. One that takes long is begun again:
         qh3's client sends no probes (RFC 9002, 6.2.2.1) once all that it sent is confirmed, so where the server's flight is lost
-        both can wait for each other.
+        both can wait for each other. So is one of whose beginning the server had but a probe, which it takes for an error.
         """
         patience, missing = _ATTEMPT_S, list(range(self.count))
         while missing and (left := until - time.monotonic()) > 0:
             for number in missing:
                 connections[number] = self._begin(peer)
             attempt = time.monotonic() + min(patience, left)
-            missing = [
-                n for n in missing if not connections[n].established_within(attempt - time.monotonic())
-            ]
+            missing = [n for n in missing if not _established(connections[n], attempt)]
             for number in missing:
                 connections.pop(number).close()
             patience *= 2

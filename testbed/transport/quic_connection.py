@@ -33,7 +33,7 @@ _UNREAD = 16 << 20
 _OF_EACH = 256  #: what keeping a piece of it costs beside its bytes
 _UNTRUSTED = 64 * 1024  #: of datagrams before it is known who sends them
 _AT_ONCE = 64  #: datagrams taken from the socket before others are sent
-_BUFFER = 4 << 20  #: of the socket, as far as net.core.rmem_max lets it
+BUFFER = 4 << 20  #: of the socket, as far as net.core.rmem_max lets it
 
 
 class Connection:
@@ -49,6 +49,7 @@ class Connection:
         self.lost = 0  #: packets that were declared lost, whose data was sent again
         self.established = self.ended = False  #: the handshake is done; the peer says that no more comes
         self.error = ""  #: what ended it
+        self.misheard = False  #: it was the peer, since what came first was not the first that was sent
         self.trusted = True  #: the peer; else few of its datagrams are kept
         self._quic, self._address = quic, sock.getpeername()
         self._changed = threading.Condition()
@@ -69,7 +70,7 @@ class Connection:
         self._now = 0.0  #: when what is being looked at was taken from the socket
         self._thread = threading.Thread(target=self._run, daemon=True)
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
+            sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)
 
     # What any thread may call.
 
@@ -154,6 +155,11 @@ class Connection:
             return self._arrived[0][0]
         except IndexError:
             return None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has its socket."""
+        return self._alive
 
     @property
     def carries(self) -> bool:
@@ -389,6 +395,7 @@ class Connection:
 
     def _take(self, event: object) -> None:
         from qh3.quic import events
+        from qh3.quic.packet import QuicErrorCode
 
         with self._changed:
             if isinstance(event, events.HandshakeCompleted):
@@ -406,6 +413,7 @@ class Connection:
             elif isinstance(event, events.StreamReset):
                 self.error = "the peer gave the stream up"
             elif isinstance(event, events.ConnectionTerminated):
+                self.misheard = not self.established and event.error_code == QuicErrorCode.PROTOCOL_VIOLATION
                 self.error = self.error or event.reason_phrase or "the peer closed it"
             self._tell()
 

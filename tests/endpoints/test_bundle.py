@@ -234,6 +234,26 @@ def test_connections_whose_others_do_not_come_are_dropped_and_in_nobodys_way(
         client.close(), server.close()
 
 
+def test_streams_that_are_opened_at_once_leave_each_others_connections_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of each all but one connection is there before the last one of any comes."""
+    monkeypatch.setattr(quic_module, "_MOST_PENDING", 4)
+    several = Datagram(connections=3)
+    with several.listen("127.0.0.1") as listener:
+        peer = ("127.0.0.1", listener.port)
+        greetings = [hellos(3) for _ in range(4)]
+        opened = []
+        for number in range(3):
+            for greeting in greetings:
+                opened.append(several._begin(peer))
+                assert opened[-1].established_within(5.0)
+                opened[-1].write([memoryview(greeting[number])], Deadline(5.0))
+        servers = [listener.accept() for _ in greetings]
+        for stream in (*opened, *servers):
+            stream.abort()
+
+
 def test_each_of_a_closed_paths_connections_says_who_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of them with another token: then none of them is served."""
     monkeypatch.setattr(quic_module, "PATIENCE_S", 1.0)

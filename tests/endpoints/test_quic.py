@@ -6,12 +6,15 @@ import os
 import socket
 import threading
 import time
+from typing import Any
 
 import pytest
 
 from testbed.deadline import Deadline
 from testbed.errors import EndpointError
+from testbed.transport.datagram import Datagram
 from testbed.transport.quic import Quic
+from tests.endpoints.lossy_proxy import LossyProxy
 from tests.endpoints.test_every_transport import LARGE, beside, received
 from tests.endpoints.test_wire import request
 
@@ -41,6 +44,60 @@ def test_no_more_handshakes_are_begun_than_there_is_room_for() -> None:
                 stranger.sendto(b"\xc0\x00\x00\x00\x01\x08" + os.urandom(1300), ("127.0.0.1", listener.port))
         time.sleep(0.3)
         assert threading.active_count() - before < 2 * 64 + 10
+
+
+@pytest.mark.parametrize("lost", [1, 2, 3])
+@pytest.mark.parametrize("transport", [Quic(), Datagram(connections=2)], ids=str)
+def test_a_connection_whose_first_datagrams_are_lost_is_begun_again(transport: Quic, lost: int) -> None:
+    """Behind three, nothing but a probe comes, of which the server can make nothing."""
+    with (
+        transport.listen("127.0.0.1") as listener,
+        LossyProxy(
+            listener.port, lambda number, there, count: not number and there and count < lost
+        ) as proxy,
+    ):
+        client = transport.connect("127.0.0.1", proxy.port, timeout=10.0)
+        server = listener.accept()
+        client.send(request())
+        assert received(server).header == request()
+        client.close()
+        server.close()
+
+
+class Doubling:
+    """A listener's socket that gives its first datagram once more, in place of the next one behind the handshake."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._first: Any = None
+        self.handshake_done = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+    def recvmsg(self, *sizes: int) -> Any:
+        came = self._socket.recvmsg(*sizes)
+        if self._first is None and len(came[0]) > 1:
+            self._first = came
+        if self.handshake_done and len(came[0]) == 1:
+            return self._first
+        return came
+
+
+def test_what_comes_late_of_a_beginning_is_no_other_connections() -> None:
+    with Quic().listen("127.0.0.1") as listener, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        doubling = listener._socket = Doubling(listener._socket)  # type: ignore[assignment]
+        stranger.sendto(b"x", ("127.0.0.1", listener.port))
+        client = Quic().connect("127.0.0.1", listener.port, timeout=10.0)
+        server = listener.accept()
+        time.sleep(0.2)  # for the thread that saw to the handshake to end
+        doubling.handshake_done = True
+        stranger.sendto(b"x", ("127.0.0.1", listener.port))
+        time.sleep(0.2)
+        client.send(request())
+        assert received(server).header == request()
+        client.close()
+        server.close()
 
 
 def test_a_second_stream_is_refused() -> None:
