@@ -53,6 +53,8 @@ class _Meeting:
         if text is None:
             raise WireError("a request without a chunk")
         request, model = about.request, about.side.model
+        if request.tokens > wire.MAX_PARTS * delivery.chunk:  # before they are listed
+            raise WireError(f"{delivery} of {request.tokens} tokens has more than {wire.MAX_PARTS} parts")
         self.parts = Parts(about.side, about.prefix, request)
         self._about, self._arrivals = about, arrivals
         self._expected = deque(delivery.parts(request.tokens, model.num_layers))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from testbed.deadline import Deadline
 from testbed.endpoints import meeting
 from testbed.endpoints.meeting import meeting_point
-from testbed.endpoints.protocol import TrialResult
+from testbed.endpoints.protocol import Forget, TrialResult
 from testbed.endpoints.spans import bound, hidden
 from testbed.endpoints.tokens import to_bytes
 from testbed.errors import EndpointError
@@ -257,4 +257,23 @@ def test_chunks_that_are_not_what_comes_next_are_refused(
     connection.send(wire.End(1, len(LIES[lie]), sum(len(payload) for *_, payload in LIES[lie])))
     received = connection.receive(0, Deadline(20))
     assert received is not None and isinstance(received.header, wire.Failure)
+    connection.close()
+
+
+def test_what_a_request_says_of_its_length_is_not_believed(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some models take any number of tokens: the parts of so many would not fit into memory."""
+    model = pair.cloud._handlers[Forget].__self__.model  # type: ignore[union-attr]
+    monkeypatch.setattr(model, "max_positions", 1 << 40)
+    connection = Tcp().connect(pair.link.address, pair.link.port)
+    connection.send(
+        wire.Request(
+            1, "store", "int8", pair.prefix, "Q?", "\n", 4, delivery="meet(chunk=8)", levels=("text", "int8"), tokens=1 << 34
+        )
+    )  # fmt: skip
+    connection.send(wire.Chunk(1, 0, False, None, 0, 0, 1 << 34), TEXT)
+    received = connection.receive(0, Deadline(20))
+    assert received is not None and isinstance(received.header, wire.Failure)
+    assert "more than 256 parts" in received.header.message
     connection.close()
