@@ -99,6 +99,12 @@ def caveats(run: Run) -> list[str]:
         sentences.append(
             f"Settings have from {counts.min()} to {counts.max()} examples: compare them with care."
         )
+    loaded = int((rows["load"] != "sequential").sum())
+    if loaded:
+        sentences.append(
+            f"{counted(loaded, 'request')} under a load, which wait for each other: intervals over examples do not know of it, "
+            "those of the loads do."
+        )
     if run.notes:
         sentences.append(f"Run directory: {'; '.join(run.notes)}.")
     return sentences

@@ -231,8 +231,9 @@ def frame(run: Run) -> pd.DataFrame:
 
 
 def write(run: Run) -> Path | None:
-    """Write ``naive_error.csv``; None where no link has a rate."""
-    lines = frame(run)
+    """Write ``naive_error.csv``, of requests made one behind the other; None where there are none, or no link has a rate."""
+    run = run.alone
+    lines = frame(run) if len(run.rows) else pd.DataFrame()
     if lines.empty:
         return None
     return run.write("naive_error.csv", lambda to: lines.to_csv(to, index=False, float_format="%.6g"))

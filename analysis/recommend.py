@@ -23,6 +23,7 @@ from testbed.analysis.latency_model import (
 )
 from testbed.analysis.paired_latency import tied
 from testbed.analysis.run import Run
+from testbed.errors import UsageError
 from testbed.experiment.row import SENDING
 
 
@@ -101,8 +102,13 @@ class Recommendation:
 def recommend(
     run: Run, link: Link, floor: float = settings.QUALITY_FLOOR, deadline_s: float | None = None
 ) -> Recommendation:
-    """The recommendation from this run's rows. Raises UsageError where there are none."""
-    run.require()
+    """The recommendation from this run's rows made one behind the other. Raises UsageError where there are none."""
+    run = run.require().alone
+    if run.rows.empty:
+        raise UsageError(
+            f"{run.path}: all its requests are under a load; ask for a number of clients or a rate of requests: "
+            "--clients 8 --deadline 1s"
+        )
     rows = settings.labelled(run.attempts)
     panel = _same_link(settings.finished(rows), link)
     outside = () if panel else tuple(beyond(settings.finished(rows), link))

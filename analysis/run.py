@@ -41,6 +41,8 @@ class Run:
     #: compute as it was measured before, between and after trials: each start of the run, in order
     compute: tuple[Start, ...] = ()
     notes: tuple[str, ...] = field(default=())  #: what was missing or unreadable in the directory
+    #: requests of loads' warm-up, finished or not: what is under way when the part that counts begins
+    warming: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def attempts(self) -> pd.DataFrame:
@@ -78,6 +80,18 @@ class Run:
         with contextlib.suppress(UsageError):
             return RunDirectory(self.path).read("diagnosis.json")
         return {}
+
+    @property
+    def alone(self) -> Run:
+        """The run without requests that were made under a load: what is said of a single request is said of these."""
+        loaded = sum(int((part["load"] != "sequential").sum()) for part in (self.rows, self.failed))
+        if not loaded:
+            return self
+        said = f"{loaded:,} request{'' if loaded == 1 else 's'} under a load left out here"
+        rows, failed = (
+            part[part["load"] == "sequential"].reset_index(drop=True) for part in (self.rows, self.failed)
+        )
+        return dataclasses.replace(self, rows=rows, failed=failed, notes=(*self.notes, said))
 
     def _kept(self, key: str) -> dict[str, Any]:
         value = self.manifest.get(key)
@@ -143,10 +157,10 @@ def load(path: Path, where: str | None = None) -> Run:
     table = _latest(_typed(pd.DataFrame(rows)))
     if where:
         table = _select(table, where)
-    warming = table["warmup"].astype(bool)
-    if warming.any():
-        table = table[~warming]
-        notes.append(f"{int(warming.sum()):,} requests of loads' warm-up left out")
+    early = table["warmup"].astype(bool)
+    warming, table = table[early].reset_index(drop=True), table[~early]
+    if len(warming):
+        notes.append(f"{len(warming):,} requests of loads' warm-up left out")
     failed = table["error"] != ""
     done = table[~failed].reset_index(drop=True)
     return Run(
@@ -160,6 +174,7 @@ def load(path: Path, where: str | None = None) -> Run:
         where=where or "",
         compute=_compute(directory, notes),
         notes=(*notes, *lost),
+        warming=warming,
     )
 
 

@@ -87,7 +87,8 @@ def labelled(rows: pd.DataFrame) -> pd.DataFrame:
 
     A setting is a codec, behind its placement where that is not `split`, or a placement that needs none; transport and
     congestion control are named where the run varies them, and a delivery where it is not whole: without a codec, where it has
-    levels of its own. A panel is a profile; model, emulator and whose compute was replayed are named where the run varies them.
+    levels of its own. A panel is a profile; model, emulator and whose compute was replayed are named where the run varies them,
+    and always a load: what waits for others is not put together with what was alone.
     """
     chosen = (
         rows["delivery"].map({text: bool(ladder(text)) for text in rows["delivery"].unique()}).astype(bool)
@@ -110,7 +111,15 @@ def labelled(rows: pd.DataFrame) -> pd.DataFrame:
     for names, unsaid in ((rows["model"], False), (rows["emulator"], False), (replayed(rows), True)):
         if names[(names != "") | unsaid].nunique() > 1:
             panel = panel + names.map(lambda v: f" · {v}" if v else "")
-    return rows.assign(setting=setting, panel=panel)
+    return rows.assign(setting=setting, panel=panel + under_load(rows).map(lambda v: f" · {v}" if v else ""))
+
+
+def under_load(rows: pd.DataFrame) -> pd.Series[str]:
+    """The load that requests met, and how the cloud served it, such as ``poisson(rate=2/s) · batch(max=8)``; empty of requests
+    made one behind the other.
+    """
+    serving = rows["serving"].map(lambda v: "" if v == "fifo" else f" · {v}")
+    return (rows["load"] + serving).where(rows["load"] != "sequential", "")
 
 
 #: A model of this name is a cache of its shape with stand-in values: its bytes and times are real, its answers are none.

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from testbed import stats
-from testbed.analysis import hosts, paired_latency, settings
+from testbed.analysis import hosts, loads, paired_latency, settings
 from testbed.analysis.describe import caveats, computing, conditions, megabytes
 from testbed.analysis.names import short
 from testbed.analysis.run import Run
@@ -31,7 +31,7 @@ _PIPELINE = (
     "verified_s",
 )
 _WIDEST = 60  #: characters of a setting's name in the terminal
-_SAME = ("model", "emulator", "link", "delivery", "transport", "congestion")
+_SAME = ("model", "emulator", "link", "delivery", "transport", "congestion", "load", "serving")
 
 
 def write(run: Run) -> Path:
@@ -136,7 +136,9 @@ def table(run: Run) -> str:
         "=  keeps it, too, and is not shown to be slower than *, example by example\n"
         "   (qualities by the estimates; testbed recommend asks what the intervals show)"
     )
-    return "\n\n".join([*blocks, *filter(None, [hosts.text(run)]), "\n".join([legend, *notes])])
+    return "\n\n".join(
+        [*blocks, *filter(None, [loads.text(run), hosts.text(run)]), "\n".join([legend, *notes])]
+    )
 
 
 def _block(name: str, rows: pd.DataFrame) -> str:

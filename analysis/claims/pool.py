@@ -74,13 +74,18 @@ def collect(runs: list[Run]) -> tuple[Pool, list[str]]:
         if (apart := read_apart(pair)) and first & second:
             names = " and ".join(str(run.path) for run in pair)
             raise UsageError(f"{names}: not the same in both: {apart}; judge runs that read the same ones")
+    left_out = [
+        f"{run.path.name}: requests under a load are judged by the claim on capacity alone"
+        for run in runs
+        if run.alone is not run
+    ]
     rows = pd.concat(_by_seed(runs), ignore_index=True)
     # What was replayed is another machine's: a model of its own, and never one sample with what was measured here.
     rows["model"] += settings.replayed(rows).map(lambda who: f" ({who})" if who else "")
     rows = settings.labelled(rows)
     table = comparisons.by_example(rows)
     admitted = []
-    left_out = [
+    left_out += [
         f"{run.path.name}: {failures(run)}: left out, so that verdicts are on what was answered"
         for run in runs
         if len(run.failed)
@@ -114,7 +119,7 @@ def _by_seed(runs: list[Run]) -> list[pd.DataFrame]:
     """
     seeds = [str(run.scenario.get("seed", 0)) for run in runs]
     several = len(set(seeds)) > 1
-    rows = [run.require().rows for run in runs]
+    rows = [run.require().alone.rows for run in runs]
     return [
         own.assign(example=own["example"] + f" (seed {seed})") if several else own
         for own, seed in zip(rows, seeds, strict=True)

@@ -38,6 +38,9 @@ FIGURES = {
     "fidelity_traces": "testbed.analysis.figures.fidelity_traces:draw",
 }
 
+#: What says something of links, or by a model of a single request: what waited for others has no place there.
+_ALONE = ("regimes", "who_prefills", "naive_error", "link_sweep")
+
 
 class NotInThisRun(UsageError):
     """The run has no data for this figure: an error where it was asked for by name, passed over where all
@@ -52,7 +55,14 @@ def figure(name: str, run: Run) -> Figure:
     if name not in FIGURES:
         raise UsageError(f"unknown figure {name!r}; choose from {', '.join(FIGURES)}")
     module, function = FIGURES[name].split(":")
-    drawn: Figure = getattr(importlib.import_module(module), function)(run.require(_least(name)))
+    run = run.require(_least(name))
+    if name in _ALONE and (alone := run.alone) is not run:
+        if len(alone.rows) < _least(name):
+            raise NotInThisRun(
+                f"{run.path}: it is of requests made one behind the other, and all are under a load"
+            )
+        run = alone
+    drawn: Figure = getattr(importlib.import_module(module), function)(run)
     return drawn
 
 

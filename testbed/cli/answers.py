@@ -16,7 +16,7 @@ from testbed.cli.parts import as_json, open_run
 @click.option("--where", help="Only rows for which this holds, such as 'profile==\"5g-mid\"'.")
 def plot(path: Path, figures: tuple[str, ...], where: str | None) -> None:
     """Draw a run's figures anew, from its directory alone; or a diagnosis, from its file or a directory of such files."""
-    from testbed.analysis import naive, summary
+    from testbed.analysis import loads, naive, summary
     from testbed.analysis.figures import draw_all
     from testbed.analysis.figures.layer_sensitivity import draw_file, is_diagnosis
     from testbed.analysis.run import load
@@ -31,6 +31,8 @@ def plot(path: Path, figures: tuple[str, ...], where: str | None) -> None:
         click.echo(f"summary   {summary.write(whole)}")
         if formula := naive.write(whole):
             click.echo(f"formula   {formula}")
+        if table := loads.write(whole):
+            click.echo(f"loads     {table}")
     for figure in draw_all(run, list(figures) or None):
         click.echo(f"plot      {figure}")
 

@@ -207,7 +207,7 @@ def _resumable(started: Runner, error: Exception) -> Exception:
 
 def show_results(path: Path) -> None:
     """Draw a finished run; where there is too little to draw, say so: the rows are there all the same."""
-    from testbed.analysis import report, summary
+    from testbed.analysis import loads, report, summary
     from testbed.analysis.figures import draw_all
     from testbed.analysis.run import load
 
@@ -215,6 +215,8 @@ def show_results(path: Path) -> None:
     try:
         click.echo(summary.table(run) + "\n")
         click.echo(f"summary   {summary.write(run)}")
+        if table := loads.write(run):
+            click.echo(f"loads     {table}")
         figures = draw_all(run)
         for figure in figures:
             click.echo(f"plot      {figure}")
