@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import click
+from msgspec import structs
 
 from testbed.cli.parts import as_json, require_root, table
 
@@ -16,18 +17,33 @@ from testbed.cli.parts import as_json, require_root, table
     is_flag=True,
     help="Measure what rates this machine's links carry, and keep it. Takes about a minute; nothing else should run.",
 )
+@click.option(
+    "--lanes",
+    type=click.IntRange(1, 64),
+    is_flag=False,
+    flag_value=8,
+    metavar="[N]",
+    help="Measure how many lanes, up to N [8], this machine carries, and keep it. Takes minutes; nothing else should run.",
+)
 @as_json
-def doctor(links: bool) -> Any:
+def doctor(links: bool, lanes: int | None) -> Any:
     """Say what this machine can and cannot do."""
-    from testbed.experiment.environment import examine, measure_capacity
+    from testbed.experiment.environment import examine, measure_capacity, measure_lanes
 
     if links:
         require_root()
         measure_capacity(lambda line: click.echo(line, err=True))
+    steps: list[dict[str, Any]] = []
+    if lanes is not None:
+        require_root()
+        measured = measure_lanes(lambda line: click.echo(line, err=True), lanes)
+        steps = [{**structs.asdict(step), "ok": step.ok} for step in measured.steps]
     findings = examine()
     rows = [[f.what, "yes" if f.ok else ("MISSING" if f.needed else "no"), f.detail] for f in findings]
     missing = [f for f in findings if f.needed and not f.ok]
     value = {"findings": [vars(f) for f in findings], "ok": not missing}
+    if steps:
+        value["lanes"] = steps
     return value, table(rows, ["what", "", "detail"]), 1 if missing else 0
 
 

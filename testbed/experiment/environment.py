@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from testbed import __version__
 
 if TYPE_CHECKING:
+    from testbed.experiment.lanes import Lanes
     from testbed.experiment.scenario import Plan
     from testbed.net.calibration.capacity import Capacity
     from testbed.net.topology.topology import Topology
@@ -75,6 +76,27 @@ def measure_capacity(say: Callable[[str], None]) -> Capacity:
     return found
 
 
+def _lanes_file() -> Path:
+    return _capacity_file().with_name("lanes.json")
+
+
+def lanes() -> Lanes | None:
+    """How many lanes this machine was measured to carry; None: it was not, or was another machine then."""
+    from testbed.experiment.lanes import load_lanes
+
+    return load_lanes(_lanes_file(), _machine())
+
+
+def measure_lanes(say: Callable[[str], None], most: int) -> Lanes:
+    """Measures it, up to so many, and keeps it. Raises as `measure_capacity` does."""
+    from testbed.experiment.lanes import keep, measure
+    from testbed.net.fabric.fabric import Fabric
+
+    found = measure(Fabric.build, _machine(), say, most)
+    keep(found, _lanes_file())
+    return found
+
+
 def beyond_capacity(topology: Topology, emulator: str = "auto") -> list[str]:
     """See `testbed.net.calibration.capacity.beyond`."""
     from testbed.net.calibration.capacity import beyond
@@ -128,6 +150,7 @@ def examine() -> list[Finding]:
         _packet_sockets(root),
         _netem(root),
         _capacity(),
+        _lanes(),
         _program("nsenter", "util-linux"),
         _program("setpriv", "util-linux"),
         _program("iperf3", "iperf3", needed=False),
@@ -172,6 +195,13 @@ def _capacity() -> Finding:
     found = capacity()
     return Finding(
         "link rates", found is not None, str(found or "not measured: sudo testbed doctor --links"), False
+    )
+
+
+def _lanes() -> Finding:
+    found = lanes()
+    return Finding(
+        "lanes", found is not None, str(found or "not measured: sudo testbed doctor --lanes"), False
     )
 
 
