@@ -10,6 +10,7 @@ import contextlib
 import getpass
 import glob
 import logging
+import re
 import shlex
 import socket
 import threading
@@ -26,6 +27,9 @@ from testbed.hosts.address import parse_address
 #: How long until a host has answered, in each step; how long one may be silent before it counts as lost.
 _CONNECT_S, _KEEPALIVE_S, _SILENT_S = 15.0, 5.0, 20.0
 _MOST_JUMPS, _MOST_INCLUDES = 8, 16
+#: A line of a configuration, ssh_config(5); what it may be matched by that paramiko takes for a match whatever it says.
+_LINE = re.compile(r"\s*([A-Za-z]+)(?:\s*=\s*|\s+)(.*?)\s*")
+_UNMATCHED = re.compile(r"(?i)(?:^|[\s!])(localnetwork|tagged|version|sessiontype|command)\s")
 
 #: What paramiko raises where a connection, or a session on it, has ended.
 LOST = (paramiko.SSHException, OSError, EOFError)
@@ -55,10 +59,12 @@ def where(address: str) -> Where:
     try:
         text = "".join(_configuration(path, "Host *\n")) if path.exists() else ""
         settings = dict(paramiko.SSHConfig.from_text(text).lookup(name))
+        port = int(given.port or settings.get("port", 22))
+        if not 1 <= port <= 65535:
+            raise ValueError(f"there is no port {port}")
     except (OSError, ValueError, paramiko.SSHException) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     host = settings.get("hostname", name)
-    port = int(given.port or settings.get("port", 22))
     alias = settings.get("hostkeyalias")
     known_as = alias or (host if port == 22 else f"[{host}]:{port}")
     return Where(
@@ -70,10 +76,16 @@ def _configuration(path: Path, block: str, depth: int = 0) -> Iterator[str]:
     """The lines of a configuration, with those of what it includes in their places, which paramiko does not know."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            word, _, value = line.strip().replace("=", " ", 1).partition(" ")
-            if word.lower() in ("host", "match"):
+            found = _LINE.fullmatch(line)
+            word, value = (found[1].lower(), found[2]) if found else ("", "")
+            if word == "match" and (unknown := _UNMATCHED.search(value)):
+                raise ValueError(f"Match {unknown[1]} is not understood here")
+            if found and word not in ("match", "proxycommand") and '"' not in value:
+                value = re.sub(r"(?:^|\s+)#.*", "", value)
+                line = f"{found[1]} {value}"
+            if word in ("host", "match"):
                 block = line
-            if word.lower() != "include":
+            if word != "include":
                 yield line.rstrip("\n") + "\n"
             elif depth < _MOST_INCLUDES:
                 for pattern in shlex.split(value):
@@ -160,7 +172,7 @@ def _connected(place: Where, jumps: int = 0) -> list[paramiko.SSHClient]:
         sock = _way(place, clients, jumps)
         settings = place.settings
         keys = [str(Path(each).expanduser()) for each in settings.get("identityfile", ())]
-        only = settings.get("identitiesonly", "no") == "yes"
+        only = settings.get("identitiesonly", "no").lower() == "yes"
         # The name under which a host is known is all that paramiko takes a host and a port for, given a socket.
         client.connect(
             place.known_as,

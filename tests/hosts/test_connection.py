@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import EndpointError, StorageError, TestbedError, UsageError
-from testbed.hosts import ssh
+from testbed.hosts import connection, ssh
 from testbed.hosts.ssh import Ssh
 from tests.hosts import bench as benches
 from tests.hosts.bench import Host, bench, wait_for
@@ -135,7 +135,7 @@ def test_the_configuration_gives_name_user_port_key_and_known_hosts(edge: Host, 
         (client / name).rename(client / f"own_{name}")
     (client / "config").write_text(
         f"Host there\n  HostName {edge.address}\n  User {edge.user}\n  Port {edge.port}\n"
-        "  IdentityFile ~/.ssh/own_id_ed25519\n  IdentitiesOnly yes\n  UserKnownHostsFile ~/.ssh/own_known_hosts\n"
+        "  IdentityFile ~/.ssh/own_id_ed25519\n  IdentitiesOnly Yes\n  UserKnownHostsFile ~/.ssh/own_known_hosts\n"
     )
     with Ssh("ssh://there") as there:
         assert there.run(["uname", "-n"]) == (0, b"tb-edge\n")
@@ -144,6 +144,27 @@ def test_the_configuration_gives_name_user_port_key_and_known_hosts(edge: Host, 
     with Ssh("ssh://there") as there:
         assert there.run(["uname", "-n"]) == (0, b"tb-edge\n")
     assert "lets x in by none" in said(Ssh("ssh://x@there").describe)  # what an address says comes first
+
+
+def test_the_configuration_is_read_as_ssh_reads_it(client: Path) -> None:
+    (client / "more.config").write_text("Host there\n\tUser\tkim # not lab\n")
+    (client / "config").write_text("Include\tmore.config # all of them\n")
+    assert connection.where("ssh://there").user == "kim"
+    assert connection.where("ssh://other").user != "kim"
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("Port many", "many"),
+        ("Port 70000", "no port 70000"),
+        ("Match localnetwork 192.0.2.0/24", "Match localnetwork is not understood"),
+        ("Match host there tagged lab", "Match tagged is not understood"),
+    ],
+)
+def test_a_configuration_that_is_not_understood_is_one_line(client: Path, line: str, why: str) -> None:
+    (client / "config").write_text(f"{line}\n  User lab\n")
+    assert re.search(f"config cannot be read: .*{why}", said(lambda: Ssh("ssh://there")))
 
 
 def test_a_host_behind_another_is_reached_through_it(edge: Host, client: Path) -> None:
