@@ -90,6 +90,11 @@ class Remote(Local):
         return int(argv[-1] != str(self.has)), b""
 
 
+def test_a_directory_without_files_is_refused_and_not_sent(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is no file, and no directory of files"):
+        sending.there(Remote(), str(tmp_path))
+
+
 def test_what_is_too_large_to_be_sent_has_to_be_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,7 +116,7 @@ def clean(topology: str) -> tuple[list[str], int]:
         try:
             if not address.local:  # what runs on this machine ends with who started it
                 with Ssh(address) as host:
-                    removed += host.clean()
+                    removed += host.clean(sent=True)
                     if address in shaping_hosts:
                         removed += _unshaped(node.name, shaping.clean(host))
             elif address in shaping_hosts:

@@ -34,7 +34,9 @@ def there(host: Host, named: str) -> str:
     if host.describe()["kind"] != "ssh" or not path.exists():
         return named
     ssh = cast("Ssh", host)
-    parts = [path] if path.is_file() else sorted(part for part in path.iterdir() if part.is_file())
+    parts = [path] if not path.is_dir() else sorted(part for part in path.iterdir() if part.is_file())
+    if not parts or not parts[0].is_file():
+        raise UsageError(f"{named}: is no file, and no directory of files")
     size = sum(part.stat().st_size for part in parts)
     if size > MOST_BYTES:
         if ssh.run(["test", "-e", str(path)])[0] == 0:
@@ -48,9 +50,12 @@ def there(host: Host, named: str) -> str:
     inside = f"{target}/" if path.is_dir() else f"{folder}/"
     *first, last = sorted(parts, key=lambda part: part.name == "config.json")
     if ssh.run(["test", "-f", f"{inside}{last.name}"])[0] != 0:
-        status, _ = ssh.run(["mkdir", "-p", inside])
+        # What lies there is believed by its name: nobody else may write there, whatever the umask.
+        status, _ = ssh.run(["install", "-d", "-m", "700", SENT, folder, inside])
         if status:
-            raise EndpointError(f"{ssh.address}: there can be no directory ~/{inside}")
+            raise EndpointError(
+                f"{ssh.address}: there can be no directory ~/{inside}; is there room on its disk?"
+            )
         for part in [*first, last]:
             ssh.put(part.resolve(), Path(f"{inside}{part.name}"))
     return target

@@ -36,6 +36,7 @@ MARK = b"\0testbed:"  # and the header's nonce
 LEAVE_S, STOPPED_S = 3.0, 1.0
 _STATE = Path("~/.local/state/testbed").expanduser()
 _PROCESSES, _FILES = _STATE / "processes", _STATE / "files"
+_SENT = Path("~/.cache/testbed/sent").expanduser()  # files and models that runs sent
 _LOOK_MS = 250
 
 
@@ -326,6 +327,10 @@ def clean(asked: dict[str, Any], say: _Saying) -> None:
                     done.append([noted["path"], None])
                 path.unlink()
     _tidy()
+    if asked["sent"] and not _STATE.exists():  # no run is on
+        with contextlib.suppress(OSError):
+            shutil.rmtree(_SENT)
+            done.append([str(_SENT), "sent"])
     say(1, done)
 
 

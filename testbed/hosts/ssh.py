@@ -183,13 +183,13 @@ class Ssh:
                 best = min(best, (ahead, (after - before) / 2), key=lambda each: each[1])
         return best
 
-    def clean(self, others: bool = False) -> list[str]:
+    def clean(self, others: bool = False, sent: bool = False) -> list[str]:
         """End what dead runs and lost connections left there, and remove what is on record of it; a line for each.
 
         What a living run holds stays. Of runs of other machines, who cannot be asked, that is what a connection still holds;
-        `others`: that is ended too.
+        `others`: that is ended too. `sent`: files and models that were sent for runs go, too, where none is on.
         """
-        channel, records, rest, mark = self._ask("clean")
+        channel, records, rest, mark = self._ask("clean", sent=sent)
         with ending(channel):
             dead = [name for name, record in records.items() if others or not _lives(name, record)]
             data = json.dumps(dead).encode()
@@ -199,6 +199,8 @@ class Ssh:
         for name, ended in done:
             if ended is None:
                 lines.append(f"{self.address}: removed {name}, which came in part")
+            elif ended == "sent":
+                lines.append(f"{self.address}: removed {name}, which was sent there for runs")
             else:
                 record = records[name]
                 what = shlex.join(record["argv"])[:120]

@@ -12,6 +12,7 @@ import pytest
 from testbed.endpoints.endpoint import Endpoint
 from testbed.endpoints.protocol import Load
 from testbed.errors import EndpointError, StorageError, UsageError
+from testbed.experiment import sending
 from testbed.hosts.host import host, lines
 from testbed.hosts.ssh import Ssh
 from tests.hosts import bench as benches
@@ -119,6 +120,27 @@ def test_a_file_that_cannot_be_written_or_read_is_an_error_with_its_name(there: 
         with pytest.raises(StorageError, match=said):
             call()
     assert here.read_bytes() == b"data"
+
+
+def test_what_was_sent_there_is_its_users_alone_and_goes_where_no_run_is_on(
+    there: Ssh, edge: Host, tmp_path: Path
+) -> None:
+    here, sent = tmp_path / "own.jsonl", edge.home / ".cache/testbed/sent"
+    here.write_text("{}\n")
+    (edge.home / ".bashrc").write_text("umask 0\n")
+    target = sending.there(there, str(here))
+    (edge.home / ".bashrc").unlink()
+    assert (edge.home / target).read_text() == "{}\n"
+    assert {path.stat().st_mode & 0o777 for path in (sent, (edge.home / target).parent)} == {0o700}
+    with there.start(["sleep", "100"], {}):
+        assert there.clean(sent=True) == [] and sent.exists()
+    assert wait_for(lambda: not edge.programs())
+    assert there.clean() == [] and sent.exists()
+    assert there.clean(sent=True) == [
+        f"{edge.url}: removed /home/{edge.user}/.cache/testbed/sent, which was sent there for runs"
+    ]
+    assert not sent.exists()
+    there.run(["rm", "-r", ".cache"])
 
 
 def test_a_host_says_what_it_is_and_how_far_its_clock_is_ahead(there: Ssh, edge: Host) -> None:
