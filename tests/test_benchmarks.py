@@ -1,0 +1,65 @@
+"""What benchmarks compute from runs, where no clock is asked: bounds of sweeps, shards on lanes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.scale import cut, makespan
+from benchmarks.sweep_bound import account, must_s
+from testbed.experiment.row import STAGES
+
+ROW: dict[str, Any] = {
+    **dict.fromkeys(STAGES, 0.0),
+    "error": "", "reused": "", "replayed": False, "edge_device": "", "placement": "split", "example": "a",
+    "edge_slowdown": 4.0, "edge_decode_slowdown": 2.0,
+}  # fmt: skip
+
+
+def row(second: int, **values: Any) -> dict[str, Any]:
+    made = {**ROW, "started_at": f"2026-01-01T00:00:{second:02d}+00:00", **values}
+    return {**made, "e2e_s": sum(made[stage] for stage in STAGES)}
+
+
+def test_a_trial_must_take_what_it_waited_for_and_not_what_was_stretched_or_taken_over() -> None:
+    stages = {"prefill_s": 4.0, "transmit_s": 2.0, "first_token_s": 0.5, "generate_s": 1.0}
+    assert must_s(row(0, **stages)) == 1.0 + 2.0 + 0.5 + 1.0
+    assert must_s(row(0, **stages, reused="prefill,first_token,generate")) == 2.0 + 0.5
+    assert must_s(row(0, **stages, placement="cloud", reused="prefill,first_token,generate")) == 6.5
+    assert must_s(row(0, **stages, edge_device="here")) == 7.5
+    assert must_s(row(0, **stages, placement="edge")) == 1.0 + (0.5 + 1.0) / 2
+    assert must_s(row(0, **stages, placement="edge", reused="prefill,first_token,generate")) == 0
+    assert must_s(row(0, **stages, error="it broke")) == 0
+
+
+def test_what_a_sweep_took_is_what_it_must_and_the_rest_by_where_it_went() -> None:
+    rows = [
+        row(0, transmit_s=2.0),
+        row(3, transmit_s=1.0, reused="first_token"),
+        row(6, transmit_s=4.0),
+        row(12, transmit_s=1.0, example="b"),
+    ]
+    found = account(rows, ["2026-01-01T00:00:14+00:00"])
+    assert (found["wall_s"], found["must_s"]) == (14.0, 8.0)
+    assert sorted(found["rest_s"].values()) == [1.0, 2.0, 3.0]
+    assert found["ratio"] == pytest.approx(14 / 8)
+
+
+@given(st.lists(st.floats(0.1, 1e4), min_size=1, max_size=50), st.integers(1, 20))
+def test_lanes_end_within_list_schedulings_bound(shards: list[float], lanes: int) -> None:
+    least = max(max(shards), sum(shards) / lanes)
+    assert least * (1 - 1e-9) <= makespan(shards, lanes) <= 2 * least
+    assert makespan(shards, 1) == pytest.approx(sum(shards))
+
+
+@given(st.integers(1, 60))
+def test_shards_share_all_examples_and_each_pays_for_its_start(count: int) -> None:
+    times = {"small": np.arange(1.0, 21.0), "large": np.arange(100.0, 130.0)}
+    shards = cut(times, {"small": 5.0, "large": 7.0}, count)
+    small, large = min(count, 20), min(count, 30)
+    assert len(shards) == small + large
+    assert sum(shards) == pytest.approx(sum(each.sum() for each in times.values()) + 5 * small + 7 * large)
