@@ -13,6 +13,7 @@ from testbed.delivery.delivery import Bytes
 from testbed.endpoints.assembly import Rebuilt
 from testbed.endpoints.sessions import Served, Session, Sessions
 from testbed.endpoints.side import InferenceSide, Pass, digest, per_token
+from testbed.errors import WireError
 from testbed.speed.words import Work
 from testbed.transport import wire
 from testbed.transport.transport import Stream
@@ -115,6 +116,8 @@ class Answering:
         side, request, connection = self.side, self.request, self.connection
         self.begin()
         question_ids = side.model.tokenize(request.question, closing=self.prefix.closing)
+        if not question_ids or not all(map(side.model.tokenize, request.choices)):
+            raise WireError("the request's question, or one of its choices, is empty")
         self.asked = Pass(len(question_ids), rebuilt.held)
         before = rebuilt.held + len(question_ids)
         firsts: list[wire.FirstToken] = []

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -276,4 +277,18 @@ def test_what_a_request_says_of_its_length_is_not_believed(
     received = connection.receive(0, Deadline(20))
     assert received is not None and isinstance(received.header, wire.Failure)
     assert "more than 256 parts" in received.header.message
+    connection.close()
+
+
+@pytest.mark.parametrize("empty", [{"question": ""}, {"choices": ("yes", "")}])
+def test_a_request_that_asks_nothing_is_refused(pair: Pair, empty: dict[str, Any]) -> None:
+    asked = {"question": "Q?", "delivery": "meet(chunk=8)", "levels": ("text", "int8"), "tokens": 20, **empty}
+    connection = Tcp().connect(pair.link.address, pair.link.port)
+    connection.send(wire.Request(1, "store", "int8", pair.prefix, stop="\n", max_new_tokens=4, **asked))
+    connection.send(wire.Chunk(1, 0, False, None, 0, 0, 20), TEXT)
+    connection.send(wire.End(1, 1, len(TEXT)))
+    enough, received = (connection.receive(0, Deadline(20)) for _ in range(2))
+    assert enough is not None and isinstance(enough.header, wire.Enough)
+    assert received is not None and isinstance(received.header, wire.Failure)
+    assert received.header.message == "the request's question, or one of its choices, is empty"
     connection.close()
