@@ -194,7 +194,7 @@ def _burning() -> Iterator[int]:
 
 
 def _drained(pipe: int, wait: bool) -> list[float]:
-    """The whole lines that are in the pipe by now; `wait`: for the first. A pipe holds 64 KiB: minutes of rounds."""
+    """The whole lines that are in the pipe by now; `wait`: for the first. A pipe holds 64 KiB: ten minutes of rounds."""
     if wait and not select.select([pipe], [], [], 60.0)[0]:
         return []
     text = b""
