@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,13 +32,19 @@ def merge(directories: tuple[Path, ...], out: Path | None, partial: bool) -> int
     Says what is missing, and then writes nothing, with exit status 1, unless --partial.
     """
     from testbed.errors import UsageError
-    from testbed.experiment.merge import merge as merging
     from testbed.experiment.shards import FOLDER
 
     if out is None:
         if len(directories) > 1 or not (directories[0] / FOLDER).is_dir():
             raise UsageError("say with --out DIR where the run is to be")
         (out,) = directories
+    return put_together(directories, out, partial)
+
+
+def put_together(directories: Sequence[Path], out: Path, partial: bool) -> int:
+    """Merge them, and say what is missing, or show what came out; the exit status."""
+    from testbed.experiment.merge import merge as merging
+
     merged = merging(directories, out, partial)
     for line in _lacks(merged):
         click.echo(f"testbed: {line}", err=True)

@@ -108,18 +108,26 @@ def require_root() -> None:
         )
 
 
+rootless_flag = click.option(
+    "--rootless", is_flag=True, help="Without root: inside a user namespace, which leaves nothing."
+)
+
+
 def rootless_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """``--rootless``: the command goes on in namespaces of its own, where everybody may build networks."""
 
-    @click.option(
-        "--rootless", is_flag=True, help="Without root: inside a user namespace, which leaves nothing."
-    )
+    @rootless_flag
     @wraps(command)
     def wrapped(*args: Any, rootless: bool, **kwargs: Any) -> Any:
         if rootless:
-            from testbed.hosts import rootless as namespaces
-
-            namespaces.enter()
+            enter_rootless()
         return command(*args, **kwargs)
 
     return wrapped
+
+
+def enter_rootless() -> None:
+    """Go on in namespaces of one's own. Raises UsageError with the remedy where the kernel does not allow it."""
+    from testbed.hosts import rootless
+
+    rootless.enter()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from testbed.cli.parts import require_root, rootless_option, sweep_options
+from testbed.cli.parts import enter_rootless, require_root, rootless_flag, sweep_options
 from testbed.cli.progress import Console
 from testbed.errors import StorageError, TestbedError, UsageError
 
@@ -52,8 +54,24 @@ INTERRUPTED = 130
     metavar="N",
     help="Print a script that runs N shards as an array of Slurm's jobs, and merges them, into --out.",
 )
+@click.option(
+    "--ray",
+    "cluster",
+    metavar="ADDRESS",
+    help="Run in shards on a Ray cluster's machines: `auto`, an address, or `local`, one on this machine.",
+)
+@click.option(
+    "--lanes", type=click.IntRange(1, 64), metavar="N", help="How many shards run at once with --ray local."
+)
+@click.option(
+    "--shards",
+    "shares",
+    type=click.IntRange(1, 100_000),
+    metavar="N",
+    help="In how many shards --ray runs [one a lane].",
+)
 @sweep_options
-@rootless_option
+@rootless_flag
 def run(
     scenario: str | None,
     resumed: Path | None,
@@ -61,9 +79,15 @@ def run(
     accept_uncalibrated: bool,
     shard: str | None,
     array: int | None,
+    cluster: str | None,
+    lanes: int | None,
+    shares: int | None,
+    rootless: bool,
     **changes: Any,
 ) -> int:
     """Run SCENARIO (a file, or the name of a shipped one): network, model, trials, plots."""
+    if rootless and cluster is None:  # whose machines do so themselves
+        enter_rootless()
     from testbed.experiment import runner, shards
     from testbed.experiment.environment import too_much
     from testbed.experiment.plan import load_plan, moved
@@ -72,6 +96,12 @@ def run(
         raise UsageError("name a scenario to run, or a directory with --resume, and not both")
     if array is not None:
         return _print_array(scenario, array, out, accept_uncalibrated, shard, changes)
+    if cluster is not None:
+        return _on_cluster(cluster, scenario, resumed, out, shard, changes)(
+            lanes=lanes, count=shares, rootless=rootless, accept_uncalibrated=accept_uncalibrated
+        )
+    if lanes or shares:
+        raise UsageError("--lanes and --shards are for --ray")
     show = Console()
     part = None if shard is None else _part(shard)
     if resumed is not None:
@@ -124,6 +154,26 @@ def _print_array(
     more = array.options(accept_uncalibrated, changes)
     click.echo(array.script(plan, scenario, count, out, unprivileged, more, array.program()), nl=False)
     return 0
+
+
+def _on_cluster(
+    address: str,
+    scenario: str | None,
+    resumed: Path | None,
+    out: Path | None,
+    shard: str | None,
+    changes: dict[str, Any],
+) -> Callable[..., int]:
+    """`run_on` that cluster, of a scenario or what is to be resumed. Raises UsageError."""
+    from testbed.cli.cluster import run_on
+    from testbed.experiment.plan import load_plan
+
+    if shard is not None:
+        raise UsageError("--ray makes all shards; leave --shard away")
+    if resumed is not None and any(value for value in (*changes.values(), out)):
+        raise UsageError("--resume continues a run as it was; leave the other options away")
+    plan = load_plan(scenario, **changes) if scenario is not None else None
+    return partial(run_on, address, plan, resumed or out)
 
 
 def _part(text: str) -> Shard:

@@ -1,0 +1,151 @@
+"""Runs on a Ray cluster: real raylets, workers that die, and rows as without a cluster."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cluster_kills
+from benchmarks.kill_resume import leftovers
+from testbed.errors import EndpointError, StorageError
+from testbed.experiment import cluster
+from testbed.experiment.environment import host_name
+from testbed.experiment.results import RunDirectory
+from tests.command import command
+from tests.runs import SCENARIO, run, undrawn
+
+ONE = {"profiles": ["rate=50mbit,delay=1ms"], "placements": ["split"], "codecs": ["fp16", "q2c@0.25+int4"]}
+
+
+@pytest.fixture(scope="module")
+def scenario(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cluster") / "tiny.yaml"
+    lines = [line for line in SCENARIO.splitlines() if line.partition(":")[0] not in (*ONE, "examples")]
+    settings = [
+        *lines,
+        *(f"{key}: {value}" for key, value in ONE.items()),
+        "examples: 4",
+        "emulator: userspace",
+    ]
+    path.write_text("\n".join([*settings, f"model: {tiny_model('llama')}"]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(scenario: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    with undrawn():
+        assert run(str(scenario), "--out", str(out)).status == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def machines(own_state: None) -> Iterator[cluster_kills.Machines]:
+    started = cluster_kills.Machines(2)
+    yield started
+    started.close()
+
+
+@pytest.mark.netns
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_state")
+class TestACluster:
+    def test_of_two_machines_makes_what_one_does_with_a_table_of_them(
+        self, scenario: Path, alone: Path, machines: cluster_kills.Machines, tmp_path: Path
+    ) -> None:
+        out, before = tmp_path / "out", set(leftovers())
+        with undrawn():
+            done = command(
+                "run", str(scenario), "--ray", machines.address, "--out", str(out), "--accept-uncalibrated"
+            )
+        assert done.status == 0, done.errors
+        assert cluster_kills.rows(out) == cluster_kills.rows(alone)
+        assert done.out.splitlines()[-2].split("  ")[0] == "machine"
+        assert host_name() in done.out.splitlines()[-1]
+        assert len(RunDirectory.open(out).entries("calibration.json", "measurements")) == 2
+        assert set(leftovers()) == before
+
+    def test_loses_a_worker_and_its_driver_but_no_trial(
+        self, scenario: Path, alone: Path, machines: cluster_kills.Machines, tmp_path: Path
+    ) -> None:
+        before = set(leftovers())
+        met = cluster_kills.killed(
+            str(scenario), tmp_path / "out", machines, ["worker", "driver"], random.Random(1)
+        )
+        assert met["worker"] == met["driver"] == 1
+        assert cluster_kills.rows(tmp_path / "out") == cluster_kills.rows(alone)
+        assert command("clean").status == 0
+        assert set(leftovers()) == before
+
+    def test_without_lanes_is_refused_with_the_remedy(self, scenario: Path, tmp_path: Path) -> None:
+        started = cluster_kills.Machines(0)
+        try:
+            ended = command("run", str(scenario), "--ray", started.address, "--out", str(tmp_path / "out"))
+        finally:
+            started.close()
+        assert (ended.status, ended.errors.count("\n")) == (2, 1)
+        assert "ray start --resources" in ended.errors
+
+
+def test_a_worker_with_another_testbed_says_so() -> None:
+    with pytest.raises(EndpointError, match="is not the one that drives the cluster"):
+        next(cluster.work("0" * 16, b"", ()))
+
+
+def test_lines_come_whole_and_spans_before_the_rows_that_they_are_of(tmp_path: Path) -> None:
+    sent: dict[Path, int] = {}
+    (tmp_path / "spans.jsonl").write_bytes(b'{"trial": "a"}\n{"tri')
+    (tmp_path / "trials.jsonl").write_bytes(b'{"trial": "a"}\n')
+    (tmp_path / "manifest.json").write_text("{}")
+    kinds = [message[:2] for message in cluster._written(tmp_path, sent)]
+    assert [kinds[0][0], *kinds[1:]] == ["files", ("lines", "spans.jsonl"), ("lines", "trials.jsonl")]
+    with (tmp_path / "spans.jsonl").open("ab") as spans:
+        spans.write(b'al": "b"}\n')
+    assert list(cluster._written(tmp_path, sent)) == [("lines", "spans.jsonl", b'{"trial": "b"}\n')]
+    assert not list(cluster._written(tmp_path, sent))
+
+
+@pytest.mark.parametrize("name", ["../left", "/left", "a/../../left"])
+def test_files_that_lead_out_of_a_run_are_refused(name: str, tmp_path: Path) -> None:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo(name if name[0] != "/" else f"{tmp_path}{name}"), io.BytesIO())
+    (tmp_path / "run").mkdir()
+    with pytest.raises(StorageError):
+        cluster._unpack(data.getvalue(), tmp_path / "run")
+    assert not list(tmp_path.rglob("left"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--ray", "local", "--shard", "1/2"],
+        ["--ray", "auto", "--lanes", "2"],
+        ["--lanes", "2"],
+        ["--shards", "2"],
+        ["--ray", "127.0.0.1:1"],
+        ["--ray", "ray://127.0.0.1:1"],
+        ["--ray", "somewhere"],
+    ],
+)
+def test_options_that_do_not_go_together_are_one_line(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = command("run", "quick", *arguments)
+    assert (ended.status, ended.errors.count("\n")) == (2, 1), ended.errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_imports_ray_where_no_cluster_is_asked_for() -> None:
+    asked = "import sys, testbed.cli.run, testbed.experiment.cluster; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", asked], check=False, env=dict(os.environ)).returncode == 0
