@@ -61,15 +61,16 @@ class Machines:
 
 
 def workers() -> list[int]:
-    """The processes of Ray that make a shard for this benchmark."""
+    """The processes of Ray that make a shard for this benchmark: those that started the programs which do."""
     state = os.fsencode(f"TESTBED_STATE={os.environ['TESTBED_STATE']}")
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if (process / "cmdline").read_bytes().startswith(b"ray::work") and state in (
-                process / "environ"
-            ).read_bytes():
-                found.append(int(process.name))
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if b"--resume" in words and state in (process / "environ").read_bytes().split(b"\0"):
+                parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+                if (Path("/proc") / str(parent) / "cmdline").read_bytes().startswith(b"ray::work"):
+                    found.append(parent)
         except OSError:
             continue
     return found

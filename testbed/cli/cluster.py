@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from testbed.cli.parts import table
 from testbed.cli.progress import Console
 
 if TYPE_CHECKING:
@@ -56,7 +55,6 @@ def run_on(
 
 def _end(ends: Sequence[ShardEnd], out: Path, address: str) -> int:
     from testbed.cli.merge import put_together
-    from testbed.experiment.results import RunDirectory
 
     for error, number in Counter(end.error for end in ends if end.error).items():
         first = next(end for end in ends if end.error == error)
@@ -71,28 +69,7 @@ def _end(ends: Sequence[ShardEnd], out: Path, address: str) -> int:
             err=True,
         )
         return 1
-    status = put_together((out,), out, partial=False)
-    rows = list(RunDirectory.open(out).rows())
-    lines = [_machine(host, rows, ends) for host in dict.fromkeys(row["host"] for row in rows)]
-    click.echo("\n" + table([list(line.values()) for line in lines], list(lines[0])) if lines else "")
-    failures = sum(bool(row["error"]) for row in rows)
-    if failures:
-        click.echo(f"testbed: {failures} trials failed; their rows say why", err=True)
-    return status or int(failures > 0)
-
-
-def _machine(host: str, rows: Sequence[dict[str, Any]], ends: Sequence[ShardEnd]) -> dict[str, str]:
-    """A line of the table of machines."""
-    own = [row for row in rows if row["host"] == host]
-    return {
-        "machine": host,
-        "processor": own[0]["cpu"],
-        "shards": str(sum(host in end.hosts for end in ends)),
-        "trials": str(len(own)),
-        "failed": str(sum(bool(row["error"]) for row in own)),
-        "link not in tolerance": str(sum(not row["calibrated"] for row in own)),
-        "unsteady": str(sum(not row["compute_steady"] for row in own)),
-    }
+    return put_together((out,), out, partial=False)
 
 
 def _plan_in(out: Path) -> Plan:
