@@ -1,6 +1,6 @@
 """What a policy comes to on recorded links: requests across each trace, every policy, every fixed level, and the oracle.
 
-    sudo .venv/bin/python -m benchmarks.adaptive TRACE… [--requests 30] [--deadline 1s] [--json]
+    sudo .venv/bin/python -m benchmarks.adaptive TRACE… [--requests 30] [--deadline 2s] [--tokens 1024] [--json]
 
 TRACE is what a profile says of one: ``trace:FILE(column=down)``, with its options. The requests are spread over the trace
 (`at: example`); each setting meets a request's own stretch of it. A stored cache of SmolLM2 crosses in parts.
@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.runs import rows
 from testbed.stats import estimates
 
-LEVELS = ("int8", "int4", "int2")
+LEVELS = ("int8", "int4", "q2c@0.25+int4", "text")
 POLICIES = ("throughput", "ewma", "mpc", "oracle")
 
 
@@ -59,8 +59,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("traces", nargs="+", metavar="TRACE")
     parser.add_argument("--requests", type=int, default=30)
-    parser.add_argument("--deadline", default="1s")
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--deadline", default="2s")
+    parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--json", action="store_true")

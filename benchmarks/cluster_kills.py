@@ -100,7 +100,12 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> b
 
 
 def killed(
-    scenario: str, out: Path, machines: Machines, kinds: list[str], dice: random.Random
+    scenario: str,
+    out: Path,
+    machines: Machines,
+    kinds: list[str],
+    dice: random.Random,
+    within_s: float = 3.0,
 ) -> Counter[str]:
     """Run it, with a kill of each of these kinds, one after the other, at random moments; how many met a run."""
     place = ("--ray", machines.address)
@@ -109,7 +114,7 @@ def killed(
         enough = made(out) + dice.randint(0, 3)
         if not wait_for(lambda enough=enough: made(out) >= enough and bool(workers()), process):  # type: ignore[misc]
             break
-        time.sleep(dice.uniform(0.0, 3.0))
+        time.sleep(dice.uniform(0.0, within_s))
         if kind == "worker" and (there := workers()):
             os.kill(dice.choice(there), signal.SIGKILL)
         elif kind == "machine":

@@ -31,7 +31,7 @@ def scenario(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     settings = [
         *lines,
         *(f"{key}: {value}" for key, value in ONE.items()),
-        "examples: 4",
+        "examples: 16",
         "emulator: userspace",
     ]
     path.write_text("\n".join([*settings, f"model: {tiny_model('llama')}"]) + "\n")
@@ -76,7 +76,7 @@ class TestACluster:
     ) -> None:
         before = set(leftovers())
         met = cluster_kills.killed(
-            str(scenario), tmp_path / "out", machines, ["worker", "driver"], random.Random(1)
+            str(scenario), tmp_path / "out", machines, ["worker", "driver"], random.Random(1), 0.1
         )
         assert met["worker"] == met["driver"] == 1
         assert cluster_kills.rows(tmp_path / "out") == cluster_kills.rows(alone)
