@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 LEFT_OUT = shutil.ignore_patterns(
     ".*", "__pycache__", "*.egg-info", "build", "dist", "results", "tests", "benchmarks"
 )
-OPTIONAL = {"datasets", "kvpress"}
+OPTIONAL = {"datasets", "kvpress", "ray"}
 """What is imported only where it is installed: each refusal names it."""
 INDIRECT = {"accelerate", "pyarrow", "safetensors"}
 """What is declared and imported by nothing of ours: what transformers reads a GGUF file with, and pandas' and

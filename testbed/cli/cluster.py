@@ -29,11 +29,14 @@ def run_on(
 ) -> int:
     """Make a plan's shards, or go on with those that are in `out`, and merge them. Raises as `cluster` does."""
     from testbed.experiment import cluster
+    from testbed.experiment import lanes as here
 
     if plan is None:
         assert out is not None
         plan = _plan_in(out)
     cluster.check(plan)
+    for sentence in here.check(plan, lanes) if address == "local" and lanes else ():
+        click.echo(f"testbed: {sentence}", err=True)
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     out = out or Path("results") / f"{plan.scenario.name}-{stamp}"
     options = ["--rootless"] if rootless else []
