@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import random
 import subprocess
@@ -18,6 +19,7 @@ from benchmarks.kill_resume import leftovers
 from testbed.errors import EndpointError, StorageError
 from testbed.experiment import cluster
 from testbed.experiment.results import RunDirectory
+from testbed.experiment.shard import Shard
 from tests.command import command
 from tests.runs import SCENARIO, run, undrawn
 
@@ -109,6 +111,28 @@ def test_lines_come_whole_and_spans_before_the_rows_that_they_are_of(tmp_path: P
         spans.write(b'al": "b"}\n')
     assert list(cluster._written(tmp_path, sent)) == [("lines", "spans.jsonl", b'{"trial": "b"}\n')]
     assert not list(cluster._written(tmp_path, sent))
+
+
+@pytest.mark.parametrize(
+    ("manifest", "status", "error"),
+    [
+        ({}, 1, "no network"),  # it never came so far as to know its trials
+        ({"trials": 2}, 1, "no network"),
+        ({"trials": 1}, 1, ""),  # of which one failed
+        ({"trials": 1}, 2, "no network"),
+        ({}, 0, ""),  # of more shards than examples
+    ],
+)
+def test_a_shard_that_ended_without_all_of_its_rows_says_why(
+    manifest: dict[str, int], status: int, error: str, tmp_path: Path
+) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    row = {"trial": "a", "task": "needle", "example": "1", "placement": "split", "error": "lost"}
+    (tmp_path / "trials.jsonl").write_text(json.dumps(row) + "\n")
+    share = cluster._Share(Shard(1, 2), RunDirectory(tmp_path))
+    driver = object.__new__(cluster._Driver)
+    driver._receive(share, ("end", status, "no network"))
+    assert (share.error, share.ended) == (error, True)
 
 
 @pytest.mark.parametrize("name", ["../left", "/left", "a/../../left"])

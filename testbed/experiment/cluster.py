@@ -220,9 +220,9 @@ class _Driver:
             _unpack(values[0], share.directory.path)
         else:
             status, words = values
-            share.error = (
-                "" if status in (0, 1) and not _lacks(share) else words or f"it ended with status {status}"
-            )
+            # Failed trials are rows, too.
+            well = status == 0 or (status == 1 and not _lacks(share))
+            share.error = "" if well else words or f"it ended with status {status}"
             share.ended = True
 
     def _tell(self, text: str) -> None:
@@ -236,10 +236,10 @@ class _Driver:
             for stream in self._under_way:
                 self._ray.cancel(stream)
         deadline = time.monotonic() + _GRACE_S
-        for stream in list(self._under_way):
+        for stream, share in self._under_way.items():
             with contextlib.suppress(StopIteration, self._ray.exceptions.RayError):
-                while time.monotonic() < deadline:
-                    self._ray.get(next(stream), timeout=max(0.1, deadline - time.monotonic()))
+                while (left := deadline - time.monotonic()) > 0:
+                    self._receive(share, self._ray.get(next(stream), timeout=left))
 
 
 def work(digest: str, given: bytes, options: Sequence[str]) -> Iterator[Message]:
@@ -258,41 +258,27 @@ def work(digest: str, given: bytes, options: Sequence[str]) -> Iterator[Message]
         path = Path(place)
         _unpack(given, path)
         sent = _states(path)
-        with open(path.with_suffix(".log"), "w+b") as log:
-            try:
-                with _started(path, options, log) as process:
-                    while process.poll() is None:
-                        yield from _written(path, sent)
-                        time.sleep(_LOOK_S)
-                yield from _written(path, sent)
-                log.seek(0)
-                words = log.read()[-4096:].decode(errors="replace").strip().splitlines()
-                yield "end", process.returncode, words[-1] if words else ""
-            finally:
-                Path(log.name).unlink()
+        with tempfile.TemporaryFile() as log:
+            with _started(path, options, log) as process:
+                while process.poll() is None:
+                    yield from _written(path, sent)
+                    time.sleep(_LOOK_S)
+            yield from _written(path, sent)
+            log.seek(0)
+            words = log.read()[-4096:].decode(errors="replace").strip().splitlines()
+            yield "end", process.returncode, words[-1] if words else ""
 
 
 @contextlib.contextmanager
 def _started(path: Path, options: Sequence[str], log: Any) -> Iterator[subprocess.Popen[bytes]]:
     """The program that goes on with the run in `path`. It ends, and cleans up, with the block, and with this process."""
-    environment = {
-        key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"
-    }  # Ray's, for one processor
-    program = [
-        "setpriv",
-        "--pdeathsig",
-        "TERM",
-        sys.executable,
-        "-m",
-        "testbed",
-        "run",
-        "--resume",
-        str(path),
-        *options,
-    ]
+    # Ray says one thread, of a task that asks for no processor.
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    program = [sys.executable, "-m", "testbed", "run", "--resume", str(path), *options]
     process = subprocess.Popen(
-        program, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, env=environment
-    )
+        ["setpriv", "--pdeathsig", "TERM", *program],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, env=environment,
+    )  # fmt: skip
     try:
         yield process
     finally:
@@ -319,8 +305,9 @@ def _written(path: Path, sent: dict[Path, int]) -> Iterator[Message]:
                 stream.seek(sent.get(file, 0))
                 lines = stream.read(now[file] - sent.get(file, 0))
             whole = lines[: lines.rfind(b"\n") + 1]
-            sent[file] = sent.get(file, 0) + len(whole)
-            yield "lines", file.name, whole
+            if whole:
+                sent[file] = sent.get(file, 0) + len(whole)
+                yield "lines", file.name, whole
 
 
 def _states(path: Path) -> dict[Path, int]:
@@ -340,10 +327,10 @@ def _settled(share: _Share) -> bool:
 
 
 def _lacks(share: _Share) -> bool:
-    """Whether a shard that ended has trials without a row."""
+    """Whether a shard that ended has trials without a row, or never came so far as to know them."""
     planned = share.directory.manifest().get("trials")
     tried = {row["trial"] for row in share.directory.rows()}
-    return isinstance(planned, int) and planned > len(tried)
+    return not isinstance(planned, int) or planned > len(tried)
 
 
 def _files(path: Path) -> list[Path]:
