@@ -15,8 +15,9 @@ from testbed.experiment.estimate import Estimator
 from testbed.experiment.plan import make_plan, override
 from testbed.experiment.results import RunDirectory
 from testbed.experiment.runner import Runner, begin, resume
-from testbed.experiment.scenario import Models, Plan
+from testbed.experiment.scenario import Plan
 from testbed.experiment.session import in_one_process
+from testbed.experiment.sides import Models
 from testbed.guide.guide import unlinked
 
 BASE: dict[str, Any] = {"name": "t", "profiles": ["5g-mid"], "tasks": ["needle"]}

@@ -12,6 +12,7 @@ from testbed.endpoints.side import Prefix
 from testbed.transport.transport import Bytes
 
 if TYPE_CHECKING:
+    from testbed.models.language import LanguageModel
     from testbed.models.prefill import Prefill
     from testbed.tasks.prompt import Prompted
     from testbed.tasks.task import Example
@@ -78,3 +79,7 @@ class Prefilled:
     def text(self) -> bytes:
         """The context's, as it is sent."""
         return self.batch.task.context_text(self.example).encode()
+
+    def question(self, model: LanguageModel) -> list[int]:
+        """The question's tokens, and what the prompt's layout has behind it."""
+        return model.tokenize(self.batch.task.question_text(self.example), closing=self.prefix.closing)

@@ -19,6 +19,7 @@ from testbed.endpoints.at_hand import Encoded, Prefilled, TaskExamples
 from testbed.endpoints.choosing import AdaptiveFeed, Experience, Outlook
 from testbed.endpoints.client import REBUILDS, Client
 from testbed.endpoints.feed import Context, Feed, Made, run_lengths
+from testbed.endpoints.local import answered_here
 from testbed.endpoints.plane_feed import PlaneFeed
 from testbed.endpoints.protocol import (
     Asked,
@@ -40,8 +41,8 @@ from testbed.endpoints.protocol import (
 )
 from testbed.endpoints.room import ran_out, within_memory
 from testbed.endpoints.scouting import Scouting
-from testbed.endpoints.side import Handlers, InferenceSide, Pace, held, main, per_token, wait_until
-from testbed.endpoints.spans import Span, behind, billed, in_turn
+from testbed.endpoints.side import Handlers, InferenceSide, Pace, held, main, wait_until
+from testbed.endpoints.spans import Span, behind, in_turn
 from testbed.endpoints.wares import written
 from testbed.errors import OutOfMemory
 from testbed.tasks.task import make_task
@@ -120,7 +121,7 @@ class Edge(InferenceSide):
         if self.model.stands_in:
             return FullCache(*about, None, b"", 0)
         past = self.behind(prefilled.prefix, prefilled.prefill.cache)
-        distributions = self.model.likelihood(self._question(prefilled), prefilled.gold, past)
+        distributions = self.model.likelihood(prefilled.question(self.model), prefilled.gold, past)
         return FullCache(
             *about,
             nll=mean_nll(distributions, prefilled.gold),
@@ -354,43 +355,9 @@ class Edge(InferenceSide):
         return self._at_hand
 
     def _local(self, prefilled: Prefilled, repeat: int) -> TrialResult:
-        if repeat in prefilled.local:
-            return prefilled.local[repeat]
-        batch = prefilled.batch
-        times: list[float] = []
-        started = self.pace.begin()
-        past, question = self.behind(prefilled.prefix, prefilled.prefill.cache), self._question(prefilled)
-        before = held(past)
-
-        def on_token(index: int, token: int) -> None:
-            asked = len(question)
-            times.append(
-                self.pace.hold("decode", 1, before + asked + index - 1)
-                if index
-                else self.pace.hold("prefill", asked, before)
-            )
-
-        ids = self.answer(
-            question,
-            past,
-            batch.max_new_tokens,
-            batch.task.stop,
-            batch.task.choice_texts(prefilled.example),
-            on_token,
-        )
-        text = self.model.text(ids, batch.task.stop)
-        if not times:  # nothing but the end of the text
-            on_token(0, 0)
-        most = 0 if batch.task.choice_texts(prefilled.example) else batch.max_new_tokens
-        ended = self.end_of_answer(len(ids), most, before + len(question))
-        first = times[0] if times else ended
-        spans = in_turn(prefill=prefilled.prefill_s, first_token=first - started, generate=ended - first)
-        stages = billed(spans)
-        result = TrialResult(
-            stages, stages.total(), tuple(spans), (), False, text, len(ids), per_token(times)
-        )
-        prefilled.local[repeat] = result
-        return result
+        if repeat not in prefilled.local:
+            prefilled.local[repeat] = answered_here(self, prefilled)
+        return prefilled.local[repeat]
 
     def _codec(self, text: str) -> Codec:
         """A codec by its text, read and made once: what it reads from files is no request's cost."""
@@ -400,24 +367,20 @@ class Edge(InferenceSide):
             self._codecs[text] = Codec(spec.parse(text), self.model.name)
         return self._codecs[text]
 
-    def _question(self, prefilled: Prefilled) -> list[int]:
-        text = prefilled.batch.task.question_text(prefilled.example)
-        return self.model.tokenize(text, closing=prefilled.prefix.closing)
-
     def _evidence(self, prefilled: Prefilled, codec: Codec, prefill: Prefill) -> Evidence:
         return gather(
             self.model,
             codec.needs,
             prefilled.prefix.cache,
             prefill,
-            self._question(prefilled) if codec.asks else (),
+            prefilled.question(self.model) if codec.asks else (),
             prefilled.gold if codec.needs.answer else (),
             seed=f"{prefilled.key[0]}/{prefilled.example.id}",
         )
 
     def _asked(self, prefilled: Prefilled, codec: Codec, pace: Pace) -> float:
         """The question's pass has been made, where the codec needs one; returns the time."""
-        tokens = len(self._question(prefilled)) if codec.asks else 0
+        tokens = len(prefilled.question(self.model)) if codec.asks else 0
         return pace.hold("prefill", tokens, held(prefilled.prefix.cache, prefilled.prefill.cache))
 
     def _select(self, prefilled: Prefilled, codec: Codec, prefill: Prefill, pace: Pace) -> Kept:

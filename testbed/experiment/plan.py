@@ -25,7 +25,8 @@ from testbed.experiment.edges import Edge
 from testbed.experiment.loads import bound_load, edges_of
 from testbed.experiment.on_hosts import on_hosts
 from testbed.experiment.row import SENDING
-from testbed.experiment.scenario import EXAMPLES, OF_TWO_MODELS, Models, Plan, Scenario
+from testbed.experiment.scenario import EXAMPLES, OF_TWO_MODELS, Plan, Scenario
+from testbed.experiment.sides import Models
 from testbed.models.shapes import find_shape, is_shape
 from testbed.models.sources import find as find_model
 from testbed.models.sources import has_a_name

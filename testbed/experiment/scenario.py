@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -32,10 +32,10 @@ from testbed.delivery.whole import Whole
 from testbed.errors import SpecError
 from testbed.experiment.edges import Edge, Edges, edges_from
 from testbed.experiment.row import SENDING
+from testbed.experiment.sides import Compute, Models, Sides, known_devices, model_from, sides_from, written
 from testbed.load.load import Load
 from testbed.load.load import parse as parse_load
 from testbed.load.sequential import Sequential
-from testbed.models import devices
 from testbed.models.shapes import is_shape
 from testbed.net import emulators
 from testbed.net.profile.profile import Profile
@@ -45,8 +45,7 @@ from testbed.serving.fifo import Fifo
 from testbed.serving.serving import Serving
 from testbed.serving.serving import parse as parse_serving
 from testbed.speed.files import Device
-from testbed.speed.words import HERE, Speed
-from testbed.speed.words import parse as parse_speed
+from testbed.speed.words import Speed
 from testbed.tasks.prompt import DEFAULT, PromptFormat, choose_prompt, parse_prompt
 from testbed.tasks.task import Task
 from testbed.transport.tcp import Tcp
@@ -122,58 +121,6 @@ def _prompt(value: Any) -> str:
     return str(parse_prompt(str(value)) or "auto")
 
 
-@dataclass(frozen=True)
-class Models:
-    """The model of each endpoint."""
-
-    edge: str
-    cloud: str
-
-
-def _model(value: Any) -> str | Models:
-    if isinstance(value, Mapping) and set(value) == {"edge", "cloud"}:
-        value = Models(**value) if value["edge"] != value["cloud"] else value["edge"]
-    for name in (value.edge, value.cloud) if isinstance(value, Models) else (value,):
-        if not isinstance(name, str) or not name:
-            raise ValueError("write a model's name, or one for each side: {edge: MODEL, cloud: MODEL}")
-    return value
-
-
-def _written(model: str | Models) -> Any:
-    return model if isinstance(model, str) else asdict(model)
-
-
-class Sides(BaseModel):
-    """A setting for each endpoint."""
-
-    model_config = ConfigDict(extra="forbid")
-    edge: str = "auto"
-    cloud: str = "auto"
-
-
-def _devices(sides: Sides) -> Sides:
-    for word in (sides.edge, sides.cloud):
-        devices.check(word)
-    return sides
-
-
-def _sides(value: Any) -> Any:
-    return {"edge": value, "cloud": value} if isinstance(value, str) else value
-
-
-_Speed = Annotated[
-    InstanceOf[Speed], BeforeValidator(parse_speed), PlainSerializer(Speed.written, when_used="json")
-]
-
-
-class Compute(BaseModel):
-    """How each endpoint computes: so many times slower than this host, or as a device that was measured."""
-
-    model_config = ConfigDict(extra="forbid")
-    edge: _Speed = HERE
-    cloud: _Speed = HERE
-
-
 class Scenario(BaseModel):
     """The file, checked. Lists may be written as a single value."""
 
@@ -189,10 +136,10 @@ class Scenario(BaseModel):
     #: of the swept link; none: between hosts, its own
     profiles: Annotated[list[Any], BeforeValidator(_listed), Field(min_length=1)] = []
     model: Annotated[
-        str | InstanceOf[Models], BeforeValidator(_model), PlainSerializer(_written, when_used="json")
+        str | InstanceOf[Models], BeforeValidator(model_from), PlainSerializer(written, when_used="json")
     ] = "smollm2-135m"
-    device: Annotated[Sides, BeforeValidator(_sides), AfterValidator(_devices)] = Sides()
-    dtype: Annotated[Sides, BeforeValidator(_sides)] = Sides()
+    device: Annotated[Sides, BeforeValidator(sides_from), AfterValidator(known_devices)] = Sides()
+    dtype: Annotated[Sides, BeforeValidator(sides_from)] = Sides()
     compute: Compute = Compute()  #: emulates slower machines: stretches their compute stages in real time
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     placements: Annotated[list[Placement], BeforeValidator(_listed), Field(min_length=1)] = ["split"]
@@ -344,7 +291,7 @@ class Cell:
         """A hash of the settings: the same settings give the same cell in every run."""
         scenario = plan.scenario
         settings: dict[str, Any] = {
-            "model": _written(scenario.model),
+            "model": written(scenario.model),
             "dtype": [scenario.dtype.edge, scenario.dtype.cloud],
             "device": [scenario.device.edge, scenario.device.cloud],
             "task": scenario.task(self.task),
