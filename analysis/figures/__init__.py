@@ -32,6 +32,9 @@ FIGURES = {
     "pipeline": "testbed.analysis.figures.pipeline:draw",
     "adaptive": "testbed.analysis.figures.adaptive:draw",
     "deadlines": "testbed.analysis.figures.deadlines:draw",
+    "load_latency": "testbed.analysis.figures.load_latency:draw",
+    "goodput": "testbed.analysis.figures.load_latency:draw_goodput",
+    "load_timeline": "testbed.analysis.figures.load_timeline:draw",
     "timeline": "testbed.analysis.figures.timeline:draw",
     "layer_sensitivity": "testbed.analysis.figures.layer_sensitivity:draw_run",
     "fidelity": "testbed.analysis.figures.fidelity:draw",
@@ -92,7 +95,13 @@ def draw_all(run: Run, names: list[str] | None = None) -> list[Path]:
 
 def _least(name: str) -> int:
     """So many finished trials a figure needs: most compare; links are measured before the first one."""
-    return {"timeline": 1, "layer_sensitivity": 0, "fidelity": 0, "fidelity_traces": 0}.get(name, 2)
+    return {
+        "timeline": 1,
+        "load_timeline": 1,
+        "layer_sensitivity": 0,
+        "fidelity": 0,
+        "fidelity_traces": 0,
+    }.get(name, 2)
 
 
 def _save(drawn: Figure, path: Path) -> None:

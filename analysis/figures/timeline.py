@@ -35,7 +35,7 @@ def draw(run: Run) -> Figure:
         title="One request" if len(chosen) == 1 else f"One request under {len(chosen)} settings",
         subtitle=(
             f"{first['model']} · {first['task']}, example {first['example']}, {first['context_tokens']} tokens "
-            f"of context · {str(first['profile']).replace(',', ', ')} ({first['emulator']} emulator): {conditions(chosen)}\n"
+            f"of context · {str(first['panel']).replace(',', ', ')} ({first['emulator']} emulator): {conditions(chosen)}\n"
             "single trials, so without intervals; triangle: the first token reaches the user"
         ),
         footnotes=[

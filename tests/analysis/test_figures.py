@@ -91,7 +91,10 @@ def test_all_figures_are_written_as_picture_and_vector(small: Path) -> None:
         "pipeline",
         "adaptive",
         "deadlines",
-    }  # one link, no trace, no diagnosis, no spans, no deadline
+        "load_latency",
+        "goodput",
+        "load_timeline",
+    }  # one link, no trace, no diagnosis, no spans, no deadline, no load
     assert [p.relative_to(run / "figures").name for p in paths] == [
         f"{n}.{s}" for n in FIGURES if n not in left_out for s in ("png", "pdf")
     ]

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
 
 from testbed.analysis import loads, settings
 from testbed.analysis.figures import NotInThisRun, figure
+from testbed.analysis.figures.load_timeline import waiting
 from testbed.analysis.run import load
 from testbed.stats import dependent
 from tests.analysis.conftest import Command
@@ -169,9 +171,10 @@ def test_no_panel_mixes_loads_or_what_was_alone(made: Path, tmp_path: Path) -> N
 
 
 def test_figures_of_single_requests_are_not_drawn_of_loads(made: Path) -> None:
+    run = load(made)
     for name in ("regimes", "who_prefills", "naive_error", "link_sweep"):
         with pytest.raises(NotInThisRun, match="under a load"):
-            figure(name, load(made))
+            figure(name, run)
 
 
 def test_recommending_for_a_link_says_that_loads_are_left_out(made: Path, command: Command) -> None:
@@ -190,3 +193,44 @@ def test_the_terminal_and_the_file_have_every_load(made: Path, command: Command,
     shown = loads.text(load(made))
     assert "poisson(rate=0.8/s)" in shown
     assert shown.count("\n") == len(table) + 2
+
+
+def test_figures_show_the_numbers_of_the_loads(made: Path, every: list[loads.Served]) -> None:
+    """Every mark's height is the percentile, or the share, that is counted by hand from the rows."""
+    rows = pd.DataFrame(lines(made))
+    counted = rows[~rows["warmup"]]
+    first = {key: own["ttft_s"].to_numpy() for key, own in counted.groupby(["codec", "load"])}
+    run = load(made)
+    shown = figure("load_latency", run).axes
+    for column, q in enumerate((0.5, 0.95, 0.99)):
+        heights = _heights(shown[column]) + _heights(shown[3 + column])
+        true = [float(np.quantile(values, q, method="inverted_cdf")) for values in first.values()]
+        assert sorted(heights) == pytest.approx(sorted(true))
+    shares = _heights(figure("goodput", run).axes[1])
+    open_loads = [float((values <= 2.0).mean()) for (_, text), values in first.items() if "poisson" in text]
+    assert sorted(shares) == pytest.approx(sorted(open_loads))
+
+
+def _heights(ax: Axes) -> list[float]:
+    """Of the marks that settings have in a panel."""
+    marked = [line for line in ax.lines if line.get_marker() not in ("None", None, "")]
+    return [float(y) for line in marked for y in np.asarray(line.get_ydata())]
+
+
+def test_the_timeline_counts_who_waits(made: Path) -> None:
+    """Of waits in a row at one link, as many are there as have come up and not begun."""
+    run = load(made)
+    own = run.rows[(run.rows["codec"] == "fp16") & (run.rows["load"] == "poisson(rate=0.8/s)")].assign(
+        failed=False
+    )
+    times, counts = waiting(own, ("link_queue_s",), ("edge_queue_s",))
+    for at, count in list(zip(times, counts, strict=True))[5:200:7]:
+        moment = at + 1e-6
+        begun = own["arrived_at"] + own["link_queue_s"]
+        assert count == ((own["arrived_at"] <= moment) & (begun > moment)).sum()
+    assert [label.get_text() for label in figure("load_timeline", run).axes[0].get_yticklabels()] == [
+        "n1",
+        "n2",
+        "n3",
+        "n4",
+    ]
