@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.runs import rows
+from benchmarks.stream import speed
 from testbed.experiment.estimate import Estimator
 from testbed.experiment.scenario import Cell, Plan
 
@@ -78,6 +79,9 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--codecs", nargs="+", default=["int8", "int4"])
     parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument(
+        "--cloud", type=speed, default=1, help="how many times slower the cloud computes, or device:NAME"
+    )
     parser.add_argument("--longest", type=float, default=6.0)
     parser.add_argument("--emulator", default="auto")
     parser.add_argument("--json", action="store_true")
@@ -95,6 +99,7 @@ def main() -> None:
             examples=options.examples,
             max_new_tokens=8,
             emulator=options.emulator,
+            compute={"edge": options.cloud, "cloud": options.cloud},
         )
     )
     if options.json:

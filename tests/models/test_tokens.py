@@ -11,7 +11,7 @@ import transformers
 from testbed.endpoints.cloud import Cloud
 from testbed.endpoints.edge import Edge
 from testbed.endpoints.protocol import Load, Prepare
-from testbed.models.language import Tokens
+from testbed.models.tokens import Tokens
 from testbed.models.loading import _tokenizer, load_model
 from testbed.models.sources import find
 from tests.tiny_models import END, START, tiny_model_directory, tiny_tokenizer
