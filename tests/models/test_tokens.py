@@ -11,9 +11,9 @@ import transformers
 from testbed.endpoints.cloud import Cloud
 from testbed.endpoints.edge import Edge
 from testbed.endpoints.protocol import Load, Prepare
-from testbed.models.tokens import Tokens
 from testbed.models.loading import _tokenizer, load_model
 from testbed.models.sources import find
+from testbed.models.tokens import Tokens
 from tests.tiny_models import END, START, tiny_model_directory, tiny_tokenizer
 
 Tiny = Callable[[str], Path]
@@ -68,7 +68,7 @@ def test_a_chats_layout_has_its_special_tokens_on_both_sides_and_its_texts_have_
     start, end = (tokenizer.convert_tokens_to_ids(t) for t in (START, END))
     assert [t for t in edge.model.tokenize(made.prefix.text, start=True) if t in (start, end)] == [start]
     assert not {start, end} & set(held.ids) and "<|end|> twice" in edge.model.text(held.ids)
-    question, text = edge._question(held), held.batch.task.question_text(held.example)
+    question, text = held.question(edge.model), held.batch.task.question_text(held.example)
     assert [t for t in question if t in (start, end)] == [end, start]
     assert held.prefix.digest == known
     assert cloud.model.tokenize(text, closing=cloud.under(known).closing) == question
