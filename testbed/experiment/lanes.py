@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from testbed import descriptors
 from testbed.errors import NetworkError, StorageError, UsageError
 from testbed.experiment.compute import WARNED
 from testbed.experiment.scenario import Plan
@@ -195,10 +195,10 @@ def _burning() -> Iterator[int]:
 
 def _drained(pipe: int, wait: bool) -> list[float]:
     """The whole lines that are in the pipe by now; `wait`: for the first. A pipe holds 64 KiB: ten minutes of rounds."""
-    if wait and not select.select([pipe], [], [], 60.0)[0]:
+    if wait and not descriptors.ready([pipe], 60.0):
         return []
     text = b""
-    while select.select([pipe], [], [], 0)[0] and (more := os.read(pipe, 1 << 16)):
+    while descriptors.ready([pipe], 0) and (more := os.read(pipe, 1 << 16)):
         text += more
     return [float(number) for number in text.split(b"\n")[:-1]]
 

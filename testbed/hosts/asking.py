@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import select
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from testbed import descriptors
 from testbed.deadline import Deadline
 from testbed.errors import EndpointError
 from testbed.hosts import survey
@@ -40,7 +40,7 @@ def read(process: Process, enough: Callable[[bytes], bool], deadline: Deadline, 
     """What a process prints until that is enough, or it ends. Raises EndpointError where neither is so in time."""
     data = b""
     while not enough(data):
-        if select.select([process.stdout], [], [], min(_LOOK_S, _left(deadline, what)))[0]:
+        if descriptors.ready([process.stdout], min(_LOOK_S, _left(deadline, what))):
             piece = os.read(process.stdout.fileno(), 1 << 16)
             if not piece:
                 break

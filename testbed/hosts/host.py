@@ -7,11 +7,11 @@ Kinds are a registry, `KINDS`. One more is a file with a class that does what `H
 from __future__ import annotations
 
 import os
-import select
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, Self
 
+from testbed import descriptors
 from testbed.errors import EndpointError
 from testbed.hosts.channel import Channel
 from testbed.kinds import load
@@ -86,7 +86,7 @@ def lines(process: Process, what: str) -> Iterator[bytes]:
     where it stands still."""
     rest = b""
     while True:
-        if select.select([process.stdout], [], [], _LOOK_S)[0]:
+        if descriptors.ready([process.stdout], _LOOK_S):
             piece = os.read(process.stdout.fileno(), 1 << 16)
             if not piece:
                 break

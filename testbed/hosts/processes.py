@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import stat
 import time
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from testbed import descriptors
 from testbed.hosts import namespaces
 
 #: What somebody who ends or asks a command sends to the process that started it.
@@ -108,9 +108,9 @@ def end(pid: int, started: int) -> bool:
             return False
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(handle, signal.SIGTERM)
-            if not select.select([handle], [], [], _GRACE_S)[0]:
+            if not descriptors.ready([handle], _GRACE_S):
                 signal.pidfd_send_signal(handle, signal.SIGKILL)
-                select.select([handle], [], [], _GRACE_S)
+                descriptors.ready([handle], _GRACE_S)
         return True
     finally:
         os.close(handle)

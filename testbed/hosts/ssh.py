@@ -21,7 +21,6 @@ import inspect
 import json
 import os
 import secrets
-import select
 import shlex
 import socket
 import struct
@@ -32,7 +31,7 @@ from typing import IO, Any, Self
 
 import paramiko
 
-from testbed import files
+from testbed import descriptors, files
 from testbed.deadline import Deadline
 from testbed.errors import EndpointError, StorageError
 from testbed.hosts import namespaces, processes, remote
@@ -114,7 +113,7 @@ class Ssh:
         with self._start(argv, {}, None, stdin) as process:
             try:
                 while True:
-                    if select.select([process.stdout], [], [], deadline.left())[0]:
+                    if descriptors.ready([process.stdout], deadline.left()):
                         piece = os.read(process.stdout.fileno(), 1 << 16)
                         printed += piece
                         if len(printed) > most:

@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import re
-import select
+import selectors
 import shutil
 import socket
 import struct
@@ -218,21 +218,28 @@ def echo(address: str) -> None:
     """Until standard input ends."""
     with socket.create_server((address, 0)) as listening:
         print(json.dumps(listening.getsockname()[1]), flush=True)
-        talking: list[socket.socket] = []
-        while True:
-            waiting: list[Any] = [0, listening, *talking]
-            ready, _, _ = select.select(waiting, [], [])
-            if 0 in ready:
-                return
-            if listening in ready:
-                talking.append(listening.accept()[0])
-            for one in [one for one in talking if one in ready]:
-                data = one.recv(4096)
-                if data:
-                    one.sendall(data)
-                else:
-                    talking.remove(one)
-                    one.close()
+        with selectors.DefaultSelector() as waiting:  # select(2) would end with the thousandth who talks
+            for file in (0, listening):
+                waiting.register(file, selectors.EVENT_READ)
+            while True:
+                for key, _ in waiting.select():
+                    if key.fileobj == 0:
+                        return
+                    if key.fileobj is listening:
+                        waiting.register(listening.accept()[0], selectors.EVENT_READ)
+                    elif isinstance(key.fileobj, socket.socket) and not _echoed(key.fileobj):
+                        waiting.unregister(key.fileobj)
+                        key.fileobj.close()
+
+
+def _echoed(talking: socket.socket) -> bool:
+    """Whether something came, and was sent back."""
+    try:
+        data = talking.recv(4096)
+        talking.sendall(data)
+    except OSError:
+        return False
+    return bool(data)
 
 
 def reach(address: str, port: int) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
 import threading
 import time
@@ -16,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from testbed import descriptors
 from testbed.deadline import Deadline
 from testbed.errors import EndpointError
 
@@ -369,7 +369,7 @@ class Connection:
         awaited: list[int | socket.socket] = [self._eventfd]
         if self._unread < self._most_unread:
             awaited.append(self.socket)
-        select.select(awaited, (), (), seconds)  # poll and epoll wait in whole milliseconds
+        descriptors.ready(awaited, seconds)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._eventfd)
 

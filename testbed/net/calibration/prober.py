@@ -13,7 +13,6 @@ import contextlib
 import gc
 import json
 import os
-import select
 import socket
 import struct
 import sys
@@ -21,6 +20,7 @@ import time
 from math import inf
 from typing import Any
 
+from testbed import descriptors
 from testbed.net.sockets import SO_TIMESTAMPNS
 from testbed.programs import end_sleeps_exactly, schedule_in_real_time
 
@@ -136,7 +136,7 @@ def main() -> None:
     sock.setblocking(False)
     receiver, orders, answers = Receiver(sock, together=True), sys.stdin.buffer, sys.stdout.buffer
     while True:
-        while not select.select([orders], [], [], 0.005)[0]:
+        while not descriptors.ready([orders], 0.005):
             while receiver.drain(_READ_PER_TURN):
                 pass
         line = orders.readline()

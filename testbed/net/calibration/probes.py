@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import socket
 import subprocess
 import time
@@ -14,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from testbed import descriptors
 from testbed.errors import NetworkError
 from testbed.hosts.host import Process
 from testbed.hosts.namespaces import call_inside
@@ -173,7 +173,7 @@ def _read(process: subprocess.Popen[bytes] | Process, size: int, longest_s: floa
     assert process.stdout is not None
     data = b""
     while len(data) < size:
-        if not select.select([process.stdout], [], [], _PATIENCE_S + longest_s)[0]:
+        if not descriptors.ready([process.stdout], _PATIENCE_S + longest_s):
             raise NetworkError("a probing process does not answer; is the processor overloaded?")
         piece = os.read(process.stdout.fileno(), size - len(data))
         if not piece:

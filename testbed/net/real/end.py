@@ -12,12 +12,12 @@ from __future__ import annotations
 import gc
 import json
 import os
-import select
 import socket
 import struct
 import sys
 from typing import Any
 
+from testbed import descriptors
 from testbed.net.calibration.prober import ARRIVAL, Receiver, send
 from testbed.net.sockets import SO_TIMESTAMPNS, enlarge_buffers
 
@@ -67,10 +67,10 @@ def _follow(sock: socket.socket, receiver: socket.socket) -> None:
 def _receive(sock: socket.socket, orders: socket.socket) -> None:
     receiver = Receiver(sock)
     while True:
-        ready = select.select([sock, orders], [], [])[0]
-        while receiver.drain(_PER_TURN) and not select.select([orders], [], [], 0)[0]:
+        waiting = descriptors.ready([sock, orders])
+        while receiver.drain(_PER_TURN) and not descriptors.ready([orders], 0):
             pass
-        if orders in ready:
+        if orders in waiting:
             order = orders.recv(_NUMBER.size, socket.MSG_WAITALL)
             if len(order) < _NUMBER.size:
                 return

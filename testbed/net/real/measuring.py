@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median, stdev
 from typing import Any
 
+from testbed import descriptors
 from testbed.errors import NetworkError
 from testbed.hosts.host import Host, Process
 from testbed.net.calibration.calibrate import Attempt, Calibration
@@ -107,7 +107,7 @@ def _answer(process: Process, what: str) -> Any:
     """The line of JSON that a process says first. Raises NetworkError."""
     data = b""
     while not data.endswith(b"\n"):
-        if not select.select([process.stdout], [], [], _ANSWER_S)[0]:
+        if not descriptors.ready([process.stdout], _ANSWER_S):
             raise NetworkError(f"{what} does not answer")
         piece = os.read(process.stdout.fileno(), 1)
         if not piece:

@@ -12,11 +12,11 @@ import contextlib
 import inspect
 import json
 import os
-import select
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from testbed import descriptors
 from testbed.deadline import Deadline
 from testbed.errors import NetworkError, UsageError
 from testbed.hosts.host import Host, Process
@@ -179,7 +179,7 @@ def _asked(process: Process | None, order: dict[str, Any], what: str) -> dict[st
     try:
         os.write(process.stdin.fileno(), json.dumps(order).encode() + b"\n")
         while not data.endswith(b"\n"):
-            if select.select([process.stdout], [], [], deadline.left())[0]:
+            if descriptors.ready([process.stdout], deadline.left()):
                 piece = os.read(process.stdout.fileno(), 1 << 16)
                 if not piece:
                     break

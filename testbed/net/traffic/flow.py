@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
+import select  # all files here have low numbers: it is a process that is given none
 import signal
 import socket
 import subprocess

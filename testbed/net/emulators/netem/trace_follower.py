@@ -15,13 +15,13 @@ no more and no less: errors do not add up. What a link could have carried while 
 from __future__ import annotations
 
 import os
-import select
 import struct
 from dataclasses import dataclass
 from math import inf
 from time import monotonic
 from typing import Any
 
+from testbed import descriptors
 from testbed.net.emulators.netem.qdiscs import ETHERNET_HEADER, HOLD, RELEASE, SLACK_S, Plug, TokenBucket
 from testbed.net.emulators.relay.control import Control, be_punctual, take_orders
 from testbed.net.netlink import TCA_KIND, TCA_OPTIONS, Netlink, attribute, text
@@ -234,7 +234,7 @@ class Follower:
         """Until *control* says to stop, or the qdiscs are gone."""
         looked = monotonic()
         while not control.stopped:
-            ready = select.select(control.files, [], [], self.wait_s(monotonic()))[0]
+            ready = descriptors.ready(control.files, self.wait_s(monotonic()))
             now = monotonic()
             if self._ways and now >= self.due:
                 self.step(now)

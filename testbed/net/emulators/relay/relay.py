@@ -15,6 +15,7 @@ from math import inf
 from time import monotonic, sleep
 from typing import Any
 
+from testbed import descriptors
 from testbed.net.emulators.relay.conditions import Conditions
 from testbed.net.emulators.relay.control import Control, be_punctual, take_orders
 from testbed.net.emulators.relay.line import Line
@@ -157,10 +158,12 @@ class Relay:
 
 
 class Waiter:
-    """select(2), which is precise to the microsecond. Where there are many descriptors, on an epoll that holds them all: select's
-    own cost grows with their number, and epoll_wait(2) knows only milliseconds from here."""
+    """select(2) while there are few descriptors, all of which it takes: precise to the microsecond, at a fifth of the cost of any
+    other way that is. Else an epoll that holds them all, and is waited for as precisely: select's own cost grows with their
+    number, it takes none from 1,024 on, and epoll_wait(2) knows only milliseconds from here."""
 
     FEW = 16
+    _SELECTED = 1024  #: FD_SETSIZE
 
     def __init__(self) -> None:
         self._epoll: select.epoll | None = None
@@ -168,16 +171,21 @@ class Waiter:
 
     def wait(self, files: list[int], wait: float) -> list[int]:
         """Those of *files* that can be read, after at most *wait* seconds."""
-        if len(files) <= self.FEW:
+        if files is not self._held and files != self._held:
+            self._hold(files)
+        if self._epoll is None:
             return select.select(files, [], [], wait)[0]
-        if self._epoll is None or (files is not self._held and files != self._held):
-            if self._epoll is not None:
-                self._epoll.close()
-            self._epoll, self._held = select.epoll(), files
+        descriptors.ready([self._epoll], wait)
+        return [file for file, _ in self._epoll.poll(0)]
+
+    def _hold(self, files: list[int]) -> None:
+        if self._epoll is not None:
+            self._epoll.close()
+        self._epoll, self._held = None, files
+        if len(files) > self.FEW or max(files, default=0) >= self._SELECTED:
+            self._epoll = select.epoll()
             for file in files:
                 self._epoll.register(file, select.EPOLLIN)
-        select.select([self._epoll], [], [], wait)
-        return [file for file, _ in self._epoll.poll(0)]
 
 
 def _drop_privileges() -> None:
