@@ -137,8 +137,8 @@ def closed(sock: socket.socket, secret: Secret, client: bool, deadline: Deadline
 class ClosedTcpListener(TcpListener):
     """Gives those out that have said who they are. Each has a thread of its own until then, and not for long."""
 
-    def __init__(self, sock: socket.socket, secret: Secret) -> None:
-        super().__init__(sock)
+    def __init__(self, sock: socket.socket, secret: Secret, congestion: str | None = None) -> None:
+        super().__init__(sock, congestion)
         self._secret = secret
         self._ready: queue.SimpleQueue[TcpStream | None] = queue.SimpleQueue()
         self._pending: OrderedDict[int, tuple[str, socket.socket]] = OrderedDict()
@@ -160,7 +160,7 @@ class ClosedTcpListener(TcpListener):
     def _listen(self) -> None:
         while True:
             try:
-                sock, peer = self.socket.accept()
+                sock, peer = self.accepted()
             except OSError:
                 if self.socket.fileno() < 0:
                     break
@@ -171,8 +171,8 @@ class ClosedTcpListener(TcpListener):
                     self._drop_one()
             self._room.acquire()  # soon: one was dropped, or its thread is about to end
             with self._lock:
-                self._pending[id(sock)] = peer[0], sock
-            threading.Thread(target=self._welcome, args=(sock, peer[0]), daemon=True).start()
+                self._pending[id(sock)] = peer, sock
+            threading.Thread(target=self._welcome, args=(sock, peer), daemon=True).start()
         self._ready.put(None)
 
     def _drop_one(self) -> None:

@@ -130,15 +130,22 @@ class TcpStream(Stream):
 
 
 class TcpListener(Listener):
-    """A listening socket; accepted connections inherit its congestion control."""
+    """A listening socket, whose connections have that congestion control."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.socket = sock
+    def __init__(self, sock: socket.socket, congestion: str | None = None) -> None:
+        self.socket, self._congestion = sock, congestion
         self.port = sock.getsockname()[1]
+
+    def accepted(self) -> tuple[socket.socket, str]:
+        """The next connection, and from where. Raises OSError."""
+        sock, peer = self.socket.accept()
+        with contextlib.suppress(UsageError):  # it is known by now; the connection may be gone
+            set_congestion(sock, self._congestion)  # again, see `Tcp.connect`
+        return sock, peer[0]
 
     def accept(self) -> TcpStream:
         """The next connection."""
-        return TcpStream(self.socket.accept()[0])
+        return TcpStream(self.accepted()[0])
 
     def close(self) -> None:
         """Take no more."""
@@ -173,8 +180,8 @@ class Tcp(Transport):
         if self.secret is not None:
             from testbed.transport.closed import ClosedTcpListener
 
-            return ClosedTcpListener(sock, self.secret)
-        return TcpListener(sock)
+            return ClosedTcpListener(sock, self.secret, congestion)
+        return TcpListener(sock, congestion)
 
     def connect(
         self, address: str, port: int, congestion: str | None = None, timeout: float = 60.0
@@ -186,6 +193,7 @@ class Tcp(Transport):
             set_congestion(sock, congestion)
             sock.settimeout(timeout)
             sock.connect((address, port))
+            set_congestion(sock, congestion)  # again: a route's own takes the place of what was chosen before
         except OSError as error:
             sock.close()
             raise EndpointError(f"no connection to {address}:{port}: {error}") from error

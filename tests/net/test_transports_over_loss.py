@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from testbed.net.fabric.fabric import Fabric
 from testbed.net.profile.profile import parse_profile
 from testbed.net.topology.topology import Link, Node, Topology
 from testbed.transport import wire
+from testbed.transport.secret import Secret, secrets
 from testbed.transport.transport import parse
 from tests.endpoints.test_every_transport import beside
 
@@ -80,3 +82,26 @@ def test_what_may_lose_chunks_brings_them_as_they_were_sent_or_not_at_all(fabric
     assert all(CHUNKS[index] == chunk for index, chunk in came.items())
     if fec == 0.1:  # a loss of as much would be made up for in all but one of 10,000 blocks of these
         assert set(came) >= {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("closed_to", [None, secrets()], ids=["open", "closed"])
+def test_a_congestion_control_of_its_own_is_not_the_routes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed_to: tuple[Secret, Secret] | None
+) -> None:
+    monkeypatch.setenv("TESTBED_STATE", str(tmp_path))
+    link = Link("link", "edge", "cloud", parse_profile("rate=20mbit"), congestion="reno")
+    with Fabric.build(Topology("route", (Node("edge"), Node("cloud")), (link,)), "userspace") as fabric:
+        for name, known in (("tcp", "reno"), ("tcp(congestion=bbr)", "bbr")):
+            edge, cloud = (
+                (parse(name), parse(name))
+                if closed_to is None
+                else [parse(name).closed(secret) for secret in closed_to]
+            )
+            with inside(fabric.namespace("cloud")):
+                listener = cloud.listen()
+            with inside(fabric.namespace("edge")):
+                client = edge.connect(fabric.address("cloud"), listener.port)
+            server = listener.accept()
+            assert [side.stats().congestion for side in (client, server)] == [known, known]
+            for one in (client, server, listener):
+                one.close()
