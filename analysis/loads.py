@@ -21,10 +21,11 @@ from testbed.analysis import settings
 from testbed.analysis.run import Run
 from testbed.errors import UnitError
 from testbed.stats import dependent
-from testbed.units import parse_time
+from testbed.units import parse_per_second, parse_time
 
 #: Behind the last repeat's times begin the next one's; longer than any load lasts.
 _APART_S = 1e6
+_RATE = re.compile(r"poisson\(rate=([^,)]+)\)")
 _CLIENTS = re.compile(r"clients=\d+(, )?")
 
 
@@ -61,6 +62,12 @@ class Served:
     def at(self) -> float:
         """How much is asked, as loads of a family are told apart: clients of a closed loop, else requests a second."""
         return float(self.clients) if self.closed else self.offered
+
+    @property
+    def nominal(self) -> float:
+        """The same as the scenario asks it: of a Poisson process as many a second as its rate says, whatever came up."""
+        rate = _RATE.match(self.load)
+        return self.at if rate is None else parse_per_second(rate.group(1))
 
     @property
     def curve(self) -> tuple[str, str, str, str]:

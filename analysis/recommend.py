@@ -106,8 +106,8 @@ def recommend(
     run = run.require().alone
     if run.rows.empty:
         raise UsageError(
-            f"{run.path}: all its requests are under a load, and a recommendation is for one request at a time; what loads came "
-            "to is in loads.csv"
+            f"{run.path}: all its requests are under a load; ask for a number of clients, or of requests a second: "
+            "--clients 8 --deadline 1s"
         )
     rows = settings.labelled(run.attempts)
     panel = _same_link(settings.finished(rows), link)

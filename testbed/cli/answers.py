@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from testbed.cli.parts import as_json, open_run
+
+if TYPE_CHECKING:
+    from testbed.analysis.run import Run
 
 
 @click.command()
@@ -64,13 +67,23 @@ def compare(first: Path, second: Path, across_hosts: bool) -> Any:
 
 @click.command()
 @click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--rate", required=True, help="The link's rate from edge to cloud, such as 40mbit.")
-@click.option("--delay", required=True, help="Its one-way delay, such as 20ms.")
+@click.option("--rate", help="The link's rate from edge to cloud, such as 40mbit.")
+@click.option("--delay", help="Its one-way delay, such as 20ms.")
 @click.option("--loss", default="0%", show_default=True, help="Its packet loss.")
 @click.option(
     "--quality", default="0.95", show_default=True, help="Share of the full cache's quality to keep."
 )
-@click.option("--deadline", help="The longest median latency to accept, such as 500ms.")
+@click.option(
+    "--deadline",
+    help="The longest median latency to accept, such as 500ms; of a load, the longest time to a first token.",
+)
+@click.option(
+    "--clients", type=click.IntRange(1), help="In place of a link: so many clients of a closed loop."
+)
+@click.option("--requests", help="In place of a link: so many requests, such as 4/s.")
+@click.option(
+    "--p", "share", help="Of a load, the share of requests that the deadline is for.  [default: 0.95]"
+)
 @click.option("--where", help="Only rows for which this holds.")
 @click.option(
     "--held-out",
@@ -80,18 +93,32 @@ def compare(first: Path, second: Path, across_hosts: bool) -> Any:
 @as_json
 def recommend(
     path: Path,
-    rate: str,
-    delay: str,
+    rate: str | None,
+    delay: str | None,
     loss: str,
     quality: str,
     deadline: str | None,
+    clients: int | None,
+    requests: str | None,
+    share: str | None,
     where: str | None,
     held_out: bool,
 ) -> Any:
-    """Name the setting of RUN to deploy on a link: the fastest whose quality is shown to hold.
+    """Name the setting of RUN to deploy on a link: the fastest whose quality is shown to hold. With --clients or --requests: the
+    one that carries such a load, of those that RUN put on.
 
     Exit status 1 where there is none.
     """
+    if clients is not None or requests is not None:
+        if rate or delay or held_out or (clients is not None and requests is not None) or not deadline:
+            raise click.UsageError(
+                "of a load it takes --clients or --requests, with --deadline, and no link: --clients 16 --deadline 1s"
+            )
+        return _of_load(open_run(path, where), clients, requests, deadline, share or "0.95", quality)
+    if not rate or not delay or share:
+        raise click.UsageError(
+            "write the link, --rate 40mbit --delay 20ms, or a load, --clients 16 --deadline 1s [--p 0.95]"
+        )
     from testbed.analysis import recommend as recommending
     from testbed.analysis.latency_model import Link
     from testbed.errors import UsageError
@@ -107,6 +134,23 @@ def recommend(
     if held_out and advice.held_out:
         text += f"\n\n{recommending.held_out_table(advice.held_out)}"
     return advice.to_dict(), text, 0 if advice.choice else 1
+
+
+def _of_load(
+    run: Run, clients: int | None, requests: str | None, deadline: str, share: str, quality: str
+) -> Any:
+    """What `recommend` answers where a load is asked for."""
+    from testbed.analysis import recommend_load as recommending
+    from testbed.errors import UsageError
+    from testbed.units import parse_fraction, parse_per_second, parse_time
+
+    at = float(clients) if clients is not None else parse_per_second(str(requests))
+    limit, p = parse_time(deadline), parse_fraction(share)
+    if at <= 0 or limit <= 0 or not 0 < p < 1:
+        raise UsageError("a load has more than 0 requests, a deadline above 0 s, and a share between 0 and 1")
+    asked = recommending.Asked(at, clients is not None, limit, p)
+    advice = recommending.recommend(run, asked, parse_fraction(quality))
+    return advice.to_dict(), recommending.text(advice), 0 if advice.complete else 1
 
 
 @click.command()

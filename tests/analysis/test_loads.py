@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 
-from testbed.analysis import loads, settings
+from testbed.analysis import loads, recommend_load, settings
 from testbed.analysis.figures import NotInThisRun, figure
 from testbed.analysis.figures.load_timeline import waiting
 from testbed.analysis.run import load
@@ -177,10 +178,55 @@ def test_figures_of_single_requests_are_not_drawn_of_loads(made: Path) -> None:
             figure(name, run)
 
 
-def test_recommending_for_a_link_says_that_loads_are_left_out(made: Path, command: Command) -> None:
+def test_recommending_for_a_link_says_that_loads_are_asked_otherwise(made: Path, command: Command) -> None:
     status, _, said = command("recommend", made, "--rate", "30mbit", "--delay", "15ms")
     assert status == 2
-    assert "under a load" in said
+    assert "--clients" in said
+
+
+def test_who_carries_a_load_is_named_by_intervals_and_what_lies_outside_is_flagged(
+    made: Path, command: Command
+) -> None:
+    status, said, _ = command("recommend", made, "--clients", "8", "--deadline", "2s", "--json")
+    (answer,) = json.loads(said)["answers"]
+    options = {option["setting"]: option for option in answer["options"]}
+    assert status == 0 and answer["choice"] == "int4" and answer["family"] == "closed(think=3s)"
+    assert options["int4"]["known"] == "measured at 8 clients" and not options["int4"]["extrapolated"]
+    assert options["int4"]["carries"] and options["int4"]["within"]["low"] >= 0.95
+    assert not options["fp16"]["carries"] and options["fp16"]["within"]["high"] < 0.95
+    status, said, _ = command("recommend", made, "--clients", "6", "--deadline", "2s", "--json")
+    between = {each["setting"]: each for each in json.loads(said)["answers"][0]["options"]}
+    assert between["fp16"]["known"] == "between 4 and 8 clients"
+    assert between["fp16"]["within"]["value"] == pytest.approx((1 + options["fp16"]["within"]["value"]) / 2)
+    status, said, _ = command("recommend", made, "--clients", "9", "--deadline", "2s")
+    assert status == 1 and "no setting is shown to carry 9 clients" in said
+    assert "extrapolated: heavier than 8 clients, the heaviest measured" in said
+    status, said, _ = command("recommend", made, "--requests", "12/min", "--deadline", "2s", "--p", "0.9")
+    assert status == 0 and "use int4" in said and "measured at 0.2/s" in said
+
+
+def test_a_lighter_load_than_was_measured_is_carried_where_the_lightest_is(made: Path) -> None:
+    found = recommend_load.recommend(load(made), recommend_load.Asked(0.1, False, 2.0, 0.9))
+    (answer,) = found.answers
+    assert answer.choice is not None and answer.choice.extrapolated.startswith("lighter than 0.2")
+    assert "(extrapolated: lighter" in recommend_load.text(found)
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        (("--clients", "4"), "with --deadline"),
+        (("--clients", "4", "--requests", "2/s", "--deadline", "1s"), "--clients or --requests"),
+        (("--deadline", "1s"), "--clients 16"),
+        (("--requests", "2", "--deadline", "1s"), "how many there are in which time"),
+        (("--clients", "4", "--deadline", "1s", "--p", "1"), "a share between 0 and 1"),
+    ],
+)
+def test_a_question_about_loads_that_is_none_is_told_in_one_line(
+    made: Path, command: Command, asked: tuple[str, ...], why: str
+) -> None:
+    status, _, said = command("recommend", made, *asked)
+    assert status == 2 and why in said
 
 
 def test_the_terminal_and_the_file_have_every_load(made: Path, command: Command, few_figures: None) -> None:
