@@ -174,7 +174,7 @@ def text(first: Run, second: Run, lines: list[Line]) -> str:
         out += [
             f"  {line.setting:<{wide}}  {line.latency[0].value:>6.3f} s  {line.latency[1].value:>6.3f} s  "
             f"{line.ratio.text() if line.ratio.n else 'unpaired':>18}  {comparisons.p_text(line.p):>6}  "
-            f"{line.quality[0].value:>5.2f}  {line.quality[1].value:>5.2f}  "
+            f"{_score(line.quality[0]):>5}  {_score(line.quality[1]):>5}  "
             f"{line.score.text(2, '+'):>21}  {line.nll.text(3, '+'):>24}  "
             f"{line.ratio.n:>4}{_failures(line)}"
             for line in lines
@@ -187,6 +187,10 @@ def text(first: Run, second: Run, lines: list[Line]) -> str:
         "p: Wilcoxon signed-rank of the latencies after Holm's correction; n: examples in both"
     )
     return "\n".join(out)
+
+
+def _score(quality: stats.Estimate) -> str:
+    return f"{quality.value:.2f}" if math.isfinite(quality.value) else "-"
 
 
 def _failures(line: Line) -> str:

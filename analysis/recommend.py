@@ -75,6 +75,9 @@ class Recommendation:
     beyond_measured: tuple[str, ...] = ()  #: what of the link lies outside of what was measured
     #: on a measured link, what holds too and is not shown to be slower than the choice
     tied: tuple[str, ...] = ()
+    no_quality: str = (
+        ""  #: why no answer's quality is known: then only what is exact by construction can be chosen
+    )
 
     @property
     def runners_up(self) -> list[Option]:
@@ -135,6 +138,7 @@ def recommend(
         latency=run.latency,
         beyond_measured=outside,
         tied=tuple(level),
+        no_quality=settings.no_quality(settings.finished(rows)),
     )
 
 
@@ -242,6 +246,8 @@ def _time(value: float) -> str:
 
 def _verdict(advice: Recommendation) -> list[str]:
     lines = []
+    if advice.no_quality:
+        lines.append(f"{advice.no_quality}: only what is the full cache's by construction can be chosen")
     if advice.choice is None:
         lines.append("no setting is shown to hold the quality" + (" in time" if advice.deadline_s else ""))
     else:

@@ -56,6 +56,7 @@ class Measured:
     failed: int = 0
     exact: bool = False  #: the answers are the full cache's by construction (`is_exact`)
     worst: Worst | None = None  #: of several tasks the one that keeps least
+    scored: bool = True  #: some answer has a quality
 
     @property
     def sends(self) -> bool:
@@ -64,10 +65,12 @@ class Measured:
 
     @property
     def gap(self) -> str:
-        """What is missing, in words: empty, or such as ``failed 4 of 4``, ``not compared: lacks examples``."""
+        """What is missing, in words: empty, or such as ``failed 4 of 4``, ``not compared: no common examples``."""
         if self.failed:
             return f"failed {self.failed} of {self.trials}"
-        return "" if math.isfinite(self.quality.value) else "not compared: no common examples"
+        if math.isfinite(self.quality.value):
+            return ""
+        return "not compared: no common examples" if self.scored else "no score"
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,14 @@ def under_load(rows: pd.DataFrame) -> pd.Series[str]:
 
 #: A model of this name is a cache of its shape with stand-in values: its bytes and times are real, its answers are none.
 SHAPE = "shape:"
+
+
+def no_quality(rows: pd.DataFrame) -> str:
+    """Why nobody knows a quality of these rows, in words; empty where somebody does."""
+    if rows["score"].notna().any():
+        return ""
+    shapes = len(rows) > 0 and bool(rows["model"].str.startswith(SHAPE).all())
+    return "values stand in, so a shape has no score" if shapes else "no answer has a score"
 
 
 def replayed(rows: pd.DataFrame) -> pd.Series[str]:
@@ -207,6 +218,7 @@ def measured(rows: pd.DataFrame, metric: Metric = SCORE) -> list[Measured]:
                 failed=len(own) - len(done),
                 exact=is_exact(done),
                 worst=worst_task(alike),
+                scored=bool(metric.values(done).notna().any()),
             )
         )
     return came_to

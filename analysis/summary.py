@@ -150,7 +150,8 @@ def _block(name: str, rows: pd.DataFrame) -> str:
     level = paired_latency.tied(rows, chosen.label, [m.label for m in able]) if chosen else []
     names = short((m.label for m in measured), _WIDEST)
     width = max([len(name) for name in names.values()] + [7])
-    reference = f"full cache {full:.2f}" if full == full else "full cache unknown"
+    unknown = settings.no_quality(settings.finished(rows))
+    reference = f"full cache {full:.2f}" if full == full else unknown or "full cache unknown"
     lines = [
         f"{name}: {conditions(rows)} · {reference}",
         f"     {'setting':<{width}}  {'latency':>8}  {'':<14}  {'quality':>7}  {'':<13}  {'payload':>9}",
@@ -159,7 +160,8 @@ def _block(name: str, rows: pd.DataFrame) -> str:
         latency, quality = each.latency, each.quality
         tie = "=" if each.label in level else " "
         mark = "*" if each is chosen else "+" if each is sending else tie
-        notes = "  ".join([*([each.worst.text()] if each.worst else []), *([each.gap] if each.gap else [])])
+        gap = each.gap if each.scored or each.failed or not unknown else ""  # which the heading says of all
+        notes = "  ".join([*([each.worst.text()] if each.worst else []), *([gap] if gap else [])])
         marks = f"{mark}{tie if mark == '+' else ' '}"
         lines.append(
             f"  {marks} {names[each.label]:<{width}}  {_seconds(latency.value):>8}  {_interval(latency, 3):<14}"
@@ -167,11 +169,10 @@ def _block(name: str, rows: pd.DataFrame) -> str:
             + (f"  {notes}" if notes else "")
         )
     if chosen is None:
-        lines.append(
-            "     (no setting holds it)"
-            if full > 0
-            else "     (the full cache scores nothing here: no setting to choose)"
+        nothing = unknown or (
+            "the full cache scores nothing here" if full == full else "the full cache's score is unknown"
         )
+        lines.append("     (no setting holds it)" if full > 0 else f"     ({nothing}: no setting to choose)")
     return "\n".join(lines)
 
 

@@ -101,7 +101,7 @@ def collect(runs: list[Run]) -> tuple[Pool, list[str]]:
             admitted.append(own)
         else:
             left_out.append(
-                f"{model} · {task} is left out: no answer has a score"
+                f"{model} · {task} is left out: {settings.no_quality(own) or 'no full cache has a score'}"
                 if full.n == 0
                 else f"{model} · {task} is left out: the full cache scores {full.value:.2f} [{full.low:.2f}, "
                 f"{full.high:.2f}] (n = {full.n}), not surely above {least}"

@@ -96,7 +96,9 @@ def draw_nll(run: Run) -> Figure:
 
 def _need(run: Run, metric: Metric, column: str) -> None:
     if not np.isfinite(metric.values(run.rows)).any():
-        raise NotInThisRun(f"{run.path}: no finished trial has a {column}")
+        raise NotInThisRun(
+            f"{run.path}: {settings.no_quality(run.rows) or f'no finished trial has a {column}'}"
+        )
 
 
 def _columns(panels: list[Panel]) -> int:

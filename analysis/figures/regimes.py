@@ -50,6 +50,8 @@ def draw(run: Run) -> Figure:
     panels = list(settings.panels(run.attempts))
     if len(panels) < 2:
         raise NotInThisRun(f"{run.path} has one link only; regimes compares at least two profiles")
+    if unknown := settings.no_quality(run.rows):
+        raise NotInThisRun(f"{run.path}: {unknown}, and regimes asks which setting keeps the quality")
     maps = {
         "all settings": _squares(panels, everything=True),
         "settings that send KV": _squares(panels, everything=False),

@@ -17,6 +17,7 @@ from testbed.experiment.compute import Measurement, Side, Start
 from testbed.experiment.results import write_json
 from testbed.experiment.row import STAGES
 from tests.analysis.make_run import KV_BYTES, change, headline, lines, make_run, rewrite
+from tests.command import command
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,8 @@ def test_the_headline_marks_the_fastest_that_sends_kv_beside_the_fastest_of_all(
 
 
 @pytest.mark.parametrize(
-    ("score", "said"), [(0.0, "full cache scores nothing"), (None, "full cache unknown")]
+    ("score", "said"),
+    [(0.0, "full cache scores nothing"), (None, "no answer has a score: no setting to choose")],
 )
 def test_no_setting_is_marked_where_the_full_cache_scores_nothing_or_nobody_knows(
     tmp_path: Path, score: float | None, said: str
@@ -96,6 +98,43 @@ def test_no_setting_is_marked_where_the_full_cache_scores_nothing_or_nobody_know
     assert said in text
     assert "nan" not in text
     assert marked(run, "*") == []
+
+
+def test_of_an_unknown_full_cache_nobody_says_that_it_scores_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ("lte",), ("int8",), examples=3, reference_score=None)
+    text = headline(run)
+    assert "full cache unknown" in text and "the full cache's score is unknown: no setting to choose" in text
+    assert "scores nothing" not in text
+
+
+def test_a_shape_has_no_score_and_whoever_is_asked_for_one_says_why(tmp_path: Path) -> None:
+    # The kind: rows of stand-in values, whose quality nobody knows, and which nobody may call zero or missing.
+    run = make_run(
+        tmp_path / "run",
+        ("5g-good", "5g-mid", "lte"),
+        ("fp16", "int4"),
+        tasks=("passages",),
+        examples=3,
+        model="shape:llama-3.1-8b",
+        edge_device="a",
+        cloud_device="b",
+        **dict.fromkeys(("score", "em", "f1", "nll", "kl", "reference_nll", "reference_score")),
+    )
+    why = "values stand in, so a shape has no score"
+    said = headline(run)
+    assert said.count(f"no loss · {why}\n") == 1 and said.count(f"({why}: no setting to choose)") == 3
+    assert marked(run, "*") == marked(run, "+") == []
+    advice = command("recommend", str(run), "--rate", "10mbit", "--delay", "35ms", "--loss", "0.5%")
+    assert (
+        advice.status == 0
+        and f"{why}: only what is the full cache's by construction can be chosen" in advice.out
+    )
+    assert f"passages is left out: {why}" in command("claims", str(run)).out
+    assert why in command("plot", str(run), "regimes").errors
+    assert why in command("plot", str(run), "latency_quality").errors
+    texts = [said, command("compare", str(run), str(run)).out, advice.out]
+    for wrong in ("scores nothing", "unknown", "not compared", "nan", "no common examples"):
+        assert not any(wrong in text.replace("settings unknown", "") for text in texts), wrong
 
 
 def test_caveats_are_said(tmp_path: Path) -> None:
