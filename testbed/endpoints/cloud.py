@@ -17,6 +17,7 @@ from testbed.delivery.delivery import Bytes, Pipelined, parse
 from testbed.endpoints.answering import Answering
 from testbed.endpoints.arrivals import Arrivals
 from testbed.endpoints.assembly import decoded, prefilled
+from testbed.endpoints.decoding_together import timed_together
 from testbed.endpoints.partwise import partwise
 from testbed.endpoints.protocol import (
     Compare,
@@ -26,8 +27,10 @@ from testbed.endpoints.protocol import (
     Forget,
     FullCache,
     Outcome,
+    Passes,
     Read,
     Serve,
+    Together,
 )
 from testbed.endpoints.room import ran_out, within_memory
 from testbed.endpoints.scouted import own_choice, scouted
@@ -68,7 +71,7 @@ class Cloud(InferenceSide):
     def handlers(self) -> Handlers:
         """What this side does for the orchestrator, by message."""
         own: Handlers = {Serve: self.serve, Compare: self.compare, Examine: self.examine, Forget: self.forget}
-        return {**super().handlers(), **own, Read: self.read}
+        return {**super().handlers(), **own, Read: self.read, Together: self.together}
 
     def compute(self, message: Compute) -> Computed:
         """As a request is computed: on a thread that has just begun, while no other computes."""
@@ -129,6 +132,13 @@ class Cloud(InferenceSide):
             if message.gold not in served.outcomes:
                 served.outcomes[message.gold] = self._outcome(session, served, message.gold, message.selector)
         return served.outcomes[message.gold]
+
+    def together(self, message: Together) -> Passes:
+        """Decode the latest request of a client with others like it, off every clock."""
+        with self._sessions.turn(message.client):
+            session = self._sessions.of(message.client)
+            served = session.served(message.request)
+            return timed_together(self, served, session.past(served), message.most)
 
     def _outcome(self, session: Session, served: Served, gold: str, selector: str) -> Outcome:
         from testbed.models.likelihood import mean_kl, mean_nll

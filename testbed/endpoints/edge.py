@@ -43,7 +43,7 @@ from testbed.endpoints.room import ran_out, within_memory
 from testbed.endpoints.scouting import Scouting
 from testbed.endpoints.side import Handlers, InferenceSide, Pace, held, main, wait_until
 from testbed.endpoints.spans import Span, behind, in_turn
-from testbed.endpoints.wares import written
+from testbed.endpoints.wares import written, written_parts
 from testbed.errors import OutOfMemory
 from testbed.tasks.task import make_task
 from testbed.transport import wire
@@ -299,8 +299,10 @@ class Edge(InferenceSide):
         """What a trial has sent, in a file."""
         trial = message.trial
         prefilled = self._prefilled(trial.batch, trial.example)
-        texts = trial.placement == "cloud"
-        pieces = [prefilled.text] if texts else self._encoded(prefilled, trial)[0].pieces
+        if isinstance(delivery := parse(trial.delivery), Pipelined):
+            layers, codec = self.model.num_layers, self._codec(trial.codec)
+            return written_parts(prefilled, trial, delivery, layers, codec, message.path)
+        pieces = [prefilled.text] if trial.placement == "cloud" else self._encoded(prefilled, trial)[0].pieces
         return written(prefilled, pieces, trial, message.path)
 
     def _scout(self, message: TrialRequest, link: Link) -> TrialResult:

@@ -363,6 +363,36 @@ class Examine(Message[Outcome]):
     selector: Name = ""
 
 
+class Parts(Part):
+    """How a ware is made part by part, each of which is sent as soon as it is: (tokens prefilled, seconds that took since those
+    before) in turn, nothing where it is stored; seconds of encoding each chunk. whole: what is sent of a part is chosen by the
+    whole context; asks: and by the question, so that it is encoded within the request wherever the prefill lies."""
+
+    tokens: Count
+    layers: Count
+    level: Name
+    prefill: tuple[tuple[Count, Seconds], ...]
+    encode_s: tuple[Seconds, ...]
+    whole: bool = False
+    asks: bool = False
+
+
+class Passes(Part):
+    """What a pass takes that makes a token for each of several requests: (their number, seconds). alike: each of them was
+    answered as it is alone."""
+
+    seconds: tuple[tuple[Count, Seconds], ...]
+    alike: bool
+
+
+class Together(Message[Passes]):
+    """Decode a client's latest request over and over in passes of 1, 2, 4, … and `most` of its like."""
+
+    request: Count
+    most: Count
+    client: Name = ""
+
+
 class Ware(Part):
     """A request that was made beforehand: what is sent, and what making it took. path: of the file that has the chunks of its
     context, one behind the other, of such lengths.
@@ -381,6 +411,7 @@ class Ware(Part):
     prefill_s: Seconds = 0.0
     select_s: Seconds = 0.0
     encode_s: Seconds = 0.0
+    parts: Parts | None = None
 
     @property
     def payload_bytes(self) -> int:
@@ -397,7 +428,8 @@ class Keep(Message[Ware]):
 
 class Replayed(Part):
     """How a request of a ware is answered: what that takes, in seconds, and what is said. stage: what is done with what came;
-    token_s: of each token behind the first; held: tokens before these; memory: bytes of its cache in 16 bits."""
+    token_s: of each token behind the first; held: tokens before these; memory: bytes of its cache in 16 bits; parts_s: of each
+    chunk that is rebuilt as it comes, `rebuild_s` being what is left then; passes: see `Passes`."""
 
     stage: Literal["decode", "prefill"]
     rebuild_s: Seconds
@@ -408,72 +440,5 @@ class Replayed(Part):
     text: str
     tokens: Count
     first_token: Count = 0
-
-
-class Stage(Message[None]):
-    """An edge without a model: send these wares, whoever asks for them by their numbers, over that link."""
-
-    wares: dict[int, Ware]
-    link: Link
-
-
-class Answers(Message[None]):
-    """A cloud without a model: answer requests for wares so, in the order of a discipline (its canonical text). Whoever is still
-    being served goes on by the one before. times: of the device, where passes over several tokens are waited for."""
-
-    serving: Name
-    wares: dict[int, Replayed]
-    times: DeviceTimes | None = None
-
-
-class Planned(NamedTuple):
-    """A request of a load: so many seconds behind its start, for that ware, as that client's."""
-
-    number: Count
-    at: Seconds
-    client: Name
-    ware: Count
-
-
-class Looping(NamedTuple):
-    """A client of a closed loop: when it asks first, seconds behind the start; numbers: of its requests, the first and each next
-    one so much more; wares: in turn."""
-
-    client: Name
-    at: Seconds
-    number: Count
-    stride: Count
-    wares: tuple[Count, ...]
-
-
-class Offer(Message[None]):
-    """Begin to ask at `origin`, monotonic seconds: these requests, or those of these clients until `until_s` behind it."""
-
-    origin: float
-    planned: tuple[Planned, ...] = ()
-    looping: tuple[Looping, ...] = ()
-    think_s: Seconds = 0.0
-    until_s: Seconds = 0.0
-
-
-class Happened(Part):
-    """What became of a request. at: when it came up, seconds behind the start; refused: the cloud had no room for it."""
-
-    number: Count
-    client: Name
-    at: Seconds
-    ware: Count
-    result: TrialResult | None = None
-    error: str = ""
-    refused: bool = False
-
-
-class Collected(Part):
-    """What became of requests since that was asked last; open: clients and requests of whom more will come."""
-
-    happened: tuple[Happened, ...]
-    open: Count
-
-
-class Collect(Message[Collected]):
-    """Tell what became of requests."""
+    parts_s: tuple[Seconds, ...] = ()
+    passes: tuple[tuple[Count, Seconds], ...] = ()

@@ -6,17 +6,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from testbed.deadline import Deadline
-from testbed.endpoints.protocol import Answers, Greeting, Hello, Replayed, Serve
+from testbed.endpoints.load_messages import Answers
+from testbed.endpoints.protocol import Greeting, Hello, Replayed, Serve
 from testbed.endpoints.side import Handlers, main, wait_until
 from testbed.errors import TestbedError, UsageError, WireError
 from testbed.serving.job import Job
 from testbed.serving.server import Server
 from testbed.serving.serving import parse as parse_serving
-from testbed.speed.times import DeviceTimes
+from testbed.speed.times import DeviceTimes, line
 from testbed.transport import wire
 from testbed.transport.transport import Listener, Stream
 from testbed.transport.transport import parse as parse_transport
@@ -30,10 +31,13 @@ def step_s(times: DeviceTimes | None) -> Callable[[Sequence[Job]], float]:
 
     By a device's times of decoding alone: a pass reads the weights once, and each request's cache. What a token takes behind
     the shortest context that was measured is taken as the former, what it takes more behind a longer one as the latter. It takes
-    no less than a pass over as many tokens, which have to be multiplied. Without a device: each token by itself, in turn.
+    no less than a pass over as many tokens, which have to be multiplied. Without a device: as passes of as many requests like
+    each of these were measured, and the mean of that; and where none were, each token by itself, in turn.
     """
 
     def each(jobs: Sequence[Job]) -> float:
+        if all(job.passes for job in jobs):
+            return sum(line(job.passes, len(jobs)) for job in jobs) / len(jobs)
         return sum(job.token_s[job.told] for job in jobs)
 
     def together(jobs: Sequence[Job]) -> float:
@@ -161,13 +165,22 @@ class ReplayedCloud:
             pass
 
     def _answer(self, connection: Stream, request: wire.Request, deadline: Deadline) -> None:
-        at = 0.0
+        ware, served_by = self._wares.get(request.same_as), self._queue
+        at, arrived, parts = 0.0, list[float](), list[Job]()
         for frame in connection.receive_context(request, self._max_payload, deadline):
             at = frame.at
-        ware, served_by = self._wares.get(request.same_as), self._queue
+            if ware is None or served_by is None or not isinstance(frame.header, wire.Chunk):
+                continue
+            if len(arrived) < len(ware.parts_s) - 1:  # the last one is rebuilt as the answer begins
+                parts.append(Job(ware.parts_s[len(arrived)], 0.0, part=True))
+                served_by.offer(parts[-1], at)
+            arrived.append(at)
         if ware is None or served_by is None:
             raise WireError(f"the request is for ware {request.same_as}, which is not known here")
-        job = Job(ware.rebuild_s, ware.first_s, ware.token_s, ware.held, ware.memory)
+        rebuild_s = sum(ware.parts_s[-1:]) + ware.rebuild_s
+        job = Job(
+            rebuild_s, ware.first_s, ware.token_s, ware.held, ware.memory, ware.passes, behind=tuple(parts)
+        )
         asked, why = served_by.offer(job, at)
         if asked is None:
             self._complain(connection, wire.Failure(request.id, f"refused: {why}", refused=True))
@@ -187,11 +200,10 @@ class ReplayedCloud:
                 text=ware.text,
                 tokens=ware.tokens,
                 received_at=at,
-                arrived=(),
+                arrived=tuple(arrived) if ware.parts_s else (),
                 worked=(
-                    wire.Worked("queue", at, job.began),
-                    wire.Worked(ware.stage, job.began, job.rebuilt),
-                    wire.Worked("first_token", job.rebuilt, job.first),
+                    *_worked(zip(arrived, parts, strict=False), ware),
+                    *_worked([(at, job)], ware, len(parts)),
                 ),
                 generate_s=max(0.0, min(job.done - job.first, last_at - first_at)),
                 token_s=(job.done - job.first) / len(job.token_s) if job.token_s else None,
@@ -201,6 +213,15 @@ class ReplayedCloud:
                 retransmits=connection.stats().sent_again,
             )
         )
+
+
+def _worked(jobs: Iterable[tuple[float, Job]], ware: Replayed, first: int = 0) -> Iterator[wire.Worked]:
+    """What was done for jobs since they were there, chunk by chunk; the last thing of all is the first token."""
+    for chunk, (at, job) in enumerate(jobs, first):
+        yield wire.Worked("queue", at, job.began, chunk)
+        yield wire.Worked(ware.stage, job.began, job.rebuilt, chunk)
+        if not job.part:
+            yield wire.Worked("first_token", job.rebuilt, job.first, chunk)
 
 
 if __name__ == "__main__":

@@ -13,27 +13,17 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from msgspec import structs
+
 from testbed import files
-from testbed.endpoints.client import REBUILDS, Client
-from testbed.endpoints.protocol import (
-    Collect,
-    Collected,
-    Greeting,
-    Happened,
-    Hello,
-    Link,
-    Looping,
-    Offer,
-    Planned,
-    Span,
-    Stage,
-    TrialRequest,
-    TrialResult,
-    Ware,
-)
+from testbed.endpoints.client import REBUILDS, Answered, Client
+from testbed.endpoints.feed import run_lengths
+from testbed.endpoints.load_messages import Collect, Collected, Happened, Looping, Offer, Planned, Stage
+from testbed.endpoints.protocol import Greeting, Hello, Link, Span, TrialRequest, TrialResult, Ware
+from testbed.endpoints.replayed_feed import ReplayedFeed
 from testbed.endpoints.room import within_memory
 from testbed.endpoints.side import Handlers, main, wait_until
 from testbed.errors import EndpointError, RefusedError, TestbedError
@@ -44,12 +34,15 @@ from testbed.transport.transport import parse as parse_transport
 
 @dataclass
 class _Asked:
-    """A request that has come up. `came_at`: monotonic seconds; then: what is done once it has ended."""
+    """A request that has come up. `came_at`: monotonic seconds; then: what is done once it has ended; `handed`: all of it is on
+    its way; `feed`: where it is made and sent in parts."""
 
     planned: Planned
     came_at: float
     then: Callable[[], None]
-    spans: list[Span]
+    spans: list[Span] = field(default_factory=list)
+    handed: threading.Event = field(default_factory=threading.Event)
+    feed: ReplayedFeed | None = None
 
 
 class _Line:
@@ -117,7 +110,7 @@ class ReplayedEdge:
         for planned in message.planned:
             at = message.origin + planned.at
             wait_until(at)
-            self._device.put(_Asked(planned, at, self._close, []))
+            self._device.put(_Asked(planned, at, self._close))
 
     def _loop(self, message: Offer, client: Looping) -> None:
         number, at = client.number, message.origin + client.at
@@ -128,7 +121,7 @@ class ReplayedEdge:
             ware = client.wares[turn % len(client.wares)]
             planned = Planned(number, at - message.origin, client.client, ware)
             answered = threading.Event()
-            self._device.put(_Asked(planned, at, answered.set, []))
+            self._device.put(_Asked(planned, at, answered.set))
             answered.wait()
             number, at = number + client.stride, time.monotonic() + message.think_s
         self._close()
@@ -144,6 +137,13 @@ class ReplayedEdge:
             return
         ware = self._wares[asked.planned.ware]
         asked.spans.append(Span("edge_queue", asked.came_at, at))
+        if ware.parts is not None:
+            pieces = list(_pieces(self._payloads[ware.path], ware.lengths))
+            asked.feed = ReplayedFeed(ware, pieces, asked.handed.set)
+            self._uplink.put(asked)
+            threading.Thread(target=self._ask, args=(asked,), daemon=True).start()
+            asked.feed.make()
+            return
         for stage in ("prefill", "select", "encode"):
             ended = at + float(getattr(ware, f"{stage}_s"))
             asked.spans.append(Span(stage, at, ended))
@@ -153,22 +153,25 @@ class ReplayedEdge:
 
     def _send(self, asked: _Asked) -> None:
         """Its way onto the link: whoever is behind it waits until all of it is handed over."""
+        if asked.feed is not None:
+            asked.feed.grant()
+            asked.handed.wait()
+            return
         if (at := time.monotonic()) > self._ends:
             self._ended(asked, error="given up: its turn at the link had not come by the load's end")
             return
         asked.spans.append(Span("link_queue", asked.spans[-1].end, at))
-        handed = threading.Event()
-        threading.Thread(target=self._ask, args=(asked, handed), daemon=True).start()
-        handed.wait()
+        threading.Thread(target=self._ask, args=(asked,), daemon=True).start()
+        asked.handed.wait()
 
-    def _ask(self, asked: _Asked, handed: threading.Event) -> None:
+    def _ask(self, asked: _Asked) -> None:
         assert self._link is not None
         try:
             client = self._clients.get_nowait()
         except queue.Empty:
             client = Client()
         try:
-            result = within_memory(lambda: self._answered(asked, client, handed, self._link))
+            result = within_memory(lambda: self._answered(asked, client, self._link))
             self._clients.put(client)
             self._ended(asked, result)
         except RefusedError as error:
@@ -179,11 +182,11 @@ class ReplayedEdge:
             self._ended(asked, error=f"{type(error).__name__}: {error}")
             raise
         finally:
-            handed.set()
+            if asked.feed is not None:
+                asked.feed.stop()
+            asked.handed.set()
 
-    def _answered(
-        self, asked: _Asked, client: Client, handed: threading.Event, link: Link | None
-    ) -> TrialResult:
+    def _answered(self, asked: _Asked, client: Client, link: Link | None) -> TrialResult:
         assert link is not None
         ware, planned = self._wares[asked.planned.ware], asked.planned
         request = wire.Request(
@@ -200,8 +203,11 @@ class ReplayedEdge:
             delivery=ware.delivery,
             client=planned.client,
         )
+        if asked.feed is not None and ware.parts is not None:
+            request = structs.replace(request, levels=asked.feed.levels, tokens=ware.parts.tokens)
+            return _of_parts(client.feed(request, asked.feed, link), asked.feed, asked.spans)
         payload = self._payloads[ware.path]
-        answered = client.ask(request, list(_pieces(payload, ware.lengths)), link, handed.set)
+        answered = client.ask(request, list(_pieces(payload, ware.lengths)), link, asked.handed.set)
         message = TrialRequest("split", 0, 0, replay=True)
         reused = ["prefill", "select", "encode"] if ware.placement != "cloud" else []
         reused += [REBUILDS[ware.placement], "first_token", "generate"]
@@ -218,6 +224,17 @@ class ReplayedEdge:
         with self._changed:
             self._happened.append(what)
         asked.then()
+
+
+def _of_parts(answered: Answered, feed: ReplayedFeed, before: list[Span]) -> TrialResult:
+    done = max(span.end for span in answered.spans)
+    here = [span._replace(end=min(span.end, done)) for span in feed.spans if span.start < done]
+    message = TrialRequest("split", 0, 0, replay=True)
+    reused = [*sorted(feed.reused), REBUILDS["split"], "first_token", "generate"]
+    result = answered.result(message, [*before, *here, *answered.spans], reused)
+    return structs.replace(
+        result, chunks=len(feed.sent), levels=run_lengths(feed.sent), tokens_left_out=answered.answer.left_out
+    )
 
 
 def _mapped(path: Path) -> memoryview:

@@ -13,7 +13,8 @@ from types import TracebackType
 
 from testbed.endpoints import protocol
 from testbed.endpoints.endpoint import Endpoint, Gone
-from testbed.endpoints.protocol import Happened, Link, Looping, Planned
+from testbed.endpoints.load_messages import Answers, Collect, Happened, Looping, Offer, Planned, Stage
+from testbed.endpoints.protocol import Link
 from testbed.errors import EndpointError
 from testbed.experiment.results import RunDirectory
 from testbed.experiment.scenario import Cell, Plan
@@ -42,7 +43,7 @@ class Put:
     clients: list[Client] = field(default_factory=list)
     think_s: float = 0.0
 
-    def offers(self, names: list[str], origin: float) -> list[protocol.Offer]:
+    def offers(self, names: list[str], origin: float) -> list[Offer]:
         """What each edge is told."""
         planned: list[list[Planned]] = [[] for _ in names]
         for number, (at, edge) in enumerate(self.arrivals):
@@ -58,7 +59,7 @@ class Put:
                 Looping(name, at, number, len(self.clients), tuple(wares[turn:] + wares[:turn]))
             )
         return [
-            protocol.Offer(origin, tuple(p), tuple(each), self.think_s, self.until_s)
+            Offer(origin, tuple(p), tuple(each), self.think_s, self.until_s)
             for p, each in zip(planned, looping, strict=True)
         ]
 
@@ -132,12 +133,12 @@ class Crowd:
         used = {number for own in put.wares for number in own}
         answers = {number: self._wares.numbered(number).answer for number in used}
         times = device.times if device else None
-        self._cloud.call(protocol.Answers(str(cell.serving), answers, times), _CALL_S)
+        self._cloud.call(Answers(str(cell.serving), answers, times), _CALL_S)
         for number, own in enumerate(put.wares):
             wares = {ware: self._wares.numbered(ware).ware for ware in own}
             edge = self._edges[number]
             assert edge is not None
-            edge.call(protocol.Stage(wares, self._link(number, cell)), _CALL_S)
+            edge.call(Stage(wares, self._link(number, cell)), _CALL_S)
 
     def _link(self, number: int, cell: Cell) -> Link:
         edge, scenario = self._plan.edges[number], self._plan.scenario
@@ -178,7 +179,7 @@ class Crowd:
             self._fabric.check()
             self._cloud.check()
             for number in sorted(waited):
-                collected = self._call(number, protocol.Collect(), lost)
+                collected = self._call(number, Collect(), lost)
                 if collected is None:
                     waited.discard(number)
                     continue
@@ -193,7 +194,7 @@ class Crowd:
         return happened
 
 
-def _missing(offer: protocol.Offer, told: Iterable[Happened], why: str) -> list[Happened]:
+def _missing(offer: Offer, told: Iterable[Happened], why: str) -> list[Happened]:
     """The requests that an edge took with it: all that were planned, and one of each client that asks again."""
     known = {each.number for each in told}
     gone = [

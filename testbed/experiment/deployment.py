@@ -182,6 +182,10 @@ class Pair:
             self._call(self.edge, message, CALL_S + self.scenario.timeout)
             self._rehearsed.add(key)
 
+    def together(self, request: int, most: int) -> protocol.Passes:
+        """What decoding the cloud's latest request with others like it takes, up to so many at once."""
+        return self._call(self.cloud, protocol.Together(request, most), CALL_S)
+
     def keep(self, trial: Trial, path: str) -> protocol.Ware:
         """What a trial that was made has sent, in a file of that path."""
         return self._call(self.edge, protocol.Keep(self._asked(trial), path), CALL_S)

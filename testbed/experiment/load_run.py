@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from testbed.endpoints.protocol import Happened, Span
+from testbed.endpoints.load_messages import Happened
+from testbed.endpoints.protocol import Span
 from testbed.experiment import wares as making
 from testbed.experiment.crowd import Crowd, Put
 from testbed.experiment.deployment import Batch
 from testbed.experiment.environment import cpu_name, host_name
 from testbed.experiment.progress import Tally
-from testbed.experiment.results import utc_now
+from testbed.experiment.results import FORMAT, utc_now
 from testbed.experiment.row import Row
 from testbed.experiment.runner import Runner
 from testbed.experiment.scenario import Cell
@@ -68,6 +69,8 @@ class LoadRunner(Runner):
             if not self.settled:
                 with making.made(self.plan, self.directory, self._cell_id, self._tally.say) as wares:
                     self._batches = wares.batches
+                    if batches := wares.passes():
+                        self.directory.write("batches.json", {"format": FORMAT, "batches": batches})
                     self._put_on(wares)
         if not self.settled:
             self.directory.write_parquet()
@@ -197,6 +200,8 @@ class LoadRunner(Runner):
         row.warmup, row.refused = happened.at < self.scenario.warmup, happened.refused
         row.threads = wares.loaded["edge"].threads
         row.host, row.cpu, row.replayed = self._host, self._cpu, True
+        if not made.alike:
+            row.warnings = "decoded with others at once, its answer is another"
         result = happened.result
         if result is None:
             row.error = happened.error

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from testbed.codecs.spec import CodecSpec
+from testbed.delivery.delivery import Delivery
+from testbed.delivery.stream import Stream
 from testbed.delivery.whole import Whole
 from testbed.errors import SpecError
 from testbed.experiment.devices import needs_values
@@ -73,21 +75,31 @@ def _check(scenario: Scenario, devices: Mapping[str, Device], place: str) -> Non
         raise SpecError(f"{place}: load: sequential beside others; make it a scenario of its own")
     for serving in scenario.serving:
         device = devices.get("cloud")
-        if serving.most > 1 and (device is None or not device.times.decode):
+        if serving.most > 1 and device is not None and not device.times.decode:
             raise SpecError(
                 f"{place}: serving: {serving}: how long a token of several requests takes follows from a device's times of "
-                "decoding; write compute: {cloud: device:NAME} (`testbed devices` lists them), or fifo, or shortest"
+                f"decoding, and device {device.name} has none; take another (`testbed devices` lists them), or fifo, or shortest"
             )
     refused: dict[str, list[Any]] = {
         "placements": [p for p in scenario.placements if p not in _PLACEMENTS],
-        "delivery": [str(d) for d in scenario.delivery if d != Whole()],
+        "delivery": [str(d) for d in scenario.delivery if not isinstance(d, Whole) and not _by_tokens(d)],
         "traffic": scenario.traffic,
         "at": [scenario.at] if scenario.at == "example" else [],
     }
-    can = {"placements": ", ".join(_PLACEMENTS), "delivery": "whole", "traffic": "none", "at": "trial, run"}
+    can = {
+        "placements": ", ".join(_PLACEMENTS),
+        "delivery": "whole, stream(by=tokens)",
+        "traffic": "none",
+        "at": "trial, run",
+    }
     for key, values in refused.items():
         if values:
             raise SpecError(f"{place}: {key}: {str(values[0])[:60]} under a load; there it takes {can[key]}")
+
+
+def _by_tokens(delivery: Delivery) -> bool:
+    """Whether it streams blocks of tokens: levels chosen on the way, or layers read as they come, are not made beforehand."""
+    return isinstance(delivery, Stream) and delivery.by == "tokens"
 
 
 def _bound(edge: Edge, scenario: Scenario, place: str) -> Edge:

@@ -17,7 +17,16 @@ from typing import Any
 from msgspec import structs
 
 from testbed.delivery.delivery import Delivery
-from testbed.endpoints.protocol import FullCache, Loaded, Outcome, Replayed, TrialResult, Ware
+from testbed.endpoints.protocol import (
+    CLOUD,
+    FullCache,
+    Loaded,
+    Outcome,
+    Passes,
+    Replayed,
+    TrialResult,
+    Ware,
+)
 from testbed.experiment.deployment import Batch, Pair
 from testbed.experiment.results import RunDirectory
 from testbed.experiment.scenario import Cell, Plan
@@ -46,6 +55,7 @@ class Made:
     result: TrialResult
     outcome: Outcome
     scores: dict[str, float]
+    alike: bool = True  #: decoded with others it was answered as it is alone
 
 
 @dataclass
@@ -64,6 +74,21 @@ class Wares:
     def numbered(self, number: int) -> Made:
         """The one of that number."""
         return self._by_number[number]
+
+    def passes(self) -> list[dict[str, Any]]:
+        """For JSON: what a pass over several requests took, where that was measured: seconds by their number."""
+        return [
+            {
+                "setting": f"{made.trial.cell.placement} {made.trial.cell.codec_text}".strip(),
+                "delivery": str(made.trial.cell.delivery),
+                "example": made.trial.example.id,
+                "tokens_held": made.answer.held,
+                "pass_s": {str(count): seconds for count, seconds in made.answer.passes},
+                "alike": made.alike,
+            }
+            for made in self.made.values()
+            if made.answer.passes
+        ]
 
     @cached_property
     def _by_number(self) -> dict[int, Made]:
@@ -153,35 +178,56 @@ def _make(
         pair.stock(again)
         if plan.rehearses(again.cell):
             pair.rehearse(again)
-        tries.append(pair.trial(again))
-    result = sorted(tries, key=lambda each: each.e2e_s)[_TRIES // 2]
-    outcome = pair.outcome(result.request, trial)
-    ware = pair.keep(trial, str(path))
-    stages = result.stages
+        tries.append((pair.trial(again), again))
+    result, chosen = sorted(tries, key=lambda each: each[0].e2e_s)[_TRIES // 2]
+    latest = tries[-1][0].request  # whose cache the cloud still has; all tries have the same
+    outcome = pair.outcome(latest, trial)
+    passes = _passes(plan, pair, latest)
+    ware = pair.keep(chosen, str(path))
     texts = trial.cell.placement == "cloud"
-    ware = structs.replace(
-        ware,
-        prefill_s=0.0 if texts else stages.prefill_s,
-        select_s=stages.select_s,
-        encode_s=stages.encode_s,
-    )
-    tokens = max(0, result.answer_tokens - 1)
-    held = outcome.tokens_kept
-    memory = held * loaded["cloud"].kv_bytes_per_token
-    answer = Replayed(
-        stage="prefill" if texts else "decode",
-        rebuild_s=stages.prefill_s if texts else stages.decode_s,
-        first_s=stages.first_token_s,
-        token_s=tuple(_token_s(plan, held, tokens, stages.generate_s)),
-        held=held,
-        memory=memory,
-        text=result.answer,
-        tokens=result.answer_tokens,
-    )
+    if ware.parts is None:
+        stages = result.stages
+        ware = structs.replace(
+            ware,
+            prefill_s=0.0 if texts else stages.prefill_s,
+            select_s=stages.select_s,
+            encode_s=stages.encode_s,
+        )
+    answer = _answer(plan, result, texts, ware, outcome.tokens_kept)
+    memory = answer.held * loaded["cloud"].kv_bytes_per_token
+    answer = structs.replace(answer, memory=memory, passes=passes.seconds)
     scores: dict[str, Any] = {}
     if reference.nll is not None:
         scores = plan.tasks[trial.cell.task].score(result.answer, trial.example)
-    return Made(number, trial, reference, ware, answer, result, outcome, scores)
+    return Made(number, trial, reference, ware, answer, result, outcome, scores, passes.alike)
+
+
+def _passes(plan: Plan, pair: Pair, request: int) -> Passes:
+    """What is measured of decoding several at once: nothing where nobody is served so, or a device's times say it."""
+    most = max(serving.most for serving in plan.scenario.serving)
+    device = plan.devices.get("cloud")
+    if most == 1 or (device is not None and device.times.decode):
+        return Passes((), True)
+    return pair.together(request, most)
+
+
+def _answer(plan: Plan, result: TrialResult, texts: bool, ware: Ware, held: int) -> Replayed:
+    """What answering took. Of a context in parts each was rebuilt as it came; what is behind the last was done of all."""
+    stages, stage = result.stages, "prefill" if texts else "decode"
+    rebuilt = [span.end - span.start for span in result.spans if span.stage == stage and span.side == CLOUD]
+    parts = len(ware.lengths) if ware.parts is not None else 0
+    tokens = max(0, result.answer_tokens - 1)
+    return Replayed(
+        stage="prefill" if texts else "decode",
+        rebuild_s=sum(rebuilt[parts:]) if parts else stages.prefill_s if texts else stages.decode_s,
+        first_s=stages.first_token_s,
+        token_s=tuple(_token_s(plan, held, tokens, stages.generate_s)),
+        held=held,
+        memory=0,
+        text=result.answer,
+        tokens=result.answer_tokens,
+        parts_s=tuple(rebuilt[:parts]),
+    )
 
 
 def _token_s(plan: Plan, held: int, tokens: int, generate_s: float) -> list[float]:

@@ -60,14 +60,22 @@ class Pass(Protocol):
         """
 
 
-_RUNNING: ContextVar[Pass] = ContextVar("testbed.pass")
+class Several:
+    """A forward pass over one token of each of several requests; `together.TogetherPass` is one."""
+
+    def seen(self, layer: int, window: int | None) -> Tensor:
+        """Which of a layer's keys each request's query sees, bool [requests, kv_heads or 1, 1, places]."""
+        raise NotImplementedError
+
+
+_RUNNING: ContextVar[Pass | Several] = ContextVar("testbed.pass")
 
 #: What a backend may be given that this one does not compute.
 _TERMS = {"s_aux": "attention sinks", "position_bias": "position biases"}
 
 
 @contextmanager
-def running(run: Pass) -> Iterator[None]:
+def running(run: Pass | Several) -> Iterator[None]:
     """The forward pass that this thread makes meanwhile is `run`'s."""
     token = _RUNNING.set(run)
     try:
@@ -97,19 +105,23 @@ def backend(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: query [1, q_heads, n, d], key and value [1, kv_heads, tokens, d].
 
-    The queries are those of the last n keys. Returns ([1, n, q_heads, d], None). Raises NotImplementedError
-    for an architecture whose attention has terms that this one does not compute.
+    The queries are those of the last n keys. Returns ([1, n, q_heads, d], None); of `Several` requests all are as many, and n is
+    1. Raises NotImplementedError for an architecture whose attention has terms that this one does not compute.
     """
     run = _RUNNING.get(None)
     if run is None:
         raise RuntimeError(f"the attention backend {BACKEND!r} works under testbed's LanguageModel only")
     unknown = [what for name, what in _TERMS.items() if others.get(name) is not None]
-    if unknown or attention_mask is not None or query.shape[0] != 1:
+    several = isinstance(run, Several)
+    if unknown or attention_mask is not None or (query.shape[2 if several else 0] != 1):
         raise NotImplementedError(f"its attention has {', '.join(unknown) or 'a mask or a batch of its own'}")
     if not getattr(module, "is_causal", True):
         raise NotImplementedError("its attention sees later tokens, not earlier ones alone")
     layer: int = module.layer_idx  # type: ignore[assignment]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(run, Several):
+        each = attend_each(query, key, value, run.seen(layer, sliding_window), scaling, softcap)
+        return each.transpose(1, 2).contiguous(), None
     run.observe(layer, query[0], scaling=scaling, softcap=softcap, window=sliding_window)
     sums = run.sums(layer, key.shape[1])
     output = attend(
@@ -158,6 +170,23 @@ def attend(
         else:
             blocks.append(_dot_product(asking, keys, values, mask, scaling))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
+
+
+def attend_each(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """Attention of one query of each of several requests: query [requests, q_heads, 1, d], key and value [requests, kv_heads,
+    places, d], and which of these each sees (`Several.seen`) -> [requests, q_heads, 1, value_dim].
+    """
+    import torch
+
+    requests, q_heads, _, width = query.shape
+    asking = (query * scaling).reshape(requests, key.shape[1], -1, width)
+    scores = asking @ key.transpose(2, 3)
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    weights = scores.masked_fill_(~seen, float("-inf")).softmax(-1, dtype=torch.float32)
+    return (weights.to(value.dtype) @ value).reshape(requests, q_heads, 1, -1)
 
 
 def _block_mask(

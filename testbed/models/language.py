@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from testbed.errors import NotFiniteError, UsageError
 from testbed.models import attention as _attention
 from testbed.models import kvcache as _kvcache
+from testbed.models.answer import Answer
 from testbed.models.arriving import Past
 from testbed.models.kvcache import KVCache, KVLayer
 from testbed.models.likelihood import log_probabilities, mean_nll
@@ -30,6 +31,7 @@ from testbed.models.prefill import BlockPrefill, OnLayer, Prefill, drops_tokens
 from testbed.models.rotary import Rotation, Rotations
 from testbed.models.shrinking import Wanted, decoder_layers, shrinking
 from testbed.models.stretching import Stretching
+from testbed.models.together import Together, unable
 from testbed.models.tokens import Tokens, chat_template
 
 
@@ -327,36 +329,57 @@ class LanguageModel:
         draft: what the answer may be. It is read in one pass with `ids`, and holds as far as it is what is decoded here; from the
         first token that is another one, decoding goes on token by token.
         """
-        if not ids:
-            raise ValueError("generate() needs at least one token to start from")
-        length = self._check_length(past, len(ids))
-        limit = min(max_new_tokens, self._longest - length - len(ids) + 1)
-        live = self._live(past, len(ids) + max(limit, 0))
-        answer: list[int] = []
-        read = list(draft[: max(0, limit - 1)])
-        feed, before, keep = [*ids, *read], "", len(read) + 1
+        answer, live = self._opened(ids, past, max_new_tokens, stop)
+        read = list(draft[: max(0, answer.limit - 1)])
+        feed, keep = [*ids, *read], len(read) + 1
         ahead: list[int] = []  #: the likeliest tokens behind what was read, the last one first
-        while len(answer) < limit:
+        goes_on = answer.limit > 0
+        while goes_on:
             if not ahead:
                 logits, _ = self._forward(live, feed, keep=keep)
                 ahead, keep = logits.argmax(-1).tolist()[::-1], 1
-            token = ahead.pop()
-            if token in self._tokens.ends:
-                break
-            decoded = self.text([*answer, token]) if stop else ""
-            at = decoded.find(stop) if stop else -1
-            if 0 <= at <= len(before):
-                break
-            answer.append(token)
-            if on_token is not None:
-                on_token(len(answer) - 1, token)
-            if at >= 0:
-                break
-            if ahead and token != read[len(answer) - 1]:  # what was read from there on does not follow
-                live.rewind(len(ids) + len(answer) - 1)
+            token, count = ahead.pop(), len(answer.tokens)
+            goes_on = answer.take(token)
+            if on_token is not None and len(answer.tokens) > count:
+                on_token(count, token)
+            if ahead and goes_on and token != read[count]:  # what was read from there on does not follow
+                live.rewind(len(ids) + count)
                 ahead = []
-            feed, before = [token], decoded
-        return answer
+            feed = [token]
+        return answer.tokens
+
+    def _opened(
+        self, ids: Sequence[int], past: Past | None, max_new_tokens: int, stop: str | None
+    ) -> tuple[Answer, LiveCache]:
+        """An answer behind `past` and `ids` that has no token yet, and the cache that these will be read into."""
+        if not ids:
+            raise ValueError("an answer needs at least one token to start from")
+        length = self._check_length(past, len(ids))
+        limit = min(max_new_tokens, self._longest - length - len(ids) + 1)
+        return Answer(self._tokens.ends, stop, limit, self.text), self._live(past, len(ids) + max(limit, 0))
+
+    def _begun(
+        self, ids: Sequence[int], past: Past | None, max_new_tokens: int, stop: str | None
+    ) -> tuple[Answer, LiveCache, int | None]:
+        """The same with `ids` read, and the first token; None where it may have none."""
+        answer, live = self._opened(ids, past, max_new_tokens, stop)
+        if answer.limit <= 0:
+            return answer, live, None
+        logits, _ = self._forward(live, ids)
+        return answer, live, int(logits[-1].argmax())
+
+    @cached_property
+    def _unable(self) -> str:
+        return unable(self._begun, self._forward, self._network)
+
+    def together(self) -> Together:
+        """Several requests, decoded at once. Raises UsageError where the architecture cannot make one pass of them."""
+        if self._unable:
+            kind = self._network.config.get_text_config(decoder=True).model_type
+            raise UsageError(
+                f"model {self.name!r}: architecture {kind!r} does not decode several requests at once: {self._unable}"
+            )
+        return Together(self._begun, self._network)
 
     def likelihood(self, ids_question: Sequence[int], ids_answer: Sequence[int], past: Past | None) -> Tensor:
         """Log-probabilities in nats of what may follow, at each token of the answer and behind the true ones.

@@ -29,6 +29,18 @@ class LayerShape:
     window: int | None
 
 
+def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a cache of that format holds of a tensor."""
+    if dtype == tensor.dtype:
+        return tensor
+    limit = torch.finfo(dtype).max
+    if torch.finfo(tensor.dtype).max > limit:
+        # A value past the format's range would become infinite and poison every later softmax. In float32: the limit itself
+        # is no number of every format.
+        tensor = tensor.float().clamp(-limit, limit)
+    return tensor.to(dtype)
+
+
 class LiveCache:
     """Keys and values in the model's own format, behind a past or from nothing.
 
@@ -56,7 +68,6 @@ class LiveCache:
         self.on_layer: Callable[[int], None] | None = None
         self._past = [0] * layers
         self._capacity = capacity
-        self._limit = torch.finfo(cache_dtype).max
         self._keys: list[Tensor | None] = [None] * layers
         self._values: list[Tensor | None] = [None] * layers
         self._past_positions: list[Tensor | None] = [None] * layers
@@ -91,15 +102,6 @@ class LiveCache:
         """The next token's position, as transformers asks for it."""
         return self.length
 
-    def _rounded(self, tensor: Tensor) -> Tensor:
-        if self.cache_dtype == tensor.dtype:
-            return tensor
-        if torch.finfo(tensor.dtype).max > self._limit:
-            # A value past the format's range would become infinite and poison every later softmax. In float32: the limit itself
-            # is no number of every format.
-            tensor = tensor.float().clamp(-self._limit, self._limit)
-        return tensor.to(self.cache_dtype)
-
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
@@ -119,7 +121,7 @@ class LiveCache:
                 buffer = new.new_empty(1, new.shape[1], max(self._capacity, total), new.shape[3])
             elif total > buffer.shape[2]:
                 buffer = self._grown(buffer[:, :, :count], total + total // 2)
-            buffer[:, :, count:total].copy_(self._rounded(new))
+            buffer[:, :, count:total].copy_(rounded(new, self.cache_dtype))
             store[layer_idx] = buffer
             held.append(buffer[:, :, :total])
         self.written[layer_idx] += keys.shape[2]

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 @dataclass(eq=False)
 class Job:
     """What answering takes, in seconds: rebuilding its cache (or prefilling its text), the question's pass, and each token behind
-    the first. `held`: tokens before the first token behind the question; `memory`: bytes of its cache while it is here.
+    the first. `held`: tokens before the first token behind the question; `memory`: bytes of its cache while it is here; `passes`:
+    where it was measured, (requests, seconds) of a pass that makes a token for each of so many like it.
+
+    A part of a request's context that is rebuilt as it comes is a job of its own, with `rebuild_s` alone: it takes no place, and
+    those that are `behind` wait for it.
     """
 
     rebuild_s: float
@@ -16,6 +20,9 @@ class Job:
     token_s: tuple[float, ...] = ()
     held: int = 0
     memory: int = 0
+    passes: tuple[tuple[int, float], ...] = ()
+    part: bool = False
+    behind: tuple[Job, ...] = ()
 
     arrived: float = 0.0  #: all of it is there
     began: float = 0.0

@@ -56,9 +56,11 @@ class Server:
         return True
 
     def _no_room(self, job: Job) -> str:
-        serving = self.serving
-        if serving.waiting and len(self.waiting) >= serving.waiting:
-            return f"{len(self.waiting)} requests wait already, which are as many as may"
+        if job.part:
+            return ""
+        serving, wait = self.serving, sum(not each.part for each in self.waiting)
+        if serving.waiting and wait >= serving.waiting:
+            return f"{wait} requests wait already, which are as many as may"
         if serving.memory and self.memory + job.memory > serving.memory:
             asked, there = format_size(job.memory), format_size(max(0, serving.memory - self.memory))
             return f"its cache takes {asked}, and {there} of {format_size(serving.memory)} are free"
@@ -71,8 +73,15 @@ class Server:
                 return Work("rebuild", (job,), job.rebuild_s)
             if job.passed == 1:
                 return Work("first_token", (job,), job.first_s)
-        there = [job for job in self.waiting if job.arrived <= now]
-        if there and len(self.inside) < self.serving.most:
+        room = len(self.inside) < self.serving.most
+        there = [
+            job
+            for job in self.waiting
+            if job.arrived <= now
+            and (room or (job.part and self.serving.most > 1))
+            and all(part.passed == 2 for part in job.behind)
+        ]
+        if there:
             job = self.serving.next(there)
             self.waiting.remove(job)
             self.inside.append(job)

@@ -10,23 +10,13 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from testbed.endpoints.protocol import (
-    Answers,
-    Collect,
-    Happened,
-    Link,
-    Looping,
-    Offer,
-    Planned,
-    Replayed,
-    Serve,
-    Stage,
-    TrialResult,
-    Ware,
-)
+from testbed.endpoints.load_messages import Answers, Collect, Happened, Looping, Offer, Planned, Stage
+from testbed.endpoints.protocol import Link, Parts, Replayed, Serve, TrialResult, Ware
 from testbed.endpoints.replayed_cloud import ReplayedCloud, step_s
 from testbed.endpoints.replayed_edge import ReplayedEdge
 from testbed.serving.job import Job
+from testbed.serving.server import Server
+from testbed.serving.serving import parse
 from testbed.speed.times import DeviceTimes
 
 PAYLOAD = b"0123456789" * 1000
@@ -151,6 +141,84 @@ def test_whoever_gives_up_is_in_nobodys_way_at_the_cloud(tmp_path: Path) -> None
     sides.stage()
     ((late,),) = sides.offer(planned(0.0, first=9))
     assert result(late).stages.queue_s < 0.4
+
+
+def in_parts(stored: bool = False, whole: bool = False) -> Parts:
+    """Two of 8 tokens each, of which each takes 100 ms to prefill and 20 ms to encode."""
+    prefill = () if stored else ((8, 0.1), (16, 0.1))
+    return Parts(16, 2, "int4", prefill, (0.02, 0.02), whole, asks=False)
+
+
+def streaming(sides: Sides, parts: Parts, **times: float) -> None:
+    sides.ware = structs.replace(sides.ware, delivery="stream(chunk=8)", parts=parts)
+    sides.stage(**times)
+
+
+def test_a_context_in_parts_crosses_while_it_is_made_and_is_rebuilt_as_it_comes(tmp_path: Path) -> None:
+    sides = Sides(tmp_path, parts_s=(0.03, 0.03), rebuild_s=0.0)
+    streaming(sides, in_parts())
+    ((happened,),) = sides.offer(planned(0.0))
+    found = result(happened)
+    assert (found.chunks, found.levels, found.tokens_left_out) == (2, "int4*2", 0)
+    by = {(span.stage, span.chunk): span for span in found.spans}
+    assert by["prefill", 0].end - by["prefill", 0].start == pytest.approx(0.1, abs=0.05)
+    # The first part is at the cloud, and rebuilt, before the second is prefilled.
+    assert by["decode", 0].end < by["prefill", 1].end < by["transmit", 1].start < by["decode", 1].start
+    assert found.e2e_s == pytest.approx(found.stages.total(), abs=1e-5)
+    assert found.e2e_s < 0.2 + 0.04 + 0.06 + 0.01 + 0.02 + 0.15
+
+
+def test_what_a_part_holds_is_waited_for_where_the_whole_context_decides_it(tmp_path: Path) -> None:
+    sides = Sides(tmp_path, parts_s=(0.0, 0.0), rebuild_s=0.0)
+    streaming(sides, in_parts(whole=True), select_s=0.05)
+    ((happened,),) = sides.offer(planned(0.0))
+    by = {(span.stage, span.chunk): span for span in result(happened).spans}
+    assert (
+        by["prefill", 1].end <= by["select", 0].start + 1e-3
+        and by["select", 0].end <= by["transmit", 0].start
+    )
+
+
+def test_what_is_stored_in_parts_needs_no_device_and_goes_at_once(tmp_path: Path) -> None:
+    sides = Sides(tmp_path, parts_s=(0.0, 0.0), rebuild_s=0.0)
+    streaming(sides, in_parts(stored=True))
+    ((happened,),) = sides.offer(planned(0.0))
+    stages = result(happened).stages
+    assert stages.prefill_s == stages.encode_s == 0.0
+
+
+def test_an_edge_makes_one_request_at_a_time_in_parts_too_and_its_link_is_one_requests(
+    tmp_path: Path,
+) -> None:
+    sides = Sides(tmp_path, parts_s=(0.0, 0.0), rebuild_s=0.0)
+    streaming(sides, in_parts())
+    ((*happened,),) = sides.offer(planned(0.0, 0.0, 0.0))
+    found = [result(each) for each in sorted(happened, key=lambda h: h.number)]
+    assert [each.stages.edge_queue_s for each in found] == sorted(each.stages.edge_queue_s for each in found)
+    assert found[2].stages.edge_queue_s >= 2 * 0.2 - 1e-3 and all(each.chunks == 2 for each in found)
+
+
+def test_parts_are_rebuilt_between_others_tokens_in_a_batch_and_not_within_a_turn() -> None:
+    for text, first in (("batch(max=4)", "rebuild"), ("fifo", "tokens")):
+        server = Server(parse(text), step_s(None))
+        server.offer(Job(0.1, 0.1, (0.1, 0.1)), 1.0)
+        for _ in range(2):  # rebuilt, and its first token
+            work = server.begin(1.0)
+            assert work is not None
+            server.end(work, 1.0)
+        part = Job(0.1, 0.0, part=True)
+        whole = Job(0.1, 0.1, behind=(part,))
+        server.offer(whole, 1.0), server.offer(part, 1.0)
+        work = server.begin(1.0)
+        assert work is not None and work.kind == first and (whole not in work.jobs)
+
+
+def test_passes_of_several_take_what_was_measured_of_their_like() -> None:
+    job = Job(0.0, 0.0, (0.010,), passes=((1, 0.010), (2, 0.012), (4, 0.020)))
+    step = step_s(None)
+    assert step([job]) == pytest.approx(0.010)
+    assert step([job] * 3) == pytest.approx(0.016)
+    assert step([job, Job(0.0, 0.0, (0.010,), passes=((1, 0.030), (2, 0.040)))]) == pytest.approx(0.026)
 
 
 def test_what_is_not_known_at_the_cloud_fails_by_name(tmp_path: Path) -> None:

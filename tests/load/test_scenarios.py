@@ -130,12 +130,12 @@ def test_a_file_of_arrivals_is_found_and_known_by_what_it_says(tmp_path: Path) -
             {"placements": ["edge"]},
             r"t.yaml: placements: edge under a load; there it takes split, store, cloud",
         ),
-        ({"delivery": "stream"}, r"t.yaml: delivery: stream under a load; there it takes whole"),
-        ({"load": "poisson(rate=99999/s)"}, r"t.yaml: load: .* an episode has at most 200,000"),
         (
-            {"model": "smollm2-135m", "compute": None, "serving": "batch(max=4)"},
-            r"t.yaml: serving: batch\(max=4\): .* follows from a device's times of decoding",
+            {"delivery": ["stream", "stream(by=layers)"]},
+            r"t.yaml: delivery: stream\(by=layers\) under a load; there it takes whole, stream\(by=tokens\)",
         ),
+        ({"delivery": "meet"}, r"t.yaml: delivery: meet under a load; there it takes whole, stream"),
+        ({"load": "poisson(rate=99999/s)"}, r"t.yaml: load: .* an episode has at most 200,000"),
         (
             {"edges": {"n1": {"codec": "int8+zstd"}}},
             r"t.yaml: edges.n1.codec: 'int8\+zstd': what coder zstd makes of a cache depends on its values",
