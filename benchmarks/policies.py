@@ -19,6 +19,7 @@ from statistics import fmean, median
 from testbed import kinds
 from testbed.delivery.delivery import SKIP, TEXT
 from testbed.delivery.policies.fixed import Fixed
+from testbed.delivery.policies.margin import Margin
 from testbed.delivery.policies.policy import POLICIES, Arrival, Policy, Rung, Sent, Situation
 from testbed.delivery.policies.prediction import Link
 from testbed.net.profile.future import future
@@ -54,13 +55,14 @@ class Played:
         return fmean(self.levels)
 
 
-def play(policy: Policy, request: Request, rate: Rate) -> Played:
+def play(policy: Policy, request: Request, rate: Rate, margin_s: float = 0.0) -> Played:
     """The next level is chosen when the link has sent the chunk before; that a chunk arrived is known a delay later."""
     link, delay = Link(rate), request.delay_s
     levels: list[int] = []
     sent: list[tuple[Sent, float, float]] = []  # with when it arrived, and when the cloud had done it
     now = cloud = 0.0
     for index, chunk in enumerate(request.chunks):
+        after_text = index > 0 and request.levels[levels[-1]] == TEXT
         known = [(each, at, done) for each, at, done in sent if at + delay <= now]
         situation = Situation(
             now_s=now,
@@ -72,15 +74,18 @@ def play(policy: Policy, request: Request, rate: Rate) -> Played:
             delay_s=delay,
             cloud_free_s=max((done for _, _, done in known), default=0.0),
             rest_s=request.rest_s,
+            margin_s=margin_s,
+            after_text=after_text,
             rate=rate if policy.foresees else None,
         )
         level = policy.choose(situation)
         rung = chunk[level]
         began = max(now, rung.ready_s)
         now = link.finish(began, rung.bytes)
-        cloud = max(cloud, now + delay) + rung.cloud_s
+        takes = rung.cloud_s + (0.0 if after_text else rung.pass_s)
+        cloud = max(cloud, now + delay) + takes
         levels.append(level)
-        sent.append((Sent(rung.bytes, began, rung.cloud_s), now + delay, cloud))
+        sent.append((Sent(rung.bytes, began, takes), now + delay, cloud))
     first_token = cloud + request.rest_s
     met = request.deadline_s is None or first_token <= request.deadline_s + 1e-6
     return Played(tuple(levels), first_token, sum(each.bytes for each, _, _ in sent), met)
@@ -94,7 +99,7 @@ def rung(level: str, tokens: int, options: argparse.Namespace) -> Rung:
     if level == SKIP:
         return Rung(0)
     if level == TEXT:
-        return Rung(2 * tokens, cloud_s=tokens / options.prefill)
+        return Rung(2 * tokens, cloud_s=tokens / options.prefill, pass_s=options.each_pass)
     shape = [(options.kv_heads, options.head_dim, options.head_dim, None)] * options.layers
     return Rung(expected_bytes(parse(level), shape, tokens), cloud_s=options.decode)
 
@@ -114,7 +119,12 @@ def compared(policies: dict[str, Policy], request: Request, links: Sequence[Rate
     """A row for each policy, over requests that begin at the beginning of each of the links' rates."""
     rows = [["policy", "met", "mean level", "of those met", "a request", "first token"]]
     for name, policy in policies.items():
-        plays = [play(policy, request, rate) for rate in links]
+        plays, margin = list[Played](), Margin()
+        for rate in links:
+            held_back = margin.seconds(request.deadline_s) if request.deadline_s else 0.0
+            plays.append(play(policy, request, rate, held_back))
+            if request.deadline_s:
+                margin.learn(plays[-1].first_token_s, request.deadline_s, held_back)
         met = [each for each in plays if each.met]
         rows.append(
             [
@@ -146,6 +156,9 @@ def main() -> None:
     parser.add_argument(
         "--prefill", type=float, default=700.0, help="tokens a second that the cloud prefills"
     )
+    parser.add_argument(
+        "--each-pass", type=parse_time, default=0.0, help="that it takes more for a text that follows on none"
+    )
     parser.add_argument("--decode", type=parse_time, default=0.005, help="of a codec's chunk at the cloud")
     options = parser.parse_args()
     delivery = kinds.parse(options.delivery, {"adaptive": "testbed.delivery.adaptive:Adaptive"}, "delivery")
@@ -155,7 +168,7 @@ def main() -> None:
     policies: dict[str, Policy] = {name: kinds.load(POLICIES[name])() for name in POLICIES if name != "fixed"}
     policies |= {f"fixed: {level}": Fixed(i) for i, level in enumerate(levels)}
     print(f"a simulation: {options.tokens} tokens in {len(chunks)} chunks, {delivery}")
-    for i, (level, (size, cloud_s, _)) in enumerate(zip(levels, chunks[0], strict=True)):
+    for i, (level, (size, cloud_s, *_)) in enumerate(zip(levels, chunks[0], strict=True)):
         print(f"  level {i}: {level:<24} {format_size(size):>10} a chunk, {cloud_s:.3f} s at the cloud")
     shipped = sorted(str(path) for path in (Path(__file__).parents[1] / "scenarios/traces").glob("*.csv"))
     for trace in options.traces or shipped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -114,24 +115,42 @@ class Parts:
         """What `take` will do."""
         return "prefill" if self._request.levels[arrived.chunk.level] == TEXT else "decode"
 
-    def take(self, arrived: Arrived, made: Pass) -> None:
-        """What has come now; `made`: told what pass that took. Raises PayloadError, WireError."""
-        chunk, level = arrived.chunk, self._request.levels[arrived.chunk.level]
-        if chunk.stop > self._request.tokens:
-            raise WireError(f"chunk {chunk.index} is of tokens that the context does not have")
+    def next(self, waiting: deque[Arrived]) -> list[Arrived]:
+        """Of those that wait what is to be taken next: the first one, and behind a text the texts that follow on each other."""
+        run = [waiting.popleft()]
+        while (
+            waiting
+            and self.stage(run[-1]) == self.stage(waiting[0]) == "prefill"
+            and run[-1].chunk.start < run[-1].chunk.stop == waiting[0].chunk.start < waiting[0].chunk.stop
+        ):
+            run.append(waiting.popleft())
+        return run
+
+    def take(self, run: Sequence[Arrived], made: Pass) -> None:
+        """What `next` said; `made`: told what pass that took. Raises PayloadError, WireError."""
+        chunk, last = run[0].chunk, run[-1].chunk
+        level = self._request.levels[chunk.level]
+        if last.stop > self._request.tokens:
+            raise WireError(f"chunk {last.index} is of tokens that the context does not have")
         if level == SKIP:
             return
-        start, stop = self._begin + chunk.start, self._begin + chunk.stop
+        start, stop = self._begin + chunk.start, self._begin + last.stop
         if level == TEXT:
-            model = self._side.model
-            ids = from_bytes(arrived.payload, chunk.stop - chunk.start, model.vocabulary)
-            before = self._joined([start for start in self._there if start < chunk.start], start)
-            made.tokens, made.past = len(ids), held(self._prefix.cache, before)
-            cache = model.prefill(ids, self._past(before, start)).cache
+            cache = self._computed(run, start, made)
         else:
-            cache = _decode(self._side, [arrived.payload])
+            cache = _decode(self._side, [run[0].payload])
             _check_within(cache, start, stop, chunk)
-        self.put(chunk.start, chunk.stop, cache)
+        self.put(chunk.start, last.stop, cache)
+
+    def _computed(self, run: Sequence[Arrived], start: int, made: Pass) -> KVCache:
+        """Texts in one pass over the model's weights, behind what is there of the tokens before them."""
+        model, ids = self._side.model, list[int]()
+        for arrived in run:
+            length = arrived.chunk.stop - arrived.chunk.start
+            ids += from_bytes(arrived.payload, length, model.vocabulary)
+        before = self._joined([begin for begin in self._there if begin < run[0].chunk.start], start)
+        made.tokens, made.past = len(ids), held(self._prefix.cache, before)
+        return model.prefill(ids, self._past(before, start)).cache
 
     def put(self, start: int, stop: int, cache: KVCache) -> None:
         """The cache of a part is there. Raises WireError where some of it was: what is left out could not be counted."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,10 @@ from testbed.codecs.layout import expected_bytes
 from testbed.delivery.adaptive import Adaptive
 from testbed.delivery.delivery import SKIP, TEXT, Part
 from testbed.delivery.policies.policy import Arrival, Rung, Sent, Situation
+from testbed.delivery.policies.prediction import LEAST_BYTES
+from testbed.endpoints.experience import Experience
 from testbed.endpoints.feed import Chunk, Context, Feed
-from testbed.endpoints.spans import CLOUD, EDGE, Span
+from testbed.endpoints.spans import Span
 from testbed.endpoints.tokens import token_bytes
 
 if TYPE_CHECKING:
@@ -21,38 +24,7 @@ if TYPE_CHECKING:
 
 #: Of an IP packet's bytes, which rates count, those that carry data: 1448 in 1500, with TCP's timestamps.
 _GOODPUT = 1448 / 1500
-
-
-@dataclass
-class Experience:
-    """How long things took of late, in seconds a token; what was never done takes no time."""
-
-    text_s: float  #: prefilled by the cloud; before it has told, as this host would prefill it
-    encode_s: dict[str, float] = field(default_factory=dict)  #: by level
-    decode_s: dict[str, float] = field(default_factory=dict)
-    rest_s: float = (
-        0.0  #: of a request, in seconds: from when its last chunk is rebuilt to its first token at the edge
-    )
-
-    def learn(self, parts: Sequence[Part], levels: Sequence[str], spans: Sequence[Span]) -> None:
-        """What a request's spans tell of chunks that went at these levels."""
-        rebuilt_at: dict[int, float] = {}
-        for span in spans:
-            if span.chunk >= len(levels):
-                continue
-            part, level = parts[span.chunk], levels[span.chunk]
-            seconds = (span.end - span.start) / (part.stop - part.start)
-            if span.side == EDGE and span.stage == "encode":
-                self.encode_s[level] = seconds
-            elif span.side == CLOUD and span.stage in ("decode", "prefill") and span.chunk not in rebuilt_at:
-                rebuilt_at[span.chunk] = span.end
-                if span.stage == "prefill":
-                    self.text_s = seconds
-                else:
-                    self.decode_s[level] = seconds
-        first_tokens = [span.end for span in spans if span.stage == "first_token"]
-        if first_tokens and rebuilt_at:
-            self.rest_s = max(0.0, first_tokens[-1] - max(rebuilt_at.values()))
+_ROUNDS = 12  # of slow start: 60 MB a round trip
 
 
 @dataclass(frozen=True)
@@ -67,6 +39,25 @@ class Outlook:
     rate: Sequence[tuple[float, float | None]] = ()
 
 
+def let_out(steps: Sequence[tuple[float, float]], since_s: float, rtt_s: float) -> list[tuple[float, float]]:
+    """A rate over time as a connection lets it out that begins then: in slow start ten packets in the first round trip, twice as
+    many in each that follows (RFC 6928, RFC 5681), until the link takes no more.
+    """
+    most = max((rate for _, rate in steps if rate < inf), default=inf)
+    rounds = [(since_s + n * rtt_s, LEAST_BYTES * 8 * 2**n / rtt_s) for n in range(_ROUNDS)] if rtt_s else []
+    rounds = [(at, rate) for at, rate in rounds if rate < most]
+    if not steps or not rounds:
+        return list(steps)
+    opened = rounds[-1][0] + rtt_s
+    ramp = [(-inf, inf), *rounds, (opened, inf)]
+    times = sorted({at for at, _ in steps} | {at for at, _ in ramp[1:] if at > steps[0][0]})
+    return [(at, min(_at(steps, at), _at(ramp, at))) for at in times]
+
+
+def _at(steps: Sequence[tuple[float, float]], time_s: float) -> float:
+    return steps[bisect_right(steps, time_s, key=lambda step: step[0]) - 1][1]
+
+
 class AdaptiveFeed(Feed):
     """Asks its delivery's policy for each chunk's level."""
 
@@ -75,7 +66,10 @@ class AdaptiveFeed(Feed):
     def __init__(self, context: Context, delivery: Adaptive, outlook: Outlook) -> None:
         super().__init__(context, delivery, delivery.levels)
         self._delivery, self._outlook = delivery, outlook
+        self._margin = outlook.experience.margin(str(delivery))
+        self._margin_s = self._margin.seconds(delivery.deadline) if delivery.deadline else 0.0
         self._began = self._delay = 0.0
+        self._first_at: float | None = None
         self._handed: list[Sent] = []
         self._arrived: dict[int, float] = {}
 
@@ -97,7 +91,8 @@ class AdaptiveFeed(Feed):
         self._began, self._delay = at, delay_s
 
     def handed(self, index: int, at: float, size: int) -> None:
-        cloud_s = self._rung(self.parts[index], self.sent[index], at, self._length).cloud_s
+        rung = self._rung(self.parts[index], self.sent[index], at, self._length)
+        cloud_s = rung.cloud_s + (0.0 if self._after_text(index) else rung.pass_s)
         with self._changed:
             self._handed.append(Sent(size, at - self._began, cloud_s))
 
@@ -105,12 +100,22 @@ class AdaptiveFeed(Feed):
         with self._changed:
             self._arrived[index] = at - self._began
 
+    def learn(self, spans: Sequence[Span], first_token_s: float) -> None:
+        """How the request went, for those to come."""
+        self._outlook.experience.learn(self.parts, self.sent, spans)
+        if self._delivery.deadline is not None:
+            self._margin.learn(first_token_s, self._delivery.deadline, self._margin_s)
+
+    def _after_text(self, index: int) -> bool:
+        return index > 0 and self.sent[index - 1] == TEXT
+
     def _choose(self, index: int) -> int:
         return self._delivery.policy.choose(self.situation(index))
 
     def situation(self, index: int) -> Situation:
         """As it is now, with the chunk of that index to be sent next."""
         now = time.monotonic()
+        self._first_at = now - self._began if self._first_at is None else self._first_at
         with self._changed:
             there, arrived, handed = self._there, dict(self._arrived), list(self._handed)
         arrivals, cloud_free = [], 0.0
@@ -123,6 +128,7 @@ class AdaptiveFeed(Feed):
             tuple(self._rung(p, level, now, there) for level in self.levels) for p in self.parts[index:]
         ]
         rate = [(at - self._began, inf if bps is None else bps * _GOODPUT) for at, bps in self._outlook.rate]
+        rate = let_out(rate, self._first_at, 2 * self._delay)
         return Situation(
             now_s=now - self._began,
             deadline_s=self._delivery.deadline,
@@ -133,6 +139,8 @@ class AdaptiveFeed(Feed):
             delay_s=self._delay,
             cloud_free_s=cloud_free,
             rest_s=self._outlook.experience.rest_s,
+            margin_s=self._margin_s,
+            after_text=self._after_text(index),
             rate=rate or None,
         )
 
@@ -143,7 +151,8 @@ class AdaptiveFeed(Feed):
             return Rung(0)
         if level == TEXT:
             size = token_bytes(self._context.vocabulary) * tokens
-            return Rung(size, experience.text_s * tokens)
+            pass_s, each_s = experience.passes.line()
+            return Rung(size, each_s * tokens, pass_s=pass_s)
         codec = self._context.codecs[level]
         needed = part.stop if codec.selector is None else self._length
         ready = max(0, needed - there) * self._outlook.prefill_s

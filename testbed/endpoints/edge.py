@@ -16,8 +16,9 @@ from testbed.delivery.delivery import SKIP, TEXT, Pipelined, parse
 from testbed.delivery.progressive import Progressive
 from testbed.endpoints import choice
 from testbed.endpoints.at_hand import Encoded, Prefilled, TaskExamples
-from testbed.endpoints.choosing import AdaptiveFeed, Experience, Outlook
+from testbed.endpoints.choosing import AdaptiveFeed, Outlook
 from testbed.endpoints.client import REBUILDS, Client
+from testbed.endpoints.experience import Experience, Passes
 from testbed.endpoints.feed import Context, Feed, Made, run_lengths
 from testbed.endpoints.local import answered_here
 from testbed.endpoints.plane_feed import PlaneFeed
@@ -251,14 +252,15 @@ class Edge(InferenceSide):
         done = max(span.end for span in answered.spans)
         here = [span._replace(end=min(span.end, done)) for span in feed.spans if span.start < done]
         spans = [*here, *answered.spans]
-        if self._experience is not None and isinstance(feed, AdaptiveFeed):
-            self._experience.learn(feed.parts, feed.sent, spans)
         result = answered.result(message, spans, sorted(feed.reused))
+        first_token_s = result.e2e_s - result.stages.generate_s
         deadline_s = delivery.deadline if isinstance(delivery, Adaptive) else None
+        if isinstance(feed, AdaptiveFeed):
+            feed.learn(spans, first_token_s)
         return structs.replace(
             result,
             deadline_s=deadline_s,
-            met=None if deadline_s is None else result.e2e_s - result.stages.generate_s <= deadline_s,
+            met=None if deadline_s is None else first_token_s <= deadline_s,
             replayed=bool(feed.reused),
             payload_bytes=feed.payload_bytes,
             shared_bytes=max((codec.spec.shared_bytes for codec in context.codecs.values()), default=0),
@@ -286,7 +288,8 @@ class Edge(InferenceSide):
             return Feed(context, delivery, levels)
         token_s = prefilled.prefill_s / len(prefilled.ids)
         if self._experience is None:
-            self._experience = Experience(token_s / self.pace.speed.factor("prefill"))
+            own = len(prefilled.ids), prefilled.prefill_s / self.pace.speed.factor("prefill")
+            self._experience = Experience(Passes(own))
         shapes = [(s.kv_heads, s.head_dim, s.value_dim, s.window) for s in self.model.shapes]
         return AdaptiveFeed(context, delivery, Outlook(shapes, token_s, self._experience, message.rate))
 

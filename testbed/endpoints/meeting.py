@@ -138,7 +138,7 @@ class _Meeting:
                 about.work("decode", arrived.chunk.index) as made,
                 torch.inference_mode(False),  # ordinary tensors, here too
             ):
-                self.parts.take(arrived, made)
+                self.parts.take([arrived], made)
         if stop > self._front:
             stop = min(stop, self._meeting_point())
         block.tokens = stop - self._front
@@ -174,4 +174,4 @@ class _Meeting:
 
     def _decode(self, arrived: Arrived) -> None:
         with self._work("decode", arrived.chunk.index) as made:
-            self.parts.take(arrived, made)
+            self.parts.take([arrived], made)

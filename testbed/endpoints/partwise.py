@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from msgspec import structs
 
 from testbed.delivery.delivery import Pipelined
 from testbed.delivery.meet import Meet
@@ -32,12 +35,21 @@ def partwise(about: Answering, delivery: Pipelined, arrivals: Arrivals) -> None:
 
 
 def _by_tokens(about: Answering, arrivals: Arrivals) -> None:
-    """Each part is decoded in a turn of its own; the question is read when all are there."""
-    parts = Parts(about.side, about.prefix, about.request)
-    for arrived in arrivals:
-        with about.turn(), about.work(parts.stage(arrived), arrived.chunk.index, arrived.at) as made:
-            parts.take(arrived, made)
-        about.payload.append(arrived.payload)
+    """Each part is decoded in a turn of its own, texts that wait together are computed in one; the question is read when all are
+    there.
+    """
+    parts, waiting = Parts(about.side, about.prefix, about.request), deque[Arrived]()
+    for first in arrivals:
+        waiting.append(first)
+        while waiting:
+            with about.turn():
+                waiting += arrivals.here()
+                run = parts.next(waiting)
+                last = run[-1]
+                with about.work(parts.stage(last), last.chunk.index, last.at) as made:
+                    parts.take(run, made)
+            about.worked[-1] = structs.replace(about.worked[-1], tokens=made.tokens)
+            about.payload += [arrived.payload for arrived in run]
     about.arrived = arrivals.times
     if not about.arrived:
         raise WireError("a request without a chunk")

@@ -187,11 +187,13 @@ def test_every_policy_is_described_and_reads_back(name: str) -> None:
 def ends(request: Request, steps: Steps, levels: tuple[int, ...]) -> float:
     times = [time for time, _ in steps]
     schedule = Schedule(times, times[-1] + 1, rates=[rate / 8 for _, rate in steps], loop=False)
-    sent = cloud = 0.0
+    sent, cloud, before = 0.0, 0.0, ""
     for chunk, level in zip(request.chunks, levels, strict=True):
         if chunk[level].bytes:
             sent = schedule.finish(max(sent, chunk[level].ready_s), chunk[level].bytes)
         cloud = max(cloud, sent + request.delay_s) + chunk[level].cloud_s
+        cloud += 0.0 if before == TEXT else chunk[level].pass_s
+        before = request.levels[level]
     return cloud + request.rest_s
 
 
@@ -210,10 +212,11 @@ def requests(draw: st.DrawFn, most: int) -> Request:
 
     def rung(level: str, ready: float) -> Rung:
         if level in (TEXT, SKIP):
-            return Rung(sizes[level], 0.0 if level == SKIP else draw(st.sampled_from([0.05, 0.2, 0.6])))
+            computed = draw(st.sampled_from([0.05, 0.2, 0.6]))
+            return Rung(sizes[level]) if level == SKIP else Rung(sizes[level], computed, pass_s=once)
         return Rung(draw(st.integers(sizes[level] // 2, sizes[level])), 0.01, ready)
 
-    pace = draw(st.sampled_from([0.0, 0.1, 0.5]))
+    pace, once = draw(st.sampled_from([0.0, 0.1, 0.5])), draw(st.sampled_from([0.0, 0.15]))
     count = draw(st.integers(1, most))
     chunks = tuple(tuple(rung(level, pace * (i + 1)) for level in names) for i in range(count))
     deadline = draw(

@@ -31,6 +31,7 @@ class Rung(NamedTuple):
         0.0  #: what the cloud computes for it once it is there: a text's prefill, a codec's decoding
     )
     ready_s: float = 0.0  #: when it can be handed over at the earliest
+    pass_s: float = 0.0  #: of a text, what the cloud takes more where the chunk before is none: they share a pass
 
 
 class Sent(NamedTuple):
@@ -56,6 +57,7 @@ class Situation:
     levels: the best first. chunks: those still to be sent, in their order, the next one first; each with a rung for each level.
     arrivals, under_way: in the order in which they were sent. delay_s: one way. cloud_free_s: when the cloud has done what
     arrived. rest_s: from when the cloud has done the last chunk to the first token at the edge: the question and the way back.
+    margin_s: how long before the deadline a plan has to end. after_text: the chunk before the next one went as text.
     rate: the link's rate over time, (seconds, bits per second) from each step on, for who may know it.
     """
 
@@ -68,6 +70,8 @@ class Situation:
     delay_s: float = 0.0
     cloud_free_s: float = 0.0
     rest_s: float = 0.0
+    margin_s: float = 0.0
+    after_text: bool = False
     rate: Sequence[tuple[float, float]] | None = None
 
 

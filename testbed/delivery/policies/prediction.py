@@ -3,19 +3,19 @@
 The link sends one chunk after the other, and the cloud computes one after the other, each once it is there:
 
     sent = link.finish(max(sent, ready_s), bytes)
-    cloud = max(cloud, sent + delay_s) + cloud_s
+    cloud = max(cloud, sent + delay_s) + cloud_s (+ pass_s, where no text is before a text)
     first token = cloud + rest_s, behind the last one
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import inf
 from typing import NamedTuple
 
-from testbed.delivery.delivery import SKIP
+from testbed.delivery.delivery import SKIP, TEXT
 from testbed.delivery.policies.policy import Rung, Situation
 
 #: What fits into TCP's first window (RFC 6928) says how long the way is, and nothing of its rate.
@@ -70,12 +70,15 @@ def telling_levels(situation: Situation) -> list[int]:
 
 
 class State(NamedTuple):
-    """After some chunks: what their levels lose, when the cloud has done and the link sent them, and the first one's level."""
+    """After some chunks: what their levels lose, when the cloud has done and the link sent them, and the first one's level.
+    joins: a text behind them is computed in one pass with the last one.
+    """
 
     loss: int
     cloud_s: float
     sent_s: float
     first: int = -1
+    joins: bool = False
 
 
 def present(situation: Situation, link: Link) -> State:
@@ -85,15 +88,15 @@ def present(situation: Situation, link: Link) -> State:
     for size, sent_s, cloud_s in situation.under_way:
         sent = link.finish(max(sent, sent_s), size)
         cloud = max(cloud, max(sent, situation.now_s - situation.delay_s) + situation.delay_s) + cloud_s
-    return State(0, cloud, max(sent, situation.now_s))
+    return State(0, cloud, max(sent, situation.now_s), joins=situation.after_text)
 
 
 def best_level(situation: Situation, link: Link, ahead: int) -> int:
     """The next chunk's level in the plan that loses least. A plan gives each of the next *ahead* chunks a level of its own, and
     all behind them one; all plans are compared.
 
-    - With a deadline: among those that meet it, the least sum of levels (0 is the best), then the least left out, then the
-      earliest.
+    - With a deadline: among those that meet it with the margin, the least sum of levels (0 is the best), then the least left out,
+      then the earliest. Where none does, but some without the margin, the earliest of those.
     - Where none meets it, and without a deadline: among those that leave nothing out (no `SKIP`), the earliest, then the least
       sum of levels. Nothing is left out for a deadline that is lost anyway.
     """
@@ -105,55 +108,77 @@ def best_level(situation: Situation, link: Link, ahead: int) -> int:
         items.append(list(behind))
     if situation.deadline_s is not None:
         limit = situation.deadline_s - situation.rest_s + _ROUNDING_S
-        if met := _ends(items, start, link, situation.delay_s, losses, limit):
+        if met := _ends(items, start, link, situation, losses, limit - situation.margin_s):
             return min(met).first
+        if situation.margin_s and (met := _ends(items, start, link, situation, losses, limit)):
+            return min(met, key=_earliest).first
     whole = {i: loss for i, loss in losses.items() if situation.levels[i] != SKIP} or losses
-    ends = _ends(items, start, link, situation.delay_s, whole, inf)
-    return min(ends, key=lambda state: (_rounded(state.cloud_s), state.loss)).first
+    return min(_ends(items, start, link, situation, whole, inf), key=_earliest).first
 
 
 def _ends(
     items: Sequence[Sequence[tuple[Rung, ...]]],
     start: State,
     link: Link,
-    delay_s: float,
+    situation: Situation,
     losses: Mapping[int, int],
     limit_s: float,
 ) -> list[State]:
     """Where one can be after all items, each at one of the levels, with the cloud done by *limit_s*; without what is in no way
     better than another: to begin later, at the link or the cloud, is never to end earlier. losses: a chunk's, by level."""
-    states = [start]
+    states, delay_s = [start], situation.delay_s
     for item in items:
         reached = []
         for state in states:
             for level, lost in losses.items():
-                loss, cloud, sent, first = state
+                loss, cloud, sent, first, joins = state
                 for chunk in item:
-                    size, cloud_s, ready_s = chunk[level]
+                    size, cloud_s, ready_s, pass_s = chunk[level]
                     sent = link.finish(max(sent, ready_s), size)
-                    cloud = max(cloud, sent + delay_s) + cloud_s
+                    cloud = max(cloud, sent + delay_s) + cloud_s + (0.0 if joins else pass_s)
+                    joins = pass_s > 0 and situation.levels[level] == TEXT
                 if cloud <= limit_s:
                     first = level if first < 0 else first
-                    reached.append(State(loss + lost * len(item), cloud, sent, first))
+                    reached.append(State(loss + lost * len(item), cloud, sent, first, joins))
         states = _undominated(reached)
     return states
 
 
 def _undominated(states: list[State]) -> list[State]:
-    """Those to which no other is as good in loss, cloud and link."""
+    """Those to which no other is as good in loss, cloud, link and in what a text behind it costs."""
     kept: list[State] = []
-    front: list[tuple[float, float]] = []  # (cloud, -sent) of what is kept: ascending cloud, descending sent
+    every, joining = _Front(), _Front()
     for state in sorted(states):
-        at = bisect_right(front, (state.cloud_s, inf))
-        if at and -front[at - 1][1] <= state.sent_s:
+        if (joining if state.joins else every).has_as_good(state):
             continue
         kept.append(state)
-        point = (state.cloud_s, -state.sent_s)
-        while at < len(front) and -front[at][1] >= state.sent_s:
-            front.pop(at)
-        insort(front, point)
+        every.add(state)
+        if state.joins:
+            joining.add(state)
     return kept
 
 
-def _rounded(seconds: float) -> float:
-    return seconds if seconds == inf else round(seconds, 9)
+class _Front:
+    """Of states, those with which neither the cloud nor the link is done later than with another."""
+
+    def __init__(self) -> None:
+        self._points: list[tuple[float, float]] = []  # (cloud, -sent): ascending cloud, descending sent
+
+    def has_as_good(self, state: State) -> bool:
+        at = bisect_right(self._points, (state.cloud_s, inf))
+        return at > 0 and -self._points[at - 1][1] <= state.sent_s
+
+    def add(self, state: State) -> None:
+        """One that none is as good as, or would make no difference."""
+        if self.has_as_good(state):
+            return
+        point = (state.cloud_s, -state.sent_s)
+        at = bisect_left(self._points, point)
+        while at < len(self._points) and -self._points[at][1] >= state.sent_s:
+            self._points.pop(at)
+        self._points.insert(at, point)
+
+
+def _earliest(state: State) -> tuple[float, int]:
+    """The order in which the earliest is the first, and of equals the one that loses least."""
+    return (state.cloud_s if state.cloud_s == inf else round(state.cloud_s, 9), state.loss)

@@ -1,0 +1,72 @@
+"""What an edge has seen requests take, by which it forecasts the next one."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import linear_regression
+
+from testbed.delivery.delivery import Part
+from testbed.delivery.policies.margin import Margin
+from testbed.endpoints.spans import CLOUD, EDGE, Span
+
+_LAST = 16  # passes
+
+
+@dataclass
+class Passes:
+    """What a pass over tokens takes at the cloud: so long, and so long more for each token; a line through the last passes.
+    before: one as this host makes it, until the cloud has told.
+    """
+
+    before: tuple[int, float]
+    told: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_LAST))
+
+    def line(self) -> tuple[float, float]:
+        """Seconds of a pass, and of each token in it."""
+        passes = [*self.told] if len({tokens for tokens, _ in self.told}) > 1 else [self.before, *self.told]
+        sizes, seconds = zip(*passes, strict=True)
+        if len(set(sizes)) > 1:
+            each, fixed = linear_regression(sizes, seconds)
+            if each > 0 and fixed > 0:
+                return fixed, each
+        recent = self.told or passes
+        return 0.0, sum(took for _, took in recent) / sum(tokens for tokens, _ in recent)
+
+
+@dataclass
+class Experience:
+    """How long things took of late, in seconds a token; what was never done takes no time."""
+
+    passes: Passes  #: of texts that the cloud prefills
+    encode_s: dict[str, float] = field(default_factory=dict)  #: by level
+    decode_s: dict[str, float] = field(default_factory=dict)
+    rest_s: float = (
+        0.0  #: of a request, in seconds: from when its last chunk is rebuilt to its first token at the edge
+    )
+    margins: dict[str, Margin] = field(default_factory=dict)  #: by delivery
+
+    def margin(self, delivery: str) -> Margin:
+        """That of a delivery's requests."""
+        return self.margins.setdefault(delivery, Margin())
+
+    def learn(self, parts: Sequence[Part], levels: Sequence[str], spans: Sequence[Span]) -> None:
+        """What a request's spans tell of chunks that went at these levels."""
+        rebuilt_at: dict[int, float] = {}
+        for span in spans:
+            if span.chunk >= len(levels):
+                continue
+            part, level = parts[span.chunk], levels[span.chunk]
+            seconds = span.end - span.start
+            if span.side == EDGE and span.stage == "encode":
+                self.encode_s[level] = seconds / (part.stop - part.start)
+            elif span.side == CLOUD and span.stage in ("decode", "prefill") and span.chunk not in rebuilt_at:
+                rebuilt_at[span.chunk] = span.end
+                if span.stage == "prefill":
+                    self.passes.told.append((span.bytes, seconds))
+                else:
+                    self.decode_s[level] = seconds / (part.stop - part.start)
+        first_tokens = [span.end for span in spans if span.stage == "first_token"]
+        if first_tokens and rebuilt_at:
+            self.rest_s = max(0.0, first_tokens[-1] - max(rebuilt_at.values()))
