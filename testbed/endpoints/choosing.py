@@ -29,13 +29,14 @@ _ROUNDS = 12  # of slow start: 60 MB a round trip
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is known before a request. shapes: of the model's layers (`expected_bytes`); prefill_s: of a token here; rate: of the
+    """What is known before a request. link: its name; shapes: of the model's layers (`expected_bytes`); prefill_s: of a token here; rate: of the
     link, for policies that foresee: (monotonic seconds, bits per second or None without a limit).
     """
 
     shapes: Sequence[tuple[int, int, int, int | None]]
     prefill_s: float
     experience: Experience
+    link: str = ""
     rate: Sequence[tuple[float, float | None]] = ()
 
 
@@ -66,7 +67,7 @@ class AdaptiveFeed(Feed):
     def __init__(self, context: Context, delivery: Adaptive, outlook: Outlook) -> None:
         super().__init__(context, delivery, delivery.levels)
         self._delivery, self._outlook = delivery, outlook
-        self._margin = outlook.experience.margin(str(delivery))
+        self._margin = outlook.experience.margin(str(delivery), outlook.link)
         self._margin_s = self._margin.seconds(delivery.deadline) if delivery.deadline else 0.0
         self._began = self._delay = 0.0
         self._first_at: float | None = None

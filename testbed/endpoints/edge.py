@@ -291,7 +291,9 @@ class Edge(InferenceSide):
             own = len(prefilled.ids), prefilled.prefill_s / self.pace.speed.factor("prefill")
             self._experience = Experience(Passes(own))
         shapes = [(s.kv_heads, s.head_dim, s.value_dim, s.window) for s in self.model.shapes]
-        return AdaptiveFeed(context, delivery, Outlook(shapes, token_s, self._experience, message.rate))
+        link = message.link.name if message.link else ""
+        outlook = Outlook(shapes, token_s, self._experience, link, message.rate)
+        return AdaptiveFeed(context, delivery, outlook)
 
     def _cloud(self, message: TrialRequest, link: Link) -> TrialResult:
         """The context's text crosses, the cloud does the rest."""

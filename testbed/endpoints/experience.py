@@ -45,11 +45,11 @@ class Experience:
     rest_s: float = (
         0.0  #: of a request, in seconds: from when its last chunk is rebuilt to its first token at the edge
     )
-    margins: dict[str, Margin] = field(default_factory=dict)  #: by delivery
+    margins: dict[tuple[str, str], Margin] = field(default_factory=dict)  #: by delivery and link
 
-    def margin(self, delivery: str) -> Margin:
-        """That of a delivery's requests."""
-        return self.margins.setdefault(delivery, Margin())
+    def margin(self, delivery: str, link: str) -> Margin:
+        """That of a delivery's requests over a link."""
+        return self.margins.setdefault((delivery, link), Margin())
 
     def learn(self, parts: Sequence[Part], levels: Sequence[str], spans: Sequence[Span]) -> None:
         """What a request's spans tell of chunks that went at these levels."""
