@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from testbed import kinds
+from testbed.delivery.adaptive import Adaptive
 from testbed.errors import SpecError
 
 _BETWEEN = " · "  #: a setting's parts (`settings.labelled`)
@@ -34,13 +35,20 @@ _KIND = re.compile(r"([A-Za-z][\w-]*)\((.*)\)", re.DOTALL)
 
 
 def _in_common(names: list[str]) -> dict[str, set[str]]:
-    """By kind the parameters that all of its deliveries among these names have; nothing of a kind with one form alone."""
+    """By kind the parameters that all of its deliveries among these names have, and a ladder that is the only one; nothing of a
+    kind with one form alone.
+    """
     forms: dict[str, set[tuple[str, ...]]] = {}
     for name in names:
         for part in name.split(_BETWEEN):
             kind, parameters = _kind(part)
             forms.setdefault(kind, set()).add(parameters)
-    return {kind: set.intersection(*map(set, own)) for kind, own in forms.items() if kind and len(own) > 1}
+    several = {kind: own for kind, own in forms.items() if kind and len(own) > 1}
+    alike = {kind: set.intersection(*map(set, own)) for kind, own in several.items()}
+    for kind, own in several.items():
+        ladders = {p for form in own for p in form if p.startswith("levels=")}
+        alike[kind] |= ladders if len(ladders) == 1 else set()
+    return alike
 
 
 def _without_common(name: str, alike: dict[str, set[str]]) -> str:
@@ -54,12 +62,21 @@ def _without_common(name: str, alike: dict[str, set[str]]) -> str:
 
 
 def _kind(part: str) -> tuple[str, tuple[str, ...]]:
-    """The name and the parameters of ``name(key=value, …)``; two empty ones of anything else."""
+    """The name and the parameters of ``name(key=value, …)``; two empty ones of anything else. Of a sender that chooses levels who
+    chooses is always said, and of one that has a single level that level alone.
+    """
     match = _KIND.fullmatch(part)
     try:
-        return (match[1], tuple(p.strip() for p in kinds.split(match[2]))) if match else ("", ())
+        parameters = tuple(p.strip() for p in kinds.split(match[2])) if match else ()
+        levels = next((p.removeprefix("levels=[")[:-1] for p in parameters if p.startswith("levels=[")), "")
+        if levels and len(kinds.split(levels)) == 1:
+            kept = (p for p in parameters if not p.startswith(("levels=", "policy=")))
+            parameters = (levels, *kept)
+        elif levels and not any(p.startswith("policy=") for p in parameters):
+            parameters = (*parameters, f"policy={Adaptive.policy}")
     except SpecError:
         return "", ()
+    return (match[1], parameters) if match else ("", ())
 
 
 def _without_parameters(name: str, longest: int) -> str:

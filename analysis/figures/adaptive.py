@@ -65,17 +65,22 @@ def draw(run: Run) -> Figure:
     figure, axes = frame.figure()
     longest = 1.02 * max(_ends(request) for request in requests)
     names = short((str(request.row["setting"]) for request in requests), 60)
+    shown = set()  # of what the legend may name
     for ax, request in zip(axes, requests, strict=True):
         begin = float(request.row["trace_s"])
         rate = rates(run, str(first["profile"]), begin, longest) if math.isfinite(begin) else None
+        shown |= {"rate"} if rate is not None else set()
+        shown |= {"deadline"} if math.isfinite(request.row["deadline_s"]) else set()
         _draw_request(ax, request, names[str(request.row["setting"])], longest, rate)
         ax.tick_params(labelbottom=ax is axes[-1])
     axes[-1].set_xlabel("time since the request (s)")
+    rate_drawn = [Patch(color=_RATE, alpha=0.6, label="the link's rate")]
+    due = [Line2D([], [], color=INK, lw=1.0, ls=(0, (4, 2)), label="deadline")]
     handles: list[Any] = [
-        Patch(color=_RATE, alpha=0.6, label="the link's rate"),
+        *(rate_drawn if "rate" in shown else []),
         Patch(facecolor=ORANGE, edgecolor=INK, linewidth=0.5, label="a chunk at its level"),
         Line2D([], [], color=BLUE, lw=1.2, label="bytes under way"),
-        Line2D([], [], color=INK, lw=1.0, ls=(0, (4, 2)), label="deadline"),
+        *(due if "deadline" in shown else []),
     ]
     bottom_legend(figure, frame, handles, 4)
     return figure
