@@ -4,12 +4,12 @@
     .venv/bin/python -m benchmarks.adaptive --table RUN [--json]
 
 TRACE is what a profile says of one: ``trace:FILE(column=down)``, with its options. The requests are spread over the trace
-(`at: example`); each setting meets a request's own stretch of it. A stored cache of SmolLM2 crosses in parts; what can be encoded
-before the request is.
+(`at: example`); each setting meets a request's own stretch of it. A stored cache of SmolLM2 crosses in parts; what can be
+encoded before the request is.
 
-A setting is a policy over all `--levels`, or a level by itself: ``fixed:LEVEL``. RUN is a run's directory, for all that reads runs. A
-request that is in it is not made again, and with `--minutes` none begins later: the same call, made again, goes on (exit status 3:
-there is more to do). A piece makes each request at all its settings before the next one, so that what there is can be compared.
+A setting is a policy over all `--levels`, or a level by itself: ``fixed:LEVEL``. RUN is a run's directory, for all that reads
+runs. A request that is in it is not made again, and with `--minutes` none begins later: the same call, made again, goes on (exit
+status 3: more is to do). Each request is made at all settings before the next one, so that what there is can be compared.
 `--policies` are measured in their order; others can be added to a RUN later.
 
 Intervals: Clopper and Pearson's of the deadlines met, bootstrapped of the gold answer's mean negative log-likelihood (nats a token)
@@ -113,13 +113,17 @@ def lines(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                     **{
                         f"{column}_less_oracle": asdict(
                             stats.difference(
-                                *([float(side[example][column]) for example in both] for side in (own, oracle)),
+                                *(
+                                    [float(side[example][column]) for example in both]
+                                    for side in (own, oracle)
+                                ),
                                 bounds=None if column == "nll" else (0.0, 1.0),
                             )
                         )
                         for column in ("met", "nll")
                     },
-                    "left_out": sum(r["tokens_left_out"] for r in each) / sum(r["context_tokens"] for r in each),
+                    "left_out": sum(r["tokens_left_out"] for r in each)
+                    / sum(r["context_tokens"] for r in each),
                     "ttft_s": median(row["ttft_s"] for row in each),
                     "payload_bytes": sum(row["payload_bytes"] for row in each) / len(each),
                 }
@@ -135,12 +139,14 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         return stats.Estimate(**estimate).text(2, sign) if estimate["n"] else "-"
 
     written = [
-        "| trace | sender | n | deadline met | NLL | met, less the oracle's | NLL, less the oracle's | score | left out | first token, s | MB |",
+        "| trace | sender | n | deadline met | NLL | met, less the oracle's | NLL, less the oracle's | score | left out "
+        "| first token, s | MB |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for line in found:
         written.append(
-            f"| {line['profile'].rpartition('/')[2]} | `{line['delivery']}` | {line['n']} | {cell(line, 'met')} | {cell(line, 'nll')} "
+            f"| {line['profile'].rpartition('/')[2]} | `{line['delivery']}` | {line['n']} "
+            f"| {cell(line, 'met')} | {cell(line, 'nll')} "
             f"| {cell(line, 'met_less_oracle', '+')} | {cell(line, 'nll_less_oracle', '+')} | {line['score']['value']:.2f} "
             f"| {line['left_out']:.0%} | {line['ttft_s']:.2f} | {line['payload_bytes'] / 1e6:.2f} |"
         )
@@ -150,7 +156,9 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("traces", nargs="*", metavar="TRACE")
-    parser.add_argument("--out", type=Path, metavar="RUN", help="where requests are kept, and which are not made again")
+    parser.add_argument(
+        "--out", type=Path, metavar="RUN", help="where requests are kept, and which are not made again"
+    )
     parser.add_argument("--minutes", type=float, help="after which no request begins")
     parser.add_argument("--policies", nargs="+", metavar="SETTING", help="of all: these alone")
     parser.add_argument("--levels", nargs="+", default=LEVELS)
@@ -175,7 +183,9 @@ def main() -> int:
     options = arguments()
     done = bool(options.table) or measure(options)
     found = lines(RunDirectory.open(options.table or options.out).rows())
-    print(json.dumps({"load": os.getloadavg()[0], "lines": found}, indent=1) if options.json else table(found))
+    print(
+        json.dumps({"load": os.getloadavg()[0], "lines": found}, indent=1) if options.json else table(found)
+    )
     if not done:
         print("there is more to do: make the same call again", file=sys.stderr)
     return 0 if done else 3

@@ -121,7 +121,7 @@ def compared(policies: dict[str, Policy], request: Request, links: Sequence[Rate
     for name, policy in policies.items():
         plays, margin = list[Played](), Margin()
         for rate in links:
-            held_back = margin.seconds(request.deadline_s) if request.deadline_s else 0.0
+            held_back = margin.seconds()
             plays.append(play(policy, request, rate, held_back))
             if request.deadline_s:
                 margin.learn(plays[-1].first_token_s, request.deadline_s, held_back)

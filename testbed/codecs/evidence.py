@@ -190,6 +190,15 @@ class Kept:
             sum(int((index >= 0).sum()) / (index[..., 0].numel() or 1) for index in pruned) / len(pruned)
         )
 
+    def within(self, start: int, stop: int) -> float:
+        """Of the context tokens from `start` up to `stop` those that a head of a pruned layer keeps, on average."""
+        pruned = [index for index in self.layers if index is not None]
+        if not pruned:
+            return stop - start
+        return sum(
+            int(((index >= start) & (index < stop)).sum()) / (index[..., 0].numel() or 1) for index in pruned
+        ) / len(pruned)
+
     def apply(self, cache: KVCache) -> KVCache:
         """The cache of the kept tokens, with their original positions and the original length."""
         from testbed.models.kvcache import KVCache

@@ -29,8 +29,8 @@ _ROUNDS = 12  # of slow start: 60 MB a round trip
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is known before a request. link: its name; shapes: of the model's layers (`expected_bytes`); prefill_s: of a token here; rate: of the
-    link, for policies that foresee: (monotonic seconds, bits per second or None without a limit).
+    """What is known before a request. shapes: of the model's layers (`expected_bytes`); prefill_s: of a token here; link: its
+    name; rate: of the link, for policies that foresee: (monotonic seconds, bits per second or None without a limit).
     """
 
     shapes: Sequence[tuple[int, int, int, int | None]]
@@ -68,9 +68,10 @@ class AdaptiveFeed(Feed):
         super().__init__(context, delivery, delivery.levels)
         self._delivery, self._outlook = delivery, outlook
         self._margin = outlook.experience.margin(str(delivery), outlook.link)
-        self._margin_s = self._margin.seconds(delivery.deadline) if delivery.deadline else 0.0
+        self._margin_s = self._margin.seconds()
         self._began = self._delay = 0.0
         self._first_at: float | None = None
+        self._shares: dict[tuple[Part, str], float] = {}
         self._handed: list[Sent] = []
         self._arrived: dict[int, float] = {}
 
@@ -103,7 +104,10 @@ class AdaptiveFeed(Feed):
 
     def learn(self, spans: Sequence[Span], first_token_s: float) -> None:
         """How the request went, for those to come."""
-        self._outlook.experience.learn(self.parts, self.sent, spans)
+        experience, made = self._outlook.experience, self._made
+        experience.learn(self.parts, self.sent, spans)
+        experience.gather_s = max((s for _, s in made.gathered.values()), default=experience.gather_s)
+        experience.select_s.update((level, seconds) for level, (_, seconds) in made.kept.items())
         if self._delivery.deadline is not None:
             self._margin.learn(first_token_s, self._delivery.deadline, self._margin_s)
 
@@ -139,7 +143,7 @@ class AdaptiveFeed(Feed):
             under_way=tuple(sent for number, sent in enumerate(handed) if number not in arrived),
             delay_s=self._delay,
             cloud_free_s=cloud_free,
-            rest_s=self._outlook.experience.rest_s,
+            rest_s=self._outlook.experience.rest_s(self._delay),
             margin_s=self._margin_s,
             after_text=self._after_text(index),
             rate=rate or None,
@@ -159,6 +163,9 @@ class AdaptiveFeed(Feed):
         ready = max(0, needed - there) * self._outlook.prefill_s
         if self._within(codec):
             ready += experience.encode_s.get(level, 0.0) * tokens
+            if codec.selector is not None and level not in self._selected:
+                ready += experience.select_s.get(level, 0.0)
+                ready += 0.0 if codec.needs in self._gathered else experience.gather_s
         return Rung(
             self._size(part, level, codec),
             experience.decode_s.get(level, 0.0) * tokens,
@@ -170,4 +177,16 @@ class AdaptiveFeed(Feed):
         stored = self._context.stored is not None and not codec.asks
         if stored and (level, part) in self._made.payloads:
             return sum(map(len, self._made.payloads[level, part][0]))
-        return expected_bytes(codec.spec, self._outlook.shapes, part.stop - part.start)
+        tokens = part.stop - part.start
+        size = expected_bytes(codec.spec, self._outlook.shapes, tokens)
+        if level not in self._selected:
+            return size
+        expected = max(1 / tokens, getattr(codec.spec.selector, "ratio", 1.0))
+        return round(size * self._share(part, level) / expected)
+
+    def _share(self, part: Part, level: str) -> float:
+        """Of a part's tokens, that a level has been chosen to keep."""
+        if (part, level) not in self._shares:
+            kept = self._made.kept[level][0]
+            self._shares[part, level] = kept.within(part.start, part.stop) / (part.stop - part.start)
+        return self._shares[part, level]

@@ -51,7 +51,7 @@ from testbed.transport import wire
 
 if TYPE_CHECKING:
     from testbed.codecs.codec import Codec
-    from testbed.codecs.evidence import Evidence, Kept
+    from testbed.codecs.evidence import Evidence
     from testbed.models.prefill import Prefill
 
 
@@ -219,7 +219,7 @@ class Edge(InferenceSide):
         prefilled, stored = self._prefilled(message.batch, message.example), message.placement == "store"
         made = prefilled.made.setdefault((message.placement, message.delivery, message.repeat), Made())
         if message.reuse == "prefill":
-            made = replace(made, kept={}, payloads={})
+            made = replace(made, gathered={}, kept={}, payloads={})
         levels, cache = delivery.ladder(message.codec), prefilled.prefix.cache
         context = Context(
             ids=prefilled.ids,
@@ -229,7 +229,7 @@ class Edge(InferenceSide):
             codecs={level: self._codec(level) for level in levels if level not in (TEXT, SKIP)},
             blocks=lambda: blocks_for(self.model, self._needs, prefilled.ids, cache),
             held=held(cache),
-            select=lambda codec, prefill, pace: self._select(prefilled, codec, prefill, pace),
+            gather=lambda codec, prefill, pace: self._gathered(prefilled, codec, prefill, pace),
             knowing=self.model.knowing_ropes,
             pace=self.pace.another,
             stored=prefilled.prefill if stored else None,
@@ -289,7 +289,8 @@ class Edge(InferenceSide):
         token_s = prefilled.prefill_s / len(prefilled.ids)
         if self._experience is None:
             own = len(prefilled.ids), prefilled.prefill_s / self.pace.speed.factor("prefill")
-            self._experience = Experience(Passes(own))
+            asked_s = [local.stages.first_token_s for local in prefilled.local.values()]
+            self._experience = Experience(Passes(own), max(asked_s, default=0.0))
         shapes = [(s.kv_heads, s.head_dim, s.value_dim, s.window) for s in self.model.shapes]
         link = message.link.name if message.link else ""
         outlook = Outlook(shapes, token_s, self._experience, link, message.rate)
@@ -390,10 +391,10 @@ class Edge(InferenceSide):
         tokens = len(prefilled.question(self.model)) if codec.asks else 0
         return pace.hold("prefill", tokens, held(prefilled.prefix.cache, prefilled.prefill.cache))
 
-    def _select(self, prefilled: Prefilled, codec: Codec, prefill: Prefill, pace: Pace) -> Kept:
+    def _gathered(self, prefilled: Prefilled, codec: Codec, prefill: Prefill, pace: Pace) -> Evidence:
         evidence = self._evidence(prefilled, codec, prefill)
         self._asked(prefilled, codec, pace)
-        return codec.select(evidence)
+        return evidence
 
     def _encode(self, prefilled: Prefilled, codec: Codec, scouts: bool = False) -> Encoded:
         cache = prefilled.prefill.cache

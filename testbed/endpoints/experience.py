@@ -40,16 +40,21 @@ class Experience:
     """How long things took of late, in seconds a token; what was never done takes no time."""
 
     passes: Passes  #: of texts that the cloud prefills
+    asked_s: float = 0.0  #: the question's pass here, until the cloud has told
+    gather_s: float = 0.0  #: what selectors choose by, in seconds a request
+    select_s: dict[str, float] = field(default_factory=dict)  #: by level, in seconds a request
     encode_s: dict[str, float] = field(default_factory=dict)  #: by level
     decode_s: dict[str, float] = field(default_factory=dict)
-    rest_s: float = (
-        0.0  #: of a request, in seconds: from when its last chunk is rebuilt to its first token at the edge
-    )
+    told_rest_s: float | None = None
     margins: dict[tuple[str, str], Margin] = field(default_factory=dict)  #: by delivery and link
 
     def margin(self, delivery: str, link: str) -> Margin:
         """That of a delivery's requests over a link."""
         return self.margins.setdefault((delivery, link), Margin())
+
+    def rest_s(self, delay_s: float) -> float:
+        """From when the last chunk is rebuilt to the first token at the edge, a way of so long included."""
+        return self.asked_s + delay_s if self.told_rest_s is None else self.told_rest_s
 
     def learn(self, parts: Sequence[Part], levels: Sequence[str], spans: Sequence[Span]) -> None:
         """What a request's spans tell of chunks that went at these levels."""
@@ -69,4 +74,4 @@ class Experience:
                     self.decode_s[level] = seconds / (part.stop - part.start)
         first_tokens = [span.end for span in spans if span.stage == "first_token"]
         if first_tokens and rebuilt_at:
-            self.rest_s = max(0.0, first_tokens[-1] - max(rebuilt_at.values()))
+            self.told_rest_s = max(0.0, first_tokens[-1] - max(rebuilt_at.values()))

@@ -24,7 +24,7 @@ from testbed.transport.wire import MAX_PARTS
 
 if TYPE_CHECKING:
     from testbed.codecs.codec import Codec
-    from testbed.codecs.evidence import Kept
+    from testbed.codecs.evidence import Evidence, Kept, Needs
     from testbed.models.kvcache import KVCache, KVLayer
     from testbed.models.prefill import BlockPrefill, Prefill
 
@@ -52,6 +52,7 @@ class Made:
     )  #: tokens, or layers, that were there after so long
     blocks: dict[int, KVCache] = field(default_factory=dict)  #: by the token behind each
     layers: list[KVLayer] = field(default_factory=list)
+    gathered: dict[Needs, tuple[Evidence, float]] = field(default_factory=dict)
     kept: dict[str, tuple[Kept, float]] = field(default_factory=dict)  #: by level
     payloads: dict[tuple[str, Part], tuple[list[Bytes], float]] = field(default_factory=dict)
 
@@ -60,7 +61,7 @@ class Made:
 class Context:
     """The context at hand, and how this edge makes parts of it.
 
-    blocks: begins a prefill in blocks; knowing: a cache from that layer on with its
+    blocks: begins a prefill in blocks; gather: what a codec's selector goes by; knowing: a cache from that layer on with its
     rotary embedding told. stored: its prefill, if that was made beforehand, as was what is encoded where nothing of the request
     decides about it. made: for earlier requests. pace: a new one for each thread.
     """
@@ -72,7 +73,7 @@ class Context:
     codecs: dict[str, Codec]  #: by level
     blocks: Callable[[], BlockPrefill]
     held: int  #: tokens before it
-    select: Callable[[Codec, Prefill, Pace], Kept]
+    gather: Callable[[Codec, Prefill, Pace], Evidence]
     knowing: Callable[[KVCache, int], KVCache]
     pace: Callable[[], Pace]
     stored: Prefill | None
@@ -130,6 +131,7 @@ class Feed(Source):
         self._length = len(context.ids) if self._by == "tokens" else context.num_layers
         self._end = context.begin + len(context.ids)  #: the position behind the context
         self._selected: set[str] = set()  #: levels whose tokens are chosen
+        self._gathered: set[Needs] = set()  #: what is known to choose by
         self._made = context.made
         if context.stored is not None:
             self._made.prefill = context.stored
@@ -281,7 +283,8 @@ class Feed(Source):
             for index, part in enumerate(self.parts):
                 if codec is not None and not codec.asks and part.level in (None, number):
                     self._encode(index, part, level, codec)
-        self.stored_s = sum(seconds for _, seconds in self._made.kept.values())
+        self.stored_s = sum(seconds for _, seconds in self._made.gathered.values())
+        self.stored_s += sum(seconds for _, seconds in self._made.kept.values())
         self.stored_s += sum(seconds for _, seconds in self._made.payloads.values())
         self.spans.clear()
 
@@ -302,17 +305,29 @@ class Feed(Source):
         self.spans.append(Span(stage, started, ended, index))
         return result, ended - started
 
+    def _gather(self, index: int, codec: Codec) -> Evidence:
+        """What selectors of like needs choose by, once a request for all of them."""
+        made, needs = self._made, codec.needs
+        if needs not in made.gathered:
+            prefill = made.prefill
+            assert prefill is not None
+            made.gathered[needs] = self._work(
+                "select", index, None, lambda pace: self._context.gather(codec, prefill, pace)
+            )
+        elif needs not in self._gathered and self._within(codec):
+            evidence, seconds = made.gathered[needs]
+            self._work("select", index, seconds, lambda _: evidence)
+        self._gathered.add(needs)
+        return made.gathered[needs][0]
+
     def _select(self, index: int, level: str, codec: Codec) -> Kept | None:
         """What a codec keeps of the whole, which is decided once a request."""
         made = self._made
         if codec.selector is None:
             return None
+        evidence = self._gather(index, codec)
         if level not in made.kept:
-            prefill = made.prefill
-            assert prefill is not None
-            made.kept[level] = self._work(
-                "select", index, None, lambda pace: self._context.select(codec, prefill, pace)
-            )
+            made.kept[level] = self._work("select", index, None, lambda _: codec.select(evidence))
         elif level not in self._selected and self._within(codec):
             kept, seconds = made.kept[level]
             self._work("select", index, seconds, lambda _: kept)

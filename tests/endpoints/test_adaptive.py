@@ -202,3 +202,12 @@ def test_what_was_stocked_is_not_encoded_within_the_trial(
     monkeypatch.setattr(Codec, "chunks", encoded)
     result = pair.edge.call(trial, 60)
     assert result.answer_tokens > 0 and result.store_encode_s > 0
+
+
+def test_texts_that_wait_together_are_computed_in_one_pass(pair: Pair) -> None:
+    whole = pair.ask("fp16")
+    tokens = pair.outcome(whole).tokens_kept
+    result = pair.ask("fp16", delivery=adaptive("fp16, text", "fixed(level=1)", chunk=20))
+    passes = [span for span in result.spans if span.stage == "prefill" and span.side == "cloud"]
+    assert sum(span.bytes for span in passes) == tokens and len(passes) <= result.chunks
+    assert result.answer == whole.answer

@@ -7,25 +7,24 @@ from math import ceil
 
 _LAST = 10  # requests
 _SHARE = 0.8  # of them, that would have come in time with the margin
-_MOST = 0.1  # of the deadline; what comes later than that no margin mends
+_MOST = 0.1  # of the deadline; a request that is later than that was lost for other reasons
 
 
 class Margin:
     """Of one sender. A plan that is bound by its deadline ends at it, less the margin; all that its forecast leaves out comes on
     top. The margin is what that was in four of five of the last ten requests (a quantile of past errors, as in split conformal
-    prediction), but no more than a tenth of the deadline.
+    prediction). A request that came later than a tenth of the deadline tells nothing: its link failed, or was not what it seemed.
     """
 
     def __init__(self) -> None:
         self._late: deque[float] = deque(maxlen=_LAST)
 
-    def seconds(self, deadline_s: float) -> float:
-        """What to hold back of a deadline; nothing before the first request."""
-        if not self._late:
-            return 0.0
-        late = sorted(self._late)
-        return min(late[ceil(_SHARE * len(late)) - 1], _MOST * deadline_s)
+    def seconds(self) -> float:
+        """What to hold back; nothing before the first request."""
+        return sorted(self._late)[ceil(_SHARE * len(self._late)) - 1] if self._late else 0.0
 
     def learn(self, first_token_s: float, deadline_s: float, margin_s: float) -> None:
         """When the first token of a request was there that was planned with this margin."""
-        self._late.append(max(0.0, first_token_s - (deadline_s - margin_s)))
+        late = first_token_s - (deadline_s - margin_s)
+        if late <= _MOST * deadline_s:
+            self._late.append(max(0.0, late))

@@ -31,7 +31,9 @@ class Rung(NamedTuple):
         0.0  #: what the cloud computes for it once it is there: a text's prefill, a codec's decoding
     )
     ready_s: float = 0.0  #: when it can be handed over at the earliest
-    pass_s: float = 0.0  #: of a text, what the cloud takes more where the chunk before is none: they share a pass
+    pass_s: float = (
+        0.0  #: of a text, what the cloud takes more where the chunk before is none: they share a pass
+    )
 
 
 class Sent(NamedTuple):
