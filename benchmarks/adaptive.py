@@ -12,8 +12,8 @@ runs. A request that is in it is not made again, and with `--minutes` none begin
 status 3: more is to do). Each request is made at all settings before the next one, so that what there is can be compared.
 `--policies` are measured in their order; others can be added to a RUN later.
 
-Intervals: Clopper and Pearson's of the deadlines met, bootstrapped of the gold answer's mean negative log-likelihood (nats a token)
-and of differences to the oracle, request by request.
+Intervals: Clopper and Pearson's of the deadlines met, bootstrapped of the gold answer's mean negative log-likelihood (nats a
+token) and of differences to the oracle, request by request.
 """
 
 from __future__ import annotations
