@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
+from testbed.codecs.evidence import Needs
 from testbed.delivery.delivery import Bytes, Pipelined, parse
 from testbed.endpoints.feed import Chunk, Context, Feed, Made
 from testbed.endpoints.protocol import Ware
 from testbed.endpoints.side import Pace
 from testbed.endpoints.spans import Span
+
+_NEEDS = Needs()
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class _Known:
     selector: object | None
     asks: bool
     undoes_rope: bool = False
+    needs: Needs = _NEEDS
 
 
 def _never(*_: Any) -> NoReturn:
@@ -44,6 +48,7 @@ class ReplayedFeed(Feed):
         made = Made(
             prefill=cast(Any, object()),
             steps=list(about.prefill),
+            gathered={_NEEDS: (cast(Any, None), 0.0)},  # in what selecting took
             kept={about.level: (cast(Any, None), ware.select_s)},
             payloads={
                 (about.level, part): ([piece], seconds)
@@ -59,7 +64,7 @@ class ReplayedFeed(Feed):
             codecs={about.level: codec},
             blocks=_never,
             held=0,
-            select=_never,
+            gather=_never,
             knowing=_never,
             pace=Pace,
             stored=stored,
