@@ -16,6 +16,7 @@ from testbed.endpoints.endpoint import Endpoint, Gone
 from testbed.endpoints.load_messages import Answers, Collect, Happened, Looping, Offer, Planned, Stage
 from testbed.endpoints.protocol import Link
 from testbed.errors import EndpointError
+from testbed.experiment.full_load import cloud_address
 from testbed.experiment.results import RunDirectory
 from testbed.experiment.scenario import Cell, Plan
 from testbed.experiment.session import endpoint
@@ -144,8 +145,7 @@ class Crowd:
         edge, scenario = self._plan.edges[number], self._plan.scenario
         topology = self._fabric.topology
         link = topology.link(edge.link)
-        direct = scenario.cloud in (link.a, link.b)
-        address = topology.address(scenario.cloud, edge.link if direct else None)
+        address = cloud_address(self._plan, self._fabric, edge.link)
         transport = str(cell.transport)
         return Link(
             address,

@@ -9,10 +9,12 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from testbed.endpoints.load_messages import Happened
 from testbed.endpoints.protocol import Span
+from testbed.errors import NetworkError
+from testbed.experiment import full_load
 from testbed.experiment import wares as making
 from testbed.experiment.crowd import Crowd, Put
 from testbed.experiment.deployment import Batch
@@ -111,6 +113,7 @@ class LoadRunner(Runner):
             self._fabric = fabric
             self._write_manifest(wares.loaded, fabric)
             self._calibrate(self._profiles_under(ahead))
+            self._fill(list(dict.fromkeys(episode.cell.profile for episode in ahead)))
             self._tally.begin()
             self._origin = time.monotonic()
             for episode in ahead:
@@ -136,35 +139,65 @@ class LoadRunner(Runner):
         self._fabric.apply(link, profile)
         return self._fabric.calibrate(link, profile)
 
-    def _conditions(self, cell: Cell) -> None:
+    def _fill(self, profiles: Sequence[Profile]) -> None:
+        """Measure an edge's link once more while the others' are full; more edges than leave it as asked for are refused."""
+        for profile in profiles:
+            self._tally.say(
+                f"measuring a link while {len(self.plan.edges) - 1} others are full: {profile.name}"
+            )
+            self._conditions(profile)
+            measured = full_load.measured(self._fabric, self.plan)
+            if measured is None:
+                continue
+            about = {"profile": profile.name, "edges": len(self.plan.edges), "measured_at": utc_now()}
+            self._note("full", {**about, **measured.to_dict()})
+            if measured.ok:
+                continue
+            self._uncalibrated.add(profile.text())
+            if not self.accept_uncalibrated:
+                raise NetworkError(
+                    f"{len(self.plan.edges)} edges are more than this machine carries faithfully: while the others' links were "
+                    f"full, {measured.link} was not what was asked for under {profile.name}: {measured.cause}; ask for fewer "
+                    "edges or lower rates, or continue all the same with --accept-uncalibrated"
+                )
+
+    def _note(self, what: str, entry: dict[str, Any]) -> None:
+        """Keep one more thing that happened."""
+        kept = {name: self.directory.entries(_LOADS, name) for name in ("ended", "full")}
+        kept[what].append(entry)
+        self.directory.write(_LOADS, kept)
+
+    def _conditions(self, swept: Profile) -> None:
         """Every link under what it is to be under; traces begin now, or began with the run."""
         if self.scenario.at != "run":
             self._origin = time.monotonic()
-        links = {} if self.plan.own_links else {self.plan.link: cell.profile}
-        for link, profile in {**links, **self.plan.conditions(cell.profile)}.items():
+        links = {} if self.plan.own_links else {self.plan.link: swept}
+        for link, profile in {**links, **self.plan.conditions(swept)}.items():
             self._fabric.settle(link)
             self._fabric.apply(link, profile, self._origin)
 
     def _one(self, episode: Episode, crowd: Crowd, wares: Wares) -> None:
         """Put a load on, and keep what became of it."""
-        self._conditions(episode.cell)
+        self._conditions(episode.cell.profile)
         put = self._put(episode, wares)
         before = {edge.link: self._fabric.counters(edge.link) for edge in self.plan.edges}
         rows = [self._row(episode, wares, *each) for each in crowd.ask(episode.cell, put)]
-        late: dict[str, list[str]] = {}
-        for edge in self.plan.edges:
-            now = self._fabric.counters(edge.link)
-            late[edge.link] = [
-                said for way in now for said in now[way].since(before[edge.link][way]).complaints(way, LATE_S)
-            ]
+        counted = {
+            link: {way: now.since(then[way]) for way, now in self._fabric.counters(link).items()}
+            for link, then in before.items()
+        }
         for row, _ in rows:
-            row.warnings = "; ".join(filter(None, [row.warnings, *late[row.link]]))
+            said = [each for way, own in counted[row.link].items() for each in own.complaints(way, LATE_S)]
+            row.warnings = "; ".join(filter(None, [row.warnings, *said]))
+        late_s = {
+            edge.node: max((own.worst_lateness_s for own in counted[edge.link].values()), default=0.0)
+            for edge in self.plan.edges
+        }
         rows.sort(key=lambda each: (each[0].arrived_at or 0.0, each[0].client))
         self.directory.append_all(rows)
         self.failures += sum(bool(row.error) and not row.refused for row, _ in rows)
-        ended = self.directory.entries(_LOADS, "ended")
         about = {"id": episode.id, "requests": len(rows), "cell": episode.cell_id, "repeat": episode.repeat}
-        self.directory.write(_LOADS, {"ended": [*ended, {**about, "ended_at": utc_now()}]})
+        self._note("ended", {**about, "ended_at": utc_now(), "late_s": late_s})
 
     def _put(self, episode: Episode, wares: Wares) -> Put:
         """Who asks what when."""

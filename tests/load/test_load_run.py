@@ -77,6 +77,7 @@ def unlinked(kept: Callable[..., Any]) -> Iterator[None]:
         patch("testbed.experiment.load_run.Fabric", Unlinked),
         patch("testbed.experiment.wares.made", kept),
         patch.object(LoadRunner, "_measured", lambda self, profile: passed),
+        patch("testbed.experiment.full_load.measured", lambda fabric, plan: None),
     ):
         yield
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from testbed.hosts.namespaces import call_inside
 from testbed.net.calibration.probes import Network
@@ -33,32 +34,48 @@ class Load:
         return {link: 8 * (after[link] - before[link]) / lasted for link in before}
 
 
+class Ends(NamedTuple):
+    """A flow's: its name, the node that sends, and the one that receives at that address of its own."""
+
+    name: str
+    sender: str
+    receiver: str
+    address: str
+
+
 @contextlib.contextmanager
 def loaded(network: Network, links: Sequence[Link]) -> Iterator[Load]:
     """A flow up each of these links while the block runs. Raises OSError where one does not connect."""
+    with flowing(network, [Ends(k.name, k.a, k.b, network.address(k.b, k.name)) for k in links]) as load:
+        yield load
+
+
+@contextlib.contextmanager
+def flowing(network: Network, flows: Sequence[Ends]) -> Iterator[Load]:
+    """These flows while the block runs, by their names in the place of links'. Raises OSError where one does not connect."""
     load, stop = Load(), threading.Event()
     threads: list[threading.Thread] = []
     with contextlib.ExitStack() as opened:
         opened.callback(_end, stop, threads)
-        for link in links:
-            load.received[link.name] = 0
-            sender, receiver = _connect(network, link)
+        for flow in flows:
+            load.received[flow.name] = 0
+            sender, receiver = _connect(network, flow)
             for sock in (sender, receiver):
                 opened.push(sock)
                 opened.callback(_hang_up, sock)
             threads.append(threading.Thread(target=_send, args=(sender, stop), daemon=True))
-            threads.append(threading.Thread(target=_receive, args=(receiver, load, link.name), daemon=True))
+            threads.append(threading.Thread(target=_receive, args=(receiver, load, flow.name), daemon=True))
         for thread in threads:
             thread.start()
         yield load
 
 
-def _connect(network: Network, link: Link) -> tuple[socket.socket, socket.socket]:
-    """A connection up a link: its sending end and its receiving one."""
-    listener = call_inside(network.namespace(link.b), partial(_listen, network.address(link.b, link.name)))
+def _connect(network: Network, flow: Ends) -> tuple[socket.socket, socket.socket]:
+    """A flow's connection: its sending end and its receiving one."""
+    listener = call_inside(network.namespace(flow.receiver), partial(_listen, flow.address))
     with listener:
         sender = call_inside(
-            network.namespace(link.a), lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            network.namespace(flow.sender), lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         )
         try:
             sender.settimeout(_CONNECT_S)

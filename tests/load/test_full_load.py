@@ -1,0 +1,45 @@
+"""More edges than a machine carries faithfully are refused, by links measured while the others are full."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from testbed.experiment import full_load
+from testbed.experiment.plan import make_plan
+from testbed.net.fabric.fabric import Fabric
+from tests.load.test_scenarios import BASE
+
+pytestmark = [pytest.mark.netns, pytest.mark.slow]
+
+
+def measured(**changes: Any) -> Any:
+    plan = make_plan({**BASE, **changes}, "t.yaml")
+    with Fabric.build(plan.under(plan.profiles[0]), "userspace") as fabric:
+        return full_load.measured(fabric, plan), {
+            edge.node: fabric.counters(edge.link)["up"].bytes for edge in plan.edges
+        }
+
+
+def test_one_edges_link_is_measured_while_all_others_are_full() -> None:
+    found, sent = measured(edges=4, profiles=["rate=20mbit,delay=5ms"])
+    assert found.link == "n1-hub" and {check.what for check in found.checks} >= {"rate", "delay", "loss"}
+    assert all(sent[name] > 1_000_000 for name in ("n2", "n3", "n4"))
+
+
+def test_edges_behind_one_bottleneck_fill_that_and_no_more(tmp_path: Path) -> None:
+    path = tmp_path / "shared.yaml"
+    path.write_text(
+        "{kind: shared-bottleneck, nodes: 4, profile: 'rate=100mbit,delay=2ms', bottleneck: 'rate=30mbit,delay=5ms'}"
+    )
+    found, sent = measured(topology=str(path), cloud="cloud", edges=3, profiles=["rate=30mbit,delay=5ms"])
+    assert found.link == "access-1"
+    # Behind the bottleneck two flows came to no more than its rate for as long as measuring took, where their links carry more.
+    assert 500_000 < sum(sent[name] for name in list(sent)[1:]) < 12 * 30e6 / 8
+
+
+def test_who_is_alone_or_has_links_without_a_rate_is_not_measured_so() -> None:
+    assert measured(edges=1)[0] is None
+    assert measured(edges=2, profiles=["delay=5ms"])[0] is None
