@@ -52,6 +52,7 @@ def test_a_load_of_a_real_model_is_served_in_batches_and_in_parts(model: Path, t
     with (
         patch("testbed.experiment.load_run.Fabric", Unlinked),
         patch.object(LoadRunner, "_measured", lambda self, profile: _PASSED),
+        patch("testbed.experiment.full_load.measured", lambda fabric, plan: None),
     ):
         started = runner.start(
             make_plan(scenario, "t.yaml"), tmp_path / "run", lambda progress: None, accept_uncalibrated=False
