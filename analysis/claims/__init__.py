@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
-from testbed.analysis.claims import judges, rules
+from testbed.analysis.claims import capacity, judges, rules
 from testbed.analysis.claims.pool import Pool, collect
 from testbed.analysis.claims.rules import UNDECIDED, Verdict
 from testbed.analysis.run import Run
@@ -162,6 +162,14 @@ CLAIMS = (
         f"the fastest KV whose ΔNLL is at most {judges.WORTH_LOSS} beats sending the text",
         judges.worth,
         rules.LEAST_TIMES,
+    ),
+    Claim(
+        "compression-buys-capacity",
+        "-",
+        "(expected)",
+        f"the largest Poisson rate with {capacity.SHARE:.0%} of first tokens within {capacity.DEADLINE_S:g} s lies above fp16's",
+        capacity.capacity,
+        capacity.LEAST,
     ),
 )
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pandas as pd
 
 from testbed import stats
-from testbed.analysis import comparisons, hosts, settings
+from testbed.analysis import comparisons, hosts, loads, settings
 from testbed.analysis.describe import failures
+from testbed.analysis.loads import Served
 from testbed.analysis.run import Run, read_apart
 from testbed.errors import UsageError
 
@@ -41,6 +42,7 @@ class Pool:
     rows: pd.DataFrame
     tables: dict[str, pd.DataFrame]
     damage: dict[str, str]
+    loads: dict[str, list[Served]] = field(default_factory=dict)  #: what was asked under loads, by model
 
     def models(self) -> Iterator[Sample]:
         """All tasks of each model together."""
@@ -75,7 +77,7 @@ def collect(runs: list[Run]) -> tuple[Pool, list[str]]:
             names = " and ".join(str(run.path) for run in pair)
             raise UsageError(f"{names}: not the same in both: {apart}; judge runs that read the same ones")
     left_out = [
-        f"{run.path.name}: requests under a load left out, of which no claim is"
+        f"{run.path.name}: requests under a load are judged by the claim on capacity alone"
         for run in runs
         if run.alone is not run
     ]
@@ -110,7 +112,17 @@ def collect(runs: list[Run]) -> tuple[Pool, list[str]]:
     tables = {str(m): own for m, own in whole.groupby("model", sort=False)}
     published = ((run.diagnosis.get("model"), run.diagnosis.get("published")) for run in runs)
     damage = {str(m): str(p["damage"]) for m, p in published if isinstance(p, dict) and "damage" in p}
-    return Pool(rows, tables, damage), left_out
+    return Pool(rows, tables, damage, _loads(runs)), left_out
+
+
+def _loads(runs: list[Run]) -> dict[str, list[Served]]:
+    """Of each model, as `rows` name it."""
+    found: dict[str, list[Served]] = {}
+    for each in itertools.chain(*map(loads.served, runs)):
+        row = each.rows.iloc[[0]]
+        (who,) = settings.replayed(row)
+        found.setdefault(row["model"].iloc[0] + (f" ({who})" if who else ""), []).append(each)
+    return found
 
 
 def _by_seed(runs: list[Run]) -> list[pd.DataFrame]:

@@ -17,6 +17,7 @@ from testbed.errors import UsageError
 from testbed.experiment.plan import load_plan
 from testbed.experiment.trial import task_label
 from tests.analysis.conftest import Command
+from tests.analysis.make_load import make_load
 from tests.analysis.make_run import change, lines, losing, make_run, rewrite, write_manifest
 
 
@@ -326,6 +327,7 @@ SCENARIOS = {
     "scout": {"scout-overlap"},
     "text-and-prefill": {"kv-worth-sending"},
 }
+LOADED = {"capacity": {"compression-buys-capacity"}}
 ASKED_IN_ONE = ("int8", "int4", "protected-layer", "delta", "entropy-coding")
 SCENARIOS["quantization"] = set().union(*(SCENARIOS[name] for name in ASKED_IN_ONE))
 
@@ -333,8 +335,9 @@ SCENARIOS["quantization"] = set().union(*(SCENARIOS[name] for name in ASKED_IN_O
 def test_every_number_of_the_study_is_judged_or_said_to_be_untestable_and_has_a_scenario() -> None:
     numbers = {claim.number for claim in claims.CLAIMS} | {number for number, *_ in claims.NOT_YET}
     assert numbers == {"-", *map(str, range(1, 17))}
-    assert set().union(*SCENARIOS.values()) == {claim.name for claim in claims.CLAIMS}
-    assert {p.stem for p in Path("scenarios/claims").glob("*.yaml")} == set(SCENARIOS)
+    asked = SCENARIOS | LOADED
+    assert set().union(*asked.values()) == {claim.name for claim in claims.CLAIMS}
+    assert {p.stem for p in Path("scenarios/claims").glob("*.yaml")} == set(asked)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -364,6 +367,30 @@ def test_a_scenarios_rows_are_what_its_claims_ask_for(tmp_path: Path, name: str)
     found, left_out = claims.judge(runs)
     assert {claim.name for claim, verdicts in found if verdicts} >= SCENARIOS[name]
     assert left_out == []
+
+
+def test_capacity_is_compared_by_the_ends_of_intervals_where_arrivals_are_poissons(tmp_path: Path) -> None:
+    path = make_load(tmp_path / "run")
+    change(path, lambda row: {"ttft_s": row["ttft_s"] / 2})  # within 1 s in place of 2
+    (verdict,) = judged(path)["compression-buys-capacity"]
+    assert verdict.verdict == "holds" and verdict.what == "int4 against fp16, 5g-mid, fifo"
+    assert "requests a second against 0.3" in verdict.figures and "more than 7.9" in verdict.figures
+    change(path, lambda row: {"codec": {"fp16": "int4", "int4": "fp16"}[row["codec"]]})
+    (verdict,) = judged(path)["compression-buys-capacity"]
+    assert verdict.verdict == "fails"
+    few = [row for row in lines(path) if row["arrived_at"] < 100]
+    rewrite(path, few)
+    (verdict,) = judged(path)["compression-buys-capacity"]
+    assert verdict.verdict == "undecided" and verdict.n < 60
+
+
+def test_the_scenario_of_capacity_asks_for_what_its_rule_compares() -> None:
+    plan = load_plan("scenarios/claims/capacity.yaml")
+    assert (
+        len(plan.profiles) == 1 and str(plan.scenario.codecs[0]) == "fp16" and len(plan.scenario.codecs) >= 3
+    )
+    rates = [load.rate for load in plan.scenario.load]  # type: ignore[attr-defined]
+    assert rates == sorted(rates) and min(rates) * plan.scenario.duration >= 60
 
 
 def test_a_task_that_the_full_cache_cannot_do_is_left_out_and_named(tmp_path: Path) -> None:
