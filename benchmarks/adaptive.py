@@ -37,7 +37,7 @@ from testbed.experiment.plan import make_plan
 from testbed.experiment.results import RunDirectory
 from testbed.experiment.runner import Runner, begin, check_ready
 
-LEVELS = ("int8", "int4", "q2c@0.25+int4", "text", SKIP)
+LEVELS = ("q2c@0.25+int4", "text", "q2c@0.1+int4", "q2c@0.05+int4", SKIP)
 POLICIES = ("mpc", "ewma", "oracle", "throughput")
 FIXED = "fixed:"
 
