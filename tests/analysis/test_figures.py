@@ -375,6 +375,21 @@ def test_short_names_stay_apart() -> None:
     assert max(map(len, found.values())) <= LONGEST + 12
 
 
+def test_senders_are_named_by_who_chooses_or_by_their_only_level() -> None:
+    ladder = "levels=[int8, int4, q2c@0.25+int4, text, skip], deadline=2s"
+    names = [f"adaptive({ladder}, chunk=64)", f"adaptive({ladder}, policy=mpc(horizon=3), chunk=64)"]
+    names += [
+        f"adaptive(levels=[{level}], deadline=2s, policy=fixed, chunk=64)"
+        for level in ("int8", "q2c@0.25+int4")
+    ]
+    assert list(short(f"store · {name}" for name in names).values()) == [
+        "store · adaptive(throughput)",
+        "store · adaptive(mpc(horizon=3))",
+        "store · adaptive(int8)",
+        "store · adaptive(q2c@0.25+int4)",
+    ]
+
+
 def test_regimes_puts_in_brackets_what_its_interval_does_not_show(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", ("5g-mid", "lte"), ("int8",), ("split",), ("needle",), examples=80)
     change(path, lambda row: {"score": 1.0, "reference_score": 1.0})
