@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from testbed.models.hooks import of_this_thread
+
 
 @dataclass
 class AttentionInputs:
@@ -25,7 +27,7 @@ class AttentionInputs:
 
 @contextmanager
 def recorded(network: Any) -> Iterator[AttentionInputs]:
-    """Whatever attention modules are given while this is open. Layers whose modules are called otherwise stay away."""
+    """Whatever attention modules are given in this thread while this is open. Layers with modules called otherwise stay away."""
     inputs = AttentionInputs(network)
 
     def note(module: Any, _: Any, kwargs: dict[str, Any]) -> None:
@@ -36,7 +38,7 @@ def recorded(network: Any) -> Iterator[AttentionInputs]:
             inputs.position_embeddings[module.layer_idx] = embeddings
 
     hooks = [
-        module.register_forward_pre_hook(note, with_kwargs=True)
+        module.register_forward_pre_hook(of_this_thread(note), with_kwargs=True)
         for module in network.modules()
         if isinstance(getattr(module, "layer_idx", None), int)
     ]

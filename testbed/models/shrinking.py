@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from testbed.errors import Stopped
+from testbed.models.hooks import of_this_thread
 from testbed.models.live import LivePass
 
 _GIVEN_UP = "a pass was given up"
@@ -63,11 +64,15 @@ def shrinking(layers: Sequence[Any], run: LivePass, wanted: Wanted, drops: bool 
 
     hooks = []
     if drops:
-        hooks += [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
-        hooks += [layer.register_forward_hook(behind) for layer in layers[-1:]]
+        hooks += [
+            layer.register_forward_pre_hook(of_this_thread(before), with_kwargs=True) for layer in layers
+        ]
+        hooks += [layer.register_forward_hook(of_this_thread(behind)) for layer in layers[-1:]]
     parts = (part for layer in layers for part in layer.modules())
     hooks += [
-        part.register_forward_pre_hook(within) for part in parts if not any(True for _ in part.children())
+        part.register_forward_pre_hook(of_this_thread(within))
+        for part in parts
+        if not any(True for _ in part.children())
     ]
     try:
         yield
