@@ -1,4 +1,4 @@
-"""A link over loopback that stands still in mid-transfer: for good, or for a while."""
+"""A link over loopback that stands still in mid-transfer, for good or for a while, or is cut there."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ class Stalling:
     """Stands still, both ways, once `after` bytes have gone from the edge to the cloud: for `for_s` seconds, or for good.
 
     What comes by TCP meanwhile is held, as its sender would send it again; datagrams are lost. `stalled`: whether it has.
+    cuts: instead, connections end there, and nobody listens for datagrams any more.
     """
 
-    def __init__(self, port: int, after: int, for_s: float | None) -> None:
-        self._to, self._after, self._for_s = port, after, for_s
+    def __init__(self, port: int, after: int, for_s: float | None, cuts: bool = False) -> None:
+        self._to, self._after, self._for_s, self._cuts = port, after, for_s, cuts
         self.stalled = threading.Event()
         self._lock = threading.Lock()
         self._sent, self._began = 0, 0.0
@@ -70,6 +71,10 @@ class Stalling:
         with contextlib.suppress(OSError):
             while not self._done.is_set():
                 if not self.passes:
+                    if self._cuts:
+                        for sock in (source, sink):
+                            sock.shutdown(socket.SHUT_RDWR)
+                        break
                     time.sleep(_POLL_S)
                 elif select.select([source], [], [], _POLL_S)[0]:
                     if not (data := source.recv(4096)):
@@ -88,7 +93,7 @@ class Stalling:
 
         def serve() -> None:
             peers: dict[tuple[str, int], socket.socket] = {}
-            while not self._done.is_set():
+            while not self._done.is_set() and (self.passes or not self._cuts):
                 for sock in select.select([front, *peers.values()], [], [], _POLL_S)[0]:
                     with contextlib.suppress(OSError):
                         data, peer = sock.recvfrom(_MOST)
@@ -117,10 +122,10 @@ class Stalling:
 
 @contextlib.contextmanager
 def stalling(
-    transport: str, port: int, after: int, for_s: float | None = None
+    transport: str, port: int, after: int, for_s: float | None = None, cuts: bool = False
 ) -> Iterator[tuple[Stalling, int]]:
     """The link, and its port, in front of what serves `port` by that transport."""
-    link = Stalling(port, after, for_s)
+    link = Stalling(port, after, for_s, cuts)
     try:
         yield link, link.tcp() if transport.startswith("tcp") else link.udp()
     finally:

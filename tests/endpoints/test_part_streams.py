@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from testbed.deadline import Deadline
 from testbed.endpoints.protocol import Serve, TrialResult
 from testbed.errors import EndpointError, WireError
 from testbed.transport import wire
-from testbed.transport.tcp import Tcp
-from testbed.transport.transport import parse
+from testbed.transport.quic import QuicStream
+from testbed.transport.tcp import Tcp, TcpStream
+from testbed.transport.transport import Stream, parse
 from tests.endpoints.pair import Pair, in_this_process
 
 #: What the cloud did not expect would end a thread of it.
@@ -35,6 +38,35 @@ WAYS: dict[str, dict[str, str]] = {
     "progressive(planes=2)": {"what": "planes(bits=4)"},
     "whole": {"placement": "scout", "what": "random@0.5"},
 }
+#: What a request asks for beside a delivery, where that is not all.
+OTHERS: dict[str, dict[str, str]] = {
+    "split, whole": {"delivery": "whole"},
+    "store, whole": {"delivery": "whole", "placement": "store"},
+    "cloud, whole": {"delivery": "whole", "what": "cloud"},
+    "store, stream(chunk=64)": {"delivery": "stream(chunk=64)", "placement": "store"},
+    "store, stream(by=layers, chunk=1)": {"delivery": "stream(by=layers, chunk=1)", "placement": "store"},
+    "split, meet(chunk=64)": {"delivery": "meet(chunk=64)", "placement": "split"},
+    "store, progressive(planes=2)": {
+        "delivery": "progressive(planes=2)",
+        "placement": "store",
+        "what": "planes(bits=4)",
+    },
+}
+#: Of which chunks may be lost: those of a part, and of a whole.
+LOSSY = (
+    "stream(chunk=64)",
+    "adaptive(levels=[int8, text, skip], deadline=1min, chunk=64)",
+    "store, stream(chunk=64)",
+    "split, whole",
+    "store, whole",
+    "cloud, whole",
+)
+#: Every placement, delivery and transport, each pair of them; all ways by TCP are below.
+CROSSED = [
+    *(("quic", way) for way in (*WAYS, *OTHERS)),
+    *(("datagram(repeats=0)", way) for way in LOSSY),
+    *(("tcp", way) for way in OTHERS),
+]
 SAID = (wire.FirstToken, wire.Answer, wire.Failure, wire.Receipt, wire.Enough, wire.Verdict)
 
 
@@ -46,11 +78,20 @@ def pair(tiny_model: Callable[[str], Path]) -> Pair:
 @pytest.fixture(scope="module")
 def recorded(pair: Pair) -> dict[str, list[Frame]]:
     """What the edge sends of a request, by delivery."""
-    return {delivery: recording(pair, delivery) for delivery in WAYS}
+    return {way: recording(pair, way) for way in (*WAYS, *OTHERS)}
 
 
-def asked(pair: Pair, delivery: str, **about: Any) -> TrialResult:
-    return pair.ask(**{"what": "int8", "delivery": delivery, **WAYS[delivery], **about})
+@pytest.fixture(scope="module")
+def ports(pair: Pair) -> dict[str, int]:
+    return {
+        transport: pair.cloud.call(Serve(1 << 22, request_s=1.0, transport=transport), 10)
+        for transport in dict.fromkeys(transport for transport, _ in CROSSED)
+    }
+
+
+def asked(pair: Pair, way: str, **about: Any) -> TrialResult:
+    own = OTHERS[way] if way in OTHERS else {"delivery": way, **WAYS[way]}
+    return pair.ask(**{"what": "int8", **own, **about})  # type: ignore[arg-type]
 
 
 def recording(pair: Pair, delivery: str) -> list[Frame]:
@@ -73,22 +114,61 @@ def recording(pair: Pair, delivery: str) -> list[Frame]:
     return frames
 
 
-def replies(pair: Pair, frames: list[Frame]) -> list[wire.Header]:
-    """What the cloud says to these frames, until it has answered, refused or closed the connection."""
-    connection = Tcp().connect("127.0.0.1", pair.link.port, None, 5.0)
+def replies(
+    pair: Pair, frames: list[Frame], transport: str = "tcp", port: int = 0, then: str = "ends"
+) -> list[wire.Header]:
+    """What the cloud says to these frames, until it has answered, refused or closed the connection. then: what follows them: the
+    stream `ends`; it ends `inside` one more frame; or nothing, and the peer is `gone`, or `silent`.
+    """
+    stream = parse(transport).connect("127.0.0.1", port or pair.link.port, None, 10.0)
     said: list[wire.Header] = []
     try:
         with contextlib.suppress(EndpointError):  # it closed before it took all of them
             for header, payload in frames:
-                connection.send(header, payload, Deadline(10.0))
-        with contextlib.suppress(OSError):
-            connection._out.shutdown(1)  # nothing more comes
+                send = stream.send_chunk if isinstance(header, wire.Chunk) else stream.send
+                send(header, payload, Deadline(10.0))  # type: ignore[operator]
+            if then == "inside":
+                whole = wire.pack(wire.End(1, 2, 3), 0)
+                stream.write([memoryview(whole[:-1])], Deadline(10.0))
+        if then == "gone":
+            return said
+        if then != "silent":
+            ended(stream)
         with contextlib.suppress(EndpointError, WireError):  # a reset
-            while (frame := connection.receive(0, Deadline(30.0))) is not None:
+            while (frame := stream.receive(0, Deadline(30.0))) is not None:
                 said.append(frame.header)
+                if isinstance(stream, QuicStream) and isinstance(frame.header, wire.Answer | wire.Failure):
+                    break  # who sent what was lost might be asked for it again
     finally:
-        connection.close()
+        stream.close()
     return said
+
+
+def ended(stream: Stream) -> None:
+    """Nothing more comes."""
+    if isinstance(stream, QuicStream):
+        stream.connection.end()
+    else:
+        assert isinstance(stream, TcpStream)
+        with contextlib.suppress(OSError):
+            stream._out.shutdown(1)
+
+
+@pytest.mark.parametrize("then", ["ends", "inside", "gone", "silent"])
+@pytest.mark.parametrize(("transport", "way"), CROSSED)
+def test_a_stream_cut_anywhere_over_any_transport_is_an_answer_to_what_came_or_a_refusal_and_never_a_wait(
+    pair: Pair, recorded: dict[str, list[Frame]], ports: dict[str, int], transport: str, way: str, then: str
+) -> None:
+    honest, port = recorded[way], ports[transport]
+    # Behind a request alone, in mid-context, and before its end; silence takes the cloud's second each time.
+    for count in sorted({1, len(honest) // 2, len(honest) - 1} if then != "silent" else {len(honest) // 2}):
+        began = time.monotonic()
+        said = replies(pair, honest[:count], transport, port, then)
+        assert time.monotonic() - began < 15.0
+        assert then == "gone" or (said and isinstance(said[-1], wire.Answer | wire.Failure | wire.Verdict))
+        if count == 1 and then != "gone":
+            assert [type(header) for header in said] == [wire.Failure]
+    assert isinstance(replies(pair, honest, transport, port)[-1], wire.Answer | wire.Verdict)
 
 
 @pytest.mark.parametrize("delivery", WAYS)
@@ -243,3 +323,28 @@ def test_streams_that_lie_get_an_answer_or_a_refusal_and_harm_nobody(
     check()
     assert asked(pair, delivery).answer
     assert pair.ask("int8", delivery="stream(chunk=64)").answer == pair.ask("int8").answer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("transport", "way"), CROSSED)
+def test_streams_that_lie_over_any_transport_get_an_answer_or_a_refusal_in_bounded_memory(
+    pair: Pair, recorded: dict[str, list[Frame]], ports: dict[str, int], transport: str, way: str
+) -> None:
+    honest, port = recorded[way], ports[transport]
+    tracemalloc.start()
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(changed(honest))
+    def check(frames: list[Frame]) -> None:
+        said = replies(pair, frames, transport, port)
+        kinds = [type(header) for header in said]
+        assert set(kinds) <= {*SAID, wire.Missing}
+        if wire.Answer not in kinds and isinstance(frames[0][0], wire.Request):
+            assert wire.Failure in kinds
+
+    try:
+        check()
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+    assert isinstance(replies(pair, honest, transport, port)[-1], wire.Answer | wire.Verdict)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from tests.endpoints.pair import Pair, Within, in_this_process, started
 from tests.endpoints.stalling_link import Stalling, stalling
 
 TRANSPORTS = ("tcp", "tcp(connection=reuse)", "quic", "datagram")
+ADAPTIVE = "adaptive(levels=[int8, int4, skip], deadline=1s, chunk=64, policy=ewma)"
 #: What a delivery is asked for, beside int8 of a stored cache.
 DELIVERIES: dict[str, dict[str, str]] = {
     "whole": {},
@@ -24,7 +26,7 @@ DELIVERIES: dict[str, dict[str, str]] = {
     "stream(by=layers, chunk=1)": {},
     "meet(chunk=64)": {},
     "progressive(planes=2)": {"what": "planes"},
-    "adaptive(levels=[int8, int4, skip], deadline=1s, chunk=64, policy=ewma)": {},
+    ADAPTIVE: {},
 }
 #: Each delivery and each transport.
 WAYS = tuple(
@@ -81,6 +83,59 @@ def test_a_link_that_goes_on_in_time_gives_the_answer(
         assert link.stalled.is_set()
     if not result.tokens_left_out and not delivery.startswith("adaptive"):
         assert result.answer == well.answer
+
+
+#: Each placement, delivery and transport, and each pair of them.
+CUT = [
+    ("split", "whole", "quic"),
+    ("split", "whole", "datagram"),
+    ("store", "whole", "tcp"),
+    ("store", "stream(chunk=64)", "quic"),
+    ("split", "stream(chunk=64)", "datagram"),
+    ("split", "stream(chunk=64)", "tcp"),
+    ("store", "stream(by=layers, chunk=1)", "tcp"),
+    ("split", "stream(by=layers, chunk=1)", "quic"),
+    ("split", "meet(chunk=64)", "tcp(connection=reuse)"),
+    ("store", "meet(chunk=64)", "quic"),
+    ("store", "progressive(planes=2)", "tcp(connection=reuse)"),
+    ("split", "progressive(planes=2)", "quic"),
+    ("split", ADAPTIVE, "tcp"),
+    ("split", ADAPTIVE, "quic"),
+    ("store", ADAPTIVE, "datagram"),
+    *(("cloud", "whole", transport) for transport in TRANSPORTS),
+    *(("scout", "whole", transport) for transport in ("tcp", "quic")),
+]
+
+
+@pytest.mark.parametrize(("placement", "delivery", "transport"), CUT)
+def test_a_link_that_is_cut_anywhere_ends_a_request_at_once_or_leaves_what_was_asked_for(
+    pair: Pair, ports: dict[str, int], placement: str, delivery: str, transport: str
+) -> None:
+    what = {"cloud": "cloud", "scout": "random@0.5"}.get(placement, DELIVERIES[delivery].get("what", "int8"))
+    about: dict[str, Any] = {"what": what, "placement": placement, "delivery": delivery, "reuse": "none"}
+    if placement == "cloud":
+        about.pop("placement")
+    timeout, results = 8.0, list[TrialResult]()
+    for after in (400, 3_000, 20_000, 50_000):
+        with stalling(transport, ports[transport], after, cuts=True) as (_, through):
+            link = {
+                "name": f"cut {placement} {delivery} {after}",
+                "transport": transport,
+                "port": through,
+                "timeout": timeout,
+            }
+            began = time.monotonic()
+            try:
+                results.append(pair.ask(**about, link=link))
+            except EndpointError as error:
+                assert str(error)
+            # A connection is closed within two seconds; a datagram's sender may learn of the end by silence alone.
+            assert time.monotonic() - began < (SLACK_S if "tcp" in transport else timeout + SLACK_S)
+    well = pair.ask(**about, link={"name": "well", "transport": transport, "port": ports[transport]})
+    for result in results:  # the whole had crossed, or as much as is of use
+        lacks = result.unverified or result.tokens_left_out or delivery.startswith("adaptive")
+        assert lacks or result.answer == well.answer
+        assert not result.tokens_left_out or transport == "datagram" or delivery.startswith("adaptive")
 
 
 @pytest.fixture(scope="module")
