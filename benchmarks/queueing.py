@@ -27,7 +27,7 @@ _SHARE = 1448 / 1500  # of a packet, what is TCP's data
 _STRETCHES = 10
 _WARMUP_S = 5.0
 #: Edges, the rate of each one's link in Mbit/s, and tokens of the context: which of both is full.
-_WHERE = {"server": (8, 400, 16), "link": (1, 40, 16)}
+_WHERE = {"server": (8, 100, 16), "link": (1, 40, 16)}
 _LINK, _CLOUD = ("link_queue_s", "connect_s", "transmit_s"), ("decode_s", "first_token_s", "generate_s")
 
 
@@ -84,7 +84,7 @@ def mean(waits: Sequence[tuple[float, float]], seconds: float) -> tuple[float, f
     means = [fmean(own) for own in stretches if own]
     half = scipy_stats.t.ppf(0.975, len(means) - 1) * stdev(means) / math.sqrt(len(means))
     value = fmean(wait for _, wait in waits)
-    return value, value - half, value + half
+    return value, float(value - half), float(value + half)
 
 
 def main() -> None:
@@ -106,7 +106,7 @@ def main() -> None:
             about = {"where": where, "load": load, "n": len(found), "service_s": service, "theory_s": theory}
             late = sum(bool(row["warnings"]) for row in found)
             lines.append({**about, "wait_s": wait, "low_s": low, "high_s": high, "not_kept_up": late})
-            lines[-1]["within"] = low <= theory <= high
+            lines[-1]["within"] = bool(low <= theory <= high)
             if not options.json:
                 print(json.dumps(lines[-1]))
     if options.json:
