@@ -148,6 +148,17 @@ def test_what_does_not_fit_is_refused_by_name(change: dict[str, Any], why: str) 
         plan(**change)
 
 
+def test_a_device_that_was_not_measured_decoding_serves_nobody_in_batches(tmp_path: Path) -> None:
+    path = tmp_path / "reader.yaml"
+    path.write_text(
+        "{device: reader, model: llama-3.1-8b, dtype: float16, basis: measured, source: here, "
+        "prefill: [[16, 20ms], [512, 40ms]]}"
+    )
+    compute = {"edge": "device:m1-max-llama-3.1-8b", "cloud": f"device:{path}"}
+    with pytest.raises(SpecError, match=r"t.yaml: .*decod"):
+        plan(compute=compute, serving="batch(max=4)")
+
+
 def test_what_asks_for_no_load_keeps_the_identity_that_it_had() -> None:
     alone = plan(load=None, edges=None, topology="edge-cloud", cloud="cloud")
     assert alone.edges == () and alone.cells(0, 256)[0].load.timed is False
