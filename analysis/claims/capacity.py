@@ -54,11 +54,13 @@ def _times(ours: Capacity, theirs: Capacity) -> str:
     value, low, high = (
         _over(a, b) for a, b in ((ours.value, theirs.value), (ours.low, theirs.high), (ours.high, theirs.low))
     )
+    if math.isinf(ours.value):
+        value = _over(ours.most, theirs.value)
+        low = _over(min(ours.low, ours.most), theirs.high)
     if not math.isfinite(value):
-        most = _over(min(ours.low, ours.most), theirs.value)
-        return f"more than {most:.3g} times" if math.isfinite(most) else "an unknown number of times"
+        return "an unknown number of times"
     top = f"{high:.3g}" if math.isfinite(high) else "unknown"
-    return f"{value:.3g} [{low:.3g}, {top}] times"
+    return f"{'more than ' if math.isinf(ours.value) else ''}{value:.3g} [{low:.3g}, {top}] times"
 
 
 def _over(a: float, b: float) -> float:

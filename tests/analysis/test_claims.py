@@ -374,7 +374,7 @@ def test_capacity_is_compared_by_the_ends_of_intervals_where_arrivals_are_poisso
     change(path, lambda row: {"ttft_s": row["ttft_s"] / 2})  # within 1 s in place of 2
     (verdict,) = judged(path)["compression-buys-capacity"]
     assert verdict.verdict == "holds" and verdict.what == "int4 against fp16, 5g-mid, fifo"
-    assert "requests a second against 0.3" in verdict.figures and "more than 7.9" in verdict.figures
+    assert "requests a second against 0.3" in verdict.figures and "more than 9.81 [4.97" in verdict.figures
     change(path, lambda row: {"codec": {"fp16": "int4", "int4": "fp16"}[row["codec"]]})
     (verdict,) = judged(path)["compression-buys-capacity"]
     assert verdict.verdict == "fails"
