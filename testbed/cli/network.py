@@ -68,9 +68,13 @@ def _network_text(described: dict[str, Any]) -> str:
         )
         lines.append(f"  node {node['name']:<12} {addresses:<28} namespace {node['namespace']}")
     for link in described["links"]:
-        lines.append(f"  link {link['name']:<12} {link['a']} - {link['b']}: {link['profile']}")
+        lines.append(
+            f"  link {link['name']:<12} {link['a']} - {link['b']}: {link['profile']}"
+            + (f", in cell {link['cell']}" if link["cell"] else "")
+        )
         for way, counted in (link["counters"] or {}).items():
             lines.append(f"       {way:<5} {_counted(counted)}")
+    lines += [f"  cell {name:<12} {scheduler}" for name, scheduler in described["cells"].items()]
     if described["problems"]:
         lines += [f"  broken: {problem}" for problem in described["problems"]]
         lines.append("  remove the rest with `sudo testbed down`")

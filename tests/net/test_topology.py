@@ -205,7 +205,10 @@ def test_a_kind_stands_for_nodes_and_links(value: dict[str, Any], nodes: list[st
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ({"kind": "ring"}, r"kind: Input should be 'line', 'star' or 'shared-bottleneck' \(got 'ring'\)"),
+        (
+            {"kind": "ring"},
+            r"kind: Input should be 'line', 'star', 'shared-bottleneck' or 'cell' \(got 'ring'\)",
+        ),
         ({"nodes": 1001}, "nodes: Input should be less than or equal to 1000"),
         ({"nodes": True}, "nodes: Input should be a valid integer"),
         ({"profiles": {"n9-hub": "lte"}}, "profiles: no link 'n9-hub'"),

@@ -155,10 +155,12 @@ def calibrate(
     stretch_s: float = STRETCH_S,
     probes: int | None = None,
     attempts: int = ATTEMPTS,
+    share: float = 1.0,
 ) -> Calibration:
     """Measures a link that is under *profile* (the caller has applied it) and idle.
 
-    What changes over time is measured over *stretch_s* of its trace; rate, delay and loss then under the profile's means.
+    What changes over time is measured over *stretch_s* of its trace; rate, delay and loss then under the profile's means. Of the
+    profile's rate the link is asked for *share*: that which it has in its cell while all others are silent.
 
     Takes three to five seconds on ordinary links, longer where delay or queue are; *quick* halves that and widens the
     intervals; with *probes*, delay and loss are measured with that many packets each way, however long that takes. A
@@ -170,19 +172,20 @@ def calibrate(
         known = ", ".join(item.name for item in fabric.topology.links)
         raise SpecError(f"there is no link {link!r}; there is {known}")
     done: list[Attempt] = []
+    asked = profile.scaled(share)
     with Prober(fabric, link, ends.a, ends.b, urgent=fabric.emulator.served_by_processes) as prober:
         while not done or (not done[-1].ok and len(done) < attempts):
             before = fabric.counters(link)
             if profile.changes:
                 fabric.apply(link, profile.steady())
-            checks, causes = _attempt(prober, profile.steady(), 0.5 if quick else 1.0, probes)
+            checks, causes = _attempt(prober, asked.steady(), 0.5 if quick else 1.0, probes)
             curves: list[Curve] = []
             tracks: list[Track] = []
             if profile.changes:
-                curves = follow(prober, profile, partial(fabric.apply, link, profile), stretch_s)
+                curves = follow(prober, asked, partial(fabric.apply, link, profile), stretch_s)
                 checks += [check for curve in curves for check in curve_checks(curve, fabric.emulator)]
                 tracks, followed = follow_values(
-                    prober, profile, partial(fabric.apply, link, profile), stretch_s
+                    prober, asked, partial(fabric.apply, link, profile), stretch_s
                 )
                 checks += followed
             after = fabric.counters(link)

@@ -73,6 +73,8 @@ class Wanted:
     a: str
     b: str
     profile: Profile
+    cell: tuple[str, str] | None = None
+    """The cell that it is in: its name, and how it is shared out."""
 
 
 class Attachment(ABC):
@@ -149,6 +151,12 @@ class Emulator(ABC):
         self, wire: str, wanted: Sequence[Wanted], *, keep: Path | None = None
     ) -> Sequence[Attachment]:
         """An attachment for each link that is wanted, in that order; when one fails, none stays. See `attach`."""
+        for link in wanted:
+            if link.cell is not None:
+                raise UsageError(
+                    f"emulator {self.name} cannot share out cell {link.cell[0]} ({link.cell[1]}): it knows one link at a time; "
+                    "use --emulator userspace"
+                )
         attachments: list[Attachment] = []
         try:
             for link in wanted:

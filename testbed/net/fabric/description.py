@@ -42,6 +42,7 @@ def describe(network: State) -> dict[str, Any]:
             "b": link.b,
             "profile": str(link.profile),
             "conditions": link.profile.text(),
+            "cell": link.cell,
             "congestion": link.congestion,
             "counters": _live_counters(network, number, silent),
         }
@@ -58,6 +59,7 @@ def describe(network: State) -> dict[str, Any]:
         "process": network.pid,
         "nodes": nodes,
         "links": links,
+        "cells": {cell.name: cell.scheduler for cell in topology.cells},
     }
 
 

@@ -21,7 +21,7 @@ from testbed.identity import as_root
 from testbed.net.fabric import removal, state
 from testbed.net.fabric.state import State
 from testbed.net.profile.profile import MTU, Profile
-from testbed.net.topology.topology import Topology
+from testbed.net.topology.topology import Link, Topology
 
 if TYPE_CHECKING:
     from testbed.hosts.host import Host, Process
@@ -90,9 +90,7 @@ class Fabric:
             topology = replace(topology, ipv6=False)
         # Not marked persistent before it is whole: what a killed `testbed up` leaves is a dead run like any
         # other.
-        found = {
-            number: self.emulator.super_packets(link.profile) for number, link in enumerate(topology.links)
-        }
+        found = {number: self._segments(link, link.profile) for number, link in enumerate(topology.links)}
         self._super_packets = {number: each for number, each in found.items() if max(each.values()) > 1}
         with state.locked():
             self._state = state.new(topology, self.emulator.name, persistent=False, run_id=run_id)
@@ -108,7 +106,12 @@ class Fabric:
             with as_root():
                 keep.mkdir(parents=True)
         wanted = [
-            Wanted(f"l{number}", *wiring.wire_ends(number), link.profile)
+            Wanted(
+                f"l{number}",
+                *wiring.wire_ends(number),
+                link.profile,
+                (cell.name, cell.scheduler) if (cell := self.topology.cell(link)) is not None else None,
+            )
             for number, link in enumerate(self.topology.links)
         ]
         self._attachments = list(self.emulator.attach_all(self.state.wire, wanted, keep=keep))
@@ -268,6 +271,10 @@ class Fabric:
         finally:
             self._watched.remove((process, what))
 
+    def _segments(self, link: Link, profile: Profile) -> dict[str, int]:
+        """How many may enter a link as one packet; in a cell, whose users take turns, only real ones."""
+        return {"up": 1, "down": 1} if link.cell is not None else self.emulator.super_packets(profile)
+
     def _shape_packets(self, number: int, profile: Profile) -> None:
         """Sees to it that what enters the link is of the size that its profile, and its emulator, ask for."""
         from testbed.net.fabric import wiring
@@ -275,7 +282,7 @@ class Fabric:
         if profile.up.mtu != self._mtus.get(number, MTU):
             wiring.set_mtu(self.state, number, profile.up.mtu)
             self._mtus[number] = profile.up.mtu
-        segments = self.emulator.super_packets(profile)
+        segments = self._segments(self.topology.links[number], profile)
         if segments != self._super_packets.get(number, {"up": 1, "down": 1}):
             wiring.allow_super_packets(self.state, number, segments)
             self._super_packets[number] = segments
@@ -287,7 +294,7 @@ class Fabric:
     def calibrate(self, link: str, profile: Profile) -> Calibration:
         from testbed.net.calibration.calibrate import calibrate
 
-        return calibrate(self, link, profile)
+        return calibrate(self, link, profile, share=self.topology.alone(self.topology.link(link)))
 
     def record_process(self, pid: int, started: int | None = None, what: str = "helper") -> None:
         started = processes.start_time(pid) if started is None else started

@@ -213,6 +213,11 @@ class Direction:
         beyond = {name: f"{key}={written[key]}" for name, key in keys.items() if key in written}
         return beyond | ({"trace": str(self.trace)} if self.trace is not None else {})
 
+    @property
+    def limited(self) -> bool:
+        """Whether it has a rate, as far as is known without reading a trace's file."""
+        return self.rate_bps is not None or (self.trace is not None and self.trace.may_set_rate)
+
     def schedule(self, way: Way, origin_s: float) -> Schedule | Deliveries | None:
         """What changes over time, beginning at `origin_s`; None: nothing does. Raises SpecError where the trace's file is
         missing or wrong, or says what is said here, too."""
@@ -324,6 +329,25 @@ class Profile:
         if not self.changes:
             return self
         return replace(self, up=self.up.steady("up", peak=peak), down=self.down.steady("down", peak=peak))
+
+    def scaled(self, share: float) -> Profile:
+        """The same with that share of its rates, steady or not; queues hold what they held."""
+        if share == 1:
+            return self
+        ways = {}
+        for way, direction in self.ways.items():
+            held, trace = self.queue_bytes(way), direction.trace
+            if trace is not None and direction.rate_bps is None:
+                trace = replace(trace, scale=trace.scale * share)
+            ways[way] = replace(
+                direction,
+                rate_bps=None if direction.rate_bps is None else direction.rate_bps * share,
+                trace=trace,
+                queue=direction.queue
+                if held is None
+                else replace(direction.queue, amount=held, unit="bytes"),
+            )
+        return replace(self, up=ways["up"], down=ways["down"])
 
     def queue_bytes(self, way: Way) -> int | None:
         """See `Direction.queue_bytes`; BDPs and times of a rate that changes are those of its mean."""

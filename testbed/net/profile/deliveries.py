@@ -92,6 +92,12 @@ class Deliveries:
         """Bytes per second in the ten milliseconds around that time."""
         return self.capacity(time_s - 0.005, time_s + 0.005) / 0.01
 
+    def holds(self, time_s: float) -> tuple[float, float]:
+        """Bytes per second in the millisecond of that time, all of whose opportunities are spread over it, and when it ends."""
+        begins = self._zero + floor((time_s - self._zero) / MILLISECOND + 1e-6) * MILLISECOND
+        ends = begins + MILLISECOND
+        return self.capacity(begins, ends) / MILLISECOND, ends
+
     def delay_at(self, time_s: float) -> None:
         """Deliveries say nothing of delay."""
 

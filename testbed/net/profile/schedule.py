@@ -120,6 +120,12 @@ class Schedule:
             return None
         return self.rates[self._looking.seek(time_s - self._zero)] * self.scale
 
+    def holds(self, time_s: float) -> tuple[float, float]:
+        """Bytes per second from that time on (inf: without a limit), and until when, which is later."""
+        later = time_s + 1e-9  # rounding must not find the stretch that ends just then
+        rate = self.rate_at(later)
+        return inf if rate is None else rate, max(later, self.next_change(later))
+
     def delay_at(self, time_s: float) -> float | None:
         """Seconds, for a packet that enters at that time; None where the schedule has no delays."""
         return None if self.delays is None else self.delays[self._looking.seek(time_s - self._zero)]

@@ -114,6 +114,11 @@ class Trace:
         """Whether a fixed rate beside it would be a contradiction, as far as is known without reading a file."""
         return isinstance(self.source, (Step, Sine))
 
+    @property
+    def may_set_rate(self) -> bool:
+        """Whether it gives the rate, or is a file that may."""
+        return self.sets_rate or isinstance(self.source, File)
+
     def recording(self, way: Way, rate_bps: float | None) -> Recording:
         """What changes over one way's time. Raises SpecError where the file is missing or wrong, or has a rate where
         *rate_bps* is given, too."""

@@ -33,6 +33,11 @@ What repeats itself need not be listed::
     profile: 5g-good                 edge3 ═╝
     bottleneck: "rate=60mbit,delay=5ms"
 
+    kind: cell                       edge1 ═╗                    links radio-1, radio-2, …, all of one cell: what one gets while
+    nodes: 5                         edge2 ═╬═ cloud             others send, too, is up to the scheduler; up: towards the cloud;
+    profile: 5g-mid                  edge3 ═╝                    `nodes` counts the cloud, too
+    scheduler: proportional-fair
+
 There, `profile` is every link's; ``profiles: {n3-hub: lte}`` puts some under others. ``congestion`` is every link's congestion
 control; ``pcap: [n3-hub]`` names links whose packets are captured.
 """
@@ -51,7 +56,7 @@ from testbed import lookup, strict_yaml
 from testbed.errors import SpecError
 from testbed.hosts.address import Address, parse_address
 from testbed.net.profile.profile import profile_from
-from testbed.net.topology.topology import MAX_NODES, PYTHON, Link, Node, Topology
+from testbed.net.topology.topology import MAX_NODES, PYTHON, Cell, Link, Node, Topology
 from testbed.strict_yaml import did_you_mean
 
 _FOLDER = "topologies"
@@ -78,16 +83,23 @@ def shared_bottleneck(nodes: int) -> Named:
     return [*edges, "router", "cloud"], [*access, ("bottleneck", "router", "cloud")]
 
 
+def cell(nodes: int) -> Named:
+    """Edges on radio links of their own to the cloud, which share one medium."""
+    edges = [f"edge{number}" for number in range(1, nodes)]
+    return [*edges, "cloud"], [(f"radio-{number}", edge, "cloud") for number, edge in enumerate(edges, 1)]
+
+
 KINDS: dict[str, tuple[Callable[[int], Named], int]] = {
     "line": (line, 2),
     "star": (star, 2),
     "shared-bottleneck": (shared_bottleneck, 3),
+    "cell": (cell, 2),
 }
 """Name -> the shape, and the fewest nodes it has."""
 
 
 #: Of a kind, the nodes that are no edges.
-_BESIDES = {"star": 1, "shared-bottleneck": 2}
+_BESIDES = {"star": 1, "shared-bottleneck": 2, "cell": 1}
 
 
 class _Written(BaseModel):
@@ -131,6 +143,7 @@ class WrittenLink(_Written):
     pcap: bool = False
     shape: str | None = None
     force: bool = False
+    cell: str | None = None
 
 
 class Listed(_Written):
@@ -140,6 +153,7 @@ class Listed(_Written):
     links: list[WrittenLink]
     name: str | None = None
     ipv6: bool = True
+    cells: dict[str, str] = {}
 
 
 class Hosted(Listed):
@@ -151,10 +165,11 @@ class Hosted(Listed):
 class Shape(_Written):
     """What repeats itself: `profile` is every link's but of those in `profiles`, `congestion` every link's."""
 
-    kind: Literal["line", "star", "shared-bottleneck"]
+    kind: Literal["line", "star", "shared-bottleneck", "cell"]
     nodes: Annotated[int, Field(ge=2, le=MAX_NODES)]
     profile: Any
     bottleneck: Any = None
+    scheduler: str | None = None
     profiles: dict[str, Any] = {}
     congestion: str | None = None
     pcap: list[str] = []
@@ -167,6 +182,8 @@ class Shape(_Written):
         if self.nodes < least:
             raise SpecError(f"nodes: {self.nodes} of them; a {self.kind} has at least {least}")
         names, links = shape(self.nodes)
+        if self.scheduler is not None and self.kind != "cell":
+            raise SpecError(f"scheduler: a {self.kind} has none")
         known = [name for name, _, _ in links]
         _require(self.profiles, known, "profiles")
         _require(self.pcap, known, "pcap")
@@ -185,10 +202,12 @@ class Shape(_Written):
                 name=name,
                 congestion=self.congestion,
                 pcap=name in self.pcap,
+                cell="cell" if self.kind == "cell" else None,
             )
             for name, a, b in links
         ]
-        return Listed(nodes=names, links=listed, name=self.name, ipv6=self.ipv6)
+        cells = {"cell": self.scheduler or "equal"} if self.kind == "cell" else {}
+        return Listed(nodes=names, links=listed, name=self.name, ipv6=self.ipv6, cells=cells)
 
 
 def _require(names: Iterable[str], known: list[str], where: str) -> None:
@@ -249,9 +268,20 @@ def topology_from(value: Any, where: str, name: str) -> Topology:
             called = f"{link.a}-{link.b}" if link.name is None else link.name
             profile = profile_from(link.profile, f"links[{place}].profile")
             links.append(
-                Link(called, link.a, link.b, profile, link.congestion, link.pcap, link.shape, link.force)
+                Link(
+                    called,
+                    link.a,
+                    link.b,
+                    profile,
+                    link.congestion,
+                    link.pcap,
+                    link.shape,
+                    link.force,
+                    link.cell,
+                )
             )
-        return Topology(written.name or name, _nodes(written.nodes), tuple(links), written.ipv6)
+        cells = tuple(Cell(called, str(Cell(called, text).sharing)) for called, text in written.cells.items())
+        return Topology(written.name or name, _nodes(written.nodes), tuple(links), written.ipv6, cells)
     except SpecError as error:
         raise SpecError(f"{where}: {error}") from None
 

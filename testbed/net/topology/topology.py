@@ -11,9 +11,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+from testbed import kinds
 from testbed.errors import SpecError
 from testbed.hosts.address import Address
 from testbed.net.profile.profile import Profile
+from testbed.net.sharing import MOST_USERS, SCHEDULERS
+from testbed.net.sharing.contract import Scheduler
 from testbed.net.topology import routing
 from testbed.net.topology.routing import Interface, Route, Tree
 from testbed.strict_yaml import did_you_mean
@@ -59,6 +62,22 @@ class Link:
     pcap: bool = False
     shape: str | None = None
     force: bool = False
+    cell: str | None = None
+    """The cell whose medium is this link's bottleneck, by name."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One medium that several links share: what each gets of it, in each direction, is up to a scheduler
+    (`testbed.net.sharing`). A link's own rate, or trace, is what it gets while the medium is all its own."""
+
+    name: str
+    scheduler: str
+
+    @property
+    def sharing(self) -> Scheduler:
+        """What `scheduler` says. Raises SpecError."""
+        return kinds.parse(self.scheduler, SCHEDULERS, "scheduler")
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,7 @@ class Topology:
     nodes: tuple[Node, ...]
     links: tuple[Link, ...]
     ipv6: bool = True
+    cells: tuple[Cell, ...] = ()
 
     def __post_init__(self) -> None:
         _validate(self)
@@ -112,6 +132,15 @@ class Topology:
             self.link_number(name)
         links = tuple(replace(link, profile=profiles.get(link.name, link.profile)) for link in self.links)
         return replace(self, links=links)
+
+    def cell(self, link: Link) -> Cell | None:
+        """The cell that a link is in."""
+        return next((cell for cell in self.cells if cell.name == link.cell), None)
+
+    def alone(self, link: Link) -> float:
+        """The share of its own rate that a link has while no other link of its cell sends anything."""
+        cell = self.cell(link)
+        return 1.0 if cell is None else cell.sharing.alone(sum(each.cell == cell.name for each in self.links))
 
     @cached_property
     def ends(self) -> dict[str, tuple[Interface, ...]]:
@@ -195,6 +224,39 @@ def _validate(topology: Topology) -> None:
         seen[link.name] = pairs[pair] = place
     _check_connected(names, topology.links)
     _check_hosts(topology)
+    _check_cells(topology)
+
+
+def _check_cells(topology: Topology) -> None:
+    """What can share a medium."""
+    members: dict[str, list[Link]] = {}
+    for place, cell in enumerate(topology.cells):
+        where = f"cells[{place}]"
+        _check_name(cell.name, f"{where}.name", _NODE_NAME, "start with a letter, then a-z, 0-9 and hyphens")
+        if cell.name in members:
+            raise SpecError(f"{where}: cell {cell.name!r} is named twice")
+        members[cell.name] = []
+        if str(cell.sharing) != cell.scheduler:
+            raise SpecError(f"{where}: scheduler {cell.scheduler!r} is written {cell.sharing}")
+    for place, link in enumerate(topology.links):
+        if link.cell is None:
+            continue
+        where = f"links[{place}]"
+        if link.cell not in members:
+            raise SpecError(
+                f"{where}.cell: no cell {link.cell[:40]!r}{did_you_mean(link.cell, list(members))}"
+            )
+        members[link.cell].append(link)
+        if topology.kind == "hosts":
+            raise SpecError(f"{where}.cell: a cell is emulated, and these nodes are hosts of their own")
+        for way, direction in link.profile.ways.items():
+            if not direction.limited:
+                raise SpecError(
+                    f"{where}.profile: {way} has no rate, and there is nothing to share out in a cell; give it rate= or a trace"
+                )
+    for name, links in members.items():
+        if not 1 <= len(links) <= MOST_USERS:
+            raise SpecError(f"cell {name}: {len(links)} links in it; a cell has 1 to {MOST_USERS}")
 
 
 def _check_hosts(topology: Topology) -> None:

@@ -10,10 +10,11 @@ handed on to the next ones, so a saturated link delivers its rate exactly.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from math import inf
 from random import Random
 from time import monotonic
+from typing import Protocol
 
 from testbed.net.emulators.relay import packet
 from testbed.net.emulators.relay.codel import CoDel
@@ -27,6 +28,19 @@ from testbed.net.emulators.relay.rate import Rate, rate_of
 HEADERS = packet.HEADERS  # rates and queues count what is behind them
 # Under way in one direction: a sender faster than the host's memory is no reason to end.
 MAX_HELD_BYTES = 256 << 20
+
+
+class Stage(Protocol):
+    """What packets leave by when it is advanced: a `Line`, or a cell of several."""
+
+    leaves: float
+    """When there is more to do."""
+
+    @property
+    def flight(self) -> Sized: ...
+    @property
+    def queue(self) -> Sized: ...
+    def advance(self, now: float) -> None: ...
 
 
 class Line:
@@ -75,6 +89,14 @@ class Line:
             self.begins = self.owed_from = max(now, self.begins)
             self.owed = unsent
             self.leaves = self._finish(self.begins, unsent, 0)
+
+    @property
+    def stage(self) -> Stage:
+        """What has to be advanced so that packets of this direction leave."""
+        return self
+
+    def leave(self) -> None:
+        """The link ends, and what is under way is lost."""
 
     @property
     def under_way(self) -> int:
@@ -188,6 +210,17 @@ class Line:
 
     def _next(self, now: float) -> None:
         """What comes to the head of the queue, or will, is being sent from *now* on."""
+        item = self._head(now)
+        if item is not None:
+            self.begins = now
+            self.leaves = self._finish(now, item[2], item[3])
+        elif self.flight:
+            self._begin(self.flight.popleft())
+        else:
+            self.leaves = inf
+
+    def _head(self, now: float) -> Item | None:
+        """What is first in the queue, and waits no longer; None: all that was in it has been dropped, or nothing was."""
         queue = self.queue
         while queue:
             item = queue[0]
@@ -202,18 +235,17 @@ class Line:
                 self.counted.marked += item[3]
                 queue[0] = item = (item[0], marked, item[2], item[3])
             self.waiting_bytes -= item[2]
-            self.begins = now
-            self.leaves = self._finish(now, item[2], item[3])
-            return
-        if self.flight:
-            self._begin(self.flight.popleft())
-        else:
-            self.leaves = inf
+            return item
+        return None
+
+    def room(self) -> float:
+        """Bytes that the queue has room for."""
+        return self._limit_bytes - self.waiting_bytes
 
     def _wait(self, item: Item) -> None:
         """A packet has arrived at the bottleneck while another is being sent."""
         _, _, size, count = item
-        room = self._limit_bytes - self.waiting_bytes
+        room = self.room()
         kept = item if size <= room else admitted(item, room)
         if kept is not None:
             self.waiting_bytes += kept[2]

@@ -29,6 +29,14 @@ class Rate:
         """How many of *size* bytes, overhead included, are left at *now* of what is sent from *begins* to *ends*."""
         return size * max(0.0, (ends - now) / (ends - begins)) if ends > begins else 0.0
 
+    def holds(self, time_s: float) -> tuple[float, float]:
+        """Bytes a second at that time, and until when."""
+        return 1 / self.seconds_per_byte if self.seconds_per_byte else inf, inf
+
+    def capacity(self, begin_s: float, end_s: float) -> float:
+        """Bytes that can be sent between two times."""
+        return (end_s - begin_s) * self.holds(begin_s)[0]
+
     def same(self, other: Rate) -> bool:
         """Whether the other one sends at all times as fast."""
         return type(self) is type(other) and vars(self) == vars(other)
@@ -47,6 +55,12 @@ class TracedRate(Rate):
 
     def unsent(self, size: float, begins: float, ends: float, now: float) -> float:
         return max(0.0, size - self.schedule.capacity(begins, now))
+
+    def holds(self, time_s: float) -> tuple[float, float]:
+        return self.schedule.holds(time_s)
+
+    def capacity(self, begin_s: float, end_s: float) -> float:
+        return self.schedule.capacity(begin_s, end_s)
 
 
 def rate_of(conditions: Conditions) -> Rate:

@@ -11,16 +11,20 @@ import os
 import select
 import signal
 import threading
+from collections.abc import Mapping
 from math import inf
 from time import monotonic, sleep
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from testbed import descriptors
 from testbed.net.emulators.relay.conditions import Conditions
 from testbed.net.emulators.relay.control import Control, be_punctual, take_orders
-from testbed.net.emulators.relay.line import Line
+from testbed.net.emulators.relay.line import Line, Stage
 from testbed.net.emulators.relay.port import BATCH, Port, Receiver
 from testbed.net.profile.schedule import unpack
+
+if TYPE_CHECKING:
+    from testbed.net.emulators.relay.cell.cell import Cell
 
 NOBODY = 65534
 COALESCE_S = 120e-6  # no two wake-ups closer than this: waking is what costs most, and a busy link would have two a packet
@@ -31,12 +35,17 @@ IDLE_S = 1.0  # how often an idle relay looks whether its parent still lives
 
 
 class RelayedLink:
-    """Both directions between two ports."""
+    """Both directions between two ports; in a *cell*, given by direction, as one of its users."""
 
-    def __init__(self, port_a: Port, port_b: Port, seed: int | None) -> None:
+    def __init__(
+        self, port_a: Port, port_b: Port, seed: int | None, cell: Mapping[str, Cell] | None = None
+    ) -> None:
         self.ports = (port_a, port_b)
         seeds = (None, None) if seed is None else (2 * seed, 2 * seed + 1)
-        self.lines = {"up": Line(port_b.send, seeds[0]), "down": Line(port_a.send, seeds[1])}
+        self.lines = {
+            way: Line(port.send, seed) if cell is None else cell[way].join(port.send, seed)
+            for way, port, seed in zip(("up", "down"), (port_b, port_a), seeds, strict=True)
+        }
 
     def apply(self, conditions: dict[str, dict[str, Any]], files: list[int], fresh: bool = False) -> None:
         """New conditions for both ways, without what is under way if they are to begin *fresh*; *files*: descriptors of what
@@ -68,7 +77,7 @@ class Relay:
     def __init__(self) -> None:
         self._links: dict[str, RelayedLink] = {}
         self._ports: dict[int, tuple[Port, Line]] = {}  # by descriptor: the port, and where its frames go
-        self._busy: set[Line] = set()  # with something under way
+        self._busy: set[Stage] = set()  # with something under way
 
     def add(self, name: str, link: RelayedLink) -> None:
         """One more link."""
@@ -82,6 +91,7 @@ class Relay:
         for port, line in zip(removed.ports, removed.lines.values(), strict=True):
             del self._ports[port.fileno]
             self._busy.discard(line)
+            line.leave()
             port.close()
         return bool(self._links)
 
@@ -91,7 +101,7 @@ class Relay:
         """Changes the conditions of a link; see `RelayedLink.apply`."""
         changed = self._links[link]
         changed.apply(conditions, files, fresh)
-        self._busy.update(line for line in changed.lines.values() if line.leaves < inf)
+        self._busy.update(line.stage for line in changed.lines.values() if line.stage.leaves < inf)
 
     def under_way(self, link: str) -> int:
         """Packets on a link, both ways."""
@@ -123,9 +133,9 @@ class Relay:
                 sleep(max(COALESCE_S - worked, REST * worked))
                 now = monotonic()
             due = inf
-            for line in busy:
-                if line.leaves < due:
-                    due = line.leaves
+            for stage in busy:
+                if stage.leaves < due:
+                    due = stage.leaves
             wait = due - now
             if wait > IDLE_S:
                 wait = IDLE_S
@@ -144,13 +154,13 @@ class Relay:
                 enter = line.enter
                 for arrived, frame in frames:
                     enter(frame, arrived)
-                busy.add(line)
-            for line in tuple(busy):
+                busy.add(line.stage)
+            for stage in tuple(busy):
                 # Not only when something leaves: during an outage the queue has to fill, and then overflow.
-                if line.leaves <= now or len(line.flight) > MANY:
-                    line.advance(now)
-                if line.leaves == inf and not line.queue:
-                    busy.discard(line)
+                if stage.leaves <= now or len(stage.flight) > MANY:
+                    stage.advance(now)
+                if stage.leaves == inf and not stage.queue:
+                    busy.discard(stage)
             if called:
                 checked = now
                 control.serve(ready, self)
@@ -208,12 +218,26 @@ def _stop(number: int, frame: object) -> None:
     raise _Stopped
 
 
+def _cell(cells: dict[str, dict[str, Cell]], wanted: dict[str, str]) -> dict[str, Cell]:
+    """Both directions of the cell of that name, made where it is not among *cells* yet."""
+    if wanted["name"] not in cells:
+        from testbed.kinds import parse
+        from testbed.net.emulators.relay.cell.cell import Cell
+        from testbed.net.sharing import SCHEDULERS
+
+        scheduler = parse(wanted["scheduler"], SCHEDULERS, "scheduler")
+        cells[wanted["name"]] = {way: Cell(scheduler) for way in ("up", "down")}
+    return cells[wanted["name"]]
+
+
 def main() -> None:
     """Serves links; the only argument is a file descriptor with JSON in it (see `serving.start`)."""
     control, links = take_orders()
     relay = Relay()
+    cells: dict[str, dict[str, Cell]] = {}
     for name, order in links.items():
-        link = RelayedLink(Port(order["port_a"]), Port(order["port_b"]), order["seed"])
+        cell = _cell(cells, order["cell"]) if "cell" in order else None
+        link = RelayedLink(Port(order["port_a"]), Port(order["port_b"]), order["seed"], cell)
         link.apply(order["conditions"], order.get("files", []))
         relay.add(name, link)
     be_punctual()

@@ -76,17 +76,28 @@ def spread(wanted: Sequence[Wanted], processors: int) -> list[list[int]]:
     """Which links, by number and in ascending order, share a relay process. One serves all up to `LINKS_A_RELAY` links and
     `RELAY_SHARE`; beyond that another does for every so much more, but no more of them than there are processors. The link that
     takes most goes to whichever has least so far, then the next."""
-    loads = [
+    # Links of a cell stay together, and take together what the fastest of them takes alone.
+    together: dict[object, list[int]] = {}
+    for number, link in enumerate(wanted):
+        together.setdefault(number if link.cell is None else link.cell[0], []).append(number)
+    units = list(together.values())
+    alone = [
         min(RELAY_SHARE, max(_share(direction, way) for way, direction in link.profile.ways.items()))
         for link in wanted
     ]
+    loads = [max(alone[number] for number in unit) for unit in units]
     for_links, for_rates = math.ceil(len(wanted) / LINKS_A_RELAY), math.ceil(sum(loads) / RELAY_SHARE - 1e-9)
-    shares: list[list[int]] = [[] for _ in range(max(for_links, min(for_rates, processors, len(wanted))))]
+    shares: list[list[int]] = [[] for _ in range(max(for_links, min(for_rates, processors, len(units))))]
     sums = [0.0] * len(shares)
-    for number in sorted(range(len(wanted)), key=lambda number: -loads[number]):
-        open_ = [place for place, share in enumerate(shares) if len(share) < LINKS_A_RELAY]
+    for number in sorted(range(len(units)), key=lambda number: -loads[number]):
+        most = LINKS_A_RELAY - len(units[number])
+        open_ = [place for place, share in enumerate(shares) if len(share) <= most]
+        if not open_:
+            shares.append([])
+            sums.append(0.0)
+            open_ = [len(shares) - 1]
         least = min(open_, key=lambda place: (sums[place], len(shares[place])))
-        shares[least].append(number)
+        shares[least] += units[number]
         sums[least] += loads[number]
     return [sorted(share) for share in shares if share]
 
@@ -122,6 +133,11 @@ class Userspace(Emulator):
         """The same for many links, which are spread over relay processes (see `spread`)."""
         for link in wanted:
             refuse_unknown(self.name, link.profile, HONOURED)
+            for way, direction in link.profile.ways.items():
+                if link.cell is not None and direction.mean_rate_bps(way) is None:
+                    raise UsageError(
+                        f"cell {link.cell[0]}: {direction} gives no rate ({way}) that could be shared out"
+                    )
         quieten(wire)
         attachments: dict[str, Attachment] = {}
         try:
@@ -152,6 +168,8 @@ class Userspace(Emulator):
                     "conditions": conditions,
                     "files": files,
                 }
+                if link.cell is not None:
+                    links[link.link]["cell"] = {"name": link.cell[0], "scheduler": link.cell[1]}
             # The links of one relay share it; it ends when the last of them is detached.
             relay = ServingProcess.start(links, keep, PROGRAM)
             attachments = [RelayAttachment(name, relay) for name in links]

@@ -1,0 +1,52 @@
+"""What shares out a cell: a `Scheduler` is what people write, its `Turns` whose turn it is while packets come and go."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from math import inf
+from typing import Any, ClassVar, Protocol
+
+from testbed.kinds import Kind
+
+
+class User(Protocol):
+    """One direction of a link of the cell."""
+
+    share: float
+    """Of the cell's time, while it waits."""
+    sent: float
+    """Bytes that have crossed, ever."""
+
+    @property
+    def queue(self) -> Sequence[tuple[float, Any, Any, Any]]:
+        """What waits, first that which is next; each begins with when it arrived."""
+
+    def mean_rate(self, begin_s: float, end_s: float) -> float:
+        """Bytes a second that it could send between two times if the cell were all its own."""
+
+
+class Turns:
+    """Whose turn it is in one direction of a cell."""
+
+    until = inf
+    """When it has to be asked again, in seconds of the packets' clock, even if nobody came or went."""
+
+    @abstractmethod
+    def share(self, waiting: Sequence[User], now: float) -> None:
+        """Sets every waiting user's `share` of the cell's time from *now* on: from 0 to 1, together no more than 1."""
+
+
+class Scheduler(Kind):
+    """Base of the schedulers."""
+
+    pooled: ClassVar[bool] = False
+    """Whether all wait in one queue, whose size is then its limit for all together."""
+
+    @abstractmethod
+    def turns(self, members: Sequence[User]) -> Turns:
+        """For one direction. *members* is the cell's own list: it changes as users join and leave."""
+
+    def alone(self, members: int) -> float:
+        """The share of its link's rate that a user gets while nobody else sends, in a cell of so many."""
+        return 1.0
