@@ -112,6 +112,20 @@ def test_one_queue_has_one_limit_for_all():
     assert sum(user.counted.dropped_queue for user in bench.users) == 5
 
 
+def test_by_what_is_to_be_sent_all_meet_a_deadline_that_half_of_them_miss_by_equal_reservations():
+    packets, deadline_s = (120, 120, 20, 20), 0.281  # of 1 ms each: together they take 280 ms
+    arrivals = [(0.0, whose, FRAME) for whose, count in enumerate(packets) for _ in range(count)]
+    ends = {}
+    for scheduler in ("reserved", "model-aware(bytes=[150kb, 150kb, 25kb, 25kb])"):
+        bench = Bench(scheduler, [RATE] * 4)
+        bench.run(arrivals)
+        ends[scheduler] = [left[-1][0] for left in bench.left]
+    equal, by_bytes = ends.values()
+    assert equal == pytest.approx([0.48, 0.48, 0.08, 0.08])
+    assert by_bytes == pytest.approx([0.28] * 4)
+    assert [sum(end <= deadline_s for end in each) for each in (equal, by_bytes)] == [2, 4]
+
+
 @pytest.mark.parametrize("scheduler", ["equal", "proportional-fair", "tcp"])
 @given(
     gaps=st.lists(st.floats(0, 0.004), min_size=1, max_size=40),
@@ -312,6 +326,11 @@ def test_the_links_of_a_cell_share_a_relay_however_many_there_are():
         ({"profile": "delay=5ms"}, r"links\[0\].profile: up has no rate"),
         ({"profiles": {"radio-2": "delay=5ms,outage:1s@1s"}}, r"links\[1\].profile: up has no rate"),
         ({"nodes": 66}, "cell cell: 65 links in it; a cell has 1 to 64"),
+        (
+            {"scheduler": "model-aware(bytes=[1mb, 2mb])"},
+            "model-aware: bytes has 2 sizes, and the cell 3 links",
+        ),
+        ({"scheduler": "model-aware(bytes=[1mb, x, 2mb])"}, ".*size"),
         ({"kind": "star"}, "scheduler: a star has none"),
     ],
 )

@@ -9,6 +9,7 @@ SCHEDULERS: dict[str, str] = {
     "equal": "testbed.net.sharing.equal:Equal",
     "proportional-fair": "testbed.net.sharing.proportional_fair:ProportionalFair",
     "tcp": "testbed.net.sharing.tcp:Tcp",
+    "model-aware": "testbed.net.sharing.model_aware:ModelAware",
     "reserved": "testbed.net.sharing.reserved:Reserved",
 }
 MOST_USERS = 64

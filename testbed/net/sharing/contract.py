@@ -13,6 +13,8 @@ from testbed.kinds import Kind
 class User(Protocol):
     """One direction of a link of the cell."""
 
+    place: int
+    """Which of the cell's links it is, from 0 on."""
     share: float
     """Of the cell's time, while it waits."""
     sent: float
@@ -47,6 +49,9 @@ class Scheduler(Kind):
     def turns(self, members: Sequence[User]) -> Turns:
         """For one direction. *members* is the cell's own list: it changes as users join and leave."""
 
-    def alone(self, members: int) -> float:
-        """The share of its link's rate that a user gets while nobody else sends, in a cell of so many."""
+    def check(self, members: int) -> None:
+        """Raises SpecError where it does not suit a cell of so many links."""
+
+    def alone(self, place: int, members: int) -> float:
+        """The share of its own rate that the link at this *place* of so many gets while no other sends."""
         return 1.0

@@ -18,7 +18,7 @@ class Reserved(Scheduler):
     def turns(self, members: Sequence[User]) -> Turns:
         return _Turns(members)
 
-    def alone(self, members: int) -> float:
+    def alone(self, place: int, members: int) -> float:
         return 1 / members
 
 

@@ -140,7 +140,10 @@ class Topology:
     def alone(self, link: Link) -> float:
         """The share of its own rate that a link has while no other link of its cell sends anything."""
         cell = self.cell(link)
-        return 1.0 if cell is None else cell.sharing.alone(sum(each.cell == cell.name for each in self.links))
+        if cell is None:
+            return 1.0
+        members = [each.name for each in self.links if each.cell == cell.name]
+        return cell.sharing.alone(members.index(link.name), len(members))
 
     @cached_property
     def ends(self) -> dict[str, tuple[Interface, ...]]:
@@ -257,6 +260,7 @@ def _check_cells(topology: Topology) -> None:
     for name, links in members.items():
         if not 1 <= len(links) <= MOST_USERS:
             raise SpecError(f"cell {name}: {len(links)} links in it; a cell has 1 to {MOST_USERS}")
+        next(cell for cell in topology.cells if cell.name == name).sharing.check(len(links))
 
 
 def _check_hosts(topology: Topology) -> None:

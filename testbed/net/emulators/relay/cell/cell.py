@@ -27,12 +27,14 @@ class Cell:
         self.members: list[User] = []
         self.leaves = inf  # when something happens next
         self._pooled, self._turns = scheduler.pooled, scheduler.turns(self.members)
+        self._joined = 0  # users, ever
         self._clock = 0.0  # up to when everything has happened
         self._waiting: list[User] = []
 
     def join(self, deliver: Callable[[bytes], object], seed: int | None) -> User:
         """One more user, whose packets leave by *deliver*."""
-        user = User(deliver, seed, self)
+        user = User(deliver, seed, self, self._joined)
+        self._joined += 1
         self.members.append(user)
         return user
 

@@ -20,9 +20,9 @@ class User(Line):
     `share`: of the cell's time, as its scheduler set it; `sent`: bytes that have crossed, ever, lower layers' included.
     """
 
-    def __init__(self, deliver: Callable[[bytes], object], seed: int | None, cell: Cell) -> None:
+    def __init__(self, deliver: Callable[[bytes], object], seed: int | None, cell: Cell, place: int) -> None:
         super().__init__(deliver, seed)
-        self.cell = cell
+        self.cell, self.place = cell, place
         self.share = self.speed = self.sent = 0.0
         self.left = 0.0  # bytes of the first in the queue that are still to be sent
         self.done = inf  # when they will have been, as things stand
