@@ -21,6 +21,10 @@ from testbed.transport.transport import Stream
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from testbed.models.trail import Trail
+
+#: Bytes of a cache that is kept, as it was read, until an answer's outcome has been asked for.
+_MOST_KEPT = 2**26
 Stage = Literal["decode", "prefill", "first_token"]
 
 
@@ -113,7 +117,7 @@ class Answering:
         """Reads the question behind what is rebuilt, decodes, and sends each part of the answer as it is known. What is counted
         and hashed is so behind the answer, as part of no stage.
         """
-        side, request, connection = self.side, self.request, self.connection
+        side, request, connection, trail = self.side, self.request, self.connection, self._trail(rebuilt)
         self.begin()
         question_ids = side.model.tokenize(request.question, closing=self.prefix.closing)
         if not question_ids or not all(map(side.model.tokenize, request.choices)):
@@ -132,9 +136,8 @@ class Answering:
 
         ids = self._known(rebuilt, on_token)
         if ids is None:
-            ids = side.answer(
-                question_ids, rebuilt.past, request.max_new_tokens, request.stop, request.choices, on_token
-            )
+            limits = (request.max_new_tokens, request.stop, request.choices)
+            ids = side.answer(question_ids, rebuilt.past, *limits, on_token, trail=trail)
         if not firsts:  # nothing but the end of the text: the first token is the empty answer
             on_token(0, 0)
         most = 0 if request.choices else request.max_new_tokens
@@ -162,9 +165,21 @@ class Answering:
             "kept_digest": kept_digest(rebuilt.kept),
         }
         kept = answer if side.pace.times is None else self._to_repeat(answer, before)
-        served = Served(request, kept, firsts[0], question_ids, details, rebuilt.whole(), answer_ids=ids)
+        served = Served(
+            request, kept, firsts[0], question_ids, details, rebuilt.whole(), trail, answer_ids=ids
+        )
         self.session.hold(served)
         return served
+
+    def _trail(self, rebuilt: Rebuilt) -> Trail | None:
+        """Where the answer's passes are kept for its outcome; None where that would hold another large cache."""
+        from testbed.models.trail import Trail
+
+        model = self.side.model
+        bytes_a_token = (
+            sum(s.kv_heads * (s.head_dim + s.value_dim) for s in model.shapes) * model.dtype.itemsize
+        )
+        return Trail() if rebuilt.held * bytes_a_token <= _MOST_KEPT else None
 
     def _known(self, rebuilt: Rebuilt, on_token: Callable[[int, int], None]) -> list[int] | None:
         """The tokens that were computed off the clock for a device, each as late as there; None where none were."""

@@ -104,6 +104,7 @@ class Cloud(InferenceSide):
     def read(self, message: Read) -> FullCache:
         """Answer an example with this side's own model and the full cache; outcomes are compared with it from now on."""
         from testbed.models import likelihood
+        from testbed.models.trail import Trail
 
         asked = message.asked
         with self._sessions.turn(message.client):
@@ -112,13 +113,13 @@ class Cloud(InferenceSide):
             context = self.model.prefill(ids, prefix.cache).cache
             past = self.behind(prefix, context)
             question = self.model.tokenize(asked.question, closing=prefix.closing)
-            limits = (asked.max_new_tokens, asked.stop, asked.choices)
+            limits, trail = (asked.max_new_tokens, asked.stop, asked.choices), Trail()
             text = self.model.text(
-                self.answer(question, past, *limits, lambda index, token: None), asked.stop
+                self.answer(question, past, *limits, lambda index, token: None, trail=trail), asked.stop
             )
             if self.model.stands_in:
                 return FullCache(len(ids), context.nbytes, text, None, b"", 0)
-            found = self.model.likelihood(question, gold, past)
+            found = self.model.likelihood(question, gold, past, trail)
         vocabulary = found.shape[1]
         self.compare(Compare(likelihood.to_bytes(found), vocabulary, message.client))
         return FullCache(len(ids), context.nbytes, text, likelihood.mean_nll(found, gold), b"", vocabulary)
@@ -148,7 +149,7 @@ class Cloud(InferenceSide):
         past = session.past(served)
         self.under(served.request.prefix)
         ids = self.model.tokenize(gold)
-        distributions = self.model.likelihood(served.question_ids, ids, past)
+        distributions = self.model.likelihood(served.question_ids, ids, past, served.trail)
         kl = None if session.full is None else mean_kl(session.full, distributions)
         overlap = self._overlap(session, served, gold, selector) if selector else None
         return Outcome(nll=mean_nll(distributions, ids), kl=kl, choice_overlap=overlap, **served.details)

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from testbed.codecs.codec import Codec
     from testbed.codecs.evidence import Evidence
     from testbed.models.prefill import Prefill
+    from testbed.models.trail import Trail
 
 
 class Edge(InferenceSide):
@@ -115,14 +116,15 @@ class Edge(InferenceSide):
     def reference(self, message: Reference) -> FullCache:
         """The example's answer, NLL and next-token distributions with the full cache on this machine alone."""
         from testbed.models.likelihood import mean_nll, to_bytes
+        from testbed.models.trail import Trail
 
-        prefilled = self._prefilled(message.batch, message.example)
-        local = self._local(prefilled, 0)
+        prefilled, trail = self._prefilled(message.batch, message.example), Trail()
+        local = self._local(prefilled, 0, trail)
         about = (len(prefilled.ids), prefilled.prefill.cache.nbytes, local.answer)
         if self.model.stands_in:
             return FullCache(*about, None, b"", 0)
         past = self.behind(prefilled.prefix, prefilled.prefill.cache)
-        distributions = self.model.likelihood(prefilled.question(self.model), prefilled.gold, past)
+        distributions = self.model.likelihood(prefilled.question(self.model), prefilled.gold, past, trail)
         return FullCache(
             *about,
             nll=mean_nll(distributions, prefilled.gold),
@@ -362,9 +364,9 @@ class Edge(InferenceSide):
         self._at_hand = Prefilled((batch, example), own, chosen, prefix, gold, ids, prefill, took)
         return self._at_hand
 
-    def _local(self, prefilled: Prefilled, repeat: int) -> TrialResult:
+    def _local(self, prefilled: Prefilled, repeat: int, trail: Trail | None = None) -> TrialResult:
         if repeat not in prefilled.local:
-            prefilled.local[repeat] = answered_here(self, prefilled)
+            prefilled.local[repeat] = answered_here(self, prefilled, trail)
         return prefilled.local[repeat]
 
     def _codec(self, text: str) -> Codec:

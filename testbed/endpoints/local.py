@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from testbed.endpoints.at_hand import Prefilled
 from testbed.endpoints.protocol import TrialResult
 from testbed.endpoints.side import InferenceSide, held, per_token
 from testbed.endpoints.spans import billed, in_turn
 
+if TYPE_CHECKING:
+    from testbed.models.trail import Trail
 
-def answered_here(side: InferenceSide, prefilled: Prefilled) -> TrialResult:
-    """The answer, timed by the side's pace, behind the prefill, which takes as long as it took."""
+
+def answered_here(side: InferenceSide, prefilled: Prefilled, trail: Trail | None = None) -> TrialResult:
+    """The answer, timed by the side's pace, behind the prefill, which takes as long as it took. trail: is told how it was
+    decoded."""
     task, choices = prefilled.batch.task, prefilled.batch.task.choice_texts(prefilled.example)
     times: list[float] = []
     started = side.pace.begin()
@@ -24,7 +30,8 @@ def answered_here(side: InferenceSide, prefilled: Prefilled) -> TrialResult:
             else side.pace.hold("prefill", len(question), before - len(question))
         )
 
-    ids = side.answer(question, past, prefilled.batch.max_new_tokens, task.stop, choices, on_token)
+    limits = (prefilled.batch.max_new_tokens, task.stop, choices)
+    ids = side.answer(question, past, *limits, on_token, trail=trail)
     text = side.model.text(ids, task.stop)
     if not times:  # nothing but the end of the text
         on_token(0, 0)

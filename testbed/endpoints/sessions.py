@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from testbed.codecs.cache_format import Positions
     from testbed.models.kvcache import KVCache
+    from testbed.models.trail import Trail
 
 #: Of so many clients something is kept; where one more comes, what the one has that was silent longest is dropped.
 MAX_CLIENTS = 64
@@ -36,6 +37,7 @@ class Served:
     details: dict[str, Any] = field(default_factory=dict)
     #: prefix and context as they arrived; held for a client's latest request only
     past: KVCache | None = None
+    trail: Trail | None = None  #: how it was decoded; held as long
     outcomes: dict[str, Outcome] = field(default_factory=dict)  #: by gold answer
     answer_ids: list[int] = field(default_factory=list)
     #: of a scout, the context's tokens and which of them were chosen
@@ -69,7 +71,7 @@ class Session:
     def hold(self, served: Served) -> None:
         """Keep a new answer's cache, and give up the one before."""
         if self._latest is not None:
-            self._latest.past = None
+            self._latest.past = self._latest.trail = None
         self._latest = served
 
     def forget(self) -> None:

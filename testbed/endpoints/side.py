@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from testbed.models.arriving import ArrivingCache
     from testbed.models.kvcache import KVCache
     from testbed.models.language import LanguageModel
+    from testbed.models.trail import Trail
 
 Handlers = Mapping[type, Callable[[Any], Any]]
 
@@ -251,13 +252,15 @@ class InferenceSide:
         choices: Sequence[str],
         on_token: Callable[[int, int], None],
         draft: Sequence[int] = (),
+        trail: Trail | None = None,
     ) -> list[int]:
         """The answer's tokens: decoded greedily, or the likeliest per token of the choices, where there are any.
 
-        draft: what a free answer may be, which is then read with the question (see `LanguageModel.generate`).
+        draft: what a free answer may be, which is then read with the question; trail: is told how a free one was decoded (see
+        `LanguageModel.generate`).
         """
         if not choices:
-            return self.model.generate(question_ids, past, max_new_tokens, stop, on_token, draft)
+            return self.model.generate(question_ids, past, max_new_tokens, stop, on_token, draft, trail)
         options = [self.model.tokenize(choice) for choice in choices]
         nlls = self.model.option_nlls(question_ids, options, past)
         best = options[min(range(len(options)), key=nlls.__getitem__)]

@@ -33,6 +33,7 @@ from testbed.models.shrinking import Wanted, decoder_layers, shrinking
 from testbed.models.stretching import Stretching
 from testbed.models.together import Together, unable
 from testbed.models.tokens import Tokens, chat_template
+from testbed.models.trail import Trail
 
 
 class LanguageModel:
@@ -317,6 +318,7 @@ class LanguageModel:
         stop: str | None,
         on_token: Callable[[int, int], None] | None = None,
         draft: Sequence[int] = (),
+        trail: Trail | None = None,
     ) -> list[int]:
         """Decode greedily behind `past` and `ids` (at least one).
 
@@ -327,7 +329,7 @@ class LanguageModel:
         `on_token(index, id)` is called with each token that will be returned, as soon as it is known.
 
         draft: what the answer may be. It is read in one pass with `ids`, and holds as far as it is what is decoded here; from the
-        first token that is another one, decoding goes on token by token.
+        first token that is another one, decoding goes on token by token. trail: is told of the passes, where there is no draft.
         """
         answer, live = self._opened(ids, past, max_new_tokens, stop)
         read = list(draft[: max(0, answer.limit - 1)])
@@ -338,6 +340,8 @@ class LanguageModel:
             if not ahead:
                 logits, _ = self._forward(live, feed, keep=keep)
                 ahead, keep = logits.argmax(-1).tolist()[::-1], 1
+                if trail is not None and not draft:
+                    trail.add(live, feed, logits)
             token, count = ahead.pop(), len(answer.tokens)
             goes_on = answer.take(token)
             if on_token is not None and len(answer.tokens) > count:
@@ -381,17 +385,28 @@ class LanguageModel:
             )
         return Together(self._begun, self._network)
 
-    def likelihood(self, ids_question: Sequence[int], ids_answer: Sequence[int], past: Past | None) -> Tensor:
+    def likelihood(
+        self,
+        ids_question: Sequence[int],
+        ids_answer: Sequence[int],
+        past: Past | None,
+        trail: Trail | None = None,
+    ) -> Tensor:
         """Log-probabilities in nats of what may follow, at each token of the answer and behind the true ones.
 
-        float32 [answer tokens, vocabulary]. Raises ValueError where question or answer have no tokens.
+        float32 [answer tokens, vocabulary]. trail: of an answer to this question, behind this past: the passes that were made for
+        it are not made again, and the outcome differs by rounding. Raises ValueError where question or answer have no tokens.
         """
         if not ids_question or not ids_answer:
             raise ValueError("a likelihood needs tokens of a question and of an answer")
         ids = [*ids_question, *ids_answer[:-1]]
         self._check_length(past, len(ids))
-        logits, _ = self._forward(self._live(past, len(ids)), ids, keep=len(ids_answer))
-        return log_probabilities(logits)
+        if trail:
+            return log_probabilities(trail.along(ids_answer, self._logits))
+        return log_probabilities(self._logits(self._live(past, len(ids)), ids, len(ids_answer)))
+
+    def _logits(self, live: LiveCache, ids: Sequence[int], keep: int) -> Tensor:
+        return self._forward(live, ids, keep=keep)[0]
 
     def nll(self, ids_question: Sequence[int], ids_answer: Sequence[int], past: Past | None) -> float:
         """Mean negative log-likelihood in nats of the answer's tokens, each behind the true ones."""

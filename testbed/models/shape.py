@@ -24,6 +24,7 @@ from testbed.models.prefill import BlockPrefill, OnLayer, Prefill
 from testbed.models.rotary import Rotation
 from testbed.models.shapes import PREFIX, Shape
 from testbed.models.shrinking import Wanted
+from testbed.models.trail import Trail
 
 #: A word and the space before it, at most six letters of it: about as many tokens as a tokenizer makes of English.
 _TOKEN = re.compile(r" ?\w{1,6}| ?[^\w\s]|\s", re.ASCII)
@@ -196,6 +197,7 @@ class ShapeModel(LanguageModel):
         stop: str | None,
         on_token: Callable[[int, int], None] | None = None,
         draft: Sequence[int] = (),
+        trail: Trail | None = None,
     ) -> list[int]:
         """`max_new_tokens` tokens, as far as the model's length allows."""
         if not ids:
@@ -208,7 +210,13 @@ class ShapeModel(LanguageModel):
                 on_token(index, token)
         return answer
 
-    def likelihood(self, ids_question: Sequence[int], ids_answer: Sequence[int], past: Past | None) -> Tensor:
+    def likelihood(
+        self,
+        ids_question: Sequence[int],
+        ids_answer: Sequence[int],
+        past: Past | None,
+        trail: Trail | None = None,
+    ) -> Tensor:
         """Raises UsageError: there is none."""
         raise UsageError(f"model {self.name!r} is a shape: it has no likelihood of anything")
 

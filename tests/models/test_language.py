@@ -11,6 +11,7 @@ from testbed.errors import UsageError
 from testbed.models.kvcache import KVCache, join
 from testbed.models.language import LanguageModel
 from testbed.models.loading import load_model
+from testbed.models.trail import Trail
 from tests.models import reference
 from tests.tiny_models import FAMILIES, WINDOW
 
@@ -273,3 +274,31 @@ def test_options_read_behind_one_question_are_as_likely_as_each_read_alone(tiny_
             assert torch.allclose(found, model.likelihood(question, option, past), atol=1e-4)
         with pytest.raises(ValueError, match="every answer"):
             model.option_nlls(question, [[]], past)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_text_that_begins_as_the_answer_does_is_as_likely_as_read_from_the_question_on_and_read_no_further(
+    tiny_model: Tiny, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(str(tiny_model(family)), threads=1)
+    prefix, context, question = parts(model)
+    past = join(past_of(model, prefix), model.prefill(context, past_of(model, prefix)).cache)
+    answer = model.generate(question, past, NEW, None, trail=(trail := Trail()))
+    forward, read = model._forward, list[int]()
+    other = [(token + 1) % 300 for token in answer]
+    again = [*answer[:4], other[0], other[1] + 1, 7]
+    texts = [answer, answer[:1], [*answer[:4], *other], again, other, answer]
+    alone = [model.likelihood(question, text, past) for text in texts]
+    monkeypatch.setattr(
+        model, "_forward", lambda live, ids, **more: read.append(len(ids)) or forward(live, ids, **more)
+    )
+    for text, expected in zip(texts, alone, strict=True):
+        assert torch.allclose(model.likelihood(question, text, past, trail), expected, atol=1e-4)
+    assert read == [
+        len(other) - 1,
+        1,
+        len(other) - 1,
+        len(answer) - 1,
+    ]  # what is not there yet, but for the last token
+    assert not Trail()
+    assert torch.equal(model.likelihood(question, answer, past, Trail()), alone[0])
