@@ -1,10 +1,11 @@
 """Kills workers, machines and drivers of a Ray cluster in mid-run: every trial has to have its row, once, when all is done.
 
-    sudo .venv/bin/python -m benchmarks.cluster_kills SCENARIO [--kills 10] [--machines 3] [--seed 0] [--json]
+    sudo .venv/bin/python -m benchmarks.cluster_kills SCENARIO [--kills 10] [--a-run 2] [--machines 3] [--seed 0] [--json]
 
-A cluster of so many raylets, of a lane each, on this machine; `testbed run --ray` drives it. At random moments one of its
-workers, raylets or the driver is killed (SIGKILL); a raylet is replaced, a driver's run resumed. At last the rows are compared
-with those of a run without a cluster: answers, bytes, kept tokens.
+A cluster of so many raylets, of a lane each, on this machine; `testbed run --ray` drives it. At random moments of each run so
+many of its workers, raylets and drivers are killed (SIGKILL); a raylet is replaced, a driver's run resumed. At last the rows are
+compared with those of a run without a cluster: answers, bytes, kept tokens. So is the host with itself before: addresses,
+routes, rules, settings, and what the testbed left behind.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kill_resume import leftovers
+from benchmarks.kill_resume import host_state, leftovers
 from testbed.experiment.cluster import LANE
 from testbed.experiment.results import RunDirectory
 
@@ -105,13 +106,15 @@ def killed(
     machines: Machines,
     kinds: list[str],
     dice: random.Random,
+    trials: int = 4,
     within_s: float = 3.0,
 ) -> Counter[str]:
-    """Run it, with a kill of each of these kinds, one after the other, at random moments; how many met a run."""
+    """Run it, with a kill of each of these kinds, one after the other, at random moments of its first so many trials; how many
+    met a run."""
     place = ("--ray", machines.address)
     process, met = driver(scenario, "--out", str(out), *place), Counter[str]()
-    for kind in kinds:
-        enough = made(out) + dice.randint(0, 3)
+    moments = sorted(dice.randrange(trials) for _ in kinds)
+    for kind, enough in zip(kinds, moments, strict=True):
         if not wait_for(lambda enough=enough: made(out) >= enough and bool(workers()), process):  # type: ignore[misc]
             break
         time.sleep(dice.uniform(0.0, within_s))
@@ -146,6 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("scenario")
     parser.add_argument("--kills", type=int, default=10, help="of each kind")
+    parser.add_argument("--a-run", type=int, default=2, help="of each kind")
     parser.add_argument("--machines", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
@@ -156,16 +160,16 @@ def main() -> None:
         (Path(directory) / "state").mkdir()
         alone = Path(directory) / "alone"
         driver(options.scenario, "--out", str(alone)).communicate()
-        wanted, before = rows(alone), set(leftovers())
+        wanted, before, host = rows(alone), set(leftovers()), host_state()
         machines, met, runs = Machines(options.machines), Counter[str](), 0
         try:
             left = dict.fromkeys(KINDS, options.kills)
             while any(left.values()):
-                kinds = [kind for kind in KINDS if left[kind]]
+                kinds = [kind for kind in KINDS for _ in range(min(left[kind], options.a_run))]
                 dice.shuffle(kinds)
                 runs += 1
                 out = Path(directory) / f"run-{runs}"
-                came = killed(options.scenario, out, machines, kinds, dice)
+                came = killed(options.scenario, out, machines, kinds, dice, len(wanted) * 9 // 10)
                 met += came
                 left = {kind: max(0, options.kills - met[kind]) for kind in KINDS}
                 if rows(out) != wanted:
@@ -175,6 +179,7 @@ def main() -> None:
             machines.close()
         subprocess.run([sys.executable, "-m", "testbed", "clean"], check=True, stdout=subprocess.DEVNULL)
         gone = sorted(set(leftovers()) - before)
+        gone += [f"{name} differs" for name, text in host_state().items() if text != host.get(name)]
     figures = {"trials": len(wanted), "runs": runs, "kills": dict(met), "left on the host": gone}
     if options.json:
         print(json.dumps(figures))

@@ -78,7 +78,7 @@ class TestACluster:
     ) -> None:
         before = set(leftovers())
         met = cluster_kills.killed(
-            str(scenario), tmp_path / "out", machines, ["worker", "driver"], random.Random(1), 0.1
+            str(scenario), tmp_path / "out", machines, ["worker", "driver"], random.Random(1), within_s=0.1
         )
         assert met["worker"] == met["driver"] == 1
         assert cluster_kills.rows(tmp_path / "out") == cluster_kills.rows(alone)
