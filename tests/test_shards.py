@@ -179,6 +179,13 @@ class TestFourShards:
         assert (
             "shard 3/4 is nowhere: all of its 6 trials are missing: needle@120: needle-0-2; " in done.errors
         )
+        told = command("merge", str(four), "--json")
+        assert (told.status, told.errors) == (1, "") and not (four / "manifest.json").exists()
+        object_of = json.loads(told.out)
+        assert [object_of[key] for key in ("path", "trials", "finished")] == [None, 28, 22]
+        (lacking,) = object_of["missing"]
+        assert (lacking["shard"], lacking["path"], lacking["trials"]) == ("3/4", None, 6)
+        assert sum(each["trials"] for each in lacking["examples"]) == 6
         (lack,) = merge([four], tmp_path / "some", partial=True).missing
         assert (lack.shard, lack.path, lack.trials, lack.of, lack.failed) == (Shard(3, 4), None, 6, 6, 0)
         assert len(rows(tmp_path / "some")) == 28 - 6

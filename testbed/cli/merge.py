@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,7 +27,8 @@ _NAMED = 8
     help="Where the run is to be [default: DIR, where that is one that has shards].",
 )
 @click.option("--partial", is_flag=True, help="Also where trials are missing, or a shard is still running.")
-def merge(directories: tuple[Path, ...], out: Path | None, partial: bool) -> int:
+@click.option("--json", "want_json", is_flag=True, help="Print one JSON object, and draw nothing.")
+def merge(directories: tuple[Path, ...], out: Path | None, partial: bool, want_json: bool) -> int:
     """Put the shards of a run together (`testbed run --shard`): in DIR/shards, or each DIR one.
 
     Says what is missing, and then writes nothing, with exit status 1, unless --partial.
@@ -38,14 +40,17 @@ def merge(directories: tuple[Path, ...], out: Path | None, partial: bool) -> int
         if len(directories) > 1 or not (directories[0] / FOLDER).is_dir():
             raise UsageError("say with --out DIR where the run is to be")
         (out,) = directories
-    return put_together(directories, out, partial)
+    return put_together(directories, out, partial, want_json)
 
 
-def put_together(directories: Sequence[Path], out: Path, partial: bool) -> int:
+def put_together(directories: Sequence[Path], out: Path, partial: bool, want_json: bool = False) -> int:
     """Merge them, and say what is missing, or show what came out; the exit status."""
     from testbed.experiment.merge import merge as merging
 
     merged = merging(directories, out, partial)
+    if want_json:
+        click.echo(json.dumps(_record(merged), indent=2, default=str))
+        return 1 if merged.path is None else 0
     for line in _lacks(merged):
         click.echo(f"testbed: {line}", err=True)
     if merged.path is None:
@@ -57,6 +62,28 @@ def put_together(directories: Sequence[Path], out: Path, partial: bool) -> int:
         return 1
     show_results(merged.path)
     return 0
+
+
+def _record(merged: Merged) -> dict[str, Any]:
+    """For JSON."""
+    missing = [
+        {
+            **{key: getattr(lack, key) for key in ("shard", "path", "trials", "of", "failed")},
+            "examples": [
+                {"task": task, "example": example, "trials": trials}
+                for (task, example), trials in lack.examples.items()
+            ],
+        }
+        for lack in merged.missing
+    ]
+    return {
+        "path": merged.path,
+        "trials": merged.trials,
+        "finished": merged.finished,
+        "missing": missing,
+        "running": merged.running,
+        "notes": merged.notes,
+    }
 
 
 def _lacks(merged: Merged) -> Iterator[str]:
