@@ -197,6 +197,9 @@ class Stream(ABC):
     def acknowledged(self) -> bool:
         """Whether the peer has confirmed all that was sent: nothing is under way, nor sent again."""
 
+    def confirm(self) -> None:  # noqa: B027 - where nothing waits there is nothing to do
+        """Tell the peer now that what it sent has come, where that would wait for something to go with it."""
+
     @abstractmethod
     def finish(self, timeout: float = 2.0) -> None:
         """Close in order: say that no more comes, wait until the peer has closed too, so that the last bytes are on the books.

@@ -26,7 +26,7 @@ from testbed.identity import User
 from testbed.speed.words import Speed
 from testbed.tasks.rows import choice_rows
 from testbed.transport import wire
-from testbed.transport.tcp import Tcp
+from testbed.transport.tcp import Tcp, TcpStream
 from tests.endpoints.pair import CODECS, Pair, in_this_process, started
 from tests.endpoints.test_wire import Memory
 
@@ -207,6 +207,18 @@ def test_what_is_reused_is_said_and_gives_the_same_answer(pair: Pair) -> None:
     assert fresh.reused == ("prefill",)
     assert first.answer == again.answer == fresh.answer
     assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+def test_the_first_token_of_an_answer_that_comes_again_is_confirmed_at_once_and_no_others(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, confirmed, confirm = in_this_process(model), list[TcpStream](), TcpStream.confirm
+    monkeypatch.setattr(TcpStream, "confirm", lambda stream: confirmed.append(stream) or confirm(stream))
+    counts = []
+    for reuse in ("all", "all", "prefill", "all"):
+        pair.ask("int8", 0, reuse=reuse)
+        counts.append(len(confirmed))
+    assert counts == [0, 1, 1, 2]
 
 
 def test_what_the_questions_pass_takes_of_the_selection_is_told(pair: Pair) -> None:
