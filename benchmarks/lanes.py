@@ -1,20 +1,24 @@
 """Trials a minute of several lanes against one, on this machine, with compute that is replayed.
 
-    sudo .venv/bin/python -m benchmarks.lanes [--lanes 4] [--examples 6] [--json]
+    sudo .venv/bin/python -m benchmarks.lanes [--lanes 4] [--examples 40] [--json]
 
 Each lane makes two shards, one after the other, each a `testbed run` of its own: network, endpoints, calibration, trials. So the
 second calibrations of a lane fall among the others' trials. *a minute*: all trials over the wall-clock of all, starting and
-measuring included; *pace*: over the trials' own stretches alone. *links*: shards whose calibration was in tolerance.
+measuring included; *pace*: over the trials' own stretches alone; *starting*: of a shard, what is before and behind these: Python,
+both sides, the network, its calibration, which weigh more in shards that are shorter than a sweep's. *links*: shards whose
+calibration was in tolerance.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -64,11 +68,13 @@ def measure(lanes: int, examples: int) -> dict[str, Any]:
         "trials": trials,
         "wall_s": wall,
         "a_minute": 60 * trials / wall,
+        "starting_s": (wall - sum(each["lasted_s"] for each in shards) / lanes) / SHARDS_A_LANE,
         "pace": 60 * trials / sum(each["lasted_s"] for each in shards) * lanes,
         "failed": sum(each["failed"] for each in shards),
         "warned": sum(each["warned"] for each in shards),
         "links_ok": sum(each["link_ok"] for each in shards),
         "links": len(shards),
+        "warnings": Counter(warning for each in shards for warning in each["warnings"]).most_common(3),
         "causes": [each["cause"] for each in shards if each["cause"]],
     }
 
@@ -83,6 +89,9 @@ def shard(path: Path) -> dict[str, Any]:
         "lasted_s": (last - first).total_seconds() + (rows[-1]["e2e_s"] or 0.0),
         "failed": sum(bool(row["error"]) for row in rows),
         "warned": sum(bool(row["warnings"]) for row in rows),
+        "warnings": [
+            re.sub("[0-9.]+", "…", part) for row in rows for part in row["warnings"].split("; ") if part
+        ],
         "link_ok": all(each["ok"] for each in measured),
         "cause": "; ".join(each["cause"] for each in measured if each["cause"]),
     }
@@ -92,7 +101,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--lanes", type=int, default=4)
-    parser.add_argument("--examples", type=int, default=6, help="a shard")
+    parser.add_argument("--examples", type=int, default=40, help="a shard")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     lines = [measure(lanes, options.examples) for lanes in (1, options.lanes)]
@@ -101,15 +110,18 @@ def main() -> None:
         print(json.dumps({"lines": lines, "ratios": ratios}, indent=1))
         return
     print(
-        f"{'lanes':>5} {'trials':>6} {'wall':>7} {'a minute':>9} {'pace':>7} {'failed':>6} {'warned':>6}  links"
+        f"{'lanes':>5} {'trials':>6} {'wall':>7} {'a minute':>9} {'pace':>7} {'starting':>8} {'failed':>6} {'warned':>6}  links"
     )
     for each in lines:
         print(
             f"{each['lanes']:>5} {each['trials']:>6} {each['wall_s']:>6.0f}s {each['a_minute']:>9.1f} {each['pace']:>7.1f} "
+            f"{each['starting_s']:>7.1f}s "
             f"{each['failed']:>6} {each['warned']:>6}  {each['links_ok']} of {each['links']} in tolerance"
         )
         for cause in each["causes"]:
             print(f"      {cause}")
+        for warning, rows in each["warnings"]:
+            print(f"      {rows} rows: {warning}")
     print(f"times {ratios['a_minute']:.2f} a minute, {ratios['pace']:.2f} in pace (bound: 0.9 a lane)")
 
 
