@@ -307,6 +307,11 @@ class TestFourShards:
         other = plan_of(tiny_model("llama"), seed=5)
         with pytest.raises(UsageError, match="was begun with seed 0, and now it is 5; choose another --out"):
             shards.run(other, Shard(2, 4), four, opening=in_one_process)
+        shutil.rmtree(four / "shards" / "2-of-4")
+        (four / "shards" / "1-of-4" / "manifest.json").write_text("{")  # another is asked
+        with pytest.raises(UsageError, match="3-of-4: was begun with seed 0, and now it is 5"):
+            shards.run(other, Shard(2, 4), four, opening=in_one_process)
+        assert not (four / "shards" / "2-of-4").exists()
         with pytest.raises(UsageError, match="has shards of 4, and 2/5 is one of 5"):
             shards.run(other, Shard(2, 5), four, opening=in_one_process)
 

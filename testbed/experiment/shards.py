@@ -7,6 +7,7 @@ OUT/shards/3-of-16/     the third of sixteen: a run's directory like any other. 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,12 +82,25 @@ def prepare(
             )
     if not (path / "manifest.json").exists():
         check_ready(plan)
+        if (sibling := _begun(directory)) is not None:
+            check_same(plan, sibling)
         runner = Runner(plan, begin(plan, path, shard), watch, accept_uncalibrated, shard=shard)
         runner.resumed = True
         return runner
     directory_of = RunDirectory.open(path)
     check_same(plan, directory_of)
     return take_up(plan, directory_of, watch, accept_uncalibrated)
+
+
+def _begun(directory: Path) -> RunDirectory | None:
+    """A shard of a run in `directory` that has begun. One that is damaged is whoever merges' affair."""
+    for path in found_in(directory):
+        with contextlib.suppress(UsageError):
+            if (path / "manifest.json").exists():
+                found = RunDirectory.open(path)
+                found.settings()
+                return found
+    return None
 
 
 def check_shares(plan: Plan, count: int) -> None:
