@@ -11,17 +11,15 @@ import socket
 import ssl
 import threading
 import time
-from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import cast
 
 from testbed.deadline import Deadline
 from testbed.errors import EndpointError, WireError
+from testbed.transport.pending import Pending
 from testbed.transport.secret import PATIENCE_S, Complaints, Secret, require_token
 from testbed.transport.tcp import TcpListener, TcpStream
 
-#: Peers that may be about to say who they are; of more one is dropped: of the address that has most, the one that has been at it
-#: longest, so that nobody who floods from an address of his own pushes out who asks from another.
 _MOST_PENDING = 64
 _PIECE = 256 * 1024
 _AGAIN_S = 0.1
@@ -141,8 +139,7 @@ class ClosedTcpListener(TcpListener):
         super().__init__(sock, congestion)
         self._secret = secret
         self._ready: queue.SimpleQueue[TcpStream | None] = queue.SimpleQueue()
-        self._pending: OrderedDict[int, tuple[str, socket.socket]] = OrderedDict()
-        self._lock, self._room = threading.Lock(), threading.Semaphore(_MOST_PENDING)
+        self._pending = Pending[socket.socket](_MOST_PENDING, _hang_up)
         self._complaints = Complaints()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -166,32 +163,24 @@ class ClosedTcpListener(TcpListener):
                     break
                 time.sleep(_AGAIN_S)  # there are too many open files
                 continue
-            with self._lock:
-                if len(self._pending) >= _MOST_PENDING:
-                    self._drop_one()
-            self._room.acquire()  # soon: one was dropped, or its thread is about to end
-            with self._lock:
-                self._pending[id(sock)] = peer, sock
+            self._pending.enter(sock, peer)
             threading.Thread(target=self._welcome, args=(sock, peer), daemon=True).start()
         self._ready.put(None)
 
-    def _drop_one(self) -> None:
-        """With the lock held."""
-        by_address = Counter(address for address, _ in self._pending.values())
-        most = max(by_address.values())
-        key = next(key for key, (address, _) in self._pending.items() if by_address[address] == most)
-        with contextlib.suppress(OSError):
-            self._pending.pop(key)[1].shutdown(socket.SHUT_RDWR)
-
     def _welcome(self, sock: socket.socket, peer: str) -> None:
-        key, stream = id(sock), None
+        stream = None
         try:
             stream = closed(sock, self._secret, False, Deadline(PATIENCE_S))
         except EndpointError as error:
             self._complaints.say(peer, error)
         finally:
-            with self._lock:
-                self._pending.pop(key, None)
-            self._room.release()
-        if stream is not None:  # and nobody drops it any more
+            stays = self._pending.leave(sock)
+        if stream is not None and stays:
             self._ready.put(stream)
+        elif stream is not None:
+            stream.close()
+
+
+def _hang_up(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)

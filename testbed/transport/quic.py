@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 from testbed.deadline import Deadline
 from testbed.errors import EndpointError
 from testbed.transport.bundle import Bundle, Groups, hellos
+from testbed.transport.pending import Pending
 from testbed.transport.quic_connection import BUFFER, Connection
 from testbed.transport.secret import PATIENCE_S, Complaints, made_certificate, require_token
 from testbed.transport.transport import Listener, Stats, Stream, Transport
@@ -30,7 +31,9 @@ _INITIAL_RTT_S = (
     0.1  #: what is taken for a round trip before one is known, after two of which what was lost is sent again
 )
 _DATAGRAM = 1500  #: the longest that is taken
-_MOST_PENDING = 64  #: handshakes under way, for each connection of a stream: those of one wait for each other
+_MOST_PENDING = (
+    64  #: handshakes under way (`Pending`), for each connection of a stream: those of one wait for each other
+)
 _SMALLEST_INITIAL = 1200  # RFC 9000, 14.1
 _SERVER = "testbed"
 CONGESTION = "cubic"
@@ -89,7 +92,7 @@ class QuicListener(Listener):
         self.port = self._socket.getsockname()[1]
         self._known: dict[tuple[str, int], Connection] = {}
         self._groups = Groups(transport.count)
-        self._pending = 0
+        self._pending = Pending[Connection](_MOST_PENDING * transport.count, Connection.abort)
         self._complaints = Complaints()
         self._ready: queue.SimpleQueue[Stream | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -119,10 +122,7 @@ class QuicListener(Listener):
             if (connection := self._known.get(peer)) is not None and connection.alive:
                 # Also one whose handshake is done: what came before its socket was there, and is not another one's beginning.
                 connection.forward(data)
-            elif (
-                self._pending < _MOST_PENDING * self._transport.count
-                and (first := _initial_for(data)) is not None
-            ):
+            elif (first := _initial_for(data)) is not None:
                 self._take(data, first, _local_address(about), peer)
         self._socket.close()
         self._ready.put(None)
@@ -144,12 +144,12 @@ class QuicListener(Listener):
         self._known = {peer: known for peer, known in self._known.items() if known.alive}
         connection = self._known[peer] = Connection(quic, sock, False, self._transport.lossy)
         connection.trusted = self._transport.secret is None
-        self._pending += 1
+        self._pending.enter(connection, peer[0])
         connection.start(data)
         threading.Thread(target=self._welcome, args=(connection, peer), daemon=True).start()
 
     def _welcome(self, connection: Connection, peer: tuple[str, int]) -> None:
-        secret = self._transport.secret
+        secret, stream = self._transport.secret, None
         patience = _HANDSHAKE_S if secret is None else PATIENCE_S
         until = Deadline(patience)
         try:
@@ -157,17 +157,26 @@ class QuicListener(Listener):
                 raise EndpointError("no handshake in time")
             if secret is not None:
                 require_token(secret, lambda rest: connection.read_into(rest, until, "no token came"))
+                self._let_in(connection)  # who waits for the others of a bundle is no stranger any more
                 connection.trusted = True
             if self._transport.count == 1:
-                self._ready.put(self._transport.stream(connection))
+                stream = self._transport.stream(connection)
             elif (bundle := self._groups.joined(connection, until)) is not None:
-                self._ready.put(self._transport.stream(bundle))
+                stream = self._transport.stream(bundle)
+            if secret is None:
+                self._let_in(connection)
         except EndpointError as error:
             connection.close()
             if secret is not None:
                 self._complaints.say(peer[0], error)
         finally:
-            self._pending -= 1
+            self._pending.leave(connection)
+        if stream is not None:
+            self._ready.put(stream)
+
+    def _let_in(self, connection: Connection) -> None:
+        if not self._pending.leave(connection):
+            raise EndpointError("it was given up for others")
 
 
 def _established(connection: Connection, until: float) -> bool:

@@ -20,6 +20,7 @@ from testbed.deadline import Deadline
 from testbed.endpoints.protocol import Serve
 from testbed.errors import EndpointError, WireError
 from testbed.transport import closed as closed_tcp
+from testbed.transport import quic as quic_module
 from testbed.transport import secret as secret_module
 from testbed.transport import wire
 from testbed.transport.secret import Secret, secrets
@@ -313,6 +314,40 @@ def test_a_flood_from_one_address_pushes_nobody_at_another_out(monkeypatch: pyte
         server = listener.accept()
         for end in (stream, server, *flood):
             end.close()
+
+
+@pytest.mark.parametrize("transport", ["quic", "datagram(connections=3)"])
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_handshakes_over_quic_that_nobody_ends_keep_nobody_out(
+    transport: str, goes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than there is room for: from the client's own address, begun before; and from another one, without end."""
+    monkeypatch.setattr(quic_module, "_MOST_PENDING", 8)
+    monkeypatch.setattr(quic_module, "PATIENCE_S", 60.0)
+    serving, asking = secrets()
+    over = threading.Event()
+
+    def begin(port: int, source: str) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+            stranger.bind((source, 0))
+            stranger.sendto(b"\xc0\x00\x00\x00\x01\x08" + os.urandom(1300), ("127.0.0.1", port))
+
+    def flood(port: int) -> None:
+        while not over.wait(0.002):
+            begin(port, "127.0.0.2")
+
+    with parse(transport).closed(serving).listen("127.0.0.1") as listener:
+        for _ in range(100):
+            begin(listener.port, "127.0.0.1" if not goes_on else "127.0.0.2")
+        flooding = beside(lambda: flood(listener.port) if goes_on else None)
+        client = parse(transport).closed(asking).connect("127.0.0.1", listener.port, None, 10.0)
+        server = listener.accept()
+        client.send(wire.Enough(3))
+        came = server.receive(0, Deadline(5.0))
+        over.set()
+        flooding.join()
+        assert came is not None and came.header == wire.Enough(3)
+        client.close(), server.close()
 
 
 def test_a_changed_byte_ends_the_connection() -> None:
