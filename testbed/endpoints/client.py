@@ -312,7 +312,12 @@ def _listen(
 
 
 def _put_here(exchange: _Exchange, clock: Clock) -> None:
-    """Has what the cloud said in times of this side's clock."""
+    """Has what the cloud said in times of this side's clock. Raises EndpointError where its own jumped."""
+    if jumped_s := clock.jumped_s:
+        raise EndpointError(
+            f"the cloud's clock jumped by {jumped_s:+.3f} s within the request (it was set, or its machine stood still): "
+            "none of its times can be told"
+        )
     here, sent = Here(clock), [span.start for span in exchange.sent]
     first, answer, verdict = exchange.first, exchange.answer, exchange.verdict
     assert first is not None and answer is not None

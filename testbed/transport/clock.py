@@ -65,3 +65,12 @@ class Clock:
             return self.before.error_s
         apart = max(0.0, self.behind.at - self.before.at)
         return max(self.before.error_s, self.behind.error_s) + _WANDER * apart
+
+    @property
+    def jumped_s(self) -> float:
+        """By how much more it changed between the two sets than clocks drift: it was set, or stood still; 0: it did not."""
+        if self.behind is None:
+            return 0.0
+        changed = self.behind.ahead_s - self.before.ahead_s
+        drift = DRIFT * abs(self.behind.at - self.before.at)
+        return changed if abs(changed) > self.before.error_s + self.behind.error_s + drift else 0.0
