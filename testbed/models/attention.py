@@ -152,23 +152,25 @@ def attend(
     new, tokens = query.shape[2], key.shape[2]
     past = tokens - new
     written_out = softcap is not None or sums is not None
+    if new > 1 and window is None and not written_out and positions.dim() == 1 and _flash(query, key, value):
+        return _at_once(query, key, value, scaling)
     block = BLOCK if sums is None else SUMMED_BLOCK
     blocks = []
     for start in range(0, new, block):
         stop = min(start + block, new)
-        name = (id(positions), start, stop, window, written_out)
+        name = (id(positions), start, stop, window)
         if name not in masks:
-            masks[name] = _block_mask(
-                positions, past + start, past + stop, window, not written_out, query.device
-            )
+            masks[name] = _block_mask(positions, past + start, past + stop, window, query.device, masks)
         first, mask = masks[name]
         asking, seen = query[:, :, start:stop], slice(first, past + stop)
         keys, values = key[:, :, seen], value[:, :, seen]
         if written_out:
             paid = None if sums is None else sums[:, seen]
             blocks.append(_written_out(asking, keys, values, mask, scaling, softcap, paid))
-        else:
-            blocks.append(_dot_product(asking, keys, values, mask, scaling))
+            continue
+        if isinstance(mask, str) and keys.shape[2] > stop - start:
+            mask = _lower_right(stop - start, keys.shape[2], tokens, query.device, masks)
+        blocks.append(_dot_product(asking, keys, values, mask, scaling))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
 
 
@@ -189,13 +191,55 @@ def attend_each(
     return (weights.to(value.dtype) @ value).reshape(requests, q_heads, 1, -1)
 
 
+def _flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether torch has a kernel for these that holds no scores, whatever their number, and needs no mask."""
+    if query.device.type != "cuda":
+        return False
+    from torch.backends.cuda import SDPAParams, can_use_flash_attention
+
+    grouped = query.shape[1] != key.shape[1]
+    return bool(can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, grouped)))
+
+
+def _at_once(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Causal attention of the last keys' queries, each of which sees all keys up to its own."""
+    from torch.nn.attention.bias import causal_lower_right
+    from torch.nn.functional import scaled_dot_product_attention
+
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=causal_lower_right(query.shape[2], key.shape[2]),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _lower_right(new: int, keys: int, tokens: int, device: torch.device, masks: dict[Any, Any]) -> Tensor:
+    """bool [new, keys]: which keys each query sees where these are the last keys' own, cut out of one such mask for all blocks of
+    a pass over so many tokens: masks of its own for each would be a matrix of tokens by tokens."""
+    import torch
+
+    name = ("lower right", tokens)
+    if name not in masks:
+        masks[name] = torch.ones(BLOCK, tokens, dtype=torch.bool, device=device).tril_(tokens - BLOCK)
+    widest: Tensor = masks[name]
+    return widest[BLOCK - new :, tokens - keys :]
+
+
 def _block_mask(
-    positions: Tensor, start: int, stop: int, window: int | None, square: bool, device: torch.device
+    positions: Tensor,
+    start: int,
+    stop: int,
+    window: int | None,
+    device: torch.device,
+    masks: dict[Any, Any],
 ) -> tuple[int, Tensor | str | None]:
     """The first key that any query of a block (keys start..stop) sees, and which keys from there each sees.
 
-    None: all. "causal": each query sees its own key, these being the last ones, and those before it; where that must be
-    `square`, there are no keys but those. Else bool, [n, keys] or [kv_heads, n, keys].
+    None: all. "causal": each query sees its own key, these being the last ones, and all before it. Else bool, [n, keys] or
+    [kv_heads, n, keys].
     """
     queries = positions[..., start:stop]
     first = 0
@@ -207,11 +251,19 @@ def _block_mask(
             window = None
     empty = positions.dim() == 2 and bool((positions[:, first] < 0).any())
     if window is None and not empty:
-        if stop - start == 1:
-            return first, None
-        if first == start or not square:
-            return first, "causal"
-    return first, visible(queries, positions[..., first:stop], window).to(device)
+        return first, None if stop - start == 1 else "causal"
+    seen = positions[..., first:stop]
+    if positions.dim() == 2 or int(seen[-1] - seen[0]) != stop - first - 1:
+        return first, visible(queries, seen, window).to(device)
+    name = (
+        "window",
+        stop - start,
+        stop - first,
+        window,
+    )  # without gaps it is as any other block's of that size
+    if name not in masks:
+        masks[name] = visible(queries, seen, window).to(device)
+    return first, masks[name]
 
 
 def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from testbed.models.attention import attend
+from testbed.models.attention import BLOCK, attend
 from testbed.models.loading import load_model
 from testbed.models.scores import attention_blocks, attention_sum
 from tests.models import reference
@@ -67,6 +68,36 @@ def test_attention_over_any_cache_equals_the_textbook(
     torch.testing.assert_close(
         ours[0], textbook(query, key, value, positions, 0.3, window, softcap), atol=2e-6, rtol=2e-5
     )
+
+
+@pytest.mark.parametrize("past", [0, 9])
+def test_attention_at_once_as_a_gpu_is_given_it_is_the_same(
+    past: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch does with it on the processor, that is: it makes the mask there."""
+    generator = torch.Generator().manual_seed(past)
+    query = torch.randn(1, 4, 30, 16, generator=generator)
+    key, value = torch.randn(2, 1, 2, past + 30, 16, generator=generator)
+    about = (query, key, value, torch.arange(past + 30), 0.3)
+    by_blocks = attend(*about)
+    monkeypatch.setattr("testbed.models.attention._flash", lambda *tensors: True)
+    torch.testing.assert_close(attend(*about), by_blocks, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("window", [None, 100, 4000])
+@pytest.mark.parametrize("past", [0, 50])
+def test_masks_of_a_long_pass_are_no_matrix_of_its_tokens(past: int, window: int | None) -> None:
+    tokens, masks = 8192, dict[Any, Any]()
+    query, key = torch.zeros(1, 1, tokens, 1), torch.zeros(1, 1, past + tokens, 1)
+    for _ in range(2):  # layers, which share them
+        attend(query, key, key, torch.arange(past + tokens), 1.0, window, None, masks)
+    held = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for made in masks.values()
+        for tensor in (made if isinstance(made, tuple) else [made])
+        if isinstance(tensor, torch.Tensor)
+    }
+    assert sum(held.values()) <= 2.5 * BLOCK * (past + tokens) < 0.1 * tokens**2
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
