@@ -31,6 +31,7 @@ from msgspec import Meta
 from testbed.codecs import CodecError
 from testbed.codecs.entropy import MOST_EXPANSION
 from testbed.codecs.fast import threads
+from testbed.codecs.fast.pinned import pinned
 from testbed.codecs.spec import LONGEST
 from testbed.codecs.steps import Part
 from testbed.errors import PayloadError
@@ -156,11 +157,11 @@ class Header(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields
         return parts
 
 
-def allocate(header: Header, body_bytes: int) -> tuple[npt.NDArray[np.uint8], int]:
-    """A payload with its header written, and where the body starts; fill it, then `seal` it."""
+def allocate(header: Header, body_bytes: int, for_gpu: bool = False) -> tuple[npt.NDArray[np.uint8], int]:
+    """A payload with its header written, and where the body starts; fill it, then `seal` it. for_gpu: a GPU fills it."""
     packed = msgspec.msgpack.encode(header)
     body_at = _body_at(len(packed))
-    payload = threads.bytes_for(body_at + body_bytes)
+    payload = (pinned if for_gpu else threads.bytes_for)(body_at + body_bytes)
     _PREFIX.pack_into(payload.data, 0, MAGIC, VERSION, 0, len(packed), len(payload))
     payload[_HEADER_AT : _HEADER_AT + len(packed)] = np.frombuffer(packed, dtype=np.uint8)
     payload[_HEADER_AT + len(packed) : body_at] = 0

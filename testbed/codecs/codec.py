@@ -23,6 +23,7 @@ from testbed.codecs.cache_format import (
 from testbed.codecs.entropy import MOST_EXPANSION, compressed
 from testbed.codecs.evidence import Evidence, Kept, Needs
 from testbed.codecs.fast.batch import Reader, Writer, as_tensor
+from testbed.codecs.fast.pinned import is_gpu, on_host
 from testbed.codecs.fast.threads import runs
 from testbed.codecs.layout import Layout, lay_out
 from testbed.codecs.progressive import Planes
@@ -186,7 +187,7 @@ class Codec:
         import torch
 
         body_bytes = layout.side_bytes + layout.symbol_bytes
-        payload, at = cache_format.allocate(header, body_bytes + len(behind))
+        payload, at = cache_format.allocate(header, body_bytes + len(behind), is_gpu(held.device))
         body = torch.from_numpy(payload[at : at + body_bytes])
         target = body if held.device.type == "cpu" else torch.empty_like(body, device=held.device)
         side, packed = target[: layout.side_bytes], target[layout.side_bytes :]
@@ -243,10 +244,10 @@ class Codec:
         host = packed
         if cache.device.type != "cpu":
             writer.write(range(len(layout.pieces)))
-            host = packed.cpu()
+            host = on_host(packed)
         chosen = [part for run in runs(code, len(layout.pieces), host.device) for part in run]
         header = msgspec.structs.replace(header, coded=[len(part) for part in chosen])
-        sections = [side.cpu().numpy().data, *chosen, behind]
+        sections = [on_host(side).numpy().data, *chosen, behind]
         payload, at = cache_format.allocate(header, sum(len(section) for section in sections))
         for section in sections:
             payload[at : at + len(section)] = np.frombuffer(section, dtype=np.uint8)
@@ -265,7 +266,7 @@ class Codec:
         writer = Writer(self.quantizer, cache, layout, side, side.new_empty(0))
         symbols = ((piece, writer.symbols(i).flatten()) for i, piece in enumerate(layout.pieces))
         planes = progressive.write(symbols, self.coder)
-        base[at : at + layout.side_bytes] = side.cpu().numpy()
+        base[at : at + layout.side_bytes] = on_host(side).numpy()
         base[at + layout.side_bytes :] = np.frombuffer(behind, dtype=np.uint8)
         return [cache_format.seal(base), *(memoryview(plane) for plane in planes)]
 

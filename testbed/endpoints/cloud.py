@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec import structs
 
+from testbed.codecs.fast.pinned import is_gpu, pinned
 from testbed.deadline import Deadline
 from testbed.delivery.delivery import Bytes, Pipelined, parse
 from testbed.endpoints.answering import Answering
@@ -177,6 +178,8 @@ class Cloud(InferenceSide):
             )
             connection.finish()
             return
+        if is_gpu(self.pace.device):
+            connection.memory = lambda size: pinned(size).data
         try:
             self._converse(connection)
         finally:

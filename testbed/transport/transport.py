@@ -11,7 +11,7 @@ import threading
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -65,6 +65,9 @@ class Stream(ABC):
     def __init__(self) -> None:
         self.since = time.monotonic()  #: when the last request began to be waited for
         self.engaged = False  #: whether its header has come, whose context or answer is due
+        self.memory: Callable[[int], Bytes] = (
+            bytearray  #: where payloads of so many bytes are put as they come
+        )
         self._sending = threading.Lock()
 
     @property
@@ -136,7 +139,7 @@ class Stream(ABC):
         self._fill(memoryview(body), deadline)
         header = wire.unpack_header(prefix, bytes(body))
         self.engaged = True
-        payload = memoryview(bytearray(prefix.payload_length))
+        payload = memoryview(self.memory(prefix.payload_length))
         self._fill(payload, deadline)
         return Received(header, payload, time.monotonic())
 
