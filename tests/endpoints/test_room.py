@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import re
 import resource
 import threading
@@ -238,3 +239,48 @@ def test_a_run_has_an_error_row_for_what_does_not_fit_and_goes_on(tmp_path: Path
     assert all(
         re.match(r"full cache: loopback: out of memory.*: take fewer context_tokens", e) for e in errors[:2]
     )
+
+
+#: A GPU's allocator, in a process that has none: it finds no room for what attention over a long pass takes.
+FULL_GPU = """\
+import sys
+if "testbed.endpoints" in " ".join(sys.orig_argv):
+    import torch.nn.functional as functional
+    attend = functional.scaled_dot_product_attention
+    def short(query, key, value, **named):
+        if key.shape[2] > 1200 and query.shape[2] > 1:
+            raise functional.torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 79.10 GiB\\nOf the allocated memory"
+            )
+        return attend(query, key, value, **named)
+    functional.scaled_dot_product_attention = short
+"""
+
+
+@pytest.mark.slow
+def test_what_a_gpu_has_no_room_for_is_a_row_with_the_remedy_and_the_run_goes_on(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FULL_GPU)
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    )
+    settings = {
+        "name": "t",
+        "model": str(tiny_model("llama")),
+        "tasks": ["needle"],
+        "examples": 1,
+        "max_new_tokens": 2,
+        "placements": ["split", "store", "cloud"],
+        "codecs": ["int8"],
+        "delivery": ["whole", "stream(chunk=64)"],
+        "context_tokens": [1600, 100],
+    }
+    plan = unlinked(settings, "t.yaml")
+    directory = begin(plan, tmp_path / "run")
+    runner = Runner(plan, directory, lambda progress: None, opening=in_one_process)
+    runner.execute()
+    errors = [row["error"] for row in directory.rows()]
+    remedy = "out of GPU memory (2.00 GiB more were asked for): take fewer context_tokens, dtype: bfloat16, a smaller model"
+    assert len(errors) == 10 and runner.failures == 5 and not any(errors[5:])
+    assert all(remedy in error and "\n" not in error for error in errors[:5])
