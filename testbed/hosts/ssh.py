@@ -267,7 +267,8 @@ class Ssh:
         with contextlib.suppress(*LOST):
             channel.settimeout(0.2)
             said = channel.recv_stderr(1 << 16)
-        if status in (126, 127):
+        # csh's status is 1, whatever went wrong.
+        if status in (126, 127) or said.rstrip().endswith((b"Command not found.", b"Permission denied.")):
             return f"no {self.python} there that runs ({_last(said)}); testbed hosts install makes the environment of `python:`"
         return f"its login shell ended with status {status} before {self.python} ran: {_last(printed + said)}"
 

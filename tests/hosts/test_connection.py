@@ -13,6 +13,7 @@ import pytest
 
 from testbed.errors import EndpointError, StorageError, TestbedError, UsageError
 from testbed.hosts import connection, ssh
+from testbed.hosts.asking import asked
 from testbed.hosts.ssh import Ssh
 from tests.hosts import bench as benches
 from tests.hosts.bench import Host, bench, wait_for
@@ -196,6 +197,45 @@ def test_a_login_shell_that_prints_disturbs_neither_programs_nor_files(edge: Hos
         assert abs(there.clock()[0]) < 1
     assert again.read_bytes() == here.read_bytes()
     (edge.home / "there").unlink()
+
+
+@pytest.mark.parametrize("shell", ["dash", "fish", "tcsh"])
+def test_any_login_shell_will_do(edge: Host, tmp_path: Path, shell: str) -> None:
+    program = shutil.which(shell)
+    if program is None:
+        pytest.skip(f"needs {shell}")
+    passwd = edge.directory / "passwd"
+    before = passwd.read_text()
+    passwd.write_text(before.replace(f"/home/{edge.user}:/bin/bash", f"/home/{edge.user}:{program}"))
+    here, again = tmp_path / "here", tmp_path / "again"
+    here.write_bytes(b"data" * 10_000)
+    words = ["$HOME", "~", "a  b", "!1", "'", '"', "\\n", "*", "{a,b}", "ü"]
+    try:
+        with Ssh(edge.url) as there:
+            assert (
+                there.run(["sh", "-c", "tr '\\0' '\\n' </proc/$PPID/environ"])[1].count(
+                    f"SHELL={program}".encode()
+                )
+                == 1
+            )
+            assert there.run(["printf", "%s\\n", *words], b"") == (0, "\n".join([*words, ""]).encode())
+            there.put(here, Path("~/there"))
+            there.get(Path("~/there"), again)
+            assert asked(there, "/usr/bin/python3", "survey")["home"] == f"/home/{edge.user}"
+            assert there.clean() == []
+        assert again.read_bytes() == here.read_bytes()
+        message = said(Ssh(edge.url, "~/no/python").describe, EndpointError)
+        assert "no ~/no/python there that runs" in message
+        # A home's Python is found by the shell's own ~.
+        (edge.home / "a b").symlink_to("/usr/bin/python3")
+        with Ssh(edge.url, "~/a b") as there:
+            assert there.run(["true"]) == (0, b"")
+    finally:
+        passwd.write_text(before)
+        for left in ("a b", "there"):
+            (edge.home / left).unlink(missing_ok=True)
+        shutil.rmtree(edge.home / ".config", ignore_errors=True)
+        shutil.rmtree(edge.home / ".local/share", ignore_errors=True)
 
 
 def test_a_login_shell_that_ends_prints_on_or_waits_is_one_line(
