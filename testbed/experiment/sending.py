@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from testbed import files
 from testbed.errors import EndpointError, UsageError
+from testbed.hosts import asking
 from testbed.hosts.host import Host
 from testbed.models.sources import find
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 MOST_BYTES = 256 << 20
 #: Where copies lie there, below the home in which programs of ours run; each in a directory of its digest's name.
 SENT = ".cache/testbed/sent"
+_SHORT_S = 60.0
 
 
 def model_there(host: Host, name: str) -> str:
@@ -51,11 +53,10 @@ def there(host: Host, named: str) -> str:
     *first, last = sorted(parts, key=lambda part: part.name == "config.json")
     if ssh.run(["test", "-f", f"{inside}{last.name}"])[0] != 0:
         # What lies there is believed by its name: nobody else may write there, whatever the umask.
-        status, _ = ssh.run(["install", "-d", "-m", "700", SENT, folder, inside])
+        make = ["install", "-d", "-m", "700", SENT, folder, inside]
+        status, _, said = asking.run(ssh, make, _SHORT_S)
         if status:
-            raise EndpointError(
-                f"{ssh.address}: there can be no directory ~/{inside}; is there room on its disk?"
-            )
+            raise EndpointError(f"{ssh.address}: there can be no directory ~/{inside}: {said}")
         for part in [*first, last]:
             ssh.put(part.resolve(), Path(f"{inside}{part.name}"))
     return target

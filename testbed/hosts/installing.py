@@ -46,6 +46,18 @@ def digest() -> str:
     return survey.copy_of_testbed(str(_HERE))["digest"]
 
 
+def unfit(found: Mapping[str, Any]) -> str:
+    """Why a Python, of which that is what `survey` says, cannot take part in a run of this testbed; empty where it can."""
+    version, there = found["python"]["version"], found["testbed"]
+    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+        return f"its Python is {version}, and the testbed needs {_dotted(OLDEST)} or newer; make the environment with a newer one"
+    if not there:
+        return "the testbed is not installed there; testbed hosts install TOPOLOGY puts it there"
+    if there["digest"] != digest():
+        return f"another testbed than here is there, in {there['path']}; testbed hosts install TOPOLOGY puts this one there"
+    return ""
+
+
 def wheel(into: Path) -> Path:
     """The wheel of this very testbed, as it lies here, changed or not. Raises StorageError, UsageError."""
     try:

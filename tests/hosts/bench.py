@@ -84,6 +84,8 @@ class Host:
     port: int
     directory: Path
     pid: int = 0
+    mounts: Path = Path()  #: its mount namespace, by which what runs there is known
+    start: Callable[[], None] = lambda: None  #: it anew, as it was at first, once it was `end`ed
 
     @property
     def url(self) -> str:
@@ -101,11 +103,11 @@ class Host:
 
     def pids(self) -> dict[int, list[str]]:
         """What runs there, its sshd aside: pid -> words."""
-        own, found = Path(f"/proc/{self.pid}/ns/mnt").readlink(), {}
+        found = {}
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
                 pid = int(entry.name)
-                if pid != self.pid and (entry / "ns/mnt").readlink() == own:
+                if pid != self.pid and (entry / "ns/mnt").readlink() == self.mounts:
                     words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
                     if words:  # no zombie
                         found[pid] = words
@@ -127,6 +129,12 @@ class Host:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         return len(served)
+
+    def end(self) -> None:
+        """Kill all that runs there, its sshd first; its files go with it."""
+        for pid in [self.pid, *self.pids()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def execute(self, *command: str) -> str:
         """What a command prints that root runs there."""
@@ -188,7 +196,9 @@ def bench(
                 (directory / "sudoers").write_text(sudoers.replace("{user}", host.user))
                 (directory / "sudoers").chmod(0o440)
             ahead = (ahead_s or {}).get(name)
-            closing.enter_context(_served(host, 5000 + number, shown, home_size, ahead))
+            about = (host, 5000 + number, shown, home_size, ahead)
+            host.start = lambda about=about: closing.enter_context(_served(*about))
+            host.start()
             hosts[name] = host
         yield hosts
 
@@ -247,6 +257,7 @@ def _served(host: Host, uid: int, shown: Sequence[Path], home_size: str, ahead: 
             if process.poll() is not None or time.monotonic() > until:
                 raise AssertionError(f"{host.name}'s sshd is not up: {printed.read_text(errors='replace')}")
             time.sleep(0.02)
+        host.mounts = Path(f"/proc/{host.pid}/ns/mnt").readlink()
         yield
     finally:
         while left := host.pids():

@@ -10,9 +10,10 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from testbed.errors import EndpointError, NetworkError, SpecError
+from testbed.errors import EndpointError, NetworkError, SpecError, UsageError
 from testbed.hosts.asking import asked
 from testbed.hosts.host import Host, Process
+from testbed.hosts.installing import unfit
 from testbed.net.profile.profile import Profile
 from testbed.net.topology.topology import Node, Topology
 
@@ -27,6 +28,7 @@ _SETTLING_S = 0.2
 _TOLD = frozenset(
     {
         "python",
+        "testbed",
         "packages",
         "gpus",
         "board",
@@ -83,6 +85,8 @@ class Real:
             self._found[node.name] = asked(host, python, "survey")
         except EndpointError as error:
             raise EndpointError(f"node {node.name}: {error}") from error
+        if not node.host.local and (why := unfit(self._found[node.name])):
+            raise UsageError(f"node {node.name}: {node.host}: {why}")
         self._addresses[node.name] = self._find_address(node)
 
     def _find_address(self, node: Node) -> str:
