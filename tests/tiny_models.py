@@ -100,6 +100,7 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     )
     for family in ("llama", "qwen2")
 } | {
+    "llama long": ("LlamaConfig", {"num_hidden_layers": 2, "max_position_embeddings": 40_960}),
     # A table of embeddings that is longer than the tokenizer's numbers need, as Qwen's are.
     "qwen2 padded": ("Qwen2Config", {"hidden_size": 32, "vocab_size": 70_000}),
 }

@@ -169,7 +169,7 @@ def attend(
             blocks.append(_written_out(asking, keys, values, mask, scaling, softcap, paid))
             continue
         if isinstance(mask, str) and keys.shape[2] > stop - start:
-            mask = _lower_right(stop - start, keys.shape[2], tokens, query.device, masks)
+            mask = _lower_right(stop - start, keys.shape[2], tokens, query, masks)
         blocks.append(_dot_product(asking, keys, values, mask, scaling))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
 
@@ -216,14 +216,18 @@ def _at_once(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tenso
     )
 
 
-def _lower_right(new: int, keys: int, tokens: int, device: torch.device, masks: dict[Any, Any]) -> Tensor:
-    """bool [new, keys]: which keys each query sees where these are the last keys' own, cut out of one such mask for all blocks of
-    a pass over so many tokens: masks of its own for each would be a matrix of tokens by tokens."""
+def _lower_right(new: int, keys: int, tokens: int, like: Tensor, masks: dict[Any, Any]) -> Tensor:
+    """[new, keys], to be added to scores: 0 where a query sees a key, these being the last keys' own queries; else -inf.
+
+    Cut out of one for all blocks of a pass over so many tokens: one for each would be a matrix of tokens by tokens. In the number
+    of `like`, as anything else is made that first, for each block and layer anew.
+    """
     import torch
 
     name = ("lower right", tokens)
     if name not in masks:
-        masks[name] = torch.ones(BLOCK, tokens, dtype=torch.bool, device=device).tril_(tokens - BLOCK)
+        hidden = torch.full((BLOCK, tokens), float("-inf"), dtype=like.dtype, device=like.device)
+        masks[name] = hidden.triu_(tokens - BLOCK + 1)
     widest: Tensor = masks[name]
     return widest[BLOCK - new :, tokens - keys :]
 

@@ -16,6 +16,7 @@ from testbed.errors import NetworkError, UsageError
 from testbed.hosts.asking import asked
 from testbed.hosts.ssh import Ssh
 from testbed.net.profile.profile import parse_profile
+from testbed.net.profile.trace import Way
 from testbed.net.real.shaping import Shaping, clean
 from tests.hosts import bench as benches
 from tests.hosts.bench import Host, bench, cable, wait_for
@@ -120,6 +121,51 @@ def test_a_profile_put_there_over_ssh_is_met_and_undone_with_the_connection(edge
             if lost:
                 assert wait_for(lambda: state(edge) == before)
         assert wait_for(lambda: state(edge) == before and not helpers(edge))
+
+
+#: A host that says by which port it listens, and of each of ten datagrams how long it took: both read one kernel's clock.
+LISTENS = """\
+import socket, time
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+    s.bind(("", 0)); s.settimeout(20); print(s.getsockname()[1], flush=True)
+    for _ in range(10): print(-float(s.recv(99)) + time.monotonic(), flush=True)
+"""
+SENDS = """\
+import socket, sys, time
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+    for _ in range(10): s.sendto(str(time.monotonic()).encode(), (sys.argv[1], int(sys.argv[2]))); time.sleep(0.05)
+"""
+
+
+def one_way_s(sender: Host, receiver: Host, address: str) -> float:
+    """The least time that a datagram took."""
+    inside = ["nsenter", f"--target={receiver.pid}", "--net", "python3", "-c", LISTENS]
+    with subprocess.Popen(inside, stdout=subprocess.PIPE, text=True) as listening:
+        assert listening.stdout is not None
+        sender.execute("python3", "-c", SENDS, address, listening.stdout.readline().strip())
+        return min(map(float, listening.stdout.readlines()))
+
+
+@pytest.mark.netem
+@pytest.mark.parametrize(("shaped", "peer", "egress"), [("edge", 2, "up"), ("cloud", 1, "down")])
+def test_either_host_shapes_both_ways_one_as_packets_leave_and_one_as_they_come(
+    hosts: dict[str, Host], shaped: str, peer: int, egress: Way
+) -> None:
+    before = {name: state(host) for name, host in hosts.items()}
+
+    def ways() -> tuple[float, float]:
+        edge, cloud = hosts["edge"], hosts["cloud"]
+        return one_way_s(edge, cloud, "10.98.0.2"), one_way_s(cloud, edge, "10.98.0.1")
+
+    with Ssh(hosts[shaped].url) as there, Shaping(there, "eth0", f"10.98.0.{peer}", egress) as shaping:
+        shaping.apply(parse_profile("up:delay=20ms;down:delay=60ms"))
+        up, down = ways()
+        counted = shaping.counters()
+        shaping.check()
+    print(f"{shaped}: {1e3 * up:.1f} ms up, {1e3 * down:.1f} down; {counted}")
+    assert up >= 0.02 and down >= 0.06 and up < down
+    assert all(counted[way].packets >= 10 for way in ("up", "down"))
+    assert wait_for(lambda: {name: state(host) for name, host in hosts.items()} == before)
 
 
 def test_without_that_line_it_is_refused_with_what_it_takes() -> None:
