@@ -48,14 +48,21 @@ def digest() -> str:
 
 def unfit(found: Mapping[str, Any]) -> str:
     """Why a Python, of which that is what `survey` says, cannot take part in a run of this testbed; empty where it can."""
-    version, there = found["python"]["version"], found["testbed"]
-    if tuple(map(int, version.split(".")[:2])) < OLDEST:
-        return f"its Python is {version}, and the testbed needs {_dotted(OLDEST)} or newer; make the environment with a newer one"
+    if old := _too_old(found):
+        return old
+    there = found["testbed"]
     if not there:
         return "the testbed is not installed there; testbed hosts install TOPOLOGY puts it there"
     if there["digest"] != digest():
         return f"another testbed than here is there, in {there['path']}; testbed hosts install TOPOLOGY puts this one there"
     return ""
+
+
+def _too_old(found: Mapping[str, Any]) -> str:
+    version = found["python"]["version"]
+    if tuple(map(int, version.split(".")[:2])) >= OLDEST:
+        return ""
+    return f"its Python is {version}, and the testbed needs {_dotted(OLDEST)} or newer; make the environment with a newer one"
 
 
 def wheel(into: Path) -> Path:
@@ -151,10 +158,14 @@ class Installation:
     def _environment(self, base: dict[str, Any], python: str, folder: str) -> dict[str, Any]:
         """The environment's own survey; made where it is missing. Raises EndpointError."""
         try:
-            return {**self._ask(python, "survey"), "room": base["room"]}
+            there = self._ask(python, "survey")
         except EndpointError:
             self._require_room(base, folder, [])
             self.say(f"{self.name}: making an environment in {folder}")
+        else:
+            if old := _too_old(there):
+                raise EndpointError(f"{self.name}: {old}")
+            return {**there, "room": base["room"]}
         found = {path: (tuple(version), able) for path, (version, able) in base["pythons"].items()}
         new = {path: able for path, (version, able) in found.items() if version >= OLDEST}
         if not new:

@@ -42,6 +42,14 @@ MaxStartups 100
 Banner {banner}
 Subsystem sftp internal-sftp
 """
+#: A script that says that it is Python 3.10, where it is asked what it is.
+OLD_PYTHON = """\
+#!/bin/sh
+[ "$1 $2" = "-I -c" ] || exec {python} "$@"
+shift 2
+exec {python} -I -c 'import platform, sys; platform.python_version = lambda: "3.10.12"; asked = sys.argv.pop(1)
+exec(compile(asked, "survey", "exec"), {{"__name__": "__main__"}})' "$@"
+"""
 #: In a mount, host name and network namespace of its own; $0: the host's directory, $1: its name, $2: its home's size.
 _FURNISH = """\
 set -e

@@ -19,6 +19,7 @@ from testbed.errors import EndpointError, StorageError, TestbedError, UsageError
 from testbed.hosts import installing
 from testbed.hosts.installing import Installation
 from testbed.hosts.local import Local, LocalProcess
+from tests.hosts.bench import OLD_PYTHON
 
 OURS = ("split_inference_testbed", "__editable__", "__pycache__")
 CLOSURE = [
@@ -92,11 +93,15 @@ def equipped(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("offline", [False, True])
 def test_what_is_there_stays_and_this_very_testbed_comes(equipped: Path, offline: bool) -> None:
     python = str(equipped / "bin" / "python")
+    if offline:  # and a wheel that the host lacks
+        for path in (equipped.parent / "theirs").glob("xxhash*"):
+            path.unlink()
     before = {path.name for path in Path("/tmp").glob("testbed-wheels-*")}
     after, said = install(Local(), python, offline)
     assert after["testbed"]["digest"] == installing.digest()  # type: ignore[index]
     assert str(after["testbed"]["path"]).startswith(str(equipped))  # type: ignore[index]
-    assert after["packages"]["torch"] == importlib.metadata.version("torch")  # type: ignore[index]
+    for name in ("torch", "xxhash"):
+        assert after["packages"][name] == importlib.metadata.version(name)  # type: ignore[index]
     assert said == (["edge: downloading what it lacks"] if offline else []) + ["edge: installing"]
     assert {path.name for path in Path("/tmp").glob("testbed-wheels-*")} == before
     (packages,) = equipped.glob("lib/python*/site-packages")
@@ -117,6 +122,17 @@ def test_another_python_is_named_with_what_is_needed(tmp_path: Path) -> None:
     said = complaint(EndpointError, host, str(tmp_path / "new" / "bin" / "python"))
     assert "its Python is 3.10.12, and the testbed needs 3.11 or newer" in said
     assert f"PYTHON -m venv {tmp_path / 'new'}" in said
+
+
+def test_an_environment_of_an_old_python_is_named_with_what_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "python"
+    script.write_text(OLD_PYTHON.format(python=sys.executable))
+    script.chmod(0o755)
+    said = complaint(EndpointError, Local(), str(script))
+    assert said == (
+        "edge: its Python is 3.10.12, and the testbed needs 3.11 or newer; make the environment with a newer one"
+    )
 
 
 def test_a_python_without_venv_is_named_with_the_package(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.hosts import bench as benches
-from tests.hosts.bench import Host, bench, make_key, wait_for
+from tests.hosts.bench import OLD_PYTHON, Host, bench, make_key, wait_for
 from tests.runs import run
 
 pytestmark = [
@@ -22,14 +22,6 @@ pytestmark = [
 ]
 
 SCENARIO = "name: refused\nplacements: [split]\ncodecs: [int8]\ntasks: [needle]\nexamples: 1\n"
-#: Says that it is Python 3.10, where it is asked what it is.
-OLD = """\
-#!/bin/sh
-[ "$1 $2" = "-I -c" ] || exec {python} "$@"
-shift 2
-exec {python} -I -c 'import platform, sys; platform.python_version = lambda: "3.10.12"; asked = sys.argv.pop(1)
-exec(compile(asked, "survey", "exec"), {{"__name__": "__main__"}})' "$@"
-"""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +57,7 @@ def changed(cloud: Host, client: Path) -> None:
 
 def old_python(cloud: Host, client: Path) -> None:
     script = cloud.home / "python"
-    script.write_text(OLD.format(python=sys.executable))
+    script.write_text(OLD_PYTHON.format(python=sys.executable))
     script.chmod(0o755)
 
 
