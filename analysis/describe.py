@@ -36,14 +36,20 @@ def _rate(bits_per_second: float) -> str:
     return "∞" if bits_per_second != bits_per_second else positional(f"{bits_per_second / 1e6:.4g}")
 
 
+def models(rows: pd.DataFrame) -> str:
+    """The models, and the edge's where that is another, such as ``qwen2.5-coder-1.5b (edge: qwen2.5-coder-0.5b)``."""
+    pairs = rows[["model", "edge_model"]].drop_duplicates().itertuples(index=False)
+    named = (f"{model} (edge: {edge})" if edge else str(model) for model, edge in pairs if model)
+    return ", ".join(dict.fromkeys(named))
+
+
 def subject(rows: pd.DataFrame) -> str:
     """What was run, for a subtitle: model, tasks, examples, emulator."""
     tasks = rows.groupby("task", sort=False)["example"].nunique()
     sizes = f"n = {tasks.min()}" if tasks.min() == tasks.max() else f"n = {tasks.min()} to {tasks.max()}"
-    models = ", ".join(str(m) for m in rows["model"].unique() if m)
     emulators = ", ".join(str(e) for e in rows["emulator"].unique() if e)
     parts = [
-        models,
+        models(rows),
         *sorted(set(map(str, settings.replayed(rows))) - {""}),
         f"{' + '.join(map(str, tasks.index))}, {sizes} examples{' each' if len(tasks) > 1 else ''}",
     ]

@@ -10,7 +10,7 @@ import pandas as pd
 
 from testbed import stats
 from testbed.analysis import settings
-from testbed.analysis.describe import plain
+from testbed.analysis.describe import models, plain
 from testbed.analysis.latency_model import (
     HeldOut,
     LatencyModel,
@@ -129,7 +129,7 @@ def recommend(
         link=link,
         quality_floor=floor,
         deadline_s=deadline_s,
-        model=", ".join(map(str, rows["model"].unique())),
+        model=models(rows),
         measured_as=panel,
         options=options,
         choice=choice,

@@ -283,6 +283,8 @@ def is_exact(rows: pd.DataFrame) -> bool:
         return False
     apart = (rows["nll"] - rows["reference_nll"]).abs()
     placement = str(rows["placement"].iloc[0])
+    if placement == "edge" and (rows["edge_model"] != "").any():
+        return False  # another model's answers, however near they come
     if placement in ("cloud", "edge"):
         return not bool((apart > _SAME_NLL).any())
     whole = placement in SENDING and not (rows["tokens_left_out"] > 0).any()

@@ -160,7 +160,7 @@ def _reading(panels: list[Panel]) -> str:
 def _lines(panels: list[Panel]) -> list[Line2D]:
     """What stands for the lines and the ring in a legend."""
     lines = [Line2D([], [], **FRONT, label="Pareto front")]
-    if any(len(_split(p.measured)) < len(p.measured) for p in panels):
+    if any(0 < len(_split(p.measured)) < len(p.measured) for p in panels):
         lines.append(Line2D([], [], **_SPLIT_FRONT, label="… of the settings that send KV"))
     lines.append(Line2D([], [], **_FULL, label="full cache"))
     if any(p.chosen for p in panels):

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from testbed.analysis import adaptive, claims, comparisons, hosts, naive
-from testbed.analysis.describe import caveats, computing, subject
+from testbed.analysis.describe import caveats, computing, models, subject
 from testbed.analysis.figures import FIGURES, draw_all
 from testbed.analysis.run import Run
 from testbed.analysis.summary import summarise, table
@@ -89,7 +89,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     facts = [
         ("what", str(run.scenario.get("description") or "")),
         ("started", str(run.manifest.get("created") or "")),
-        ("model", ", ".join(map(str, run.rows["model"].unique()))),
+        ("model", models(run.rows)),
         ("links", ", ".join(map(str, run.rows["profile"].unique()))),
         ("emulator", ", ".join(e for e in map(str, run.rows["emulator"].unique()) if e)),
         ("transport", ", ".join(t for t in map(str, run.rows["transport"].unique()) if t)),

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from testbed.analysis.describe import subject
 from testbed.analysis.run import load
-from testbed.analysis.settings import labelled
+from testbed.analysis.settings import is_exact, labelled
 from testbed.analysis.summary import summarise, write
 from testbed.experiment import compute
 from testbed.experiment.compute import Measurement, Side, Start
@@ -135,6 +136,16 @@ def test_a_shape_has_no_score_and_whoever_is_asked_for_one_says_why(tmp_path: Pa
     texts = [said, command("compare", str(run), str(run)).out, advice.out]
     for wrong in ("scores nothing", "unknown", "not compared", "nan", "no common examples"):
         assert not any(wrong in text.replace("settings unknown", "") for text in texts), wrong
+
+
+def test_of_two_models_both_are_named_and_the_edges_answers_are_not_the_full_caches(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path / "run", ("lte",), ("int8",), ("cloud", "edge"), ("needle",), examples=3, edge_model="small"
+    )
+    change(run, lambda r: {"nll": r["reference_nll"]})  # as near as can be
+    rows = labelled(load(run).rows)
+    assert is_exact(rows[rows["placement"] == "cloud"]) and not is_exact(rows[rows["placement"] == "edge"])
+    assert subject(rows).startswith("smollm2-135m (edge: small) · needle")
 
 
 def test_caveats_are_said(tmp_path: Path) -> None:
