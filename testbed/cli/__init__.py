@@ -56,6 +56,7 @@ for _command in (
     network.exec_,
     network.show,
     network.link,
+    network.handover,
     network.down,
     network.clean,
     hosts.hosts,

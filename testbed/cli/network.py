@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from testbed.cli.parts import EMULATORS, as_json, link_option, require_root, rootless_option
+from testbed.errors import UsageError
 
 
 @click.command()
@@ -137,6 +138,32 @@ def link(identifier: str | None, state: str, name: str) -> None:
     network = states.find(identifier)
     for number in network.topology.links_named(name):
         wiring.set_link(network, number, state == "up")
+
+
+@click.command()
+@click.option("--id", "identifier", help="Which network, where several stand.")
+@click.argument("node")
+@click.argument("link")
+@click.option(
+    "--outage", default="0s", show_default=True, help="How long the node is on no link, such as 200ms."
+)
+@click.option("--new-address", is_flag=True, help="Take the addresses that it had from the node.")
+@as_json
+def handover(identifier: str | None, node: str, link: str, outage: str, new_address: bool) -> Any:
+    """Have NODE go over to its LINK, away from all others that it has, while connections are on.
+
+    It keeps its addresses, as behind a mobile core, unless --new-address.
+    """
+    from testbed.net.fabric import state
+    from testbed.net.fabric.handover import LONGEST_S, hand_over
+    from testbed.units import parse_time
+
+    seconds = parse_time(outage)
+    if not 0 <= seconds <= LONGEST_S:
+        raise UsageError(f"--outage {outage}: from 0s to {LONGEST_S:g}s")
+    require_root()
+    lasted_s = hand_over(state.find(identifier), node, link, seconds, keep_address=not new_address)
+    return {"node": node, "link": link, "outage_s": lasted_s}, f"{node}: on {link} after {lasted_s:.3f} s", 0
 
 
 @click.command()

@@ -118,7 +118,7 @@ def allow_tcp_buffers(state: State) -> None:
 def allow_super_packets(state: State, number: int, segments: Mapping[str, int]) -> None:
     """How many segments of TCP or UDP may enter link *number* as one packet, ``up`` and ``down``; 1, as it is at first: none."""
     for end, way in zip(_ends(state.topology, number), ("up", "down"), strict=True):
-        with _changing(state, state.namespace(end.node)) as network, Ethtool() as ethtool:
+        with changing(state, state.namespace(end.node)) as network, Ethtool() as ethtool:
             network.link("set", index=socket.if_nametoindex(end.name), gso_max_segs=segments[way])
             if segments[way] > 1:
                 ethtool.enable_transports_segmentation(end.name)
@@ -135,7 +135,7 @@ def set_mtu(state: State, number: int, mtu: int) -> None:
     places = [(state.wire, name) for name in wire_ends(number)]
     places += [(state.namespace(end.node), end.name) for end in _ends(state.topology, number)]
     for namespace, name in places:
-        with _changing(state, namespace) as network:
+        with changing(state, namespace) as network:
             network.link("set", index=socket.if_nametoindex(name), mtu=mtu)
 
 
@@ -146,7 +146,7 @@ def _ends(topology: Topology, number: int) -> list[Interface]:
 
 
 @contextlib.contextmanager
-def _changing(state: State, namespace: str) -> Iterator[IPRoute]:
+def changing(state: State, namespace: str) -> Iterator[IPRoute]:
     """For changes to a namespace that is there; this thread is in it. Raises NetworkError where the kernel refuses one."""
     try:
         with namespaces.inside(namespace), IPRoute(ext_ack=True) as network:
@@ -258,11 +258,11 @@ def set_link(state: State, number: int, up: bool) -> None:
     addresses, neighbours and routes. Raises NetworkError."""
     ends = _ends(state.topology, number)
     for end in ends:
-        with _changing(state, state.namespace(end.node)) as network:
+        with changing(state, state.namespace(end.node)) as network:
             network.link("set", index=socket.if_nametoindex(end.name), state="up" if up else "down")
     # Not before both ends are up: what leaves by an interface without a carrier has no route.
     for end in ends if up else []:
-        with _changing(state, state.namespace(end.node)) as network:
+        with changing(state, state.namespace(end.node)) as network:
             index = socket.if_nametoindex(end.name)
             _address_end(network, state.topology, end, index)
             _add_routes(network, state.topology, end.node, {end.name: index})
