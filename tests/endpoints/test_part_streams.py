@@ -154,13 +154,18 @@ def ended(stream: Stream) -> None:
             stream._out.shutdown(1)
 
 
-@pytest.mark.parametrize("then", ["ends", "inside", "gone", "silent"])
-@pytest.mark.parametrize(("transport", "way"), CROSSED)
+@pytest.mark.parametrize(
+    ("transport", "way", "then"),
+    [
+        *((*crossed, then) for crossed in CROSSED for then in ("ends", "inside", "gone")),
+        *((*crossed, "silent") for crossed in CROSSED[::4]),  # the cloud's second each time
+    ],
+)
 def test_a_stream_cut_anywhere_over_any_transport_is_an_answer_to_what_came_or_a_refusal_and_never_a_wait(
     pair: Pair, recorded: dict[str, list[Frame]], ports: dict[str, int], transport: str, way: str, then: str
 ) -> None:
     honest, port = recorded[way], ports[transport]
-    # Behind a request alone, in mid-context, and before its end; silence takes the cloud's second each time.
+    # Behind a request alone, in mid-context, and before its end.
     for count in sorted({1, len(honest) // 2, len(honest) - 1} if then != "silent" else {len(honest) // 2}):
         began = time.monotonic()
         said = replies(pair, honest[:count], transport, port, then)
@@ -333,7 +338,7 @@ def test_streams_that_lie_over_any_transport_get_an_answer_or_a_refusal_in_bound
     honest, port = recorded[way], ports[transport]
     tracemalloc.start()
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
     @given(changed(honest))
     def check(frames: list[Frame]) -> None:
         said = replies(pair, frames, transport, port)
