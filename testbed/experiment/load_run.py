@@ -142,9 +142,7 @@ class LoadRunner(Runner):
     def _fill(self, profiles: Sequence[Profile]) -> None:
         """Measure an edge's link once more while the others' are full; more edges than leave it as asked for are refused."""
         for profile in profiles:
-            self._tally.say(
-                f"measuring a link while {len(self.plan.edges) - 1} others are full: {profile.name}"
-            )
+            self._tally.say(f"measuring a link while all others are full: {profile.name}")
             self._conditions(profile)
             measured = full_load.measured(self._fabric, self.plan)
             if measured is None:
