@@ -24,7 +24,7 @@ class Deliveries:
     be above 0. A packet may leave at an opportunity that comes when it does.
     """
 
-    rates = delays = losses = None
+    rates = delays = losses = loaded_delays = None
     gives_rate = loop = True
 
     def __init__(
@@ -100,6 +100,9 @@ class Deliveries:
 
     def delay_at(self, time_s: float) -> None:
         """Deliveries say nothing of delay."""
+
+    def loaded_delay_at(self, time_s: float) -> None:
+        """Nor of delay under load."""
 
     def loss_at(self, time_s: float) -> None:
         """Deliveries say nothing of loss."""

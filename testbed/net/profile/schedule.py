@@ -20,14 +20,15 @@ from typing import Any, BinaryIO
 from testbed.net.profile.deliveries import Deliveries, Milliseconds, write
 
 _NOTHING = 1e-9  # bytes: what rounding leaves of a packet that has been sent
-_COLUMNS = ("rates", "delays", "losses")
+_COLUMNS = ("rates", "delays", "losses", "loaded_delays")
 
 
 class Schedule:
     """Values that hold from `times` to the next of them.
 
     *times*: seconds, ascending, the first is 0; *length_s*: when the last value ends. *rates*: bytes per second, 0 in an
-    outage, inf without a limit, multiplied with *scale*; *delays*: seconds; *losses*: fractions; None for what does not
+    outage, inf without a limit, multiplied with *scale*; *delays*: seconds; *losses*: fractions; *loaded_delays*: seconds,
+    those of packets that enter under load, beside *delays*, those of all others; None for what does not
     change. At the end the trace begins again (*loop*) or its last values hold. *offset_s*: where in the trace it starts at
     `origin_s`.
     """
@@ -40,13 +41,14 @@ class Schedule:
         rates: Sequence[float] | None = None,
         delays: Sequence[float] | None = None,
         losses: Sequence[float] | None = None,
+        loaded_delays: Sequence[float] | None = None,
         scale: float = 1.0,
         loop: bool = True,
         offset_s: float = 0.0,
         origin_s: float = 0.0,
     ) -> None:
         self.times, self.length_s = times, length_s
-        self.rates, self.delays, self.losses = rates, delays, losses
+        self.rates, self.delays, self.losses, self.loaded_delays = rates, delays, losses, loaded_delays
         self.scale, self.loop, self.offset_s = scale, loop, offset_s
         self._dead = rates is not None and not (scale and max(rates) > 0)
         self.origin_s = origin_s
@@ -129,6 +131,12 @@ class Schedule:
     def delay_at(self, time_s: float) -> float | None:
         """Seconds, for a packet that enters at that time; None where the schedule has no delays."""
         return None if self.delays is None else self.delays[self._looking.seek(time_s - self._zero)]
+
+    def loaded_delay_at(self, time_s: float) -> float | None:
+        """The same for a packet that enters under load; None where the schedule makes no difference."""
+        if self.loaded_delays is None:
+            return None
+        return self.loaded_delays[self._looking.seek(time_s - self._zero)]
 
     def loss_at(self, time_s: float) -> float | None:
         """The probability that a packet that enters at that time is lost; None where the schedule has no losses."""

@@ -144,6 +144,7 @@ class Trace:
             rates=recording.rates,
             delays=recording.delays,
             losses=recording.losses,
+            loaded_delays=recording.loaded_delays,
             scale=self.scale,
             loop=self.end == "loop" and not self._once,
             offset_s=self.offset_s,

@@ -75,6 +75,7 @@ def refuse(profile: Profile) -> None:
     seeded = any(direction.seed is not None for direction in profile.ways.values())
     honoured = HONOURED | {"seed"} if seeded and knows_seeds() else HONOURED
     refuse_unknown("netem", profile, honoured, "use --emulator userspace")
+    require_loadless(profile)
     for way, direction in profile.ways.items():
         if beside := _conflict(direction, way):
             raise UsageError(
@@ -86,6 +87,17 @@ def refuse(profile: Profile) -> None:
                     f"emulator netem: for {profile} ({way}) this kernel has no sch_{qdisc.kind} "
                     f"(try modprobe sch_{qdisc.kind}); use --emulator userspace"
                 )
+
+
+def require_loadless(profile: Profile) -> None:
+    """Raises UsageError where a trace has a delay of its own for packets that enter under load."""
+    for way, direction in profile.ways.items():
+        schedule = direction.schedule(way, 0.0)
+        if schedule is not None and schedule.loaded_delays is not None:
+            raise UsageError(
+                f"emulator netem cannot tell packets that enter under load from others ({way}, '{direction.trace}' has a "
+                "loaded_delay); use --emulator userspace"
+            )
 
 
 def _conflict(direction: Direction, way: Way) -> tuple[str, str] | None:

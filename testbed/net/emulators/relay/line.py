@@ -77,7 +77,9 @@ class Line:
             self.seed = conditions.seed
             self.chance.seed(self.seed)
         self._delay_s = conditions.delay_s
-        context = Context(conditions, self.chance, self.counted, self._travel, self._overtake)
+        context = Context(
+            conditions, self.chance, self.counted, self._travel, self._overtake, self.under_way_bytes
+        )
         self._impair, self._lost = chain(context), lost_alone(context)
         self._limit_bytes = inf if conditions.queue_bytes is None else conditions.queue_bytes
         codel = conditions.codel
@@ -102,6 +104,11 @@ class Line:
     def under_way(self) -> int:
         """Packets that have entered and not left."""
         return sum(item[3] for items in (self.flight, self.queue) for item in items)
+
+    def under_way_bytes(self, now: float) -> int:
+        """The same in bytes, after all that happens up to *now*."""
+        self.stage.advance(now)
+        return self.held_bytes
 
     def clear(self) -> None:
         """Drops what is under way, and forgets it: what enters next keeps no order with it and waits for none of it."""

@@ -11,6 +11,8 @@ Packet-delivery files are Mahimahi's (mm-link(1)): one whole number a line, mill
 Time is ``time_s``, ``time_ms`` or ``time_us``; rates are in ``_bps``, ``_kbps``, ``_mbps`` or ``_gbps`` (bits per second),
 delays in ``_s``, ``_ms`` or ``_us``, losses are ``loss_percent`` or ``loss_fraction``. A name may say the way:
 ``rate_up_kbps``, ``rate_down_kbps``.
+A light and a heavy train of packets, sent in turns, find two delays: ``delay_ms`` on a link with next to nothing to do, and
+``loaded_delay_ms`` under load (CellReplay, NSDI 2025, records such pairs).
 Two numbers a line between blanks, without names, are seconds and Mbit/s, as in the traces of Pensieve (and those that were
 made for it out of the FCC's and HSDPA's).
 Logs of G-NetTrack are understood as they are: ``Timestamp``, ``DL_bitrate`` and ``UL_bitrate`` (kbit/s) out of many columns.

@@ -63,7 +63,7 @@ def _sharing(new: Recording, other: Samples | None) -> Recording:
     if other is None or not isinstance(new, Samples):
         return new
     same = {}
-    for name in ("times", "rates", "delays", "losses"):
+    for name in ("times", "rates", "delays", "losses", "loaded_delays"):
         mine, its = getattr(new, name), getattr(other, name)
         if mine is not None and its is not None and len(mine) == len(its) and _equal(mine, its):
             same[name] = its

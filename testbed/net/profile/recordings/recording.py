@@ -29,6 +29,8 @@ class Samples:
     rates: array[float] | None = None
     delays: array[float] | None = None
     losses: array[float] | None = None
+    loaded_delays: array[float] | None = None
+    """Seconds, under load; `delays` are then those of a link that has next to nothing to do."""
 
     def mean(self, column: str, begin_s: float = 0.0) -> float:
         """The time-weighted mean of ``rates``, ``delays`` or ``losses``, from *begin_s* to the end; behind it, the last value."""

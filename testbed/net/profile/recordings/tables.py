@@ -22,20 +22,23 @@ from testbed.net.profile.recordings.recording import (
 )
 from testbed.strict_yaml import did_you_mean
 
-_PLURAL = {"rate": "rates", "delay": "delays", "loss": "losses"}
-_LIMITS = {"rate": 100e9 / 8, "delay": 60.0, "loss": 1.0}
+_PLURAL = {"rate": "rates", "delay": "delays", "loss": "losses", "loaded_delay": "loaded_delays"}
+_LIMITS = {"rate": 100e9 / 8, "delay": 60.0, "loss": 1.0, "loaded_delay": 60.0}
 _ALONE_S = 1.0  # how long the only row of a table lasts
 _NANOSECOND = 1e-9
 
 _TIME_UNITS: dict[str | None, float] = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-_COLUMN = re.compile(r"(rate|delay|loss)(?:_(up|down))?(?:_(bps|kbps|mbps|gbps|s|ms|us|fraction|percent))?$")
+_COLUMN = re.compile(
+    r"(rate|delay|loss|loaded_delay)(?:_(up|down))?(?:_(bps|kbps|mbps|gbps|s|ms|us|fraction|percent))?$"
+)
 _UNITS: dict[str, Mapping[str | None, float]] = {
     "rate": {"bps": 1 / 8, "kbps": 1e3 / 8, "mbps": 1e6 / 8, "gbps": 1e9 / 8},
     "delay": _TIME_UNITS,
+    "loaded_delay": _TIME_UNITS,
     "loss": {"fraction": 1.0, "percent": 0.01},
 }
 _EXAMPLES = ["time_s", "time_ms", "rate_mbps", "rate_kbps", "rate_bps", "rate_up_mbps", "rate_down_mbps"]
-_EXAMPLES += ["delay_ms", "delay_s", "loss_fraction", "loss_percent"]
+_EXAMPLES += ["delay_ms", "delay_s", "loss_fraction", "loss_percent", "loaded_delay_ms"]
 _GNETTRACK = {"DL_bitrate": ("rate", "down", 1e3 / 8), "UL_bitrate": ("rate", "up", 1e3 / 8)}
 _STAMP = re.compile(r"\d{4}\.\d\d\.\d\d_\d\d\.\d\d\.\d\d", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?", re.ASCII)
@@ -45,7 +48,7 @@ _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?", re.ASCII)
 class _Column:
     index: int
     name: str
-    kind: str  # "rate", "delay" or "loss"
+    kind: str  # "rate", "delay", "loss" or "loaded_delay"
     factor: float
 
 
@@ -146,7 +149,7 @@ def _header(
         ]
         return lambda fields: _stamp(fields[at]), chosen
     time: tuple[int, float] | None = None
-    by_kind: dict[str, dict[str | None, _Column]] = {"rate": {}, "delay": {}, "loss": {}}
+    by_kind: dict[str, dict[str | None, _Column]] = {kind: {} for kind in _PLURAL}
     for index, name in enumerate(names):
         if name.startswith("time_") and name[5:] in _TIME_UNITS:
             if time is not None:
@@ -160,6 +163,7 @@ def _header(
                 "time": "time_s or time_ms",
                 "rate": "rate_mbps",
                 "delay": "delay_ms",
+                "loaded_delay": "loaded_delay_ms",
                 "loss": "loss_percent or loss_fraction",
             }
             raise refuse(f"column {name!r} does not say its unit; call it for example {units[kind]}")
@@ -178,6 +182,9 @@ def _header(
             if other
             else "no column gives a rate, a delay or a loss"
         )
+    kinds = {column.kind for column in columns}
+    if "loaded_delay" in kinds and "delay" not in kinds:
+        raise refuse("a delay under load (loaded_delay) is no use without that of an idle link (delay)")
     index, factor = time
     return lambda fields: _number(fields[index]) * factor, columns
 

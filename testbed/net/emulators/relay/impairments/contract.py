@@ -37,6 +37,8 @@ class Context(NamedTuple):
     """Takes a packet to the bottleneck, in order: when it entered, when it arrives, and the rest of an `Item`."""
     overtake: Callable[[Item], None]
     """The same for one that may arrive before those that entered before it."""
+    under_way_bytes: Callable[[float], int]
+    """What has entered and not left, at that time."""
 
 
 Impairment = Callable[[Context, Onward], Onward]

@@ -10,6 +10,8 @@ from random import Random
 from testbed.net.emulators.relay.impairments.contract import Context, Onward
 from testbed.net.emulators.relay.packet import HEADERS
 
+LIGHT_BYTES = 15_000
+"""Under way, at least, for a packet to enter under load: ten full-sized packets. A link with less to do is as idle."""
 SCALE = 8192  # the entry that stands for one jitter
 
 
@@ -43,12 +45,16 @@ def delay(context: Context) -> Onward:
     """Takes a packet to the bottleneck, which it reaches in order unless jitter may reorder."""
     conditions, travel, overtake = context.conditions, context.travel, context.overtake
     mean_s, reorders, schedule = conditions.delay_s, conditions.jitter_reorders, conditions.schedule
+    loaded = schedule if schedule is not None and schedule.loaded_delays is not None else None
+    under_way = context.under_way_bytes
     traced = schedule if schedule is not None and schedule.delays is not None else None
     table = conditions.jitter_table
     jitter = Jitter(conditions.jitter_s, unpack(table), context.chance) if table else None
 
     def take(frame: bytes, now: float, copies: int = 1) -> None:
         arrival = now + (mean_s if traced is None else traced.delay_at(now) or 0.0)
+        if loaded is not None and under_way(now) >= LIGHT_BYTES:
+            arrival = now + (loaded.loaded_delay_at(now) or 0.0)
         size = len(frame) - HEADERS
         if jitter is not None:
             arrival = max(now, arrival + jitter.deviation())
