@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kill_resume import host_state, leftovers
+from benchmarks.kill_resume import difference, host_state, leftovers
 from testbed.experiment.cluster import LANE
 from testbed.experiment.results import RunDirectory
 
@@ -179,7 +179,8 @@ def main() -> None:
             machines.close()
         subprocess.run([sys.executable, "-m", "testbed", "clean"], check=True, stdout=subprocess.DEVNULL)
         gone = sorted(set(leftovers()) - before)
-        gone += [f"{name} differs" for name, text in host_state().items() if text != host.get(name)]
+        for name, text in host_state().items():
+            gone += [f"{name}: {line}" for line in difference(host.get(name, ""), text)]
     figures = {"trials": len(wanted), "runs": runs, "kills": dict(met), "left on the host": gone}
     if options.json:
         print(json.dumps(figures))

@@ -190,7 +190,7 @@ def torture(
     rows = [json.loads(line) for line in (out / "trials.jsonl").read_text().split("\n") if line]
     times = Counter(row["trial"] for row in rows if not row["error"])
     after = host_state()
-    changed = {name: _difference(before[name], after[name]) for name in before if before[name] != after[name]}
+    changed = {name: difference(before[name], after[name]) for name in before if before[name] != after[name]}
     return {
         "kills": {victim: sum(end["victim"] == victim for end in ends) for victim in victims},
         "ended_before_the_kill": sum(end["before"] for end in ends),
@@ -287,7 +287,7 @@ def _rows(out: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def _difference(before: str, after: str) -> list[str]:
+def difference(before: str, after: str) -> list[str]:
     return sorted(set(before.splitlines()) ^ set(after.splitlines()))[:20]
 
 
