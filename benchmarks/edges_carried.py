@@ -36,12 +36,12 @@ def measured(edges: int, profile: str, emulator: str) -> dict[str, Any]:
     with Fabric.build(plan.under(plan.profiles[0]), emulator) as fabric:
         found = full_load.measured(fabric, plan)
         assert found is not None
-        late = max(each.worst_lateness_s for each in found.attempts[-1].counters.values())
+        late = max(each.worst_lateness_s for each in found.calibration.attempts[-1].counters.values())
     return {
         "edges": edges,
         "ok": found.ok,
         "late_s": late,
-        "attempts": len(found.attempts),
+        "attempts": len(found.calibration.attempts),
         "cause": found.cause,
     }
 

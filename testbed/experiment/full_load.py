@@ -2,26 +2,70 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from testbed.experiment.scenario import Plan
 from testbed.net.calibration.calibrate import Calibration, calibrate
-from testbed.net.calibration.load import Ends, flowing
+from testbed.net.calibration.load import TCP_SHARE, Ends, flowing
 from testbed.net.fabric.fabric import Fabric
 from testbed.net.profile.profile import Profile
+from testbed.units import format_rate
+
+#: TCP with CUBIC leaves so much of a steady link without loss unused at times; where it is more, it is the machine.
+_UNUSED = 0.1
+_SETTLE_S, _SECONDS = 0.5, 1.5
 
 
-def measured(fabric: Fabric, plan: Plan) -> Calibration | None:
-    """The first edge's link as it is now, under what it is; None where there is nobody else, or nothing that could be full."""
+@dataclass(frozen=True)
+class Full:
+    """The first edge's link while the others were full: what they came to together, and what fills their links (None: nobody
+    can say), bits of payload a second."""
+
+    calibration: Calibration
+    carried_bps: float
+    asked_bps: float | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the link was what it was asked for, and the others carried what they were."""
+        return not self.cause
+
+    @property
+    def cause(self) -> str:
+        """What was out of tolerance; empty: nothing."""
+        causes = [self.calibration.cause] if not self.calibration.ok else []
+        if self.asked_bps is not None and self.carried_bps < (1 - _UNUSED) * self.asked_bps:
+            causes.append(
+                f"the others came to {format_rate(self.carried_bps)} of the {format_rate(self.asked_bps)} that fill them"
+            )
+        return "; ".join(causes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        about = {"others_carried_bps": self.carried_bps, "others_asked_bps": self.asked_bps}
+        return {**self.calibration.to_dict(), **about, "ok": self.ok, "cause": self.cause}
+
+
+def measured(fabric: Fabric, plan: Plan) -> Full | None:
+    """With all links as they are now; None where there is nobody else, or nothing that could be full."""
     topology = fabric.topology
     first, *others = plan.edges
-    flows = [
-        Ends(edge.node, edge.node, plan.scenario.cloud, cloud_address(plan, fabric, edge.link))
-        for edge in others
-        if edge.link != first.link and _limited(topology.link(edge.link).profile)
-    ]
-    if not flows:
+    full = {edge.link: edge for edge in others if edge.link != first.link}
+    profiles = {link: topology.link(link).profile for link in full}
+    full = {link: edge for link, edge in full.items() if _rate_bps(profiles[link]) is not None}
+    if not full:
         return None
-    with flowing(fabric, flows):
-        return calibrate(fabric, first.link, topology.link(first.link).profile, quick=True)
+    cloud = plan.scenario.cloud
+    flows = [
+        Ends(edge.node, edge.node, cloud, cloud_address(plan, fabric, link)) for link, edge in full.items()
+    ]
+    asked = [_filled_bps(profiles[link]) for link in full] if plan.own_links else [None]
+    with flowing(fabric, flows) as load:
+        found = calibrate(fabric, first.link, topology.link(first.link).profile, quick=True)
+        carried = sum(load.rates_bps(_SETTLE_S, _SECONDS).values())
+    known = [rate for rate in asked if rate is not None]
+    return Full(found, carried, sum(known) if len(known) == len(asked) else None)
 
 
 def cloud_address(plan: Plan, fabric: Fabric, link: str) -> str:
@@ -30,5 +74,15 @@ def cloud_address(plan: Plan, fabric: Fabric, link: str) -> str:
     return fabric.topology.address(cloud, link if cloud in (leaving.a, leaving.b) else None)
 
 
-def _limited(profile: Profile) -> bool:
-    return all(direction.mean_rate_bps(way) is not None for way, direction in profile.ways.items())
+def _rate_bps(profile: Profile) -> float | None:
+    """Of the slower way; None where one has no limit."""
+    rates = [direction.mean_rate_bps(way) for way, direction in profile.ways.items()]
+    known = [rate for rate in rates if rate is not None]
+    return min(known) if len(known) == len(rates) else None
+
+
+def _filled_bps(profile: Profile) -> float | None:
+    """Payload that a TCP flow brings over such a link; None where loss or a trace decide that."""
+    rate = _rate_bps(profile)
+    steady = not profile.changes and not any(d.loss or d.loss_model for d in profile.ways.values())
+    return rate * TCP_SHARE if steady and rate is not None else None

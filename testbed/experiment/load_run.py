@@ -154,9 +154,9 @@ class LoadRunner(Runner):
             self._uncalibrated.add(profile.text())
             if not self.accept_uncalibrated:
                 raise NetworkError(
-                    f"{len(self.plan.edges)} edges are more than this machine carries faithfully: while the others' links were "
-                    f"full, {measured.link} was not what was asked for under {profile.name}: {measured.cause}; ask for fewer "
-                    "edges or lower rates, or continue all the same with --accept-uncalibrated"
+                    f"{len(self.plan.edges)} edges are more than this machine carries faithfully under {profile.name}: while all "
+                    f"links but {measured.calibration.link} were full, {measured.cause}; ask for fewer edges or lower rates, or "
+                    "continue all the same with --accept-uncalibrated"
                 )
 
     def _note(self, what: str, entry: dict[str, Any]) -> None:

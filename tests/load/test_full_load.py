@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from testbed.experiment import full_load
+from testbed.experiment.full_load import Full
 from testbed.experiment.plan import make_plan
+from testbed.net.calibration.calibrate import Attempt, Calibration
 from testbed.net.fabric.fabric import Fabric
 from tests.load.test_scenarios import BASE
 
@@ -25,7 +27,9 @@ def measured(**changes: Any) -> Any:
 
 def test_one_edges_link_is_measured_while_all_others_are_full() -> None:
     found, sent = measured(edges=4, profiles=["rate=20mbit,delay=5ms"])
-    assert found.link == "n1-hub" and {check.what for check in found.checks} >= {"rate", "delay", "loss"}
+    assert found.calibration.link == "n1-hub"
+    assert {check.what for check in found.calibration.checks} >= {"rate", "delay", "loss"}
+    assert found.asked_bps == pytest.approx(3 * 20e6 * 1448 / 1500) and found.carried_bps > 0
     assert all(sent[name] > 1_000_000 for name in ("n2", "n3", "n4"))
 
 
@@ -35,9 +39,16 @@ def test_edges_behind_one_bottleneck_fill_that_and_no_more(tmp_path: Path) -> No
         "{kind: shared-bottleneck, nodes: 4, profile: 'rate=100mbit,delay=2ms', bottleneck: 'rate=30mbit,delay=5ms'}"
     )
     found, sent = measured(topology=str(path), cloud="cloud", edges=3, profiles=["rate=30mbit,delay=5ms"])
-    assert found.link == "access-1"
+    assert found.calibration.link == "access-1" and found.asked_bps is None
     # Behind the bottleneck two flows came to no more than its rate for as long as measuring took, where their links carry more.
     assert 500_000 < sum(sent[name] for name in list(sent)[1:]) < 12 * 30e6 / 8
+
+
+def test_what_the_others_came_to_decides_too() -> None:
+    kept = Calibration("n1-hub", "p", "userspace", (Attempt((), {}),))
+    assert Full(kept, 95e6, 100e6).ok and Full(kept, 5e6, None).ok
+    short = Full(kept, 40e6, 100e6)
+    assert not short.ok and short.cause == "the others came to 40mbit of the 100mbit that fill them"
 
 
 def test_who_is_alone_or_has_links_without_a_rate_is_not_measured_so() -> None:
