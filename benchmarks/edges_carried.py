@@ -40,6 +40,7 @@ def measured(edges: int, profile: str, emulator: str) -> dict[str, Any]:
     return {
         "edges": edges,
         "ok": found.ok,
+        "others_bps": found.carried_bps,
         "late_s": late,
         "attempts": len(found.calibration.attempts),
         "cause": found.cause,
