@@ -7,10 +7,14 @@ import ipaddress
 import itertools
 import json
 import os
+import random
+import re
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +35,7 @@ from tests.hosts.bench import Host, bench
 from tests.runs import rows, run, undrawn, unmeasured
 
 ROOT = Path(__file__).parents[1]
+ROUNDS = int(os.environ.get("TESTBED_ROUNDS", 2))
 UNDER = "rate=20mbit,delay=5ms"
 SCENARIO = """\
 name: tiny
@@ -223,32 +228,62 @@ def rows_in(out: Path) -> int:
     return written.read_bytes().count(b"\n") if written.exists() else 0
 
 
-def test_a_killed_orchestrator_leaves_nothing_and_its_run_is_resumed_each_trial_once(
-    scenario: Path, hosts: dict[str, Host], tmp_path: Path
+def left_there(hosts: dict[str, Host]) -> dict[str, str]:
+    """What a run may change of each host: ports, queueing disciplines, interfaces."""
+    asked = (("ss", "-Hltun"), ("tc", "qdisc"), ("ip", "-o", "link"))
+    return {name: "".join(host.execute(*words) for words in asked) for name, host in hosts.items()}
+
+
+def end_somewhere(process: subprocess.Popen[str], out: Path, lost: Host | None, chance: random.Random) -> str:
+    """Kill a run, or what serves its connections on a host, at some moment of its trials or before them; what it said."""
+    rows_ahead, patience = (
+        (chance.randint(0, 2), 120.0) if chance.random() < 0.7 else (10**6, chance.uniform(0, 15))
+    )
+    target, until = rows_in(out) + rows_ahead, time.monotonic() + patience
+    while rows_in(out) < target and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(chance.uniform(0, 0.3))
+    if lost is None:
+        process.kill()
+    else:
+        while process.poll() is None and not lost.sever():  # it is not there yet
+            time.sleep(0.01)
+    return process.communicate(timeout=120)[1]
+
+
+@pytest.mark.parametrize("victim", ["orchestrator", "connection"])
+def test_a_run_that_is_cut_off_leaves_nothing_and_is_resumed_each_trial_once(
+    scenario: Path, hosts: dict[str, Host], tmp_path: Path, victim: str
 ) -> None:
-    out = tmp_path / "out"
-    process = started(str(scenario), "--out", str(out), "--set", "examples=4")
-    try:
-        until = time.monotonic() + 120
-        while rows_in(out) < 3 and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.02)
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert any(host.programs() for host in hosts.values())
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-    begun = rows_in(out)
-    cleaned = command("clean", str(scenario.parent / "real.yaml"))
-    assert cleaned.status == 0, cleaned.errors
-    assert nothing_runs(hosts)
-    assert files_left(hosts) == []
+    """As often as TESTBED_ROUNDS says."""
+    out, before, chance, told = tmp_path / "out", left_there(hosts), random.Random(victim), []
+    for number in range(ROUNDS):
+        begins = (
+            ["--resume", str(out)] if (out / "manifest.json").exists() else [str(scenario), "--out", str(out)]
+        )
+        if begins[0] != "--resume":
+            shutil.rmtree(out, ignore_errors=True)
+            begins += ["--set", f"examples={2 + ROUNDS}"]
+        process = started(*begins)
+        lost = None if victim == "orchestrator" else list(hosts.values())[number % 2]
+        said = end_somewhere(process, out, lost, chance)
+        told.append((process.returncode, rows_in(out)))
+        if lost is not None and process.returncode:
+            (line,) = [line for line in said.splitlines() if line.startswith("testbed: ")]
+            assert process.returncode == 1 and "Traceback" not in said, said
+            assert re.search("lost|not reached|ended|no session", line), line
+        cleaned = command("clean", str(scenario.parent / "real.yaml"))
+        assert cleaned.status == 0, cleaned.errors
+        assert nothing_runs(hosts) and files_left(hosts) == [] and left_there(hosts) == before
     with undrawn():
         done = command("run", "--resume", str(out), "--accept-uncalibrated")
     assert done.status == 0, done.errors
     made = rows(out)
-    assert begun < len(made) == len({row["trial"] for row in made}) == 4 * (2 * 3 + 1 + 1)
-    assert not any(row["error"] for row in made)
-    assert nothing_runs(hosts)
+    print(f"{victim}: {ROUNDS} times, exit status and rows then: {told}; in the end {len(made)} rows")
+    whole = [row["trial"] for row in made if not row["error"]]
+    assert len(whole) == len(set(whole)) == (2 + ROUNDS) * (2 * 3 + 1 + 1)
+    assert all(row["trial"] in set(whole) for row in made)
+    assert nothing_runs(hosts) and left_there(hosts) == before
 
 
 PHASES: dict[str, tuple[Any, str]] = {
@@ -287,4 +322,72 @@ def test_a_connection_that_is_lost_ends_the_run_in_one_line_with_whole_rows(
     assert lost in said
     assert "Traceback" not in ended.errors
     assert all(row["error"] == "" for row in rows(out)) if (out / "trials.jsonl").exists() else True
+    assert nothing_runs(hosts)
+
+
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """SIGINT is heard, which a shell that puts the tests in the background has ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("unmeasured_hosts", "interrupts")
+@pytest.mark.parametrize("phase", PHASES if ROUNDS > 2 else ("loading", "answering"))
+def test_ctrl_c_ends_a_run_with_whole_rows_and_nothing_left(
+    scenario: Path, hosts: dict[str, Host], tmp_path: Path, phase: str
+) -> None:
+    out, (kind, method) = tmp_path / "out", PHASES[phase]
+    before, calls = getattr(kind, method), []
+
+    def pressing(*given: Any, **named: Any) -> Any:
+        calls.append(method)
+        if len(calls) == (4 if method in ("trial", "outcome") else 1):
+            threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return before(*given, **named)
+
+    with patch.object(kind, method, pressing):
+        ended = run(
+            str(scenario), "--out", str(out), placements=["cloud", "edge"], codecs=["int8"], examples=6
+        )
+        time.sleep(0.1)
+    assert ended.status == 130, ended.errors
+    assert "Traceback" not in ended.errors
+    assert nothing_runs(hosts) and files_left(hosts) == []
+    with undrawn():
+        done = command("run", "--resume", str(out), "--accept-uncalibrated")
+    assert done.status == 0, done.errors
+    assert len({row["trial"] for row in rows(out)}) == len(rows(out)) == 6 * 2
+    assert not any(row["error"] for row in rows(out))
+
+
+@pytest.mark.usefixtures("unmeasured_hosts")
+def test_a_host_that_starts_anew_amid_a_run_ends_it_and_is_taken_up_again(
+    scenario: Path, hosts: dict[str, Host], tmp_path: Path
+) -> None:
+    out, cloud, trial, calls = tmp_path / "out", hosts["cloud"], Pair.trial, []
+
+    def ending(*given: Any, **named: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 4:
+            cloud.end()
+        return trial(*given, **named)
+
+    with patch.object(Pair, "trial", ending):
+        ended = run(
+            str(scenario), "--out", str(out), placements=["cloud", "edge"], codecs=["int8"], examples=6
+        )
+    (said,) = [line for line in ended.errors.splitlines() if line.startswith("testbed: ")]
+    assert ended.status == 1 and "cloud" in said and "Traceback" not in ended.errors
+    assert not any(row["error"] for row in rows(out))
+    for arguments in (("run", "--resume", str(out)), ("clean", str(scenario.parent / "real.yaml"))):
+        refused = command(*arguments)
+        assert refused.status == 1 and f"{cloud.url}: not reached" in refused.errors
+    cloud.start()
+    with undrawn():
+        done = command("run", "--resume", str(out), "--accept-uncalibrated")
+    assert done.status == 0, done.errors
+    assert len({row["trial"] for row in rows(out)}) == len(rows(out)) == 6 * 2
+    assert command("clean", str(scenario.parent / "real.yaml")).status == 0
     assert nothing_runs(hosts)

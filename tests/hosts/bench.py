@@ -54,7 +54,7 @@ exec(compile(asked, "survey", "exec"), {{"__name__": "__main__"}})' "$@"
 _FURNISH = """\
 set -e
 hostname "$1"
-mkdir "$0/shown"
+mkdir -p "$0/shown"
 for path in {shown}; do
     mkdir -p "$0/shown$path" && mount --bind "$path" "$0/shown$path"
 done
