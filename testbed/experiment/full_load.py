@@ -48,21 +48,30 @@ class Full:
 
 
 def measured(fabric: Fabric, plan: Plan) -> Full | None:
-    """With all links as they are now; None where there is nobody else, or nothing that could be full."""
+    """With all links as they are now; None where there is nobody else, or nothing that could be full.
+
+    Links that share a cell with the first edge's stay empty where its part of the cell would depend on them.
+    """
     topology = fabric.topology
     first, *others = plan.edges
     full = {edge.link: edge for edge in others if edge.link != first.link}
-    profiles = {link: topology.link(link).profile for link in full}
-    full = {link: edge for link, edge in full.items() if _rate_bps(profiles[link]) is not None}
+    own, links = topology.link(first.link), {link: topology.link(link) for link in full}
+    profiles = {name: link.profile.scaled(topology.alone(link)) for name, link in links.items()}
+    full = {
+        name: edge
+        for name, edge in full.items()
+        if _rate_bps(profiles[name]) is not None and not topology.contend(own, links[name])
+    }
     if not full:
         return None
     cloud = plan.scenario.cloud
     flows = [
         Ends(edge.node, edge.node, cloud, cloud_address(plan, fabric, link)) for link, edge in full.items()
     ]
-    asked = [_filled_bps(profiles[link]) for link in full] if plan.own_links else [None]
+    apart = plan.own_links and not any(topology.contend(links[name], links[name]) for name in full)
+    asked = [_filled_bps(profiles[name]) for name in full] if apart else [None]
     with flowing(fabric, flows) as load:
-        found = calibrate(fabric, first.link, topology.link(first.link).profile, quick=True)
+        found = calibrate(fabric, first.link, own.profile, quick=True, share=topology.alone(own))
         carried = sum(load.rates_bps(_SETTLE_S, _SECONDS).values())
     known = [rate for rate in asked if rate is not None]
     return Full(found, carried, sum(known) if len(known) == len(asked) else None)

@@ -193,6 +193,7 @@ class Runner:
                 "settings": self.scenario.model_dump(mode="json"),
                 "prompt": str(self.plan.prompt),
                 "topology": self.plan.topology.name,
+                "cells": {cell.name: cell.scheduler for cell in self.plan.topology.cells},
                 "link": self.plan.link,
                 "profiles": {p.name: {"text": p.text(), "source": p.source} for p in self.plan.profiles},
                 "emulator": network.emulation,

@@ -312,6 +312,8 @@ class Cell:
             settings["compute"] = [plan.computes(side) for side in ("edge", "cloud")]
         if scenario.traffic:
             settings["traffic"] = scenario.traffic
+        if plan.topology.cells:
+            settings["cells"] = {cell.name: cell.scheduler for cell in plan.topology.cells}
         if self.delivery != Whole():
             settings["delivery"] = str(self.delivery)
         if self.load.timed:

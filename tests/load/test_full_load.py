@@ -54,3 +54,14 @@ def test_what_the_others_came_to_decides_too() -> None:
 def test_who_is_alone_or_has_links_without_a_rate_is_not_measured_so() -> None:
     assert measured(edges=1)[0] is None
     assert measured(edges=2, profiles=["delay=5ms"])[0] is None
+
+
+def test_links_of_a_cell_are_left_empty_where_they_would_take_of_what_is_measured(tmp_path: Path) -> None:
+    for scheduler, full in (("equal", False), ("reserved", True)):
+        path = tmp_path / f"{scheduler}.yaml"
+        path.write_text(f"{{kind: cell, nodes: 4, profile: 'rate=40mbit,delay=5ms', scheduler: {scheduler}}}")
+        found, _ = measured(topology=str(path), cloud="cloud", edges=3, profiles=["rate=40mbit,delay=5ms"])
+        assert (found is not None) == full
+    asked = {check.way: check.asked for check in found.calibration.checks if check.what == "rate"}
+    assert asked["up"] == pytest.approx(40e6 / 3)
+    assert found.asked_bps == pytest.approx(2 * 40e6 / 3 * 1448 / 1500)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.errors import SpecError, UsageError
+from testbed.experiment.plan import make_plan
 from testbed.kinds import parse
 from testbed.net.calibration.load import loaded
 from testbed.net.emulators.emulator import Wanted
@@ -26,6 +27,7 @@ from testbed.net.profile.trace import parse_trace
 from testbed.net.sharing import SCHEDULERS
 from testbed.net.topology.files import topology_from
 from testbed.net.topology.topology import Topology
+from tests.load.test_scenarios import BASE
 
 FRAME = bytes(24 + 1250)  # 10,000 bits behind the headers: 1 ms at 10 Mbit/s
 WALK = Path(__file__).parents[2] / "scenarios/traces/cell-walk.csv"
@@ -374,3 +376,14 @@ def test_a_share_of_a_profile_has_that_share_of_its_rates_and_all_of_its_queue()
     moving = parse_profile(f"delay=20ms,trace:{WALK}(scale=2)")
     rates = [profile.up.mean_rate_bps("up") for profile in (moving, moving.scaled(0.25))]
     assert rates[1] == pytest.approx(rates[0] / 4)
+
+
+def test_points_of_a_sweep_differ_by_how_their_cell_is_shared_out(tmp_path: Path):
+    found = set()
+    for scheduler in ("equal", "tcp"):
+        path = tmp_path / "radio.yaml"
+        path.write_text(f"{{kind: cell, nodes: 3, profile: wan, scheduler: {scheduler}}}")
+        made = make_plan({**BASE, "topology": str(path), "cloud": "cloud", "edges": 2}, "t.yaml")
+        assert [edge.link for edge in made.edges] == ["radio-1", "radio-2"]
+        found.add(made.cells(0, None)[0].identity(made))
+    assert len(found) == 2

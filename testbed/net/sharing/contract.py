@@ -45,6 +45,9 @@ class Scheduler(Kind):
     pooled: ClassVar[bool] = False
     """Whether all wait in one queue, whose size is then its limit for all together."""
 
+    fixed: ClassVar[bool] = False
+    """Whether a user's share does not depend on who else sends."""
+
     @abstractmethod
     def turns(self, members: Sequence[User]) -> Turns:
         """For one direction. *members* is the cell's own list: it changes as users join and leave."""

@@ -21,6 +21,7 @@ class ModelAware(Scheduler):
 
     name = "model-aware"
     source = "allocation of one cell's bandwidth to agents by what is to be sent, beside equal reservations"
+    fixed = True
 
     def __post_init__(self) -> None:
         self.require("bytes", "of sizes above 0", bool(self.bytes) and all(size > 0 for size in self._sizes))

@@ -14,6 +14,7 @@ class Reserved(Scheduler):
 
     name = "reserved"
     source = "static equal allocation, the baseline of allocation by what is to be sent"
+    fixed = True
 
     def turns(self, members: Sequence[User]) -> Turns:
         return _Turns(members)

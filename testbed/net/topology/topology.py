@@ -145,6 +145,11 @@ class Topology:
         members = [each.name for each in self.links if each.cell == cell.name]
         return cell.sharing.alone(members.index(link.name), len(members))
 
+    def contend(self, link: Link, other: Link) -> bool:
+        """Whether what one of two links gets depends on what is sent on the other."""
+        cell = self.cell(link)
+        return cell is not None and other.cell == cell.name and not cell.sharing.fixed
+
     @cached_property
     def ends(self) -> dict[str, tuple[Interface, ...]]:
         """Every node's ends of its links, in the order of the links: eth0, eth1, …"""
