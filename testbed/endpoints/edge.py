@@ -221,7 +221,7 @@ class Edge(InferenceSide):
         prefilled, stored = self._prefilled(message.batch, message.example), message.placement == "store"
         made = prefilled.made.setdefault((message.placement, message.delivery, message.repeat), Made())
         if message.reuse == "prefill":
-            made = replace(made, gathered={}, kept={}, payloads={})
+            made.gathered, made.kept, made.payloads = {}, {}, {}
         levels, cache = delivery.ladder(message.codec), prefilled.prefix.cache
         context = Context(
             ids=prefilled.ids,

@@ -276,3 +276,27 @@ def test_a_long_context_is_planned_in_time_to_be_of_use() -> None:
     assert outcome.met
     first = Situation(0.0, 8.0, long.levels, long.chunks, delay_s=0.02, rest_s=0.1, rate=steps)
     assert 0 <= Oracle().choose(first) < 5
+
+
+@pytest.mark.parametrize(("policy", "chunks"), [(Oracle(), 32), (Oracle(), 256), (MPC(20), 32)])
+def test_planning_among_the_most_levels_stays_a_small_part_of_a_request(
+    policy: Policy, chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed = 0
+    finish = Link.finish
+
+    def counted(link: Link, begin_s: float, size: float) -> float:
+        nonlocal followed
+        followed += 1
+        assert followed < 5_000_000, "still planning"
+        return finish(link, begin_s, size)
+
+    monkeypatch.setattr(Link, "finish", counted)
+    levels = (*(f"int{n}" for n in range(14)), TEXT, SKIP)
+    caches = (200_000 // (n + 1) + 997 * (n % 5) for n in range(14))
+    rungs = (*(Rung(size, 0.002) for size in caches), Rung(64, 0.03, pass_s=0.1), Rung(0))
+    steps = [(0.1 * i, 1e6 * (2 + 3 * (i % 7))) for i in range(600)]
+    arrivals = (Arrival(100_000, 0.0, 0.05),)
+    request = Situation(0.1, 5.0, levels, (rungs,) * chunks, arrivals, delay_s=0.01, rate=steps)
+    assert 0 <= policy.choose(request) < len(levels)
+    assert followed < 500_000

@@ -134,3 +134,14 @@ def test_of_a_choice_and_of_a_context_shorter_than_a_chunk_every_delivery_gives_
         planes = pair.ask("planes", example, placement=placement)
         ahead = pair.ask("planes", example, placement=placement, delivery="progressive(planes=2)")
         assert ahead.verified_answer == planes.answer
+
+
+def test_a_prefill_in_parts_is_shared_where_that_alone_is_to_be_reused(
+    tiny_model: Callable[[str], Path],
+) -> None:
+    pair = in_this_process(tiny_model("llama"))
+    for delivery in ("stream(chunk=64)", "stream(by=layers, chunk=1)"):
+        first, *others = (pair.ask("q2c@0.5+int8", delivery=delivery, reuse="prefill") for _ in range(3))
+        assert (first.reused, first.replayed) == ((), False)
+        assert {(again.reused, again.replayed) for again in others} == {(("prefill",), True)}
+        assert {again.answer for again in others} == {first.answer}

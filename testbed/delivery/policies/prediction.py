@@ -16,12 +16,14 @@ from math import inf
 from typing import NamedTuple
 
 from testbed.delivery.delivery import SKIP, TEXT
-from testbed.delivery.policies.policy import Rung, Situation
+from testbed.delivery.policies.policy import Situation
 
 #: What fits into TCP's first window (RFC 6928) says how long the way is, and nothing of its rate.
 LEAST_BYTES = 14_600
 #: Seconds: what rounding may make of a time.
 _ROUNDING_S = 1e-9
+#: Chunks that are followed at once, all states and levels together: a tenth of a second's work or two on one core.
+_MOST_FOLLOWED = 100_000
 
 
 class Link:
@@ -93,7 +95,8 @@ def present(situation: Situation, link: Link) -> State:
 
 def best_level(situation: Situation, link: Link, ahead: int) -> int:
     """The next chunk's level in the plan that loses least. A plan gives each of the next *ahead* chunks a level of its own, and
-    all behind them one; all plans are compared.
+    all behind them one; all plans are compared. Where that would take too long, for many levels or chunks, fewer have one
+    of their own: who plans does so within the request.
 
     - With a deadline: among those that meet it with the margin, the least sum of levels (0 is the best), then the least left out,
       then the earliest. Where none does, but some without the margin, the earliest of those.
@@ -103,31 +106,32 @@ def best_level(situation: Situation, link: Link, ahead: int) -> int:
     weight = len(situation.chunks) + 1  # so many left out weigh less than one level
     losses = {i: i * weight + (level == SKIP) for i, level in enumerate(situation.levels)}
     start = present(situation, link)
-    items = [[chunk] for chunk in situation.chunks[:ahead]]
-    if behind := situation.chunks[ahead:]:
-        items.append(list(behind))
     if situation.deadline_s is not None:
         limit = situation.deadline_s - situation.rest_s + _ROUNDING_S
-        if met := _ends(items, start, link, situation, losses, limit - situation.margin_s):
+        if met := _ends(ahead, start, link, situation, losses, limit - situation.margin_s):
             return min(met).first
-        if situation.margin_s and (met := _ends(items, start, link, situation, losses, limit)):
+        if situation.margin_s and (met := _ends(ahead, start, link, situation, losses, limit)):
             return min(met, key=_earliest).first
     whole = {i: loss for i, loss in losses.items() if situation.levels[i] != SKIP} or losses
-    return min(_ends(items, start, link, situation, whole, inf), key=_earliest).first
+    return min(_ends(ahead, start, link, situation, whole, inf), key=_earliest).first
 
 
 def _ends(
-    items: Sequence[Sequence[tuple[Rung, ...]]],
+    ahead: int,
     start: State,
     link: Link,
     situation: Situation,
     losses: Mapping[int, int],
     limit_s: float,
 ) -> list[State]:
-    """Where one can be after all items, each at one of the levels, with the cloud done by *limit_s*; without what is in no way
-    better than another: to begin later, at the link or the cloud, is never to end earlier. losses: a chunk's, by level."""
-    states, delay_s = [start], situation.delay_s
-    for item in items:
+    """Where one can be after all chunks, the next *ahead* each at one of the levels and those behind them at one, with the cloud
+    done by *limit_s*; without what is in no way better than another: to begin later, at the link or the cloud, is never to end
+    earlier. losses: a chunk's, by level."""
+    states, delay_s, behind, done = [start], situation.delay_s, situation.chunks, 0
+    while behind:
+        alone = done < ahead and len(states) * len(losses) * len(behind) <= _MOST_FOLLOWED
+        item, behind = (behind[:1], behind[1:]) if alone else (behind, ())
+        done += 1
         reached = []
         for state in states:
             for level, lost in losses.items():
