@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from testbed.errors import SpecError, UsageError
 from testbed.experiment.plan import make_plan
 from testbed.kinds import parse
+from testbed.net.calibration.capacity import Capacity, beyond
 from testbed.net.calibration.load import loaded
 from testbed.net.emulators.emulator import Wanted
 from testbed.net.emulators.netem.netem import Netem
@@ -387,3 +388,8 @@ def test_points_of_a_sweep_differ_by_how_their_cell_is_shared_out(tmp_path: Path
         assert [edge.link for edge in made.edges] == ["radio-1", "radio-2"]
         found.add(made.cells(0, None)[0].identity(made))
     assert len(found) == 2
+
+
+def test_a_cell_counts_once_for_what_a_machine_carries():
+    known = Capacity({}, "userspace", 1e9, 2e9)
+    assert beyond(star("equal", "rate=1gbit", edges=8), known) == []

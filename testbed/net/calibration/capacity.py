@@ -128,7 +128,13 @@ def beyond(topology: Topology, capacity: Capacity | None, emulator: str = "auto"
     if topology.kind != "namespaces":
         return []
     rates = dict(_rates(topology))
-    total = sum(rates.values())
+    together: dict[
+        tuple[str | None, str | None], float
+    ] = {}  # a cell carries what the fastest of its links does
+    for link in topology.links:
+        unit = (link.cell, None) if link.cell is not None else (None, link.name)
+        together[unit] = max(together.get(unit, 0.0), rates.get(link.name, 0.0))
+    total = sum(together.values())
     if capacity is None or emulator not in ("auto", capacity.emulator):
         if total <= UNKNOWN_ABOVE_BPS:
             return []
