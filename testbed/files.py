@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -141,3 +143,37 @@ def read_at_most(path: str | Path, most_bytes: int) -> bytes:
     if len(data) > most_bytes:
         raise OSError(errno.EFBIG, f"larger than {most_bytes} bytes", str(path))
     return data
+
+
+@contextlib.contextmanager
+def scratch(prefix: str) -> Iterator[Path]:
+    """A directory among the temporary ones, gone behind the block; and so are those of this prefix and user that processes left
+    which were killed: each is locked by whoever is at work in it.
+    """
+    for stale in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), _locked(stale, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if stale.lstat().st_uid == os.geteuid():
+                shutil.rmtree(stale, ignore_errors=True)
+    with contextlib.ExitStack() as held:
+        path = _own(prefix, held)
+        held.callback(shutil.rmtree, path, ignore_errors=True)
+        yield path
+
+
+def _own(prefix: str, held: contextlib.ExitStack) -> Path:
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=prefix))
+        with contextlib.suppress(FileNotFoundError):
+            handle = held.enter_context(_locked(path, fcntl.LOCK_EX))
+            if os.fstat(handle).st_nlink:  # else somebody took it for a stale one before it was locked
+                return path
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, how: int) -> Iterator[int]:
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, how)
+        yield handle
+    finally:
+        os.close(handle)

@@ -139,3 +139,32 @@ def test_links_pipes_and_devices_are_no_files(tmp_path: Path) -> None:
                 act()
     with pytest.raises(StorageError, match="no regular file"):
         files.append(Path("/dev/null"), b"x")
+
+
+def test_what_a_killed_process_left_is_gone_with_the_next_one_and_what_is_in_use_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    said = "from testbed import files\nwith files.scratch('of-shards-') as path:\n  print(path, flush=True)\n  input()"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    killed, at_work = (
+        subprocess.Popen(
+            [sys.executable, "-c", said],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for _ in range(2)
+    )
+    left, used = (Path(process.stdout.readline().strip()) for process in (killed, at_work) if process.stdout)
+    (left / "rows").write_text("x")
+    killed.kill()
+    killed.communicate()
+    (tmp_path / "of-shards-link").symlink_to(used)
+    with files.scratch("of-shards-") as own:
+        assert (left.exists(), used.is_dir(), own.is_dir()) == (False, True, True)
+        with pytest.raises(FileNotFoundError), files.scratch("of-others-"):
+            raise FileNotFoundError("the block's own")
+    at_work.communicate("\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["of-shards-link"]

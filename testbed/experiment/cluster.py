@@ -77,10 +77,14 @@ def connected(address: str, lanes: int | None) -> Iterator[int]:
     ray = _ray()
     _knock(address)
     quiet = {"log_to_driver": False, "logging_level": "error", "include_dashboard": False}
-    with tempfile.TemporaryDirectory(prefix="tb-ray-", ignore_cleanup_errors=True) as place:
+    with files.scratch("tb-ray-") as place:
         try:
             if address == "local":
-                own = {"resources": {LANE: lanes or 1}, "_temp_dir": place, "_node_ip_address": "127.0.0.1"}
+                own = {
+                    "resources": {LANE: lanes or 1},
+                    "_temp_dir": str(place),
+                    "_node_ip_address": "127.0.0.1",
+                }
                 ray.init(address="local", **quiet, **own)
             else:
                 del quiet["include_dashboard"]
@@ -254,8 +258,9 @@ def work(digest: str, given: bytes, options: Sequence[str]) -> Iterator[Message]
             "same there, such as by `testbed hosts install`, and start its Ray from that environment"
         )
     yield "host", host_name()
-    with tempfile.TemporaryDirectory(prefix="testbed-shard-") as place:
-        path = Path(place)
+    with files.scratch("testbed-shard-") as place:
+        path = place / "run"  # which whoever goes on with it locks
+        path.mkdir()
         _unpack(given, path)
         sent = _states(path)
         with tempfile.TemporaryFile() as log:
