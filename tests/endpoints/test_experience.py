@@ -29,13 +29,16 @@ def test_a_pass_is_forecast_by_the_line_through_those_that_were_told() -> None:
     assert passes.line() == (0.0, pytest.approx(0.6 / 576))
 
 
-def test_a_margin_is_what_four_of_five_requests_were_late_by_without_those_that_were_lost() -> None:
+def test_a_margin_is_what_four_of_five_requests_were_late_by_and_at_most_a_quarter_of_the_deadline() -> None:
     margin = Margin()
     assert margin.seconds() == 0.0
     for late in (0.01, 0.02, 0.03, 0.04, 0.05):
         margin.learn(2.0 - 0.1 + late, 2.0, margin_s=0.1)
     margin.learn(9.0, 2.0, margin_s=0.1)
-    assert margin.seconds() == pytest.approx(0.04)
+    assert margin.seconds() == pytest.approx(0.05)
+    for _ in range(3):
+        margin.learn(9.0, 2.0, margin_s=0.1)
+    assert margin.seconds() == 0.5
     for _ in range(10):
         margin.learn(1.0, 2.0, margin_s=0.1)  # no deadline bound it
     assert margin.seconds() == 0.0

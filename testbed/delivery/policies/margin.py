@@ -7,13 +7,13 @@ from math import ceil
 
 _LAST = 10  # requests
 _SHARE = 0.8  # of them, that would have come in time with the margin
-_MOST = 0.1  # of the deadline; a request that is later than that was lost for other reasons
+_MOST = 0.25  # of the deadline; more is lost for other reasons than what a forecast leaves out
 
 
 class Margin:
     """Of one sender. A plan that is bound by its deadline ends at it, less the margin; all that its forecast leaves out comes on
     top. The margin is what that was in four of five of the last ten requests (a quantile of past errors, as in split conformal
-    prediction). A request that came later than a tenth of the deadline tells nothing: its link failed, or was not what it seemed.
+    prediction), and at most a quarter of the deadline: what is later than that came over a link that failed.
     """
 
     def __init__(self) -> None:
@@ -26,5 +26,4 @@ class Margin:
     def learn(self, first_token_s: float, deadline_s: float, margin_s: float) -> None:
         """When the first token of a request was there that was planned with this margin."""
         late = first_token_s - (deadline_s - margin_s)
-        if late <= _MOST * deadline_s:
-            self._late.append(max(0.0, late))
+        self._late.append(min(max(0.0, late), _MOST * deadline_s))
