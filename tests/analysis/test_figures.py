@@ -22,6 +22,7 @@ from testbed.analysis.names import LONGEST, short
 from testbed.analysis.run import load
 from testbed.errors import UsageError
 from tests.analysis.conftest import Command
+from tests.analysis.make_load import make_load
 from tests.analysis.make_run import (
     CODECS,
     PROFILES,
@@ -108,6 +109,11 @@ def test_all_figures_are_written_as_picture_and_vector(small: Path) -> None:
             assert path.read_bytes().startswith(b"%PDF")
 
 
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_load(tmp_path_factory.mktemp("loaded") / "run")
+
+
 @pytest.mark.slow
 def test_the_same_rows_give_the_same_bytes(small: Path) -> None:
     first = [p.read_bytes() for p in draw(small, ["stages"])]
@@ -117,9 +123,10 @@ def test_the_same_rows_give_the_same_bytes(small: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_no_text_leaves_the_picture(
-    name: str, run: Path, wide: Path, sweep: Path, pipelines: Path, changing: Path
+    name: str, run: Path, wide: Path, sweep: Path, pipelines: Path, changing: Path, loaded: Path
 ) -> None:
     others = {"latency_quality_by_task": run, "link_sweep": sweep, "who_prefills": pipelines}
+    others |= dict.fromkeys(("load_latency", "goodput", "load_timeline"), loaded)
     others |= dict.fromkeys(("pipeline", "adaptive", "deadlines"), changing)
     path = others.get(name, wide)
     if name == "layer_sensitivity":

@@ -101,7 +101,8 @@ def test_the_probing_and_relaying_programs_need_the_standard_library_and_their_o
     assert {name.split(".")[0] for name in loaded - ours} <= sys.stdlib_module_names | {"testbed", "__main__"}
     rooms = ("testbed.net.emulators", "testbed.net.profile", "testbed.net.calibration")
     assert all(
-        name in ("testbed.net", "testbed.net.sockets", "testbed.programs", "testbed.errors")
+        name
+        in ("testbed.net", "testbed.net.sockets", "testbed.programs", "testbed.errors", "testbed.descriptors")
         or name.startswith(rooms)
         for name in ours
     ), ours
