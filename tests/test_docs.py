@@ -143,9 +143,11 @@ def test_every_run_that_is_shown_can_be_planned(page: str, monkeypatch: pytest.M
         if "--out" in words:
             del words[words.index("--out") : words.index("--out") + 2]
         scenario_path(words[0])
-        done = command("plan", *(word for word in words if word != "--accept-uncalibrated"))
-        to_fetch = "testbed models fetch" in done.errors  # of models that are not fetched for tests
-        assert done.status == 0 or to_fetch, (words, done.errors)
+        words = [word for word in words if word != "--accept-uncalibrated"]
+        done = command("plan", *words)
+        if "testbed models fetch" in done.errors:  # tests fetch but one: the rest of the plan with that
+            done = command("plan", *words, "--set", "model=smollm2-135m")
+        assert done.status == 0, (words, done.errors)
 
 
 def test_the_example_of_a_forecast_is_forecast_as_it_says(tmp_path: Path) -> None:
