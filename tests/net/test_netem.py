@@ -250,16 +250,16 @@ def test_no_step_loses_a_packet_that_waits(net: Wire):
 
 def test_an_outage_holds_what_waits_and_drops_what_finds_the_queue_full(net: Wire):
     attachment = attach(net, "delay=1ms")
-    profile = "up:rate=8mbit,delay=1ms,queue=10p,outage:1s@100ms;down:delay=1ms"
+    profile = "up:rate=8mbit,delay=1ms,queue=10p,outage:5s@100ms;down:delay=1ms"
     sender, receiver = sockets(net)
     with sender, receiver:
         origin = time.monotonic() - 0.2
         attachment.apply(parse_profile(profile), origin)
         for number in range(30):
             sender.send(struct.pack("=I", number) + bytes(1468))
-        found = arrivals(receiver, 2.0)
+        found = arrivals(receiver, 6.0)
     assert [number for number, _ in found] == list(range(11))  # one that is being sent, ten that wait
-    assert all(at - origin > 1.1 for _, at in found)
+    assert all(at - origin > 5.1 for _, at in found)
     assert attachment.counters()["up"].dropped_queue == 19
     attachment.detach()
 
