@@ -4,7 +4,8 @@
 
 Each edge has one client that asks again at once. Of each number: requests a second, what the busiest part carries at most (the
 link that all edges share, or theirs; the server), median and 95th percentile up to the first token, and who waits where. A link
-carries its rate over a payload's bytes with the headers of their packets; a server, one at a time, one over what a request takes.
+carries its rate over a payload's bytes with the headers of their packets; a server, one at a time, one over what a request takes
+there with the fewest edges, without the answer's way back.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from benchmarks.runs import rows
 _SHARE = 1448 / 1500
 
 
-def line(found: Sequence[dict[str, Any]], edges: int, seconds: float, shared: bool) -> dict[str, Any]:
-    """What a number of edges came to."""
+def line(
+    found: Sequence[dict[str, Any]], edges: int, seconds: float, shared: bool, served_s: float | None = None
+) -> dict[str, Any]:
+    """What a number of edges came to. `served_s`: what a request takes of the server; None: what these took."""
     counted = [row for row in found if not row["warmup"] and not row["error"]]
     # Those that ended in the stretch that counts, so that what is left over at either end is the same.
     began = min(row["arrived_at"] for row in counted)
@@ -38,10 +41,11 @@ def line(found: Sequence[dict[str, Any]], edges: int, seconds: float, shared: bo
     rate = len(ended) / seconds
     payload = fmean(row["payload_bytes"] for row in counted)
     link = counted[0]["rate_up_bps"] * _SHARE / 8 / payload * (1 if shared else edges)
-    server = 1 / fmean(
-        row["busy_decode_s"] + row["busy_first_token_s"] + row["busy_generate_s"] for row in counted
+    served_s = served_s or fmean(
+        row["busy_decode_s"] + row["busy_first_token_s"] + row["busy_generate_s"] - row["delay_down_s"]
+        for row in counted
     )
-    limits = {"link": link, "server": server} if counted[0]["serving"].startswith("fifo") else {"link": link}
+    limits = {"link": link, "server": 1 / served_s} if counted[0]["serving"].startswith("fifo") else {"link": link}
     by = min(limits, key=lambda name: limits[name])
     first = [row["ttft_s"] for row in counted]
     return {
@@ -51,6 +55,7 @@ def line(found: Sequence[dict[str, Any]], edges: int, seconds: float, shared: bo
         "requests_per_s": rate,
         "limit_per_s": limits[by],
         "limited_by": by,
+        "served_s": served_s,
         "of_limit": rate / limits[by],
         "ttft_p50_s": median(first),
         "ttft_p95_s": quantiles(first, n=20)[-1] if len(first) > 1 else first[0],
@@ -77,8 +82,8 @@ def main() -> None:
     parser.add_argument("--emulator", default="auto")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    lines = []
-    for edges in options.edges:
+    lines: list[dict[str, Any]] = []
+    for edges in sorted(options.edges):
         with tempfile.TemporaryDirectory(prefix="testbed-benchmark-") as folder:
             topology = Path(folder) / "topology.yaml"
             kind = "shared-bottleneck" if options.shared else "star"
@@ -102,7 +107,8 @@ def main() -> None:
                 warmup="5s",
                 emulator=options.emulator,
             )
-        lines.append(line(found, edges, options.seconds, options.shared))
+        served_s = lines[0]["served_s"] if lines else None
+        lines.append(line(found, edges, options.seconds, options.shared, served_s))
         if not options.json:
             print(json.dumps(lines[-1]))
     if options.json:
