@@ -35,6 +35,7 @@ PAIRS = {
     "expected@{}(future=512, sinks=4)": "ExpectedAttention",
     "tova@{}": "TOVA",
     "keynorm@{}": "Knorm",
+    "keydiff@{}": "KeyDiff",
 }
 FAMILIES = ("llama", "llama multi-query", "qwen2", "qwen3", "phi3", "gemma3")
 

@@ -20,6 +20,7 @@ SELECTORS = {
     "window": "testbed.codecs.select.window:Window",
     "random": "testbed.codecs.select.random:Random",
     "oracle": "testbed.codecs.select.oracle:Oracle",
+    "keydiff": "testbed.codecs.select.keydiff:KeyDiff",
 }
 TRANSFORMS = {
     "delta": "testbed.codecs.transform.delta:Delta",

@@ -78,6 +78,7 @@ def gathered_nothing() -> Evidence:
         ("kvpress:TOVA@0.25", "tova@0.25"),
         ("kvpress:ExpectedAttention@0.25", "expected@0.25"),
         ("kvpress:Knorm@0.25+int8", "keynorm@0.25+int8"),
+        ("kvpress:KeyDiff@0.25", "keydiff@0.25"),
     ],
 )
 def test_what_a_press_keeps_arrives_as_ours_does(

@@ -101,6 +101,40 @@ def neighbours(scores: Tensor, kernel: int, how: str) -> Tensor:
     return result
 
 
+def dot(a: list[float], b: list[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b))
+
+
+def test_keydiff_keeps_the_keys_that_are_least_like_the_others() -> None:
+    evidence = make_evidence()
+    scores = scores_of("keydiff@0.25", evidence, 2)
+    kept = Codec("keydiff@0.25").select(evidence).layers[2]
+    assert kept is not None and scores.shape == (HEADS, CONTEXT)
+    for head in range(HEADS):
+        keys = evidence.cache.layers[2].keys[head].tolist()
+        units = [[x / math.sqrt(dot(key, key)) for x in key] for key in keys]
+        anchor = [sum(unit[i] for unit in units) / CONTEXT for i in range(DIM)]
+        assert scores[head].tolist() == pytest.approx([-cosine(key, anchor) for key in keys], abs=1e-6)
+        likeness = [
+            sum(cosine(key, other) for other in keys) for key in keys
+        ]  # the same ranking, pair by pair
+        assert kept[head].tolist() == sorted(sorted(range(CONTEXT), key=likeness.__getitem__)[:15])
+
+
+def test_keydiff_takes_keys_of_zeros_and_of_one_direction() -> None:
+    evidence = make_evidence()
+    evidence.cache.layers[0].keys.zero_()
+    assert scores_of("keydiff@0.25", evidence, 0).tolist() == [[0.0] * CONTEXT] * HEADS
+    evidence.cache.layers[0].keys.fill_(3)
+    evidence.cache.layers[0].keys[:, 7] *= -1
+    kept = Codec("keydiff@0.1").select(evidence).layers[0]
+    assert kept is not None and kept.tolist() == [[0, 1, 2, 3, 4, 7]] * HEADS
+
+
 @pytest.mark.parametrize("prefix", [0, PREFIX])
 @pytest.mark.parametrize("layer", [0, 2])
 def test_q2c_is_the_mean_attention_of_the_question(prefix: int, layer: int) -> None:
