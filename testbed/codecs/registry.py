@@ -21,6 +21,7 @@ SELECTORS = {
     "random": "testbed.codecs.select.random:Random",
     "oracle": "testbed.codecs.select.oracle:Oracle",
     "keydiff": "testbed.codecs.select.keydiff:KeyDiff",
+    "lagkv": "testbed.codecs.select.lagkv:LagKV",
 }
 TRANSFORMS = {
     "delta": "testbed.codecs.transform.delta:Delta",

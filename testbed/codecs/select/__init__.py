@@ -156,6 +156,21 @@ def rankable(scores: Tensor) -> Tensor:
     return copy.clamp_(-most, most)
 
 
+def ranked_within(scores: Tensor, size: int) -> Tensor:
+    """Scores by which each stretch of `size` tokens (the last may be shorter) keeps an equal share: [heads, tokens] -> the same.
+
+    A token's score becomes the share of its stretch that it is worth as much as, from above 0 to 1, equal ones the earlier first.
+    Raises CodecError where one is NaN.
+    """
+    import torch
+
+    stretches = []
+    for stretch in rankable(scores).split(size, dim=1):
+        places = stretch.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
+        stretches.append(1 - places / stretch.shape[1])
+    return torch.cat(stretches, dim=1) if stretches else scores
+
+
 def pool(scores: Tensor, kernel: int, how: str) -> Tensor:
     """Max or mean over each token's `kernel` neighbours (odd, itself in the middle): [heads, tokens] -> the same.
 
