@@ -107,16 +107,16 @@ class Evidence:
         """Question tokens whose queries are at hand."""
         return int(self.question_queries[0].shape[1]) if self.question_queries else 0
 
-    def attention_of_question(self, layer: int) -> Tensor:
+    def attention_of_question(self, layer: int, weights: Tensor | None = None) -> Tensor:
         """Attention paid to each context token, summed over the question's tokens: float32 [kv_heads, tokens].
 
-        Causal softmax over prefix, context and question; a KV head's query heads are averaged.
-        Raises CodecError where there is no question.
+        Causal softmax over prefix, context and question; a KV head's query heads are averaged. weights: [question tokens], by
+        which each one's attention counts. Raises CodecError where there is no question.
         """
         queries, positions = self.question_queries, self.question_query_positions
         if not queries or positions is None or self.question_tokens == 0:
             raise CodecError("the selector ranks by the question's queries, and there are none")
-        return self._attention(layer, queries[layer], positions, self.question_cache)
+        return self._attention(layer, queries[layer], positions, self.question_cache, weights)
 
     def attention_of_answer(self, layer: int) -> Tensor:
         """As `attention_of_question`: summed over the tokens at which the gold answer's tokens are predicted."""
@@ -140,7 +140,46 @@ class Evidence:
             raise CodecError(f"the selector needs the queries of {wanted} context tokens; {kept} were kept")
         return self._attention(layer, queries[layer][:, kept - wanted :], positions[kept - wanted :], None)
 
-    def _attention(self, layer: int, queries: Tensor, positions: Tensor, behind: KVCache | None) -> Tensor:
+    def attention_within_context(self, layer: int, tokens: slice, size: int) -> Tensor:
+        """Attention paid to each of these context tokens, summed over those of its stretch of `size`, later ones too: float32
+        [kv_heads, n].
+
+        The softmax is over the stretch alone. Raises CodecError where the context's queries were not kept.
+        """
+        import torch
+
+        from testbed.models.scores import attention_sum
+
+        held, queries = self.cache.layers[layer], self.context_queries
+        kept = queries[layer].shape[1] if queries else 0
+        if not queries or kept < self.tokens:
+            raise CodecError(
+                f"the selector needs the queries of {self.tokens} context tokens; {kept} were kept"
+            )
+        asking = queries[layer][:, kept - self.tokens :][:, tokens].split(size, dim=1)
+        stretches = self.attended(layer, held)[0][:, tokens].split(size, dim=1)
+        at = [torch.zeros(own.shape[1], dtype=torch.int64, device=own.device) for own in stretches]
+        paid = [
+            attention_sum(
+                own_queries,
+                own,
+                query_positions=nowhere,  # all at one position, so that each sees all
+                key_positions=nowhere,
+                scaling=self.scaling(layer),
+                softcap=self.softcap(layer),
+            )
+            for own_queries, own, nowhere in zip(asking, stretches, at, strict=True)
+        ]
+        return self._of_cached_heads(layer, torch.cat(paid, dim=1))
+
+    def _attention(
+        self,
+        layer: int,
+        queries: Tensor,
+        positions: Tensor,
+        behind: KVCache | None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
         import torch
 
         from testbed.models.scores import attention_sum
@@ -155,6 +194,7 @@ class Evidence:
             scaling=self.scaling(layer),
             softcap=self.softcap(layer),
             window=self.cache.layers[layer].window,
+            weights=weights,
         )
         return self._of_cached_heads(layer, total[:, before : before + self.cache.layers[layer].tokens])
 

@@ -22,6 +22,9 @@ SELECTORS = {
     "oracle": "testbed.codecs.select.oracle:Oracle",
     "keydiff": "testbed.codecs.select.keydiff:KeyDiff",
     "lagkv": "testbed.codecs.select.lagkv:LagKV",
+    "leverage": "testbed.codecs.select.leverage:Leverage",
+    "compactor": "testbed.codecs.select.compactor:Compactor",
+    "finch": "testbed.codecs.select.finch:Finch",
 }
 TRANSFORMS = {
     "delta": "testbed.codecs.transform.delta:Delta",

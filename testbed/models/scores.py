@@ -69,11 +69,12 @@ def attention_sum(
     softcap: float | None = None,
     window: int | None = None,
     block: int = BLOCK,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Attention that each key gets, summed over the queries and averaged over the query heads of its group.
 
-    Arguments as of `attention_blocks`. Returns float32 [kv_heads, tokens]; the softmax is over all keys
-    given.
+    Arguments as of `attention_blocks`; weights: [n], by which each query counts. Returns float32 [kv_heads, tokens]; the softmax
+    is over all keys given.
     """
     import torch
 
@@ -94,5 +95,7 @@ def attention_sum(
             block=block,
         )
         for _, _, probabilities in blocks:
+            if weights is not None:
+                probabilities = probabilities * weights[start : start + block, None].to(keys.device)
             total[:, :end] += probabilities.sum(1)
     return total.reshape(keys.shape[0], -1, keys.shape[1]).mean(1)

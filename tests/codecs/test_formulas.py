@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from testbed.codecs.codec import Codec
 from testbed.codecs.evidence import Evidence
-from tests.codecs.test_selectors import CONTEXT, HEADS, make_evidence
+from testbed.models.rotary import Rotation
+from tests.codecs.test_selectors import (
+    CONTEXT,
+    DIM,
+    GROUP,
+    HEADS,
+    PREFIX,
+    QUESTION,
+    attention,
+    make_evidence,
+)
 
 Array = npt.NDArray[np.float64]
 
@@ -78,3 +90,94 @@ def test_lagkv_takes_channels_that_do_not_change() -> None:
     evidence.cache.layers[0].keys.fill_(2)
     evidence.cache.layers[0].values.fill_(-1)
     assert np.isfinite(scored("lagkv@0.5(lag=10)", evidence)).all()
+
+
+FREQUENCIES = 0.3 ** np.arange(DIM // 2)
+
+
+def turning() -> Evidence:
+    """Evidence whose keys were turned: halves of a head together, by `FREQUENCIES`."""
+
+    def angles(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        turned = positions[:, None].double() * torch.from_numpy(FREQUENCIES)
+        return turned.cos().float(), turned.sin().float()
+
+    half = DIM // 2
+    evidence = make_evidence()
+    evidence.rotation = lambda layer: Rotation(angles, slice(0, half), slice(half, DIM), DIM)
+    return evidence
+
+
+def turned_back(keys: Array, first: int) -> Array:
+    """Keys [heads, tokens, d] as they were before they were turned to the positions from `first` on, as complex numbers."""
+    half = DIM // 2
+    angle = np.arange(first, first + keys.shape[1])[:, None] * FREQUENCIES
+    plain = (keys[..., :half] + 1j * keys[..., half:]) * np.exp(-1j * angle)
+    return np.concatenate([plain.real, plain.imag], -1)
+
+
+def leverage_of(x: Array) -> Array:
+    """The diagonal of the ridge regression's hat matrix, [tokens], by the singular values."""
+    u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    return np.asarray((u**2 * (s**2 / (s**2 + 0.01))).sum(1))
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_leverage_is_the_hat_matrix_of_the_keys_before_their_rotation(layer: int) -> None:
+    evidence = turning()
+    plain = turned_back(keys_and_values(evidence, layer)[0], PREFIX)
+    expected = np.stack([leverage_of(head) for head in plain])
+    np.testing.assert_allclose(scored("leverage@0.5", evidence, layer), expected, atol=1e-5)
+    assert [set(row) for row in kept("leverage@0.25", evidence, layer)] == [best(row, 15) for row in expected]
+
+
+def test_leverage_ranks_fewer_tokens_than_a_key_has_elements() -> None:
+    evidence = make_evidence(context=6)
+    evidence.rotation = turning().rotation
+    assert [len(row) for row in kept("leverage@0.5", evidence)] == [3, 3]
+
+
+def z(x: Array) -> Array:
+    return np.asarray((x - x.mean()) / x.std())
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_compactor_adds_leverage_to_what_each_stretch_pays_to_itself_in_both_directions(layer: int) -> None:
+    evidence, sinks, last, chunk, blend = turning(), 3, 2, 20, 0.7
+    keys, values = keys_and_values(evidence, layer)
+    inside = CONTEXT - sinks - last
+    assert evidence.context_queries is not None
+    queries = evidence.context_queries[layer].double().numpy()[:, sinks : sinks + inside]
+    inner_keys, inner_values = keys[:, sinks : sinks + inside], values[:, sinks : sinks + inside]
+    paid = np.zeros((HEADS, inside))
+    for head, start in itertools.product(range(HEADS * GROUP), range(0, inside, chunk)):
+        stretch = slice(start, start + chunk)
+        logits = queries[head, stretch] @ inner_keys[head // GROUP, stretch].T * evidence.scaling(layer)
+        if (cap := evidence.softcap(layer)) is not None:
+            logits = cap * np.tanh(logits / cap)
+        paid[head // GROUP, stretch] += softmax(logits).sum(0) / GROUP
+    weighed = np.pad(paid * np.linalg.norm(inner_values, axis=-1), ((0, 0), (1, 1)))
+    smooth = (weighed[:, :-2] + weighed[:, 1:-1] + weighed[:, 2:]) / 3
+    plain = turned_back(keys, PREFIX)[:, sinks : sinks + inside]
+    expected = z(smooth) + blend * z(np.stack([leverage_of(head) for head in plain]))
+    text = f"compactor@0.5(sinks={sinks}, last={last}, chunk={chunk}, blend={blend})"
+    np.testing.assert_allclose(
+        scored(text, evidence, layer)[:, sinks : sinks + inside], expected, atol=1e-4, rtol=1e-4
+    )
+    for row, scores in zip(kept(text, evidence, layer), expected, strict=True):
+        assert set(row) == {0, 1, 2, 58, 59} | {sinks + t for t in best(scores, 25)}
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_finch_keeps_an_equal_share_of_each_stretch_by_the_question(layer: int) -> None:
+    evidence = make_evidence()
+    assert evidence.question_queries is not None and evidence.question_query_positions is not None
+    weights = attention(
+        evidence, layer, evidence.question_queries[layer], evidence.question_query_positions
+    ).numpy()
+    seen = np.arange(PREFIX + CONTEXT + 1, PREFIX + CONTEXT + QUESTION + 1)
+    worth = (weights * seen[:, None]).mean(1).reshape(HEADS, GROUP, CONTEXT).mean(1)
+    found = kept("finch@0.4(chunk=20)", evidence, layer)
+    for head in range(HEADS):
+        expected = {start + t for start in (0, 20, 40) for t in best(worth[head, start : start + 20], 8)}
+        assert set(found[head]) == expected
