@@ -25,6 +25,7 @@ SELECTORS = {
     "leverage": "testbed.codecs.select.leverage:Leverage",
     "compactor": "testbed.codecs.select.compactor:Compactor",
     "finch": "testbed.codecs.select.finch:Finch",
+    "simlayer": "testbed.codecs.select.simlayer:SimLayer",
 }
 TRANSFORMS = {
     "delta": "testbed.codecs.transform.delta:Delta",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -181,3 +182,25 @@ def test_finch_keeps_an_equal_share_of_each_stretch_by_the_question(layer: int) 
     for head in range(HEADS):
         expected = {start + t for start in (0, 20, 40) for t in best(worth[head, start : start + 20], 8)}
         assert set(found[head]) == expected
+
+
+def test_simlayer_keeps_all_of_the_least_lazy_layer_and_the_ends_of_the_others() -> None:
+    evidence = make_evidence()
+    assert evidence.context_queries is not None and evidence.context_query_positions is not None
+    asking = replace(evidence, question_cache=None)
+    lazy = {}
+    for layer in (0, 2):
+        paid = attention(
+            asking, layer, evidence.context_queries[layer][:, -2:], evidence.context_query_positions[-2:]
+        ).numpy()
+        lazy[layer] = (paid[..., :3].sum(-1) + paid[..., -9:].sum(-1)).mean()
+        found = selector("simlayer@0.7(sinks=3, recent=9, observers=2)").lazy(evidence, layer)
+        assert found == pytest.approx(lazy[layer], abs=1e-6)
+    idle = max(lazy, key=lambda layer: lazy[layer])
+    # 84 places in two layers: 60 are all of one, and leave 24 to the other, of at least 12
+    text = "simlayer@0.7(sinks=3, recent=9, observers=2)"
+    assert kept(text, evidence, idle) == [[0, 1, 2, *range(39, 60)]] * HEADS
+    assert kept(text, evidence, 2 - idle) == [[*range(60)]] * HEADS
+    # 66 leave 6 to the other, which are too few
+    few = "simlayer@0.55(sinks=3, recent=9)"
+    assert kept(few, evidence, 0) == kept(few, evidence, 2) == [[0, 1, 2, *range(30, 60)]] * HEADS

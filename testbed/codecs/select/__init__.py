@@ -47,7 +47,9 @@ class Selector(Method):
     @property
     def one_list(self) -> bool:
         """Whether all layers that are pruned keep the same tokens."""
-        return self.scope == "global" and type(self).budgets is Selector.budgets
+        own = type(self)
+        alike = own.budgets is Selector.budgets and own.allot is Selector.allot
+        return self.scope == "global" and alike
 
     def needs(self) -> Needs:
         """Which queries `scores` looks at."""
@@ -67,6 +69,10 @@ class Selector(Method):
         """How many tokens each of the prunable layers keeps, first layer first; `budget` on average."""
         return [budget] * layers
 
+    def allot(self, evidence: Evidence, budget: int) -> list[int]:
+        """The same by what is known of the context: `budgets`, where a method does not look at that."""
+        return self.budgets(evidence.tokens, budget, len(evidence.prunable))
+
     def choose(self, scores: Tensor, forced: Tensor, budget: int) -> Tensor:
         """The indices that a layer keeps, [budget] or [kv_heads, n], by its `scores` [kv_heads, tokens]."""
         return highest(scores if self.scope == "head" else scores.mean(0), forced, budget)
@@ -83,7 +89,7 @@ class Selector(Method):
         if budget >= tokens or not prunable:
             return Kept.everything(evidence.cache)
         always = torch.tensor(list(dict.fromkeys(self.always(tokens, budget)))[:budget], dtype=torch.int64)
-        budgets = dict(zip(prunable, self.budgets(tokens, budget, len(prunable)), strict=True))
+        budgets = dict(zip(prunable, self.allot(evidence, budget), strict=True))
         chosen: dict[int, Tensor] = {}
         if self.scope == "global" and any(len(always) < each for each in budgets.values()):
             ranking = prunable[-1:] if self.layers == "last" else prunable
