@@ -26,6 +26,9 @@ SELECTORS = {
     "compactor": "testbed.codecs.select.compactor:Compactor",
     "finch": "testbed.codecs.select.finch:Finch",
     "simlayer": "testbed.codecs.select.simlayer:SimLayer",
+    "chunk": "testbed.codecs.select.chunk:Chunk",
+    "perhead": "testbed.codecs.select.perhead:PerHead",
+    "perlayer": "testbed.codecs.select.perlayer:PerLayer",
 }
 TRANSFORMS = {
     "delta": "testbed.codecs.transform.delta:Delta",

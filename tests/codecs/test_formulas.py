@@ -13,6 +13,7 @@ import torch
 
 from testbed.codecs.codec import Codec
 from testbed.codecs.evidence import Evidence
+from testbed.errors import SpecError
 from testbed.models.rotary import Rotation
 from tests.codecs.test_selectors import (
     CONTEXT,
@@ -204,3 +205,62 @@ def test_simlayer_keeps_all_of_the_least_lazy_layer_and_the_ends_of_the_others()
     # 66 leave 6 to the other, which are too few
     few = "simlayer@0.55(sinks=3, recent=9)"
     assert kept(few, evidence, 0) == kept(few, evidence, 2) == [[0, 1, 2, *range(30, 60)]] * HEADS
+
+
+def wrapped(text: str) -> Evidence:
+    """Evidence for one layer's lists, all of it."""
+    return turning() if "compactor" in text or "leverage" in text else make_evidence()
+
+
+@pytest.mark.parametrize(
+    "by", ["q2c", "h2o", "keynorm", "keydiff", "lagkv", "leverage", "compactor", "finch"]
+)
+def test_chunks_are_kept_whole_by_the_mean_of_any_selectors_scores(by: str) -> None:
+    evidence = wrapped(by)
+    text = f"chunk@0.4(by={by}, size=8)"
+    always = set(selector(text).always(CONTEXT, 24))
+    scores = scored(f"{by}@0.4", evidence).mean(0)
+    means = [scores[start : start + 8].mean() for start in range(0, CONTEXT, 8)]
+    order = [
+        t for chunk in np.argsort(-np.array(means), kind="stable") for t in range(8 * chunk, 8 * chunk + 8)
+    ]
+    rest = [t for t in order if t < CONTEXT and t not in always]
+    forced = list(dict.fromkeys(selector(text).always(CONTEXT, 24)))[:24]
+    assert kept(text, evidence) == [sorted([*forced, *rest[: 24 - len(forced)]])] * HEADS
+
+
+@pytest.mark.parametrize("by", ["q2c", "keydiff", "finch"])
+def test_heads_share_a_layers_budget_by_any_selectors_scores(by: str) -> None:
+    evidence = make_evidence()
+    scores = scored(f"{by}@0.5", evidence)
+    forced = set(selector(f"{by}@0.5").always(CONTEXT, 30))
+    ranked = sorted(
+        itertools.product(range(HEADS), range(CONTEXT)),
+        key=lambda place: (place[1] not in forced, -scores[place]),
+    )
+    expected = [sorted(t for h, t in ranked[: HEADS * 30] if h == head) for head in range(HEADS)]
+    assert kept(f"perhead@0.5(by={by}, floor=0)", evidence) == expected
+
+
+def test_perhead_is_adaptive_and_perlayer_with_snapkv_is_pyramid() -> None:
+    evidence = make_evidence()
+    for one, other in [
+        ("perhead@0.3(by=q2c, floor=0.1)", "adaptive@0.3(by=q2c, floor=0.1)"),
+        ("perlayer@0.3(beta=5)", "pyramid@0.3(beta=5)"),
+    ]:
+        assert Codec(one).select(evidence).digest() == Codec(other).select(evidence).digest()
+
+
+def test_layers_keep_falling_numbers_by_any_selectors_scores() -> None:
+    evidence = make_evidence()
+    for layer, budget in ((0, 54), (2, 6)):  # 30 on average, of which the last keeps a fifth
+        expected = [sorted(best(row, budget)) for row in scored("keydiff@0.5", evidence, layer)]
+        assert kept("perlayer@0.5(by=keydiff, beta=5)", evidence, layer) == expected
+
+
+@pytest.mark.parametrize(
+    "by, why", [("int8", "a selector: q2c"), ("pyramid", "no more than rank"), ("perhead", "no more than")]
+)
+def test_a_wrapper_takes_what_ranks_tokens_and_no_more(by: str, why: str) -> None:
+    with pytest.raises(SpecError, match=why):
+        Codec(f"chunk@0.5(by={by})")

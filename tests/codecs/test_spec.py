@@ -127,6 +127,7 @@ def _values(name: str, kind: str, choices: tuple[str, ...]) -> st.SearchStrategy
         "residual": st.integers(0, 65536),
         "seed": st.integers(0, 2**31 - 1),
         "anchor": st.integers(2, 4096),
+        "by": st.sampled_from(["q2c", "keynorm", "lagkv"]),
     }
     odd = st.integers(0, 511).map(lambda n: 2 * n + 1)
     if choices:

@@ -1,67 +1,15 @@
-"""AdaKV: the heads of a layer share one budget."""
+"""AdaKV by the name that it was given here first."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from dataclasses import dataclass
+from typing import ClassVar
 
-from testbed.codecs import registry
-from testbed.codecs.evidence import Needs
-from testbed.codecs.select import Layers, Scope, Selector, rankable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from torch import Tensor
-
-    from testbed.codecs.evidence import Evidence
+from testbed.codecs.select.perhead import PerHead
 
 
 @dataclass(frozen=True)
-class Adaptive(Selector):
-    """Adaptive budgets: a layer's KV heads share its budget, so that a head whose attention is spread keeps more tokens.
-
-    Of a layer's kv_heads × tokens scores, those of the selector `by` (with its defaults), the kv_heads × b highest are
-    kept, b being each head's equal share; each head's own `floor` × b highest come first. Heads keep different numbers.
-    """
+class Adaptive(PerHead):
+    """Adaptive budgets: `perhead` under another name; by default SnapKV's scores, compared across a layer's heads."""
 
     name: ClassVar[str] = "adaptive"
-    source: ClassVar[str] = (
-        "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation (arXiv:2407.11550)"
-    )
-
-    scope: Scope = field(default="head", init=False)
-    layers: Layers = field(default="all", init=False)
-    by: Literal["snapkv", "q2c", "h2o", "expected", "keynorm", "oracle"] = "snapkv"
-    floor: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("floor", "from 0 to 1", 0 <= self.floor <= 1)
-
-    @property
-    def ranking(self) -> Selector:
-        """The selector whose scores decide."""
-        return cast(type[Selector], registry.find(self.by))(self.ratio)
-
-    def needs(self) -> Needs:
-        return self.ranking.needs()
-
-    def always(self, tokens: int, budget: int) -> Iterable[int]:
-        return self.ranking.always(tokens, budget)
-
-    def scores(self, evidence: Evidence, layer: int) -> Tensor:
-        return self.ranking.scores(evidence, layer)
-
-    def choose(self, scores: Tensor, forced: Tensor, budget: int) -> Tensor:
-        import torch
-
-        ranked = rankable(scores)
-        ranked[:, forced] = torch.inf
-        own = ranked.sort(dim=1, descending=True, stable=True).indices[:, : round(self.floor * budget)]
-        ranked.scatter_(1, own, torch.inf)
-        order = ranked.flatten().sort(descending=True, stable=True).indices[: budget * len(ranked)]
-        kept = torch.zeros(ranked.numel(), dtype=torch.bool).index_fill_(0, order, True).view(ranked.shape)
-        rows = [row.nonzero()[:, 0] for row in kept]
-        most = max(len(row) for row in rows)
-        return torch.stack([torch.nn.functional.pad(row, (most - len(row), 0), value=-1) for row in rows])

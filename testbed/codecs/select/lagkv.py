@@ -50,14 +50,17 @@ class LagKV(Selector):
         return chain(range(min(self.sinks, tokens)), range(tokens - 1, end - 1, -1))
 
     def scores(self, evidence: Evidence, layer: int) -> Tensor:
+        import torch
+
         held, end = evidence.cache.layers[layer], self._end(evidence.tokens)
+        scores = torch.zeros(held.kv_heads, evidence.tokens)
+        if end <= self.sinks:  # all are kept by right, whoever ranks
+            return scores
         keys, values = (
             self._spread(x[:, self.sinks : end + self.lag].float()).softmax(-1)
             for x in (held.keys, held.values)
         )
-        ranks = ranked_within((keys + values).flatten(1), self.lag)
-        scores = ranks.new_zeros(held.kv_heads, evidence.tokens)
-        scores[:, self.sinks : end] = ranks
+        scores[:, self.sinks : end] = ranked_within((keys + values).flatten(1), self.lag)
         return scores
 
     def _spread(self, x: Tensor) -> Tensor:

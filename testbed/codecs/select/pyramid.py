@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from testbed.codecs.select.perlayer import falling
 from testbed.codecs.select.snapkv import SnapKV
 
 
@@ -26,12 +27,4 @@ class Pyramid(SnapKV):
         self.require("beta", "at least 1", self.beta >= 1)
 
     def budgets(self, tokens: int, budget: int, layers: int) -> list[int]:
-        if layers == 1:
-            return [budget]
-        first = min(2 * budget - budget / self.beta, tokens)
-        fall = 2 * (first - budget) / (layers - 1)
-        exact = [first - fall * layer for layer in range(layers)]
-        whole = [int(each) for each in exact]
-        for layer in range(budget * layers - sum(whole)):  # what rounding down left goes to the first layers
-            whole[layer] += 1
-        return [max(1, each) for each in whole]
+        return falling(tokens, budget, layers, self.beta)
