@@ -83,6 +83,9 @@ class Evidence:
     #: A layer's keys and values as attention sees them, [heads, tokens, dim]: not what is cached, where that is a latent.
     attended: Callable[[int, KVLayer], tuple[Tensor, Tensor]] = _as_cached
     rotation: Callable[[int], Rotation] | None = None  #: a layer's rotary position embedding
+    projection: Callable[[int], Tensor] | None = (
+        None  #: a layer's output projection, [hidden, q_heads · value_dim]
+    )
     softcap: Callable[[int], float | None] = field(default=_no_softcap)
     seed: int | str = 0  #: of random choices; names the example
 
@@ -311,6 +314,7 @@ def gather(
         softcap=model.softcap,
         attended=model.attended,
         rotation=model.rotation,
+        projection=model.projection,
         seed=seed,
     )
     if not (needs.question or needs.answer):

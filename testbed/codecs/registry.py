@@ -27,6 +27,7 @@ SELECTORS = {
     "finch": "testbed.codecs.select.finch:Finch",
     "simlayer": "testbed.codecs.select.simlayer:SimLayer",
     "chunk": "testbed.codecs.select.chunk:Chunk",
+    "critical": "testbed.codecs.select.critical:Critical",
     "perhead": "testbed.codecs.select.perhead:PerHead",
     "perlayer": "testbed.codecs.select.perlayer:PerLayer",
 }

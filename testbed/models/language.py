@@ -35,6 +35,9 @@ from testbed.models.together import Together, unable
 from testbed.models.tokens import Tokens, chat_template
 from testbed.models.trail import Trail
 
+#: What architectures call the projection behind their attention.
+_PROJECTIONS = ("o_proj", "dense", "out_proj")
+
 
 class LanguageModel:
     """A model with its tokenizer. Instances are independent; one is for one thread at a time."""
@@ -164,6 +167,22 @@ class LanguageModel:
     def rotation(self, layer: int) -> Rotation:
         """The layer's rotary position embedding. Raises UsageError where it is of a kind that cannot be undone."""
         return self._rotations.of(layer)
+
+    def projection(self, layer: int) -> Tensor:
+        """What the layer multiplies its heads' values with: float32 [hidden, q_heads · value_dim], q_heads one after the other.
+
+        Raises UsageError where its attention has no such weight of a name that is known.
+        """
+        for module in self._network.modules():
+            if getattr(module, "layer_idx", None) != layer:
+                continue
+            for name in _PROJECTIONS:
+                weight = getattr(getattr(module, name, None), "weight", None)
+                if weight is not None and weight.dim() == 2 and weight.is_floating_point():
+                    return weight.detach().float()
+        raise UsageError(
+            f"model {self.name!r}: layer {layer} has no output projection by a name that is known"
+        )
 
     def _queries_at(self, position: int) -> dict[int, Tensor]:
         """Each layer's query of a lone token at a position."""

@@ -150,6 +150,11 @@ class ShapeModel(LanguageModel):
     def attended(self, layer: int, held: KVLayer) -> tuple[Tensor, Tensor]:
         return held.keys.float(), held.values.float()
 
+    def projection(self, layer: int) -> Tensor:
+        """Each head's values as they are: what is done with it takes as long."""
+        shape = self.shape
+        return torch.eye(shape.heads * shape.value_dim, device=self.device)
+
     def blocks(
         self,
         ids: Sequence[int],

@@ -190,6 +190,42 @@ def test_no_token_is_dropped_that_eager_attention_ranks_above_one_kept(
             assert float(row[held_by_score].min()) > float(row[~held].max()) - 2e-5
 
 
+@pytest.mark.parametrize("family", PRUNED)
+def test_the_output_projection_is_what_attention_makes_of_a_lone_tokens_value(
+    tiny_model: Tiny, family: str
+) -> None:
+    model, *_ = prepared(tiny_model(family))
+    network, outputs = reference.reference_network(tiny_model(family), "eager"), []
+    values = []
+    for token in (7, 11):
+        given: dict[int, Tensor] = {}
+
+        def note(module: Any, _: Any, output: Any, given: dict[int, Tensor] = given) -> None:
+            given.setdefault(module.layer_idx, output[0][0, 0])
+
+        attending = [
+            module
+            for module in network.modules()
+            if hasattr(module, "layer_idx") and hasattr(module, "scaling")
+        ]
+        hooks = [module.register_forward_hook(note) for module in attending]
+        with torch.no_grad():
+            network(torch.tensor([[token]]))
+        for hook in hooks:
+            hook.remove()
+        outputs.append(given)
+        cache = model.prefill([token], None).cache
+        values.append([model.attended(i, layer)[1][:, 0] for i, layer in enumerate(cache.layers)])
+    for layer in range(model.num_layers):
+        weight = model.projection(layer)
+        change = values[1][layer] - values[0][layer]  # a bias is in both
+        group = weight.shape[1] // change.numel()
+        expected = outputs[1][layer] - outputs[0][layer]
+        torch.testing.assert_close(
+            weight @ change.repeat_interleave(group, 0).flatten(), expected, atol=1e-4, rtol=1e-3
+        )
+
+
 #: The selectors as the study defines them, and what they sum over all heads of the last layer alone.
 PUBLISHED: dict[str, Callable[[Tensor, int, int, int], Tensor]] = {
     "q2c@0.4(sinks=0, pool=1, scope=global, layers=last)": lambda w, p, c, q: w[:, p + c : p + c + q],

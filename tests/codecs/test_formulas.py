@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from testbed.codecs import CodecError
 from testbed.codecs.codec import Codec
 from testbed.codecs.evidence import Evidence
 from testbed.errors import SpecError
@@ -264,3 +265,28 @@ def test_layers_keep_falling_numbers_by_any_selectors_scores() -> None:
 def test_a_wrapper_takes_what_ranks_tokens_and_no_more(by: str, why: str) -> None:
     with pytest.raises(SpecError, match=why):
         Codec(f"chunk@0.5(by={by})")
+
+
+@pytest.mark.parametrize("by, layer", [("q2c", 0), ("finch", 2), ("h2o", 0)])
+def test_critical_weighs_any_selectors_scores_by_the_values_projections(by: str, layer: int) -> None:
+    evidence = make_evidence()
+    weight = np.random.default_rng(3).normal(size=(20, HEADS * GROUP * DIM))
+    evidence.projection = lambda layer: torch.from_numpy(weight).float()
+    plain, values = scored(f"{by}@0.5", evidence, layer), keys_and_values(evidence, layer)[1]
+    forced = set(selector(f"{by}@0.5").always(CONTEXT, 30))
+    for head, found in enumerate(kept(f"critical@0.5(by={by}, first=0.4)", evidence, layer)):
+        norms = np.zeros(CONTEXT)
+        for query_head in range(head * GROUP, head * GROUP + GROUP):
+            block = weight[:, query_head * DIM : (query_head + 1) * DIM]
+            norms += np.abs(values[head] @ block.T).sum(1) / GROUP
+        expected = forced | best(plain[head], 12)
+        by_both = np.argsort(-(plain[head] + 1e-4) * norms, kind="stable").tolist()
+        expected |= set([t for t in by_both if t not in expected][: 30 - len(expected)])
+        assert set(found) == expected
+
+
+def test_critical_refuses_scores_that_are_no_shares_of_attention() -> None:
+    evidence = make_evidence()
+    evidence.projection = lambda layer: torch.eye(HEADS * GROUP * DIM)
+    with pytest.raises(CodecError, match="keynorm gives scores below 0"):
+        Codec("critical@0.5(by=keynorm)").select(evidence)

@@ -312,6 +312,7 @@ def shaped_evidence(shape: str, context: int) -> Evidence:
         answer_query_positions=torch.arange(12 + context, 15 + context),
         scaling=lambda layer: 0.2,
         rotation=lambda layer: unrotated(key_dim, torch.device("cpu")),
+        projection=lambda layer: torch.eye(24, heads * group * value_dim),
         seed="one",
     )
 
