@@ -48,6 +48,7 @@ QUANTIZERS = {
     "cachegen": "testbed.codecs.quantize.cachegen:CacheGen",
     "mixed": "testbed.codecs.quantize.mixed:Mixed",
     "planes": "testbed.codecs.quantize.planes:Planes",
+    "lossless": "testbed.codecs.quantize.lossless:Lossless",
 }
 CODERS = {
     "zstd": "testbed.codecs.entropy.zstd:Zstd",

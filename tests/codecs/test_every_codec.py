@@ -58,6 +58,7 @@ VARIANTS = (
     "planes(bits=2)",
     "cachegen(level=1, anchor=10)",
     "cachegen(level=4)",
+    "lossless(coder=ans)",
 )
 EVERY = [*itertools.product((*CODECS, *VARIANTS), (*CACHES, "uneven", "uneven, in bf16"))]
 
