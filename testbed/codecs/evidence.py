@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from testbed.models.prefill import BlockPrefill, Prefill
     from testbed.models.rotary import Rotation
 
+#: What a model is asked before it reads its context once more (KVzip, arXiv:2505.23416).
+REPEAT = "\n\nRepeat the previous context exactly."
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -25,7 +28,8 @@ class Needs:
 
     `question`: the question's queries. `answer`: the gold answer's too, which no deployment knows. `context_attention`: what
     all context tokens pay to each of them, summed up while they are prefilled. `context_inputs`: what the context's
-    attention modules are given, for foreign methods that compute from hidden states.
+    attention modules are given, for foreign methods that compute from hidden states. `reread`: the queries of the context's
+    tokens as they are read once more behind `REPEAT`, which takes a pass of as many tokens again.
     """
 
     context_queries: int | None = 0
@@ -33,6 +37,7 @@ class Needs:
     answer: bool = False
     context_attention: bool = False
     context_inputs: bool = False
+    reread: bool = False
 
     @classmethod
     def of_all(cls, needs: Iterable[Needs]) -> Needs:
@@ -45,6 +50,7 @@ class Needs:
             any(need.answer for need in each),
             any(need.context_attention for need in each),
             any(need.context_inputs for need in each),
+            any(need.reread for need in each),
         )
 
 
@@ -80,6 +86,9 @@ class Evidence:
         None  #: per layer, of the tokens that the answer's are predicted at
     )
     answer_query_positions: Tensor | None = None  #: int64 [a]
+    reread_queries: Sequence[Tensor] | None = None  #: per layer, of `REPEAT` and the context's tokens again
+    reread_query_positions: Tensor | None = None  #: int64 [r]
+    reread_cache: KVCache | None = None
     #: A layer's keys and values as attention sees them, [heads, tokens, dim]: not what is cached, where that is a latent.
     attended: Callable[[int, KVLayer], tuple[Tensor, Tensor]] = _as_cached
     rotation: Callable[[int], Rotation] | None = None  #: a layer's rotary position embedding
@@ -175,6 +184,42 @@ class Evidence:
         ]
         return self._of_cached_heads(layer, torch.cat(paid, dim=1))
 
+    def most_attention_rereading(self, layer: int) -> Tensor:
+        """The most attention that a token pays to each context token while the context is read again: float32 [kv_heads, tokens].
+
+        The highest over those tokens and a KV head's query heads; causal softmax over prefix, context and what is read again.
+        Raises CodecError where it was not.
+        """
+        import torch
+
+        from testbed.models.scores import attention_blocks
+
+        queries, positions = self.reread_queries, self.reread_query_positions
+        if not queries or positions is None:
+            raise CodecError("the selector ranks by how the context is read again, and it was not")
+        held, keys, key_positions = self._stretched(layer, self.reread_cache)
+        most = torch.zeros(len(queries[layer]), keys.shape[1], device=keys.device)
+        for _, _, paid in attention_blocks(
+            queries[layer],
+            keys,
+            query_positions=positions,
+            key_positions=key_positions,
+            scaling=self.scaling(layer),
+            softcap=self.softcap(layer),
+            window=held.window,
+        ):
+            most = most.maximum(paid.amax(1))
+        before = self.prefix.layers[layer].tokens if self.prefix is not None else 0
+        return most[:, before : before + held.tokens].unflatten(0, (held.kv_heads, -1)).amax(1)
+
+    def _stretched(self, layer: int, behind: KVCache | None) -> tuple[KVLayer, Tensor, Tensor]:
+        """The context's layer, and the keys and positions of prefix, context and what is behind it, one after the other."""
+        import torch
+
+        stretches = [cache.layers[layer] for cache in (self.prefix, self.cache, behind) if cache is not None]
+        keys = torch.cat([self.attended(layer, stretch)[0] for stretch in stretches], dim=1)
+        return self.cache.layers[layer], keys, torch.cat([stretch.positions for stretch in stretches])
+
     def _attention(
         self,
         layer: int,
@@ -183,23 +228,21 @@ class Evidence:
         behind: KVCache | None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        import torch
-
         from testbed.models.scores import attention_sum
 
-        stretches = [cache.layers[layer] for cache in (self.prefix, self.cache, behind) if cache is not None]
+        held, keys, key_positions = self._stretched(layer, behind)
         before = self.prefix.layers[layer].tokens if self.prefix is not None else 0
         total = attention_sum(
             queries,
-            torch.cat([self.attended(layer, stretch)[0] for stretch in stretches], dim=1),
+            keys,
             query_positions=positions,
-            key_positions=torch.cat([stretch.positions for stretch in stretches]),
+            key_positions=key_positions,
             scaling=self.scaling(layer),
             softcap=self.softcap(layer),
-            window=self.cache.layers[layer].window,
+            window=held.window,
             weights=weights,
         )
-        return self._of_cached_heads(layer, total[:, before : before + self.cache.layers[layer].tokens])
+        return self._of_cached_heads(layer, total[:, before : before + held.tokens])
 
     def _of_cached_heads(self, layer: int, attention: Tensor) -> Tensor:
         """Where one cached head serves several of attention's (MLA), it is worth their mean."""
@@ -301,7 +344,8 @@ def gather(
     """The evidence on a context that was prefilled behind `prefix`, with what `needs` asks for.
 
     The context's queries and attention are those that its prefill kept. A question is run behind the context, and behind it
-    the gold answer where `needs.answer`; their queries come of one pass.
+    the gold answer where `needs.answer`; their queries come of one pass. So is the context once more, where `needs.reread`:
+    UsageError is raised where the model's length leaves no room for it.
     """
     evidence = Evidence(
         cache=context.cache,
@@ -317,10 +361,16 @@ def gather(
         projection=model.projection,
         seed=seed,
     )
+    if not (needs.question or needs.answer or needs.reread):
+        return evidence
+    past = context.cache if prefix is None else model.join(prefix, context.cache)
+    if needs.reread:
+        again = model.prefill([*model.tokenize(REPEAT), *context.ids], past, queries=None)
+        evidence.reread_queries, evidence.reread_query_positions = again.queries, again.query_positions
+        evidence.reread_cache = again.cache
     if not (needs.question or needs.answer):
         return evidence
     asked = len(question_ids)
-    past = context.cache if prefix is None else model.join(prefix, context.cache)
     # The last answer token is predicted, and predicts nothing that is scored.
     ids = [*question_ids, *(answer_ids[:-1] if needs.answer else ())]
     run = model.prefill(ids, past, queries=None)

@@ -26,6 +26,7 @@ SELECTORS = {
     "compactor": "testbed.codecs.select.compactor:Compactor",
     "finch": "testbed.codecs.select.finch:Finch",
     "simlayer": "testbed.codecs.select.simlayer:SimLayer",
+    "kvzip": "testbed.codecs.select.kvzip:KVzip",
     "chunk": "testbed.codecs.select.chunk:Chunk",
     "critical": "testbed.codecs.select.critical:Critical",
     "perhead": "testbed.codecs.select.perhead:PerHead",

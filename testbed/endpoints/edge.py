@@ -389,8 +389,9 @@ class Edge(InferenceSide):
         )
 
     def _asked(self, prefilled: Prefilled, codec: Codec, pace: Pace) -> float:
-        """The question's pass has been made, where the codec needs one; returns the time."""
+        """The question's pass has been made, and the context's second one, where the codec needs them; returns the time."""
         tokens = len(prefilled.question(self.model)) if codec.asks else 0
+        tokens += len(prefilled.ids) if codec.needs.reread else 0
         return pace.hold("prefill", tokens, held(prefilled.prefix.cache, prefilled.prefill.cache))
 
     def _gathered(self, prefilled: Prefilled, codec: Codec, prefill: Prefill, pace: Pace) -> Evidence:

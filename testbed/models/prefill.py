@@ -32,6 +32,7 @@ class Prefill:
     #: and averaged over the query heads of a KV head (of attention's own ones, where a latent is cached)
     attention: list[Tensor] | None = None
     inputs: AttentionInputs | None = None  #: what the attention modules were given, where that was asked for
+    ids: Sequence[int] = ()  #: the tokens
 
 
 def drops_tokens(blocks: Callable[[list[int]], BlockPrefill], layers: int) -> bool:
@@ -118,6 +119,7 @@ class BlockPrefill:
             self._logits,
             self._paid or None,
             in_turn(self._inputs) if self._inputs else None,
+            self._ids,
         )
 
     def _tell(self, on_layer: OnLayer, index: int) -> None:

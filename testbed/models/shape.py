@@ -167,7 +167,7 @@ class ShapeModel(LanguageModel):
         if inputs:
             raise UsageError(f"model {self.name!r} is a shape: it has no hidden states to look at")
         self._check_length(past, len(ids))
-        return _Blocks(self, len(ids), past, queries, attention)
+        return _Blocks(self, ids, past, queries, attention)
 
     def values_at(self, layer: int, positions: Tensor) -> KVLayer:
         """What a layer caches of those positions, in memory of its own, as codecs find a model's."""
@@ -245,12 +245,13 @@ class _Blocks(BlockPrefill):
     def __init__(
         self,
         model: ShapeModel,
-        tokens: int,
+        ids: Sequence[int],
         past: Past | None,
         queries: int | None,
         attention: bool,
     ) -> None:
         self._model, self._past, self._attention = model, past, attention
+        self._ids, tokens = ids, len(ids)
         first = 0 if past is None else past.length
         self._positions = torch.arange(first, first + tokens, device=model.device)
         self._queries = tokens if queries is None else min(queries, tokens)
@@ -283,7 +284,7 @@ class _Blocks(BlockPrefill):
         last = self._positions[len(self._positions) - self._queries :]
         asked = [model.queries_at(index, last) for index in layers] if self._queries else []
         paid = [model.paid_at(index, self._positions) for index in layers] if self._attention else None
-        return Prefill(cache, asked, last, None, paid)
+        return Prefill(cache, asked, last, None, paid, ids=self._ids)
 
     def _laid_out(self, positions: Tensor) -> KVCache:
         """The cache of those positions, all of them in every layer."""

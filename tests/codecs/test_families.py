@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from testbed.codecs.codec import Codec, decode
-from testbed.codecs.evidence import Evidence, Needs, gather
+from testbed.codecs.evidence import REPEAT, Evidence, Needs, gather
 from testbed.codecs.select import OnlineSelection
 from testbed.codecs.select.q2c import Q2C
 from testbed.errors import SpecError
@@ -188,6 +188,27 @@ def test_no_token_is_dropped_that_eager_attention_ranks_above_one_kept(
             held_by_score = held.clone()
             held_by_score[:2] = False
             assert float(row[held_by_score].min()) > float(row[~held].max()) - 2e-5
+
+
+@pytest.mark.parametrize("family", PRUNED)
+def test_kvzip_is_the_most_that_eager_attention_pays_while_the_context_is_read_again(
+    tiny_model: Tiny, family: str
+) -> None:
+    path = tiny_model(family)
+    model, stretches, evidence = prepared(path)
+    assert evidence.prefix is not None
+    ids = [*stretches[0], *stretches[1], *model.tokenize(REPEAT), *stretches[1]]
+    context = model.prefill(stretches[1], evidence.prefix)
+    again = gather(model, Codec("kvzip@0.5").needs, evidence.prefix, context, ())
+    with torch.no_grad():
+        network = reference.reference_network(path, "eager")
+        weights = network(torch.tensor([ids]), output_attentions=True).attentions
+    first, end = len(stretches[0]), len(stretches[0]) + len(stretches[1])
+    for layer in evidence.prunable:
+        paid = weights[layer][0, :, end:, first:end].amax(1)  # [q_heads, context]
+        expected = paid.unflatten(0, (evidence.cache.layers[layer].kv_heads, -1)).amax(1)
+        selector: Any = Codec("kvzip@0.5").selector
+        torch.testing.assert_close(selector.scores(again, layer), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", PRUNED)

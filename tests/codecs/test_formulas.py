@@ -290,3 +290,21 @@ def test_critical_refuses_scores_that_are_no_shares_of_attention() -> None:
     evidence.projection = lambda layer: torch.eye(HEADS * GROUP * DIM)
     with pytest.raises(CodecError, match="keynorm gives scores below 0"):
         Codec("critical@0.5(by=keynorm)").select(evidence)
+
+
+def test_kvzip_keeps_the_most_that_any_token_of_the_repetition_pays() -> None:
+    evidence = make_evidence()
+    assert evidence.question_queries is not None and evidence.question_query_positions is not None
+    weights = attention(
+        evidence, 2, evidence.question_queries[2], evidence.question_query_positions
+    ).numpy()  # that of whatever tokens come behind the context
+    evidence.reread_queries = evidence.question_queries
+    evidence.reread_query_positions = evidence.question_query_positions
+    evidence.reread_cache, evidence.question_cache = evidence.question_cache, None
+    most = weights.max(1).reshape(HEADS, GROUP, CONTEXT).max(1)
+    np.testing.assert_allclose(scored("kvzip@0.5", evidence, 2), most, atol=1e-6)
+    for row, scores in zip(kept("kvzip@0.25(sinks=0)", evidence, 2), most, strict=True):
+        assert set(row) == best(scores, 15)
+    evidence.reread_queries = None
+    with pytest.raises(CodecError, match="read again, and it was not"):
+        Codec("kvzip@0.5").select(evidence)
