@@ -27,6 +27,7 @@ SELECTORS = {
     "finch": "testbed.codecs.select.finch:Finch",
     "simlayer": "testbed.codecs.select.simlayer:SimLayer",
     "kvzip": "testbed.codecs.select.kvzip:KVzip",
+    "qfilters": "testbed.codecs.select.qfilters:QFilters",
     "chunk": "testbed.codecs.select.chunk:Chunk",
     "critical": "testbed.codecs.select.critical:Critical",
     "perhead": "testbed.codecs.select.perhead:PerHead",

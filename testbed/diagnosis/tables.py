@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,9 @@ from testbed.codecs.entropy.ans import rows_by_channel
 from testbed.codecs.steps import Part
 from testbed.endpoints.examples import prompted
 from testbed.errors import SpecError, TestbedError
+from testbed.models.language import LanguageModel
 from testbed.models.loading import load_model
+from testbed.models.prefill import Prefill
 from testbed.tasks import parse_task
 from testbed.tasks.prompt import parse_prompt
 
@@ -45,17 +47,43 @@ def add_counts(counts: Counts, codec: Codec, cache: object) -> None:
         counts[at] = (piece.bits, piece.part, own if before is None else before[2] + own)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status."""
-    parser = argparse.ArgumentParser(description="Count frequency tables for ans(table=FILE).")
-    parser.add_argument("model")
-    parser.add_argument("codec")
+def with_contexts(parser: argparse.ArgumentParser) -> None:
+    """Adds what `prefilled` goes by: the task, its examples, and where a copy goes."""
     parser.add_argument("--task", default="needle")
     parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--context-tokens", type=int, default=512)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--prompt", default="auto", help="of the run that they are for")
     parser.add_argument("--out", type=Path, metavar="FILE", help="another copy, for another machine")
+
+
+def prefilled(
+    options: argparse.Namespace, queries: int | None
+) -> tuple[LanguageModel, str, Iterator[Prefill]]:
+    """The model, in words what is prefilled, and the prefill of each context behind the task's prefix, with so many queries."""
+    plain, prompt = parse_task(options.task), parse_prompt(options.prompt)
+    model = load_model(options.model)
+    task = prompted(model, plain, str(prompt or "auto"))
+    ids, length = model.tokenize(task.prefix, start=True), lambda text: len(model.tokenize(text))
+    examples = task.examples(options.examples, options.context_tokens, length, options.seed)
+    model.expect(task.reach(examples, length, len(ids), task.max_new_tokens))
+    prefix = model.prefill(ids, None).cache if ids else None
+    contexts = (
+        model.prefill(model.tokenize(task.context_text(example)), prefix, queries) for example in examples
+    )
+    of = (
+        f"{options.model}, {options.task} in prompt {task.prompt}, "
+        f"{options.examples} contexts of {options.context_tokens} tokens"
+    )
+    return model, of, contexts
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    parser = argparse.ArgumentParser(description="Count frequency tables for ans(table=FILE).")
+    parser.add_argument("model")
+    parser.add_argument("codec")
+    with_contexts(parser)
     options = parser.parse_args(arguments)
     try:
         name, path = counted(options)
@@ -68,23 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def counted(options: argparse.Namespace) -> tuple[str, Path]:
     """Prefills each context behind the task's prefix, counts, and keeps the tables: their name and file."""
-    plain, prompt = parse_task(options.task), parse_prompt(options.prompt)
     codec = Codec(options.codec, options.model)
-    model = load_model(options.model)
-    task = prompted(model, plain, str(prompt or "auto"))
-    ids, length = model.tokenize(task.prefix, start=True), lambda text: len(model.tokenize(text))
-    examples = task.examples(options.examples, options.context_tokens, length, options.seed)
-    model.expect(task.reach(examples, length, len(ids), task.max_new_tokens))
-    prefix = model.prefill(ids, None).cache if ids else None
+    model, of, contexts = prefilled(options, queries=0)
     counts: Counts = {}
-    for example in examples:
-        context = model.prefill(model.tokenize(task.context_text(example)), prefix).cache
-        add_counts(counts, codec, model.knowing_ropes(context))
-    of = (
-        f"{codec} on {options.model}, {options.task} in prompt {task.prompt}, "
-        f"{options.examples} contexts of {options.context_tokens} tokens"
-    )
-    kept = tables.count(of, [counts[at] for at in sorted(counts)])
+    for context in contexts:
+        add_counts(counts, codec, model.knowing_ropes(context.cache))
+    kept = tables.count(f"{codec} on {of}", [counts[at] for at in sorted(counts)])
     name, path = tables.save(kept)
     if options.out:
         files.replace(options.out, path.read_bytes())

@@ -196,15 +196,15 @@ def test_simlayer_keeps_all_of_the_least_lazy_layer_and_the_ends_of_the_others()
             asking, layer, evidence.context_queries[layer][:, -2:], evidence.context_query_positions[-2:]
         ).numpy()
         lazy[layer] = (paid[..., :3].sum(-1) + paid[..., -9:].sum(-1)).mean()
-        found = selector("simlayer@0.7(sinks=3, recent=9, observers=2)").lazy(evidence, layer)
+        found = selector("simlayer@0.7(sinks=3, last=9, observers=2)").lazy(evidence, layer)
         assert found == pytest.approx(lazy[layer], abs=1e-6)
     idle = max(lazy, key=lambda layer: lazy[layer])
     # 84 places in two layers: 60 are all of one, and leave 24 to the other, of at least 12
-    text = "simlayer@0.7(sinks=3, recent=9, observers=2)"
+    text = "simlayer@0.7(sinks=3, last=9, observers=2)"
     assert kept(text, evidence, idle) == [[0, 1, 2, *range(39, 60)]] * HEADS
     assert kept(text, evidence, 2 - idle) == [[*range(60)]] * HEADS
     # 66 leave 6 to the other, which are too few
-    few = "simlayer@0.55(sinks=3, recent=9)"
+    few = "simlayer@0.55(sinks=3, last=9)"
     assert kept(few, evidence, 0) == kept(few, evidence, 2) == [[0, 1, 2, *range(30, 60)]] * HEADS
 
 

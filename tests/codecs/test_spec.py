@@ -113,6 +113,7 @@ def _values(name: str, kind: str, choices: tuple[str, ...]) -> st.SearchStrategy
         "ratio": st.floats(0, 1, exclude_min=True),
         "recent": st.floats(0, 1),
         "floor": st.floats(0, 1),
+        "first": st.floats(0, 1),
         "window": st.integers(0, 65536),
         "sinks": st.integers(0, 4096),
         "level": st.integers(1, 4),
@@ -127,6 +128,7 @@ def _values(name: str, kind: str, choices: tuple[str, ...]) -> st.SearchStrategy
         "residual": st.integers(0, 65536),
         "seed": st.integers(0, 2**31 - 1),
         "anchor": st.integers(2, 4096),
+        "filters": st.sampled_from(["own", "0f" * 16, "some/where.filters"]),
         "by": st.sampled_from(["q2c", "keynorm", "lagkv"]),
     }
     odd = st.integers(0, 511).map(lambda n: 2 * n + 1)
