@@ -171,7 +171,7 @@ class Asked:
 
     def measured(self, codec: Codec) -> tuple[Size, Quality]:
         """Sizes and quality of the context sent by this codec."""
-        kept = codec.select(self._evidence(codec)) if codec.selector else None
+        kept = codec.select(self._evidence(codec)) if codec.selects else None
         payload = codec.encode(self.cache, kept)
         size = size_of(codec, self.cache, kept, len(payload))
         name = str(replace(codec.spec, coder=None))  # a coder gives back what it was given

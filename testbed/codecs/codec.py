@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -28,7 +28,7 @@ from testbed.codecs.fast.threads import runs
 from testbed.codecs.layout import Layout, lay_out
 from testbed.codecs.progressive import Planes
 from testbed.codecs.spec import CodecSpec, parse
-from testbed.codecs.steps import Coder, Piece
+from testbed.codecs.steps import Coder, Piece, Quantizer
 from testbed.errors import PayloadError, SpecError
 
 if TYPE_CHECKING:
@@ -146,7 +146,17 @@ class Codec:
     @property
     def needs(self) -> Needs:
         """Which queries the edge must keep for `select`."""
-        return self.selector.needs() if self.selector else Needs()
+        return Needs.of_all([self.selector.needs() if self.selector else Needs(), self.quantizer.needs()])
+
+    @property
+    def selects(self) -> bool:
+        """Whether `select` decides anything, for which the whole context must be there."""
+        return self.selector is not None or self._prunes
+
+    @property
+    def _prunes(self) -> bool:
+        """Whether the quantizer chooses channels by the evidence."""
+        return type(self.quantizer).channels is not Quantizer.channels
 
     @property
     def asks(self) -> bool:
@@ -159,8 +169,15 @@ class Codec:
         return self.transform is not None and self.transform.undoes_rope
 
     def select(self, evidence: Evidence) -> Kept:
-        """The context tokens to send. Raises CodecError where the evidence lacks what the selector needs."""
-        return self.selector.select(evidence) if self.selector else Kept.everything(evidence.cache)
+        """The context tokens to send, and the channels. Raises CodecError where the evidence lacks what that needs."""
+        kept = self.selector.select(evidence) if self.selector else Kept.everything(evidence.cache)
+        if not self._prunes:
+            return kept
+        channels = [
+            self.quantizer.channels(evidence, i, together=index is not None and bool((index < 0).any()))
+            for i, index in enumerate(kept.layers)
+        ]
+        return replace(kept, channels=tuple(each for each in channels if each is not None))
 
     def encode(self, cache: KVCache, kept: Kept | None = None) -> memoryview:
         """The payload of the kept tokens (None: all) of a context's cache, which is in 16 bits. Its length is what crosses.

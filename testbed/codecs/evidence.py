@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from testbed.codecs import CodecError
@@ -259,6 +259,8 @@ class Kept:
 
     layers: tuple[Tensor | None, ...]
     context_tokens: int
+    #: Of each layer the keys' channels that are sent, bool [kv_heads, head_dim], where a quantizer chose some; the others are 0.
+    channels: tuple[Tensor, ...] = ()
 
     @classmethod
     def everything(cls, cache: KVCache) -> Kept:
@@ -286,7 +288,7 @@ class Kept:
         ) / len(pruned)
 
     def apply(self, cache: KVCache) -> KVCache:
-        """The cache of the kept tokens, with their original positions and the original length."""
+        """The cache of the kept tokens, with their original positions and the original length; other channels of keys are 0."""
         from testbed.models.kvcache import KVCache
 
         if len(self.layers) != len(cache.layers):
@@ -294,9 +296,13 @@ class Kept:
                 f"tokens were chosen for {len(self.layers)} layers, the cache has {len(cache.layers)}"
             )
         pairs = zip(cache.layers, self.layers, strict=True)
-        return KVCache(
-            [layer if index is None else layer.select(index) for layer, index in pairs], cache.length
-        )
+        layers = [layer if index is None else layer.select(index) for layer, index in pairs]
+        if self.channels:
+            layers = [
+                replace(layer, keys=layer.keys.masked_fill(~sent[:, None], 0))
+                for layer, sent in zip(layers, self.channels, strict=True)
+            ]
+        return KVCache(layers, cache.length)
 
     def digest(self) -> str:
         """Sixteen hex digits, equal for equal choices on any machine."""

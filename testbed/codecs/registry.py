@@ -50,6 +50,7 @@ QUANTIZERS = {
     "cachegen": "testbed.codecs.quantize.cachegen:CacheGen",
     "mixed": "testbed.codecs.quantize.mixed:Mixed",
     "planes": "testbed.codecs.quantize.planes:Planes",
+    "think": "testbed.codecs.quantize.think:ThinK",
     "lossless": "testbed.codecs.quantize.lossless:Lossless",
 }
 CODERS = {

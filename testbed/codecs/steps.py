@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from testbed.codecs import CodecError
+from testbed.codecs.evidence import Needs
 from testbed.codecs.method import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from testbed.codecs.evidence import Evidence
     from testbed.models.kvcache import KVCache
 
 
@@ -129,6 +131,18 @@ class Quantizer(Method):
     @property
     def own_coder(self) -> Coder | None:
         """An entropy coder that it brings with it where the codec names none."""
+        return None
+
+    def needs(self) -> Needs:
+        """What `channels` looks at."""
+        return Needs()
+
+    def channels(self, evidence: Evidence, layer: int, together: bool) -> Tensor | None:
+        """Which channels of a layer's keys are worth sending, bool [kv_heads, head_dim]; None: it does not choose.
+
+        together: heads share their choice. Those that are not chosen reach `encode` as zeros. Raises CodecError where the
+        evidence lacks what that needs.
+        """
         return None
 
     def uniform(self, part: Part) -> Grid | None:

@@ -159,11 +159,11 @@ class AdaptiveFeed(Feed):
             pass_s, each_s = experience.passes.line()
             return Rung(size, each_s * tokens, pass_s=pass_s)
         codec = self._context.codecs[level]
-        needed = part.stop if codec.selector is None else self._length
+        needed = self._length if codec.selects else part.stop
         ready = max(0, needed - there) * self._outlook.prefill_s
         if self._within(codec):
             ready += experience.encode_s.get(level, 0.0) * tokens
-            if codec.selector is not None and level not in self._selected:
+            if codec.selects and level not in self._selected:
                 ready += experience.select_s.get(level, 0.0)
                 ready += 0.0 if codec.needs in self._gathered else experience.gather_s
         return Rung(

@@ -271,7 +271,7 @@ class Feed(Source):
             ids = to_bytes(self._context.ids[part.start : part.stop], self._context.vocabulary)
             return Chunk(part, level, ids, zlib.crc32(ids))
         codec = self._context.codecs[text]
-        if not self._wait(part.stop if codec.selector is None else self._length):
+        if not self._wait(self._length if codec.selects else part.stop):
             return None
         (payload,) = self._encode(index, part, text, codec)
         return Chunk(part, level, payload)
@@ -323,7 +323,7 @@ class Feed(Source):
     def _select(self, index: int, level: str, codec: Codec) -> Kept | None:
         """What a codec keeps of the whole, which is decided once a request."""
         made = self._made
-        if codec.selector is None:
+        if not codec.selects:
             return None
         evidence = self._gather(index, codec)
         if level not in made.kept:

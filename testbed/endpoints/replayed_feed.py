@@ -23,7 +23,7 @@ _NEEDS = Needs()
 class _Known:
     """Of a codec, what decides when its parts can be made."""
 
-    selector: object | None
+    selects: bool
     asks: bool
     undoes_rope: bool = False
     needs: Needs = _NEEDS
@@ -55,7 +55,7 @@ class ReplayedFeed(Feed):
                 for part, (piece, seconds) in zip(parts, times, strict=True)
             },
         )
-        codec: Any = _Known(object() if about.whole else None, about.asks)
+        codec: Any = _Known(about.whole, about.asks)
         context = Context(
             ids=[0] * about.tokens,
             begin=0,

@@ -51,7 +51,7 @@ def written_parts(
         level=level,
         prefill=() if trial.placement == "store" else tuple(made.steps),
         encode_s=tuple(seconds for _, seconds in sent),
-        whole=codec.selector is not None,
+        whole=codec.selects,
         asks=codec.asks,
     )
     return structs.replace(ware, parts=parts, select_s=made.kept[level][1] if level in made.kept else 0.0)

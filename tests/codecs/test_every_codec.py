@@ -59,6 +59,7 @@ VARIANTS = (
     "cachegen(level=1, anchor=10)",
     "cachegen(level=4)",
     "lossless(coder=ans)",
+    "think(keep=0.3, of=int4)",
 )
 EVERY = [*itertools.product((*CODECS, *VARIANTS), (*CACHES, "uneven", "uneven, in bf16"))]
 
@@ -116,6 +117,8 @@ BITS = {
     "mixed(protect=none)": 4 + 32 / 32,
     "mixed(protect=0-15)": (8 + 16 / 128 + 4 + 32 / 32) / 2,
     "planes": 8 + 32 / 32,
+    "think": (16 * 77 / 128 + 1 / 4096 + 16) / 2,  # a bit a channel of keys to say which are sent
+    "think(keep=0.5, of=int4)": (5 / 2 + 1 / 4096 + 5) / 2,
     # of 32 layers, 10 of keys and 2 of values have 32 bins and 5 bits; a scale for each token over all heads
     "cachegen": 4 + 12 / 64 + 16 / 1024,
 }
