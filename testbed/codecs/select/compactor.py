@@ -25,7 +25,7 @@ class Compactor(Selector):
         a[h, t] = mean of 3 neighbours u of ‖V[h, u]‖₂ · sum over the stretch's queries of softmax over the stretch of s·Q·K
         score[h, t] = z(a)[h, t] + blend · z(leverage)[h, t]                                    [kv_heads, tokens]
     with z(x) = (x - mean) / deviation over all of a layer's heads and tokens, leverage as the selector of that name has it, and
-    query heads of a KV head averaged. s is the model's softmax scaling.
+    query heads of a KV head averaged. s is the model's softmax scaling, which kvpress's form of it leaves out.
     """
 
     name: ClassVar[str] = "compactor"
