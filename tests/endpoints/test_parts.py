@@ -43,7 +43,9 @@ def test_streamed_and_stored_a_lossless_cache_gives_the_answers_that_it_gives_wh
             assert pair.outcome(streamed, example).tokens_kept == kept
 
 
-@pytest.mark.parametrize("codec", ["int8", "q2c@0.25+int4", "window@0.5", "random@0.5+int8+zstd"])
+@pytest.mark.parametrize(
+    "codec", ["int8", "q2c@0.25+int4", "window@0.5", "random@0.5+int8+zstd", "kvzip@0.5", "think(keep=0.5)"]
+)
 @pytest.mark.parametrize("placement", ["split", "store"])
 @pytest.mark.parametrize("delivery, count", [("stream(chunk=64)", 5), ("stream(by=layers, chunk=2)", 2)])
 def test_every_part_is_encoded_by_itself_and_all_that_is_kept_is_there(
@@ -59,8 +61,8 @@ def test_every_part_is_encoded_by_itself_and_all_that_is_kept_is_there(
     )
     again = pair.ask(codec, placement=placement, delivery=delivery)
     assert pair.outcome(again).payload_digest == parts.payload_digest and alike(again, streamed)
-    asks = codec.startswith("q2c")
-    stages = {"split": {"prefill", "encode"} | ({"select"} if "@" in codec else set())}
+    asks = codec.startswith(("q2c", "think"))
+    stages = {"split": {"prefill", "encode"} | ({"select"} if "@" in codec or "think" in codec else set())}
     stages["store"] = {"select", "encode"} if asks else set()
     assert set(again.reused) == stages[placement]
     assert (again.store_prefill_s > 0) == (placement == "store")
