@@ -45,7 +45,9 @@ def line(
         row["busy_decode_s"] + row["busy_first_token_s"] + row["busy_generate_s"] - row["delay_down_s"]
         for row in counted
     )
-    limits = {"link": link, "server": 1 / served_s} if counted[0]["serving"].startswith("fifo") else {"link": link}
+    limits = (
+        {"link": link, "server": 1 / served_s} if counted[0]["serving"].startswith("fifo") else {"link": link}
+    )
     by = min(limits, key=lambda name: limits[name])
     first = [row["ttft_s"] for row in counted]
     return {
