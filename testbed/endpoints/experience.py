@@ -53,25 +53,32 @@ class Experience:
         return self.margins.setdefault((delivery, link), Margin())
 
     def rest_s(self, delay_s: float) -> float:
-        """From when the last chunk is rebuilt to the first token at the edge, a way of so long included."""
+        """From when all chunks are rebuilt to the first token at the edge, a way of so long included."""
         return self.asked_s + delay_s if self.told_rest_s is None else self.told_rest_s
 
     def learn(self, parts: Sequence[Part], levels: Sequence[str], spans: Sequence[Span]) -> None:
-        """What a request's spans tell of chunks that went at these levels."""
-        rebuilt_at: dict[int, float] = {}
+        """What a request's spans tell of chunks that went at these levels. A chunk waits for what the cloud does with it; what is
+        joined at the end waits for nothing, and is called by the last chunk's number, which may never have come.
+        """
+        waited_for = set[int]()
+        joined_at: float | None = None
         for span in spans:
             if span.chunk >= len(levels):
                 continue
-            part, level = parts[span.chunk], levels[span.chunk]
-            seconds = span.end - span.start
+            tokens = parts[span.chunk].stop - parts[span.chunk].start
+            level, seconds = levels[span.chunk], span.end - span.start
             if span.side == EDGE and span.stage == "encode":
-                self.encode_s[level] = seconds / (part.stop - part.start)
-            elif span.side == CLOUD and span.stage in ("decode", "prefill") and span.chunk not in rebuilt_at:
-                rebuilt_at[span.chunk] = span.end
-                if span.stage == "prefill":
+                self.encode_s[level] = seconds / tokens
+            elif span.side == CLOUD and span.stage == "queue":
+                waited_for.add(span.chunk)
+            elif span.side == CLOUD and span.stage in ("decode", "prefill"):
+                if span.chunk not in waited_for:
+                    joined_at = span.start
+                elif span.stage == "prefill":
                     self.passes.told.append((span.bytes, seconds))
                 else:
-                    self.decode_s[level] = seconds / (part.stop - part.start)
+                    self.decode_s[level] = seconds / tokens
+                waited_for.discard(span.chunk)
         first_tokens = [span.end for span in spans if span.stage == "first_token"]
-        if first_tokens and rebuilt_at:
-            self.told_rest_s = max(0.0, first_tokens[-1] - max(rebuilt_at.values()))
+        if first_tokens and joined_at is not None:
+            self.told_rest_s = max(0.0, first_tokens[-1] - joined_at)

@@ -9,13 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from testbed.delivery.delivery import Part
 from testbed.delivery.policies.margin import Margin
 from testbed.delivery.policies.policy import Rung, Situation
 from testbed.delivery.policies.prediction import Link, best_level
 from testbed.endpoints.arrivals import Arrived
 from testbed.endpoints.assembly import Parts
 from testbed.endpoints.choosing import let_out
-from testbed.endpoints.experience import Passes
+from testbed.endpoints.experience import Experience, Passes
+from testbed.endpoints.spans import CLOUD, EDGE, LINK, Span
 from testbed.transport import wire
 
 
@@ -83,3 +85,25 @@ def test_of_what_waits_only_texts_that_follow_on_each_other_are_taken_together()
     while waiting:
         taken.append([each.chunk.index for each in parts.next(waiting)])
     assert taken == [[0, 1], [2], [3], [4], [5]]
+
+
+@pytest.mark.parametrize("last_came", [True, False])
+def test_joining_what_came_is_not_taken_for_the_decoding_of_a_last_part_that_never_did(
+    last_came: bool,
+) -> None:
+    parts, levels = [Part("tokens", 0, 100), Part("tokens", 100, 150)], ["int8", "int4"]
+    spans = [
+        Span("encode", 0.0, 0.2, 0, EDGE),
+        Span("transmit", 0.2, 0.5, 0, LINK),
+        Span("queue", 0.5, 0.5, 0, CLOUD),
+        Span("decode", 0.5, 0.7, 0, CLOUD),
+    ]
+    if last_came:
+        spans += [Span("queue", 1.0, 1.1, 1, CLOUD), Span("decode", 1.1, 1.2, 1, CLOUD)]
+    spans += [Span("decode", 2.0, 2.4, 1, CLOUD), Span("first_token", 2.4, 2.5, 1, CLOUD)]
+    experience = Experience(Passes((100, 1.0)))
+    experience.learn(parts, levels, spans)
+    assert experience.encode_s == {"int8": pytest.approx(0.002)}
+    assert experience.decode_s.get("int8") == pytest.approx(0.002)
+    assert experience.decode_s.get("int4") == (pytest.approx(0.002) if last_came else None)
+    assert experience.rest_s(9.0) == pytest.approx(0.5)  # from when all that came was there
