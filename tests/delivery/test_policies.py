@@ -79,6 +79,37 @@ def test_what_is_chosen_first_will_tell_the_links_rate(policy: Policy) -> None:
     assert policy.choose(situation(levels=(TEXT, SKIP), chunks=((Rung(512), Rung(0)),), arrivals=())) == 0
 
 
+@pytest.mark.parametrize("policy", [Throughput(), EWMA(), MPC()])
+@pytest.mark.parametrize(
+    ("deadline", "sent_s", "level"),
+    [
+        (
+            9.0,
+            0.9,
+            "int4",
+        ),  # half a megabyte is on its way for a tenth of a second: it may well be there soon
+        (9.0, 0.0, "int4"),  # for a second: at half a megabyte a second, two more are there in time
+        (2.5, 0.0, TEXT),  # they are not, so the rate need not be known
+        (1.6, 0.0, SKIP),  # nor is a text
+        (None, 0.9, "int4"),  # which may be sooner than a text
+        (None, 0.0, TEXT),  # and now cannot be
+    ],
+)
+def test_without_a_rate_what_is_on_its_way_for_long_says_that_it_is_too_low(
+    policy: Policy, deadline: float | None, sent_s: float, level: str
+) -> None:
+    texts = (CHUNK[1], Rung(512, cloud_s=0.5), Rung(0))
+    under_way = (Sent(500_000, sent_s),)
+    here = situation(
+        levels=("int4", TEXT, SKIP),
+        chunks=(texts,) * 2,
+        arrivals=(),
+        under_way=under_way,
+        deadline_s=deadline,
+    )
+    assert here.levels[policy.choose(here)] == level
+
+
 @pytest.mark.parametrize(
     ("deadline", "level"),
     [(3.0, 0), (2.9, 1), (2.0, 1), (1.99, 3), (1.0, 3)],  # two chunks at a megabyte a second, from 1 s on
@@ -278,9 +309,10 @@ def test_a_long_context_is_planned_in_time_to_be_of_use() -> None:
     assert 0 <= Oracle().choose(first) < 5
 
 
+@pytest.mark.parametrize("deadline", [0.2, 5.0, None])
 @pytest.mark.parametrize(("policy", "chunks"), [(Oracle(), 32), (Oracle(), 256), (MPC(20), 32)])
 def test_planning_among_the_most_levels_stays_a_small_part_of_a_request(
-    policy: Policy, chunks: int, monkeypatch: pytest.MonkeyPatch
+    policy: Policy, chunks: int, deadline: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     followed = 0
     finish = Link.finish
@@ -288,7 +320,6 @@ def test_planning_among_the_most_levels_stays_a_small_part_of_a_request(
     def counted(link: Link, begin_s: float, size: float) -> float:
         nonlocal followed
         followed += 1
-        assert followed < 5_000_000, "still planning"
         return finish(link, begin_s, size)
 
     monkeypatch.setattr(Link, "finish", counted)
@@ -297,6 +328,8 @@ def test_planning_among_the_most_levels_stays_a_small_part_of_a_request(
     rungs = (*(Rung(size, 0.002) for size in caches), Rung(64, 0.03, pass_s=0.1), Rung(0))
     steps = [(0.1 * i, 1e6 * (2 + 3 * (i % 7))) for i in range(600)]
     arrivals = (Arrival(100_000, 0.0, 0.05),)
-    request = Situation(0.1, 5.0, levels, (rungs,) * chunks, arrivals, delay_s=0.01, rate=steps)
+    request = Situation(
+        0.1, deadline, levels, (rungs,) * chunks, arrivals, delay_s=0.01, margin_s=0.05, rate=steps
+    )
     assert 0 <= policy.choose(request) < len(levels)
-    assert followed < 500_000
+    assert followed <= 20_000  # as docs/pipeline.md says

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from testbed.delivery.policies.policy import Policy, Situation
-from testbed.delivery.policies.prediction import Link, best_level, observed_rates, telling_levels
+from testbed.delivery.policies.prediction import Link, best_level, observed_rates, telling_levels, until_told
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class EWMA(Policy):
     """The best level at which all that remains would meet the deadline, at `safety` times the rates' moving average.
 
     e = alpha · rate + (1 - alpha) · e over the chunks that arrived, beginning with the first one's rate. Until there is one,
-    the smallest level that will tell it.
+    the smallest level that will tell it (`prediction.until_told`).
     """
 
     name: ClassVar[str] = "ewma"
@@ -32,7 +32,7 @@ class EWMA(Policy):
     def choose(self, situation: Situation) -> int:
         rates = observed_rates(situation)
         if not rates:
-            return telling_levels(situation)[-1]
+            return until_told(situation, telling_levels(situation)[-1])
         average = rates[0]
         for rate in rates[1:]:
             average = self.alpha * rate + (1 - self.alpha) * average

@@ -7,7 +7,7 @@ from statistics import harmonic_mean
 from typing import ClassVar
 
 from testbed.delivery.policies.policy import Policy, Situation
-from testbed.delivery.policies.prediction import Link, best_level, observed_rates, telling_levels
+from testbed.delivery.policies.prediction import Link, best_level, observed_rates, telling_levels, until_told
 
 _LAST = 5  # rates of which the mean is taken, and errors that are remembered
 
@@ -18,7 +18,7 @@ class MPC(Policy):
 
     The rate is the harmonic mean of the last five chunks', divided by 1 + the greatest of the last five relative errors
     |mean - rate| / rate that this mean made. `prediction.best_level` compares all plans; the first step of the best is taken.
-    Until there is a rate, the smallest level that will tell it.
+    Until there is a rate, the smallest level that will tell it (`prediction.until_told`).
     """
 
     name: ClassVar[str] = "mpc"
@@ -34,7 +34,7 @@ class MPC(Policy):
     def choose(self, situation: Situation) -> int:
         rates = observed_rates(situation)
         if not rates:
-            return telling_levels(situation)[-1]
+            return until_told(situation, telling_levels(situation)[-1])
         return best_level(situation, Link([(0.0, cautious(rates))]), self.horizon)
 
 

@@ -16,14 +16,15 @@ from math import inf
 from typing import NamedTuple
 
 from testbed.delivery.delivery import SKIP, TEXT
-from testbed.delivery.policies.policy import Situation
+from testbed.delivery.policies.policy import Rung, Situation
 
 #: What fits into TCP's first window (RFC 6928) says how long the way is, and nothing of its rate.
 LEAST_BYTES = 14_600
 #: Seconds: what rounding may make of a time.
 _ROUNDING_S = 1e-9
-#: Chunks that are followed at once, all states and levels together: a tenth of a second's work or two on one core.
-_MOST_FOLLOWED = 100_000
+#: Chunks that are followed from one moment on, all states and levels together: 10 to 25 ms of a core's work. As many are followed
+#: again where no plan meets the deadline. It is enough for 16 chunks at five levels.
+_MOST_FOLLOWED = 10_000
 
 
 class Link:
@@ -71,6 +72,24 @@ def telling_levels(situation: Situation) -> list[int]:
     return [level for _, level in sorted(telling)] or [0]
 
 
+def until_told(situation: Situation, level: int) -> int:
+    """*level*, which will tell the link's rate. What is under way, and has not all arrived, says how great that can be by now.
+    Where the level is too late for the deadline even so (or, without one, later than another), a smaller one that is not.
+    """
+    size = sum(sent.bytes for sent in situation.under_way)
+    begun = min((sent.sent_s for sent in situation.under_way), default=inf)
+    seconds = situation.now_s - begun - 2 * situation.delay_s  # that it arrived is known a way back later
+    if size < LEAST_BYTES or seconds <= 0:
+        return level
+    link = Link([(0.0, size * 8 / seconds)])
+    if situation.deadline_s is not None:
+        limit = situation.deadline_s - situation.rest_s + _ROUNDING_S
+        if _ends(0, present(situation, link), link, situation, {level: 0}, limit):
+            return level
+    other, rungs = best_level(situation, link, 0), situation.chunks[0]
+    return other if rungs[other].bytes < rungs[level].bytes else level
+
+
 class State(NamedTuple):
     """After some chunks: what their levels lose, when the cloud has done and the link sent them, and the first one's level.
     joins: a text behind them is computed in one pass with the last one.
@@ -108,9 +127,10 @@ def best_level(situation: Situation, link: Link, ahead: int) -> int:
     start = present(situation, link)
     if situation.deadline_s is not None:
         limit = situation.deadline_s - situation.rest_s + _ROUNDING_S
-        if met := _ends(ahead, start, link, situation, losses, limit - situation.margin_s):
-            return min(met).first
-        if situation.margin_s and (met := _ends(ahead, start, link, situation, losses, limit)):
+        met = _ends(ahead, start, link, situation, losses, limit)
+        if kept := [state for state in met if state.cloud_s <= limit - situation.margin_s]:
+            return min(kept).first
+        if met:
             return min(met, key=_earliest).first
     whole = {i: loss for i, loss in losses.items() if situation.levels[i] != SKIP} or losses
     return min(_ends(ahead, start, link, situation, whole, inf), key=_earliest).first
@@ -126,26 +146,40 @@ def _ends(
 ) -> list[State]:
     """Where one can be after all chunks, the next *ahead* each at one of the levels and those behind them at one, with the cloud
     done by *limit_s*; without what is in no way better than another: to begin later, at the link or the cloud, is never to end
-    earlier. losses: a chunk's, by level."""
-    states, delay_s, behind, done = [start], situation.delay_s, situation.chunks, 0
-    while behind:
-        alone = done < ahead and len(states) * len(losses) * len(behind) <= _MOST_FOLLOWED
-        item, behind = (behind[:1], behind[1:]) if alone else (behind, ())
-        done += 1
-        reached = []
-        for state in states:
-            for level, lost in losses.items():
-                loss, cloud, sent, first, joins = state
-                for chunk in item:
-                    size, cloud_s, ready_s, pass_s = chunk[level]
-                    sent = link.finish(max(sent, ready_s), size)
-                    cloud = max(cloud, sent + delay_s) + cloud_s + (0.0 if joins else pass_s)
-                    joins = pass_s > 0 and situation.levels[level] == TEXT
-                if cloud <= limit_s:
-                    first = level if first < 0 else first
-                    reached.append(State(loss + lost * len(item), cloud, sent, first, joins))
-        states = _undominated(reached)
-    return states
+    earlier. losses: a chunk's, by level. No more than `_MOST_FOLLOWED` are followed: a chunk has a level of its own only where
+    that leaves enough for all behind it."""
+    states, behind, left = [start], situation.chunks, _MOST_FOLLOWED
+    while ahead and len(behind) > 1 and (step := len(states) * len(losses)) * (1 + len(behind)) <= left:
+        reached = _followed(states, behind[:1], link, situation, losses, limit_s)
+        left -= step
+        if len(reached) * len(losses) * (len(behind) - 1) > left:
+            break
+        states, behind, ahead = reached, behind[1:], ahead - 1
+    return _followed(states, behind, link, situation, losses, limit_s)
+
+
+def _followed(
+    states: Sequence[State],
+    chunks: Sequence[tuple[Rung, ...]],
+    link: Link,
+    situation: Situation,
+    losses: Mapping[int, int],
+    limit_s: float,
+) -> list[State]:
+    """Where one can be from these states behind chunks of one level, whichever."""
+    reached = []
+    for state in states:
+        for level, lost in losses.items():
+            loss, cloud, sent, first, joins = state
+            for chunk in chunks:
+                size, cloud_s, ready_s, pass_s = chunk[level]
+                sent = link.finish(max(sent, ready_s), size)
+                cloud = max(cloud, sent + situation.delay_s) + cloud_s + (0.0 if joins else pass_s)
+                joins = pass_s > 0 and situation.levels[level] == TEXT
+            if cloud <= limit_s:
+                first = level if first < 0 else first
+                reached.append(State(loss + lost * len(chunks), cloud, sent, first, joins))
+    return _undominated(reached)
 
 
 def _undominated(states: list[State]) -> list[State]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from testbed.delivery.policies.policy import Policy, Situation
-from testbed.delivery.policies.prediction import Link, best_level, observed_rates, telling_levels
+from testbed.delivery.policies.prediction import Link, best_level, observed_rates, telling_levels, until_told
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Throughput(Policy):
     """The best level at which all that remains would still meet the deadline, at the rate of the last chunk that arrived.
 
     `prediction.best_level` with one level for all remaining chunks. Until a rate is known, the middle one of the levels that
-    will tell it, as there.
+    will tell it (`prediction.until_told`).
     """
 
     name: ClassVar[str] = "throughput"
@@ -24,5 +24,5 @@ class Throughput(Policy):
         rates = observed_rates(situation)
         if not rates:
             telling = telling_levels(situation)
-            return telling[(len(telling) - 1) // 2]
+            return until_told(situation, telling[(len(telling) - 1) // 2])
         return best_level(situation, Link([(0.0, rates[-1])]), 0)
