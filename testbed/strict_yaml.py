@@ -74,7 +74,9 @@ def parse(data: bytes | str, where: str) -> Any:
         return yaml.load(data, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise SpecError(f"{where}{line}: {error.problem}") from None
+        split = error.context == "while parsing a flow sequence"
+        remedy = "; in brackets, quote what has brackets or commas of its own" if split else ""
+        raise SpecError(f"{where}{line}: {error.problem}{remedy}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else "nested too deeply"
         raise SpecError(f"{where}: not YAML: {reason}") from None

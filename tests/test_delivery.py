@@ -176,10 +176,13 @@ def test_a_delivery_with_a_list_is_written_in_a_file_in_quotes(tmp_path: Path) -
     ("written", "says"),
     [
         ("delivery: [whole, reversed(by=2, what=bytes)]", r'delivery\[1\].*quote it, as \["stream\(by=layers, chunk=8\)"\]'),
-        ("delivery: [laddered(levels=[int8])]", r"ladder.yaml:3: "),
+        ("delivery: [laddered(levels=[int8])]", r"ladder.yaml:3: .*in brackets, quote what has brackets or commas of its own"),
+        ("transport: [tcp, tcp(congestion=bbr, connection=reuse)]", r'transport\[1\].*quote it, as \["datagram\(.*\)"\]'),
     ],
 )  # fmt: skip
-def test_a_delivery_that_yaml_has_split_is_told(tmp_path: Path, written: str, says: str) -> None:
+def test_a_delivery_or_a_transport_that_yaml_has_split_is_told(
+    tmp_path: Path, written: str, says: str
+) -> None:
     path = tmp_path / "ladder.yaml"
     path.write_text(f"profiles: [lte]\ntasks: [needle]\n{written}\n")
     with pytest.raises(SpecError, match=says):

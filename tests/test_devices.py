@@ -118,6 +118,7 @@ def test_the_bytes_that_are_expected_are_those_of_the_true_shape() -> None:
         ({"codecs": ["int4+lz4"]}, "what coder lz4 makes"),
         ({"codecs": ["int4+ans"]}, "what coder ans makes"),
         ({"codecs": ["cachegen"]}, "what coder ans makes"),
+        ({"delivery": ["adaptive(levels=[int8, cachegen])"]}, r"t.yaml: delivery: 'cachegen': what coder ans makes"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_line_with_its_place(changes: dict[str, Any], complaint: str) -> None:

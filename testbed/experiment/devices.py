@@ -84,10 +84,12 @@ def _check_shape(scenario: Scenario, devices: dict[str, Device], place: str) -> 
             f"{place}: compute.{missing[0]}: model {shapes[missing[0]]} computes nothing, so each side needs a device's times: "
             "compute: {edge: device:NAME, cloud: device:NAME} (`testbed devices` lists them)"
         )
-    for model, codec in itertools.product(shapes.values(), scenario.codecs):
+    codecs = [("codecs", codec) for codec in scenario.codecs]
+    codecs += [("delivery", codec) for delivery in scenario.delivery for codec in delivery.codecs]
+    for model, (key, codec) in itertools.product(shapes.values(), codecs):
         if why := needs_values(codec):
             raise SpecError(
-                f"{place}: codecs: {str(codec)!r}: {why}, and those of model {model} only stand in"
+                f"{place}: {key}: {str(codec)!r}: {why}, and those of model {model} only stand in"
             )
 
 

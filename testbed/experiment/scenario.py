@@ -94,7 +94,7 @@ def _serving(value: Any) -> Serving:
 
 
 def _transport(value: Any) -> Transport:
-    return parse_transport(str(value))
+    return parse_transport(_unsplit(str(value), "transport", "datagram(fec=0.05, connections=4)"))
 
 
 def _seconds(value: Any) -> float:
