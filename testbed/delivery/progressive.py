@@ -13,7 +13,9 @@ MOST_PLANES = 8  #: that a codec has
 
 @dataclass(frozen=True)
 class Progressive(Pipelined):
-    """What a codec's bit planes are read with, then the planes, the most significant first: a chunk each."""
+    """What a codec's bit planes are read with, then the planes, the most significant first: a chunk each. Where a link may lose
+    some, the answer is given from those before the first that is lost.
+    """
 
     name: ClassVar[str] = "progressive"
     source: ClassVar[str] = (
@@ -24,10 +26,6 @@ class Progressive(Pipelined):
 
     def __post_init__(self) -> None:
         self.require("planes", f"from 1 to {MOST_PLANES}", 1 <= self.planes <= MOST_PLANES)
-
-    @property
-    def needs_every_part(self) -> bool:
-        return True
 
     def parts(self, tokens: int, layers: int) -> list[Part]:
         return [Part("tokens", 0, tokens)]

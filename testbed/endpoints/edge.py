@@ -259,6 +259,8 @@ class Edge(InferenceSide):
         deadline_s = delivery.deadline if isinstance(delivery, Adaptive) else None
         if isinstance(feed, AdaptiveFeed):
             feed.learn(spans, first_token_s)
+        if isinstance(feed, PlaneFeed):
+            feed.answered(answered.answer.planes)
         return structs.replace(
             result,
             deadline_s=deadline_s,

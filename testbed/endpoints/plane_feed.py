@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class PlaneFeed(Feed):
-    """One request's. `payload_bytes` is what the answer is given from; a plane's priority is its number, that of the base 0."""
+    """One request's. Of all chunks what planes are read with is needed most, then the planes that the answer is given from."""
 
     verified = True
 
     def __init__(self, context: Context, delivery: Progressive, levels: tuple[str, ...]) -> None:
         super().__init__(context, delivery, levels)
-        self._planes = delivery.planes
+        self._planes, self._lengths = delivery.planes, list[int]()
 
     def __iter__(self) -> Iterator[Chunk]:
         (part,), (level,) = self.parts, self.levels
@@ -33,8 +33,13 @@ class PlaneFeed(Feed):
             if self.stopped:
                 return
             self.sent.append(level)
-            self.payload_bytes += len(piece) if number <= self._planes else 0
-            yield Chunk(Part("planes", number, number + 1, number), 0, piece)
+            self._lengths.append(len(piece))
+            priority = (number > 0) + (number > self._planes)
+            yield Chunk(Part("planes", number, number + 1, priority), 0, piece)
 
     def _pieces(self, codec: Codec, cache: KVCache) -> list[Bytes]:
         return [*codec.chunks(cache)]
+
+    def answered(self, planes: int) -> None:
+        """The answer was given from so many planes: `payload_bytes` is what they came to."""
+        self.payload_bytes = sum(self._lengths[: planes + 1])

@@ -36,7 +36,7 @@ class DatagramStream(QuicStream):
         self._loss, self._rounds = loss, rounds
         self._sent: dict[
             int, list[bytes]
-        ] = {}  #: datagrams by chunk, of the request whose end is not answered
+        ] = {}  #: datagrams by chunk, of the latest request: an answer to some may come before others are asked for
         self._ending: wire.End | None = None
         self._asked = 0  #: times, for what is missing of the request whose chunks are coming
         self._last: Received | None = None  #: its end, when it was asked
@@ -113,8 +113,6 @@ class DatagramStream(QuicStream):
         if isinstance(header, wire.Missing):
             self._send_again(header, deadline)
             return True
-        if isinstance(header, wire.FirstToken):
-            self._sent.clear()
         if isinstance(header, wire.Request):
             self._context, self._asked, self._last = Gathering(header.id), 0, None
         elif isinstance(header, wire.Chunk) and self._context is not None:

@@ -148,6 +148,27 @@ def test_what_is_lost_twice_is_missing(pair: Pair) -> None:
     sending.join()
 
 
+def test_what_is_missing_behind_a_first_token_is_sent_once_more_too(pair: Pair) -> None:
+    client, server = pair
+    again = threading.Event()
+    filtered(client, lambda parcel: HEADER.unpack_from(parcel)[1] != 1 or again.is_set())
+
+    def sends() -> None:
+        send_all(client, [bytes(50_000)] * 3)
+        again.set()
+        assert client.receive(0, Deadline(10.0)) is not None  # of the first chunk
+        assert client.receive(0, Deadline(10.0)) is not None
+
+    sending = beside(sends)
+    begun = server.receive_request(Deadline(10.0), 10.0)
+    assert begun is not None
+    server.send(wire.FirstToken(7, 1, time.monotonic()))
+    *chunks, end = server.receive_context(begun[0], 1 << 22, begun[1])
+    assert len(chunks) == 3 and isinstance(end.header, wire.End)
+    server.send(wire.Failure(7, "heard"))
+    sending.join()
+
+
 @given(st.integers(0, 400_000), st.data())
 def test_of_each_block_as_much_is_sent_again_as_it_lacks(length: int, data: st.DataObject) -> None:
     frame = random.Random(length).randbytes(length)

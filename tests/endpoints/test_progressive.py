@@ -21,11 +21,11 @@ from testbed.codecs.codec import Codec
 from testbed.deadline import Deadline
 from testbed.endpoints.arrivals import Arrived
 from testbed.endpoints.assembly import Planes
-from testbed.endpoints.protocol import Examine, Outcome
+from testbed.endpoints.protocol import Examine, Outcome, Serve, TrialResult
 from testbed.errors import EndpointError, PayloadError, SpecError, WireError
 from testbed.experiment.plan import make_plan
 from testbed.models.loading import load_model
-from testbed.transport import wire
+from testbed.transport import protection, wire
 from testbed.transport.tcp import Tcp
 from testbed.transport.transport import Received, Stream
 from tests.endpoints.pair import Pair, in_this_process
@@ -301,6 +301,42 @@ def test_any_stream_of_chunks_gives_planes_or_a_typed_error(
         assert 1 <= rebuilt.planes <= min(4, len(planes.arrived) - 1) and bool(rebuilt.missing) == (
             rebuilt.planes < 4
         )
+
+
+def test_planes_that_are_lost_leave_a_coarser_answer_or_one_that_is_not_verified(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = {"transport": "datagram", "port": pair.cloud.call(Serve(1 << 22, transport="datagram"), 10)}
+    protected, lose, priorities = protection.protect, set[int](), dict[int, int]()
+
+    def some(id: int, chunk: int, frame: bytes, loss: float, priority: int) -> list[bytes]:
+        priorities[chunk] = priority
+        return [] if chunk in lose else protected(id, chunk, frame, loss, priority)
+
+    monkeypatch.setattr(protection, "protect", some)
+
+    def ask(planes: int, *lost: int) -> TrialResult:
+        lose.clear()
+        lose.update(lost)
+        return pair.ask("planes", placement="store", delivery=few(planes), link=link, reuse="none")
+
+    over_tcp = pair.ask("planes", placement="store", delivery=few(3), reuse="none")
+    whole = ask(3)
+    assert (whole.answer, whole.verified_answer) == (over_tcp.answer, over_tcp.verified_answer)
+    assert list(priorities.values()) == [0, 1, 1, 1, 2, 2, 2, 2, 2]
+    unverified = ask(3, 5)
+    assert (unverified.answer, unverified.planes, unverified.changed) == (whole.answer, 3, None)
+    assert "plane 5 of 8 is missing" in unverified.unverified
+    coarser = ask(3, 3)
+    assert (coarser.answer, coarser.planes) == (ask(2).answer, 2)
+    assert coarser.payload_bytes < whole.payload_bytes == unverified.payload_bytes
+    assert "plane 3 of 8 is missing" in coarser.unverified
+    for lost, says in (
+        (0, "without the chunk that its others are read with"),
+        (1, "plane 1 of 8 is missing"),
+    ):
+        with pytest.raises(EndpointError, match=says):
+            ask(3, lost)
 
 
 def test_other_codecs_are_refused_by_name_before_anything_runs() -> None:
