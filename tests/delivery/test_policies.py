@@ -72,6 +72,16 @@ def test_rates_are_those_while_the_link_sent_a_chunk_and_no_earlier_one() -> Non
 
 
 @pytest.mark.parametrize("policy", [Throughput(), EWMA(), MPC()])
+def test_parts_that_are_each_too_small_to_tell_a_rate_tell_it_together(policy: Policy) -> None:
+    small = (Rung(13_000), Rung(6_500), Rung(0))
+    request = Request(("int8", "int4", SKIP), (small,) * 24, 2.0, delay_s=0.02)
+    link = [(0.0, 1e6)]  # which takes 2.5 s for all of the better level, 1.3 s for the other
+    assert play(policy, request, link).met and not play(Fixed(0), request, link).met
+    few = (Arrival(13_000, 0.0, 0.124), Arrival(700, 0.1, 0.2), Arrival(13_000, 0.124, 0.248))
+    assert observed_rates(situation(arrivals=few, delay_s=0.02)) == pytest.approx([26_000 * 8 / 0.152])
+
+
+@pytest.mark.parametrize("policy", [Throughput(), EWMA(), MPC()])
 def test_what_is_chosen_first_will_tell_the_links_rate(policy: Policy) -> None:
     rungs = (Rung(3_000_000), Rung(1_500_000), Rung(512), Rung(400_000), Rung(0))
     level = policy.choose(situation(levels=("a", "b", TEXT, "c", SKIP), chunks=(rungs,), arrivals=()))

@@ -20,6 +20,7 @@ from testbed.delivery.policies.policy import Rung, Situation
 
 #: What fits into TCP's first window (RFC 6928) says how long the way is, and nothing of its rate.
 LEAST_BYTES = 14_600
+_PACKET_BYTES = 1_448  # and less than one says nothing of it together with others either
 #: Seconds: what rounding may make of a time.
 _ROUNDING_S = 1e-9
 #: Chunks that are followed from one moment on, all states and levels together: 10 to 25 ms of a core's work. As many are followed
@@ -56,14 +57,24 @@ class Link:
 
 
 def observed_rates(situation: Situation) -> list[float]:
-    """Of each chunk that arrived and was large enough to tell: bits per second while the link sent it and no earlier one."""
-    rates, before = [], -inf
+    """Of each chunk that arrived and was large enough to tell: bits per second while the link sent it and no earlier one. Where
+    none was, of as many of the others together as are large enough.
+    """
+    alone, together = list[float](), list[float]()
+    before, small, small_s = -inf, 0, 0.0
     for size, sent_s, arrived_s in situation.arrivals:
         seconds = arrived_s - max(sent_s + situation.delay_s, before)
-        if size >= LEAST_BYTES and 0 < seconds < inf:
-            rates.append(size * 8 / seconds)
         before = max(before, arrived_s)
-    return rates
+        if size < _PACKET_BYTES or not 0 < seconds < inf:
+            continue
+        if size >= LEAST_BYTES:
+            alone.append(size * 8 / seconds)
+            continue
+        small, small_s = small + size, small_s + seconds
+        if small >= LEAST_BYTES:
+            together.append(small * 8 / small_s)
+            small, small_s = 0, 0.0
+    return alone or together
 
 
 def telling_levels(situation: Situation) -> list[int]:
