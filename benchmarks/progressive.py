@@ -20,7 +20,7 @@ from testbed.stats.estimates import share_above
 
 
 def table(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line a number of planes; the last one is of all, sent whole."""
+    """A line a number of planes, the first one of all, sent whole; what is said of verifying is of the answers that were."""
     whole = {row["example"]: row for row in found if row["delivery"] == "whole"}
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in found:
@@ -36,7 +36,7 @@ def table(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "score": fmean(row["score"] for row in own),
             "kl": fmean(row["kl"] for row in own),
         }
-        if delivery != "whole":
+        if own := [row for row in own if row["changed"] is not None]:  # else none was verified
             changed = sum(row["changed"] for row in own)
             share = share_above([float(row["changed"]) for row in own], 0.5)
             same = sum(row["verified_answer"] == whole[row["example"]]["answer"] for row in own)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import progressive
 from benchmarks.scale import cut, makespan
 from benchmarks.sweep_bound import account, must_s
 from testbed.experiment.row import STAGES
@@ -63,3 +64,34 @@ def test_shards_share_all_examples_and_each_pays_for_its_start(count: int) -> No
     small, large = min(count, 20), min(count, 30)
     assert len(shards) == small + large
     assert sum(shards) == pytest.approx(sum(each.sum() for each in times.values()) + 5 * small + 7 * large)
+
+
+def test_answers_that_were_not_verified_are_no_part_of_what_is_said_of_verifying() -> None:
+    whole = {
+        "example": "a",
+        "delivery": "whole",
+        "payload_bytes": 9,
+        "ttft_s": 2.0,
+        "e2e_s": 3.0,
+        "score": 1.0,
+        "kl": 0.0,
+        "answer": "x",
+    }
+    unverified = dict.fromkeys(("changed", "saved_s", "verified_s", "verified_score"))
+    draft = {**whole, **unverified, "delivery": "progressive", "ttft_s": 1.0, "answer": "y", "score": 0.0}
+    checked = {
+        "changed": True,
+        "saved_s": 0.5,
+        "verified_s": 2.5,
+        "verified_score": 1.0,
+        "verified_answer": "x",
+    }
+    lines = progressive.table([{**whole, **unverified}, draft, {**draft, **checked}])
+    assert [line["n"] for line in lines] == [1, 2] and "changed" not in lines[0]
+    assert (lines[1]["changed"], lines[1]["as_whole"], lines[1]["saved_s"], lines[1]["score"]) == (
+        1,
+        1,
+        0.5,
+        0.0,
+    )
+    assert "changed" not in progressive.table([{**whole, **unverified}, draft])[1]
