@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from testbed import stats
-from testbed.analysis import comparisons, paired_latency, settings
+from testbed.analysis import comparisons, layout, paired_latency, settings
 from testbed.analysis.describe import plain
 from testbed.analysis.run import Run, read_apart
 from testbed.errors import UsageError
@@ -161,32 +161,35 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def text(first: Run, second: Run, lines: list[Line]) -> str:
-    """The comparison for the terminal."""
-    out = [f"A {first.path}", f"B {second.path}", *(f"  {d}" for d in differences(first, second)), ""]
-    wide = max(len(line.setting) for line in lines)
-    for panel in dict.fromkeys(line.panel for line in lines):
-        out.append(panel)
-        out.append(
-            f"  {'setting':<{wide}}  {'A':>8}  {'B':>8}  {'B/A latency':>18}  {'p':>6}  {'A':>5}  {'B':>5}  "
-            f"{'B−A score':>21}  {'B−A NLL':>24}  {'n':>4}"
-        )
-        out += [
-            f"  {line.setting:<{wide}}  {line.latency[0].value:>6.3f} s  {line.latency[1].value:>6.3f} s  "
-            f"{line.ratio.text() if line.ratio.n else 'unpaired':>18}  {comparisons.p_text(line.p):>6}  "
-            f"{_score(line.quality[0]):>5}  {_score(line.quality[1]):>5}  "
-            f"{line.score.text(2, '+'):>21}  {line.nll.text(3, '+'):>24}  "
-            f"{line.ratio.n:>4}{_failures(line)}"
-            for line in lines
-            if line.panel == panel
-        ]
-        out.append("")
-    out.append(
+def text(first: Run, second: Run, lines: list[Line], width: int | None = None) -> str:
+    """The comparison for the terminal, in lines of `width` characters at most."""
+    note = (
         "latency: medians, and the median of the examples' ratios (to the first token where answers differ in length); "
         "brackets: 95 % intervals; "
         "p: Wilcoxon signed-rank of the latencies after Holm's correction; n: examples in both"
     )
-    return "\n".join(out)
+    about = [f"A {first.path}", f"B {second.path}"]
+    about += [layout.sentences(f"  {d}", width, "  ") for d in differences(first, second)]
+    out = ["\n".join(about), layout.sentences(note, width)]
+    header = ["setting", "n", "A", "B", "B/A latency", "p", "A", "B", "B−A score", "B−A NLL", ""]
+    for panel in dict.fromkeys(line.panel for line in lines):
+        rows = [
+            [
+                line.setting,
+                str(line.ratio.n),
+                *(f"{side.value:.3f} s" for side in line.latency),
+                line.ratio.text() if line.ratio.n else "unpaired",
+                comparisons.p_text(line.p),
+                *map(_score, line.quality),
+                line.score.text(2, "+"),
+                line.nll.text(3, "+"),
+                _failures(line).strip(),
+            ]
+            for line in lines
+            if line.panel == panel
+        ]
+        out.append(panel + "\n" + layout.table(rows, header, width, texts=(0, 10), indent=2))
+    return "\n\n".join(out)
 
 
 def _score(quality: stats.Estimate) -> str:

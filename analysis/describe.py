@@ -12,6 +12,9 @@ from testbed.analysis import hosts, settings
 from testbed.analysis.run import Run
 from testbed.units import format_fraction, positional
 
+_NAMED = 12  #: so many settings that failed are named
+_REASON = 90  #: characters of what an error says
+
 
 def conditions(rows: pd.DataFrame) -> str:
     """A panel's link in words, such as ``↑ 30 ↓ 100 Mbit/s · 15 ms one way · 0.1% loss``."""
@@ -134,15 +137,24 @@ def elsewhere(rows: pd.DataFrame) -> list[str]:
 
 
 def failures(run: Run) -> str:
-    """How many trials failed, and of which settings most."""
+    """How many trials failed, of which settings, those with most first, and of each what most of its errors say."""
     both = settings.labelled(run.attempts)
     counts = both.groupby("setting", sort=False)["failed"].agg(["sum", "size"])
     worst = counts[counts["sum"] > 0].sort_values("sum", ascending=False, kind="stable")
-    named = ", ".join(
-        f"{name} {int(n)} of {of}"
-        for name, (n, of) in zip(worst.index[:3], worst[:3].to_numpy(), strict=True)
-    )
-    return f"{counted(len(run.failed), 'trial')} failed ({named}{', …' if len(worst) > 3 else ''})"
+    reasons = settings.labelled(run.failed).groupby("setting", sort=False)["error"].agg(_usual)
+    named = [
+        f"{name} {int(n)} of {of}: {reasons.get(name, '')}"
+        for name, (n, of) in zip(worst.index[:_NAMED], worst[:_NAMED].to_numpy(), strict=True)
+    ]
+    named += [f"and {len(worst) - _NAMED} settings more"] if len(worst) > _NAMED else []
+    return f"{counted(len(run.failed), 'trial')} failed ({'; '.join(named)})"
+
+
+def _usual(errors: pd.Series[str]) -> str:
+    """The most frequent of these errors' first lines, as far as it tells one from another."""
+    first = errors.astype(str).str.partition("\n")[0].str.strip()
+    said = str(first.value_counts().index[0])
+    return said if len(said) <= _REASON else said[: _REASON - 1] + "…"
 
 
 def computing(run: Run) -> str:

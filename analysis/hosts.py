@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from testbed.analysis import settings
+from testbed.analysis import layout, settings
 from testbed.analysis.run import Run
 
 #: Hosts that compute the same piece in times further apart than this are told apart in a sentence: what one host is allowed to
@@ -81,28 +81,25 @@ def _shards(run: Run, host: str) -> list[str]:
     return [str(shard) for shard in shards] if isinstance(shards, list) else []
 
 
-def text(run: Run) -> str:
-    """The table for people; empty where all rows are of one host."""
+def text(run: Run, width: int | None = None) -> str:
+    """The table for people, in lines of `width` characters at most; empty where all rows are of one host."""
     if len(names(run.rows)) < 2:
         return ""
-    known = figures(run)
-    wide = max(len("host"), *(len(each.host) for each in known))
-    head = ("trials", 7), ("examples", 8), ("edge", 9), ("cloud", 9), ("latency", 8), ("cells", 5)
-    titles = "  ".join(f"{title:>{width}}" for title, width in head)
-    lines = [f"{'host':<{wide}}  {titles}  shards · processor"]
-    for each in known:
+    rows = []
+    for each in figures(run):
         fixed = [f"{1e3 * s:.1f} ms" if math.isfinite(s) else "-" for s in (each.edge_s, each.cloud_s)]
         ratio = f"×{each.latency:.2f}" if math.isfinite(each.latency) else "-"
-        cells = (f"{each.trials:,}", f"{each.examples:,}", *fixed, ratio, f"{each.cells:,}")
-        figures_of = "  ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, head, strict=True))
         off = f"links out of tolerance in {each.uncalibrated:,} trials" if each.uncalibrated else ""
         about = " · ".join(filter(None, [each.shards, each.cpu, off]))
-        lines.append(f"{each.host:<{wide}}  {figures_of}  {about}")
-    lines.append(
+        rows.append(
+            [each.host, f"{each.trials:,}", f"{each.examples:,}", *fixed, ratio, f"{each.cells:,}", about]
+        )
+    header = ["host", "trials", "examples", "edge", "cloud", "latency", "cells", "shards · processor"]
+    note = (
         "edge, cloud: a prefill of fixed length, median; latency: the host's median over that of all hosts, of the cells (link, "
         "setting, task) that several have, their median"
     )
-    return "\n".join(lines)
+    return layout.table(rows, header, width, texts=(0, 7)) + "\n" + layout.sentences(note, width)
 
 
 def caveats(run: Run) -> list[str]:

@@ -294,9 +294,9 @@ def median_error(held_out: list[HeldOut]) -> float:
     return float(np.median(errors)) if errors else float("nan")
 
 
-def beyond(rows: pd.DataFrame, link: Link) -> list[str]:
+def beyond(rows: pd.DataFrame, link: Link, refuse: bool = True) -> list[str]:
     """What of this link lies outside of what these rows' links were, a phrase each with the nearest measured value;
-    empty where it lies within. Raises UsageError where it is out of the model's reach.
+    empty where it lies within. Raises UsageError where it is out of the model's reach, unless that is to be said, too.
     """
     known = [link_of(own) for _, own in steady(rows).groupby("profile", sort=False)]
     if not known:
@@ -311,14 +311,16 @@ def beyond(rows: pd.DataFrame, link: Link) -> list[str]:
             continue
         nearest = low if asked < low else high
         away = nearest / asked if asked < low else asked / nearest
-        if not away <= REACH:
+        if refuse and not away <= REACH:
             _refuse(name, text(asked), text(nearest))
         phrases.append(f"{name} {text(asked)} (nearest measured: {text(nearest)})")
-    most = max(each.loss_up for each in known)
+    least, most = (of(each.loss_up for each in known) for of in (min, max))
     if link.loss_up > most * 1.05:
-        if link.loss_up > max(LOSS_FACTOR * most, LOSS_REACH):
+        if refuse and link.loss_up > max(LOSS_FACTOR * most, LOSS_REACH):
             _refuse("loss", _loss(link.loss_up), _loss(most))
         phrases.append(f"loss {_loss(link.loss_up)} (nearest measured: {_loss(most)})")
+    elif link.loss_up < least * 0.95:
+        phrases.append(f"loss {_loss(link.loss_up)} (nearest measured: {_loss(least)})")
     return phrases
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from testbed import stats
-from testbed.analysis import settings
+from testbed.analysis import layout, settings
 from testbed.analysis.run import Run
 from testbed.errors import UnitError
 from testbed.stats import dependent
@@ -273,32 +273,38 @@ def write(run: Run) -> Path | None:
     )
 
 
-def text(run: Run) -> str:
-    """The loads for the terminal; empty of a run without any."""
+def text(run: Run, width: int | None = None) -> str:
+    """The loads for the terminal, in lines of `width` characters at most; empty of a run without any."""
     every = served(run)
     if not every:
         return ""
     deadline = deadline_of(every)
-    wide, long = max(len(each.setting) for each in every), max(len(_named(each)) for each in every)
+    header = ["setting", "load", "n", "asked/s", "carried/s", "p50", "p95", "p99"]
+    header += [f"in {deadline:g} s", "Jain", "refused"]
     out = []
     for panel in dict.fromkeys(each.panel for each in every):
+        rows = [
+            [
+                each.setting,
+                _named(each),
+                str(len(each.rows)),
+                f"{each.offered:.2f}",
+                each.carried.text(),
+                *(_short(each.first_token(q).value) for q in (0.5, 0.95, 0.99)),
+                f"{each.within(deadline).value:.1%}",
+                f"{each.jain:.3f}",
+                f"{each.refused:.1%}",
+            ]
+            for each in every
+            if each.panel == panel
+        ]
         out.append(f"{panel}: under load")
-        out.append(
-            f"  {'setting':<{wide}}  {'load':<{long}}  {'n':>5}  {'asked/s':>7}  {'carried/s':>17}  {'p50':>8}  {'p95':>8}  "
-            f"{'p99':>8}  {f'in {deadline:g} s':>9}  {'Jain':>5}  refused"
-        )
-        for each in (e for e in every if e.panel == panel):
-            firsts = "  ".join(f"{_short(each.first_token(q).value):>8}" for q in (0.5, 0.95, 0.99))
-            out.append(
-                f"  {each.setting:<{wide}}  {_named(each):<{long}}  {len(each.rows):>5}  {each.offered:>7.2f}  "
-                f"{each.carried.text():>17}  {firsts}  {each.within(deadline).value:>9.1%}  {each.jain:>5.3f}  "
-                f"{each.refused:>7.1%}"
-            )
-    out.append(
+        out.append(layout.table(rows, header, width, texts=(0, 1), indent=2))
+    note = (
         "p50 …: time to the first token, seconds; brackets: 95 % by batch means, since requests wait for each other "
-        "(loads.csv has all intervals)"
+        "(loads.csv has all intervals); n: requests"
     )
-    return "\n".join(out)
+    return "\n".join([*out, layout.sentences(note, width)])
 
 
 def _named(each: Served) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
 
 from testbed import stats
-from testbed.analysis import settings
+from testbed.analysis import layout, settings
 from testbed.analysis.describe import models, plain
 from testbed.analysis.latency_model import (
     HeldOut,
@@ -44,6 +45,8 @@ class Option:
     failed: int = 0
     trials: int = 0
     worst: settings.Worst | None = None
+    #: what of the link lies outside of those that this setting was measured on, though not outside of the run's
+    extrapolated: tuple[str, ...] = ()
 
     def holds(self, floor: float) -> bool:
         """Whether the quality's interval lies at or above the floor."""
@@ -99,7 +102,10 @@ class Recommendation:
         return plain(asdict(self) | own | chosen)
 
     def _plain(self, option: Option | None) -> dict[str, Any] | None:
-        return None if option is None else asdict(option) | {"holds": option.holds(self.quality_floor)}
+        if option is None:
+            return None
+        outside = [*self.beyond_measured, *option.extrapolated] if option.placement != "edge" else []
+        return asdict(option) | {"holds": option.holds(self.quality_floor), "extrapolated": outside}
 
 
 def recommend(
@@ -115,7 +121,7 @@ def recommend(
     rows = settings.labelled(run.attempts)
     panel = _same_link(settings.finished(rows), link)
     outside = () if panel else tuple(beyond(settings.finished(rows), link))
-    options = _options(rows, panel, link)
+    options = _options(rows, panel, link, outside)
     in_time = [o for o in options if deadline_s is None or o.latency_s <= deadline_s]
     able = [o for o in in_time if math.isfinite(o.latency_s)]
     choice = next((o for o in able if o.holds(floor)), None)
@@ -142,7 +148,15 @@ def recommend(
     )
 
 
-def _options(rows: pd.DataFrame, panel: str | None, link: Link) -> list[Option]:
+def _own_reach(rows: pd.DataFrame, link: Link, outside: Sequence[str]) -> tuple[str, ...]:
+    """What of the link lies outside of those that a setting's rows crossed, beside what lies `outside` of the run's."""
+    crossed = rows[rows["placement"] != "edge"]
+    if crossed.empty or steady(settings.finished(crossed)).empty:
+        return ()
+    return tuple(p for p in beyond(settings.finished(crossed), link, refuse=False) if p not in outside)
+
+
+def _options(rows: pd.DataFrame, panel: str | None, link: Link, outside: Sequence[str]) -> list[Option]:
     """Every setting that was tried, from the fastest on; on a measured `panel` as it was measured there."""
     alike = dict(iter(settings.common(rows).groupby("setting", sort=False)))
     here = rows if panel is None else rows[rows["panel"] == panel]
@@ -172,6 +186,7 @@ def _options(rows: pd.DataFrame, panel: str | None, link: Link) -> list[Option]:
                 failed=int(failed.sum()),
                 trials=len(own),
                 worst=settings.worst_task(compared),
+                extrapolated=() if predicted is None else _own_reach(own, link, outside),
             )
         )
     return sorted(options, key=lambda o: o.latency_s)
@@ -198,8 +213,8 @@ def examples_needed(floor: float) -> int | None:
     return math.ceil(math.log((1 - stats.CONFIDENCE) / 2) / math.log(floor))
 
 
-def text(advice: Recommendation) -> str:
-    """The recommendation for the terminal."""
+def text(advice: Recommendation, width: int | None = None) -> str:
+    """The recommendation for the terminal, in lines of `width` characters at most; last what to use."""
     question = f"{advice.link.text()} · quality at least {advice.quality_floor:.0%} of the full cache's"
     if advice.deadline_s is not None:
         question += f" · within {advice.deadline_s:g} s"
@@ -212,32 +227,34 @@ def text(advice: Recommendation) -> str:
         source += f"; latency is the {advice.latency}: answers to the same question differ in length"
     lines = [f"{advice.model} · {question}", source]
     lines += [f"extrapolated, {option}" for option in advice.beyond_measured]
-    lines += ["", *_verdict(advice)]
-    wide = max(len(o.setting) for o in advice.options)
-    lines += [
-        "",
-        f"   {'setting':<{wide}}  {'latency':>9}  {'p95':>9}  {'quality of full':>22}  {'n':>4}  worst task",
-    ]
-    for option in advice.options:
-        mark = "*" if option is advice.choice else "=" if option.setting in advice.tied else " "
-        mark = "+" if mark == " " and option.holds(advice.quality_floor) else mark
-        quality = "exact" if option.exact else option.quality.text()
-        note = option.worst.text() if option.worst and not option.exact else ""
-        note += f"  failed {option.failed} of {option.trials}" if option.failed else ""
-        lines.append(
-            f" {mark} {option.setting:<{wide}}  {_time(option.latency_s):>9}  {_time(option.p95_s):>9}  {quality:>22}  "
-            f"{option.quality.n:>4}  {note}".rstrip()
-        )
-    lines += [
-        "",
+    notes = [
         "* chosen; + its quality holds too; = and it is not shown to be slower; exact: the full cache's answers by construction; "
         "brackets: 95 % interval of what "
-        "is kept of the full cache's score (Gaffke's bound of the paired losses)",
+        "is kept of the full cache's score (Gaffke's bound of the paired losses); n: examples"
     ]
     unknown = [o.setting for o in advice.options if math.isinf(o.latency_s) and not o.failed]
     if unknown and not advice.measured_as:
-        lines.append(f"not predicted, since what they do on another link is not known: {', '.join(unknown)}")
-    return "\n".join([*lines, *_trust(advice)])
+        notes.append(f"not predicted, since what they do on another link is not known: {', '.join(unknown)}")
+    parts = [lines, [_table(advice, width)], [*notes, *_trust(advice)], _verdict(advice)]
+    return "\n\n".join(
+        "\n".join(line if part is parts[1] else layout.sentences(line, width, "  ") for line in part)
+        for part in parts
+    )
+
+
+def _table(advice: Recommendation, width: int | None) -> str:
+    rows = []
+    for option in advice.options:
+        mark = "*" if option is advice.choice else "=" if option.setting in advice.tied else ""
+        mark = "+" if not mark and option.holds(advice.quality_floor) else mark
+        notes = [option.worst.text()] if option.worst and not option.exact else []
+        notes += [f"failed {option.failed} of {option.trials}"] if option.failed else []
+        notes += [f"extrapolated, {phrase}" for phrase in option.extrapolated]
+        quality = "exact" if option.exact else option.quality.text()
+        times = [_time(option.latency_s), _time(option.p95_s)]
+        rows.append([mark, option.setting, str(option.quality.n), *times, quality, "  ".join(notes)])
+    header = ["", "setting", "n", "latency", "p95", "quality of full", "worst task"]
+    return layout.table(rows, header, width, texts=(0, 1, 6), indent=1)
 
 
 def _time(value: float) -> str:
@@ -251,19 +268,23 @@ def _verdict(advice: Recommendation) -> list[str]:
     if advice.choice is None:
         lines.append("no setting is shown to hold the quality" + (" in time" if advice.deadline_s else ""))
     else:
-        lines.append(f"use {advice.choice.setting}: {advice.choice.latency_s:.3f} s")
+        lines.append(
+            f"use {advice.choice.setting}: {advice.choice.latency_s:.3f} s{_flag(advice.choice, advice)}"
+        )
         if advice.runners_up:
             other = advice.runners_up[0]
             margin = other.latency_s / advice.choice.latency_s - 1
             lines.append(
-                f"next: {other.setting}, {other.latency_s:.3f} s ({other.latency_s - advice.choice.latency_s:+.3f} s, "
-                f"{margin:+.0%})"
+                f"next: {other.setting}, {other.latency_s:.3f} s{_flag(other, advice)} "
+                f"({other.latency_s - advice.choice.latency_s:+.3f} s, {margin:+.0%})"
             )
         if advice.tied:
             lines.append(f"not shown to be slower than it, example by example: {', '.join(advice.tied)}")
     sending = next((o for o in [advice.choice, *advice.runners_up] if o and o.placement in SENDING), None)
     if sending is not None and sending is not advice.choice:
-        lines.append(f"of the settings that send KV: {sending.setting}, {sending.latency_s:.3f} s")
+        lines.append(
+            f"of the settings that send KV: {sending.setting}, {sending.latency_s:.3f} s{_flag(sending, advice)}"
+        )
     if advice.without_proof is not None:
         other = advice.without_proof
         lines.append(
@@ -274,6 +295,12 @@ def _verdict(advice: Recommendation) -> list[str]:
         if needed is not None:
             lines[-1] += f" (at least {needed}, none of them changed, would)"
     return lines
+
+
+def _flag(option: Option, advice: Recommendation) -> str:
+    """Behind a latency: what of it lies outside of what was measured."""
+    outside = [*advice.beyond_measured, *option.extrapolated] if option.placement != "edge" else []
+    return f" (extrapolated: {'; '.join(outside)})" if outside else ""
 
 
 def _trust(advice: Recommendation) -> list[str]:

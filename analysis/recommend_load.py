@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from testbed import stats
-from testbed.analysis import loads, settings
+from testbed.analysis import layout, loads, settings
 from testbed.analysis.describe import plain
 from testbed.analysis.loads import Capacity, Served
 from testbed.analysis.run import Run
@@ -190,32 +190,33 @@ def _at(curve: Sequence[Served], asked: Asked) -> tuple[stats.Estimate, stats.Es
     return share, stats.NOTHING, f"between {left.at:.3g} and {right.at:.3g}{unit}", ""
 
 
-def text(advice: Advice) -> str:
-    """The advice for the terminal."""
+def text(advice: Advice, width: int | None = None) -> str:
+    """The advice for the terminal, in lines of `width` characters at most; of each link last what to use."""
     asked = advice.asked
-    lines = [
-        f"{advice.model} · {asked.text()} · none whose quality is surely below {advice.floor:.0%} of the full cache's"
-    ]
+    heading = f"{advice.model} · {asked.text()} · none whose quality is surely below {advice.floor:.0%} of the full cache's"
+    note = (
+        "* chosen: of those shown to carry it, the one with the largest capacity; + carries it, too; "
+        "brackets: 95 % intervals by batch means of requests, which wait for each other; n: requests"
+    )
+    parts = [layout.sentences(heading, width, "  "), layout.sentences(note, width, "  ")]
     for answer in advice.answers:
         family = f" · {answer.family}" if asked.closed else ""
-        lines += ["", f"{answer.link}{family}", *_verdict(answer, asked)]
-        wide = max(len(o.name) for o in answer.options)
-        carried = "clients at most" if asked.closed else "requests/s at most"
-        lines.append(
-            f"   {'setting':<{wide}}  {'in time':>20}  {f'p{100 * asked.p:g}':>9}  {carried:>22}  {'quality of full':>18}  "
-            f"{'n':>5}  known by"
+        verdict = (layout.sentences(line, width, "  ") for line in _verdict(answer, asked))
+        parts.append(
+            "\n".join([f"{answer.link}{family}", _table(answer, asked, advice.floor, width), *verdict])
         )
-        lines += [_line(option, answer, asked, advice.floor, wide) for option in answer.options]
-    lines += [
-        "",
-        "* chosen: of those shown to carry it, the one with the largest capacity; + carries it, too; "
-        "brackets: 95 % intervals by batch means of requests, which wait for each other",
-    ]
-    return "\n".join(lines)
+    return "\n\n".join(parts)
 
 
-def _line(option: Option, answer: Answer, asked: Asked, floor: float, wide: int) -> str:
-    mark = "*" if option is answer.choice else "+" if option.carries(asked.p) else " "
+def _table(answer: Answer, asked: Asked, floor: float, width: int | None) -> str:
+    carried = "clients at most" if asked.closed else "requests/s at most"
+    header = ["", "setting", "in time", f"p{100 * asked.p:g}", carried, "quality of full", "n", "known by"]
+    rows = [_line(option, answer, asked, floor) for option in answer.options]
+    return layout.table(rows, header, width, texts=(0, 1, 7), indent=1)
+
+
+def _line(option: Option, answer: Answer, asked: Asked, floor: float) -> list[str]:
+    mark = "*" if option is answer.choice else "+" if option.carries(asked.p) else ""
     share = option.within
     inside = "-" if math.isnan(share.value) else f"{share.value:.1%}"
     inside += f" [{share.low:.1%}, {share.high:.1%}]" if math.isfinite(share.low) else ""
@@ -223,10 +224,7 @@ def _line(option: Option, answer: Answer, asked: Asked, floor: float, wide: int)
     quality = "exact" if option.exact else option.quality.text()
     low = " (quality too low)" if option.too_low(floor) else ""
     known = f"extrapolated: {option.known}" if option.extrapolated else option.known
-    return (
-        f" {mark} {option.name:<{wide}}  {inside:>20}  {tail:>9}  {option.capacity.text():>22}  {quality:>18}  {share.n:>5}  "
-        f"{known}{low}"
-    )
+    return [mark, option.name, inside, tail, option.capacity.text(), quality, str(share.n), known + low]
 
 
 def _verdict(answer: Answer, asked: Asked) -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from testbed import stats
-from testbed.analysis import hosts, loads, paired_latency, settings
+from testbed.analysis import hosts, layout, loads, paired_latency, settings
 from testbed.analysis.describe import caveats, computing, conditions, megabytes
 from testbed.analysis.names import short
 from testbed.analysis.run import Run
@@ -30,7 +31,7 @@ _PIPELINE = (
     "saved_s",
     "verified_s",
 )
-_WIDEST = 60  #: characters of a setting's name in the terminal
+_WIDEST = 54  #: characters of a setting's name in the terminal
 _SAME = ("model", "emulator", "link", "delivery", "transport", "congestion", "load", "serving")
 
 
@@ -119,61 +120,118 @@ def _cell(keys: Any, both: pd.DataFrame) -> dict[str, Any]:
     return line
 
 
-def table(run: Run) -> str:
-    """The terminal's table: for each profile its settings, with latency, quality and payload, and the one
-    to choose marked.
+def table(run: Run, width: int | None = None) -> str:
+    """The terminal's table, in lines of `width` characters at most (None: as they come): for each profile its settings, with
+    latency, quality and payload, and the one to choose marked; what a reader must know of them; and last which is chosen.
     """
     run.require()
-    blocks = [_block(name, rows) for name, rows in settings.panels(run.attempts)]
+    panels = [_panel(name, rows) for name, rows in settings.panels(run.attempts)]
     notes = [*filter(None, [computing(run)]), *caveats(run)]
     tasks = run.rows["task"].nunique()
     over = f" over {tasks} tasks, then the task that keeps least and what it keeps" if tasks > 1 else ""
-    legend = (
-        f"latency: median {run.latency}, a failed trial being infinite\n"
-        f"quality: mean score{over}; brackets: 95 % intervals\n"
+    legend = [
+        f"latency: median {run.latency}, a failed trial being infinite",
+        f"quality: mean score{over}; brackets: 95 % intervals; n: examples, of latency / of quality where these are others",
         f"*  fastest setting with at least {settings.QUALITY_FLOOR:.0%} of the full cache's quality; "
-        "+  fastest of those that send KV;\n"
-        "=  keeps it, too, and is not shown to be slower than *, example by example\n"
-        "   (qualities by the estimates; testbed recommend asks what the intervals show)"
-    )
+        "+  fastest of those that send KV;",
+        "=  keeps it, too, and is not shown to be slower than *, example by example",
+        "   (qualities by the estimates; testbed recommend asks what the intervals show)",
+    ]
+    told = "\n".join(layout.sentences(line, width, "   ") for line in [*legend, *notes])
+    blocks = [_block(panel, width) for panel in panels]
     return "\n\n".join(
-        [*blocks, *filter(None, [loads.text(run), hosts.text(run)]), "\n".join([legend, *notes])]
+        [
+            *blocks,
+            *filter(None, [loads.text(run, width), hosts.text(run, width)]),
+            told,
+            _result(panels, width),
+        ]
     )
 
 
-def _block(name: str, rows: pd.DataFrame) -> str:
+@dataclass(frozen=True)
+class _Panel:
+    """A link's settings, from the fastest on, and which of them are chosen."""
+
+    name: str
+    conditions: str
+    reference: str
+    measured: list[settings.Measured]
+    chosen: settings.Measured | None
+    sending: settings.Measured | None  #: the fastest of those that send KV
+    level: list[str]  #: what is not shown to be slower than the one chosen
+    nothing: str  #: why none is chosen
+    unknown: str  #: why no quality is known
+
+
+def _panel(name: str, rows: pd.DataFrame) -> _Panel:
     measured = settings.measured(rows)
     full = settings.full_cache_quality(rows)
     able = settings.holding(measured, full)
     chosen = next(iter(able), None)
-    sending = next((m for m in able if m.sends), None)
-    level = paired_latency.tied(rows, chosen.label, [m.label for m in able]) if chosen else []
-    names = short((m.label for m in measured), _WIDEST)
-    width = max([len(name) for name in names.values()] + [7])
     unknown = settings.no_quality(settings.finished(rows))
-    reference = f"full cache {full:.2f}" if full == full else unknown or "full cache unknown"
-    lines = [
-        f"{name}: {conditions(rows)} · {reference}",
-        f"     {'setting':<{width}}  {'latency':>8}  {'':<14}  {'quality':>7}  {'':<13}  {'payload':>9}",
-    ]
-    for each in sorted(measured, key=lambda m: m.latency.value):
+    nothing = unknown or (
+        "the full cache scores nothing here" if full == full else "the full cache's score is unknown"
+    )
+    return _Panel(
+        name,
+        conditions(rows),
+        f"full cache {full:.2f}" if full == full else unknown or "full cache unknown",
+        sorted(measured, key=lambda m: m.latency.value),
+        chosen,
+        next((m for m in able if m.sends), None),
+        paired_latency.tied(rows, chosen.label, [m.label for m in able]) if chosen else [],
+        "no setting holds it" if full > 0 else f"{nothing}: no setting to choose",
+        unknown,
+    )
+
+
+def _block(panel: _Panel, width: int | None) -> str:
+    names = short((m.label for m in panel.measured), _WIDEST)
+    lines = []
+    for each in panel.measured:
         latency, quality = each.latency, each.quality
-        tie = "=" if each.label in level else " "
-        mark = "*" if each is chosen else "+" if each is sending else tie
-        gap = each.gap if each.scored or each.failed or not unknown else ""  # which the heading says of all
+        tie = "=" if each.label in panel.level else ""
+        mark = "*" if each is panel.chosen else "+" + tie if each is panel.sending else tie
+        # Which the heading says of all.
+        gap = each.gap if each.scored or each.failed or not panel.unknown else ""
         notes = "  ".join([*([each.worst.text()] if each.worst else []), *([gap] if gap else [])])
-        marks = f"{mark}{tie if mark == '+' else ' '}"
-        lines.append(
-            f"  {marks} {names[each.label]:<{width}}  {_seconds(latency.value):>8}  {_interval(latency, 3):<14}"
-            f"  {_quality(quality.value):>7}  {_interval(quality, 2):<13}  {megabytes(each.payload_bytes):>9}"
-            + (f"  {notes}" if notes else "")
-        )
-    if chosen is None:
-        nothing = unknown or (
-            "the full cache scores nothing here" if full == full else "the full cache's score is unknown"
-        )
-        lines.append("     (no setting holds it)" if full > 0 else f"     ({nothing}: no setting to choose)")
-    return "\n".join(lines)
+        figures = [
+            _seconds(latency.value),
+            _interval(latency, 3),
+            _quality(quality.value),
+            _interval(quality, 2),
+        ]
+        about = [mark, names[each.label], _counts(latency.n, quality.n)]
+        lines.append([*about, *figures, megabytes(each.payload_bytes), notes])
+    head = layout.sentences(f"{panel.name}: {panel.conditions} · {panel.reference}", width, "  ")
+    columns = ["", "setting", "n", "latency", "", "quality", "", "payload", ""]
+    rows = layout.table(lines, columns, width, texts=(0, 1, 4, 6, 8), indent=2)
+    return "\n".join([head, rows, *([f"     ({panel.nothing})"] if panel.chosen is None else [])])
+
+
+def _result(panels: list[_Panel], width: int | None) -> str:
+    """What came out, a line a link."""
+    names = short((m.label for panel in panels for m in panel.measured), _WIDEST)
+    rows = []
+    for panel in panels:
+        if panel.chosen is None:
+            rows.append([panel.name, "none", "", "", "", panel.nothing])
+            continue
+        latency, also = panel.chosen.latency, [names[label] for label in panel.level]
+        notes = [f"not shown to be slower: {', '.join(also)}"] if also else []
+        if panel.sending is not None and panel.sending is not panel.chosen:
+            notes.append(f"of those that send KV {names[panel.sending.label]}")
+        figures = [_seconds(latency.value), _interval(latency, 3), str(latency.n)]
+        rows.append([panel.name, names[panel.chosen.label], *figures, "; ".join(notes)])
+    head = f"fastest with at least {settings.QUALITY_FLOOR:.0%} of the full cache's quality, by the estimates"
+    columns = ["link", "setting", "latency", "", "n", ""]
+    return head + "\n" + layout.table(rows, columns, width, texts=(0, 1, 3, 5), indent=2)
+
+
+def _counts(latency: int, quality: int) -> str:
+    """How many examples stand behind a latency, and behind a quality where these are others."""
+    return str(latency) if quality in (0, latency) else f"{latency}/{quality}"
 
 
 def _quality(value: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
+from testbed.analysis import layout
 from testbed.analysis.claims import capacity, judges, rules
 from testbed.analysis.claims.pool import Pool, collect
 from testbed.analysis.claims.rules import UNDECIDED, Verdict
@@ -189,9 +190,9 @@ NOT_YET = (
 Judged = list[tuple[Claim, list[Verdict]]]
 
 
-def text(judged: Judged, left_out: list[str]) -> str:
-    """The verdicts for the terminal."""
-    lines = []
+def text(judged: Judged, left_out: list[str], width: int | None = None) -> str:
+    """The verdicts for the terminal, in lines of `width` characters at most."""
+    lines: list[str] = []
     for claim, verdicts in judged:
         lines.append(f"{claim.number} {claim.name} · published: {claim.published} · rule: {claim.rule}")
         if not verdicts:
@@ -203,7 +204,7 @@ def text(judged: Judged, left_out: list[str]) -> str:
             lines.append(f"  {verdict.verdict:<9}  {where} · {figures}")
         lines.append("")
     lines += [f"{number} {what} · not testable here: {why}" for number, what, why in NOT_YET]
-    return "\n".join([*lines, "", *left_out]).rstrip()
+    return "\n".join(layout.sentences(line, width, "  ") for line in [*lines, "", *left_out]).rstrip()
 
 
 def table(judged: Judged, left_out: list[str]) -> str:

@@ -33,6 +33,7 @@ COLUMNS = (
     ("ratio", "smaller ×", 2),
     ("failed", "failed", 0),
 )
+_WIDE = 120  #: characters of a line of what the terminal prints
 _WITH_INTERVAL = {"e2e_s", "latency_ratio", "ttft_s", "score", "delta_nll"}
 
 
@@ -77,7 +78,7 @@ def render(run: Run, figures: list[Path]) -> str:
         formula=naive.text(run),
         hosts=hosts.text(run),
         deadlines=adaptive.text(run),
-        headline=table(run),
+        headline=table(run, _WIDE),
         claims=judged,
         left_out=left_out,
         script=(here / "table.js").read_text(encoding="utf-8"),

@@ -68,6 +68,7 @@ for _command in (
     listings.models,
     device.devices,
     device.device,
+    answers.summary,
     answers.plot,
     diagnose.diagnose,
     answers.report,

@@ -1,4 +1,4 @@
-"""What runs' rows say: `testbed plot`, `report`, `compare`, `recommend`, `claims`."""
+"""What runs' rows say: `testbed summary`, `plot`, `report`, `compare`, `recommend`, `claims`."""
 
 from __future__ import annotations
 
@@ -42,6 +42,22 @@ def plot(path: Path, figures: tuple[str, ...], where: str | None) -> None:
 
 @click.command()
 @click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--where", help="Only rows for which this holds, such as 'profile==\"5g-mid\"'.")
+@as_json
+def summary(path: Path, where: str | None) -> Any:
+    """Print what a run printed at its end: each link's settings, and last the fastest that keeps the quality."""
+    from testbed.analysis import layout
+    from testbed.analysis import summary as summing
+    from testbed.analysis.describe import caveats, plain
+
+    run = open_run(path, where)
+    text = summing.table(run, layout.terminal_width())
+    cells = plain(summing.summarise(run).to_dict("records"))
+    return {"run": str(path), "cells": cells, "caveats": caveats(run)}, text, 0
+
+
+@click.command()
+@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
 def report(path: Path) -> None:
     """Write RUN's report: one page with figures, table, claims and caveats, to be read without a network."""
     from testbed.analysis import report
@@ -59,10 +75,11 @@ def report(path: Path) -> None:
 def compare(first: Path, second: Path, across_hosts: bool) -> Any:
     """Put two runs side by side, paired where their examples match."""
     from testbed.analysis import compare as comparing
+    from testbed.analysis import layout
 
     a, b = open_run(first), open_run(second)
     lines = comparing.compare(a, b, across_hosts)
-    return comparing.to_dict(a, b, lines), comparing.text(a, b, lines), 0
+    return comparing.to_dict(a, b, lines), comparing.text(a, b, lines, layout.terminal_width()), 0
 
 
 @click.command()
@@ -119,6 +136,7 @@ def recommend(
         raise click.UsageError(
             "write the link, --rate 40mbit --delay 20ms, or a load, --clients 16 --deadline 1s [--p 0.95]"
         )
+    from testbed.analysis import layout
     from testbed.analysis import recommend as recommending
     from testbed.analysis.latency_model import Link
     from testbed.errors import UsageError
@@ -130,9 +148,9 @@ def recommend(
     link = Link(bits, one_way, one_way, parse_percentage(loss))
     limit = None if deadline is None else parse_time(deadline)
     advice = recommending.recommend(open_run(path, where), link, parse_fraction(quality), limit)
-    text = recommending.text(advice)
+    text = recommending.text(advice, layout.terminal_width())
     if held_out and advice.held_out:
-        text += f"\n\n{recommending.held_out_table(advice.held_out)}"
+        text = f"{recommending.held_out_table(advice.held_out)}\n\n{text}"
     return advice.to_dict(), text, 0 if advice.choice else 1
 
 
@@ -140,6 +158,7 @@ def _of_load(
     run: Run, clients: int | None, requests: str | None, deadline: str, share: str, quality: str
 ) -> Any:
     """What `recommend` answers where a load is asked for."""
+    from testbed.analysis import layout
     from testbed.analysis import recommend_load as recommending
     from testbed.errors import UsageError
     from testbed.units import parse_fraction, parse_per_second, parse_time
@@ -150,7 +169,7 @@ def _of_load(
         raise UsageError("a load has more than 0 requests, a deadline above 0 s, and a share between 0 and 1")
     asked = recommending.Asked(at, clients is not None, limit, p)
     advice = recommending.recommend(run, asked, parse_fraction(quality))
-    return advice.to_dict(), recommending.text(advice), 0 if advice.complete else 1
+    return advice.to_dict(), recommending.text(advice, layout.terminal_width()), 0 if advice.complete else 1
 
 
 @click.command()
@@ -160,7 +179,9 @@ def _of_load(
 def claims(paths: tuple[Path, ...], markdown: bool) -> Any:
     """Judge the published claims by the rows of RUN...: holds, fails or undecided, with the figures."""
     from testbed.analysis import claims as judging
+    from testbed.analysis import layout
 
     judged, left_out = judging.judge([open_run(path) for path in paths])
-    printed = judging.table(judged, left_out) if markdown else judging.text(judged, left_out)
+    width = layout.terminal_width()
+    printed = judging.table(judged, left_out) if markdown else judging.text(judged, left_out, width)
     return judging.to_dict(judged, left_out), printed, 0

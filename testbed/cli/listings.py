@@ -8,7 +8,7 @@ from typing import Any
 import click
 from msgspec import structs
 
-from testbed.cli.parts import as_json, require_root, table
+from testbed.cli.parts import as_json, require_root, sentences, table
 
 
 @click.command()
@@ -79,7 +79,7 @@ def codecs() -> Any:
         lines.append(f"{method.stage:<10} {written}\n           {method.summary}\n           {method.source}")
         if method.unavailable:
             lines.append(f"           not available here: {method.unavailable}")
-    return {"methods": [asdict(m) for m in methods]}, "\n".join(lines), 0
+    return {"methods": [asdict(m) for m in methods]}, sentences("\n".join(lines)), 0
 
 
 @click.command()
@@ -95,7 +95,7 @@ def tasks() -> Any:
     for task in known:
         settings = ", ".join(f"{k}={v}" for k, v in task.parameters.items())
         lines.append(f"{task.name:<10} {task.summary}" + (f"\n           {settings}" if settings else ""))
-    return {"tasks": [asdict(task) for task in known]}, "\n".join(lines), 0
+    return {"tasks": [asdict(task) for task in known]}, sentences("\n".join(lines)), 0
 
 
 @click.group(invoke_without_command=True)

@@ -9,7 +9,14 @@ from typing import Any
 
 import click
 
-from testbed.cli.parts import EMULATORS, as_json, link_option, require_root, rootless_option
+from testbed.cli.parts import (
+    EMULATORS,
+    as_json,
+    link_option,
+    require_root,
+    rootless_option,
+    sentences,
+)
 from testbed.errors import UsageError
 
 
@@ -79,7 +86,7 @@ def _network_text(described: dict[str, Any]) -> str:
     if described["problems"]:
         lines += [f"  broken: {problem}" for problem in described["problems"]]
         lines.append("  remove the rest with `sudo testbed down`")
-    return "\n".join(lines)
+    return sentences("\n".join(lines))
 
 
 def _counted(counters: dict[str, float]) -> str:

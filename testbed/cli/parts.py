@@ -45,14 +45,17 @@ def open_run(path: Path, where: str | None = None) -> Run:
 
 
 def table(rows: list[list[str]], header: list[str]) -> str:
-    """Columns of text, left-aligned; the last column may be of any length."""
-    cells = [header, *rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
-    return "\n".join(lines)
+    """Columns of text, left-aligned, in lines of the terminal's width at most."""
+    from testbed.analysis import layout
+
+    return layout.table(rows, header, layout.terminal_width())
+
+
+def sentences(text: str) -> str:
+    """Lines of text, wrapped to the terminal's width."""
+    from testbed.analysis import layout
+
+    return layout.sentences(text, layout.terminal_width(), "  ")
 
 
 def _profiles(context: click.Context, option: click.Parameter, texts: Sequence[str]) -> dict[str, str]:

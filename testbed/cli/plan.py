@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from testbed.cli.parts import as_json, sweep_options, table
+from testbed.cli.parts import as_json, sentences, sweep_options, table
 
 if TYPE_CHECKING:
     from testbed.experiment.borders import Border
@@ -61,7 +61,7 @@ def plan(scenario: str, **changes: Any) -> Any:
     text += _borders(found)
     remarks = [remark for profile in planned.profiles for remark in profile.remarks()]
     remarks += too_much(planned)
-    text += "".join(f"\n{remark}" for remark in remarks)
+    text = sentences(text + "".join(f"\n{remark}" for remark in remarks))
     value = {
         "cells": cells,
         "borders": [asdict(border) for border in found],

@@ -233,12 +233,20 @@ def _execute(started: Runner, show: Console) -> int:
         )
     if started.failures:
         click.echo(
-            f"testbed: {started.failures} trials failed; their rows say why; repeat them with  "
-            f"testbed run --resume {path}",
+            f"testbed: {_failed(started)}; repeat them with  testbed run --resume {path}",
             err=True,
         )
         return 1
     return 0
+
+
+def _failed(started: Runner) -> str:
+    """How many trials failed, of which settings and why; the number alone where no trial was finished."""
+    from testbed.analysis.describe import failures
+    from testbed.analysis.run import load
+
+    run = load(started.directory.path)
+    return failures(run) if len(run.failed) else f"{started.failures} trials failed; their rows say why"
 
 
 def _resumable(started: Runner, error: Exception) -> Exception:
@@ -256,21 +264,34 @@ def _resumable(started: Runner, error: Exception) -> Exception:
 
 
 def show_results(path: Path) -> None:
-    """Draw a finished run; where there is too little to draw, say so: the rows are there all the same."""
-    from testbed.analysis import loads, report, summary
+    """Draw a finished run and say what came out: files in one line, notes, and the result last. Where there is too little to
+    draw, say so: the rows are there all the same.
+    """
+    from testbed.analysis import layout, loads, report, summary
     from testbed.analysis.figures import draw_all
     from testbed.analysis.run import load
 
-    run = load(path)
+    run, written = load(path), [path / "trials.jsonl"]
     try:
-        click.echo(summary.table(run) + "\n")
-        click.echo(f"summary   {summary.write(run)}")
-        if table := loads.write(run):
-            click.echo(f"loads     {table}")
+        text = summary.table(run, layout.terminal_width())
+        written += [summary.write(run), *filter(None, [loads.write(run)])]
         figures = draw_all(run)
-        for figure in figures:
-            click.echo(f"plot      {figure}")
-        click.echo(f"report    {report.write(run, figures)}")
+        written += [report.write(run, figures), path / "comparisons.csv", *figures]
+        written += filter(Path.exists, [path / "naive_error.csv"])
     except UsageError as error:
         click.echo(f"testbed: nothing to draw: {error}", err=True)
-    click.echo(f"rows      {path / 'trials.jsonl'}")
+        text = ""
+    click.echo(files_line(path, written))
+    if text:
+        click.echo("\n" + text)
+
+
+def files_line(directory: Path, written: list[Path]) -> str:
+    """What was written into a run's directory, in a line: figures by their number."""
+    figures = [path for path in written if path.parent.name == "figures"]
+    names = [path.name for path in written if path not in figures]
+    if figures:
+        count = len({path.stem for path in figures})
+        kinds = " and ".join(sorted({path.suffix[1:].upper() for path in figures}, reverse=True))
+        names.append(f"figures/ ({count}, {kinds})")
+    return f"{directory}: {', '.join(names)}"

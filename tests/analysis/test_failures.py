@@ -76,6 +76,13 @@ def test_a_setting_that_failed_everywhere_is_named_in_panels_terminal_report_and
     assert list(table["failed"]) == [4, 4]
 
 
+def test_the_terminal_names_every_setting_that_failed_and_why(tmp_path: Path) -> None:
+    run = _made(tmp_path / "run", lambda r: r["codec"] != "fp16")
+    change(run, lambda r: {"error": "edge: no room\ntraceback"} if r["codec"] == "int4" else {})
+    said = headline(run)
+    assert "16 trials failed (int8 8 of 8: timed out; int4 8 of 8: edge: no room)" in said
+
+
 def test_settings_are_compared_on_the_examples_that_all_of_them_answered(tmp_path: Path) -> None:
     """int4 fails where fp16 is wrong: over its survivors alone it would stand above the full cache."""
     run = _made(tmp_path / "run", lambda r: r["codec"] == "int4" and r["example"].endswith("-0"))

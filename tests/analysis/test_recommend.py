@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import html
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from testbed.analysis import recommend, report
+from testbed.analysis import latency_model, recommend, report
 from testbed.analysis.latency_model import LatencyModel, Link, Transport, leave_one_out, median_error
 from testbed.analysis.run import load
 from testbed.analysis.settings import labelled
@@ -242,6 +243,28 @@ def test_a_link_outside_of_what_was_measured_is_answered_as_extrapolated(run: Pa
     assert "the error there is unknown" in said
     within = recommend.recommend(load(run), Link(40e6, 0.02, 0.02))
     assert "extrapolated" not in recommend.text(within)
+
+
+def test_a_setting_measured_on_fewer_links_is_flagged_where_they_end_in_words_and_json(
+    run: Path, tmp_path: Path
+) -> None:
+    path = make_run(tmp_path / "fewer", tuple(SWEEP), ("fp16", "int8"), tasks=("needle",), examples=3)
+    rates = sorted({row["rate_up_bps"] for row in lines(path)})
+    rewrite(path, [r for r in lines(path) if r["codec"] != "int8" or r["rate_up_bps"] == rates[0]])
+    found = recommend.recommend(load(path), Link(rates[-1] * 0.99, 0.02, 0.02), 0.1)
+    flags = {o["setting"]: o["extrapolated"] for o in found.to_dict()["options"]}
+    assert flags["int8"][0].startswith("rate ") and flags["fp16"] == flags["edge"] == []
+    assert "extrapolated, rate" in recommend.text(found)
+    beyond = recommend.recommend(load(path), Link(2 * rates[-1], 0.02, 0.02), 0.1).to_dict()
+    assert all(bool(o["extrapolated"]) == (o["placement"] != "edge") for o in beyond["options"])
+
+
+def test_less_loss_than_was_measured_is_extrapolated_too(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "lossy", ("lte",), ("fp16",), tasks=("needle",), examples=3, loss_up=0.01)
+    rows = load(path).rows
+    assert latency_model.beyond(rows, replace(latency_model.link_of(rows), loss_up=0.0)) == [
+        "loss 0% (nearest measured: 1%)"
+    ]
 
 
 def test_a_setting_that_failed_is_never_chosen_and_says_so(run: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from testbed.analysis.describe import subject
 from testbed.analysis.run import load
 from testbed.analysis.settings import is_exact, labelled
-from testbed.analysis.summary import summarise, write
+from testbed.analysis.summary import summarise, table, write
 from testbed.experiment import compute
 from testbed.experiment.compute import Measurement, Side, Start
 from testbed.experiment.results import write_json
@@ -84,7 +84,26 @@ def test_the_headline_marks_the_fastest_that_sends_kv_beside_the_fastest_of_all(
     assert len(starred) == 2
     assert set(starred) <= {"cloud", "edge"}
     assert set(marked(run, "+")) <= {"fp16", "int8", "int4"}
-    assert max(map(len, headline(run).splitlines())) <= 110
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_headline_keeps_within_the_terminal_names_every_n_and_ends_with_the_result(
+    wide: Path, width: int
+) -> None:
+    said = table(load(wide), width)
+    assert max(map(len, said.splitlines())) <= width
+    *_, result = said.split("\n\n")
+    assert result.startswith("fastest with at least 95% of the full cache's quality")
+    panels = load(wide).rows["profile"].nunique()
+    assert len([line for line in result.splitlines()[2:] if " 4" in line]) == panels  # n = 4 in each
+
+
+def test_a_runs_summary_is_printed_again_and_as_json(run: Path) -> None:
+    asked = command("summary", str(run))
+    assert (asked.status, asked.out) == (0, headline(run) + "\n")
+    value = json.loads(command("summary", str(run), "--json").out)
+    assert len(value["cells"]) == 20 and {cell["n"] for cell in value["cells"]} == {20}
+    assert "lte" not in command("summary", str(run), "--where", "profile == '5g-good'").out
 
 
 @pytest.mark.parametrize(
