@@ -139,7 +139,11 @@ class Namespace(Local):
         self._inside = ("nsenter", f"--net=/run/netns/{name}", "--")
 
     def command(self, argv: Sequence[str]) -> list[str]:
-        return [*self._inside, *super().command(argv)]
+        return [*self._inside, *self.plain(argv)]
+
+    def plain(self, argv: Sequence[str]) -> list[str]:
+        """The argument vector that runs `argv` as the user from within the namespace, which somebody else has entered."""
+        return super().command(argv)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "kind": "namespace", "name": self.name}

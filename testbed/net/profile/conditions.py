@@ -286,6 +286,13 @@ class Profile:
         if self.up.mtu != self.down.mtu:
             raise SpecError(f"a link has one mtu, not {self.up.mtu} up and {self.down.mtu} down")
 
+    @classmethod
+    def parse(cls, text: str) -> Profile:
+        """The profile that a text stands for: a preset's name, ``rate=…,delay=…`` or ``up:…;down:…``. Raises SpecError."""
+        from testbed.net.profile.profile import parse_profile
+
+        return parse_profile(text)
+
     def __str__(self) -> str:
         return self.name
 
