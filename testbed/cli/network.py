@@ -1,9 +1,10 @@
-"""Networks for programs of one's own: `testbed up`, `exec`, `show`, `down`; and `clean`."""
+"""Networks for programs of one's own: `testbed up`, `ls`, `exec`, `show`, `set`, `link`, `down`; and `clean`."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from testbed.cli.parts import (
     require_root,
     rootless_option,
     sentences,
+    table,
 )
 from testbed.errors import UsageError
 
@@ -30,9 +32,10 @@ from testbed.errors import UsageError
     metavar="DIR",
     help="Where packets of links with `pcap: true` go.",
 )
+@click.option("--name", default="", help="What to call it beside its id; --id takes either.")
 @rootless_option
 @as_json
-def up(topology: str, links: dict[str, str], emulator: str, captures: Path | None) -> Any:
+def up(topology: str, links: dict[str, str], emulator: str, captures: Path | None, name: str) -> Any:
     """Build TOPOLOGY and leave it standing, for `testbed exec` and your own programs.
 
     With --rootless it stands for as long as the shell that opens then, in which `testbed exec`, show and down work; for a
@@ -53,7 +56,7 @@ def up(topology: str, links: dict[str, str], emulator: str, captures: Path | Non
         click.echo(f"testbed: {remark}", err=True)
     with interruptible():
         try:
-            network = fabric.up(loaded, given, emulator, captures)
+            network = fabric.up(loaded, given, emulator, captures, name)
             described = describe(network)
         except BaseException:  # whoever interrupts it has not seen its name
             removal.remove_own()
@@ -68,7 +71,8 @@ def up(topology: str, links: dict[str, str], emulator: str, captures: Path | Non
 
 
 def _network_text(described: dict[str, Any]) -> str:
-    lines = [f"{described['id']}  {described['topology']}  ({described['emulator']})"]
+    called = f"{described['name']}  {described['id']}" if described["name"] else described["id"]
+    lines = [f"{called}  {described['topology']}  ({described['emulator']})"]
     for node in described["nodes"]:
         addresses = ", ".join(
             " ".join(filter(None, (end["interface"], end["address"], end.get("address6"))))
@@ -92,11 +96,12 @@ def _network_text(described: dict[str, Any]) -> str:
 def _counted(counters: dict[str, float]) -> str:
     """What passed, and whatever else is not nothing."""
     parts = [f"{counters.get('packets', 0)} packets", f"{counters.get('bytes', 0)} bytes"]
+    parts += [f"{counters['rate_bps'] / 1e6:.3g} Mbit/s"] if "rate_bps" in counters else []
     parts += [
         f"{key.removesuffix('_s').replace('_', ' ')} "
         + (f"{value * 1e3:.2f} ms" if key.endswith("_s") else f"{value}")
         for key, value in counters.items()
-        if value and key not in ("packets", "bytes", "recent_lateness_s")
+        if value and key not in ("packets", "bytes", "recent_lateness_s", "rate_bps")
     ]
     return ", ".join(parts)
 
@@ -104,7 +109,7 @@ def _counted(counters: dict[str, float]) -> str:
 @click.command(
     name="exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
 )
-@click.option("--id", "identifier", help="Which network, where several stand.")
+@click.option("--id", "identifier", help="Which network, where several stand: its id or name.")
 @click.argument("node")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def exec_(identifier: str | None, node: str, command: tuple[str, ...]) -> int:
@@ -118,19 +123,116 @@ def exec_(identifier: str | None, node: str, command: tuple[str, ...]) -> int:
 
 
 @click.command()
-@click.option("--id", "identifier", help="Which network, where several stand.")
+@click.option("--id", "identifier", help="Which network, where several stand: its id or name.")
+@click.option(
+    "--watch",
+    type=click.FloatRange(0.1, 3600),
+    is_flag=False,
+    flag_value=1.0,
+    metavar="[SECONDS]",
+    help="Show it anew every so many seconds [1], with what crossed each link since, until Ctrl-C.",
+)
 @as_json
-def show(identifier: str | None) -> Any:
+def show(identifier: str | None, watch: float | None) -> Any:
     """Show the network that stands: nodes, addresses, profiles, live counters. Exit status 1 where a part of it is gone."""
     from testbed.net.fabric import state
     from testbed.net.fabric.description import describe
 
     described = describe(state.find(identifier))
+    if watch is not None:
+        _watch(described, watch)
     return described, _network_text(described), 1 if described["problems"] else 0
 
 
+def _watch(described: dict[str, Any], seconds: float) -> None:
+    """Shows the network again and again, with each link's rates; returns where it is gone. Raises KeyboardInterrupt."""
+    from testbed.net.fabric import state
+    from testbed.net.fabric.description import describe
+
+    identifier, before, then = described["id"], _crossed(described), time.monotonic()
+    while True:
+        click.clear()  # a terminal alone
+        click.echo(_network_text(described))
+        time.sleep(seconds)
+        try:
+            described = describe(state.find(identifier))
+        except UsageError:
+            return
+        now, at = _crossed(described), time.monotonic()
+        for link in described["links"]:
+            for way, counted in (link["counters"] or {}).items():
+                key = (link["name"], way)
+                counted["rate_bps"] = 8 * (now[key] - before.get(key, now[key])) / (at - then)
+        before, then = now, at
+
+
+def _crossed(described: dict[str, Any]) -> dict[tuple[str, str], int]:
+    """Bytes by link and way."""
+    return {
+        (link["name"], way): counted["bytes"]
+        for link in described["links"]
+        for way, counted in (link["counters"] or {}).items()
+    }
+
+
 @click.command()
-@click.option("--id", "identifier", help="Which network, where several stand.")
+@as_json
+def ls() -> Any:
+    """List the networks of this machine: those that stand, those of runs at work, and what dead runs left."""
+    from testbed.net.fabric import state
+
+    networks = []
+    for each in state.list_states():
+        alive = state.is_alive(each)
+        what = (
+            "up"
+            if each.persistent and alive
+            else f"run (process {each.pid})"
+            if alive
+            else "dead: testbed clean"
+        )
+        topology = each.topology
+        about = {"id": each.id, "name": each.name, "topology": topology.name, "emulator": each.emulator}
+        size = {"nodes": len(topology.nodes), "links": len(topology.links)}
+        networks.append({**about, **size, "state": what, "created_at": each.created_at})
+    rows = [[str(value) for value in network.values()] for network in networks]
+    header = ["id", "name", "topology", "emulator", "nodes", "links", "state", "since"]
+    return (
+        {"networks": networks},
+        table(rows, header) if rows else "no network; testbed up TOPOLOGY makes one",
+        0,
+    )
+
+
+@click.command(name="set")
+@click.option("--id", "identifier", help="Which network, where several stand: its id or name.")
+@click.argument("changes", metavar="LINK=PROFILE...", nargs=-1, required=True)
+@as_json
+def set_(identifier: str | None, changes: tuple[str, ...]) -> Any:
+    """Put links of the network that stands under other profiles. Connections go on; traces begin now."""
+    from testbed.net.fabric import standing, state
+    from testbed.net.profile.profile import parse_profile
+
+    wanted = {}
+    for text in changes:
+        name, equals, profile = text.partition("=")
+        if not equals:
+            raise UsageError(
+                f"{text!r}: write LINK=PROFILE, such as access=lte or access=rate=20mbit,delay=30ms"
+            )
+        wanted[name] = parse_profile(profile)
+    network = state.find(identifier)
+    for name in wanted:
+        network.topology.link_number(name)
+    require_root()
+    for name, chosen in wanted.items():
+        network = standing.set_profile(network, name, chosen)
+    set_now = {name: chosen.text() for name, chosen in wanted.items()}
+    return {"id": network.id, "links": set_now}, "\n".join(f"{k}: {v}" for k, v in set_now.items()), 0
+
+
+@click.command()
+@click.option("--id", "identifier", help="Which network, where several stand: its id or name.")
 @click.argument("state", type=click.Choice(["up", "down"]))
 @click.argument("name", metavar="LINK|NODE")
 def link(identifier: str | None, state: str, name: str) -> None:
@@ -148,7 +250,7 @@ def link(identifier: str | None, state: str, name: str) -> None:
 
 
 @click.command()
-@click.option("--id", "identifier", help="Which network, where several stand.")
+@click.option("--id", "identifier", help="Which network, where several stand: its id or name.")
 @click.argument("node")
 @click.argument("link")
 @click.option(
@@ -174,7 +276,7 @@ def handover(identifier: str | None, node: str, link: str, outage: str, new_addr
 
 
 @click.command()
-@click.option("--id", "identifier", help="Which network, where several stand.")
+@click.option("--id", "identifier", help="Which network, where several stand: its id or name.")
 def down(identifier: str | None) -> None:
     """Remove the network that `testbed up` built."""
     from testbed.net.fabric import removal

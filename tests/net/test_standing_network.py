@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from testbed.errors import SpecError
 from testbed.hosts import namespaces, processes
 from testbed.net.fabric import removal, state
 from testbed.net.fabric.description import describe
@@ -260,3 +261,53 @@ def test_a_relative_topology_is_looked_for_beside_the_scenario(tmp_path: Path) -
         made.scenario.model_dump(mode="json"), "manifest.json"
     )  # from wherever the run is resumed
     assert again.link == "mine" and isinstance(again.topology, Topology)
+
+
+def test_a_named_network_is_listed_set_and_taken_down_by_its_name() -> None:
+    """Also one whose nodes have capitals and underscores; a connection that is there goes on under the other profile."""
+    topology = topology_from(
+        {"nodes": ["Edge_1", "cloud"], "links": [{"name": "access", "a": "Edge_1", "b": "cloud", "profile": "delay=1ms"}]},
+        "here",
+        "two",
+    )  # fmt: skip
+    network = up(topology, {}, "userspace", name="lab")
+    try:
+        (listed,) = json.loads(run_testbed("ls", "--json").stdout)["networks"]
+        assert (listed["id"], listed["name"], listed["state"]) == (network.id, "lab", "up")
+        assert "lab" in run_testbed("ls").stdout
+        again = run_testbed("up", "edge-cloud", "--name", "lab")
+        assert again.returncode == 2 and "a network lab is up already" in again.stderr
+        slower = "rate=20mbit,delay=30ms,mtu=1280"
+        done = run_testbed("set", "--id", "lab", f"access={slower}")
+        assert (done.returncode, done.stdout) == (0, f"access: {slower}\n"), done.stderr
+        shown_ = json.loads(run_testbed("show", "--id", "lab", "--json").stdout)
+        assert shown_["links"][0]["conditions"] == slower and shown_["name"] == "lab"
+        said = run_testbed(
+            "exec", "--id", "lab", "Edge_1", "--", "ping", "-c2", "-i0.2", "-q", "cloud"
+        ).stdout
+        assert float(said.rpartition(" = ")[2].split("/")[0]) > 60  # milliseconds, there and back
+        assert run_testbed("set", "--id", "lab", "nothing=lte").returncode == 2
+        wrong = run_testbed("set", "--id", "lab", "access")
+        assert wrong.returncode == 2 and "write LINK=PROFILE" in wrong.stderr
+        with subprocess.Popen(
+            [sys.executable, "-m", "testbed", "show", "--id", "lab", "--watch", "0.2"],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+            preexec_fn=hear_signals,
+        ) as watching:
+            assert watching.stdout is not None
+            lines = iter(watching.stdout)
+            assert any("Mbit/s" in line for line in lines)
+            watching.send_signal(signal.SIGINT)
+            watching.communicate(timeout=20)
+        assert watching.returncode == 130
+    finally:
+        assert run_testbed("down", "--id", "lab").returncode == 0
+    assert json.loads(run_testbed("ls", "--json").stdout)["networks"] == []
+
+
+def test_names_that_differ_in_capitals_alone_are_refused() -> None:
+    link = {"a": "Edge", "b": "edge", "profile": "lte"}
+    with pytest.raises(SpecError, match="differ in capitals alone"):
+        topology_from({"nodes": ["Edge", "edge"], "links": [link]}, "here", "two")

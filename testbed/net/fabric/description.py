@@ -51,6 +51,7 @@ def describe(network: State) -> dict[str, Any]:
     return {
         "problems": problems(network) or silent,
         "id": network.id,
+        "name": network.name,
         "topology": topology.name,
         "emulator": network.emulator,
         "persistent": network.persistent,

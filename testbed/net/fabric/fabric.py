@@ -57,12 +57,14 @@ class Fabric:
         run_id: str | None = None,
         persistent: bool = False,
         captures: Path | None = None,
+        name: str = "",
     ) -> Fabric:
         """The topology, built, each link under its profile. Where anything fails, or is interrupted, nothing
         is left.
 
         `captures`: the directory for the packets of links with ``pcap: true``; None: that of the network's state, which goes
-        with it. `persistent`: the network outlives this process, until `removal.down`. Raises UsageError without root or
+        with it. `persistent`: the network outlives this process, until `removal.down`. `name`: what it is called beside its id.
+        Raises UsageError without root or
         for what this machine does not offer, before anything is touched where that can be known; NetworkError
         where the kernel refuses.
         """
@@ -73,7 +75,7 @@ class Fabric:
             emulator = emulators.choose(emulator)
         fabric = cls(emulator)
         try:
-            fabric._make_namespaces(topology, run_id)
+            fabric._make_namespaces(topology, run_id, name)
             fabric._wire(persistent)
             fabric._capture(captures, persistent)
             if persistent:
@@ -83,7 +85,7 @@ class Fabric:
             raise
         return fabric
 
-    def _make_namespaces(self, topology: Topology, run_id: str | None) -> None:
+    def _make_namespaces(self, topology: Topology, run_id: str | None, name: str) -> None:
         from testbed.net.fabric import wiring
 
         if not wiring.has_ipv6():
@@ -93,7 +95,7 @@ class Fabric:
         found = {number: self._segments(link, link.profile) for number, link in enumerate(topology.links)}
         self._super_packets = {number: each for number, each in found.items() if max(each.values()) > 1}
         with state.locked():
-            self._state = state.new(topology, self.emulator.name, persistent=False, run_id=run_id)
+            self._state = state.new(topology, self.emulator.name, persistent=False, run_id=run_id, name=name)
             namespaces.prepare_directory(state.netns_marker())
             wiring.build(self._state, self._super_packets)
 
@@ -336,6 +338,7 @@ def up(
     links: Mapping[str, Profile] | None = None,
     emulator: str | Emulator = "auto",
     captures: Path | None = None,
+    name: str = "",
 ) -> State:
     """A network that outlives this process: the topology, some links (by name) under other profiles. See
     `removal.down`.
@@ -343,5 +346,5 @@ def up(
     Raises SpecError for an unknown link, and what `Fabric.build` raises.
     """
     return Fabric.build(
-        topology.with_profiles(links or {}), emulator, persistent=True, captures=captures
+        topology.with_profiles(links or {}), emulator, persistent=True, captures=captures, name=name
     ).state

@@ -24,7 +24,7 @@ from testbed.net.fabric.state import (
     place,
 )
 
-_NAME = re.compile(r"tb-([0-9a-f]{4})-[a-z0-9-]+")
+_NAME = re.compile(r"tb-([0-9a-f]{4})-[A-Za-z0-9_-]+")
 _MARK = re.compile(r"testbed ([0-9a-f]+) ([0-9a-f]{4}) (\d{1,10}) (\d{1,20})")  # `State.mark`
 
 

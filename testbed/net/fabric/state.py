@@ -35,6 +35,7 @@ from testbed.net.topology.topology import Topology
 VERSION = 1
 _DEFAULT_DIRECTORY = "/run/testbed"
 _ID = re.compile(r"[0-9a-f]{4}")
+_CALLED = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 _MAX_BYTES = 16_000_000
 _SILENT_S = 2.0  # a network of a thousand nodes takes longer, most others do not
 
@@ -63,19 +64,27 @@ class State:
     namespaces: tuple[str, ...]
     processes: tuple[Process, ...] = ()
     version: int = VERSION
+    name: str = ""  #: what whoever built it calls it
 
     def __post_init__(self) -> None:
         if self.version != VERSION:
             raise ValueError(f"version {self.version} of the format, not {VERSION}")
         if not _ID.fullmatch(self.id):
             raise ValueError(f"no id: {self.id!r}")
+        if self.name and not _CALLED.fullmatch(self.name):
+            raise ValueError(f"no name: {self.name!r}")
         for name in self.namespaces:
-            if not re.fullmatch(rf"tb-{self.id}-[a-z0-9-]+", name):
+            if not re.fullmatch(rf"tb-{self.id}-[A-Za-z0-9_-]+", name):
                 raise ValueError(f"namespace {name!r} does not carry the id {self.id}")
 
     def namespace(self, node: str) -> str:
         """The namespace of a node. Raises SpecError where there is no such node."""
         return namespace_name(self.id, self.topology.require_node(node))
+
+    @property
+    def called(self) -> str:
+        """For people: its name, where it has one, and its id."""
+        return f"{self.name} ({self.id})" if self.name else self.id
 
     @property
     def wire(self) -> str:
@@ -204,11 +213,19 @@ def file_of(run_id: str) -> Path:
     return directory() / f"{run_id}.json"
 
 
-def new(topology: Topology, emulator: str, *, persistent: bool, run_id: str | None = None) -> State:
+def new(
+    topology: Topology, emulator: str, *, persistent: bool, run_id: str | None = None, name: str = ""
+) -> State:
     """A state of this process for a network that is to be made, written down. Call it `locked`.
 
-    Raises UsageError where `run_id` is no id or taken already.
+    Raises UsageError where `run_id` or `name` is none or taken already.
     """
+    if name and (not _CALLED.fullmatch(name) or _ID.fullmatch(name)):
+        raise UsageError(
+            f"name {name[:64]!r}: begin with a letter, then up to 63 of A-Z, a-z, 0-9, '_', '.', '-'; and no id"
+        )
+    if name and any(state.name == name and is_alive(state) for state in list_states()):
+        raise UsageError(f"a network {name} is up already; see `testbed ls`")
     if run_id is not None and not _ID.fullmatch(run_id):
         raise UsageError(f"run id {run_id!r}: expected four hexadecimal digits, such as 1a2b")
     if run_id is not None and _is_taken(run_id):
@@ -225,7 +242,8 @@ def new(topology: Topology, emulator: str, *, persistent: bool, run_id: str | No
         persistent=persistent,
         emulator=emulator,
         topology=topology,
-        namespaces=tuple(namespace_name(run_id, name) for name in names),
+        namespaces=tuple(namespace_name(run_id, node) for node in names),
+        name=name,
     )
     write(state)
     return state
@@ -291,17 +309,18 @@ def is_alive(state: State) -> bool:
 
 
 def find(run_id: str | None = None) -> State:
-    """The network of that id, or the only persistent one. Raises UsageError with the remedy."""
+    """The network of that id or name, or the only persistent one. Raises UsageError with the remedy."""
     states = list_states()
     if run_id is not None:
-        for state in states:
-            if state.id == run_id:
+        for state in sorted(states, key=is_alive, reverse=True):
+            if run_id in (state.id, state.name):
                 return state
-        known = ", ".join(state.id for state in states) or "none"
+        known = ", ".join(state.called for state in states) or "none"
         raise UsageError(f"no network {run_id!r} on this machine (there is: {known})")
     standing = [state for state in states if state.persistent and is_alive(state)]
     if not standing:
         raise UsageError("no network is up; make one with `sudo testbed up TOPOLOGY`")
     if len(standing) > 1:
-        raise UsageError(f"several networks are up ({', '.join(state.id for state in standing)}); say which")
+        several = ", ".join(state.called for state in standing)
+        raise UsageError(f"several networks are up ({several}); say which with --id")
     return standing[0]

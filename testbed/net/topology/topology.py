@@ -23,7 +23,7 @@ from testbed.strict_yaml import did_you_mean
 
 MAX_NODES = 1000
 MAX_LINKS = 4000
-_NODE_NAME = re.compile(r"[a-z]([a-z0-9-]{0,30}[a-z0-9])?")
+_NODE_NAME = re.compile(r"[A-Za-z]([A-Za-z0-9_-]{0,30}[A-Za-z0-9])?")
 _LINK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
 _CONGESTION_NAME = re.compile(r"[a-z0-9_]{1,15}")
 #: A path of the host's, or a name on its PATH.
@@ -210,10 +210,17 @@ def _validate(topology: Topology) -> None:
     places: dict[str, int] = {}
     for place, name in enumerate(names):
         _check_name(
-            name, f"nodes[{place}]", _NODE_NAME, "start with a letter, then up to 31 of a-z, 0-9 and hyphens"
+            name,
+            f"nodes[{place}]",
+            _NODE_NAME,
+            "start with a letter, then up to 31 letters, digits, hyphens and underscores",
         )
-        if name in _RESERVED:
-            raise SpecError(f"nodes[{place}]: a node cannot be called {name!r}: {_RESERVED[name]}")
+        if name.lower() in _RESERVED:
+            raise SpecError(f"nodes[{place}]: a node cannot be called {name!r}: {_RESERVED[name.lower()]}")
+        if (
+            name.lower() in map(str.lower, places) and name not in places
+        ):  # whom /etc/hosts does not tell apart
+            raise SpecError(f"nodes[{place}]: nodes {name!r} and another differ in capitals alone")
         if name in places:
             raise SpecError(f"nodes[{place}]: node {name!r} is named twice")
         places[name] = place
@@ -240,7 +247,12 @@ def _check_cells(topology: Topology) -> None:
     members: dict[str, list[Link]] = {}
     for place, cell in enumerate(topology.cells):
         where = f"cells[{place}]"
-        _check_name(cell.name, f"{where}.name", _NODE_NAME, "start with a letter, then a-z, 0-9 and hyphens")
+        _check_name(
+            cell.name,
+            f"{where}.name",
+            _NODE_NAME,
+            "start with a letter, then letters, digits, hyphens and underscores",
+        )
         if cell.name in members:
             raise SpecError(f"{where}: cell {cell.name!r} is named twice")
         members[cell.name] = []
