@@ -28,7 +28,8 @@ from testbed import lookup
 from testbed.errors import SpecError, UnitError
 from testbed.net.profile.deliveries import Deliveries
 from testbed.net.profile.generators import Flap, Outage, Sine, Step
-from testbed.net.profile.recordings.files import read_recording
+from testbed.net.profile.recordings.columns import parse_columns
+from testbed.net.profile.recordings.files import Layout, read_recording
 from testbed.net.profile.recordings.recording import (
     MAX_SECONDS,
     OPPORTUNITY_BYTES,
@@ -89,7 +90,8 @@ class Trace:
     """A recording or a rule, and how it is used.
 
     *scale* multiplies rates (of deliveries: what one carries); *offset_s*: where in it to start; *end*: whether it begins
-    again or its last values hold; *column*: the way whose columns of the file are used, empty for the direction's own.
+    again or its last values hold; *column*: the way whose columns of the file are used, empty for the direction's own;
+    *columns*, *every_s*, *skip*: how the file is read (`recordings.files.Layout`).
     """
 
     source: File | Step | Sine | Outage | Flap
@@ -97,6 +99,18 @@ class Trace:
     offset_s: float = 0.0
     end: Literal["loop", "hold"] = "loop"
     column: Literal["", "up", "down"] = ""
+    columns: str = ""
+    every_s: float = 0.0
+    skip: Literal["", "idle"] = ""
+
+    def __post_init__(self) -> None:
+        said = {"columns": self.columns, "every": self.every_s, "skip": self.skip}
+        if any(said.values()) and not isinstance(self.source, File):
+            raise SpecError(
+                f"{next(key for key, value in said.items() if value)}: of a file, and {self.source} is none"
+            )
+        if self.every_s and not self.columns:
+            raise SpecError("every: says how far rows without a time are apart, whose columns= are said")
 
     def __str__(self) -> str:
         scale = f"{self.scale:g}" if float(f"{self.scale:g}") == self.scale else repr(self.scale)
@@ -105,6 +119,9 @@ class Trace:
             "offset": exact_time(self.offset_s) if self.offset_s else "",
             "end": "" if self.end == "loop" else self.end,
             "column": self.column,
+            "columns": self.columns,
+            "every": exact_time(self.every_s) if self.every_s else "",
+            "skip": self.skip,
         }
         written = ",".join(f"{key}={value}" for key, value in options.items() if value)
         return str(self.source) + (f"({written})" if written else "")
@@ -124,7 +141,8 @@ class Trace:
         *rate_bps* is given, too."""
         if not isinstance(self.source, File):
             return self.source.samples(rate_bps)
-        recording = read_recording(self.source.found(), self.column or way)
+        layout = Layout(self.columns, self.every_s, self.skip)
+        recording = read_recording(self.source.found(), self.column or way, layout)
         if rate_bps is not None and (isinstance(recording, DeliveryTimes) or recording.rates is not None):
             raise SpecError(f"{self}: it gives the rate; leave rate= away, or change it with scale")
         return recording
@@ -186,9 +204,14 @@ class Trace:
         recording, rate = self.recording(way, rate_bps), self.rates_bps(way, rate_bps)[0]
         remark = f"{self}: {format_time(recording.length_s)} long"
         remark += "" if rate is None else f", {format_rate(rate)} on average"
+        if isinstance(recording, Samples) and recording.idle_rows:
+            share = recording.idle_rows / len(recording.times)
+            remark += f"; {recording.idle_rows} of its rows ({share:.0%}) were taken while idle or pinging: "
+            remark += "skip=idle leaves them out"
         if isinstance(recording, DeliveryTimes) and recording.length_s < _SHORT_S:
             return [
-                f"{remark}; shorter than a second, again and again: are these delays, and no times of deliveries?"
+                f"{remark}; shorter than a second, again and again: are these delays, and no times of deliveries? They are "
+                f"trace:{self.source.path}(columns=delay_ms,every=10ms)"
             ]
         return [
             remark + ("; shorter than a second, again and again" if recording.length_s < _SHORT_S else "")
@@ -263,10 +286,31 @@ def _column(text: str) -> str:
     return _COLUMNS[text.lower()]
 
 
+def _columns_of(text: str) -> str:
+    parse_columns(text)
+    return text
+
+
+def _every(text: str) -> float:
+    seconds = _offset(text)
+    if not 1e-6 <= seconds <= 86400:
+        raise SpecError(f"every={text[:20]}: rows are from 1us to a day apart")
+    return seconds
+
+
+def _skip(text: str) -> str:
+    if text != "idle":
+        raise SpecError(f"skip={text[:20]}: what can be left out is idle")
+    return text
+
+
 _OPTIONS: dict[str, tuple[str, Callable[[str], float | str]]] = {
     "scale": ("scale", _scale),
     "offset": ("offset_s", _offset),
     "end": ("end", _end),
     "column": ("column", _column),
+    "columns": ("columns", _columns_of),
+    "every": ("every_s", _every),
+    "skip": ("skip", _skip),
 }
 """As it is written -> the field of a `Trace`, and how it is read."""

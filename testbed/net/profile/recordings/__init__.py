@@ -15,7 +15,9 @@ A light and a heavy train of packets, sent in turns, find two delays: ``delay_ms
 ``loaded_delay_ms`` under load (CellReplay, NSDI 2025, records such pairs).
 Two numbers a line between blanks, without names, are seconds and Mbit/s, as in the traces of Pensieve (and those that were
 made for it out of the FCC's and HSDPA's).
-Logs of G-NetTrack are understood as they are: ``Timestamp``, ``DL_bitrate`` and ``UL_bitrate`` (kbit/s) out of many columns.
+Logs of G-NetTrack are understood as they are: ``Timestamp``, ``DL_bitrate`` and ``UL_bitrate`` (kbit/s) out of many columns; what
+was idle or pinging in them is left out by ``skip=idle``. Models of netem-trace, which Rattan replays, are JSON or TOML
+(`netem_trace`). Of any other table somebody says what its columns are (`columns`).
 
 A value holds until the next row. Rows of the same time share the time up to the next one evenly; a value that is missing
 (``-`` or nothing) is the one before; a gap is no outage: the last value holds over it. Times count from the first row. The

@@ -31,6 +31,8 @@ class Samples:
     losses: array[float] | None = None
     loaded_delays: array[float] | None = None
     """Seconds, under load; `delays` are then those of a link that has next to nothing to do."""
+    idle_rows: int = 0
+    """Of its rows, those that were taken while nothing was transferred on purpose, and are there all the same."""
 
     def mean(self, column: str, begin_s: float = 0.0) -> float:
         """The time-weighted mean of ``rates``, ``delays`` or ``losses``, from *begin_s* to the end; behind it, the last value."""

@@ -45,11 +45,21 @@ _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?", re.ASCII)
 
 
 @dataclass(frozen=True)
-class _Column:
+class Column:
+    """One of a row's fields: what it is called, whether it is a rate, a delay or a loss, and by what it is in our units."""
+
     index: int
     name: str
     kind: str  # "rate", "delay", "loss" or "loaded_delay"
     factor: float
+
+
+def meaning(name: str) -> tuple[str, str | None, float] | None:
+    """What a column of that name is: its kind, its way (None: both), and its unit in ours; None where it says no such thing."""
+    match = _COLUMN.fullmatch(name)
+    if match is None or match[3] not in _UNITS[match[1]]:
+        return None
+    return match[1], match[2], _UNITS[match[1]][match[3]]
 
 
 def headless(first: bytes) -> bool:
@@ -61,31 +71,51 @@ def headless(first: bytes) -> bool:
 def read_headless_table(file: BinaryIO, path: Path) -> Samples:
     """The same as `read_table` of a file that is `headless`."""
     rows = ((number, text.split()) for number, text in lines_that_say(file, path))
-    rate = _Column(1, "the rate", "rate", _UNITS["rate"]["mbps"])
-    return _samples(rows, 2, lambda fields: _number(fields[0]), [rate], path)
+    rate = Column(1, "the rate", "rate", _UNITS["rate"]["mbps"])
+    return samples(rows, 2, lambda fields: to_number(fields[0]), [rate], path)
 
 
-def read_table(file: BinaryIO, path: Path, way: str) -> Samples:
-    """What the table in an open file says of a way; *path*: what it is called. Raises SpecError, with the line it dislikes."""
+def read_table(file: BinaryIO, path: Path, way: str, skip_idle: bool = False) -> Samples:
+    """What the table in an open file says of a way; *path*: what it is called. *skip_idle*: without the time in which a phone
+    transferred nothing of its own accord (see `idle_in`). Raises SpecError, with the line it dislikes."""
     lines = comma_separated(file, path)
     number, names = next(lines, (1, []))
     if not names:
         raise SpecError(f"trace {path}: the file is empty")
     read_time, columns = _header(names, way, lambda what: wrong(path, number, what))
-    return _samples(lines, len(names), read_time, columns, path)
+    is_idle = idle_in(names)
+    if skip_idle and is_idle is None:
+        raise wrong(path, number, "skip=idle: of logs of G-NetTrack, whose State says so; this is none")
+    return samples(lines, len(names), read_time, columns, path, is_idle, skip_idle)
 
 
-def _samples(
+def idle_in(names: list[str]) -> Callable[[list[str]], bool] | None:
+    """Of a log of G-NetTrack, whether a row was taken while the phone was idle (its State has no D, for data) or pinged; None of
+    another table."""
+    if "Timestamp" not in names or "State" not in names:
+        return None
+    state, pinged = names.index("State"), names.index("PINGAVG") if "PINGAVG" in names else None
+
+    def is_idle(fields: list[str]) -> bool:
+        return "D" not in fields[state] or (pinged is not None and fields[pinged] not in ("", "-"))
+
+    return is_idle
+
+
+def samples(
     rows: Iterable[tuple[int, list[str]]],
     count: int,
     read_time: Callable[[list[str]], float],
-    columns: list[_Column],
+    columns: list[Column],
     path: Path,
+    is_idle: Callable[[list[str]], bool] | None = None,
+    skip_idle: bool = False,
 ) -> Samples:
     """The columns of rows of *count* fields, each with the number of its line."""
     times, values = array("d"), [array("f") for _ in columns]
     before: list[float | None] = [None] * len(columns)
     started, group = None, 0  # rows since `group` have the same time
+    idle = bytearray()
     for number, fields in rows:
         if len(fields) != count:
             raise wrong(path, number, f"{len(fields)} fields, but {count} columns")
@@ -103,6 +133,8 @@ def _samples(
             _spread(times, group, time)
             group = len(times)
         times.append(time)
+        if is_idle is not None:
+            idle.append(is_idle(fields))
         for i, column in enumerate(columns):
             before[i] = _value(column, fields[column.index], before[i], path, number)
             values[i].append(before[i])  # type: ignore[arg-type]
@@ -110,9 +142,27 @@ def _samples(
         raise SpecError(f"trace {path}: there is no row below the column names")
     length = times[group] + (times[group] - times[group - 1] if group else _ALONE_S)
     _spread(times, group, length)
-    return Samples(
-        _compact(times, length), length, **{_PLURAL[c.kind]: v for c, v in zip(columns, values, strict=True)}
-    )
+    left_out = sum(idle)
+    if skip_idle:
+        times, values, length = _without(times, values, length, idle)
+        if not times:
+            raise SpecError(f"trace {path}: skip=idle: every row was taken while idle or pinging")
+    named = {_PLURAL[c.kind]: v for c, v in zip(columns, values, strict=True)}
+    return Samples(_compact(times, length), length, **named, idle_rows=0 if skip_idle else left_out)
+
+
+def _without(
+    times: array[float], values: list[array[float]], length: float, gone: bytearray
+) -> tuple[array[float], list[array[float]], float]:
+    """The rows that are not *gone*, and the time that they took, one behind the other."""
+    kept, columns, at = array("d"), [array("f") for _ in values], 0.0
+    for row, begin in enumerate(times):
+        if not gone[row]:
+            kept.append(at)
+            for new, old in zip(columns, values, strict=True):
+                new.append(old[row])
+            at += (times[row + 1] if row + 1 < len(times) else length) - begin
+    return kept, columns, at
 
 
 def _compact(times: array[float], length_s: float) -> Sequence[float]:
@@ -133,23 +183,25 @@ def _spread(times: array[float], group: int, until: float) -> None:
 
 def _header(
     names: list[str], way: str, refuse: Callable[[str], SpecError]
-) -> tuple[Callable[[list[str]], float], list[_Column]]:
+) -> tuple[Callable[[list[str]], float], list[Column]]:
     """How to read a row's time, and the columns that say something about this way."""
     if len(names) == 1 and (mark := next((mark for mark in ";\t|" if mark in names[0]), None)):
-        raise refuse(f"separate columns by commas, not by {mark!r}")
+        raise refuse(
+            f"separate columns by commas, not by {mark!r}, or say what they are: {_say_columns(names[0].split(mark))}"
+        )
     doubled = next((name for name in names if names.count(name) > 1), None)
     if doubled is not None:
         raise refuse(f"two columns are called {doubled[:40]!r}")
     if "Timestamp" in names and _GNETTRACK.keys() <= set(names):
         at = names.index("Timestamp")
         chosen = [
-            _Column(names.index(name), name, kind, factor)
+            Column(names.index(name), name, kind, factor)
             for name, (kind, of, factor) in _GNETTRACK.items()
             if of == way
         ]
         return lambda fields: _stamp(fields[at]), chosen
     time: tuple[int, float] | None = None
-    by_kind: dict[str, dict[str | None, _Column]] = {kind: {} for kind in _PLURAL}
+    by_kind: dict[str, dict[str | None, Column]] = {kind: {} for kind in _PLURAL}
     for index, name in enumerate(names):
         if name.startswith("time_") and name[5:] in _TIME_UNITS:
             if time is not None:
@@ -168,28 +220,40 @@ def _header(
             }
             raise refuse(f"column {name!r} does not say its unit; call it for example {units[kind]}")
         if match is None or match[3] not in _UNITS[match[1]]:
-            raise refuse(f"unknown column {name[:40]!r}{did_you_mean(name[:40], _EXAMPLES)}")
+            raise refuse(
+                f"unknown column {name[:40]!r}{did_you_mean(name[:40], _EXAMPLES)}; {_say_columns(names)}"
+            )
         if match[2] in by_kind[match[1]]:
             raise refuse(f"two columns give the {match[1]}")
-        by_kind[match[1]][match[2]] = _Column(index, name, match[1], _UNITS[match[1]][match[3]])
+        by_kind[match[1]][match[2]] = Column(index, name, match[1], _UNITS[match[1]][match[3]])
     if time is None:
-        raise refuse("no column gives the time: time_s, time_ms or time_us")
+        raise refuse(f"no column gives the time: time_s, time_ms or time_us; {_say_columns(names)}")
     columns = [of[way] if way in of else of[None] for of in by_kind.values() if way in of or None in of]
     if not columns:
         other = any(by_kind.values())
         raise refuse(
             f"nothing is said of the way {way}; with column=up or column=down it can have the other's"
             if other
-            else "no column gives a rate, a delay or a loss"
+            else f"no column gives a rate, a delay or a loss; {_say_columns(names)}"
         )
     kinds = {column.kind for column in columns}
     if "loaded_delay" in kinds and "delay" not in kinds:
         raise refuse("a delay under load (loaded_delay) is no use without that of an idle link (delay)")
     index, factor = time
-    return lambda fields: _number(fields[index]) * factor, columns
+    return lambda fields: to_number(fields[index]) * factor, columns
 
 
-def _number(text: str) -> float:
+def _say_columns(names: list[str]) -> str:
+    """The option that makes a file readable whose columns are called so."""
+    if len(names) == 2 and all(_NUMBER.fullmatch(name) for name in names):
+        return "without names, seconds and Mbit/s are trace:FILE(columns=time_s+rate_mbps)"
+    plain = [name for name in names if name and not set(name) & set("+:,;()") and len(name) < 30]
+    one, two = (plain[0], plain[1]) if len(plain) > 1 else ("1", "2")
+    return f"or say which are what: trace:FILE(columns={one}:time_s+{two}:rate_mbps)"
+
+
+def to_number(text: str) -> float:
+    """Raises ValueError, with what is wrong, for what is no number."""
     if not _NUMBER.fullmatch(text):
         raise ValueError(f"{text[:40]!r} is not a number")
     value = float(text)
@@ -207,13 +271,13 @@ def _stamp(text: str) -> float:
         raise ValueError(f"{text!r}: there is no such time") from None
 
 
-def _value(column: _Column, text: str, before: float | None, path: Path, number: int) -> float:
+def _value(column: Column, text: str, before: float | None, path: Path, number: int) -> float:
     if text in ("", "-"):
         if before is None:
             raise wrong(path, number, f"{column.name}: no value, and none before it")
         return before
     try:
-        value = _number(text) * column.factor
+        value = to_number(text) * column.factor
     except ValueError as error:
         raise wrong(path, number, f"{column.name}: {error}") from None
     if not 0 <= value <= _LIMITS[column.kind]:
