@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextvars import ContextVar
 
 from testbed import kinds
 from testbed.delivery.adaptive import Adaptive
@@ -12,20 +13,23 @@ from testbed.errors import SpecError
 _BETWEEN = " · "  #: a setting's parts (`settings.labelled`)
 #: Characters; a longer name loses its parameters.
 LONGEST = 34
+#: The same where it is asked for nothing else, which what is drawn on changes.
+longest: ContextVar[int] = ContextVar("longest", default=LONGEST)
 
 
-def short(names: Iterable[str], longest: int = LONGEST) -> dict[str, str]:
-    """Each name as it is drawn. A long one loses what all deliveries of its kind have in common, then its parameters in
-    parentheses become ``(…)``, the longest first; where two names would then be the same, those behind the first are numbered:
-    ``(…) [2]``.
+def short(names: Iterable[str], most: int | None = None) -> dict[str, str]:
+    """Each name as it is drawn, of `most` characters or a few more (None: of `longest`). A long one loses what all deliveries of
+    its kind have in common, then its parameters in parentheses become ``(…)``, the longest first; where two names would then be
+    the same, those behind the first are numbered: ``(…) [2]``.
     """
     shown: dict[str, str] = {}
     taken: dict[str, int] = {}
     distinct = list(dict.fromkeys(names))
     alike = _in_common(distinct)
+    most = longest.get() if most is None else most
     for name in distinct:
-        told = _without_common(name, alike) if len(name) > longest else name
-        drawn = _middle(_without_parameters(told, longest), longest + 8)
+        told = _without_common(name, alike) if len(name) > most else name
+        drawn = _middle(_without_parameters(told, most), most + 8)
         taken[drawn] = taken.get(drawn, 0) + 1
         shown[name] = drawn if taken[drawn] == 1 else f"{drawn} [{taken[drawn]}]"
     return shown
@@ -79,12 +83,12 @@ def _kind(part: str) -> tuple[str, tuple[str, ...]]:
     return (match[1], parameters) if match else ("", ())
 
 
-def _without_parameters(name: str, longest: int) -> str:
+def _without_parameters(name: str, most: int) -> str:
     def groups() -> list[str]:
         ends = (part.partition(")") for part in name.split("(")[1:])
         return [f"({inside})" for inside, end, _ in ends if inside and end and "…" not in inside]
 
-    while len(name) > longest and (inner := groups()):
+    while len(name) > most and (inner := groups()):
         name = name.replace(max(inner, key=len), "(…)", 1)
     return name
 

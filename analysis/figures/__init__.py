@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,7 @@ FIGURES = {
     "fidelity_traces": "testbed.analysis.figures.fidelity_traces:draw",
 }
 
+_PRINTED_DPI = 300
 #: What says something of links, or by a model of a single request: what waited for others has no place there.
 _ALONE = ("regimes", "who_prefills", "naive_error", "link_sweep")
 
@@ -69,18 +71,24 @@ def figure(name: str, run: Run) -> Figure:
     return drawn
 
 
-def draw_all(run: Run, names: list[str] | None = None) -> list[Path]:
+def draw_all(
+    run: Run, names: list[str] | None = None, width: str = "screen", titles: bool = True
+) -> list[Path]:
     """Write the named figures (None: all the run has data for) as PNG and PDF; returns the paths. Raises as
     `figure` does.
+
+    width: one of `style.PAPERS`; a paper's are in a folder of their own, ``figures-column``. Without `titles` each figure's texts
+    are in a file beside it, for a caption.
     """
-    from testbed.analysis.figures.style import style
+    from testbed.analysis.figures.style import PAPERS, style
 
     for name in names or ():
         if name not in FIGURES:
             raise UsageError(f"unknown figure {name!r}; choose from {', '.join(FIGURES)}")
     run.require(min(map(_least, names)) if names else 2)
     written = []
-    with style():
+    folder = "figures" if width == "screen" and titles else f"figures-{width}"
+    with style(replace(PAPERS[width], titles=titles)):
         for name in names or FIGURES:
             try:
                 drawn = figure(name, run)
@@ -89,7 +97,9 @@ def draw_all(run: Run, names: list[str] | None = None) -> list[Path]:
                     raise
                 continue
             for suffix in ("png", "pdf"):
-                written.append(run.write(f"figures/{name}.{suffix}", partial(_save, drawn)))
+                written.append(run.write(f"{folder}/{name}.{suffix}", partial(_save, drawn)))
+            if not titles:
+                written.append(run.write(f"{folder}/{name}.txt", partial(_save_caption, drawn)))
     return written
 
 
@@ -105,5 +115,23 @@ def _least(name: str) -> int:
 
 
 def _save(drawn: Figure, path: Path) -> None:
+    from testbed.analysis.figures import pages
+    from testbed.analysis.figures.style import paper
+
     # No dates and versions inside: the same rows give the same bytes.
-    drawn.savefig(path, metadata={"Software": None} if path.suffix == ".png" else {"CreationDate": None})
+    scale = paper().printed / float(drawn.get_size_inches()[0])
+    if path.suffix == ".pdf":
+        pages.save(drawn, path, scale)
+    elif scale == 1:
+        drawn.savefig(path, metadata={"Software": None})
+    else:
+        drawn.savefig(
+            path,
+            dpi=_PRINTED_DPI * scale,
+            metadata={"Software": None},
+            pil_kwargs={"dpi": (_PRINTED_DPI,) * 2},
+        )
+
+
+def _save_caption(drawn: Figure, path: Path) -> None:
+    path.write_text(f"{drawn.get_label()}\n", encoding="utf-8")

@@ -96,6 +96,7 @@ def draw(run: Run) -> Figure:
         left=2.0,
         between=0.22 if len(panels) == len(_ALWAYS) else 0.16,
         below=0.26,
+        stacks=False,  # the first one's names are all panels'
     )
     figure, axes = frame.figure()
     for ax, (what, title, label) in zip(axes, panels, strict=True):

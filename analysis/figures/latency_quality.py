@@ -21,7 +21,15 @@ from testbed.analysis.describe import caveats, conditions, counted, subject
 from testbed.analysis.figures import NotInThisRun, labels
 from testbed.analysis.figures.axes import limit_losses, limit_scores, limit_seconds
 from testbed.analysis.figures.panels import FRONT, Legend, empty, fill, front
-from testbed.analysis.figures.style import INK, Frame, Mark, bottom_legend, panel_title, tell_missing
+from testbed.analysis.figures.style import (
+    INK,
+    Frame,
+    Mark,
+    bottom_legend,
+    legend_height,
+    panel_title,
+    tell_missing,
+)
 from testbed.analysis.names import short
 from testbed.analysis.run import Run
 from testbed.analysis.settings import DELTA_NLL, QUALITY_FLOOR, SCORE, Measured, Metric
@@ -125,6 +133,8 @@ def _figure(run: Run, panels: list[Panel], columns: int, metric: Metric, title: 
     legend = Legend.of(m for p in panels for m in p.measured)
     links = counted(run.rows["profile"].nunique(), "emulated link")
     compared = f"{counted(len(legend.looks), 'setting')} on {links} · {subject(run.rows)}"
+    lines = _lines(panels)
+    below = legend_height([str(line.get_label()) for line in lines], len(lines))
     frame = Frame(
         title=title,
         subtitle=f"{compared}\n{what}; median of the {run.latency}; bars: 95 % intervals over examples",
@@ -132,7 +142,7 @@ def _figure(run: Run, panels: list[Panel], columns: int, metric: Metric, title: 
         rows=math.ceil(len(panels) / columns),
         columns=columns,
         panel={1: 3.4, 2: 2.25, 3: 1.95}[columns],
-        legend=legend.height + 0.26,
+        legend=legend.height + below - 0.08,
     )
     figure, axes = frame.figure()
 
@@ -141,9 +151,8 @@ def _figure(run: Run, panels: list[Panel], columns: int, metric: Metric, title: 
         _draw_panel(ax, panel, legend.looks, metric)
 
     fill(axes, columns, panels, draw_panel, f"{run.latency} (s)", metric.label)
-    lines = _lines(panels)
     bottom_legend(figure, frame, lines, len(lines))
-    legend.draw(figure, frame, above=0.24)
+    legend.draw(figure, frame, above=below - 0.1)
     return figure
 
 

@@ -73,6 +73,8 @@ def fill(
     y: str = "",
 ) -> None:
     """Draw each panel into its axes. Names of axes stand at the edges alone, and axes that are left over stay empty."""
+    spec = axes[0].get_subplotspec()
+    columns = columns if spec is None else spec.get_gridspec().ncols  # fewer where the paper is narrow
     for index, ax in enumerate(axes):
         if index >= len(panels):
             ax.set_axis_off()

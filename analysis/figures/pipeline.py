@@ -18,7 +18,16 @@ from testbed.analysis import settings
 from testbed.analysis.describe import caveats, conditions, megabytes, subject
 from testbed.analysis.figures import NotInThisRun
 from testbed.analysis.figures.stages import LOOKS, patch
-from testbed.analysis.figures.style import BLUE, GREY, INK, ORANGE, Frame, bottom_legend, panel_title
+from testbed.analysis.figures.style import (
+    BLUE,
+    GREY,
+    INK,
+    ORANGE,
+    Frame,
+    bottom_legend,
+    legend_height,
+    panel_title,
+)
 from testbed.analysis.link_rates import Floats, rates
 from testbed.analysis.names import short
 from testbed.analysis.run import Run
@@ -73,7 +82,7 @@ def draw(run: Run) -> Figure:
         rows=len(requests),
         columns=1,
         panel=1.1 if rated else 0.86,
-        legend=0.2 * math.ceil(len(handles) / 4) + 0.14,
+        legend=legend_height([str(handle.get_label()) for handle in handles], 4),
         left=0.7,
         above=0.4,
         below=0.14,

@@ -30,6 +30,7 @@ from testbed.analysis.figures.style import (
     YELLOW,
     Frame,
     bottom_legend,
+    legend_height,
     panel_title,
 )
 from testbed.analysis.names import short
@@ -81,14 +82,15 @@ def draw(run: Run) -> Figure:
         rows=math.ceil(len(panels) / columns),
         columns=columns,
         panel=0.1 + 0.205 * bars,
-        legend=0.2 * math.ceil(len(stages) / 4) + 0.14,
+        legend=legend_height([LOOKS[stage][2] for stage in stages], 4),
         left=0.2 + 0.072 * max(map(len, short(order).values())),
         between=0.22,
     )
     figure, axes = frame.figure()
     fill(axes, columns, panels, partial(draw_panel, "e2e_s", stages, order, payloads), "time (s)")
-    for index, ax in enumerate(axes):
-        ax.tick_params(labelleft=index % columns == 0)
+    for ax in axes:
+        spec = ax.get_subplotspec()
+        ax.tick_params(labelleft=spec is None or spec.is_first_col())
     bottom_legend(figure, frame, [patch(stage) for stage in stages], 4)
     return figure
 

@@ -4,9 +4,12 @@ black-and-white print.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from testbed.analysis.names import LONGEST, longest
 from testbed.codecs.spec import parse, written
 from testbed.errors import SpecError
 
@@ -25,11 +29,45 @@ YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 GREY, INK = "#8A8A8A", "#222222"
 
 _RIGHT = 0.18  #: inches, room for half of a tick's label
-WIDTH = 9.0  #: inches; at 100 pixels an inch this is a README's width
+_NARROW = 6.0  #: inches, below which panels stand below one another
 
 
-def style() -> AbstractContextManager[None]:
-    """The settings under which figures are made and saved."""
+@dataclass(frozen=True)
+class Paper:
+    """What figures are made for. `drawn`: how wide they are laid out, inches; `printed`: how wide they are then; `longest`:
+    characters of a name. Without `titles` they have no title, subtitle and footnotes: a paper's caption says that.
+    """
+
+    drawn: float
+    printed: float
+    longest: int = LONGEST
+    titles: bool = True
+
+
+#: A README at 100 pixels an inch; a page's text block and a column of a two-column paper, where 8.5 points become 7 and 6.4.
+PAPERS = {"screen": Paper(9.0, 9.0), "page": Paper(8.4, 7.0), "column": Paper(4.5, 3.4, 20)}
+_paper: ContextVar[Paper] = ContextVar("paper", default=PAPERS["screen"])
+
+
+def paper() -> Paper:
+    """What the figure that is being made is for."""
+    return _paper.get()
+
+
+@contextlib.contextmanager
+def style(made_for: Paper | None = None) -> Iterator[None]:
+    """The settings under which figures are made and saved; None: for the screen."""
+    chosen = made_for or PAPERS["screen"]
+    token, names = _paper.set(chosen), longest.set(chosen.longest)
+    try:
+        with _settings():
+            yield
+    finally:
+        longest.reset(names)
+        _paper.reset(token)
+
+
+def _settings() -> AbstractContextManager[None]:
     return matplotlib.rc_context(
         {
             "font.family": "DejaVu Sans",
@@ -47,7 +85,7 @@ def style() -> AbstractContextManager[None]:
             "hatch.linewidth": 0.6,
             "legend.frameon": False,
             "legend.fontsize": 8.5,
-            "pdf.fonttype": 42,  # text stays text
+            "pdf.fonttype": 42,  # TrueType, embedded: text stays text, and no font has to be there where it is read
             "savefig.dpi": 200,
             "xtick.labelsize": 8.5,
             "ytick.labelsize": 8.5,
@@ -171,52 +209,75 @@ class Frame:
     between: float = 0.55  #: and of the others
     above: float = 0.44  #: room for a panel's title
     below: float = 0.24  #: and for its ticks
+    stacks: bool = (
+        True  #: a panel is understood without the one beside it, so that they may stand below one another
+    )
+
+    @property
+    def width(self) -> float:
+        """The whole figure's, inches."""
+        return paper().drawn if self.stacks else max(_NARROW, paper().drawn)
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        """Rows and columns, as the paper has room for them."""
+        narrow = self.width < _NARROW
+        return (self.rows * self.columns, 1) if narrow else (self.rows, self.columns)
+
+    @property
+    def _notes(self) -> list[str]:
+        return _wrapped(self.footnotes, self.width * 19.6) if paper().titles else []
 
     @property
     def footer(self) -> float:
         """Height of the footnotes: where the legend begins."""
-        return 0.14 + 0.135 * len(_wrapped(self.footnotes, WIDTH * 19.6))
+        return (0.14 if paper().titles else 0.06) + 0.135 * len(self._notes)
+
+    def caption(self) -> str:
+        """Its texts, for where they are not in the figure."""
+        return "\n".join([self.title, *self.subtitle.splitlines(), *self.footnotes])
 
     def figure(self) -> tuple[Figure, list[Axes]]:
         """The figure with its texts, and its axes row by row."""
-        below = _wrapped(self.subtitle.splitlines(), WIDTH * 14.5)
-        notes = _wrapped(self.footnotes, WIDTH * 19.6)
-        head = 0.42 + 0.16 * len(below)
-        foot = self.footer + self.legend + self.below + 0.22
+        (rows, columns), width = self._grid, self.width
+        title = _wrapped([self.title], width * 10.5)
+        below = _wrapped(self.subtitle.splitlines(), width * 14.5)
+        head = 0.22 + 0.2 * len(title) + 0.16 * len(below) if paper().titles else 0.04
+        legend = self.legend + 0.2 if self.legend and width < _NARROW else self.legend  # in fewer columns
+        foot = self.footer + legend + self.below + 0.22
         step = self.panel + self.above + self.below
-        height = head + self.rows * step - self.below + foot
-        figure = Figure(figsize=(WIDTH, height))
-        start = 0.1 / WIDTH
-        figure.text(start, 1 - 0.1 / height, self.title, va="top", fontsize=12, fontweight="bold", color=INK)
-        figure.text(
-            start,
-            1 - 0.36 / height,
-            "\n".join(below),
-            va="top",
-            fontsize=8.5,
-            color="#444444",
-            linespacing=1.3,
-        )
-        figure.text(
-            start,
-            0.08 / height,
-            "\n".join(notes),
-            va="bottom",
-            fontsize=7.2,
-            color="#555555",
-            linespacing=1.3,
-        )
-        wide = (WIDTH - self.left - _RIGHT - (self.columns - 1) * self.between) / self.columns
+        height = head + rows * step - self.below + foot
+        figure = Figure(figsize=(width, height))
+        figure.set_label(self.caption())
+        if paper().titles:
+            _write_around(figure, (width, height), title, below, self._notes)
+        left = min(self.left, 0.5 * width)
+        wide = (width - left - _RIGHT - (columns - 1) * self.between) / columns
         grid = {
-            "left": self.left / WIDTH,
-            "right": 1 - _RIGHT / WIDTH,
+            "left": left / width,
+            "right": 1 - _RIGHT / width,
             "top": 1 - (head + self.above) / height,
             "bottom": foot / height,
             "wspace": self.between / wide,
             "hspace": (self.above + self.below) / self.panel,
         }
-        axes = figure.subplots(self.rows, self.columns, squeeze=False, gridspec_kw=grid)
+        axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw=grid)
         return figure, list(axes.flat)
+
+
+def _write_around(
+    figure: Figure, size: tuple[float, float], title: list[str], below: list[str], notes: list[str]
+) -> None:
+    """Title, subtitle and footnotes."""
+    width, height = size
+    start = 0.1 / width
+    places: list[tuple[float, list[str], dict[str, Any]]] = [
+        (1 - 0.1 / height, title, {"va": "top", "fontsize": 12, "fontweight": "bold", "color": INK}),
+        (1 - (0.16 + 0.2 * len(title)) / height, below, {"va": "top", "fontsize": 8.5, "color": "#444444"}),
+        (0.08 / height, notes, {"va": "bottom", "fontsize": 7.2, "color": "#555555"}),
+    ]
+    for y, lines, look in places:
+        figure.text(start, y, "\n".join(lines), linespacing=1.3, **look)
 
 
 def _wrapped(paragraphs: Iterable[str], characters: float) -> list[str]:
@@ -240,15 +301,20 @@ def panel_title(axes: Axes, title: str, below: str) -> None:
 
 def legend_columns(labels: Iterable[str], most: int = 5) -> int:
     """How many columns of these labels fit beside each other."""
-    return max(1, min(most, int((WIDTH - 0.2) / (0.5 + 0.072 * max(map(len, labels), default=1)))))
+    return max(1, min(most, int((paper().drawn - 0.2) / (0.5 + 0.072 * max(map(len, labels), default=1)))))
+
+
+def legend_height(labels: Sequence[str], most: int = 5) -> float:
+    """What a figure leaves free for a legend of these labels, in inches."""
+    return 0.2 * math.ceil(len(labels) / legend_columns(labels, most)) + 0.14
 
 
 def bottom_legend(figure: Figure, frame: Frame, handles: list[Any], columns: int, above: float = 0.0) -> None:
-    """A legend across the figure, `above` inches above the footnotes."""
+    """A legend across the figure, `above` inches above the footnotes, in so many columns or as many as there is room for."""
     figure.legend(
         handles=handles,
         loc="lower center",
-        ncols=columns,
+        ncols=min(columns, legend_columns([str(handle.get_label()) for handle in handles], columns)),
         bbox_to_anchor=(0.5, (frame.footer + above - 0.04) / float(figure.get_size_inches()[1])),
         columnspacing=1.5,
         handletextpad=0.5,

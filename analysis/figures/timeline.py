@@ -13,7 +13,7 @@ from testbed.analysis import settings
 from testbed.analysis.describe import caveats, conditions, megabytes
 from testbed.analysis.figures import NotInThisRun
 from testbed.analysis.figures.stages import LOOKS, patch
-from testbed.analysis.figures.style import GREY, INK, Frame, bottom_legend, panel_title
+from testbed.analysis.figures.style import GREY, INK, Frame, bottom_legend, legend_height, panel_title
 from testbed.analysis.run import Run, stage_names
 from testbed.analysis.spans import PLACES, lanes, of_stages, spans
 
@@ -46,7 +46,7 @@ def draw(run: Run) -> Figure:
         rows=len(chosen),
         columns=1,
         panel=0.72,
-        legend=0.2 * ((len(used) + 3) // 4) + 0.14,
+        legend=legend_height([LOOKS[stage][2] for stage in used], 4),
         left=0.7,
         above=0.4,
         below=0.12,

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from testbed.analysis import paired_latency, settings
 from testbed.analysis.describe import caveats, counted, subject
 from testbed.analysis.figures.panels import fill
-from testbed.analysis.figures.stages import draw_panel, overlapping, patch
-from testbed.analysis.figures.style import Frame, bottom_legend
+from testbed.analysis.figures.stages import LOOKS, draw_panel, overlapping, patch
+from testbed.analysis.figures.style import Frame, bottom_legend, legend_height
 from testbed.analysis.names import short
 from testbed.analysis.run import Run, stage_names
 
@@ -42,7 +42,7 @@ def draw(run: Run) -> Figure:
         rows=len(panels),
         columns=1,
         panel=0.1 + 0.205 * len(order),
-        legend=0.2 * math.ceil(len(stages) / 4) + 0.14,
+        legend=legend_height([LOOKS[stage][2] for stage in stages], 4),
         left=0.2 + 0.072 * max(map(len, short(order).values())),
     )
     figure, axes = frame.figure()

@@ -17,7 +17,17 @@ if TYPE_CHECKING:
 @click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
 @click.argument("figures", nargs=-1, metavar="[FIGURE]...")
 @click.option("--where", help="Only rows for which this holds, such as 'profile==\"5g-mid\"'.")
-def plot(path: Path, figures: tuple[str, ...], where: str | None) -> None:
+@click.option(
+    "--width",
+    type=click.Choice(["screen", "page", "column"]),
+    default="screen",
+    show_default=True,
+    help="For a paper: 7 inches, a page's text; or 3.4, a column. Into figures-page or figures-column.",
+)
+@click.option(
+    "--no-titles", is_flag=True, help="Without title and footnotes; their texts lie beside, for a caption."
+)
+def plot(path: Path, figures: tuple[str, ...], where: str | None, width: str, no_titles: bool) -> None:
     """Draw a run's figures anew, from its directory alone; or a diagnosis, from its file or a directory of such files."""
     from testbed.analysis import loads, naive, summary
     from testbed.analysis.figures import draw_all
@@ -36,7 +46,7 @@ def plot(path: Path, figures: tuple[str, ...], where: str | None) -> None:
             click.echo(f"formula   {formula}")
         if table := loads.write(whole):
             click.echo(f"loads     {table}")
-    for figure in draw_all(run, list(figures) or None):
+    for figure in draw_all(run, list(figures) or None, width, not no_titles):
         click.echo(f"plot      {figure}")
 
 

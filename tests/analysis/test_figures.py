@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from matplotlib.text import Text
 
 from testbed.analysis.figures import FIGURES, figure
 from testbed.analysis.figures.retention import split_selection
-from testbed.analysis.figures.style import WIDTH, marks, style
+from testbed.analysis.figures.style import PAPERS, marks, style
 from testbed.analysis.names import LONGEST, short
 from testbed.analysis.run import load
 from testbed.errors import UsageError
@@ -103,7 +105,7 @@ def test_all_figures_are_written_as_picture_and_vector(small: Path) -> None:
     for path in paths:
         if path.suffix == ".png":
             picture = matplotlib.image.imread(path)
-            assert picture.shape[1] == WIDTH * 200
+            assert picture.shape[1] == PAPERS["screen"].drawn * 200
             assert picture.std() > 0.05
         else:
             assert path.read_bytes().startswith(b"%PDF")
@@ -221,6 +223,26 @@ def test_figures_that_the_run_has_no_data_for_are_left_out(tmp_path: Path) -> No
 def test_equal_latencies_and_scores_are_drawn(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", ("lte",), ("int8", "int4"), examples=3, e2e_s=1.0, score=1.0)
     assert draw(path, ["latency_quality"])
+
+
+@pytest.mark.parametrize(("width", "inches"), [("column", 3.4), ("page", 7.0)])
+def test_a_papers_figures_have_its_width_its_fonts_and_no_texts_but_in_a_file(
+    run: Path, command: Command, width: str, inches: float
+) -> None:
+    asked = ["plot", run, "latency_quality", "stages", "fidelity", "--width", width, "--no-titles"]
+    status, out, _ = command(*asked)
+    assert status == 0 and out.count(f"/figures-{width}/") == 9
+    for name in ("latency_quality", "stages", "fidelity"):
+        page = (run / f"figures-{width}" / f"{name}.pdf").read_bytes()
+        box = re.search(rb"/MediaBox \[ 0 0 ([\d.]+) ([\d.]+) \]", page)
+        assert box and float(box[1]) == pytest.approx(72 * inches, abs=0.1)
+        assert b"/FontFile2" in page and b"/Type3" not in page
+        picture = (run / f"figures-{width}" / f"{name}.png").read_bytes()
+        assert int.from_bytes(picture[16:20], "big") == pytest.approx(300 * inches, abs=2)
+    assert "settings on" in (run / f"figures-{width}" / "stages.txt").read_text()
+    with style(replace(PAPERS[width], titles=False)):
+        made = figure("stages", load(run))
+    assert not made.texts and [ax.get_title() or ax.texts for ax in made.axes]
 
 
 def test_a_filter_is_named_in_the_figure(run: Path) -> None:
