@@ -53,7 +53,7 @@ def spans(page: str, pattern: str) -> Iterator[str]:
 
 def planned(settings: dict[str, Any], place: str) -> None:
     """A scenario of these settings and, for the rest, of some that go with them."""
-    base: dict[str, Any] = {"name": "page", "tasks": ["passages"]}
+    base: dict[str, Any] = {"name": "page"} | ({} if "programs" in settings else {"tasks": ["passages"]})
     if {"edge1", "edge2"} & set(re.findall(r"\w+", str(settings))):
         base |= {"topology": "shared-bottleneck", "edge": "edge1", "link": "backhaul"}
     if "device:" in str(settings) or "shape:" in str(settings):
@@ -133,7 +133,9 @@ def test_every_benchmark_is_there_with_its_options(page: str) -> None:
             assert not word.startswith("--") or f'"{word}"' in source, (module, word)
 
 
-@pytest.mark.parametrize("page", ["scenarios.md", "pipeline.md", "README.md", "claims.md", "links.md"])
+@pytest.mark.parametrize(
+    "page", ["scenarios.md", "pipeline.md", "README.md", "claims.md", "links.md", "programs.md"]
+)
 def test_every_run_that_is_shown_can_be_planned(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for _, _, *words in commands(page, r"testbed (run|plan) [a-z]"):

@@ -38,6 +38,7 @@ FIGURES = {
     "load_timeline": "testbed.analysis.figures.load_timeline:draw",
     "timeline": "testbed.analysis.figures.timeline:draw",
     "layer_sensitivity": "testbed.analysis.figures.layer_sensitivity:draw_run",
+    "programs": "testbed.analysis.figures.programs:draw",
     "fidelity": "testbed.analysis.figures.fidelity:draw",
     "fidelity_traces": "testbed.analysis.figures.fidelity_traces:draw",
 }
@@ -45,6 +46,10 @@ FIGURES = {
 _PRINTED_DPI = 300
 #: What says something of links, or by a model of a single request: what waited for others has no place there.
 _ALONE = ("regimes", "who_prefills", "naive_error", "link_sweep")
+
+
+#: What is said of programs of one's own, which send no caches and answer no questions: their columns, their times, their links.
+_OF_PROGRAMS = ("programs", "latency_cdf", "fidelity", "fidelity_traces")
 
 
 class NotInThisRun(UsageError):
@@ -59,8 +64,14 @@ def figure(name: str, run: Run) -> Figure:
     """
     if name not in FIGURES:
         raise UsageError(f"unknown figure {name!r}; choose from {', '.join(FIGURES)}")
+    from testbed.analysis import programs
+
     module, function = FIGURES[name].split(":")
     run = run.require(_least(name))
+    if programs.is_one(run) and name not in _OF_PROGRAMS:
+        raise NotInThisRun(
+            f"{run.path}: is of programs, of which there are the figures {', '.join(_OF_PROGRAMS)}"
+        )
     if name in _ALONE and (alone := run.alone) is not run:
         if len(alone.rows) < _least(name):
             raise NotInThisRun(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 )
 def plot(path: Path, figures: tuple[str, ...], where: str | None, width: str, no_titles: bool) -> None:
     """Draw a run's figures anew, from its directory alone; or a diagnosis, from its file or a directory of such files."""
-    from testbed.analysis import loads, naive, summary
+    from testbed.analysis import loads, naive, programs, summary
     from testbed.analysis.figures import draw_all
     from testbed.analysis.figures.layer_sensitivity import draw_file, is_diagnosis
     from testbed.analysis.run import load
@@ -40,7 +40,9 @@ def plot(path: Path, figures: tuple[str, ...], where: str | None, width: str, no
         return
     run = open_run(path, where)
     whole = run if where is None else load(path)
-    if len(whole.rows):  # a run that its links stopped has figures of these, and nothing to sum up
+    if programs.is_one(whole):
+        click.echo(f"programs  {programs.write(whole)}")
+    elif len(whole.rows):  # a run that its links stopped has figures of these, and nothing to sum up
         click.echo(f"summary   {summary.write(whole)}")
         if formula := naive.write(whole):
             click.echo(f"formula   {formula}")
@@ -56,11 +58,17 @@ def plot(path: Path, figures: tuple[str, ...], where: str | None, width: str, no
 @as_json
 def summary(path: Path, where: str | None) -> Any:
     """Print what a run printed at its end: each link's settings, and last the fastest that keeps the quality."""
-    from testbed.analysis import layout
+    from dataclasses import asdict
+
+    from testbed.analysis import layout, programs
     from testbed.analysis import summary as summing
     from testbed.analysis.describe import caveats, plain
 
     run = open_run(path, where)
+    if programs.is_one(run):
+        came_to = [asdict(each) for each in programs.figures(run.require())]
+        text = programs.text(run, layout.terminal_width())
+        return {"run": str(path), "figures": plain(came_to), "caveats": caveats(run)}, text, 0
     text = summing.table(run, layout.terminal_width())
     cells = plain(summing.summarise(run).to_dict("records"))
     return {"run": str(path), "cells": cells, "caveats": caveats(run)}, text, 0
@@ -70,8 +78,13 @@ def summary(path: Path, where: str | None) -> Any:
 @click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
 def report(path: Path) -> None:
     """Write RUN's report: one page with figures, table, claims and caveats, to be read without a network."""
-    from testbed.analysis import report
+    from testbed.analysis import programs, report
+    from testbed.errors import UsageError
 
+    if programs.is_one(open_run(path)):
+        raise UsageError(
+            f"{path} is of programs, which `testbed summary` and `testbed plot` show; a page is of language models"
+        )
     click.echo(f"report    {report.write(open_run(path))}")
 
 

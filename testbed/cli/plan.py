@@ -11,6 +11,7 @@ from testbed.cli.parts import as_json, sentences, sweep_options, table
 
 if TYPE_CHECKING:
     from testbed.experiment.borders import Border
+    from testbed.experiment.scenario import Plan
 
 
 @click.command()
@@ -26,6 +27,8 @@ def plan(scenario: str, **changes: Any) -> Any:
     from testbed.units import format_duration, format_size, format_time
 
     planned = load_plan(scenario, **changes)
+    if planned.scenario.programs is not None:
+        return _of_programs(planned)
     estimator = Estimator(planned)
     cells = estimator.summary()
     loaded = planned.scenario.loaded
@@ -71,6 +74,27 @@ def plan(scenario: str, **changes: Any) -> Any:
         "remarks": remarks,
     }
     return value, text, 0
+
+
+def _of_programs(planned: Plan) -> Any:
+    """Settings and links; how long a program takes nobody knows beforehand."""
+    from testbed.experiment.environment import too_much
+    from testbed.experiment.program_run import settings
+
+    cells = [
+        {"setting": each.label, "parameters": each.values, "profile": each.profile.name, "cell": each.cell}
+        for each in settings(planned)
+    ]
+    rows = [
+        [str(cell["setting"]) or "client", str(cell["profile"]), str(planned.scenario.repeats)]
+        for cell in cells
+    ]
+    remarks = [remark for profile in planned.profiles for remark in profile.remarks()] + too_much(planned)
+    text = (
+        table(rows, ["setting", "profile", "trials"]) + f"\n\n{planned.trials} trials of {len(cells)} cells"
+    )
+    text = sentences(text + "".join(f"\n{remark}" for remark in remarks))
+    return {"cells": cells, "trials": planned.trials, "remarks": remarks}, text, 0
 
 
 def _borders(found: list[Border]) -> str:

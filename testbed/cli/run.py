@@ -267,12 +267,18 @@ def show_results(path: Path) -> None:
     """Draw a finished run and say what came out: files in one line, notes, and the result last. Where there is too little to
     draw, say so: the rows are there all the same.
     """
-    from testbed.analysis import layout, loads, report, summary
+    from testbed.analysis import layout, loads, programs, report, summary
     from testbed.analysis.figures import draw_all
     from testbed.analysis.run import load
 
     run, written = load(path), [path / "trials.jsonl"]
     try:
+        if programs.is_one(run):
+            text = programs.text(run.require(), layout.terminal_width())
+            written.append(programs.write(run))
+            written += draw_all(run) if len(run.rows) > 1 else []
+            click.echo(f"{files_line(path, written)}\n\n{text}")
+            return
         text = summary.table(run, layout.terminal_width())
         written += [summary.write(run), *filter(None, [loads.write(run)])]
         figures = draw_all(run)

@@ -55,7 +55,8 @@ def described(plan: Plan) -> dict[str, str]:
         if isinstance(load, Arrivals):
             paths[f"arrivals {load.file}"] = Path(load.file)
     commits = {}
-    here = plan.topology.kind == "namespaces"  # hosts have models of their own
+    # Hosts have models of their own, and programs none.
+    here = plan.topology.kind == "namespaces" and plan.scenario.programs is None
     for name in dict.fromkeys((plan.scenario.models.edge, plan.scenario.models.cloud) if here else ()):
         model = resolve(name)
         if model.path is not None:

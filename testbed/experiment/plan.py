@@ -20,11 +20,12 @@ from testbed import kinds, lookup, strict_yaml
 from testbed.codecs.spec import parse as parse_codec
 from testbed.delivery.delivery import Pipelined
 from testbed.errors import SpecError, UsageError
+from testbed.experiment import programs
 from testbed.experiment.devices import look_up
 from testbed.experiment.edges import Edge
 from testbed.experiment.loads import bound_load, edges_of
 from testbed.experiment.on_hosts import on_hosts
-from testbed.experiment.row import SENDING
+from testbed.experiment.row import COLUMNS, SENDING
 from testbed.experiment.scenario import EXAMPLES, OF_TWO_MODELS, Plan, Scenario
 from testbed.experiment.sides import Models
 from testbed.models.shapes import find_shape, is_shape
@@ -184,7 +185,14 @@ def _model_beside(name: str) -> str:
 
 def _check_nodes(scenario: Scenario, topology: Topology, place: str, edges: Sequence[Edge] = ()) -> None:
     nodes = {node.name for node in topology.nodes}
-    named = [*([] if edges else [("edge", scenario.edge)]), ("cloud", scenario.cloud)]
+    if scenario.programs is not None:
+        _check_programs(scenario, topology, place)
+    sides = (
+        []
+        if scenario.programs is not None
+        else [*([] if edges else [("edge", scenario.edge)]), ("cloud", scenario.cloud)]
+    )
+    named = list(sides)
     for number, value in enumerate(scenario.traffic):
         named += [(f"traffic[{number}].{key}", value[key]) for key in ("from", "to")]
     for key, node in named:
@@ -192,8 +200,15 @@ def _check_nodes(scenario: Scenario, topology: Topology, place: str, edges: Sequ
             raise SpecError(
                 f"{place}: {key}: topology {topology.name} has no node {node!r}; it has {', '.join(sorted(nodes))}"
             )
-    if scenario.edge == scenario.cloud:
+    if sides and scenario.edge == scenario.cloud:
         raise SpecError(f"{place}: edge and cloud are the same node {scenario.edge!r}")
+
+
+def _check_programs(scenario: Scenario, topology: Topology, place: str) -> None:
+    if topology.kind == "hosts":
+        raise SpecError(f"{place}: programs: run in a network of namespaces, and {topology.name} is of hosts")
+    names = [node.name for node in topology.nodes]
+    _at(place, lambda: programs.check(scenario.programs or {}, scenario.parameters, names, COLUMNS))
 
 
 def _check_links(given: list[str], topology: Topology, place: str) -> None:
@@ -331,7 +346,8 @@ def _check_extent(plan: Plan, place: str) -> None:
     for delivery, tokens in itertools.product(plan.scenario.delivery, plan.scenario.context_tokens):
         if isinstance(delivery, Pipelined) and tokens and (why := delivery.too_many(tokens, 1, MAX_PARTS)):
             raise SpecError(f"{place}: delivery: {why}")
-    for kind, profile in itertools.product(plan.scenario.transport, plan.profiles):
+    sent = plan.scenario.transport if plan.scenario.programs is None else []
+    for kind, profile in itertools.product(sent, plan.profiles):
         _check_rate(kind, profile, place)
     for kind, delivery in itertools.product(plan.scenario.transport, plan.scenario.delivery):
         if kind.lossy and "scout" in plan.scenario.placements:

@@ -20,7 +20,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -293,14 +293,14 @@ class RunDirectory:
             raise UsageError(f"{path} does not hold a JSON object")
         return value
 
-    def append(self, row: Row, spans: Sequence[Span] = ()) -> None:
+    def append(self, row: Row, spans: Sequence[Span] = (), more: Mapping[str, Any] | None = None) -> None:
         """Append one row, behind its spans, and see it on the disk; a kill or a full disk leaves whole rows.
 
-        Raises StorageError.
+        `more`: columns of its own, behind those that all rows have. Raises StorageError.
         """
         if spans:
             self._append(SPANS, {"trial": row.trial, "spans": [_span(span) for span in spans]})
-        self._append("trials.jsonl", dataclasses.asdict(row))
+        self._append("trials.jsonl", {**dataclasses.asdict(row), **(more or {})})
 
     def append_all(self, rows: Sequence[tuple[Row, Sequence[Span]]]) -> None:
         """Append rows that are of use together, behind their spans, each kind at once. Raises StorageError."""
@@ -386,7 +386,13 @@ class RunDirectory:
         """
         import pandas as pd
 
-        frame = pd.DataFrame(list(self.rows()), columns=list(COLUMNS))
+        rows = list(self.rows())
+        own = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in COLUMNS]
+        frame = pd.DataFrame(rows, columns=[*COLUMNS, *own])
+        for name in own:  # a program may print a number now and a word then
+            kinds = {type(value) for value in frame[name].dropna()}
+            if len(kinds) > 1 and not kinds <= {int, float}:
+                frame[name] = frame[name].map(lambda value: None if pd.isna(value) else str(value))
         for column in dataclasses.fields(Row):
             if column.type == "int | None":  # whole, and missing in failed rows
                 with self._typed("trials.jsonl"):

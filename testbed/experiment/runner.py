@@ -410,8 +410,9 @@ def check_ready(plan: Plan) -> None:
     """What can be known to fail before anything is written or built. Raises UsageError."""
     if plan.topology.kind == "hosts":  # who have the models, and say so where they do not
         return
-    for model in (plan.scenario.models.edge, plan.scenario.models.cloud):
-        resolve(model)
+    if plan.scenario.programs is None:
+        for model in (plan.scenario.models.edge, plan.scenario.models.cloud):
+            resolve(model)
     require_tools(plan.flows())
     from testbed.net.calibration.calibrate import foretell
     from testbed.net.emulators import choose
@@ -429,7 +430,11 @@ def start(plan: Plan, out: Path, watch: Watcher, accept_uncalibrated: bool) -> R
 
 
 def _runner(plan: Plan) -> type[Runner]:
-    """What runs a plan: trial by trial, or loads."""
+    """What runs a plan: trial by trial, or loads, or programs of one's own."""
+    if plan.scenario.programs is not None:
+        from testbed.experiment.program_run import ProgramRunner
+
+        return ProgramRunner
     if not plan.scenario.loaded:
         return Runner
     from testbed.experiment.load_run import LoadRunner

@@ -31,6 +31,7 @@ from testbed.delivery.delivery import parse as parse_delivery
 from testbed.delivery.whole import Whole
 from testbed.errors import SpecError
 from testbed.experiment.edges import Edge, Edges, edges_from
+from testbed.experiment.programs import Parameters, Programs, combinations
 from testbed.experiment.row import SENDING
 from testbed.experiment.sides import Compute, Models, Sides, known_devices, model_from, sides_from, written
 from testbed.load.load import Load
@@ -57,6 +58,21 @@ Placement = Literal["split", "store", "cloud", "scout", "edge"]
 #: Those that need no cache of the other side's model.
 OF_TWO_MODELS = ("cloud", "scout", "edge")
 
+
+#: Settings that programs of one's own do not have.
+_OF_MODELS = (
+    "model",
+    "device",
+    "dtype",
+    "compute",
+    "placements",
+    "codecs",
+    "delivery",
+    "tasks",
+    "edges",
+    "load",
+    "serving",
+)
 
 #: Of a task's mapping: how many of its examples. The rest are the task's own parameters.
 EXAMPLES = "examples"
@@ -192,9 +208,10 @@ class Scenario(BaseModel):
         BeforeValidator(_listed),
         Field(min_length=1),
     ] = [Fifo()]
-    tasks: Annotated[
-        list[Annotated[dict[str, Any], BeforeValidator(_task)]], BeforeValidator(_listed), Field(min_length=1)
-    ]
+    tasks: Annotated[list[Annotated[dict[str, Any], BeforeValidator(_task)]], BeforeValidator(_listed)] = []
+    #: in place of tasks: programs of one's own, and what of their commands is varied
+    programs: Programs | None = None
+    parameters: Parameters = {}
     prompt: Annotated[str, BeforeValidator(_prompt)] = (
         "auto"  #: how the task's texts are laid out for the model
     )
@@ -243,6 +260,22 @@ class Scenario(BaseModel):
             words = " and ".join(word for word, said in given.items() if said)
             raise SpecError(f"{words}: of TCP, and the transport is {', '.join(map(str, kinds))}")
         self.transport, self.connection, self.congestion = kinds, "per-request", None
+        return self
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> Scenario:
+        if self.programs is None and not self.tasks:
+            raise SpecError("tasks is missing")
+        if self.programs is None and self.parameters:
+            raise SpecError("parameters: are of `programs`, and there are none")
+        if self.programs is not None:
+            others = [
+                name
+                for name, known in type(self).model_fields.items()
+                if name in _OF_MODELS and getattr(self, name) != known.get_default(call_default_factory=True)
+            ]
+            if others:
+                raise SpecError(f"{others[0]}: of language models, and a scenario of `programs` has none")
         return self
 
     def task(self, index: int) -> dict[str, Any]:
@@ -457,6 +490,10 @@ class Plan:
     @property
     def trials(self) -> int:
         """How many trials the whole sweep has, if every task has as many examples as asked; of a load, how often it is put on."""
+        if self.scenario.programs is not None:
+            return (
+                self.scenario.repeats * len(self.profiles) * len(list(combinations(self.scenario.parameters)))
+            )
         loaded = self.scenario.loaded
         return self.scenario.repeats * sum(
             len(self.cells(*batch)) * (1 if loaded else self.scenario.examples_of(batch[0]))

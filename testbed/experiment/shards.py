@@ -105,6 +105,8 @@ def _begun(directory: Path) -> RunDirectory | None:
 
 def check_shares(plan: Plan, count: int) -> None:
     """Raises UsageError where a plan is not to be made in so many shards."""
+    if plan.scenario.programs is not None:
+        raise UsageError(f"{count} shards: a run of programs is made in one piece")
     if plan.scenario.loaded:
         raise UsageError(
             f"{count} shards: a load is put on by one machine, since its requests meet there; make it in one piece"

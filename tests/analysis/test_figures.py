@@ -97,6 +97,7 @@ def test_all_figures_are_written_as_picture_and_vector(small: Path) -> None:
         "load_latency",
         "goodput",
         "load_timeline",
+        "programs",
     }  # one link, no trace, no diagnosis, no spans, no deadline, no load
     assert [p.relative_to(run / "figures").name for p in paths] == [
         f"{n}.{s}" for n in FIGURES if n not in left_out for s in ("png", "pdf")
