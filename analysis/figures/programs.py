@@ -6,7 +6,7 @@ import math
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from testbed.analysis import programs
 from testbed.analysis.describe import caveats, counted
@@ -47,6 +47,7 @@ def draw(run: Run) -> Figure:
         panel=1.9,
         legend=legend.height,
         left=0.8,
+        below=0.42,
     )
     figure, axes = frame.figure()
     for ax, column in zip(axes, shown, strict=False):
@@ -82,6 +83,7 @@ def _draw_panel(
     ax.set_xlim(-0.6, len(links) - 0.4)
     ax.set_ylim(bottom=0 if ax.get_ylim()[0] >= 0 else None)
     ax.yaxis.set_major_locator(MaxNLocator(5))
+    ax.yaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _two_lines(name: str) -> str:

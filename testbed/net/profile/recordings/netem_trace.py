@@ -91,7 +91,8 @@ def _samples(steps: list[Step], column: str) -> Samples:
             raise SpecError(f"longer than {MAX_SECONDS / 86400:g} days")
     if not times:
         raise SpecError("no step of it lasts")
-    return Samples(times, at, **{column: values})
+    named: dict[str, Any] = {column: values}
+    return Samples(times, at, **named)
 
 
 def _steps(name: str, model: Any, kind: str, depth: int) -> Iterator[Step]:
