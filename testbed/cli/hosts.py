@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -88,7 +88,7 @@ def install(topology: str, offline: bool) -> int:
             click.echo(f"{node.name}: is this machine, whose testbed this is")
             continue
         try:
-            with real.opened(address, "python3") as host:
+            with real.reached(node) as host:
                 done = Installation(host, node.name, python, _tell).run(offline)
             click.echo(f"{node.name}: testbed {__version__}, this very one, in {done['testbed']['path']}")
         except TestbedError as error:
@@ -115,8 +115,8 @@ def clean(topology: str) -> tuple[list[str], int]:
             continue
         try:
             if not address.local:  # what runs on this machine ends with who started it
-                with Ssh(address) as host:
-                    removed += host.clean(sent=True)
+                with real.reached(node) as host:
+                    removed += cast(Ssh, host).clean(sent=True)
                     if address in shaping_hosts:
                         removed += _unshaped(node.name, shaping.clean(host))
             elif address in shaping_hosts:

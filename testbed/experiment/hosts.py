@@ -12,12 +12,13 @@ from typing import Any
 
 from testbed import __version__
 from testbed.deadline import Deadline
-from testbed.errors import TestbedError, UsageError
+from testbed.errors import EndpointError, TestbedError, UsageError
 from testbed.experiment.environment import Finding
 from testbed.hosts import asking, installing, survey
 from testbed.hosts.address import Address
 from testbed.hosts.host import Host
-from testbed.net.topology.topology import Link, Node, Topology
+from testbed.net.real.addresses import data_address, interface_of
+from testbed.net.topology.topology import PYTHON, Link, Node, Topology
 
 _ANSWER_S = 20.0
 
@@ -33,12 +34,9 @@ class Examined:
     findings: list[Finding] = field(default_factory=list)
 
     def address(self) -> str:
-        """At which the node's data is to arrive; empty: there is none."""
-        node = self.node
-        if node.address or node.interface:
-            return node.address or self.found["interfaces"].get(node.interface, {}).get("address", "")
-        reached = getattr(self.host, "addresses", None)
-        return str(reached()[1]) if reached is not None else ""
+        """At which the node's data is to arrive. Raises SpecError, NetworkError as `data_address` does."""
+        assert self.host is not None
+        return data_address(self.node, self.host, self.found)
 
 
 @dataclass(frozen=True)
@@ -79,8 +77,8 @@ def look(node: Node, shaped: bool, closing: contextlib.ExitStack) -> Examined:
     """Look at the host of a node that has one. `shaped`: it is to put a link under conditions; `closing` keeps its connection."""
     assert node.host is not None
     one = Examined(node)
-    no_python = ""
-    for python in dict.fromkeys((python_of(node), "python3")):
+    no_python: list[str] = []
+    for python in dict.fromkeys((python_of(node), PYTHON)):
         try:
             one.host, one.python = closing.enter_context(opened(node.host, python)), python
             one.found = asking.asked(
@@ -88,14 +86,14 @@ def look(node: Node, shaped: bool, closing: contextlib.ExitStack) -> Examined:
             )
             break
         except TestbedError as error:
-            no_python = no_python or str(error)
+            no_python.append(str(error))
     if not one.found:
-        one.findings = [Finding("reached", False, no_python)]
+        one.findings = [Finding("reached", False, "; ".join(dict.fromkeys(no_python)))]
         return one
     if node.host.local:  # whose programs may not become root again
         one.found["sudo"] = survey.sudo()
     one.findings = [
-        _python(one, no_python),
+        _python(one, "".join(no_python)),
         _testbed(one),
         *_packages(one),
         _device(one),
@@ -172,6 +170,7 @@ def _kernel(one: Examined, shaped: bool) -> Iterator[Finding]:
 def _clock(one: Examined) -> Finding:
     clock = one.found["clock"]
     said = [f"PTP: {', '.join(clock['ptp'])}"] if clock["ptp"] else []
+    said += [f"{', '.join(clock['running'])} runs"] if clock["running"] else []
     if "chrony" in clock:
         said.append(f"chrony: {clock['chrony'].get('System time', 'not synchronized')}")
     if "synchronized" in clock:
@@ -180,16 +179,14 @@ def _clock(one: Examined) -> Finding:
 
 
 def _network(one: Examined) -> Finding:
-    ends, address = one.found["interfaces"], one.address()
-    known = ", ".join(f"{name} {end['address']}" for name, end in ends.items())
-    if one.node.interface and one.node.interface not in ends:
-        return Finding(
-            "network", False, f"no interface {one.node.interface} with an IPv4 address; there are: {known}"
-        )
-    if not address:
-        return Finding("network", False, f"say address: or interface: of the node; there are: {known}")
-    name = next((name for name, end in ends.items() if end["address"] == address), "")
+    try:
+        address = one.address()
+    except TestbedError as error:
+        return Finding("network", False, str(error))
+    ends = one.found["interfaces"]
+    name = interface_of(address, one.found)
     if not name:
+        known = ", ".join(f"{name} {each}" for name, end in ends.items() for each in end["addresses"])
         return Finding(
             "network", False, f"{address} is no address of it, so it cannot listen there; it has: {known}"
         )
@@ -199,14 +196,14 @@ def _network(one: Examined) -> Finding:
 
 def _path(link: Link, a: Examined, b: Examined, needed: bool) -> Path:
     """What a's connection to b's data address meets."""
-    ends, address = (a.node.name, b.node.name), b.address()
+    ends = a.node.name, b.node.name
     try:
+        address = b.address()
         measured = _measured(a, b, address)
-        error = measured.get("error", "")
     except TestbedError as failed:
-        measured, error = {}, str(failed)
-    if error:
-        said = f"{address}: {error}" + ("; does a firewall let TCP through?" if measured else "")
+        return Path(link.name, ends, Finding("TCP", False, f"{b.node.name}: {failed}", needed), {})
+    if "error" in measured:
+        said = f"{address}: {measured['error']}; does a firewall let TCP through?"
         return Path(link.name, ends, Finding("TCP", False, said, needed), measured)
     way = f"from {measured['source']} on {measured['interface'] or 'an interface of another address'}"
     by = f" by {measured['gateway']}" if measured["gateway"] else ""
@@ -238,3 +235,20 @@ def opened(address: Address, python: str) -> Iterator[Host]:
     host = address.host(python)
     with host if isinstance(host, contextlib.AbstractContextManager) else contextlib.nullcontext():
         yield host
+
+
+@contextlib.contextmanager
+def reached(node: Node) -> Iterator[Host]:
+    """A node's host, by the Python of its environment, or else the system's. Raises EndpointError, UsageError."""
+    assert node.host is not None
+    for python in dict.fromkeys((python_of(node), PYTHON)):
+        with opened(node.host, python) as host:
+            try:
+                host.describe()
+            except EndpointError:
+                # Where there is no connection another Python is none the better.
+                if python == PYTHON or not getattr(host, "connected", True):
+                    raise
+                continue
+            yield host
+            return

@@ -8,6 +8,7 @@ output is one JSON value. See `asking`.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -34,7 +35,11 @@ _PYTHON = (
     "print(json.dumps([list(sys.version_info[:3]), all(map(u.find_spec, ('venv', 'ensurepip')))]))"
 )
 _EXCHANGES, _CONNECT_S = 20, 3.0
-_SIOCGIFADDR, _SIOCGIFMTU = 0x8915, 0x8921
+_SIOCGIFCONF, _SIOCGIFMTU = 0x8912, 0x8921
+_IFREQ = 16 + 2 * struct.calcsize("L") + 8  # bytes of a struct ifreq, netdevice(7)
+_MOST_ADDRESSES = 4096
+#: What may keep a clock right, as /proc names it.
+_KEEPERS = frozenset({"chronyd", "ntpd", "phc2sys", "ptp4l", "systemd-timesyn"})
 _PMTU = slice(60, 64)  # of the kernel's struct tcp_info: tcpi_pmtu
 
 
@@ -143,7 +148,7 @@ def pythons() -> dict[str, Any]:
 def room(path: str) -> int:
     """Bytes that are free where `path` is, or is to be."""
     place = Path(path).expanduser()
-    while not place.exists():
+    while not os.path.exists(place):  # noqa: PTH110 (Path.exists fails where we may not look)
         place = place.parent
     return shutil.disk_usage(str(place)).free
 
@@ -179,8 +184,10 @@ def sudo() -> str:
 
 
 def clock() -> dict[str, Any]:
-    """What keeps the clock right: PTP's devices, chrony's or the system's own word."""
+    """What keeps the clock right: PTP's devices, what runs for it, chrony's or the system's own word."""
     found: dict[str, Any] = {"ptp": sorted(map(str, Path("/dev").glob("ptp[0-9]*")))}
+    programs = {_text(f"{entry}/comm").strip() for entry in Path("/proc").glob("[0-9]*")}
+    found["running"] = sorted(programs & _KEEPERS)
     tracking = _said("chronyc", "-n", "tracking", within_s=5.0)
     if tracking and tracking[0] == 0:
         found["chrony"] = {
@@ -200,17 +207,31 @@ def monotonic() -> str:
 
 
 def interfaces() -> dict[str, dict[str, Any]]:
-    """Name -> IPv4 address and MTU, of the interfaces that have one."""
-    found = {}
+    """Name -> IPv4 addresses, the first of them by itself, too, and MTU, of the interfaces that have one."""
+    found: dict[str, dict[str, Any]] = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name[:15].encode())
-            try:
-                address = socket.inet_ntoa(fcntl.ioctl(asked, _SIOCGIFADDR, request)[20:24])
-                (mtu,) = struct.unpack("i", fcntl.ioctl(asked, _SIOCGIFMTU, request)[16:20])
-            except OSError:
-                continue
-            found[name] = {"address": address, "mtu": mtu}
+        for name, address in _addresses(asked):
+            if name not in found:
+                try:
+                    request = fcntl.ioctl(asked, _SIOCGIFMTU, struct.pack("256s", name.encode()))
+                except OSError:  # it has gone
+                    continue
+                (mtu,) = struct.unpack("i", request[16:20])
+                found[name] = {"address": address, "addresses": [], "mtu": mtu}
+            found[name]["addresses"].append(address)
+    return found
+
+
+def _addresses(asked: socket.socket) -> list[tuple[str, str]]:
+    # each with its interface's name; an address that has a label has the interface's before a colon
+    data = ctypes.create_string_buffer(_MOST_ADDRESSES * _IFREQ)
+    about = bytearray(struct.pack("iP", len(data), ctypes.addressof(data)))
+    fcntl.ioctl(asked, _SIOCGIFCONF, about)
+    (length,) = struct.unpack_from("i", about)
+    found = []
+    for at in range(0, length, _IFREQ):
+        label = data.raw[at : at + 16].split(b"\0")[0].decode()
+        found.append((label.partition(":")[0], socket.inet_ntoa(data.raw[at + 20 : at + 24])))
     return found
 
 
@@ -260,7 +281,7 @@ def reach(address: str, port: int) -> dict[str, Any]:
             own = talking.getsockname()[0]
     except OSError as error:  # a timeout, too
         return {"error": error.strerror or f"no answer within {_CONNECT_S:g} s"}
-    through = next((name for name, end in interfaces().items() if end["address"] == own), "")
+    through = next((name for name, end in interfaces().items() if own in end["addresses"]), "")
     return {
         "connect_s": connect_s,
         "rtt_s": min(times),

@@ -3,14 +3,18 @@ wrong on the way. Between edge and cloud lies an emulated link; SSH comes by ano
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import json
 import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +29,7 @@ from testbed.net.fabric.fabric import Fabric
 from testbed.net.topology.files import load_topology
 from tests.command import Ended, command
 from tests.conftest import MODEL
-from tests.hosts.bench import Host, bench, missing
+from tests.hosts.bench import OTHER_PYTHON, Host, bench, missing
 from tests.runs import rows
 
 pytestmark = [
@@ -124,12 +128,35 @@ def test_what_ssh_resolves_to_is_where_data_arrives_unless_the_topology_says_oth
     assert f"{address}: " in line(said, "access", "edge", "to", "cloud")  # no way from one to the other
 
 
+def test_an_address_that_an_interface_has_besides_another_and_a_python_where_nobody_may_look(
+    hosts: dict[str, Host], tmp_path: Path
+) -> None:
+    edge, cloud = hosts["edge"], hosts["cloud"]
+    cloud.execute("ip", "addr", "add", "10.0.0.77/24", "dev", "eth0")
+    edge.execute("mkdir", "-m", "700", "/home/closed")
+    try:
+        path = topology(
+            tmp_path,
+            edge=f"host: '{edge.url}', python: /home/closed/venv/bin/python, interface: eth0",
+            cloud=f"host: '{cloud.url}', address: 10.0.0.77",
+        )
+        said = command("hosts", path)
+    finally:
+        cloud.execute("ip", "addr", "del", "10.0.0.77/24", "dev", "eth0")
+        edge.execute("rmdir", "/home/closed")
+    assert "10.0.0.77 on eth0" in line(said, "cloud", "network")
+    assert "no /home/closed/venv/bin/python there that runs" in line(said, "edge", "python")
+    assert "free" in line(said, "edge", "memory")
+    assert "from 10.0.0.1 on eth0" in line(said, "access", "edge", "to", "cloud")
+
+
 @pytest.mark.slow
 def test_install_puts_this_very_testbed_on_both_hosts_which_can_then_run(
     hosts: dict[str, Host], packages: Path, tmp_path: Path
 ) -> None:
     for host in hosts.values():
         equip(host, packages)
+    _show_an_old_python(hosts["edge"])  # which is not asked, where its user made an environment with another
     path = both(hosts, tmp_path)
     done = command("hosts", "install", path, "--offline")
     assert done.status == 0, done
@@ -148,6 +175,18 @@ def test_install_puts_this_very_testbed_on_both_hosts_which_can_then_run(
     assert there["rtt_s"] > link.up.delay_s  # by the emulated link, and not by the way of SSH
     assert there["source"] == "10.0.0.1" and there["interface"] == "eth0"
     assert command("clean", path).out == "nothing to remove\n"
+    (hosts["edge"].home / ".bashrc").unlink()
+
+
+def _show_an_old_python(host: Host) -> None:
+    """By the name of python3, as a Jetson's."""
+    place = host.home / ".local/old"
+    place.mkdir(parents=True)
+    (place / "python3").write_text(
+        OTHER_PYTHON.format(shown='sys.version_info = (3, 6, 9); sys.version = "3.6.9 "')
+    )
+    (place / "python3").chmod(0o755)
+    (host.home / ".bashrc").write_text("PATH=$HOME/.local/old:$PATH\n")
 
 
 def test_a_host_that_is_not_there_is_one_line_and_the_other_is_looked_at(
@@ -178,12 +217,70 @@ def test_a_cloud_vm_is_reached_past_a_bastion_and_what_stands_in_the_datas_way_i
     )
     try:
         assert "from 10.0.0.1 on eth0" in line(command("hosts", path), "access", "edge", "to", "cloud")
+        _known_to_itself_alone(cloud, "vm.internal", config)
+        inside = topology(tmp_path, edge=f"host: '{edge.url}', interface: eth0", cloud="host: ssh://vm")
+        assert f"{cloud.address} on mgmt0" in line(command("hosts", inside), "cloud", "network")
+        path = topology(
+            tmp_path, edge=f"host: '{edge.url}', interface: eth0", cloud="host: ssh://vm, interface: eth0"
+        )
         cloud.execute("ip", "route", "add", "blackhole", "10.0.0.1/32")  # as a firewall that drops
         closed = line(command("hosts", path), "access", "edge", "to", "cloud")
         assert "MISSING" in closed and "does a firewall let TCP through?" in closed
     finally:
         config.unlink()
         cloud.execute("ip", "route", "flush", "type", "blackhole")
+
+
+def _known_to_itself_alone(host: Host, name: str, config: Path) -> None:
+    """A name of a host's network, which nobody resolves outside of it."""
+    names = host.directory / "names"
+    names.write_text(f"{host.address} {name}\n")
+    host.execute("mount", "--bind", str(names), "/etc/hosts")
+    last = config.read_text().rpartition(host.address)
+    alias = f"\n  HostKeyAlias [{host.address}]:{host.port}"
+    config.write_text(f"{last[0]}{name}{alias}{last[2]}")
+
+
+def test_a_host_behind_address_translation_is_told_that_it_cannot_listen_where_ssh_reaches_it(
+    hosts: dict[str, Host], tmp_path: Path
+) -> None:
+    edge, cloud = hosts["edge"], hosts["cloud"]
+    outside = str(ipaddress.ip_address(cloud.address) - 1)
+    with _forwarded(outside, cloud) as port:
+        known = Path(os.environ["HOME"], ".ssh/known_hosts")
+        before = known.read_text()
+        known.write_text(before.replace(f"[{cloud.address}]:{cloud.port}", f"[{outside}]:{port}"))
+        there = f"host: 'ssh://{cloud.user}@{outside}:{port}', python: python3"
+        path = topology(tmp_path, edge=f"host: '{edge.url}', interface: eth0", cloud=there)
+        said = command("hosts", path)
+        known.write_text(before)
+    told = f"SSH reaches it at {outside}, which is no address of it, so it cannot listen there"
+    assert told in line(said, "cloud", "network") and told in line(said, "access", "edge", "to", "cloud")
+
+
+@contextlib.contextmanager
+def _forwarded(address: str, host: Host) -> Iterator[int]:
+    """A port of ours that leads to a host's sshd, as a router does that translates addresses."""
+    with socket.create_server((address, 0)) as listening:
+
+        def forward() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    outer = listening.accept()[0]
+                    inner = socket.create_connection((host.address, host.port))
+                    for a, b in ((outer, inner), (inner, outer)):
+                        threading.Thread(target=_copy, args=(a, b), daemon=True).start()
+
+        threading.Thread(target=forward, daemon=True).start()
+        yield listening.getsockname()[1]
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+def _copy(a: socket.socket, b: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while piece := a.recv(1 << 16):
+            b.sendall(piece)
+        b.shutdown(socket.SHUT_WR)
 
 
 def test_a_system_python_is_no_environment_to_install_into(hosts: dict[str, Host], tmp_path: Path) -> None:

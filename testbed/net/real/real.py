@@ -15,6 +15,7 @@ from testbed.hosts.asking import asked
 from testbed.hosts.host import Host, Process
 from testbed.hosts.installing import unfit
 from testbed.net.profile.profile import Profile
+from testbed.net.real.addresses import data_address, interface_of
 from testbed.net.topology.topology import Node, Topology
 
 if TYPE_CHECKING:
@@ -87,27 +88,10 @@ class Real:
             raise EndpointError(f"node {node.name}: {error}") from error
         if not node.host.local and (why := unfit(self._found[node.name])):
             raise UsageError(f"node {node.name}: {node.host}: {why}")
-        self._addresses[node.name] = self._find_address(node)
-
-    def _find_address(self, node: Node) -> str:
-        if node.address:
-            return node.address
-        if node.interface:
-            ends = self._found[node.name]["interfaces"]
-            if node.interface in ends:
-                return str(ends[node.interface]["address"])
-            known = ", ".join(f"{name} ({end['address']})" for name, end in ends.items())
-            raise NetworkError(
-                f"node {node.name}: no interface {node.interface} with an IPv4 address there; it has {known}"
-            )
-        assert node.host is not None
-        by_ssh = "" if node.host.local else str(self._found[node.name]["ssh_address"])
-        if not by_ssh or ":" in by_ssh:
-            why = "is this machine" if node.host.local else f"is reached by SSH at {by_ssh or 'no address'}"
-            raise SpecError(
-                f"node {node.name}: {why}; say by address: or interface: where its data comes in, an IPv4 address"
-            )
-        return by_ssh
+        try:
+            self._addresses[node.name] = data_address(node, host, self._found[node.name])
+        except (SpecError, NetworkError) as error:
+            raise type(error)(f"node {node.name}: {error}") from error
 
     @property
     def emulation(self) -> str:
@@ -162,16 +146,15 @@ class Real:
             ends = self.topology.link(link)
             node, other = (ends.a, ends.b) if ends.shape == ends.a else (ends.b, ends.a)
             here = next(each for each in self.topology.nodes if each.name == node)
-            named = self._found[node]["interfaces"].items()
-            having = [name for name, found in named if found["address"] == self._addresses[node]]
-            if not here.interface and not having:
+            interface = here.interface or interface_of(self._addresses[node], self._found[node])
+            if not interface:
                 raise NetworkError(
                     f"node {node}: none of its interfaces has the address {self._addresses[node]}"
                 )
             local = here.host is not None and here.host.local
             shaping = Shaping(
                 self._hosts[node],
-                here.interface or having[0],
+                interface,
                 self._addresses[other],
                 "up" if node == ends.a else "down",
                 force=ends.force,
