@@ -8,6 +8,7 @@ downloads here for that host's Python and machine.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -37,6 +38,11 @@ _ENVIRONMENT = re.compile(r"(?P<folder>.+)/bin/python[0-9.]*")
 _SHORT_S, _PIP_S = 120.0, 3600.0
 #: What pip writes beside the packages while it unpacks them; and the little that the testbed itself takes.
 _UNPACKED, _LEAST_BYTES = 4, 200 << 20
+#: Makes a folder among what is sent to a host, which `clean` empties where a lost connection has left it.
+_FOLDER = (
+    "import os, tempfile; sent = os.path.expanduser('~/.cache/testbed/sent'); os.makedirs(sent, 0o700, True); "
+    "print(tempfile.mkdtemp(prefix='wheels-', dir=sent))"
+)
 #: What stays as it is where it is there: a GPU host's, whose build fits its driver.
 KEPT = frozenset({"torch"})
 
@@ -127,7 +133,16 @@ class Installation:
             )
         base = self._base(match["folder"])
         python, folder = (_absolute(path, base["home"]) for path in (self.python, match["folder"]))
-        before = self._environment(base, python, folder)
+        with self._environment(base, python, folder) as before:
+            self._install(before, python, folder, offline)
+        after = self._ask(python, "survey")
+        if after["testbed"].get("digest") != digest():
+            raise EndpointError(
+                f"{self.name}: installed, but its Python imports another testbed: {after['testbed'].get('path', 'none')}"
+            )
+        return dict(after)
+
+    def _install(self, before: dict[str, Any], python: str, folder: str, offline: bool) -> None:
         with tempfile.TemporaryDirectory() as here:
             built = wheel(Path(here))
             constraints = Path(here) / "constraints.txt"
@@ -138,25 +153,21 @@ class Installation:
                 wheels += self._download(built, constraints, before, Path(here))
             self._require_room(before, folder, wheels)
             self._put_and_install(python, [constraints, *wheels], offline)
-        after = self._ask(python, "survey")
-        if after["testbed"].get("digest") != digest():
-            raise EndpointError(
-                f"{self.name}: installed, but its Python imports another testbed: {after['testbed'].get('path', 'none')}"
-            )
-        return dict(after)
 
     def _ask(self, python: str, *arguments: str) -> Any:
         return asking.asked(self.host, python, *arguments)
 
     def _base(self, folder: str) -> dict[str, Any]:
-        """What there is before anything is done: asked of the first Python that answers. Raises EndpointError."""
+        """What there is before anything is done, told by the Python by which the host was reached. Raises EndpointError."""
         try:
-            return dict(self._ask("python3", "survey", "pythons", folder + "/"))
+            return dict(self._ask(getattr(self.host, "python", "python3"), "survey", "pythons", folder + "/"))
         except EndpointError as error:
             raise EndpointError(f"{self.name}: {error}") from error
 
-    def _environment(self, base: dict[str, Any], python: str, folder: str) -> dict[str, Any]:
-        """The environment's own survey; made where it is missing. Raises EndpointError."""
+    @contextlib.contextmanager
+    def _environment(self, base: dict[str, Any], python: str, folder: str) -> Iterator[dict[str, Any]]:
+        """The environment's own survey; made where it is missing, and then gone again where the block fails. Raises
+        EndpointError."""
         try:
             there = self._ask(python, "survey")
         except EndpointError:
@@ -165,7 +176,8 @@ class Installation:
         else:
             if old := _too_old(there):
                 raise EndpointError(f"{self.name}: {old}")
-            return {**there, "room": base["room"]}
+            yield {**there, "room": base["room"]}
+            return
         found = {path: (tuple(version), able) for path, (version, able) in base["pythons"].items()}
         new = {path: able for path, (version, able) in found.items() if version >= OLDEST}
         if not new:
@@ -179,8 +191,16 @@ class Installation:
             raise EndpointError(
                 f"{self.name}: {next(iter(new))} has no venv module; install it there: sudo apt-get install python3-venv"
             )
-        self._call([maker, "-I", "-m", "venv", folder], _SHORT_S)
-        return {**self._ask(python, "survey"), "room": base["room"]}
+        asked = "import os, sys; print(os.path.lexists(sys.argv[1]))"
+        fresh = self._call([maker, "-I", "-c", asked, folder], _SHORT_S).strip() == b"False"
+        try:
+            self._call([maker, "-I", "-m", "venv", folder], _SHORT_S)
+            yield {**self._ask(python, "survey"), "room": base["room"]}
+        except BaseException:
+            if fresh:
+                with contextlib.suppress(TestbedError):  # the host may be lost
+                    self._remove(maker, folder)
+            raise
 
     def _download(self, *arguments: Any) -> list[Path]:
         try:
@@ -198,26 +218,26 @@ class Installation:
             )
 
     def _put_and_install(self, python: str, ours: list[Path], offline: bool) -> None:
-        printed = self._call(
-            [python, "-I", "-c", "import tempfile; print(tempfile.mkdtemp(prefix='testbed-wheels-'))"],
-            _SHORT_S,
-        )
+        printed = self._call([python, "-I", "-c", _FOLDER], _SHORT_S)
         there = Path(printed.decode().strip().splitlines()[-1])
         try:
             for path in ours:
                 self.host.put(path, there / path.name)
             constraints, built = there / ours[0].name, there / ours[1].name
-            pip = [python, "-I", "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+            pip = [python, "-I", "-m", "pip", "--disable-pip-version-check", "install", "--progress-bar=off"]
             source = ["--no-index", "--find-links", str(there)] if offline else []
             self.say(f"{self.name}: installing")
-            self._call([*pip, *source, "--constraint", str(constraints), str(built)], _PIP_S)
+            self._call([*pip, *source, "--constraint", str(constraints), str(built)], _PIP_S, offline)
             # The same version may be there with other contents.
             self._call([*pip, "--no-index", "--no-deps", "--force-reinstall", str(built)], _PIP_S)
         finally:
-            remove = "import shutil, sys; shutil.rmtree(sys.argv[1], ignore_errors=True)"
-            asking.run(self.host, [python, "-I", "-c", remove, str(there)], _SHORT_S)
+            self._remove(python, str(there))
 
-    def _call(self, argv: list[str], within_s: float) -> bytes:
+    def _remove(self, python: str, folder: str) -> None:
+        remove = "import shutil, sys; shutil.rmtree(sys.argv[1], ignore_errors=True)"
+        asking.run(self.host, [python, "-I", "-c", remove, folder], _SHORT_S)
+
+    def _call(self, argv: list[str], within_s: float, offline: bool = False) -> bytes:
         """What a program that is to do well prints. Raises EndpointError or StorageError with what it complains of, and the
         remedy."""
         what = " ".join(word for word in argv[:4] if word != "-I")
@@ -226,17 +246,20 @@ class Installation:
             status, printed, _ = asking.run(self.host, argv, within_s, log, what)
             complaints = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         if status:
-            raise _explained(self.name, what, _gist(complaints or printed.decode(errors="replace")))
+            raise _explained(self.name, what, _gist(printed.decode(errors="replace") + complaints), offline)
         return printed
 
 
 def _gist(text: str) -> str:
-    """Of what a program complains, the line that says why: pip has advice behind it."""
+    """Of what a program says, complaints last, the line that says why: pip has advice behind it; and names what it has not found
+    where it tells how it looked for it."""
+    asked = ", ".join(dict.fromkeys(re.findall(r"\(constraint\) (\S+)", text)))
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["nothing"]
-    return next((line for line in lines if line.startswith("ERROR: ")), lines[-1]).removeprefix("ERROR: ")
+    why = next((line for line in lines if line.startswith("ERROR: ")), lines[-1]).removeprefix("ERROR: ")
+    return f"{why} (asked for: {asked})" if asked and why.startswith("Cannot install") else why
 
 
-def _explained(name: str, what: str, said: str) -> TestbedError:
+def _explained(name: str, what: str, said: str, offline: bool = False) -> TestbedError:
     """The error that a failed program stands for."""
     if "Errno 28" in said or "No space left" in said:
         return StorageError(
@@ -245,6 +268,10 @@ def _explained(name: str, what: str, said: str) -> TestbedError:
     if "No module named pip" in said:
         return EndpointError(f"{name}: its environment has no pip; remove it, and run this again")
     if re.search("No matching distribution|Could not find a version|Cannot install", said):
+        if offline:
+            return EndpointError(
+                f"{name}: {said[-200:]}; no wheel of it was found for that host: put it into the environment there first"
+            )
         return EndpointError(
             f"{name}: {said[-200:]}; where the host reaches no package index, use  testbed hosts install --offline"
         )
@@ -313,7 +340,15 @@ def _missing(resolved: list[dict[str, Any]], there: Mapping[str, str]) -> list[s
 
 
 def _pip(*arguments: str) -> None:
-    argv = [sys.executable, "-I", "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
+    argv = [
+        sys.executable,
+        "-I",
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        *arguments,
+        "--progress-bar=off",
+    ]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise EndpointError(f"pip {arguments[0]} says here: {_gist(done.stderr)[-300:]}")
+        raise EndpointError(f"pip {arguments[0]} says here: {_gist(done.stdout + done.stderr)[-300:]}")

@@ -19,6 +19,7 @@ from testbed.errors import EndpointError, StorageError, TestbedError, UsageError
 from testbed.hosts import installing
 from testbed.hosts.installing import Installation
 from testbed.hosts.local import Local, LocalProcess
+from testbed.identity import invoking_user
 from tests.hosts.bench import OLD_PYTHON
 
 OURS = ("split_inference_testbed", "__editable__", "__pycache__")
@@ -96,14 +97,13 @@ def test_what_is_there_stays_and_this_very_testbed_comes(equipped: Path, offline
     if offline:  # and a wheel that the host lacks
         for path in (equipped.parent / "theirs").glob("xxhash*"):
             path.unlink()
-    before = {path.name for path in Path("/tmp").glob("testbed-wheels-*")}
     after, said = install(Local(), python, offline)
     assert after["testbed"]["digest"] == installing.digest()  # type: ignore[index]
     assert str(after["testbed"]["path"]).startswith(str(equipped))  # type: ignore[index]
     for name in ("torch", "xxhash"):
         assert after["packages"][name] == importlib.metadata.version(name)  # type: ignore[index]
     assert said == (["edge: downloading what it lacks"] if offline else []) + ["edge: installing"]
-    assert {path.name for path in Path("/tmp").glob("testbed-wheels-*")} == before
+    assert not list(Path(invoking_user().home, ".cache/testbed/sent").glob("wheels-*"))
     (packages,) = equipped.glob("lib/python*/site-packages")
     changed = packages / "testbed" / "units.py"
     changed.write_text(f"{changed.read_text()}# changed\n")
@@ -111,6 +111,39 @@ def test_what_is_there_stays_and_this_very_testbed_comes(equipped: Path, offline
     assert again["testbed"]["digest"] == installing.digest()  # type: ignore[index]
     done = subprocess.run([equipped / "bin" / "testbed", "profiles"], capture_output=True, text=True)
     assert done.returncode == 0 and "5g-mid" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lacking", ["here", "there"])
+def test_a_wheel_that_cannot_be_had_is_one_line_and_a_new_environment_goes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    """The index has none, or what was downloaded is not all that the host's own pip asks for."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    if lacking == "there":
+        monkeypatch.setattr(installing, "download", lambda *_: [])
+    with pytest.raises(EndpointError) as raised:
+        install(Local(), str(tmp_path / "new/bin/python"), offline=True)
+    said = str(raised.value)
+    assert "\n" not in said and said.startswith("edge: ") and re.search(r"\(asked for: \w+==", said)
+    assert ("put it into the environment there first" in said) == (lacking == "there")
+    assert not (tmp_path / "new").exists()
+    assert not list(Path(invoking_user().home, ".cache/testbed/sent").glob("wheels-*"))
+
+
+def test_a_directory_that_was_there_stays_where_no_environment_can_be_made_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/own").write_text("mine")
+    failing = python3(tmp_path, (3, 12, 3), True)
+    for name in ("python3", "python3.11", "python3.12", "python3.13", "python3.14"):
+        script = tmp_path / name
+        script.write_text(
+            script.read_text().replace("case", '[ "$3" != venv ] || { echo no >&2; exit 1; }\ncase', 1)
+        )
+    assert "-m venv says: no" in complaint(EndpointError, failing, str(tmp_path / "new/bin/python"))
+    assert (tmp_path / "new/own").read_text() == "mine"
 
 
 def test_a_python_in_no_environment_is_refused() -> None:
