@@ -7,7 +7,6 @@ IdentitiesOnly, ProxyJump, ProxyCommand, UserKnownHostsFile, GlobalKnownHostsFil
 from __future__ import annotations
 
 import contextlib
-import getpass
 import glob
 import logging
 import re
@@ -20,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import paramiko
+from paramiko.hostkeys import HostKeyEntry
 
 from testbed.errors import EndpointError, UsageError
 from testbed.hosts.address import parse_address
+from testbed.identity import invoking_user
 
 #: How long until a host has answered, in each step; how long one may be silent before it counts as lost.
 _CONNECT_S, _KEEPALIVE_S, _SILENT_S = 15.0, 5.0, 20.0
@@ -55,20 +56,25 @@ def where(address: str) -> Where:
     """``ssh://[user@]name[:port]``. Raises SpecError, UsageError."""
     given = parse_address(address)
     name = given.name
-    path = Path("~/.ssh/config").expanduser()
+    try:
+        path = Path("~/.ssh/config").expanduser()
+    except RuntimeError as error:  # a user whom nobody knows, as in a container
+        raise UsageError(
+            f"{address}: there is no home directory, where keys and known hosts are; set HOME"
+        ) from error
     try:
         text = "".join(_configuration(path, "Host *\n")) if path.exists() else ""
         settings = dict(paramiko.SSHConfig.from_text(text).lookup(name))
         port = int(given.port or settings.get("port", 22))
         if not 1 <= port <= 65535:
             raise ValueError(f"there is no port {port}")
-    except (OSError, ValueError, paramiko.SSHException) as error:
+    except (OSError, ValueError, KeyError, paramiko.SSHException) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     host = settings.get("hostname", name)
     alias = settings.get("hostkeyalias")
     known_as = alias or (host if port == 22 else f"[{host}]:{port}")
     return Where(
-        address, given.user or settings.get("user") or getpass.getuser(), host, port, known_as, settings
+        address, given.user or settings.get("user") or invoking_user().name, host, port, known_as, settings
     )
 
 
@@ -125,13 +131,14 @@ class Connection:
             ) from error
 
     def addresses(self) -> tuple[str, str]:
-        """Ours and the host's, as its connection has them. Raises as `open` does."""
+        """Ours and the host's, as its connection has them; empty where it goes through another host, or a program. Raises as
+        `open` does."""
         end(self.open())
         transport = self._clients[-1].get_transport()
         sock = transport.sock if transport is not None else None
         if isinstance(sock, socket.socket):
             return sock.getsockname()[0], sock.getpeername()[0]
-        return "", socket.gethostbyname(self.where.name)
+        return "", ""
 
     def close(self) -> None:
         with self._lock:
@@ -158,17 +165,17 @@ def ending(session: paramiko.Channel) -> Iterator[None]:
         end(session)
 
 
-def _connected(place: Where, jumps: int = 0) -> list[paramiko.SSHClient]:
-    # Connected, behind the hosts on the way to it.
+def _connected(place: Where, jumps: int = 0, first: paramiko.PKey | None = None) -> list[paramiko.SSHClient]:
+    # Connected, behind the hosts on the way to it. first: of the keys by which it is known, the one to be expected.
     if jumps > _MOST_JUMPS:
         raise UsageError(f"{place.address}: more than {_MOST_JUMPS} hosts on the way (ProxyJump)")
     clients: list[paramiko.SSHClient] = []
     client = paramiko.SSHClient()
+    known = list(_known_keys(place))
     try:
         client.set_missing_host_key_policy(_Refusing(place))
-        for path in _known_hosts(place):
-            with contextlib.suppress(OSError):
-                client.load_system_host_keys(str(path))
+        for key in [*reversed(known), *([first] if first else [])]:  # of a kind the last one counts
+            client.get_host_keys().add(place.known_as, key.get_name(), key)
         sock = _way(place, clients, jumps)
         settings = place.settings
         keys = [str(Path(each).expanduser()) for each in settings.get("identityfile", ())]
@@ -193,6 +200,8 @@ def _connected(place: Where, jumps: int = 0) -> list[paramiko.SSHClient]:
     except BaseException as error:
         for each in (client, *reversed(clients)):
             each.close()
+        if isinstance(error, paramiko.BadHostKeyException) and first is None and error.key in known:
+            return _connected(place, jumps, error.key)
         if isinstance(error, (*LOST, ValueError)):
             raise _translated(error, place) from error
         raise
@@ -227,16 +236,38 @@ def _known_hosts(place: Where) -> list[Path]:
     return [Path(each).expanduser() for each in shlex.split(users) + shlex.split(everybodys)]
 
 
+def _known_keys(place: Where) -> Iterator[paramiko.PKey]:
+    """By which a host is known. A line that is none is passed over, as `ssh` does, where paramiko gives up."""
+    for path in _known_hosts(place):
+        with contextlib.suppress(OSError):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(Exception):  # paramiko does not say what it raises
+                    entry = HostKeyEntry.from_line(line.strip())
+                    own = paramiko.HostKeys()
+                    for name in entry.hostnames:
+                        own.add(name, entry.key.get_name(), entry.key)
+                    if own.check(place.known_as, entry.key):
+                        yield entry.key
+
+
 class _Refusing(paramiko.MissingHostKeyPolicy):
     def __init__(self, place: Where) -> None:
         self.place = place
 
     def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
-        place, file = self.place, _known_hosts(self.place)[0]
+        place, kind = self.place, key.get_name().removeprefix("ssh-")
+        apart = place.settings.keys() & {"proxyjump", "proxycommand", "hostkeyalias"}
+        scan = f"ssh-keyscan -p {place.port} -t {kind} {place.name} >> {_file(place)}"
+        remedy = f"say so to  ssh {place.address} true" if apart else scan
         raise _Unknown(
             f"{place.address}: this host is not known: its key is {key.get_name()} {key.fingerprint}; where that is right (ask "
-            f"who runs it): ssh-keyscan -p {place.port} -t {key.get_name().removeprefix('ssh-')} {place.name} >> {file}"
+            f"who runs it): {remedy}"
         )
+
+
+def _file(place: Where) -> str:
+    # of known hosts, where a user adds one and removes it, for a shell
+    return shlex.quote(str(_known_hosts(place)[0]))
 
 
 class _Unknown(paramiko.SSHException):
@@ -244,20 +275,21 @@ class _Unknown(paramiko.SSHException):
 
 
 def _translated(error: BaseException, place: Where) -> EndpointError | UsageError:
-    about, ssh = place.address, f"ssh -p {place.port} {place.user}@{place.name}"
+    about = place.address
     if isinstance(error, _Unknown):
         return UsageError(str(error))
     if isinstance(error, paramiko.BadHostKeyException):
         return UsageError(
             f"{about}: its host key has changed: {error.key.fingerprint}, known is {error.expected_key.fingerprint}; where the "
-            f"host was set up anew, and no other is in its place: ssh-keygen -f {_known_hosts(place)[0]} -R '{place.known_as}'"
+            f"host was set up anew, and no other is in its place: ssh-keygen -f {_file(place)} -R '{place.known_as}'"
         )
     if isinstance(error, paramiko.PasswordRequiredException):
         return UsageError(f"{about}: the key has a passphrase: ssh-add it to an agent (SSH_AUTH_SOCK) first")
     if isinstance(error, (paramiko.AuthenticationException, ValueError)) or "No authentication" in str(error):
+        who = f"-p {place.port} {place.user}@{parse_address(about).name}"
         return UsageError(
-            f"{about}: it lets {place.user} in by none of the keys here; ssh-copy-id -p {place.port} "
-            f"{place.user}@{place.name}, and see that `{ssh} true` asks for nothing"
+            f"{about}: it lets {place.user} in by none of the keys here; ssh-copy-id {who}, and see that `ssh {who} true` asks "
+            "for nothing"
         )
     if isinstance(error, socket.gaierror):
         return UsageError(f"{about}: no host {place.name} is known to the resolver: {error.strerror}")

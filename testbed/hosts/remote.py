@@ -7,7 +7,8 @@ session's own:
 - where the session is gone (its end of standard output hangs up), the program has 3 s to leave, and is killed with its group;
 - where this process dies, the program is killed (PR_SET_PDEATHSIG);
 - where the program stands still (SIGSTOP) for more than a second, it is killed;
-- it is on record below ``~/.local/state/testbed`` while it runs, by pid and start time, so that `clean` finds what was left.
+- it is on record below ``~/.local/state/testbed`` while it runs, by pid, start time and the system's boot, so that `clean` finds
+  what was left.
 
 What becomes of it is told on standard error, behind the same mark.
 """
@@ -25,6 +26,7 @@ import shutil
 import signal
 import socket
 import struct
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -44,6 +46,9 @@ def main() -> None:
     (length,) = struct.unpack("!I", _exactly(4))
     asked = json.loads(_exactly(length))
     say = _Saying(MARK + asked["nonce"].encode())
+    if sys.platform != "linux":
+        say(1, {"error": f"it runs {platform.system()}, and a host has to run Linux", "errno": 0})
+        return
     try:
         _WORK[asked["work"]](asked, say)
     except OSError as error:
@@ -151,7 +156,7 @@ def keep(asked: dict[str, Any], say: _Saying) -> None:
     record = _PROCESSES / asked["nonce"]
     try:
         started, own = (_stat(pid)[3] for pid in (program, keeper))
-        about = {"pid": program, "started": started, "keeper": [keeper, own]}
+        about = {"pid": program, "started": started, "keeper": [keeper, own], "boot": _boot()}
         _note(record, {**about, "argv": argv, "owner": asked["owner"]})
         say(1, about)
         os.write(goes, b"1")  # what it prints is behind that
@@ -194,15 +199,23 @@ def _leave(number: int, frame: FrameType | None) -> None:
     raise SystemExit(1)
 
 
+def _boot() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
 def _note(path: Path, value: Any) -> None:
-    for last in (False, False, True):  # others may take the directory away, which is empty
+    beside = path.with_name(f".{path.name}")
+    for last in (False, False, True):  # others may take it away as none, and the directory, which is empty
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.write_text(json.dumps(value))
+            beside.write_text(json.dumps(value))
+            beside.replace(path)
             return
         except OSError as error:
             with contextlib.suppress(OSError):
-                path.unlink()
+                beside.unlink()
             if last or not isinstance(error, FileNotFoundError):
                 raise OSError(error.errno, error.strerror, str(path)) from None
 
@@ -301,37 +314,70 @@ def clock(asked: dict[str, Any], say: _Saying) -> None:
 def clean(asked: dict[str, Any], say: _Saying) -> None:
     # What is on record is told; what is named in answer is ended, and told again with what became of it.
     records = {}
+    done: list[Any] = []
     for path in _listed(_PROCESSES):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            record = json.loads(path.read_text())
-            pid, started = record["keeper"]
-            keeper = _stat(pid)
-            there = keeper is not None and keeper[3] == started
-            record["keeper_is"] = ("standing" if keeper[0] == "T" else "running") if there else "gone"
+        record = _record(path)
+        under_way = path.name.startswith(".")
+        if record is None or (under_way and record["keeper_is"] == "gone"):
+            if _removed(path):
+                done.append([str(path), "none"])
+        elif not under_way:
             records[path.name] = record
     say(1, records)
     (length,) = struct.unpack("!I", _exactly(4))
-    done: list[Any] = []
     for name in json.loads(_exactly(length)):
         record = records[name]
-        kept = _end(*record["keeper"])
-        done.append([name, _end(record["pid"], record["started"]) or kept])
-        with contextlib.suppress(OSError):
-            (_PROCESSES / name).unlink()
+        # After another boot these numbers are other programs'.
+        ended = [record["boot"] == _boot() and _end(*record[one]) for one in ("keeper", "program")]
+        done.append([name, any(ended)])
+        _removed(_PROCESSES / name)
     for path in _listed(_FILES):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        try:
             noted = json.loads(path.read_text())
-            if not _runs(noted["pid"], noted["started"]):
-                with contextlib.suppress(FileNotFoundError):
-                    Path(noted["path"]).unlink()
-                    done.append([noted["path"], None])
-                path.unlink()
+            if _runs(noted["pid"], noted["started"]):
+                continue
+            if _removed(Path(noted["path"])):
+                done.append([noted["path"], None])
+            elif os.path.lexists(noted["path"]):
+                continue
+        except _UNREADABLE:  # it is no note
+            pass
+        _removed(path)
     _tidy()
-    if asked["sent"] and not _STATE.exists():  # no run is on
+    if asked["sent"] and not os.path.lexists(_STATE):  # no run is on
         with contextlib.suppress(OSError):
             shutil.rmtree(_SENT)
             done.append([str(_SENT), "sent"])
     say(1, done)
+
+
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, RecursionError)
+
+
+def _record(path: Path) -> Any:
+    # what `keep` wrote, and how its keeper is; None: it is none
+    try:
+        record = json.loads(path.read_text())
+        pid, started = record["keeper"]
+        owner = record["owner"]
+        numbers = [pid, started, record["pid"], record["started"], owner["pid"], owner["started"]]
+        words = [*record["argv"], record["boot"], owner["machine"], owner["boot"], owner["space"]]
+        if not all(type(each) is int for each in numbers) or not all(type(each) is str for each in words):
+            return None
+    except _UNREADABLE:
+        return None
+    keeper: Any = _stat(pid) if record["boot"] == _boot() else None
+    there = keeper is not None and keeper[3] == started
+    state = ("standing" if keeper[0] == "T" else "running") if there else "gone"
+    return {**record, "program": [record["pid"], record["started"]], "keeper_is": state}
+
+
+def _removed(path: Path) -> bool:
+    try:
+        path.unlink()
+    except OSError:
+        return False
+    return True
 
 
 def _listed(directory: Path) -> list[Path]:

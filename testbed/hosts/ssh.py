@@ -20,6 +20,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import secrets
 import shlex
 import socket
@@ -38,11 +39,13 @@ from testbed.hosts import namespaces, processes, remote
 from testbed.hosts.connection import LOST, Connection, end, ending
 from testbed.hosts.ssh_process import LIVING, SshProcess
 
-#: What is read as Python starts there; it has no character that a shell minds between apostrophes.
+#: What is read as Python starts there, any; it has no character that a shell minds between apostrophes.
 _BOOT = (
-    'import os;b=b"";exec("while len(b)<%d:\\n c=os.read(0,%d-len(b))\\n if not c:os._exit(1)\\n b+=c");'
+    'import os,sys;sys.version_info<(3,8)and sys.exit("testbed: Python "+sys.version.split()[0]);b=b"";'
+    'exec("while len(b)<%d:\\n c=os.read(0,%d-len(b))\\n if not c:os._exit(1)\\n b+=c");'
     'exec(compile(b,"remote.py","exec"),{"__name__":"remote","TESTBED_SENT":1})'
 )
+_OLD = re.compile(rb"testbed: Python (\S{1,20})")
 _ANSWER_S, _LOOK_S, _FILE_S = 30.0, 0.25, 3600.0
 _MOST_NOISE, _MOST_ANSWER = 1 << 16, 1 << 20
 _EXCHANGES = 12
@@ -72,7 +75,8 @@ class Ssh:
         self._connection.close()
 
     def module(self, name: str, *arguments: str) -> list[str]:
-        return [self.python, "-P", "-m", name, *arguments]
+        # As the host is asked what it has (-I): what its PYTHONPATH says, or lies in its user's own packages, is no part of it.
+        return [self.python, "-I", "-m", name, *arguments]
 
     def start(
         self, argv: Sequence[str], env: Mapping[str, str | None], log: Path | None = None
@@ -190,14 +194,18 @@ class Ssh:
         """
         channel, records, rest, mark = self._ask("clean", sent=sent)
         with ending(channel):
+            self._require(records)
             dead = [name for name, record in records.items() if others or not _lives(name, record)]
             data = json.dumps(dead).encode()
             self._send(channel, _HEADER.pack(len(data)) + data)
             done, _ = self._told(channel, mark, rest)
+            self._require(done)
         lines = []
         for name, ended in done:
             if ended is None:
                 lines.append(f"{self.address}: removed {name}, which came in part")
+            elif ended == "none":
+                lines.append(f"{self.address}: removed {name}, which is no record of ours")
             elif ended == "sent":
                 lines.append(f"{self.address}: removed {name}, which was sent there for runs")
             else:
@@ -210,9 +218,13 @@ class Ssh:
     def _answer(self, work: str, **asked: Any) -> Any:
         channel, told, *_ = self._ask(work, **asked)
         end(channel)
+        self._require(told)
+        return told
+
+    def _require(self, told: Any) -> None:
+        """Raises EndpointError where what was told is an error."""
         if isinstance(told, dict) and "error" in told:
             raise EndpointError(f"{self.address}: {_remedied(told)}")
-        return told
 
     def _ask(self, work: str, data: Any = b"", **asked: Any) -> tuple[paramiko.Channel, Any, bytes, bytes]:
         """Have `remote.py` do its work there: the session, what it told first, what else came by then, and its mark.
@@ -267,6 +279,11 @@ class Ssh:
         with contextlib.suppress(*LOST):
             channel.settimeout(0.2)
             said = channel.recv_stderr(1 << 16)
+        if old := _OLD.search(said):
+            return (
+                f"its {self.python} is Python {old[1].decode()}, and the testbed needs 3.11 or newer; install one there, and "
+                "make the environment of `python:` with it"
+            )
         # csh's status is 1, whatever went wrong.
         if status in (126, 127) or said.rstrip().endswith((b"Command not found.", b"Permission denied.")):
             return f"no {self.python} there that runs ({_last(said)}); testbed hosts install makes the environment of `python:`"

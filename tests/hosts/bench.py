@@ -40,6 +40,7 @@ KbdInteractiveAuthentication no
 PrintMotd no
 MaxStartups 100
 Banner {banner}
+{six}
 Subsystem sftp internal-sftp
 """
 #: A script that says that it is Python 3.10, where it is asked what it is.
@@ -49,6 +50,12 @@ OLD_PYTHON = """\
 shift 2
 exec {python} -I -c 'import platform, sys; platform.python_version = lambda: "3.10.12"; asked = sys.argv.pop(1)
 exec(compile(asked, "survey", "exec"), {{"__name__": "__main__"}})' "$@"
+"""
+#: A script that runs a program of that Python as another one would see itself.
+OTHER_PYTHON = """\
+#!/bin/sh
+[ "$2" = -S ] || exec /usr/bin/python3 "$@"
+exec /usr/bin/python3 -I -S -c 'import platform, sys; {shown}; exec(sys.argv[1])' "$4"
 """
 #: In a mount, host name and network namespace of its own; $0: the host's directory, $1: its name, $2: its home's size.
 _FURNISH = """\
@@ -91,6 +98,7 @@ class Host:
     address: str
     port: int
     directory: Path
+    six: str = ""
     pid: int = 0
     mounts: Path = Path()  #: its mount namespace, by which what runs there is known
     start: Callable[[], None] = lambda: None  #: it anew, as it was at first, once it was `end`ed
@@ -158,12 +166,13 @@ def bench(
     home_size: str = "100%",
     ahead_s: Mapping[str, int] | None = None,
     sudoers: str = "",
+    six: bool = False,
 ) -> Iterator[dict[str, Host]]:
     """Hosts by name. `names`: of new ones, or a mapping of them to the namespaces that they are to be in.
 
     banner: what each says before it lets anybody in; home_size: how much goes into a home, as tmpfs takes it; ahead_s: by how
     much hosts' monotonic clocks are ahead of this machine's, in time namespaces; sudoers: all that sudo is told there, in which
-    `{user}` is the host's.
+    `{user}` is the host's; six: each is reached by IPv6, too (`Host.six`).
     """
     wanted: dict[str, str | None] = {}
     for name in names:
@@ -196,9 +205,13 @@ def bench(
             _ip(f"link set {link} up")
             _ip(f"-n {namespace} addr add {theirs}/30 dev mgmt0")
             _ip(f"-n {namespace} link set mgmt0 up")
+            sixes = [f"fd98:{third:x}:{number:x}::{end}" for end in (1, 2)] if six else ["", ""]
+            if six:
+                _ip(f"addr add {sixes[0]}/64 dev {link} nodad")
+                _ip(f"-n {namespace} addr add {sixes[1]}/64 dev mgmt0 nodad")
             directory = top / name
             directory.mkdir()
-            host = Host(name, namespace, f"tb-{name}", theirs, 2201 + number, directory)
+            host = Host(name, namespace, f"tb-{name}", theirs, 2201 + number, directory, sixes[1])
             _furnish(host, client, 5000 + number, banner)
             if sudoers:
                 (directory / "sudoers").write_text(sudoers.replace("{user}", host.user))
@@ -222,6 +235,7 @@ def _furnish(host: Host, client: Path, uid: int, banner: str) -> None:
             address=host.address,
             key=directory / "host_key",
             banner=directory / "banner" if banner else "none",
+            six=f"ListenAddress {host.six}" if host.six else "",
         )
     )
     users = f"{host.user}:x:{uid}:{uid}::/home/{host.user}:/bin/bash\n"
@@ -232,6 +246,8 @@ def _furnish(host: Host, client: Path, uid: int, banner: str) -> None:
     with (client / ".ssh/known_hosts").open("a") as known:
         kind, key, *_ = (directory / "host_key.pub").read_text().split()
         known.write(f"[{host.address}]:{host.port} {kind} {key}\n")
+        if host.six:
+            known.write(f"[{host.six}]:{host.port} {kind} {key}\n")
 
 
 @contextlib.contextmanager

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from testbed.errors import EndpointError, StorageError, TestbedError, UsageError
+from testbed.errors import EndpointError, SpecError, StorageError, TestbedError, UsageError
 from testbed.hosts import connection, ssh
+from testbed.hosts.address import parse_address
 from testbed.hosts.asking import asked
 from testbed.hosts.ssh import Ssh
+from testbed.net.real.addresses import data_address
+from testbed.net.topology.topology import Node
 from tests.hosts import bench as benches
-from tests.hosts.bench import Host, bench, wait_for
+from tests.hosts.bench import OTHER_PYTHON, Host, bench, wait_for
 
 pytestmark = [
     pytest.mark.netns,
@@ -27,7 +33,8 @@ SMALL = 512 * 1024
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[dict[str, Host]]:
-    with bench("edge", "cloud", banner="Authorized use only.\nAll is logged.\n", home_size="512k") as made:
+    banner = "Authorized use only.\nAll is logged.\n"
+    with bench("edge", "cloud", banner=banner, home_size="512k", six=True) as made:
         yield made
 
 
@@ -42,9 +49,10 @@ def edge(hosts: dict[str, Host]) -> Iterator[Host]:
 @pytest.fixture
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A ~/.ssh of the test's own, as the bench made it."""
-    shutil.copytree(Path("~/.ssh").expanduser(), tmp_path / ".ssh")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    return tmp_path / ".ssh"
+    home = tmp_path / "a home"
+    shutil.copytree(Path("~/.ssh").expanduser(), home / ".ssh")
+    monkeypatch.setenv("HOME", str(home))
+    return home / ".ssh"
 
 
 def said(call: object, kind: type[TestbedError] = UsageError) -> str:
@@ -81,6 +89,47 @@ def test_a_host_whose_key_has_changed_is_refused_with_both_keys_and_what_forgets
     assert command is not None
     subprocess.run(["sh", "-c", command[0]], check=True, capture_output=True)
     assert "this host is not known" in said(Ssh(edge.url).describe)
+
+
+def test_lines_of_known_hosts_that_are_none_are_passed_over_and_any_of_its_keys_will_do(
+    hosts: dict[str, Host], edge: Host, client: Path
+) -> None:
+    known = client / "known_hosts"
+    theirs, other = (
+        (host.directory / "host_key.pub").read_text().split()[1] for host in (edge, hosts["cloud"])
+    )
+    where = f"[{edge.address}]:{edge.port} ssh-ed25519"
+    lines = ["x", f"{where} !!!!!", f"{where} AAAA", f"{where} {theirs[:-9]}", f"@revoked {where} {other}"]
+    known.write_bytes(
+        "\n".join([*lines, f"{where} {other}", f"{where} {theirs}\n"]).encode() + b"\xff\xfe x y\n"
+    )
+    with Ssh(edge.url) as there:
+        assert there.run(["uname", "-n"]) == (0, b"tb-edge\n")
+
+
+def test_a_host_is_reached_by_an_ipv6_address_and_made_known_by_it(edge: Host, client: Path) -> None:
+    (client / "known_hosts").write_text("")
+    url = f"ssh://{edge.user}@[{edge.six}]:{edge.port}"
+    command = re.search(r"ssh-keyscan .*", said(Ssh(url).describe))
+    assert command is not None
+    subprocess.run(["sh", "-c", command[0]], check=True, capture_output=True)
+    with Ssh(url) as there:
+        assert there.addresses()[1] == edge.six
+        found = asked(there, "/usr/bin/python3", "survey")
+        node = Node("edge", parse_address(url))
+        message = said(lambda: data_address(node, there, found), SpecError)
+    assert f"is reached by SSH at {edge.six}; say by address: or interface:" in message
+
+
+def test_a_user_whom_nobody_knows_is_told_to_set_a_home(edge: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_: object) -> None:
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    with Ssh(edge.url) as there:
+        assert there.run(["true"]) == (0, b"")
+    monkeypatch.delenv("HOME")
+    assert "there is no home directory" in said(lambda: Ssh(edge.url))
 
 
 def test_a_key_that_the_host_does_not_take_is_one_line_with_what_would_give_it_to_it(
@@ -176,6 +225,11 @@ def test_a_host_behind_another_is_reached_through_it(edge: Host, client: Path) -
     with Ssh("ssh://behind") as there:
         status, printed = there.run(["sh", "-c", "echo $SSH_CONNECTION"])
     assert status == 0 and printed.split()[0] == edge.address.encode()  # from the host itself
+    (client / "known_hosts").write_text((client / "known_hosts").read_text().replace(f":{edge.port}", ":1"))
+    assert "this host is not known" in said(Ssh("ssh://way").describe)
+    config = (client / "config").read_text()
+    (client / "config").write_text(config.replace("ProxyJump way", "HostKeyAlias other"))
+    assert said(Ssh("ssh://behind").describe).endswith("say so to  ssh ssh://behind true")
     (client / "config").write_text("Host round\n  HostName 198.19.0.1\n  ProxyJump round\n")
     assert "more than 8 hosts on the way" in said(Ssh("ssh://round").describe)
 
@@ -266,6 +320,66 @@ def test_a_host_without_that_python_or_without_a_testbed_says_what_installs_it(e
     ):
         assert process.status(20) == 1
         assert "testbed hosts install TOPOLOGY puts it there" in process.last_words()
+
+
+@pytest.mark.parametrize(
+    ("shown", "message"),
+    [
+        ('sys.version_info = (3, 6, 9); sys.version = "3.6.9 (a Jetson)"', "its ~/python is Python 3.6.9, and"),
+        ('sys.platform = "darwin"; platform.system = lambda: "Darwin"', "it runs Darwin, and a host has to run Linux"),
+    ],
+)  # fmt: skip
+def test_a_python_or_system_that_is_too_far_from_ours_is_named(edge: Host, shown: str, message: str) -> None:
+    script = edge.home / "python"
+    script.write_text(OTHER_PYTHON.format(shown=shown))
+    script.chmod(0o755)
+    with Ssh(edge.url, "~/python") as there:
+        for call in (there.describe, there.clean, lambda: there.start(["true"], {})):
+            assert message in said(call, EndpointError)
+    script.unlink()
+
+
+def test_what_a_hosts_environment_says_of_modules_is_no_part_of_a_program_of_ours(edge: Host) -> None:
+    (edge.home / ".bashrc").write_text("export PYTHONPATH=$HOME/old\n")
+    (edge.home / "old/testbed").mkdir(parents=True)
+    (edge.home / "old/testbed/__init__.py").write_text("raise SystemExit('an old one')\n")
+    try:
+        with Ssh(edge.url, sys.executable) as there:
+            assert there.run(there.module("testbed", "--version"))[0] == 0
+    finally:
+        shutil.rmtree(edge.home / "old")
+
+
+def test_a_user_without_a_home_there_is_one_line(edge: Host) -> None:
+    passwd = edge.directory / "passwd"
+    before = passwd.read_text()
+    config = edge.directory / "sshd_config"
+    passwd.write_text(before.replace(f"/home/{edge.user}:", "/nowhere:"))
+    keys = edge.directory / "keys"
+    shutil.copy(edge.directory / "authorized_keys", keys)
+    config.write_text(f"{config.read_text()}AuthorizedKeysFile {keys}\n")
+    os.kill(edge.pid, signal.SIGHUP)  # sshd reads it again
+    try:
+        with Ssh(edge.url) as there:
+            assert wait_for(lambda: there.describe()["hostname"] == "tb-edge")
+            message = said(lambda: there.start(["true"], {}), EndpointError)
+            assert "cannot start true: Permission denied: /nowhere/.local/state/testbed/processes/" in message
+            assert there.clean(sent=True) == []
+    finally:
+        passwd.write_text(before)
+
+
+def test_a_state_directory_that_is_not_ours_to_read_is_one_line(edge: Host) -> None:
+    state = edge.home / ".local/state"
+    shutil.rmtree(edge.home / ".local", ignore_errors=True)
+    state.mkdir(mode=0o700, parents=True)  # root's
+    try:
+        with Ssh(edge.url) as there:
+            assert there.clean(sent=True) == []
+            message = said(lambda: there.start(["true"], {}), EndpointError)
+            assert "cannot start true: Permission denied: /home/tb-edge/.local/state/testbed" in message
+    finally:
+        shutil.rmtree(edge.home / ".local")
 
 
 def test_a_full_disk_there_is_one_line_and_leaves_nothing(edge: Host, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -145,6 +146,32 @@ def test_clean_ends_what_a_standing_keeper_holds_of_a_dead_run_and_leaves_a_livi
             (line,) = there.clean()
             assert line.startswith(f"{edge.url}: ended process {pid} (sh -c ")
             assert wait_for(lambda: not edge.programs()) and there.clean() == []
+
+
+def test_what_is_no_record_goes_and_of_another_boot_no_program_is_ended(there: Ssh, edge: Host) -> None:
+    """What an older testbed, a full disk or a power cut left; and numbers that are others' since the host started anew."""
+    with there.start(LEAVES, {}) as process:
+        (written,) = (edge.home / ".local/state/testbed/processes").iterdir()
+        record = json.loads(written.read_text())
+        stale = {**record, "boot": "another", "owner": {**record["owner"], "pid": 1, "started": 1}}
+        written.with_name("stale").write_text(json.dumps(stale))
+        nothing = ["", "{}", "[1]", "null", '{"keeper": [1, 2], "pid": 3}', "[" * 100_000]
+        wrong = [json.dumps({**record, key: None}) for key in ("keeper", "owner", "argv", "boot")]
+        for number, text in enumerate([*nothing, *wrong]):
+            written.with_name(f"none{number}").write_text(text)
+        notes = written.parents[1] / "files"
+        notes.mkdir()
+        (notes / "none").write_text("{")
+        subprocess.run(["chmod", "-R", "a+rwX", str(notes)], check=True)
+        said = there.clean()
+        assert sum(line.endswith(", which is no record of ours") for line in said) == len(nothing) + len(
+            wrong
+        )
+        assert said[-1] == f"{edge.url}: removed the record of process {process.pid} (cat)"
+        assert process.status() is None and there.clean() == []
+        assert wait_for(lambda: not notes.exists()) and [path.name for path in written.parent.iterdir()] == [
+            written.name
+        ]
 
 
 def test_a_file_that_is_cut_off_on_its_way_is_not_there_nor_a_part_of_it(

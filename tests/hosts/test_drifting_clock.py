@@ -108,7 +108,11 @@ def watched() -> Iterator[Path]:
         for host in ("edge", "cloud"):
             (folder / f"{host}.told").mkdir()
             (folder / f"{host}.told").chmod(0o777)
-            lines = ["#!/bin/sh", f"export PYTHONPATH={folder} WATCHED={folder}/{host}.told"]
+            lines = [
+                "#!/bin/sh",
+                '[ "$1" = -I ] && shift',
+                f"export PYTHONPATH={folder} WATCHED={folder}/{host}.told",
+            ]
             if host == "cloud":
                 lines.append(f"export LD_PRELOAD={_FAKETIME} FAKETIME='{away:+.6f} x{1 + FAST}'")
             (folder / host).write_text("\n".join([*lines, f'exec {sys.executable} "$@"', ""]))
