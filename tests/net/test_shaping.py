@@ -20,6 +20,7 @@ from testbed.errors import NetworkError, UsageError
 from testbed.hosts.local import Namespace
 from testbed.hosts.namespaces import call_inside
 from testbed.net.profile.profile import parse_profile
+from testbed.net.real import shaper
 from testbed.net.real.shaping import Shaping, clean
 from tests import kernel
 
@@ -255,3 +256,11 @@ def test_what_is_spared_is_not_shaped(pair: Pair) -> None:
                 client.connect(("10.98.0.2", port))
                 took.append(time.monotonic() - since)
         assert took[0] < 0.1 < 0.2 <= took[1]
+
+
+@pytest.mark.parametrize("address", ["::1", "fe80::1%lo", "127.0.0.1"])
+def test_an_interface_that_carries_ssh_is_refused_by_whatever_kind_of_address(address: str) -> None:
+    asked = {"interface": "lo", "peer": "127.0.0.2", "force": False, "ssh": [address], "spare": []}
+    with pytest.raises(shaper.Refusal, match=re.escape(f"lo carries the SSH connection ({address})")):
+        shaper._refuse(shaper.Kernel(), asked)
+    shaper._refuse(shaper.Kernel(), {**asked, "force": True})

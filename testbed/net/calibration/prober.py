@@ -10,6 +10,7 @@ sent; then ``{}``, answered with the number of packets received, a line, and one
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -113,8 +114,17 @@ def send(sock: socket.socket, plan: dict[str, Any]) -> dict[str, Any]:
         count, stamp = min(batch, plan["packets"] - number), time.monotonic_ns()
         for place in range(count):
             write(packets, place * size, phase, number + place, stamp)
-        with contextlib.suppress(BlockingIOError, ConnectionRefusedError):
+        try:
             sock.send(memoryview(packets)[: count * size])
+        except (BlockingIOError, ConnectionRefusedError):
+            pass
+        except OSError as error:
+            if batch == 1 or error.errno not in (errno.EINVAL, errno.EMSGSIZE):
+                raise
+            # The path takes smaller packets only: single ones are sent in pieces.
+            sock.setsockopt(socket.IPPROTO_UDP, _UDP_SEGMENT, 0)
+            batch = 1
+            continue
         number += count
         held_up = max(held_up, now - due)
         due = count * interval + (due if plan["catch_up"] else max(due, now))

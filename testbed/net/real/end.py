@@ -1,7 +1,7 @@
 """The probing process at one end of a link between hosts, run there as a module of the testbed that is there, with an address.
 
 It probes as `testbed.net.calibration.prober` does, by a socket of its own at that address: prints its port, reads the peer's
-``[address, port]``, and then follows orders.
+``[address, port]``, prints how large a packet to there may be, and then follows orders.
 
 Nobody is privileged here, so a socket holds a few hundred packets: who sends would lose what comes in meanwhile. A process of its
 own receives.
@@ -24,6 +24,7 @@ from testbed.net.sockets import SO_TIMESTAMPNS, enlarge_buffers
 _BUFFER = 64 << 20
 _PER_TURN = 256
 _NUMBER = struct.Struct("=I")
+_IP_MTU = 14  # ip(7); Python does not name it
 _REPORT = 0  # in the place of a phase's number
 
 
@@ -42,6 +43,7 @@ def probe(address: str) -> None:
     if not (peer := sys.stdin.buffer.readline()):
         return
     sock.connect(tuple(json.loads(peer)))
+    _say({"mtu": sock.getsockopt(socket.IPPROTO_IP, _IP_MTU)})
     sock.setblocking(False)
     ours, theirs = socket.socketpair()
     if os.fork() == 0:

@@ -56,15 +56,15 @@ Clocks = Callable[[], tuple[float, float]]
 def measure(link: str, a: End, b: End, clocks: Clocks, profile: Profile, emulation: str) -> Calibration:
     """The link as it is now, idle; `profile` is told from others by its name alone. Raises NetworkError where probing fails,
     EndpointError where a host cannot be reached."""
-    with _probing(a, b) as prober:
+    with _probing(a, b) as (prober, size):
         train = delay_train(Direction(), 1.0, None)
         before = clocks()
         sparse = prober.run(dict.fromkeys(WAYS, train), _SETTLE_S)
         after = clocks()
         ahead = (before[0] + after[0]) / 2
         off = max(before[1], after[1]) + abs(after[0] - before[0]) / 2
-        flows = {way: _rate(prober, way) for way in WAYS}
-        checks = {way: _rate_check(way, *flows[way]) for way in WAYS}
+        flows = {way: _rate(prober, way, size) for way in WAYS}
+        checks = {way: _rate_check(way, *flows[way], size) for way in WAYS}
         found = {way: Direction(rate_bps=checks[way].measured or 1e6) for way in WAYS}
         like = Profile(MEASURED.name, found["up"], found["down"])
         dense = prober.run({way: loss_train(like, way, 1.0, None) for way in WAYS}, _SETTLE_S)
@@ -76,14 +76,15 @@ def measure(link: str, a: End, b: End, clocks: Clocks, profile: Profile, emulati
             replace(loss_check(way, Direction(), dense[way]), asked=None, ok=None, tolerance=RECORDED),
         ]
     all_checks += _round_trip(sparse)
-    courses = [_rate_course(way, flows[way][0]) for way in WAYS]
+    courses = [_rate_course(way, flows[way][0], size) for way in WAYS]
     courses += [_delay_course(way, sparse[way]) for way in WAYS]
     attempt = Attempt(tuple(all_checks), {}, tuple(_causes(sparse)), courses=tuple(filter(None, courses)))
     return Calibration(link, profile.name, emulation, (attempt,))
 
 
 @contextlib.contextmanager
-def _probing(a: End, b: End) -> Iterator[Prober]:
+def _probing(a: End, b: End) -> Iterator[tuple[Prober, int]]:
+    """The processes, and the bytes of a full packet between them."""
     with contextlib.ExitStack() as stack:
         processes = {}
         ports = {}
@@ -99,8 +100,10 @@ def _probing(a: End, b: End) -> Iterator[Prober]:
         for way, other, peer in zip(WAYS, reversed(WAYS), (b, a), strict=True):
             told = json.dumps([peer.address, ports[other]]).encode() + b"\n"
             os.write(processes[way].stdin.fileno(), told)
+        # A larger one would be sent in pieces, or, of many in one system call, not at all.
+        most = [_answer(process, "a probing process")["mtu"] for process in processes.values()]
         with Prober.of(processes) as prober:
-            yield prober
+            yield prober, min(FULL_PACKET, *most)
 
 
 def _answer(process: Process, what: str) -> Any:
@@ -117,27 +120,27 @@ def _answer(process: Process, what: str) -> Any:
     return json.loads(data)
 
 
-def _rate(prober: Prober, way: Way) -> tuple[Arrived, bool]:
-    """A flow that saturates the way, and whether it did."""
+def _rate(prober: Prober, way: Way, size: int) -> tuple[Arrived, bool]:
+    """A flow of packets of that size that saturates the way, and whether it did."""
     for step in _STEPS_BPS:
-        flow = prober.run({way: _flow(step, _STEP_S)}, _SETTLE_S)[way]
-        sent = flow.sent * FULL_PACKET * 8 / flow.took_s
-        arrived = rate_check(way, Direction(), flow, FULL_PACKET).measured or 0.0
+        flow = prober.run({way: _flow(step, _STEP_S, size)}, _SETTLE_S)[way]
+        sent = flow.sent * size * 8 / flow.took_s
+        arrived = rate_check(way, Direction(), flow, size).measured or 0.0
         saturated = arrived < _ARRIVED * sent or len(flow.numbers) < _ARRIVED * flow.sent
         if saturated or sent < _ARRIVED * step:  # or the prober can no more
             break
     if not arrived:
         return flow, False
-    return prober.run({way: _flow(min(step, _OVER * arrived), _FLOW_S)}, 2 * _SETTLE_S)[way], saturated
+    return prober.run({way: _flow(min(step, _OVER * arrived), _FLOW_S, size)}, 2 * _SETTLE_S)[way], saturated
 
 
-def _flow(rate_bps: float, duration_s: float) -> PacketTrain:
-    interval = FULL_PACKET * 8 / rate_bps
-    return PacketTrain(int(duration_s / interval) + 1, FULL_PACKET, interval, duration_s, catch_up=True)
+def _flow(rate_bps: float, duration_s: float, size: int) -> PacketTrain:
+    interval = size * 8 / rate_bps
+    return PacketTrain(int(duration_s / interval) + 1, size, interval, duration_s, catch_up=True)
 
 
-def _rate_check(way: Way, flow: Arrived, saturated: bool) -> Check:
-    check = rate_check(way, Direction(), flow, FULL_PACKET)
+def _rate_check(way: Way, flow: Arrived, saturated: bool, size: int) -> Check:
+    check = rate_check(way, Direction(), flow, size)
     return replace(check, ok=None, tolerance=RECORDED if saturated else f"{RECORDED}; at least")
 
 
@@ -168,7 +171,7 @@ def _round_trip(flows: Mapping[Way, Arrived]) -> list[Check]:
     return [Check("both", "round trip", None, sum(map(median, delays)), n=n, tolerance=RECORDED)]
 
 
-def _rate_course(way: Way, flow: Arrived) -> Course | None:
+def _rate_course(way: Way, flow: Arrived, size: int) -> Course | None:
     if len(flow.arrived_s) < 2:
         return None
     begin = flow.arrived_s[0]
@@ -176,7 +179,7 @@ def _rate_course(way: Way, flow: Arrived) -> Course | None:
     for at in flow.arrived_s:
         counts[int((at - begin) / _BIN_S)] += 1
     whole = counts[:-1]  # the last part ends early
-    return Course(way, "rate", _BIN_S, tuple(count * FULL_PACKET * 8 / _BIN_S for count in whole))
+    return Course(way, "rate", _BIN_S, tuple(count * size * 8 / _BIN_S for count in whole))
 
 
 def _delay_course(way: Way, flow: Arrived) -> Course | None:

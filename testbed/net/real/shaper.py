@@ -83,10 +83,14 @@ class Kernel:
         return _LINK.unpack_from(reply)[2], struct.unpack("=I", _attributes(reply[_LINK.size :])[4])[0]
 
     def way_to(self, address: str) -> int:
-        """The index of the interface by which packets leave for an IPv4 address; 0: by none."""
-        body = struct.pack("=BBBBBBBBI", socket.AF_INET, 32, 0, 0, 0, 0, 0, 0, 0)
+        """The index of the interface by which packets leave for an address; 0: by none."""
+        number, _, zone = address.partition("%")
+        family, bits = (socket.AF_INET6, 128) if ":" in number else (socket.AF_INET, 32)
         try:
-            (reply,) = self.ask(_GETROUTE, 0, body + _attribute(1, socket.inet_aton(address)))
+            if zone:  # of a link, which names its interface
+                return socket.if_nametoindex(zone)
+            body = struct.pack("=BBBBBBBBI", family, bits, 0, 0, 0, 0, 0, 0, 0)
+            (reply,) = self.ask(_GETROUTE, 0, body + _attribute(1, socket.inet_pton(family, number)))
         except OSError:
             return 0
         return int(struct.unpack("=I", _attributes(reply[12:]).get(4, bytes(4)))[0])
