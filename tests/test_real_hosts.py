@@ -22,6 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from testbed.experiment.deployment import Pair
 from testbed.net.calibration.calibrate import Attempt, Calibration
@@ -297,6 +298,10 @@ PHASES: dict[str, tuple[Any, str]] = {
 }
 
 
+#: A connection that is lost while hosts are reached is made again.
+INTERRUPTED = {"reaching": (Real, "_reach"), **PHASES}
+
+
 @pytest.mark.usefixtures("unmeasured_hosts")
 @pytest.mark.parametrize(
     ("phase", "lost"), list(zip(PHASES, itertools.cycle(("edge", "cloud")), strict=False))
@@ -334,11 +339,11 @@ def interrupts() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("unmeasured_hosts", "interrupts")
-@pytest.mark.parametrize("phase", PHASES if ROUNDS > 2 else ("loading", "answering"))
+@pytest.mark.parametrize("phase", INTERRUPTED if ROUNDS > 2 else ("loading", "answering"))
 def test_ctrl_c_ends_a_run_with_whole_rows_and_nothing_left(
     scenario: Path, hosts: dict[str, Host], tmp_path: Path, phase: str
 ) -> None:
-    out, (kind, method) = tmp_path / "out", PHASES[phase]
+    out, (kind, method) = tmp_path / "out", INTERRUPTED[phase]
     before, calls = getattr(kind, method), []
 
     def pressing(*given: Any, **named: Any) -> Any:
@@ -391,3 +396,66 @@ def test_a_host_that_starts_anew_amid_a_run_ends_it_and_is_taken_up_again(
     assert len({row["trial"] for row in rows(out)}) == len(rows(out)) == 6 * 2
     assert command("clean", str(scenario.parent / "real.yaml")).status == 0
     assert nothing_runs(hosts)
+
+
+@pytest.fixture
+def filled(hosts: dict[str, Host]) -> Iterator[Callable[[], None]]:
+    """Fills the cloud's disk; behind the test there is room again."""
+    cloud = hosts["cloud"]
+    cloud.execute("rm", "-rf", f"/home/{cloud.user}/.cache")  # what other tests sent
+
+    def fill() -> None:
+        there = os.statvfs(cloud.home)
+        size = (there.f_blocks - there.f_bfree) * there.f_frsize + (1 << 18)
+        cloud.execute("mount", "-o", f"remount,size={size}", "/home")
+        with (
+            (cloud.home / "filler").open("wb", buffering=0) as file,
+            pytest.raises(OSError, match="No space"),
+        ):
+            while file.write(bytes(4096)):
+                pass
+
+    yield fill
+    cloud.execute("mount", "-o", "remount,size=100%", "/home")
+    (cloud.home / "filler").unlink(missing_ok=True)
+
+
+@pytest.mark.usefixtures("unmeasured_hosts")
+@pytest.mark.parametrize("phase", ["loading", "answering"])
+def test_a_disk_that_fills_up_there_is_one_line_or_hinders_nobody_and_rows_are_whole(
+    scenario: Path, hosts: dict[str, Host], filled: Callable[[], None], tmp_path: Path, phase: str
+) -> None:
+    """What is sent there has no room; trials need none."""
+    out, (kind, method) = tmp_path / "out", PHASES[phase]
+    before, calls = getattr(kind, method), []
+
+    def filling(*given: Any, **named: Any) -> Any:
+        calls.append(method)
+        if len(calls) == (4 if method == "trial" else 1):
+            filled()
+        return before(*given, **named)
+
+    with patch.object(kind, method, filling):
+        done = run(
+            str(scenario), "--out", str(out), placements=["cloud", "edge"], codecs=["int8"], examples=3
+        )
+    assert "Traceback" not in done.errors
+    if phase == "loading":
+        (said,) = [line for line in done.errors.splitlines() if line.startswith("testbed: ")]
+        assert done.status == 1 and "No space left on device" in said and "make room there" in said
+    else:
+        assert done.status == 0 and len(rows(out)) == 3 * 2 and not any(row["error"] for row in rows(out))
+    assert nothing_runs(hosts)
+    assert {path for path in files_left(hosts) if not path.endswith(":filler")} == set()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_a_host_has_not_is_one_line_that_names_the_side(
+    scenario: Path, hosts: dict[str, Host], tmp_path: Path
+) -> None:
+    device = {"edge": "cpu", "cloud": "cuda:0"}
+    done = run(str(scenario), "--out", str(tmp_path / "out"), device=device)
+    (said,) = [line for line in done.errors.splitlines() if line.startswith("testbed: ")]
+    assert done.status == 2 and "Traceback" not in done.errors
+    assert "cloud: device 'cuda:0': this machine has no CUDA device that torch can use; use cpu" in said
+    assert not (tmp_path / "out/trials.jsonl").exists() and nothing_runs(hosts)

@@ -90,7 +90,12 @@ class Pair:
                 speed=getattr(self.scenario.compute, side),
                 times=self.plan.devices[side].times if side in self.plan.devices else None,
             )
-            loaded[side] = self._call(endpoint, message, _LOAD_S)
+            try:
+                loaded[side] = self._call(endpoint, message, _LOAD_S)
+            except UsageError as error:
+                if self.plan.topology.kind == "namespaces":
+                    raise
+                raise UsageError(f"{side}: {error}") from error  # what a machine lacks is that one's
         if loaded["edge"].tokenizer != loaded["cloud"].tokenizer:
             models = self.scenario.models
             raise UsageError(
