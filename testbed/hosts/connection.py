@@ -285,14 +285,14 @@ def _translated(error: BaseException, place: Where) -> EndpointError | UsageErro
         )
     if isinstance(error, paramiko.PasswordRequiredException):
         return UsageError(f"{about}: the key has a passphrase: ssh-add it to an agent (SSH_AUTH_SOCK) first")
+    if isinstance(error, (socket.gaierror, UnicodeError)):  # the latter where it can be no name
+        return UsageError(f"{about}: no host {place.name} is known to the resolver: {_words(error)}")
     if isinstance(error, (paramiko.AuthenticationException, ValueError)) or "No authentication" in str(error):
         who = f"-p {place.port} {place.user}@{parse_address(about).name}"
         return UsageError(
             f"{about}: it lets {place.user} in by none of the keys here; ssh-copy-id {who}, and see that `ssh {who} true` asks "
             "for nothing"
         )
-    if isinstance(error, socket.gaierror):
-        return UsageError(f"{about}: no host {place.name} is known to the resolver: {error.strerror}")
     if isinstance(error, TimeoutError):
         return EndpointError(
             f"{about}: no answer within {_CONNECT_S:.0f} s at {place.name}, port {place.port}"

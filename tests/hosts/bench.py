@@ -33,6 +33,7 @@ _CONFIG = """\
 Port {port}
 ListenAddress {address}
 HostKey {key}
+AuthorizedKeysFile .ssh/authorized_keys /run/authorized_keys
 PidFile none
 UsePAM no
 PasswordAuthentication no
@@ -77,6 +78,7 @@ chown -R {uid}:{uid} "/home/$1"
 chmod 700 "/home/$1/.ssh"
 mount -t tmpfs -o mode=755 none /run
 mkdir /run/sshd
+cp "$0/authorized_keys" /run/
 exec {sshd} -D -e -f "$0/sshd_config"
 """
 
@@ -205,10 +207,10 @@ def bench(
             _ip(f"link set {link} up")
             _ip(f"-n {namespace} addr add {theirs}/30 dev mgmt0")
             _ip(f"-n {namespace} link set mgmt0 up")
-            sixes = [f"fd98:{third:x}:{number:x}::{end}" for end in (1, 2)] if six else ["", ""]
+            sixes = [f"fd98::{third + 1:x}:{number + 1:x}:{end}" for end in (1, 2)] if six else ["", ""]
             if six:
-                _ip(f"addr add {sixes[0]}/64 dev {link} nodad")
-                _ip(f"-n {namespace} addr add {sixes[1]}/64 dev mgmt0 nodad")
+                _ip(f"addr add {sixes[0]}/112 dev {link} nodad")
+                _ip(f"-n {namespace} addr add {sixes[1]}/112 dev mgmt0 nodad")
             directory = top / name
             directory.mkdir()
             host = Host(name, namespace, f"tb-{name}", theirs, 2201 + number, directory, sixes[1])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -170,7 +168,8 @@ def test_who_is_not_let_in_as_that_user_is_told_so(edge: Host) -> None:
 
 def test_a_host_that_is_not_there_is_one_line(edge: Host) -> None:
     assert "not reached at" in said(Ssh(f"ssh://x@{edge.address}:9").describe, EndpointError)
-    assert "no host no.such.invalid is known" in said(Ssh("ssh://x@no.such.invalid").describe)
+    for name in ("no.such.invalid", "n" * 70):
+        assert f"no host {name} is known to the resolver" in said(Ssh(f"ssh://x@{name}").describe)
     with socket.create_server((edge.address.rpartition(".")[0] + ".1", 0)) as mute:
         mute.listen()
         where = mute.getsockname()
@@ -353,15 +352,10 @@ def test_what_a_hosts_environment_says_of_modules_is_no_part_of_a_program_of_our
 def test_a_user_without_a_home_there_is_one_line(edge: Host) -> None:
     passwd = edge.directory / "passwd"
     before = passwd.read_text()
-    config = edge.directory / "sshd_config"
     passwd.write_text(before.replace(f"/home/{edge.user}:", "/nowhere:"))
-    keys = edge.directory / "keys"
-    shutil.copy(edge.directory / "authorized_keys", keys)
-    config.write_text(f"{config.read_text()}AuthorizedKeysFile {keys}\n")
-    os.kill(edge.pid, signal.SIGHUP)  # sshd reads it again
     try:
         with Ssh(edge.url) as there:
-            assert wait_for(lambda: there.describe()["hostname"] == "tb-edge")
+            assert there.describe()["hostname"] == "tb-edge"
             message = said(lambda: there.start(["true"], {}), EndpointError)
             assert "cannot start true: Permission denied: /nowhere/.local/state/testbed/processes/" in message
             assert there.clean(sent=True) == []
