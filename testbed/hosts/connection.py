@@ -134,11 +134,15 @@ class Connection:
         """Ours and the host's, as its connection has them; empty where it goes through another host, or a program. Raises as
         `open` does."""
         end(self.open())
-        transport = self._clients[-1].get_transport()
-        sock = transport.sock if transport is not None else None
-        if isinstance(sock, socket.socket):
-            return sock.getsockname()[0], sock.getpeername()[0]
-        return "", ""
+        sock = _socket(self._clients[-1])
+        return (sock.getsockname()[0], sock.getpeername()[0]) if sock is not None else ("", "")
+
+    def first_hop(self) -> str:
+        """The address to which the connection leaves this machine, that of a host on the way where there is one; empty: a program
+        knows it. Raises as `open` does."""
+        end(self.open())
+        sock = _socket(self._clients[0])
+        return str(sock.getpeername()[0]) if sock is not None else ""
 
     def close(self) -> None:
         with self._lock:
@@ -148,6 +152,12 @@ class Connection:
         while self._clients:
             with contextlib.suppress(Exception):
                 self._clients.pop().close()
+
+
+def _socket(client: paramiko.SSHClient) -> socket.socket | None:
+    transport = client.get_transport()
+    sock = transport.sock if transport is not None else None
+    return sock if isinstance(sock, socket.socket) else None
 
 
 def end(session: paramiko.Channel) -> None:

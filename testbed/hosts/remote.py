@@ -49,6 +49,8 @@ def main() -> None:
     if sys.platform != "linux":
         say(1, {"error": f"it runs {platform.system()}, and a host has to run Linux", "errno": 0})
         return
+    with contextlib.suppress(OSError):  # wherever the login shell went
+        os.chdir(os.path.expanduser("~"))  # noqa: PTH111
     try:
         _WORK[asked["work"]](asked, say)
     except OSError as error:

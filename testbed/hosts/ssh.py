@@ -168,6 +168,10 @@ class Ssh:
         """Our address and the host's, by which SSH goes."""
         return self._connection.addresses()
 
+    def first_hop(self) -> str:
+        """The address to which SSH leaves this machine; empty: nobody knows."""
+        return self._connection.first_hop()
+
     def clock(self) -> tuple[float, float]:
         channel, *_ = self._ask("clock")
         best = (0.0, float("inf"))

@@ -223,6 +223,7 @@ def test_a_host_behind_another_is_reached_through_it(edge: Host, client: Path) -
     )
     with Ssh("ssh://behind") as there:
         status, printed = there.run(["sh", "-c", "echo $SSH_CONNECTION"])
+        assert (there.first_hop(), there.addresses()) == (edge.address, ("", ""))
     assert status == 0 and printed.split()[0] == edge.address.encode()  # from the host itself
     (client / "known_hosts").write_text((client / "known_hosts").read_text().replace(f":{edge.port}", ":1"))
     assert "this host is not known" in said(Ssh("ssh://way").describe)
@@ -238,15 +239,18 @@ def test_an_address_that_is_none_is_refused() -> None:
         assert "ssh://[user@]name[:port]" in said(lambda text=text: Ssh(text))
 
 
-def test_a_login_shell_that_prints_disturbs_neither_programs_nor_files(edge: Host, tmp_path: Path) -> None:
-    noise = "echo welcome; echo warning >&2; head -c 30000 /dev/urandom\n"
+def test_a_login_shell_that_prints_or_goes_elsewhere_disturbs_neither_programs_nor_files(
+    edge: Host, tmp_path: Path
+) -> None:
+    noise = "cd /tmp; echo welcome; echo warning >&2; head -c 30000 /dev/urandom\n"
     (edge.home / ".bashrc").write_text(noise)
     here, again = tmp_path / "here", tmp_path / "again"
     here.write_bytes(b"data" * 10_000)
     with Ssh(edge.url) as there:
         assert there.run(["cat"], b"said") == (0, b"said")
-        there.put(here, Path("~/there"))
+        there.put(here, Path("there"))
         there.get(Path("~/there"), again)
+        assert there.run(["pwd"]) == (0, b"/home/tb-edge\n")
         assert abs(there.clock()[0]) < 1
     assert again.read_bytes() == here.read_bytes()
     (edge.home / "there").unlink()

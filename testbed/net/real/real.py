@@ -159,10 +159,15 @@ class Real:
                 "up" if node == ends.a else "down",
                 force=ends.force,
                 # From this machine SSH goes out to the other one; to another, it comes in, and is found there.
-                ssh=[str(self._found[other]["ssh_address"])] if local else [],
+                ssh=self._ssh_goes_to(other) if local else [],
             )
             self._shapings[link] = self._closing.enter_context(shaping)
         return self._shapings[link]
+
+    def _ssh_goes_to(self, node: str) -> list[str]:
+        first_hop = getattr(self._hosts[node], "first_hop", None)
+        hop = first_hop() if first_hop is not None else ""
+        return [hop or str(self._found[node]["ssh_address"])]
 
     def settle(self, link: str, patience_s: float | None = None) -> bool:
         """Waits a little: nobody can say what is under way."""
