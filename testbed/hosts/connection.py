@@ -68,7 +68,9 @@ def where(address: str) -> Where:
         port = int(given.port or settings.get("port", 22))
         if not 1 <= port <= 65535:
             raise ValueError(f"there is no port {port}")
-    except (OSError, ValueError, KeyError, paramiko.SSHException) as error:
+    except KeyError as error:  # paramiko asks for a user's name whether it is needed or not
+        raise UsageError(f"{address}: the system knows no name of this user; set LOGNAME") from error
+    except (OSError, ValueError, paramiko.SSHException) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     host = settings.get("hostname", name)
     alias = settings.get("hostkeyalias")

@@ -45,7 +45,7 @@ _BOOT = (
     'exec("while len(b)<%d:\\n c=os.read(0,%d-len(b))\\n if not c:os._exit(1)\\n b+=c");'
     'exec(compile(b,"remote.py","exec"),{"__name__":"remote","TESTBED_SENT":1})'
 )
-_OLD = re.compile(rb"testbed: Python (\S{1,20})")
+_OLD = re.compile(rb"(?m)^testbed: Python ([0-9]\S{0,19})\s*$")
 _ANSWER_S, _LOOK_S, _FILE_S = 30.0, 0.25, 3600.0
 _MOST_NOISE, _MOST_ANSWER = 1 << 16, 1 << 20
 _EXCHANGES = 12

@@ -119,11 +119,15 @@ def test_a_host_is_reached_by_an_ipv6_address_and_made_known_by_it(edge: Host, c
     assert f"is reached by SSH at {edge.six}; say by address: or interface:" in message
 
 
-def test_a_user_whom_nobody_knows_is_told_to_set_a_home(edge: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_whom_nobody_knows_is_told_what_to_set(edge: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     def nobody(_: object) -> None:
         raise KeyError("getpwuid(): uid not found")
 
     monkeypatch.setattr("pwd.getpwuid", nobody)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    assert said(lambda: Ssh(edge.url)).endswith("knows no name of this user; set LOGNAME")
+    monkeypatch.setenv("LOGNAME", "kim")
     with Ssh(edge.url) as there:
         assert there.run(["true"]) == (0, b"")
     monkeypatch.delenv("HOME")
