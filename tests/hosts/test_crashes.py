@@ -192,6 +192,7 @@ def test_a_file_that_is_cut_off_on_its_way_is_not_there_nor_a_part_of_it(
         return pid
 
     for kill in (lambda: edge.sever(), lambda: os.kill(writer(), signal.SIGKILL)):
+        assert wait_for(lambda: not edge.programs())  # whose the file of before is
         sending = threading.Thread(target=put)
         sending.start()
         assert wait_for(lambda: any(name.startswith(".there.") for name in edge.files()))
