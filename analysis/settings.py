@@ -88,10 +88,10 @@ class Worst:
 def labelled(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with two more columns: `setting` (what is compared) and `panel` (where it is compared).
 
-    A setting is a codec, behind its placement where that is not `split`, or a placement that needs none; transport and
-    congestion control are named where the run varies them, and a delivery where it is not whole: without a codec, where it has
-    levels of its own. A panel is a profile; model, emulator and whose compute was replayed are named where the run varies them,
-    and always a load: what waits for others is not put together with what was alone.
+    A setting is a codec, behind its placement where that is not `split`, or a placement that needs none; transport,
+    congestion control and how cells are shared out are named where the run varies them, and a delivery where it is not whole:
+    without a codec, where it has levels of its own. A panel is a profile; model, emulator and whose compute was replayed are
+    named where the run varies them, and always a load: what waits for others is not put together with what was alone.
     """
     chosen = (
         rows["delivery"].map({text: bool(ladder(text)) for text in rows["delivery"].unique()}).astype(bool)
@@ -105,6 +105,7 @@ def labelled(rows: pd.DataFrame) -> pd.DataFrame:
     named = {
         "transport": across.loc[across["transport"] != "", "transport"].nunique(),
         "congestion": alike.max(),
+        "allocate": rows["allocate"].nunique(),
     }
     for column, count in named.items():
         if count > 1:

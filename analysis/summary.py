@@ -32,7 +32,7 @@ _PIPELINE = (
     "verified_s",
 )
 _WIDEST = 54  #: characters of a setting's name in the terminal
-_SAME = ("model", "emulator", "link", "delivery", "transport", "congestion", "load", "serving")
+_SAME = ("model", "emulator", "link", "delivery", "transport", "congestion", "load", "serving", "allocate")
 
 
 def write(run: Run) -> Path:

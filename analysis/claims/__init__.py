@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 from testbed.analysis import layout
-from testbed.analysis.claims import capacity, judges, rules
+from testbed.analysis.claims import allocation, capacity, judges, rules
 from testbed.analysis.claims.pool import Pool, collect
 from testbed.analysis.claims.rules import UNDECIDED, Verdict
 from testbed.analysis.run import Run
@@ -155,6 +155,15 @@ CLAIMS = (
         "84 to 92 % of the tokens at 75 %, from a small model of the same family",
         f"at {judges.SCOUTED:.0%} Q2C chooses at least {judges.SHARED:.0%} of what it chooses for the model that answers",
         judges.scouts,
+    ),
+    Claim(
+        "model-aware-meets-deadlines",
+        "16",
+        "0 % of deadlines met become 100 %, 2 to 8 agents in one cell",
+        f"surely {allocation.MOST:.0%} of rounds have all first tokens within {allocation.SLACK:g} times what their bytes take "
+        f"over the cell, and surely at most {allocation.FEW:.0%} under equal reservations",
+        allocation.allocation,
+        allocation.LEAST,
     ),
     Claim(
         "kv-worth-sending",

@@ -77,7 +77,7 @@ def collect(runs: list[Run]) -> tuple[Pool, list[str]]:
             names = " and ".join(str(run.path) for run in pair)
             raise UsageError(f"{names}: not the same in both: {apart}; judge runs that read the same ones")
     left_out = [
-        f"{run.path.name}: requests under a load are judged by the claim on capacity alone"
+        f"{run.path.name}: requests under a load are judged by the claims on loads alone"
         for run in runs
         if run.alone is not run
     ]

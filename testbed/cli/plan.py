@@ -45,11 +45,13 @@ def plan(scenario: str, **changes: Any) -> Any:
             format_size(c["payload_bytes"]),
             "unknown" if c["transmit_s"] is None else format_time(c["transmit_s"]),
             *([c["load"], c["serving"]] if loaded else []),
+            *([c["allocate"]] if planned.scenario.allocate else []),
         ]
         for c in cells
     ]
     header = ["task", "placement", "codec", "delivery", "transport", "profile", "payload", "transmit"]
-    text = table(rows, [*header, *(["load", "serving"] if loaded else [])])
+    header += ["load", "serving"] if loaded else []
+    text = table(rows, header + (["allocate"] if planned.scenario.allocate else []))
     if loaded:
         names = ", ".join(edge.node for edge in planned.edges)
         text += f"\n\n{planned.trials} loads, about {format_duration(seconds)}; edges: {names}"

@@ -178,6 +178,7 @@ class Estimator:
                 "transmit_s": None if cell.profile.measured else self.transmit_s(cell),
                 "load": str(cell.load),
                 "serving": str(cell.serving),
+                "allocate": str(cell.allocate or ""),
                 "trial_s": self.lasts_s if cell.load.timed else self.seconds(cell),
                 "trials": self.plan.scenario.repeats
                 * (1 if cell.load.timed else self.plan.scenario.examples_of(cell.task)),

@@ -9,15 +9,17 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from testbed.endpoints.load_messages import Happened
 from testbed.endpoints.protocol import Span
 from testbed.errors import NetworkError
-from testbed.experiment import full_load
+from testbed.experiment import allocation, full_load
 from testbed.experiment import wares as making
 from testbed.experiment.crowd import Crowd, Put
 from testbed.experiment.deployment import Batch
+from testbed.experiment.edges import Edge
 from testbed.experiment.environment import cpu_name, host_name
 from testbed.experiment.progress import Tally
 from testbed.experiment.results import FORMAT, utc_now
@@ -25,7 +27,7 @@ from testbed.experiment.row import Row
 from testbed.experiment.runner import Runner
 from testbed.experiment.scenario import Cell
 from testbed.experiment.trial import new_row
-from testbed.experiment.wares import Wares
+from testbed.experiment.wares import Made, Wares
 from testbed.hosts.processes import interruptible
 from testbed.load.closed import Closed
 from testbed.load.load import Open
@@ -113,7 +115,8 @@ class LoadRunner(Runner):
             self._fabric = fabric
             self._write_manifest(wares.loaded, fabric)
             self._calibrate(self._profiles_under(ahead))
-            self._fill(list(dict.fromkeys(episode.cell.profile for episode in ahead)))
+            first = {(each.cell.profile, each.cell.allocate): each for each in reversed(ahead)}
+            self._fill(list(reversed(first.values())), wares)
             self._tally.begin()
             self._origin = time.monotonic()
             for episode in ahead:
@@ -139,25 +142,36 @@ class LoadRunner(Runner):
         self._fabric.apply(link, profile)
         return self._fabric.calibrate(link, profile)
 
-    def _fill(self, profiles: Sequence[Profile]) -> None:
-        """Measure an edge's link once more while the others' are full; more edges than leave it as asked for are refused."""
-        for profile in profiles:
+    def _fill(self, episodes: Sequence[Episode], wares: Wares) -> None:
+        """Measure an edge's link once more while the others' are full, and a cell for which they contend; more edges than leave
+        them as asked for are refused."""
+        for episode in episodes:
+            profile = episode.cell.profile
             self._tally.say(f"measuring a link while all others are full: {profile.name}")
             self._conditions(profile)
-            measured = full_load.measured(self._fabric, self.plan)
-            if measured is None:
-                continue
-            about = {"profile": profile.name, "edges": len(self.plan.edges), "measured_at": utc_now()}
-            self._note("full", {**about, **measured.to_dict()})
-            if measured.ok:
-                continue
-            self._uncalibrated.add(profile.text())
-            if not self.accept_uncalibrated:
-                raise NetworkError(
-                    f"{len(self.plan.edges)} edges are more than this machine carries faithfully under {profile.name}: while all "
-                    f"links but {measured.calibration.link} were full, {measured.cause}; ask for fewer edges or lower rates, or "
-                    "continue all the same with --accept-uncalibrated"
-                )
+            shared = self._share_out(episode, wares)
+            link = full_load.measured(self._fabric, self.plan)
+            if link is not None:
+                others = f"all links but {link.calibration.link} were full"
+                self._judge_full(profile, shared, link, others)
+            cell = full_load.contended(self._fabric, self.plan)
+            if cell is not None:
+                self._judge_full(profile, shared, cell, f"all edges of cell {cell.cell} were sending")
+
+    def _judge_full(
+        self, profile: Profile, shared: dict[str, str], found: full_load.Full | full_load.Contended, when: str
+    ) -> None:
+        about = {"profile": profile.name, "edges": len(self.plan.edges), "measured_at": utc_now()}
+        told = {"allocate": shared} if shared else {}
+        self._note("full", {**about, **told, **found.to_dict()})
+        if found.ok:
+            return
+        self._uncalibrated.add(profile.text())
+        if not self.accept_uncalibrated:
+            raise NetworkError(
+                f"{len(self.plan.edges)} edges are more than this machine carries faithfully under {profile.name}: while "
+                f"{when}, {found.cause}; ask for fewer edges or lower rates, or continue all the same with --accept-uncalibrated"
+            )
 
     def _note(self, what: str, entry: dict[str, Any]) -> None:
         """Keep one more thing that happened."""
@@ -174,9 +188,30 @@ class LoadRunner(Runner):
             self._fabric.settle(link)
             self._fabric.apply(link, profile, self._origin)
 
+    def _share_out(self, episode: Episode, wares: Wares) -> dict[str, str]:
+        """Have cells be shared out as that load has it; how, by cell, where that says it: by what edges announce, the mean of the
+        payloads that each is to send."""
+        scheduler = episode.cell.allocate
+        if scheduler is None:
+            return {}
+        sizes = {
+            edge.link: fmean(made.result.payload_bytes for made in self._made(episode, edge, wares))
+            for edge in self.plan.edges
+        }
+        told = allocation.shares(scheduler, self._fabric.topology, sizes)
+        for cell, text in told.items():
+            self._fabric.share_out(cell, text)
+        return told
+
+    def _made(self, episode: Episode, edge: Edge, wares: Wares) -> list[Made]:
+        """What that edge sends in a load, example by example."""
+        cell = self.plan.at_edge(episode.cell, edge)
+        return [wares.of(episode.batch, number, cell) for number in range(len(episode.batch.examples))]
+
     def _one(self, episode: Episode, crowd: Crowd, wares: Wares) -> None:
         """Put a load on, and keep what became of it."""
         self._conditions(episode.cell.profile)
+        shared = self._share_out(episode, wares)
         put = self._put(episode, wares)
         before = {edge.link: self._fabric.counters(edge.link) for edge in self.plan.edges}
         rows = [self._row(episode, wares, *each) for each in crowd.ask(episode.cell, put)]
@@ -195,7 +230,8 @@ class LoadRunner(Runner):
         self.directory.append_all(rows)
         self.failures += sum(bool(row.error) and not row.refused for row, _ in rows)
         about = {"id": episode.id, "requests": len(rows), "cell": episode.cell_id, "repeat": episode.repeat}
-        self._note("ended", {**about, "ended_at": utc_now(), "late_s": late_s})
+        told = {"allocate": shared} if shared else {}
+        self._note("ended", {**about, **told, "ended_at": utc_now(), "late_s": late_s})
 
     def _put(self, episode: Episode, wares: Wares) -> Put:
         """Who asks what when."""
@@ -203,13 +239,7 @@ class LoadRunner(Runner):
         until_s = scenario.warmup + scenario.duration
         seed = f"{scenario.seed}/{episode.batch.index}/{episode.repeat}"
         edges = self.plan.edges
-        numbers = [
-            [
-                wares.of(episode.batch, number, self.plan.at_edge(episode.cell, edge)).number
-                for number in range(len(episode.batch.examples))
-            ]
-            for edge in edges
-        ]
+        numbers = [[made.number for made in self._made(episode, edge, wares)] for edge in edges]
         put = Put(episode.cell, until_s, numbers)
         if isinstance(load, Open):
             put.arrivals = load.arrivals([edge.node for edge in edges], until_s, seed)

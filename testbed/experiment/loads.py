@@ -10,6 +10,7 @@ from testbed.delivery.delivery import Delivery
 from testbed.delivery.stream import Stream
 from testbed.delivery.whole import Whole
 from testbed.errors import SpecError
+from testbed.experiment import allocation
 from testbed.experiment.devices import needs_values
 from testbed.experiment.edges import Edge, Own, matched
 from testbed.experiment.scenario import Scenario
@@ -28,7 +29,12 @@ _OWN = Own()
 def edges_of(scenario: Scenario, topology: Topology, place: str) -> tuple[Edge, ...]:
     """Who asks under a load; nobody but `edge` where there is none. Raises SpecError."""
     if not scenario.loaded:
-        for key, said in (("edges", scenario.edges is not None), ("warmup", scenario.warmup > 0)):
+        said_of_loads = {
+            "edges": scenario.edges is not None,
+            "warmup": scenario.warmup > 0,
+            "allocate": bool(scenario.allocate),
+        }
+        for key, said in said_of_loads.items():
             if said:
                 raise SpecError(
                     f"{place}: {key}: is of a load, such as load: closed(think=1s), and there is none"
@@ -50,7 +56,11 @@ def edges_of(scenario: Scenario, topology: Topology, place: str) -> tuple[Edge, 
 
 
 def bound_load(
-    scenario: Scenario, edges: tuple[Edge, ...], devices: Mapping[str, Device], place: str
+    scenario: Scenario,
+    edges: tuple[Edge, ...],
+    devices: Mapping[str, Device],
+    topology: Topology,
+    place: str,
 ) -> tuple[Scenario, tuple[Edge, ...]]:
     """The scenario with loads' files where they are, and the edges with what their codecs refer to written out. Raises SpecError
     for what no load is put on with."""
@@ -66,6 +76,11 @@ def bound_load(
     except SpecError as error:
         raise SpecError(f"{place}: load: {error}") from None
     _check(scenario, devices, place)
+    if scenario.allocate:
+        try:
+            allocation.check(scenario.allocate, edges, topology)
+        except SpecError as error:
+            raise SpecError(f"{place}: allocate: {error}") from None
     bound = tuple(_bound(edge, scenario, place) for edge in edges)
     return scenario.model_copy(update={"load": loads}), bound
 

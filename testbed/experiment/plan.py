@@ -153,8 +153,8 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     _check_placements(scenario, place)
     scenario, devices = look_up(scenario, place)
     _check_decoding(scenario, place)
-    scenario, edges = bound_load(scenario, edges, devices, place)
     conditions = _under(topology, scenario, place)
+    scenario, edges = bound_load(scenario, edges, devices, conditions, place)
     plan = Plan(
         scenario, conditions, link, profiles, _tasks(scenario, place), asked, devices, edges, own_links
     )
@@ -332,7 +332,16 @@ def moved(asked: object, model: str) -> list[str]:
 def _check_extent(plan: Plan, place: str) -> None:
     if len({p.text() for p in plan.profiles}) < len(plan.profiles):
         raise SpecError(f"{place}: profiles: the same conditions are listed twice")
-    for key in ("tasks", "placements", "context_tokens", "delivery", "transport", "load", "serving"):
+    for key in (
+        "tasks",
+        "placements",
+        "context_tokens",
+        "delivery",
+        "transport",
+        "load",
+        "serving",
+        "allocate",
+    ):
         listed = getattr(plan.scenario, key)
         if key == "tasks":
             listed = [plan.scenario.task(index) for index in range(len(listed))]

@@ -33,7 +33,7 @@ from testbed.experiment import compute
 from testbed.experiment.row import COLUMNS, MEASURED, Row, in_turn
 from testbed.units import exact_time
 
-FORMAT = 8
+FORMAT = 9
 
 SPANS = "spans.jsonl"
 #: What only locks it, where a directory cannot be locked itself: it is no part of a run. What a kill may leave before there is a
@@ -95,6 +95,11 @@ def _loads_came(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _cells_came(row: dict[str, Any]) -> dict[str, Any]:
+    """8 → 9: cells were shared out as their topology said, and nobody went over to another link."""
+    return {"allocate": "", "handover": "", **row}
+
+
 def _times_have_units(manifest: dict[str, Any]) -> dict[str, Any]:
     """A scenario's timeout, which was in bare seconds before units were asked for."""
     settings = manifest.get("settings")
@@ -114,6 +119,7 @@ _MIGRATIONS = {
     5: _clocks_came,
     6: _hosts_came,
     7: _loads_came,
+    8: _cells_came,
 }
 _MANIFESTS = (_times_have_units,)
 #: Formats that this version reads.

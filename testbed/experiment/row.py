@@ -138,10 +138,14 @@ class Row:
 
     load: str = "sequential"  #: who asks when, canonical text
     serving: str = "fifo"  #: in which order the cloud answers, canonical text
+    allocate: str = ""  #: how cells were shared out, canonical text; empty: as the topology says
     client: str = ""  #: who asked: an edge, or one of its clients
     arrived_at: float | None = None  #: when the request came up, seconds behind the load's start
     warmup: bool = False  #: in the first part of a load, which no figure counts
     refused: bool = False  #: the cloud had no room for it
+    handover: str = (
+        ""  #: links from and to which its edge went over meanwhile: "radio-a > radio-b"; several with commas
+    )
 
     answer: str = ""
     score: float | None = None

@@ -30,6 +30,7 @@ from testbed.delivery.delivery import Delivery, Pipelined
 from testbed.delivery.delivery import parse as parse_delivery
 from testbed.delivery.whole import Whole
 from testbed.errors import SpecError
+from testbed.experiment.allocation import parse as parse_allocation
 from testbed.experiment.edges import Edge, Edges, edges_from
 from testbed.experiment.programs import Parameters, Programs, combinations
 from testbed.experiment.row import SENDING
@@ -40,6 +41,7 @@ from testbed.load.sequential import Sequential
 from testbed.models.shapes import is_shape
 from testbed.net import emulators
 from testbed.net.profile.profile import Profile
+from testbed.net.sharing.contract import Scheduler
 from testbed.net.topology.topology import Link, Topology
 from testbed.net.traffic.traffic import Flow
 from testbed.serving.fifo import Fifo
@@ -107,6 +109,10 @@ def _load(value: Any) -> Load:
 
 def _serving(value: Any) -> Serving:
     return parse_serving(_unsplit(str(value), "serving", "batch(max=8, memory=40gb)"))
+
+
+def _allocation(value: Any) -> Scheduler:
+    return parse_allocation(_unsplit(str(value), "allocate", "proportional-fair(slot=1ms, average=1s)"))
 
 
 def _transport(value: Any) -> Transport:
@@ -208,6 +214,15 @@ class Scenario(BaseModel):
         BeforeValidator(_listed),
         Field(min_length=1),
     ] = [Fifo()]
+    #: how the cells of its links are shared out; none: as the topology says
+    allocate: Annotated[
+        list[
+            Annotated[
+                InstanceOf[Scheduler], BeforeValidator(_allocation), PlainSerializer(str, when_used="json")
+            ]
+        ],
+        BeforeValidator(_listed),
+    ] = []
     tasks: Annotated[list[Annotated[dict[str, Any], BeforeValidator(_task)]], BeforeValidator(_listed)] = []
     #: in place of tasks: programs of one's own, and what of their commands is varied
     programs: Programs | None = None
@@ -312,6 +327,7 @@ class Cell:
     profile: Profile
     load: Load = field(default_factory=Sequential)
     serving: Serving = field(default_factory=Fifo)
+    allocate: Scheduler | None = None  #: None: as the topology says
 
     @property
     def codec_text(self) -> str:
@@ -351,6 +367,8 @@ class Cell:
             settings["delivery"] = str(self.delivery)
         if self.load.timed:
             settings |= plan.load_settings(self)
+        if self.allocate is not None:
+            settings["allocate"] = str(self.allocate)
         if plan.prompt != DEFAULT:
             settings["prompt"] = str(plan.prompt)
         text = json.dumps(settings, sort_keys=True)
@@ -463,11 +481,14 @@ class Plan:
             transports = self.scenario.transport[:1] if placement == "edge" else self.scenario.transport
             for codec, delivery in self._payloads(placement):
                 cells += [
-                    Cell(task, context_tokens, placement, codec, delivery, transport, profile, load, serving)
+                    Cell(task, context_tokens, placement, codec, delivery, transport, *met)
                     for transport in transports
-                    for profile in self.profiles
-                    for load in self.scenario.load
-                    for serving in self.scenario.serving
+                    for met in itertools.product(
+                        self.profiles,
+                        self.scenario.load,
+                        self.scenario.serving,
+                        self.scenario.allocate or [None],
+                    )
                 ]
         return cells
 

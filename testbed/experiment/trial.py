@@ -81,6 +81,7 @@ def new_row(trial: Trial, plan: Plan, emulator: str, reference: Reference, calib
         questions_per_context=scenario.questions_per_context,
         load=str(cell.load),
         serving=str(cell.serving),
+        allocate=str(cell.allocate or ""),
         **_speeds(plan),
         reference_answer=reference.answer,
         reference_score=reference.score,

@@ -19,6 +19,7 @@ LOADS = {
     "sequential": "testbed.load.sequential:Sequential",
     "closed": "testbed.load.closed:Closed",
     "poisson": "testbed.load.poisson:Poisson",
+    "rounds": "testbed.load.rounds:Rounds",
     "arrivals": "testbed.load.arrivals:Arrivals",
 }
 

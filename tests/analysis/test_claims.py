@@ -327,7 +327,7 @@ SCENARIOS = {
     "scout": {"scout-overlap"},
     "text-and-prefill": {"kv-worth-sending"},
 }
-LOADED = {"capacity": {"compression-buys-capacity"}}
+LOADED = {"capacity": {"compression-buys-capacity"}, "allocation": {"model-aware-meets-deadlines"}}
 ASKED_IN_ONE = ("int8", "int4", "protected-layer", "delta", "entropy-coding")
 SCENARIOS["quantization"] = set().union(*(SCENARIOS[name] for name in ASKED_IN_ONE))
 
@@ -391,6 +391,66 @@ def test_the_scenario_of_capacity_asks_for_what_its_rule_compares() -> None:
     )
     rates = [load.rate for load in plan.scenario.load]  # type: ignore[attr-defined]
     assert rates == sorted(rates) and min(rates) * plan.scenario.duration >= 60
+
+
+def rounds(path: Path, late: dict[str, float], count: int = 20) -> Path:
+    """A run of rounds of a large and a small cache (16 and 4 s over the whole cell): by allocation, when the large one's first
+    token came, in seconds; the small one's after 5 s; each one's connection after the round began."""
+    make_run(path, ("5g-mid",), ("fp16", "int4"), ("split",), ("needle",), examples=1)
+    large, small = lines(path)
+    rows = []
+    for allocate, seconds in late.items():
+        for turn in range(-1, count):
+            about = {"load": "rounds(every=40s)", "allocate": allocate, "cell": allocate, "repeat": 0}
+            about |= {"arrived_at": 40.0 * (turn + 1), "warmup": turn < 0, "replayed": True, "reused": ""}
+            for edge, (like, payload, took) in enumerate(((large, 16e6, seconds), (small, 4e6, 5.0))):
+                own = {
+                    "client": f"edge{edge + 1}",
+                    "trial": f"{allocate}/{turn}/{edge}",
+                    "ttft_s": took,
+                    "e2e_s": took,
+                }
+                own |= {"payload_bytes": payload, "rate_up_bps": 8e6, "deadline_s": None, "amortized_s": None}
+                rows.append(like | about | own)
+    rewrite(path, rows)
+    write_manifest(path, settings={"name": "rounds", "warmup": "40s", "duration": f"{40 * count}s"})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("reserved", "aware", "count", "verdict"),
+    [
+        (32.5, 20.5, 20, "holds"),  # by 25 s: 1.25 times the 20 s that both take over the whole cell
+        (32.5, 25.1, 20, "fails"),
+        (20.0, 20.5, 20, "fails"),  # what equal reservations meet, nothing turns
+        (32.5, 20.5, 19, "undecided"),
+    ],
+)
+def test_an_allocation_is_judged_by_rounds_in_which_every_edge_is_in_time(
+    tmp_path: Path, reserved: float, aware: float, count: int, verdict: str
+) -> None:
+    path = rounds(tmp_path / "run", {"reserved": reserved, "model-aware": aware}, count)
+    (found,) = judged(path)["model-aware-meets-deadlines"]
+    assert (found.verdict, found.n) == (verdict, count)
+    assert found.what == "model-aware against reserved, 5g-mid"
+    assert "deadline 25 s" in found.figures and "all 2 edges" in found.figures
+
+
+def test_a_round_in_which_one_was_refused_is_not_in_time(tmp_path: Path) -> None:
+    path = rounds(tmp_path / "run", {"reserved": 32.5, "model-aware": 20.5})
+    gone = {"ttft_s": None, "e2e_s": None, "refused": True, "error": "no room"}
+    change(path, lambda row: gone if row["trial"] == "model-aware/3/1" else {})
+    (found,) = judged(path)["model-aware-meets-deadlines"]
+    assert found.verdict == "undecided" and "in 95% [75%, 100%] of rounds against 0%" in found.figures
+
+
+def test_the_scenario_of_allocation_asks_for_what_its_rule_compares() -> None:
+    plan = load_plan("scenarios/claims/allocation.yaml")
+    assert {"reserved", "model-aware"} <= {str(each) for each in plan.scenario.allocate}
+    (load,) = plan.scenario.load
+    begun = [a.at for a in load.arrivals(["a"], plan.scenario.warmup + plan.scenario.duration, "")]  # type: ignore[attr-defined]
+    assert sum(at >= plan.scenario.warmup for at in begun) >= 20
+    assert len({str(edge.codec) for edge in plan.edges}) == len(plan.edges) == 4
 
 
 def test_a_task_that_the_full_cache_cannot_do_is_left_out_and_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from testbed.errors import SpecError
+from testbed.experiment import allocation
 from testbed.experiment.edges import MOST
 from testbed.experiment.plan import make_plan
 from testbed.experiment.scenario import Plan
@@ -164,3 +165,60 @@ def test_what_asks_for_no_load_keeps_the_identity_that_it_had() -> None:
     assert alone.edges == () and alone.cells(0, 256)[0].load.timed is False
     # As hashed by the version before there were loads.
     assert identity(alone) == "c288f2296551"
+
+
+CELL = {"topology": "cell", "cloud": "cloud", "edges": 4}
+
+
+def test_loads_meet_a_cell_that_is_shared_out_in_several_ways_one_after_the_other() -> None:
+    made = plan(**CELL, allocate=["reserved", "model-aware", "equal"])
+    cells = made.cells(0, 256)
+    assert [str(cell.allocate) for cell in cells] == ["reserved", "model-aware", "equal"]
+    assert len({cell.identity(made) for cell in cells}) == 3
+    assert plan(**CELL).cells(0, 256)[0].allocate is None
+    again = make_plan(made.scenario.model_dump(mode="json"), "manifest.json")
+    assert again.scenario == made.scenario
+
+
+def test_a_cell_is_shared_out_by_what_its_edges_announce_or_as_it_is_written() -> None:
+    topology = plan(**CELL).topology
+    sizes = {f"radio-{number}": 1000.0 * number for number in range(1, 5)}
+    told = {
+        text: allocation.shares(allocation.parse(text), topology, sizes)["cell"]
+        for text in ("model-aware", "model-aware(bytes=[4b, 3b, 2b, 1b])", "reserved")
+    }
+    assert told["model-aware"] == "model-aware(bytes=[1000b, 2000b, 3000b, 4000b])"
+    assert told["model-aware(bytes=[4b, 3b, 2b, 1b])"] == "model-aware(bytes=[4b, 3b, 2b, 1b])"
+    assert told["reserved"] == "reserved"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"topology": "star", "cloud": "hub"}, r"t.yaml: allocate: model-aware: topology star has no cell"),
+        (
+            {"edges": ["edge1", "edge3"]},
+            r"allocate: model-aware: nobody announces what link radio-2 of cell cell",
+        ),
+        (
+            {"allocate": "model-aware(bytes=[1mb])"},
+            r"allocate: model-aware: bytes has 1 sizes, and the cell 4",
+        ),
+        ({"allocate": "fair"}, r"t.yaml: allocate.*: allocate 'fair': unknown"),
+        ({"allocate": ["equal", "equal"]}, r"t.yaml: allocate: 'equal' is listed twice"),
+        (
+            {"load": None, "edges": None, "edge": "edge1", "link": "radio-1"},
+            r"t.yaml: allocate: is of a load",
+        ),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused_by_name(change: dict[str, Any], why: str) -> None:
+    with pytest.raises(SpecError, match=why):
+        plan(**{**CELL, "allocate": "model-aware", **change})
+
+
+def test_a_topology_alone_cannot_go_by_what_is_announced(tmp_path: Path) -> None:
+    path = tmp_path / "cell.yaml"
+    path.write_text("{kind: cell, nodes: 4, profile: 5g-mid, scheduler: model-aware}")
+    with pytest.raises(SpecError, match=r"model-aware: bytes is missing"):
+        plan(topology=str(path), cloud="cloud", edges=3)

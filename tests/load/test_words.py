@@ -15,6 +15,7 @@ from testbed.load.arrivals import Arrivals
 from testbed.load.closed import Closed
 from testbed.load.load import Open, parse
 from testbed.load.poisson import Poisson
+from testbed.load.rounds import Rounds
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,7 @@ from testbed.load.poisson import Poisson
         ("closed( think = 1000ms, clients=8 )", "closed(clients=8, think=1s)"),
         ("poisson(rate=2/s)", "poisson(rate=2/s)"),
         ("poisson(rate=90/min)", "poisson(rate=1.5/s)"),
+        ("rounds(every=8000ms)", "rounds(every=8s)"),
         ("arrivals:some/file.txt", "arrivals:some/file.txt"),
     ],
 )
@@ -42,6 +44,8 @@ def test_each_has_one_canonical_text(written: str, canonical: str) -> None:
         ("poisson(rate=0/s)", r"rate is 0/s, but must be more than 0/s"),
         ("closed(clients=-1)", r"clients is -1, but must be 0 to 1024"),
         ("closed(think=1)", r"has no unit"),
+        ("rounds", r"rounds needs every"),
+        ("rounds(every=0s)", r"every is 0ms, but must be from 1ms to an hour"),
     ],
 )
 def test_a_mistake_is_told_with_its_place(written: str, why: str) -> None:
@@ -87,6 +91,14 @@ def test_clients_are_spread_over_the_edges_and_begin_within_their_time_to_think(
     assert all(0 <= client.at <= 2 for client in clients)
     assert clients == Closed(5, 2.0).starting(2, "s") != Closed(5, 2.0).starting(2, "t")
     assert len(Closed().starting(7, "s")) == 7
+
+
+def test_in_a_round_all_edges_ask_at_once() -> None:
+    found = Rounds(2.0).arrivals(["a", "b"], 5.9, "s")
+    assert found == [(0, 0), (0, 1), (2, 0), (2, 1), (4, 0), (4, 1)]
+    assert len(Rounds(2.0).arrivals(["a"], 6.0, "s")) == 3
+    with pytest.raises(SpecError, match="about 6,400,000 requests; an episode has at most 200,000"):
+        Rounds(0.001).arrivals(["a"] * 64, 100, "s")
 
 
 @pytest.fixture

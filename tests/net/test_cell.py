@@ -100,6 +100,17 @@ def test_what_is_reserved_is_kept_free_for_who_does_not_come():
     assert [time for time, _ in bench.left[2]] == pytest.approx([0.004, 0.008, 0.012])
 
 
+def test_a_cell_that_is_shared_out_anew_goes_on_with_what_is_half_sent():
+    bench = Bench("reserved", [RATE] * 2)
+    bench.run([(0.0, 0, FRAME), (0.0, 0, FRAME)], until=0.0005)
+    bench.cell.follow(parse("model-aware(bytes=[3b, 1b])", SCHEDULERS, "scheduler"), 0.001)
+    bench.run([])
+    # Half of the first at half the rate in 1 ms; the other half, and then the second, at three quarters of it.
+    assert [time for time, _ in bench.left[0]] == pytest.approx(
+        [0.001 + 0.5e-3 / 0.75, 0.001 + 1.5e-3 / 0.75]
+    )
+
+
 def test_one_queue_sends_in_the_order_of_arrival_each_at_the_rate_of_its_link():
     bench = Bench("tcp", [RATE, RATE | {"rate_bps": 5e6}])
     bench.run([(0.0, 0, FRAME), (0.0001, 1, FRAME), (0.0002, 0, FRAME)])
@@ -393,3 +404,22 @@ def test_points_of_a_sweep_differ_by_how_their_cell_is_shared_out(tmp_path: Path
 def test_a_cell_counts_once_for_what_a_machine_carries():
     known = Capacity({}, "userspace", 1e9, 2e9)
     assert beyond(star("equal", "rate=1gbit", edges=8), known) == []
+
+
+@pytest.mark.netns
+@pytest.mark.usefixtures("own_state")
+def test_a_network_that_stands_shares_its_cell_out_anew():
+    cell = topology_from(
+        {"kind": "cell", "nodes": 3, "profile": "rate=20mbit,delay=2ms", "scheduler": "reserved"}, "t", "t"
+    )
+    with Fabric.build(cell, "userspace") as fabric:
+        assert fabric.topology.alone(fabric.topology.links[0]) == 0.5
+        fabric.share_out("cell", "model-aware(bytes=[3mb, 1mb])")
+        assert [fabric.topology.alone(link) for link in fabric.topology.links] == [0.75, 0.25]
+        with loaded(fabric, cell.links) as load:
+            large, small = load.rates_bps(1.0, 1.5).values()
+        assert large == pytest.approx(3 * small, rel=0.15)
+        with pytest.raises(SpecError, match="model-aware: bytes has 1 sizes, and the cell 2 links"):
+            fabric.share_out("cell", "model-aware(bytes=[3mb])")
+        with pytest.raises(SpecError, match="no cell 'tower'"):
+            fabric.share_out("tower", "equal")

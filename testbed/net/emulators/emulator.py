@@ -99,6 +99,10 @@ class Attachment(ABC):
     def counters(self) -> dict[str, Counters]:
         """``{"up": …, "down": …}``."""
 
+    def share(self, scheduler: str) -> None:
+        """Has the cell that the link is in be shared out by another scheduler. Raises UsageError where there can be none."""
+        raise UsageError("this emulator knows one link at a time, and no cell")
+
     def fate(self) -> str | None:
         """What has become of a process behind the link that serves it no longer, for a sentence; None: all is well."""
         return None

@@ -228,6 +228,14 @@ class Fabric:
             self.record_process(*attachment.process, f"emulator of link {link}")
         self._shape_packets(number, profile)
 
+    def share_out(self, cell: str, scheduler: str) -> None:
+        """Has a cell be shared out by another scheduler (canonical text) from now on. Raises SpecError: no such cell, or it does
+        not suit it; NetworkError."""
+        fresh = replace(self.state, topology=self.topology.with_scheduler(cell, scheduler))
+        first = next(number for number, link in enumerate(self.topology.links) if link.cell == cell)
+        self._attachments[first].share(scheduler)
+        self._update(fresh)
+
     def settle(self, link: str, patience_s: float | None = None) -> bool:
         """Waits until nothing is under way on the link any more, such as the last packets of closed connections; whether that was
         so before `patience_s` were over. None: two round trips and a little, which background traffic may fill.

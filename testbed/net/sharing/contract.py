@@ -58,3 +58,25 @@ class Scheduler(Kind):
     def alone(self, place: int, members: int) -> float:
         """The share of its own rate that the link at this *place* of so many gets while no other sends."""
         return 1.0
+
+
+class Fixed(Scheduler):
+    """Base of those under which everybody has a part of the time, its `alone`, whether it is used or not."""
+
+    fixed = True
+
+    def turns(self, members: Sequence[User]) -> Turns:
+        return _Parts(self, members)
+
+
+class _Parts(Turns):
+    def __init__(self, scheduler: Scheduler, members: Sequence[User]) -> None:
+        self._scheduler, self._members = scheduler, members
+        self._parts: list[float] = []  # by place; one that leaves keeps its own free
+
+    def share(self, waiting: Sequence[User], now: float) -> None:
+        count = self._members[-1].place + 1
+        if count > len(self._parts):
+            self._parts = [self._scheduler.alone(place, count) for place in range(count)]
+        for user in waiting:
+            user.share = self._parts[user.place]

@@ -133,6 +133,14 @@ class Topology:
         links = tuple(replace(link, profile=profiles.get(link.name, link.profile)) for link in self.links)
         return replace(self, links=links)
 
+    def with_scheduler(self, cell: str, scheduler: str) -> Topology:
+        """The same topology, one cell shared out by another scheduler. Raises SpecError: no such cell, or it does not suit it."""
+        names = [each.name for each in self.cells]
+        if cell not in names:
+            raise SpecError(f"topology {self.name} has no cell {cell!r}{did_you_mean(cell, names)}")
+        cells = (Cell(cell, scheduler) if each.name == cell else each for each in self.cells)
+        return replace(self, cells=tuple(cells))
+
     def cell(self, link: Link) -> Cell | None:
         """The cell that a link is in."""
         return next((cell for cell in self.cells if cell.name == link.cell), None)

@@ -209,6 +209,10 @@ class Follower:
             answer[way] = {"worst_lateness_s": max(worst, recent), "recent_lateness_s": recent}
         return answer
 
+    def share(self, link: str, scheduler: str) -> None:
+        """Qdiscs are of one link each."""
+        raise LookupError(f"{link} is in no cell")
+
     def remove(self, link: str) -> bool:
         """There is but one link."""
         return False

@@ -1,5 +1,5 @@
 """A process that serves links, from inside: orders to it, one JSON message each (``apply``, ``counters``, ``under_way``,
-``remove`` for a ``link``; ``stop``), and its punctuality. From outside: `serving`.
+``share``, ``remove`` for a ``link``; ``stop``), and its punctuality. From outside: `serving`.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Orders(Protocol):
     ) -> None: ...
     def under_way(self, link: str) -> int: ...
     def counters(self, link: str) -> dict[str, dict[str, float]]: ...
+    def share(self, link: str, scheduler: str) -> None: ...
     def remove(self, link: str) -> bool: ...
 
 
@@ -86,6 +87,9 @@ class Control:
             return dict(relay.counters(order["link"]))
         if order["do"] == "under_way":
             return {"packets": relay.under_way(order["link"])}
+        if order["do"] == "share":
+            relay.share(order["link"], order["scheduler"])
+            return {}
         if order["do"] == "remove":
             self.stopped |= not relay.remove(order["link"])
             return {}

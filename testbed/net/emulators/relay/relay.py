@@ -25,6 +25,7 @@ from testbed.net.profile.schedule import unpack
 
 if TYPE_CHECKING:
     from testbed.net.emulators.relay.cell.cell import Cell
+    from testbed.net.sharing.contract import Scheduler
 
 NOBODY = 65534
 COALESCE_S = 120e-6  # no two wake-ups closer than this: waking is what costs most, and a busy link would have two a packet
@@ -40,7 +41,7 @@ class RelayedLink:
     def __init__(
         self, port_a: Port, port_b: Port, seed: int | None, cell: Mapping[str, Cell] | None = None
     ) -> None:
-        self.ports = (port_a, port_b)
+        self.ports, self.cell = (port_a, port_b), cell
         seeds = (None, None) if seed is None else (2 * seed, 2 * seed + 1)
         self.lines = {
             way: Line(port.send, seed) if cell is None else cell[way].join(port.send, seed)
@@ -110,6 +111,12 @@ class Relay:
     def counters(self, link: str) -> dict[str, dict[str, float]]:
         """A link's, see `RelayedLink.counters`."""
         return self._links[link].counters()
+
+    def share(self, link: str, scheduler: str) -> None:
+        """Has the cell of a link be shared out by another scheduler, from now on."""
+        kind, now = _scheduler(scheduler), monotonic()
+        for cell in (self._links[link].cell or {}).values():
+            cell.follow(kind, now)
 
     def close(self) -> None:
         """Closes all ports at the same time: with each the kernel waits until no processor uses it any more (some ten
@@ -218,14 +225,20 @@ def _stop(number: int, frame: object) -> None:
     raise _Stopped
 
 
+def _scheduler(text: str) -> Scheduler:
+    from testbed.kinds import parse
+    from testbed.net.sharing import SCHEDULERS
+
+    scheduler: Scheduler = parse(text, SCHEDULERS, "scheduler")
+    return scheduler
+
+
 def _cell(cells: dict[str, dict[str, Cell]], wanted: dict[str, str]) -> dict[str, Cell]:
     """Both directions of the cell of that name, made where it is not among *cells* yet."""
     if wanted["name"] not in cells:
-        from testbed.kinds import parse
         from testbed.net.emulators.relay.cell.cell import Cell
-        from testbed.net.sharing import SCHEDULERS
 
-        scheduler = parse(wanted["scheduler"], SCHEDULERS, "scheduler")
+        scheduler = _scheduler(wanted["scheduler"])
         cells[wanted["name"]] = {way: Cell(scheduler) for way in ("up", "down")}
     return cells[wanted["name"]]
 

@@ -210,6 +210,9 @@ class RelayAttachment(Attachment):
             order = {"do": "apply", "conditions": conditions, "fresh": fresh}
             self.relay.ask(self._link, order, files)
 
+    def share(self, scheduler: str) -> None:
+        self.relay.ask(self._link, {"do": "share", "scheduler": scheduler})
+
     def under_way(self) -> int:
         return int(self.relay.ask(self._link, {"do": "under_way"})["packets"])
 

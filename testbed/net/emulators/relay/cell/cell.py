@@ -31,6 +31,13 @@ class Cell:
         self._clock = 0.0  # up to when everything has happened
         self._waiting: list[User] = []
 
+    def follow(self, scheduler: Scheduler, now: float) -> None:
+        """Be shared out so from *now* on."""
+        self.advance(now)
+        self._happen(max(now, self._clock))
+        self._pooled, self._turns = scheduler.pooled, scheduler.turns(self.members)
+        self.plan()
+
     def join(self, deliver: Callable[[bytes], object], seed: int | None) -> User:
         """One more user, whose packets leave by *deliver*."""
         user = User(deliver, seed, self, self._joined)
