@@ -16,7 +16,8 @@ from testbed.deadline import Deadline
 from testbed.errors import EndpointError
 from testbed.transport.bundle import Bundle, Groups, hellos
 from testbed.transport.pending import Pending
-from testbed.transport.quic_connection import BUFFER, Connection
+from testbed.transport.quic_connection import Connection
+from testbed.transport.quic_path import BUFFER
 from testbed.transport.secret import PATIENCE_S, Complaints, made_certificate, require_token
 from testbed.transport.transport import Listener, Stats, Stream, Transport
 
@@ -121,11 +122,21 @@ class QuicListener(Listener):
                 break
             if (connection := self._known.get(peer)) is not None and connection.alive:
                 # Also one whose handshake is done: what came before its socket was there, and is not another one's beginning.
-                connection.forward(data)
+                connection.forward(data, peer)
+            elif (moved := self._named(data)) is not None:
+                self._known[peer] = moved
+                moved.forward(data, peer)
             elif (first := _initial_for(data)) is not None:
                 self._take(data, first, _local_address(about), peer)
         self._socket.close()
         self._ready.put(None)
+
+    def _named(self, data: bytes) -> Connection | None:
+        """Whose datagram it is that came from an address that nobody had, by the name at its beginning (RFC 9000, 17.3)."""
+        name = data[1 : 1 + self._configuration.connection_id_length]
+        if not data or data[0] & 0x80:
+            return None
+        return next((c for c in self._known.values() if c.alive and name in c.names), None)
 
     def _take(self, data: bytes, destination: bytes, local: str, peer: tuple[str, int]) -> None:
         from qh3.quic.connection import QuicConnection

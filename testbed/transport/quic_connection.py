@@ -7,6 +7,9 @@ to read, under one lock.
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
+import operator
 import os
 import socket
 import threading
@@ -18,6 +21,7 @@ from typing import TYPE_CHECKING
 from testbed import descriptors
 from testbed.deadline import Deadline
 from testbed.errors import EndpointError
+from testbed.transport.quic_path import Address, Path
 
 if TYPE_CHECKING:
     from qh3.quic.connection import QuicConnection
@@ -33,7 +37,6 @@ _UNREAD = 16 << 20
 _OF_EACH = 256  #: what keeping a piece of it costs beside its bytes
 _UNTRUSTED = 64 * 1024  #: of datagrams before it is known who sends them
 _AT_ONCE = 64  #: datagrams taken from the socket before others are sent
-BUFFER = 4 << 20  #: of the socket, as far as net.core.rmem_max lets it
 
 
 class Connection:
@@ -44,14 +47,15 @@ class Connection:
     """
 
     def __init__(self, quic: QuicConnection, sock: socket.socket, client: bool, lossy: bool = False) -> None:
-        self.socket = sock
+        self.path = Path(sock, client)
+        self.names = frozenset({quic.host_cid})  #: of the connection, by which its client may call it
         self.sent = self.received = 0  #: bytes on the wire, headers included
         self.lost = 0  #: packets that were declared lost, whose data was sent again
         self.established = self.ended = False  #: the handshake is done; the peer says that no more comes
         self.error = ""  #: what ended it
         self.misheard = False  #: it was the peer, since what came first was not the first that was sent
         self.trusted = True  #: the peer; else few of its datagrams are kept
-        self._quic, self._address = quic, sock.getpeername()
+        self._quic = quic
         self._changed = threading.Condition()
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK)
         self._alive = True
@@ -63,27 +67,25 @@ class Connection:
         self._arrived: deque[tuple[float, bytes]] = deque()  #: datagrams that came, and when
         self._unread, self._most_unread = 0, _UNREAD
         self._heard: Callable[[], None] = lambda: None  #: is told of each change, too
-        self._forwarded: deque[bytes] = deque()
+        self._forwarded: deque[tuple[Address, bytes]] = deque()
         self._finishing = self._finished = self._closing = False
         self._confirmed = True
         self._rtt_s = self._least_rtt_s = 0.0
         self._now = 0.0  #: when what is being looked at was taken from the socket
         self._thread = threading.Thread(target=self._run, daemon=True)
-        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)
 
     # What any thread may call.
 
     def start(self, *first: bytes) -> None:
         """Begin to move it. first: datagrams that came before its socket was there."""
-        self._forwarded.extend(first)
+        self._forwarded.extend((self.path.peer, data) for data in first)
         self._thread.start()
 
-    def forward(self, data: bytes) -> None:
-        """Take a datagram of the peer's that came in by another socket."""
+    def forward(self, data: bytes, peer: Address) -> None:
+        """Take a datagram of the peer's that came in by another socket, from that address."""
         with self._changed:
             if len(self._forwarded) < _AT_ONCE:
-                self._forwarded.append(data)
+                self._forwarded.append((peer, data))
         self._rouse()
 
     def established_within(self, seconds: float) -> bool:
@@ -290,7 +292,7 @@ class Connection:
             self._fail(f"{type(error).__name__}: {error}")
         finally:
             self._fail("it is closed")
-            self.socket.close()
+            self.path.close()
             with self._changed:
                 self._alive = False
                 os.close(self._eventfd)
@@ -356,34 +358,40 @@ class Connection:
 
     def _transmit(self) -> bool:
         datagrams = self._quic.datagrams_to_send(time.monotonic())
-        for data, _ in datagrams:
-            self.socket.send(data)
-            self.sent += len(data) + HEADERS
+        for data, peer in datagrams:
+            if self.path.send(data, peer[:2]):
+                self.sent += len(data) + HEADERS
+            elif not self.established:
+                raise OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
             if len(data) > self._handed:  # it is in this one
                 self._handed = 0
+        self.path.follow(peer[:2] for _, peer in datagrams)
         return bool(datagrams)
 
     def _wait(self) -> None:
         timer = self._quic.get_timer()
         seconds = None if timer is None else max(0.0, timer - time.monotonic())
-        awaited: list[int | socket.socket] = [self._eventfd]
+        awaited: list[int | socket.socket] = [self._eventfd, *self.path.awaited]
         if self._unread < self._most_unread:
-            awaited.append(self.socket)
+            awaited.append(self.path.socket)
         descriptors.ready(awaited, seconds)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._eventfd)
+        if self.path.gone() and self.established and self.path.move():
+            self._quic.change_connection_id()
 
     def _receive(self) -> None:
-        datagrams = []
+        datagrams: list[tuple[Address, bytes]] = []
         while self._forwarded:
             datagrams.append(self._forwarded.popleft())
         with contextlib.suppress(BlockingIOError):
             while len(datagrams) < _AT_ONCE and self._unread < self._most_unread:
-                datagrams.append(self.socket.recv(65536, socket.MSG_DONTWAIT))
+                datagrams.append((self.path.peer, self.path.socket.recv(65536, socket.MSG_DONTWAIT)))
         now = self._now = time.monotonic()
-        if datagrams:
-            self.received += sum(map(len, datagrams)) + HEADERS * len(datagrams)
-            self._quic.receive_many_datagrams(datagrams, self._address, now)
+        for peer, own in itertools.groupby(datagrams, key=operator.itemgetter(0)):
+            came = [data for _, data in own]
+            self.received += sum(map(len, came)) + HEADERS * len(came)
+            self._quic.receive_many_datagrams(came, peer, now)
         timer = self._quic.get_timer()
         if timer is not None and timer <= now:
             self._quic.handle_timer(now)
@@ -410,6 +418,10 @@ class Connection:
                     return  # as if it had been lost
                 self._arrived.append((self._now, event.data))
                 self._unread += len(event.data) + _OF_EACH
+            elif isinstance(event, events.ConnectionIdIssued):
+                self.names |= {event.connection_id}
+            elif isinstance(event, events.ConnectionIdRetired):
+                self.names -= {event.connection_id}
             elif isinstance(event, events.StreamReset):
                 self.error = "the peer gave the stream up"
             elif isinstance(event, events.ConnectionTerminated):

@@ -14,6 +14,7 @@ from testbed.deadline import Deadline
 from testbed.errors import EndpointError
 from testbed.transport.datagram import Datagram
 from testbed.transport.quic import Quic
+from testbed.transport.quic_path import Path
 from tests.endpoints.lossy_proxy import LossyProxy
 from tests.endpoints.test_every_transport import LARGE, beside, received
 from tests.endpoints.test_wire import request
@@ -128,3 +129,54 @@ def test_a_peer_that_nobody_reads_waits_and_loses_nothing() -> None:
     sending.join()
     client.close()
     server.close()
+
+
+@pytest.mark.parametrize("transport", [Quic(), Datagram(connections=2)], ids=str)
+def test_a_client_that_has_another_address_by_now_goes_on_from_there(
+    transport: Quic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under_way, moved = threading.Event(), list[tuple[str, int]]()
+
+    def gone(path: Path) -> bool:
+        here = path.socket.getsockname()
+        first = path.awaited and under_way.is_set() and not moved
+        if first:
+            moved.append(here)
+        return bool(first)
+
+    monkeypatch.setattr(Path, "gone", gone)
+    with transport.listen("127.0.0.1") as listener:
+        client = transport.connect("127.0.0.1", listener.port, timeout=10.0)
+        server = listener.accept()
+        for _ in range(3):
+            sending = beside(lambda: client.send(request(), LARGE))
+            under_way.set()
+            assert received(server).payload == LARGE
+            sending.join()
+        sending = beside(lambda: server.send(request(), LARGE))
+        assert received(client).payload == LARGE
+        sending.join()
+        assert len(moved) == 1
+        client.close()
+        server.close()
+
+
+def test_names_that_no_connection_has_lead_to_none() -> None:
+    with Quic().listen("127.0.0.1") as listener:
+        client = Quic().connect("127.0.0.1", listener.port, timeout=10.0)
+        server = listener.accept()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+            name = next(iter(server.connection.names))  # type: ignore[attr-defined]
+            for data in (
+                b"\x40" + name + os.urandom(1200),
+                b"\x40" + name,
+                b"\x40" + os.urandom(1200),
+                b"\x40",
+            ):
+                stranger.sendto(data, ("127.0.0.1", listener.port))
+        sending = beside(lambda: client.send(request(), LARGE))
+        assert received(server).payload == LARGE
+        sending.join()
+        assert server.connection.path.peer == client.connection.path.socket.getsockname()  # type: ignore[attr-defined]
+        client.close()
+        server.close()
