@@ -65,7 +65,8 @@ class Offer(Message[None]):
 
 
 class Happened(Part):
-    """What became of a request. at: when it came up, seconds behind the start; refused: the cloud had no room for it."""
+    """What became of a request. at, ended: when it came up and was over, seconds behind the start (None: nobody knows); refused:
+    the cloud had no room for it."""
 
     number: Count
     client: Name
@@ -74,6 +75,7 @@ class Happened(Part):
     result: TrialResult | None = None
     error: str = ""
     refused: bool = False
+    ended: Seconds | None = None
 
 
 class Collected(Part):

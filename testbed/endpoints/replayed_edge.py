@@ -221,6 +221,7 @@ class ReplayedEdge:
             planned.number, planned.client, max(0.0, asked.came_at - self._origin), planned.ware, result
         )
         what.error, what.refused = error[:2000], refused
+        what.ended = max(0.0, time.monotonic() - self._origin)
         with self._changed:
             self._happened.append(what)
         asked.then()

@@ -17,6 +17,7 @@ from testbed.endpoints.load_messages import Answers, Collect, Happened, Looping,
 from testbed.endpoints.protocol import Link
 from testbed.errors import EndpointError
 from testbed.experiment.full_load import cloud_address
+from testbed.experiment.handovers import Handing, Met
 from testbed.experiment.results import RunDirectory
 from testbed.experiment.scenario import Cell, Plan
 from testbed.experiment.session import endpoint
@@ -111,22 +112,23 @@ class Crowd:
             if self._edges[number] is None:
                 self._edges[number] = self._started("edge", edge.node)
 
-    def ask(self, cell: Cell, put: Put) -> list[tuple[int, Happened]]:
-        """Put a load on; what became of each request, with its edge's number."""
+    def ask(self, cell: Cell, put: Put) -> tuple[list[tuple[int, Happened]], list[Met]]:
+        """Put a load on; what became of each request, with its edge's number, and of its handovers."""
         self._start_edges()
         names = [edge.node for edge in self._plan.edges]
         self._stage(cell, put)
         origin = time.monotonic() + _SETTING_OUT_S + _EACH_S * len(names)
         offers = put.offers(names, origin)
         lost: dict[int, str] = {}
-        for number, offer in enumerate(offers):
-            self._call(number, offer, lost)
-        happened = self._collected(set(range(len(names))), origin + put.until_s, lost)
+        with Handing(self._fabric, self._plan.handovers, origin) as handing:
+            for number, offer in enumerate(offers):
+                self._call(number, offer, lost)
+            happened = self._collected(set(range(len(names))), origin + put.until_s, lost)
         for number, why in lost.items():
             told = [each for edge, each in happened if edge == number]
             happened += [(number, each) for each in _missing(offers[number], told, why)]
             self._edges[number] = None
-        return happened
+        return happened, handing.met
 
     def _stage(self, cell: Cell, put: Put) -> None:
         plan = self._plan

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from testbed.experiment.crowd import Crowd, Put
 from testbed.experiment.deployment import Batch
 from testbed.experiment.edges import Edge
 from testbed.experiment.environment import cpu_name, host_name
+from testbed.experiment.handovers import Met, begin_again
 from testbed.experiment.progress import Tally
 from testbed.experiment.results import FORMAT, utc_now
 from testbed.experiment.row import Row
@@ -210,11 +211,13 @@ class LoadRunner(Runner):
 
     def _one(self, episode: Episode, crowd: Crowd, wares: Wares) -> None:
         """Put a load on, and keep what became of it."""
+        begin_again(self._fabric, self.plan.handovers)
         self._conditions(episode.cell.profile)
         shared = self._share_out(episode, wares)
         put = self._put(episode, wares)
         before = {edge.link: self._fabric.counters(edge.link) for edge in self.plan.edges}
-        rows = [self._row(episode, wares, *each) for each in crowd.ask(episode.cell, put)]
+        asked, met = crowd.ask(episode.cell, put)
+        rows = [self._row(episode, wares, met, *each) for each in asked]
         counted = {
             link: {way: now.since(then[way]) for way, now in self._fabric.counters(link).items()}
             for link, then in before.items()
@@ -230,7 +233,8 @@ class LoadRunner(Runner):
         self.directory.append_all(rows)
         self.failures += sum(bool(row.error) and not row.refused for row, _ in rows)
         about = {"id": episode.id, "requests": len(rows), "cell": episode.cell_id, "repeat": episode.repeat}
-        told = {"allocate": shared} if shared else {}
+        told: dict[str, Any] = {"allocate": shared} if shared else {}
+        told |= {"handovers": [asdict(each) for each in met]} if met else {}
         self._note("ended", {**about, **told, "ended_at": utc_now(), "late_s": late_s})
 
     def _put(self, episode: Episode, wares: Wares) -> Put:
@@ -248,7 +252,7 @@ class LoadRunner(Runner):
         return put
 
     def _row(
-        self, episode: Episode, wares: Wares, edge: int, happened: Happened
+        self, episode: Episode, wares: Wares, met: Sequence[Met], edge: int, happened: Happened
     ) -> tuple[Row, Sequence[Span]]:
         """A request's row and its spans."""
         made = wares.numbered(happened.ware)
@@ -259,6 +263,8 @@ class LoadRunner(Runner):
         row.trial, row.repeat = episode.trial(happened.number), episode.repeat
         row.link, row.client, row.arrived_at = own.link, happened.client, happened.at
         row.warmup, row.refused = happened.at < self.scenario.warmup, happened.refused
+        done = happened.at if happened.ended is None else happened.ended
+        row.handover = ", ".join(each.links for each in met if each.by(own.node, happened.at, done))
         row.threads = wares.loaded["edge"].threads
         row.host, row.cpu, row.replayed = self._host, self._cpu, True
         if not made.alike:

@@ -13,6 +13,7 @@ from testbed.errors import SpecError
 from testbed.experiment import allocation
 from testbed.experiment.devices import needs_values
 from testbed.experiment.edges import Edge, Own, matched
+from testbed.experiment.handovers import Handover, resolved
 from testbed.experiment.scenario import Scenario
 from testbed.load.load import Open
 from testbed.models.shapes import is_shape
@@ -33,6 +34,7 @@ def edges_of(scenario: Scenario, topology: Topology, place: str) -> tuple[Edge, 
             "edges": scenario.edges is not None,
             "warmup": scenario.warmup > 0,
             "allocate": bool(scenario.allocate),
+            "handovers": bool(scenario.handovers),
         }
         for key, said in said_of_loads.items():
             if said:
@@ -53,6 +55,17 @@ def edges_of(scenario: Scenario, topology: Topology, place: str) -> tuple[Edge, 
     if scenario.edges is None:
         return matched({scenario.edge: _OWN}, topology, scenario.cloud, place)
     return matched(scenario.edges, topology, scenario.cloud, place)
+
+
+def handovers_of(
+    scenario: Scenario, edges: tuple[Edge, ...], topology: Topology, place: str
+) -> tuple[Handover, ...]:
+    """Which edge goes over where, and when. Raises SpecError."""
+    try:
+        until_s = scenario.warmup + scenario.duration
+        return resolved(scenario.handovers, edges, topology, scenario.cloud, until_s)
+    except SpecError as error:
+        raise SpecError(f"{place}: {error}") from None
 
 
 def bound_load(

@@ -23,7 +23,7 @@ from testbed.errors import SpecError, UsageError
 from testbed.experiment import programs
 from testbed.experiment.devices import look_up
 from testbed.experiment.edges import Edge
-from testbed.experiment.loads import bound_load, edges_of
+from testbed.experiment.loads import bound_load, edges_of, handovers_of
 from testbed.experiment.on_hosts import on_hosts
 from testbed.experiment.row import COLUMNS, SENDING
 from testbed.experiment.scenario import EXAMPLES, OF_TWO_MODELS, Plan, Scenario
@@ -155,8 +155,18 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     _check_decoding(scenario, place)
     conditions = _under(topology, scenario, place)
     scenario, edges = bound_load(scenario, edges, devices, conditions, place)
+    handovers = handovers_of(scenario, edges, conditions, place)
     plan = Plan(
-        scenario, conditions, link, profiles, _tasks(scenario, place), asked, devices, edges, own_links
+        scenario,
+        conditions,
+        link,
+        profiles,
+        _tasks(scenario, place),
+        asked,
+        devices,
+        edges,
+        own_links,
+        handovers,
     )
     for profile in profiles:
         _at(f"{place}: profiles", partial(plan.under, profile))

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -32,6 +32,8 @@ from testbed.delivery.whole import Whole
 from testbed.errors import SpecError
 from testbed.experiment.allocation import parse as parse_allocation
 from testbed.experiment.edges import Edge, Edges, edges_from
+from testbed.experiment.handovers import Handover
+from testbed.experiment.handovers import Written as WrittenHandover
 from testbed.experiment.programs import Parameters, Programs, combinations
 from testbed.experiment.row import SENDING
 from testbed.experiment.sides import Compute, Models, Sides, known_devices, model_from, sides_from, written
@@ -223,6 +225,9 @@ class Scenario(BaseModel):
         ],
         BeforeValidator(_listed),
     ] = []
+    handovers: Annotated[
+        list[WrittenHandover], BeforeValidator(_listed)
+    ] = []  #: of edges, while a load is on
     tasks: Annotated[list[Annotated[dict[str, Any], BeforeValidator(_task)]], BeforeValidator(_listed)] = []
     #: in place of tasks: programs of one's own, and what of their commands is varied
     programs: Programs | None = None
@@ -399,6 +404,7 @@ class Plan:
     devices: dict[str, Device] = field(default_factory=dict)
     edges: tuple[Edge, ...] = ()  #: who asks, under a load
     own_links: bool = False  #: the swept link is each edge's own
+    handovers: tuple[Handover, ...] = ()  #: under a load
 
     def load_settings(self, cell: Cell) -> dict[str, Any]:
         """A load's part of a cell's identity."""
@@ -406,7 +412,10 @@ class Plan:
             [e.node, e.link, e.profile.text() if e.profile else "", str(e.codec or "")] for e in self.edges
         ]
         times = [self.scenario.warmup, self.scenario.duration]
-        return {"load": cell.load.identity, "serving": str(cell.serving), "edges": edges, "lasts": times}
+        settings = {"load": cell.load.identity, "serving": str(cell.serving), "edges": edges, "lasts": times}
+        return settings | (
+            {"handovers": [list(astuple(each)) for each in self.handovers]} if self.handovers else {}
+        )
 
     def at_edge(self, cell: Cell, edge: Edge) -> Cell:
         """The cell as that edge has it."""

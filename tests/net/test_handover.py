@@ -37,8 +37,10 @@ TOWERS = topology_from(
 PAYLOAD = os.urandom(2_500_000)  # one second's worth of a radio link
 
 
-def transferred(fabric: Fabric, name: str, patience_s: float, keep_address: bool) -> tuple[bool, float]:
-    """Whether a payload came whole that was under way when the edge went over, and how long the edge was by no link."""
+def transferred(
+    fabric: Fabric, name: str, patience_s: float, keep_address: bool, down: bool = False
+) -> tuple[bool, float]:
+    """Whether a payload came whole that was under way, up or down, when the edge went over, and how long it was by no link."""
     transport = parse(name)
     with inside(fabric.namespace("cloud")):
         listener = transport.listen()
@@ -46,11 +48,12 @@ def transferred(fabric: Fabric, name: str, patience_s: float, keep_address: bool
         client = transport.connect(fabric.address("cloud"), listener.port, None, 10.0)
     server = listener.accept()
     listener.close()
+    sender, receiver = (server, client) if down else (client, server)
     ended: list[EndpointError] = []
 
     def send() -> None:
         try:
-            client.send(wire.Request(1, "split", "int8", "", "Q?", "", 1), PAYLOAD, Deadline(patience_s))
+            sender.send(wire.Request(1, "split", "int8", "", "Q?", "", 1), PAYLOAD, Deadline(patience_s))
         except EndpointError as error:
             ended.append(error)
 
@@ -63,7 +66,7 @@ def transferred(fabric: Fabric, name: str, patience_s: float, keep_address: bool
     lasted: list[float] = []
     moving = beside(over)
     try:
-        frame = server.receive(len(PAYLOAD), Deadline(patience_s))
+        frame = receiver.receive(len(PAYLOAD), Deadline(patience_s))
         came = frame is not None and frame.payload == PAYLOAD
     except EndpointError:
         came = False
@@ -83,12 +86,22 @@ def test_a_transfer_goes_on_where_the_edge_keeps_its_address(name: str) -> None:
     assert min(counted.values()) > 100_000  # both carried a part of it
 
 
-@pytest.mark.parametrize("name", ["tcp", "quic"])
-def test_a_transfer_ends_where_the_edge_gets_a_new_address(name: str) -> None:
+@pytest.mark.parametrize("down", [False, True], ids=["up", "down"])
+def test_a_transfer_by_quic_goes_on_from_a_new_address(down: bool) -> None:
     with Fabric.build(TOWERS, "userspace") as fabric:
-        came, _ = transferred(fabric, name, 4.0, False)
+        came, _ = transferred(fabric, "quic", 15.0, False, down)
+        counted = {
+            link: fabric.counters(link)["down" if down else "up"].bytes for link in ("radio-a", "radio-b")
+        }
+    assert came
+    assert min(counted.values()) > 100_000
+
+
+def test_a_transfer_by_tcp_ends_where_the_edge_gets_a_new_address() -> None:
+    with Fabric.build(TOWERS, "userspace") as fabric:
+        came, _ = transferred(fabric, "tcp", 4.0, False)
         assert not came
-        again = parse(name)  # which finds the cloud from the new address
+        again = parse("tcp")  # which finds the cloud from the new address
         with inside(fabric.namespace("cloud")):
             listener = again.listen()
         with inside(fabric.namespace("edge")):

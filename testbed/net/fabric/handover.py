@@ -12,10 +12,10 @@ from __future__ import annotations
 import socket
 import time
 
-from testbed.errors import UsageError
 from testbed.net.fabric import wiring
 from testbed.net.fabric.state import State
 from testbed.net.topology import routing
+from testbed.net.topology.reaching import ways_to
 from testbed.net.topology.routing import Interface
 
 LONGEST_S = 600.0
@@ -30,15 +30,9 @@ def hand_over(state: State, node: str, link: str, outage_s: float, *, keep_addre
     the node's or does not lead everywhere, NetworkError.
     """
     topology, number = state.topology, state.topology.link_number(link)
+    ways = ways_to(topology, node, link)
     own = topology.interfaces(node)
-    fresh = next((end for end in own if end.link == number), None)
-    if fresh is None:
-        names = ", ".join(topology.links[end.link].name for end in own)
-        raise UsageError(f"{node} is not on link {link}; it has {names}")
-    left = [end for end in own if end.link != number]
-    if not left:
-        raise UsageError(f"{node} has no other link than {link} to go over from")
-    ways = _ways(state, node, left)
+    fresh, left = (next(e for e in own if e.link == number), [e for e in own if e.link != number])
     begun = time.monotonic()
     for end in left:  # the far end alone: the node's own stays up, as a radio does that hears nothing
         with wiring.changing(state, state.namespace(end.peer_node)) as network:
@@ -59,22 +53,6 @@ def hand_over(state: State, node: str, link: str, outage_s: float, *, keep_addre
                         "del", index=socket.if_nametoindex(end.name), address=address, prefixlen=bits
                     )
     return time.monotonic() - begun
-
-
-def _ways(state: State, node: str, left: list[Interface]) -> dict[str, Interface]:
-    """Every other node, and the interface by which it then reaches *node*."""
-    gone = {end.link for end in left}
-    ends = {
-        name: tuple(end for end in each if end.link not in gone) for name, each in state.topology.ends.items()
-    }
-    found = {}
-    for name in ends:
-        if name != node:
-            hops = routing.first_hops(name, ends)
-            if node not in hops:
-                raise UsageError(f"by that link alone, {node} does not reach {name}")
-            found[name] = hops[node][0]
-    return found
 
 
 def _far(state: State, end: Interface) -> Interface:
