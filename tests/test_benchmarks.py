@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import progressive
+from benchmarks import progressive, replayed_delay
 from benchmarks.scale import cut, makespan
 from benchmarks.sweep_bound import account, must_s
 from testbed.experiment.row import STAGES
+from testbed.net.profile.profile import parse_profile
 
 ROW: dict[str, Any] = {
     **dict.fromkeys(STAGES, 0.0),
@@ -95,3 +98,15 @@ def test_answers_that_were_not_verified_are_no_part_of_what_is_said_of_verifying
         0.0,
     )
     assert "changed" not in progressive.table([{**whole, **unverified}, draft])[1]
+
+
+@pytest.mark.parametrize(("jitter", "short"), [("0ms", False), ("5ms", True)])
+def test_a_replay_of_times_alone_is_short_where_delays_vary_and_one_of_both_delays_is_not(
+    tmp_path: Path, jitter: str, short: bool
+) -> None:
+    link = parse_profile(f"rate=10mbit,delay=25ms,jitter={jitter}")
+    made = replayed_delay.replays(link, 4.0, 1, tmp_path)
+    truth = median(replayed_delay.round_trips(link, 100, 3.0, 50))
+    off = {how: median(replayed_delay.round_trips(p, 100, 2.0, 60)) / truth - 1 for how, p in made.items()}
+    assert (off["times"] < -0.2) == short
+    assert abs(off["light"]) < 0.06 and abs(off["pair"]) < 0.06

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from testbed.experiment import full_load
-from testbed.experiment.full_load import Full
+from testbed.experiment.full_load import Contended, Full
 from testbed.experiment.plan import make_plan
 from testbed.net.calibration.calibrate import Attempt, Calibration
 from testbed.net.fabric.fabric import Fabric
@@ -42,6 +42,36 @@ def test_edges_behind_one_bottleneck_fill_that_and_no_more(tmp_path: Path) -> No
     assert found.calibration.link == "access-1" and found.asked_bps is None
     # Behind the bottleneck two flows came to no more than its rate for as long as measuring took, where their links carry more.
     assert 500_000 < sum(sent[name] for name in list(sent)[1:]) < 12 * 30e6 / 8
+
+
+@pytest.mark.parametrize("scheduler", ["equal", "proportional-fair", "tcp"])
+def test_a_cell_for_which_links_contend_is_measured_while_all_of_its_edges_send(
+    tmp_path: Path, scheduler: str
+) -> None:
+    path = tmp_path / "cell.yaml"
+    path.write_text(f"{{kind: cell, nodes: 4, profile: 'rate=30mbit,delay=5ms', scheduler: {scheduler}}}")
+    changes = {"topology": str(path), "cloud": "cloud", "edges": 3, "profiles": ["rate=30mbit,delay=5ms"]}
+    plan = make_plan({**BASE, **changes}, "t.yaml")
+    with Fabric.build(plan.under(plan.profiles[0]), "userspace") as fabric:
+        found = full_load.contended(fabric, plan)
+        fabric.share_out("cell", "reserved")
+        assert full_load.contended(fabric, plan) is None
+    assert found is not None and found.asked_bps is not None
+    assert found.alike == (scheduler == "equal")
+    assert set(found.carried_bps) == {"radio-1", "radio-2", "radio-3"}
+    assert sum(found.asked_bps.values()) == pytest.approx(30e6 * 1448 / 1500)
+    assert 0 < sum(found.carried_bps.values()) < 1.1 * 30e6
+
+
+def test_a_cell_falls_short_by_what_all_came_to_or_where_parts_are_alike_by_one() -> None:
+    asked = {"a": 10e6, "b": 10e6}
+    assert Contended("c", {"a": 14e6, "b": 5e6}, asked, False).ok
+    assert Contended("c", {"a": 1e6, "b": 1e6}, None, True).ok
+    short = Contended("c", {"a": 14e6, "b": 5e6}, asked, True)
+    assert short.cause == "b came to 5mbit of its part, 10mbit"
+    together = Contended("c", {"a": 10e6, "b": 7e6}, asked, False)
+    assert together.cause == "they came to 17mbit of the 20mbit that the cell carries"
+    assert together.to_dict()["ok"] is False
 
 
 def test_what_the_others_came_to_decides_too() -> None:

@@ -136,6 +136,14 @@ def test_a_file_of_arrivals_is_found_and_known_by_what_it_says(tmp_path: Path) -
             r"t.yaml: delivery: stream\(by=layers\) under a load; there it takes whole, stream\(by=tokens\)",
         ),
         ({"delivery": "meet"}, r"t.yaml: delivery: meet under a load; there it takes whole, stream"),
+        (
+            {"delivery": "progressive(planes=3)", "codecs": ["int4"]},
+            r"t.yaml: delivery: progressive\(planes=3\) under a load; there it takes whole, stream",
+        ),
+        (
+            {"delivery": "adaptive(deadline=1s, levels=[int8, int4])"},
+            r"t.yaml: delivery: adaptive\(.* under a load; there it takes whole, stream",
+        ),
         ({"load": "poisson(rate=99999/s)"}, r"t.yaml: load: .* an episode has at most 200,000"),
         (
             {"edges": {"n1": {"codec": "int8+zstd"}}},
