@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+from pydantic import BeforeValidator, InstanceOf, PlainSerializer
 
 from testbed import kinds
 from testbed.errors import SpecError
@@ -17,6 +20,14 @@ def parse(text: str) -> Scheduler:
     """The scheduler that is written so; `model-aware` without sizes goes by what edges announce. Raises SpecError."""
     scheduler: Scheduler = kinds.parse(text, SCHEDULERS, "allocate")
     return scheduler
+
+
+#: As a scenario has it.
+Allocation = Annotated[
+    InstanceOf[Scheduler],
+    BeforeValidator(lambda value: parse(str(value))),
+    PlainSerializer(str, when_used="json"),
+]
 
 
 def check(allocations: Sequence[Scheduler], edges: Sequence[Edge], topology: Topology) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
+from testbed import strict_yaml
 from testbed.errors import SpecError, TestbedError, UsageError
 from testbed.experiment.edges import Edge
 from testbed.net.topology.reaching import ways_to
@@ -28,7 +29,7 @@ _Time = Annotated[
 class Written(BaseModel):
     """One of a scenario's."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(extra="forbid")
 
     edge: str
     at: _Time  #: behind the load's start, its warm-up included
@@ -66,14 +67,28 @@ class Met:
         return edge == self.edge and came_s < self.ended_s and self.begun_s < done_s
 
 
+def checked(value: Any) -> dict[str, Any]:
+    """One of a scenario's, kept as it was written, for the manifest. Raises SpecError."""
+    strict_yaml.checked(Written, value)
+    return dict(value)
+
+
+#: As a scenario has it.
+Entry = Annotated[dict[str, Any], BeforeValidator(checked)]
+
+
 def resolved(
-    written: Sequence[Written], edges: Sequence[Edge], topology: Topology, cloud: str, until_s: float
+    written: Sequence[Mapping[str, Any]],
+    edges: Sequence[Edge],
+    topology: Topology,
+    cloud: str,
+    until_s: float,
 ) -> tuple[Handover, ...]:
     """In the order in which they come. Raises SpecError for what cannot be done."""
     on = {edge.node: edge.link for edge in edges}
     free = dict.fromkeys(on, 0.0)
     found = []
-    for number, each in enumerate(written):
+    for number, each in enumerate(map(Written.model_validate, written)):
         here = f"handovers[{number}]"
         if each.edge not in on:
             raise SpecError(f"{here}.edge: {each.edge[:40]!r} is none of {', '.join(on)[:200]}")
@@ -86,9 +101,9 @@ def resolved(
             raise SpecError(
                 f"{here}.at: {exact_time(each.at)} is before {each.edge}'s handover before it is over; times ascend"
             )
-        if each.at >= until_s:
+        if each.at + each.outage >= until_s:
             raise SpecError(
-                f"{here}.at: {exact_time(each.at)} is behind the load, which lasts {exact_time(until_s)}"
+                f"{here}.at: it is not over by the load's end, {exact_time(until_s)} behind its start"
             )
         for link in (left, each.to):
             try:

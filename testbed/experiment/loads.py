@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from testbed.codecs.spec import CodecSpec
@@ -15,12 +15,13 @@ from testbed.experiment.devices import needs_values
 from testbed.experiment.edges import Edge, Own, matched
 from testbed.experiment.handovers import Handover, resolved
 from testbed.experiment.scenario import Scenario
-from testbed.load.load import Open
+from testbed.load.load import Arrival, Load, Open
 from testbed.models.shapes import is_shape
 from testbed.models.sources import find as find_model
 from testbed.net.topology.topology import Topology
 from testbed.serving.fifo import Fifo
 from testbed.speed.files import Device
+from testbed.units import exact_time
 
 #: What crosses a link, or nothing: of a scout there is no ware.
 _PLACEMENTS = ("split", "store", "cloud")
@@ -85,7 +86,7 @@ def bound_load(
         names = [edge.node for edge in edges]
         for load in loads:
             if isinstance(load, Open):
-                load.arrivals(names, until_s, "")
+                _some_count(load, load.arrivals(names, until_s, f"{scenario.seed}/0/0"), scenario)
     except SpecError as error:
         raise SpecError(f"{place}: load: {error}") from None
     _check(scenario, devices, place)
@@ -96,6 +97,16 @@ def bound_load(
             raise SpecError(f"{place}: allocate: {error}") from None
     bound = tuple(_bound(edge, scenario, place) for edge in edges)
     return scenario.model_copy(update={"load": loads}), bound
+
+
+def _some_count(load: Load, arrivals: Sequence[Arrival], scenario: Scenario) -> None:
+    """Raises SpecError where no request comes up in the part of a load that counts."""
+    if not any(arrival.at >= scenario.warmup for arrival in arrivals):
+        until = exact_time(scenario.warmup + scenario.duration)
+        raise SpecError(
+            f"{load}: nobody asks from {exact_time(scenario.warmup)} to {until}, the part of it that counts; ask more often, or "
+            "for longer"
+        )
 
 
 def _check(scenario: Scenario, devices: Mapping[str, Device], place: str) -> None:

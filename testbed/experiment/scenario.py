@@ -30,10 +30,10 @@ from testbed.delivery.delivery import Delivery, Pipelined
 from testbed.delivery.delivery import parse as parse_delivery
 from testbed.delivery.whole import Whole
 from testbed.errors import SpecError
-from testbed.experiment.allocation import parse as parse_allocation
+from testbed.experiment.allocation import Allocation
 from testbed.experiment.edges import Edge, Edges, edges_from
 from testbed.experiment.handovers import Handover
-from testbed.experiment.handovers import Written as WrittenHandover
+from testbed.experiment.handovers import Entry as HandoverEntry
 from testbed.experiment.programs import Parameters, Programs, combinations
 from testbed.experiment.row import SENDING
 from testbed.experiment.sides import Compute, Models, Sides, known_devices, model_from, sides_from, written
@@ -111,10 +111,6 @@ def _load(value: Any) -> Load:
 
 def _serving(value: Any) -> Serving:
     return parse_serving(_unsplit(str(value), "serving", "batch(max=8, memory=40gb)"))
-
-
-def _allocation(value: Any) -> Scheduler:
-    return parse_allocation(_unsplit(str(value), "allocate", "proportional-fair(slot=1ms, average=1s)"))
 
 
 def _transport(value: Any) -> Transport:
@@ -217,17 +213,8 @@ class Scenario(BaseModel):
         Field(min_length=1),
     ] = [Fifo()]
     #: how the cells of its links are shared out; none: as the topology says
-    allocate: Annotated[
-        list[
-            Annotated[
-                InstanceOf[Scheduler], BeforeValidator(_allocation), PlainSerializer(str, when_used="json")
-            ]
-        ],
-        BeforeValidator(_listed),
-    ] = []
-    handovers: Annotated[
-        list[WrittenHandover], BeforeValidator(_listed)
-    ] = []  #: of edges, while a load is on
+    allocate: Annotated[list[Allocation], BeforeValidator(_listed)] = []
+    handovers: Annotated[list[HandoverEntry], BeforeValidator(_listed)] = []  #: of edges, while a load is on
     tasks: Annotated[list[Annotated[dict[str, Any], BeforeValidator(_task)]], BeforeValidator(_listed)] = []
     #: in place of tasks: programs of one's own, and what of their commands is varied
     programs: Programs | None = None
@@ -413,9 +400,8 @@ class Plan:
         ]
         times = [self.scenario.warmup, self.scenario.duration]
         settings = {"load": cell.load.identity, "serving": str(cell.serving), "edges": edges, "lasts": times}
-        return settings | (
-            {"handovers": [list(astuple(each)) for each in self.handovers]} if self.handovers else {}
-        )
+        over = [list(astuple(each)) for each in self.handovers]
+        return settings | ({"handovers": over} if over else {})
 
     def at_edge(self, cell: Cell, edge: Edge) -> Cell:
         """The cell as that edge has it."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from testbed.errors import SpecError, StorageError
 from testbed.load.load import MOST, Arrival, Open
 
 _MOST_BYTES = 16 << 20
+_NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class Arrivals(Open):
 
     def __str__(self) -> str:
         return f"arrivals:{self.file}"
+
+    def __post_init__(self) -> None:
+        if not self.file:
+            raise SpecError("arrivals: which file is missing; write arrivals:FILE")
 
     def bound(self) -> Arrivals:
         found = replace(self, file=lookup.find(self.file) or self.file)
@@ -62,7 +68,7 @@ class Arrivals(Open):
         try:
             if path.stat().st_size > _MOST_BYTES:
                 raise SpecError(f"{self.file}: has more than {_MOST_BYTES >> 20} MiB, which are no arrivals")
-            return files.read(path).decode()
+            return files.read(path).decode("utf-8-sig")  # what some programs put in front is no text
         except (OSError, StorageError) as error:
             why = getattr(error, "strerror", None) or error
             raise SpecError(f"{self.file}: cannot be read: {why}") from None
@@ -77,10 +83,7 @@ class Arrivals(Open):
             if not words:
                 continue
             here = f"{self.file}: line {number}"
-            try:
-                at = float(words[0])
-            except ValueError:
-                at = math.nan
+            at = float(words[0]) if _NUMBER.fullmatch(words[0]) else math.nan
             if len(words) > 2 or not 0 <= at <= 1e6:
                 raise SpecError(f"{here}: write seconds, and perhaps an edge, such as: 0.35 n2")
             if found and at < found[-1][1]:

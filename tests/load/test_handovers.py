@@ -48,11 +48,12 @@ def test_an_edge_goes_over_and_back_and_a_manifest_says_so_again() -> None:
         ({"to": "radio-a"}, r"handovers\[0\].to: edge is on radio-a already"),
         ({"to": "radio-c"}, r"handovers\[0\]: topology .* has no link 'radio-c'; did you mean"),
         ({"to": "fibre-a"}, r"handovers\[0\]: edge is not on link fibre-a; it has radio-a, radio-b"),
-        ({"at": "60s"}, r"handovers\[0\].at: 60s is behind the load, which lasts 60s"),
-        ({"at": "-1s"}, r"handovers\[0\].at"),
-        ({"at": 5}, r"handovers\[0\].at.*unit"),
-        ({"outage": "1h"}, r"handovers\[0\].outage"),
-        ({"address": "other"}, r"handovers\[0\].address"),
+        ({"at": "60s"}, r"handovers\[0\].at: it is not over by the load's end, 60s behind its start"),
+        ({"at": "59s", "outage": "10s"}, r"handovers\[0\].at: it is not over by the load's end, 60s"),
+        ({"at": "-1s"}, r"handovers\[0\]: at: "),
+        ({"at": 5}, r"handovers\[0\]: at: .*unit"),
+        ({"outage": "1h"}, r"handovers\[0\]: outage: "),
+        ({"address": "other"}, r"handovers\[0\]: address: "),
         ({"link": "radio-b"}, r"handovers\[0\].*unknown key 'link'"),
     ],
 )
@@ -70,6 +71,13 @@ def test_handovers_come_one_behind_the_other_and_under_a_load_alone() -> None:
         plan(OVER, load=None, edges=None, link="radio-a")
     with pytest.raises(SpecError, match=r"handovers\[0\]: n1 has no other link than n1-hub to go over from"):
         make_plan({**BASE, "handovers": {"edge": "n1", "at": "1s", "to": "n2-hub"}}, "t.yaml")
+
+
+@pytest.mark.parametrize("value", ["radio-b", 3, {}, [[]], [{"edge": "edge"}], {"left": "radio-a"}])
+def test_what_is_no_handover_is_refused_in_one_line(value: Any) -> None:
+    with pytest.raises(SpecError, match=r"t.yaml: handovers\[0\]") as refused:
+        plan(handovers=value)
+    assert "\n" not in str(refused.value) and "Written" not in str(refused.value)
 
 
 def test_a_link_that_ends_at_the_cloud_itself_cannot_be_left(tmp_path: Path) -> None:

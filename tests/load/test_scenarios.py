@@ -144,6 +144,11 @@ def test_a_file_of_arrivals_is_found_and_known_by_what_it_says(tmp_path: Path) -
             {"delivery": "adaptive(deadline=1s, levels=[int8, int4])"},
             r"t.yaml: delivery: adaptive\(.* under a load; there it takes whole, stream",
         ),
+        (
+            {"load": "rounds(every=100s)", "warmup": "5s"},
+            r"t.yaml: load: rounds\(every=100s\): nobody asks from 5s to",
+        ),
+        ({"load": "poisson(rate=0.0001/s)"}, r"t.yaml: load: poisson\(.*: nobody asks from 0ms to 60s"),
         ({"load": "poisson(rate=99999/s)"}, r"t.yaml: load: .* an episode has at most 200,000"),
         (
             {"edges": {"n1": {"codec": "int8+zstd"}}},

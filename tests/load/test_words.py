@@ -44,6 +44,7 @@ def test_each_has_one_canonical_text(written: str, canonical: str) -> None:
         ("poisson(rate=0/s)", r"rate is 0/s, but must be more than 0/s"),
         ("closed(clients=-1)", r"clients is -1, but must be 0 to 1024"),
         ("closed(think=1)", r"has no unit"),
+        ("arrivals:", r"arrivals: which file is missing; write arrivals:FILE"),
         ("rounds", r"rounds needs every"),
         ("rounds(every=0s)", r"every is 0ms, but must be from 1ms to an hour"),
     ],
@@ -115,6 +116,12 @@ def test_a_file_says_when_and_where_and_edges_take_turns_where_it_does_not(file:
     assert load.arrivals(["n1", "n2"], 10, "")[-1] == (9, 1)
 
 
+def test_a_file_may_be_from_where_lines_end_otherwise_and_begin_with_a_mark(tmp_path: Path) -> None:
+    path = tmp_path / "came.txt"
+    path.write_bytes(b"\xef\xbb\xbf0.5 n2\r\n1e0\r\n")
+    assert Arrivals(str(path)).bound().arrivals(["n1", "n2"], 9, "") == [(0.5, 1), (1.0, 1)]
+
+
 def test_a_file_is_known_by_what_it_says_wherever_it_lies(file: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.txt"
     copy.write_text(file.read_text())
@@ -128,6 +135,8 @@ def test_a_file_is_known_by_what_it_says_wherever_it_lies(file: Path, tmp_path: 
     [
         ("0\nsoon\n", r"line 2: write seconds, and perhaps an edge"),
         ("-1\n", r"line 1: write seconds"),
+        ("1_0\n", r"line 1: write seconds"),
+        ("inf\n", r"line 1: write seconds"),
         ("nan\n", r"line 1: write seconds"),
         ("2\n1\n", r"line 2: 1 s behind 2 s; times must ascend"),
         ("0 n1 n2\n", r"line 1: write seconds"),
