@@ -35,6 +35,7 @@ from testbed.load.load import Open
 from testbed.net.fabric.accounting import LATE_S
 from testbed.net.fabric.fabric import Fabric
 from testbed.net.profile.profile import Profile
+from testbed.net.traffic.traffic import running
 
 if TYPE_CHECKING:
     from testbed.net.calibration.calibrate import Calibration
@@ -216,7 +217,8 @@ class LoadRunner(Runner):
         shared = self._share_out(episode, wares)
         put = self._put(episode, wares)
         before = {edge.link: self._fabric.counters(edge.link) for edge in self.plan.edges}
-        asked, met = crowd.ask(episode.cell, put)
+        with running(self._fabric, self.plan.flows()) as flows:
+            asked, met = crowd.ask(episode.cell, put)
         rows = [self._row(episode, wares, met, *each) for each in asked]
         counted = {
             link: {way: now.since(then[way]) for way, now in self._fabric.counters(link).items()}
@@ -235,6 +237,7 @@ class LoadRunner(Runner):
         about = {"id": episode.id, "requests": len(rows), "cell": episode.cell_id, "repeat": episode.repeat}
         told: dict[str, Any] = {"allocate": shared} if shared else {}
         told |= {"handovers": [asdict(each) for each in met]} if met else {}
+        told |= {"traffic": flows} if flows else {}
         self._note("ended", {**about, **told, "ended_at": utc_now(), "late_s": late_s})
 
     def _put(self, episode: Episode, wares: Wares) -> Put:

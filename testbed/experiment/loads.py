@@ -122,13 +122,11 @@ def _check(scenario: Scenario, devices: Mapping[str, Device], place: str) -> Non
     refused: dict[str, list[Any]] = {
         "placements": [p for p in scenario.placements if p not in _PLACEMENTS],
         "delivery": [str(d) for d in scenario.delivery if not isinstance(d, Whole) and not _by_tokens(d)],
-        "traffic": scenario.traffic,
         "at": [scenario.at] if scenario.at == "example" else [],
     }
     can = {
         "placements": ", ".join(_PLACEMENTS),
         "delivery": "whole, stream(by=tokens)",
-        "traffic": "none",
         "at": "trial, run",
     }
     for key, values in refused.items():

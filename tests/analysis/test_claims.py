@@ -398,7 +398,7 @@ def rounds(path: Path, late: dict[str, float], count: int = 20) -> Path:
     token came, in seconds; the small one's after 5 s; each one's connection after the round began."""
     make_run(path, ("5g-mid",), ("fp16", "int4"), ("split",), ("needle",), examples=1)
     large, small = lines(path)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for allocate, seconds in late.items():
         for turn in range(-1, count):
             about = {"load": "rounds(every=40s)", "allocate": allocate, "cell": allocate, "repeat": 0}

@@ -23,6 +23,7 @@ from testbed.experiment.crowd import Crowd
 from testbed.experiment.load_run import LoadRunner
 from testbed.experiment.plan import make_plan
 from testbed.experiment.row import STAGES
+from testbed.load.load import Open
 from testbed.net.calibration.calibrate import Attempt, Calibration
 from tests.load.unlinked import Unlinked
 
@@ -134,10 +135,11 @@ def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Th
     return thread
 
 
+@pytest.mark.parametrize(("load", "killed"), [("poisson(rate=8/s)", 1), ("closed(think=100ms)", 0)])
 def test_an_edge_that_is_killed_takes_its_own_requests_with_it_and_nobody_elses(
-    tmp_path: Path, devices: dict[str, str]
+    tmp_path: Path, devices: dict[str, str], load: str, killed: int
 ) -> None:
-    started = begun(tmp_path, devices, load="poisson(rate=8/s)", duration="3s")
+    started = begun(tmp_path, devices, load=load, duration="3s")
     crowds: list[Crowd] = []
     entered, asked = Crowd.__enter__, threading.Event()
 
@@ -153,7 +155,7 @@ def test_an_edge_that_is_killed_takes_its_own_requests_with_it_and_nobody_elses(
 
     def kill() -> None:
         time.sleep(1.2)
-        edge = crowds[0]._edges[1]
+        edge = crowds[0]._edges[killed]
         assert edge is not None
         os.kill(edge.process.pid, signal.SIGKILL)
 
@@ -163,10 +165,20 @@ def test_an_edge_that_is_killed_takes_its_own_requests_with_it_and_nobody_elses(
     killing.join()
     found = rows(started)
     failed = [row for row in found if row["error"]]
-    assert failed and {row["client"] for row in failed} == {"n2"}
+    victim = f"n{killed + 1}"
+    assert failed and {row["client"] for row in failed} == {victim}
     assert all("signal SIGKILL" in row["error"] and row["e2e_s"] is None for row in failed)
-    planned = started.plan.scenario.load[0].arrivals(["n1", "n2", "n3"], 3.5, "0/0/0")  # type: ignore[attr-defined]
-    assert Counter(row["client"] for row in found) == Counter(f"n{edge + 1}" for _, edge in planned)
+    others = [row for row in found if row["client"] != victim]
+    died = max(row["arrived_at"] for row in found if row["client"] == victim and not row["error"])
+    assert {row["client"] for row in others if row["arrived_at"] > died} == {"n1", "n2", "n3"} - {victim}
+    for row in others:
+        assert sum(row[stage] for stage in STAGES) == pytest.approx(row["e2e_s"], abs=1e-5)
+    offered = started.plan.scenario.load[0]
+    if isinstance(offered, Open):
+        planned = offered.arrivals(["n1", "n2", "n3"], 3.5, "0/0/0")
+        assert Counter(row["client"] for row in found) == Counter(f"n{edge + 1}" for _, edge in planned)
+    else:
+        assert len(failed) == 1  # the one request that its client had under way
 
 
 def test_a_load_that_did_not_come_to_its_end_leaves_nothing_and_is_put_on_again(
