@@ -7,7 +7,6 @@ to read, under one lock.
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import operator
 import os
@@ -361,8 +360,6 @@ class Connection:
         for data, peer in datagrams:
             if self.path.send(data, peer[:2]):
                 self.sent += len(data) + HEADERS
-            elif not self.established:
-                raise OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
             if len(data) > self._handed:  # it is in this one
                 self._handed = 0
         self.path.follow(peer[:2] for _, peer in datagrams)
@@ -371,27 +368,31 @@ class Connection:
     def _wait(self) -> None:
         timer = self._quic.get_timer()
         seconds = None if timer is None else max(0.0, timer - time.monotonic())
-        awaited: list[int | socket.socket] = [self._eventfd, *self.path.awaited]
+        awaited: list[int | socket.socket] = [self._eventfd]
+        if self.path.changes is not None:
+            awaited.append(self.path.changes)
         if self._unread < self._most_unread:
             awaited.append(self.path.socket)
-        descriptors.ready(awaited, seconds)
+        ready = descriptors.ready(awaited, seconds)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._eventfd)
-        if self.path.gone() and self.established and self.path.move():
+        if self.path.changes in ready and self.path.gone() and self.established and self.path.move():
             self._quic.change_connection_id()
 
     def _receive(self) -> None:
         datagrams: list[tuple[Address, bytes]] = []
         while self._forwarded:
             datagrams.append(self._forwarded.popleft())
-        with contextlib.suppress(BlockingIOError):
-            while len(datagrams) < _AT_ONCE and self._unread < self._most_unread:
-                datagrams.append((self.path.peer, self.path.socket.recv(65536, socket.MSG_DONTWAIT)))
+        while len(datagrams) < _AT_ONCE and self._unread < self._most_unread:
+            if (came := self.path.receive()) is None:
+                break
+            datagrams.append(came)
         now = self._now = time.monotonic()
         for peer, own in itertools.groupby(datagrams, key=operator.itemgetter(0)):
-            came = [data for _, data in own]
-            self.received += sum(map(len, came)) + HEADERS * len(came)
-            self._quic.receive_many_datagrams(came, peer, now)
+            batch = [data for _, data in own]
+            self.path.heard(peer)
+            self.received += sum(map(len, batch)) + HEADERS * len(batch)
+            self._quic.receive_many_datagrams(batch, peer, now)
         timer = self._quic.get_timer()
         if timer is not None and timer <= now:
             self._quic.handle_timer(now)
@@ -407,7 +408,7 @@ class Connection:
 
         with self._changed:
             if isinstance(event, events.HandshakeCompleted):
-                self.established = True
+                self.established = self.path.lasting = True
             elif isinstance(event, events.StreamDataReceived):
                 if event.stream_id == STREAM:
                     self._read(event.data, event.end_stream)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import time
 from collections.abc import Iterable
 
 Address = tuple[str, int]
@@ -17,6 +18,8 @@ BUFFER = 4 << 20  #: of the socket, as far as net.core.rmem_max lets it
 _NO_WAY = frozenset(
     {errno.EINVAL, errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN}
 )
+#: For so long a server bears that nobody is where its client was: the client may be somewhere else, and say so.
+_MISSED_S = 3.0
 _ADDRESSES = 0x10  # RTMGRP_IPV4_IFADDR of linux/rtnetlink.h: told of addresses that come and go
 
 
@@ -26,17 +29,16 @@ class Path:
     def __init__(self, sock: socket.socket, client: bool) -> None:
         self.socket = _buffered(sock)
         self.peer: Address = sock.getpeername()
+        self.lasting = False  #: the handshake is done: a way that is gone may come again
         self._client = client
-        self._changes = _address_changes() if client else None
-
-    @property
-    def awaited(self) -> list[socket.socket]:
-        """What can be read when an address came or went; see `gone`."""
-        return [self._changes] if self._changes is not None else []
+        self._latest = self.peer
+        self._missed_at: float | None = None  #: when the peer was first not where it was
+        #: of a client: can be read when an address of its machine came or went; see `gone`
+        self.changes = _address_changes() if client else None
 
     def gone(self) -> bool:
         """Whether the client's own address is no longer its machine's."""
-        if self._changes is None or not _drained(self._changes):
+        if self.changes is None or not _drained(self.changes):
             return False
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as trial:
             try:
@@ -58,22 +60,49 @@ class Path:
         return True
 
     def send(self, data: bytes, peer: Address) -> bool:
-        """Send a datagram; False: it found no way. Raises OSError, such as where nobody listens there."""
+        """Send a datagram; False: it found no way. Raises OSError where it never will."""
         try:
             if peer == self.peer or self._client:
                 self.socket.send(data)
             else:
                 self.socket.sendto(data, peer)
         except OSError as error:
-            if error.errno not in _NO_WAY:
-                raise
+            self._bear(error)
             return False
         return True
 
+    def receive(self) -> tuple[Address, bytes] | None:
+        """A datagram that is there, and whose (of what came before this socket was connected to another, the one before's); None:
+        none is. Raises OSError, such as where the peer is gone."""
+        try:
+            data, peer = self.socket.recvfrom(65536, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            self._bear(error)
+            return None
+        return peer, data
+
+    def heard(self, peer: Address) -> None:
+        """The peer is there, by whichever socket that was told."""
+        self._missed_at, self._latest = None, peer
+
+    def _bear(self, error: OSError) -> None:
+        """Raises what no other way would mend."""
+        if self.lasting and error.errno in _NO_WAY:
+            return
+        now = time.monotonic()
+        if self._client or not self.lasting or not isinstance(error, ConnectionRefusedError):
+            raise error
+        self._missed_at = self._missed_at or now
+        if now - self._missed_at > _MISSED_S:
+            raise error
+
     def follow(self, peers: Iterable[Address]) -> None:
-        """Of a server, to whom all of a flight went: where that is another than before, be connected to that one."""
+        """Of a server, to whom all of a flight went: where that is another than before, who was heard last, be connected to that
+        one. What the library still tries of the path before is none."""
         (peer, *others) = set(peers) or {self.peer}
-        if not self._client and not others and peer != self.peer:
+        if not self._client and not others and peer == self._latest != self.peer:
             with contextlib.suppress(OSError):  # no way there: the next flight will tell
                 self.socket.connect(peer)
                 self.peer = peer
@@ -81,8 +110,8 @@ class Path:
     def close(self) -> None:
         """Let go of its sockets."""
         self.socket.close()
-        if self._changes is not None:
-            self._changes.close()
+        if self.changes is not None:
+            self.changes.close()
 
 
 def _buffered(sock: socket.socket) -> socket.socket:
