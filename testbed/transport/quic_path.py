@@ -29,7 +29,7 @@ class Path:
     def __init__(self, sock: socket.socket, client: bool) -> None:
         self.socket = _buffered(sock)
         self.peer: Address = sock.getpeername()
-        self.lasting = False  #: the handshake is done: a way that is gone may come again
+        self.lasting = False  #: the handshake is done: the client may be somewhere else now
         self._client = client
         self._latest = self.peer
         self._missed_at: float | None = None  #: when the peer was first not where it was
@@ -89,7 +89,7 @@ class Path:
 
     def _bear(self, error: OSError) -> None:
         """Raises what no other way would mend."""
-        if self.lasting and error.errno in _NO_WAY:
+        if error.errno in _NO_WAY:  # in a handshake, too, which is then begun again
             return
         now = time.monotonic()
         if self._client or not self.lasting or not isinstance(error, ConnectionRefusedError):

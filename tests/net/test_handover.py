@@ -47,8 +47,11 @@ def transferred(
     with inside(fabric.namespace("edge")):
         client = transport.connect(fabric.address("cloud"), listener.port, None, 10.0)
     server = listener.accept()
-    listener.close()
     sender, receiver = (server, client) if down else (client, server)
+    client.send(
+        wire.Request(1, "split", "int8", "", "Q?", "", 1), b"", Deadline(10.0)
+    )  # who opens the stream
+    server.receive(0, Deadline(10.0))
     ended: list[EndpointError] = []
 
     def send() -> None:
@@ -73,6 +76,7 @@ def transferred(
     moving.join()
     client.abort()
     server.abort()
+    listener.close()  # who leads what comes from a new address to its connection
     sending.join()
     return came, lasted[0]
 
