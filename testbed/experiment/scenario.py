@@ -32,8 +32,8 @@ from testbed.delivery.whole import Whole
 from testbed.errors import SpecError
 from testbed.experiment.allocation import Allocation
 from testbed.experiment.edges import Edge, Edges, edges_from
-from testbed.experiment.handovers import Handover
 from testbed.experiment.handovers import Entry as HandoverEntry
+from testbed.experiment.handovers import Handover
 from testbed.experiment.programs import Parameters, Programs, combinations
 from testbed.experiment.row import SENDING
 from testbed.experiment.sides import Compute, Models, Sides, known_devices, model_from, sides_from, written
@@ -472,6 +472,7 @@ class Plan:
         """The cells of one task and context length, in the order in which an example visits them: links innermost, and
         transports next, so that what they share is made once, and a slow drift of the machine touches all links alike."""
         cells = []
+        allocations: list[Scheduler | None] = [*self.scenario.allocate] or [None]
         for placement in self.scenario.placements:
             transports = self.scenario.transport[:1] if placement == "edge" else self.scenario.transport
             for codec, delivery in self._payloads(placement):
@@ -479,10 +480,7 @@ class Plan:
                     Cell(task, context_tokens, placement, codec, delivery, transport, *met)
                     for transport in transports
                     for met in itertools.product(
-                        self.profiles,
-                        self.scenario.load,
-                        self.scenario.serving,
-                        self.scenario.allocate or [None],
+                        self.profiles, self.scenario.load, self.scenario.serving, allocations
                     )
                 ]
         return cells
