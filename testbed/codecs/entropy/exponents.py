@@ -19,7 +19,7 @@ class Exponents(Coder):
 
     Those are bfloat16's exponent, and float16's with the first three bits of its mantissa. A part is the other bytes
     (sign and last seven bits), one a number, and what the coder makes of the exponents: zstd, which is Huffman's code for
-    what repeats no strings, or ans with one table, which takes fewer bytes and many times as long.
+    what repeats no strings, or ans with one table, which takes many times as long.
     """
 
     name: ClassVar[str] = "exponents"

@@ -16,7 +16,7 @@ class Lossless(FP16):
 
     Exponents of a layer's keys (or values) are few, and take about as many bits as their frequencies say; signs and mantissas,
     which hardly compress, stay as they are. A part that does not shrink travels as it is. coder: of the exponents; ans takes
-    fewer bytes than zstd, and many times as long.
+    fewer bytes of bfloat16 than zstd, and many times as long.
     """
 
     name: ClassVar[str] = "lossless"
