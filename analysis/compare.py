@@ -16,6 +16,8 @@ from testbed.analysis.run import Run, read_apart
 from testbed.errors import UsageError
 
 _KEYS = ["task", "example"]
+#: What stands in the place of a link where answers alone are compared, which are the same on all.
+ANSWERS = "answers alone"
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Line:
     """One setting on one profile in both runs. `ratio`: the second run's latency over the first's, median
     over the examples that both have (a failed trial is infinite); `quality`: mean scores on those that both answered, or
     without any on each run's own; `score`, `nll`: second − first; `p`: Wilcoxon's for the latency after Holm's correction over
-    all lines; without matching examples these are empty (n = 0). `failed`: of how many `trials`.
+    all lines; without matching examples these are empty (n = 0). `failed`: of how many `trials`. Where one of the runs has no
+    times (placement-free), the panel is `ANSWERS`, and latencies are empty.
     """
 
     panel: str
@@ -50,6 +53,9 @@ def compare(first: Run, second: Run, across_hosts: bool = False) -> list[Line]:
     if models[0] != models[1] and all(len(m) == 1 for m in models):
         # A model each: the runs are compared across models, so the panel must not name it.
         tables = [t.assign(panel=t["profile"]) for t in tables]
+    timeless = bool(first.untimed or second.untimed)
+    if timeless:
+        tables = [t.assign(panel=ANSWERS) for t in tables]
     groups = [dict(iter(t.groupby(["panel", "setting"], sort=False))) for t in tables]
     shared = [key for key in groups[0] if key in groups[1]]
     if not shared:
@@ -60,13 +66,18 @@ def compare(first: Run, second: Run, across_hosts: bool = False) -> list[Line]:
     for key in shared:
         own = [g[key] for g in groups]
         pair = _pair(own[0], own[1], across_hosts)
-        ratio, p = paired_latency.compared(pair["latency_s_b"].to_numpy(), pair["latency_s_a"].to_numpy())
+        ratio, p = stats.NOTHING, math.nan
+        if not timeless:
+            ratio, p = paired_latency.compared(pair["latency_s_b"].to_numpy(), pair["latency_s_a"].to_numpy())
         clusters = settings.clusters(pair)
         lines.append(
             Line(
                 panel=str(key[0]),
                 setting=str(key[1]),
-                latency=_both(stats.median(o["latency_s"], settings.clusters(o)) for o in own),
+                latency=_both(
+                    stats.NOTHING if timeless else stats.median(o["latency_s"], settings.clusters(o))
+                    for o in own
+                ),
                 quality=_qualities(pair, own),
                 failed=_both(int(o["failed"].sum()) for o in own),
                 trials=_both(len(o) for o in own),
@@ -163,23 +174,25 @@ def _shown(value: object) -> str:
 
 def text(first: Run, second: Run, lines: list[Line], width: int | None = None) -> str:
     """The comparison for the terminal, in lines of `width` characters at most."""
-    note = (
-        "latency: medians, and the median of the examples' ratios (to the first token where answers differ in length); "
-        "brackets: 95 % intervals; "
-        "p: Wilcoxon signed-rank of the latencies after Holm's correction; n: examples in both"
-    )
+    timed = lines[0].panel != ANSWERS
+    note = "no latencies: a run without a link has none; brackets: 95 % intervals; n: examples in both"
+    if timed:
+        note = (
+            "latency: medians, and the median of the examples' ratios (to the first token where answers differ in length); "
+            "brackets: 95 % intervals; "
+            "p: Wilcoxon signed-rank of the latencies after Holm's correction; n: examples in both"
+        )
     about = [f"A {first.path}", f"B {second.path}"]
     about += [layout.sentences(f"  {d}", width, "  ") for d in differences(first, second)]
     out = ["\n".join(about), layout.sentences(note, width)]
-    header = ["setting", "n", "A", "B", "B/A latency", "p", "A", "B", "B−A score", "B−A NLL", ""]
+    times = ["A", "B", "B/A latency", "p"] if timed else []
+    header = ["setting", "n", *times, "A", "B", "B−A score", "B−A NLL", ""]
     for panel in dict.fromkeys(line.panel for line in lines):
         rows = [
             [
                 line.setting,
-                str(line.ratio.n),
-                *(f"{side.value:.3f} s" for side in line.latency),
-                line.ratio.text() if line.ratio.n else "unpaired",
-                comparisons.p_text(line.p),
+                str(line.ratio.n if timed else line.nll.n),
+                *(_latencies(line) if timed else []),
                 *map(_score, line.quality),
                 line.score.text(2, "+"),
                 line.nll.text(3, "+"),
@@ -188,8 +201,14 @@ def text(first: Run, second: Run, lines: list[Line], width: int | None = None) -
             for line in lines
             if line.panel == panel
         ]
-        out.append(panel + "\n" + layout.table(rows, header, width, texts=(0, 10), indent=2))
+        out.append(panel + "\n" + layout.table(rows, header, width, texts=(0, len(header) - 1), indent=2))
     return "\n\n".join(out)
+
+
+def _latencies(line: Line) -> list[str]:
+    """Both runs' latency, their ratio and its p."""
+    ratio = line.ratio.text() if line.ratio.n else "unpaired"
+    return [*(f"{side.value:.3f} s" for side in line.latency), ratio, comparisons.p_text(line.p)]
 
 
 def _score(quality: stats.Estimate) -> str:

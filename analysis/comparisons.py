@@ -194,7 +194,8 @@ def write(run: Run, baseline: str = FULL) -> Path:
     """Write ``comparisons.csv``: every setting's answers against the baseline's, over all links; and on every link its
     latency against that of the latency's baseline (`paired_latency.baseline_of`). Raises as `against` does.
     """
-    lines = pd.concat([frame(against(run, baseline)), latency_frame(run)], ignore_index=True)
+    timed = [] if run.untimed else [latency_frame(run)]
+    lines = pd.concat([frame(against(run, baseline)), *timed], ignore_index=True)
     lines = lines.replace([np.inf, -np.inf], np.nan)
     return run.write("comparisons.csv", lambda to: lines.to_csv(to, index=False, float_format="%.6g"))
 
@@ -225,7 +226,9 @@ def latency_frame(run: Run) -> pd.DataFrame:
 
 
 def latency_text(run: Run) -> str:
-    """The latencies' comparisons for people: a block a link."""
+    """The latencies' comparisons for people: a block a link; empty without times."""
+    if run.untimed:
+        return ""
     blocks = []
     for panel, rows in settings.panels(run.attempts):
         baseline = paired_latency.baseline_of(rows)

@@ -18,6 +18,8 @@ _REASON = 90  #: characters of what an error says
 
 def conditions(rows: pd.DataFrame) -> str:
     """A panel's link in words, such as ``↑ 30 ↓ 100 Mbit/s · 15 ms one way · 0.1% loss``."""
+    if (rows["emulator"] == "none").all():
+        return "no link"
     up, down = rows["rate_up_bps"].median(), rows["rate_down_bps"].median()
     rate = f"{_rate(up)} Mbit/s" if _same(up, down) else f"↑ {_rate(up)}  ↓ {_rate(down)} Mbit/s"
     if up != up and down != down:
@@ -50,7 +52,7 @@ def subject(rows: pd.DataFrame) -> str:
     """What was run, for a subtitle: model, tasks, examples, emulator."""
     tasks = rows.groupby("task", sort=False)["example"].nunique()
     sizes = f"n = {tasks.min()}" if tasks.min() == tasks.max() else f"n = {tasks.min()} to {tasks.max()}"
-    emulators = ", ".join(str(e) for e in rows["emulator"].unique() if e)
+    emulators = ", ".join(str(e) for e in rows["emulator"].unique() if e not in ("", "none"))
     parts = [
         models(rows),
         *sorted(set(map(str, settings.replayed(rows))) - {""}),
@@ -74,7 +76,12 @@ def caveats(run: Run) -> list[str]:
         sentences.append(
             f"Times taken over from an identical earlier trial: {parts}; transmission is always real."
         )
-    if (rows["emulator"] == "none").any():
+    if run.untimed:
+        sentences.append(
+            "Made without a link (placement-free), in one process: answers, likelihoods, bytes and kept tokens alone. Rows have "
+            "no times, so figures and tables of times, and claims that rest on them, are left out."
+        )
+    elif (rows["emulator"] == "none").any():
         sentences.append(
             "Measured over loopback, without a link: latencies are this machine's compute alone."
         )

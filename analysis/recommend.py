@@ -113,6 +113,11 @@ def recommend(
 ) -> Recommendation:
     """The recommendation from this run's rows made one behind the other. Raises UsageError where there are none."""
     run = run.require().alone
+    if run.untimed:
+        raise UsageError(
+            f"{run.path}: {run.untimed}, and a recommendation is the fastest that keeps the quality; run it over a link, or see "
+            f"what keeps the quality with  testbed report {run.path}"
+        )
     if run.rows.empty:
         raise UsageError(
             f"{run.path}: all its requests are under a load; ask for a number of clients, or of requests a second: "

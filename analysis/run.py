@@ -61,6 +61,13 @@ class Run:
         return "time to first token" if _lengths_differ(self.rows) else "end-to-end latency"
 
     @property
+    def untimed(self) -> str:
+        """Why its rows have no times, in words; empty where they have."""
+        unlinked = len(self.rows) > 0 and bool((self.rows["emulator"] == "none").all())
+        none = unlinked and bool(self.rows["e2e_s"].isna().all())
+        return "made without a link (placement-free): its rows have no times" if none else ""
+
+    @property
     def scenario(self) -> dict[str, Any]:
         """The scenario's settings; empty where the manifest is missing or has none."""
         return self._kept("settings")
@@ -152,7 +159,9 @@ def load(path: Path, where: str | None = None) -> Run:
     directory = RunDirectory.open(Path(path))
     notes: list[str] = []
     manifest = _part(directory.manifest, directory, "manifest.json", notes)
-    calibration = _part(lambda: directory.read("calibration.json"), directory, "calibration.json", notes)
+    calibration: dict[str, Any] = {}
+    if not _placement_free(manifest):  # which has no link to measure
+        calibration = _part(lambda: directory.read("calibration.json"), directory, "calibration.json", notes)
     rows, lost = directory.all_rows()
     table = _latest(_typed(pd.DataFrame(rows)))
     if where:
@@ -185,6 +194,11 @@ def read_apart(runs: Sequence[Run]) -> str:
         for name, digest in run.inputs.items():
             digests.setdefault(name, set()).add(digest)
     return ", ".join(name for name, known in digests.items() if len(known) > 1)
+
+
+def _placement_free(manifest: dict[str, Any]) -> bool:
+    settings = manifest.get("settings")
+    return isinstance(settings, dict) and settings.get("placement_free") is True
 
 
 def _part(

@@ -125,6 +125,8 @@ def table(run: Run, width: int | None = None) -> str:
     latency, quality and payload, and the one to choose marked; what a reader must know of them; and last which is chosen.
     """
     run.require()
+    if run.untimed:
+        return _untimed(run, width)
     panels = [_panel(name, rows) for name, rows in settings.panels(run.attempts)]
     notes = [*filter(None, [computing(run)]), *caveats(run)]
     tasks = run.rows["task"].nunique()
@@ -147,6 +149,33 @@ def table(run: Run, width: int | None = None) -> str:
             _result(panels, width),
         ]
     )
+
+
+def _untimed(run: Run, width: int | None) -> str:
+    """The settings of a run without times, the smallest payload first."""
+    blocks = []
+    for name, rows in settings.panels(run.attempts):
+        full = settings.full_cache_quality(rows)
+        by_size = sorted(
+            settings.measured(rows), key=lambda m: (m.payload_bytes != m.payload_bytes, m.payload_bytes)
+        )
+        lines = [
+            [
+                each.label,
+                _quality(each.quality.value),
+                _interval(each.quality, 2),
+                megabytes(each.payload_bytes),
+                "  ".join(filter(None, [each.worst.text() if each.worst else "", each.gap])),
+            ]
+            for each in by_size
+        ]
+        reference = f"full cache {full:.2f}" if full == full else "full cache unknown"
+        header = ["setting", "quality", "", "payload", ""]
+        blocks.append(f"{name}: {reference}\n" + layout.table(lines, header, width, texts=(0, 4), indent=2))
+    over = " over its tasks, then the one that keeps least" if run.rows["task"].nunique() > 1 else ""
+    legend = f"quality: mean score{over}; brackets: 95 % intervals; the smallest payload first"
+    told = "\n".join(layout.sentences(line, width, "   ") for line in [legend, *caveats(run)])
+    return "\n\n".join([*blocks, told])
 
 
 @dataclass(frozen=True)

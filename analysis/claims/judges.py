@@ -212,7 +212,7 @@ def _beside(whole: stats.Estimate, text: str) -> str:
 def dominates(pool: Pool) -> Iterator[Verdict]:
     """The 16-bit cache on each link."""
     figure = "transmission takes {:.2g} times prefill and quantization {}"
-    for model, rows in pool.by_model():
+    for model, rows in pool.timed():
         for panel, own in rows[rows["setting"] == "fp16"].groupby("panel", sort=False):
             share, whole = rules.transmission_share(own), rules.transmission_share(own, rules.COMPUTE)
             verdict = rules.threshold(model, f"fp16 on {panel}", share, 1.0, figure, examples=_TIMES)
@@ -222,7 +222,7 @@ def dominates(pool: Pool) -> Iterator[Verdict]:
 
 def free(pool: Pool) -> Iterator[Verdict]:
     """Q2C alone, at each length of the context: the question belongs to the prefill, as published."""
-    for model, rows in pool.by_model():
+    for model, rows in pool.timed():
         for setting, _ in _selections(rows, "q2c"):
             for task, own in rows[rows["setting"] == setting].groupby("task", sort=False):
                 question = own["question_s"].astype(float)
@@ -240,7 +240,8 @@ def worth(pool: Pool) -> Iterator[Verdict]:
     """The fastest KV setting that loses little against sending the text, on each link."""
     figure = "takes {:.2g} times as long {}"
     for model in pool.tables:
-        for panel, own in pool.of(model).groupby("panel", sort=False):
+        rows = pool.of(model)
+        for panel, own in rows[rows["e2e_s"].notna()].groupby("panel", sort=False):
             best = _fastest_alike(own[own["placement"].isin(SENDING)])
             if best is None or "cloud" not in set(own["setting"]):
                 continue

@@ -61,6 +61,11 @@ class Pool:
         for model, own in self.rows.groupby("model", sort=False):
             yield str(model), own
 
+    def timed(self) -> Iterator[tuple[str, pd.DataFrame]]:
+        """Of those the rows that have times: without a link there are none."""
+        for model, own in self.by_model():
+            yield model, own[own["e2e_s"].notna()]
+
     def of(self, model: str) -> pd.DataFrame:
         """A model's rows of admitted tasks."""
         tasks = set(self.tables[model]["task"])

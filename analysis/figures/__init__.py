@@ -50,6 +50,8 @@ _ALONE = ("regimes", "who_prefills", "naive_error", "link_sweep")
 
 #: What is said of programs of one's own, which send no caches and answer no questions: their columns, their times, their links.
 _OF_PROGRAMS = ("programs", "latency_cdf", "fidelity", "fidelity_traces")
+#: What says nothing of times, or of links that were measured.
+_TIMELESS = ("retention", "rate_distortion", "layer_sensitivity", "fidelity", "fidelity_traces")
 
 
 class NotInThisRun(UsageError):
@@ -72,6 +74,8 @@ def figure(name: str, run: Run) -> Figure:
         raise NotInThisRun(
             f"{run.path}: is of programs, of which there are the figures {', '.join(_OF_PROGRAMS)}"
         )
+    if run.untimed and name not in _TIMELESS:
+        raise NotInThisRun(f"{run.path}: {run.untimed}, and {name} is of times")
     if name in _ALONE and (alone := run.alone) is not run:
         if len(alone.rows) < _least(name):
             raise NotInThisRun(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from testbed.analysis.run import Run
 from testbed.analysis.summary import summarise, table
 from testbed.net.calibration.outcome import outcomes
 
+Column = tuple[str, str, int | None]
 #: Columns of the table: name in the summary, heading, digits.
-COLUMNS = (
+COLUMNS: tuple[Column, ...] = (
     ("profile", "link", None),
     ("placement", "placement", None),
     ("codec", "codec", None),
@@ -34,6 +36,7 @@ COLUMNS = (
     ("failed", "failed", 0),
 )
 _WIDE = 120  #: characters of a line of what the terminal prints
+_OF_TIMES = {"e2e_s", "latency_ratio", "ttft_s", "transmit_s_mean"}
 _WITH_INTERVAL = {"e2e_s", "latency_ratio", "ttft_s", "score", "delta_nll"}
 
 
@@ -63,6 +66,7 @@ def render(run: Run, figures: list[Path]) -> str:
         autoescape=True, loader=jinja2.FileSystemLoader(here), undefined=jinja2.StrictUndefined
     )
     judged, left_out = claims.judge([run])
+    shown = [column for column in COLUMNS if not (run.untimed and column[0] in _OF_TIMES)]
     missing = [name for name in FIGURES if name not in {p.stem for p in figures}]
     return environment.get_template("page.html").render(
         title=str(run.manifest.get("name") or run.path.name),
@@ -72,9 +76,11 @@ def render(run: Run, figures: list[Path]) -> str:
         figures=[(p.stem, base64.b64encode(p.read_bytes()).decode()) for p in figures],
         missing=missing,
         calibration=_calibration(run),
-        columns=[heading for _, heading, _ in COLUMNS],
-        lines=_lines(summarise(run)),
-        comparisons=comparisons.text(comparisons.against(run)) + "\n\n" + comparisons.latency_text(run),
+        columns=[heading for _, heading, _ in shown],
+        lines=_lines(summarise(run), shown),
+        comparisons="\n\n".join(
+            filter(None, [comparisons.text(comparisons.against(run)), comparisons.latency_text(run)])
+        ),
         formula=naive.text(run),
         hosts=hosts.text(run),
         deadlines=adaptive.text(run),
@@ -141,9 +147,9 @@ def _calibration(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _lines(summary: pd.DataFrame) -> list[list[tuple[str, str]]]:
+def _lines(summary: pd.DataFrame, columns: Sequence[Column]) -> list[list[tuple[str, str]]]:
     """For each line and column what is shown, and what it sorts by."""
-    return [[_cell(row, name, digits) for name, _, digits in COLUMNS] for _, row in summary.iterrows()]
+    return [[_cell(row, name, digits) for name, _, digits in columns] for _, row in summary.iterrows()]
 
 
 def _cell(row: pd.Series[Any], name: str, digits: int | None) -> tuple[str, str]:

@@ -76,6 +76,7 @@ def options(accept_uncalibrated: bool, changes: dict[str, Any]) -> list[str]:
     given += [f"--codec={text}" for text in changes.get("codecs") or ()]
     given += [f"--link={name}={text}" for name, text in (changes.get("links") or {}).items()]
     given += [f"--{key}={changes[key]}" for key in ("examples", "emulator") if changes.get(key)]
+    given += ["--placement-free"] if changes.get("placement_free") else []
     return given + (["--accept-uncalibrated"] if accept_uncalibrated else [])
 
 

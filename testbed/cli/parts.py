@@ -97,6 +97,11 @@ def sweep_options(command: Callable[..., Any]) -> Callable[..., Any]:
         link_option,
         click.option("--examples", type=click.IntRange(1), help="Examples per task."),
         click.option("--emulator", type=EMULATORS, help="What imposes the links' conditions."),
+        click.option(
+            "--placement-free",
+            is_flag=True,
+            help="Answers and bytes alone, in one process: without root, network and times.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)

@@ -32,6 +32,7 @@ def plan(scenario: str, **changes: Any) -> Any:
     estimator = Estimator(planned)
     cells = estimator.summary()
     loaded = planned.scenario.loaded
+    linked = not planned.scenario.placement_free
     seconds = sum(cell["trial_s"] * cell["trials"] for cell in cells)
     sent = sum(cell["payload_bytes"] * cell["trials"] for cell in cells)
     rows = [
@@ -57,15 +58,16 @@ def plan(scenario: str, **changes: Any) -> Any:
         text += f"\n\n{planned.trials} loads, about {format_duration(seconds)}; edges: {names}"
     else:
         text += f"\n\n{planned.trials} trials of {len(cells)} cells, "
-        text += f"{format_size(sent)} across the link, about {format_duration(seconds)}"
+        where = f"{format_size(sent)} across the link" if linked else "in one process, without a link"
+        text += f"{where}, about {format_duration(seconds)}"
     if estimator.model is None:
         model = planned.scenario.models.cloud
         text += f"\nmodel {model}: no configuration at hand, so cache sizes are unknown"
     measured = any(profile.measured for profile in planned.profiles)  # of which nothing is known beforehand
-    found = [] if measured else borders(estimator)
+    found = borders(estimator) if linked and not measured else []
     text += _borders(found)
     remarks = [remark for profile in planned.profiles for remark in profile.remarks()]
-    remarks += too_much(planned)
+    remarks += [*planned.left_out, *too_much(planned)]
     text = sentences(text + "".join(f"\n{remark}" for remark in remarks))
     value = {
         "cells": cells,

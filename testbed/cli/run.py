@@ -117,7 +117,7 @@ def run(
         assert scenario is not None
         plan = load_plan(scenario, **changes)
         notes = [note for profile in plan.profiles for note in profile.remarks()]
-        for remark in dict.fromkeys([*notes, *too_much(plan)]):
+        for remark in dict.fromkeys([*notes, *plan.left_out, *too_much(plan)]):
             click.echo(f"testbed: {remark}", err=True)
         _make_way(plan)
         if part is not None:
@@ -150,7 +150,7 @@ def _print_array(
             "--array takes a scenario and --out DIR, which all shards share, and no --shard or --resume"
         )
     plan = load_plan(scenario, **changes)
-    unprivileged = rootless.inside() or os.geteuid() != 0
+    unprivileged = not plan.scenario.placement_free and (rootless.inside() or os.geteuid() != 0)
     more = array.options(accept_uncalibrated, changes)
     click.echo(array.script(plan, scenario, count, out, unprivileged, more, array.program()), nl=False)
     return 0
@@ -204,7 +204,7 @@ def _make_way(plan: Plan) -> None:
     """Networks of this machine are root's to build, and what dead runs left of them goes; hosts see to that themselves."""
     from testbed.net.fabric import removal
 
-    if plan.topology.kind == "namespaces":
+    if plan.topology.kind == "namespaces" and not plan.scenario.placement_free:
         require_root()
         removal.clean()
 

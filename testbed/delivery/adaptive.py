@@ -27,6 +27,7 @@ class Adaptive(Pipelined):
 
     name: ClassVar[str] = "adaptive"
     source: ClassVar[str] = "Liu et al., CacheGen, SIGCOMM 2024, section 5.3"
+    depends_on_times: ClassVar[bool] = True
 
     levels: tuple[str, ...]
     deadline: Time | None = None

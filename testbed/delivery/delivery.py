@@ -47,7 +47,9 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Delivery(kinds.Kind):
-    """Base of all deliveries."""
+    """Base of all deliveries. depends_on_times: what is sent, or answered from, depends on when it arrives."""
+
+    depends_on_times: ClassVar[bool] = False
 
     @property
     def codecs(self) -> tuple[CodecSpec, ...]:

@@ -16,6 +16,7 @@ class Meet(Pipelined):
     source: ClassVar[str] = "Jin et al., Cake (Compute or Load KV Cache? Why Not Both?), arXiv 2410.03065"
 
     may_end: ClassVar[bool] = True
+    depends_on_times: ClassVar[bool] = True
 
     chunk: int = 128  #: tokens of a part
 

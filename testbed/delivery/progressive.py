@@ -22,6 +22,8 @@ class Progressive(Pipelined):
         "Lynx, arXiv 2607.01831: most significant bits first, verified as the others arrive"
     )
 
+    depends_on_times: ClassVar[bool] = True
+
     planes: int = 1  #: so many are answered from
 
     def __post_init__(self) -> None:

@@ -122,7 +122,7 @@ class Estimator:
         steady = cell.profile.steady()
         up, down = steady.up, steady.down
         payload = self.payload_bytes(cell)
-        if not payload:
+        if not payload or self.plan.scenario.placement_free:
             return 0.0
         mean, timeout = cell.profile.up.mean_rate_bps("up"), self.plan.scenario.timeout
         rate = 1e10 if mean is None else mean

@@ -25,6 +25,7 @@ from testbed.experiment.devices import look_up
 from testbed.experiment.edges import Edge
 from testbed.experiment.loads import bound_load, edges_of, handovers_of
 from testbed.experiment.on_hosts import on_hosts
+from testbed.experiment.placement_free import NOWHERE, freed, off_link
 from testbed.experiment.row import COLUMNS, SENDING
 from testbed.experiment.scenario import EXAMPLES, OF_TWO_MODELS, Plan, Scenario
 from testbed.experiment.sides import Models
@@ -102,6 +103,7 @@ def load_plan(
     links: dict[str, str] | None = None,
     examples: int | None = None,
     emulator: str | None = None,
+    placement_free: bool = False,
 ) -> Plan:
     """Read a scenario file, apply what the command line changes, and look everything up. Raises UsageError, naming the place."""
     path = scenario_path(name)
@@ -113,6 +115,8 @@ def load_plan(
     for key, value in (("codecs", codecs or None), ("examples", examples), ("emulator", emulator)):
         if value is not None:
             settings[key] = list(value) if isinstance(value, tuple) else value
+    if placement_free:
+        settings["placement_free"] = True
     if examples is not None and isinstance(settings.get("tasks"), list):  # of every task
         settings["tasks"] = [_without_number(task) for task in settings["tasks"]]
     with lookup.beside(path):
@@ -124,6 +128,12 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     command line, which replace what the file says of those links."""
     given = links or {}
     scenario = strict_yaml.checked(Scenario, settings, place)
+    if scenario.placement_free:
+        if given:
+            raise SpecError(
+                f"--link {next(iter(given))}: placement-free has no links; leave one of the two away"
+            )
+        scenario, left_out = freed(scenario, place)
     if beside := lookup.find(scenario.topology):  # and so it is found again when the run is resumed
         scenario = scenario.model_copy(update={"topology": beside})
     tasks = [_beside(task) for task in scenario.tasks]
@@ -168,7 +178,9 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
         own_links,
         handovers,
     )
-    for profile in profiles:
+    if scenario.placement_free:
+        plan = replace(off_link(plan, NOWHERE), left_out=left_out)
+    for profile in plan.profiles:
         _at(f"{place}: profiles", partial(plan.under, profile))
     _check_extent(plan, place)
     return plan

@@ -195,6 +195,12 @@ class Row:
                 setattr(self, column, value)
         self._leave_out_what_clocks_hide()
 
+    def leave_out_times(self) -> None:
+        """Without a link and another process there are none that would be a setting's."""
+        for column in TIMES:
+            setattr(self, column, None)
+        self.reused, self.replayed, self.transport, self.congestion = "", False, "", ""
+
     def _leave_out_what_clocks_hide(self) -> None:
         """What lies between two clocks, and is told no better than to 5 % of it, is not told."""
         hidden_stages = []
@@ -217,6 +223,21 @@ BETWEEN, _TOLD_WITHIN = ("transmit_s", "first_token_s"), 0.05
 SENDING = ("split", "store")
 
 COLUMNS = tuple(f.name for f in dataclasses.fields(Row))
+#: Seconds that a trial measures.
+TIMES = (
+    *STAGES,
+    *BUSY,
+    "ttft_s",
+    "e2e_s",
+    "token_s",
+    "question_s",
+    "overlap_s",
+    "bound_s",
+    "naive_s",
+    "store_prefill_s",
+    "store_encode_s",
+    "amortized_s",
+)
 #: What a trial is made for: times, counts, scores.
 MEASURED = (
     *STAGES,

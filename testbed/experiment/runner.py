@@ -25,7 +25,7 @@ from testbed.experiment.progress import Tally, Watcher
 from testbed.experiment.results import FORMAT, RunDirectory, utc_now
 from testbed.experiment.row import Row
 from testbed.experiment.scenario import Cell, Plan
-from testbed.experiment.session import Opening, across_links
+from testbed.experiment.session import Opening, as_asked
 from testbed.experiment.shard import WHOLE, Shard
 from testbed.experiment.shard import parse as parse_shard
 from testbed.experiment.trial import Reference, Trial, new_row
@@ -55,7 +55,7 @@ class Runner:
         directory: RunDirectory,
         watch: Watcher,
         accept_uncalibrated: bool = False,
-        opening: Opening = across_links,
+        opening: Opening = as_asked,
         shard: Shard = WHOLE,
         on_row: Callable[[Row, Sequence[Span]], None] | None = None,
     ) -> None:
@@ -388,6 +388,9 @@ class Runner:
         row.fill(result, outcome, scores)
         if not self.session.linked:
             row.wire_bytes = 0  # its connection's bytes crossed none
+        if self.scenario.placement_free:
+            row.leave_out_times()
+            return row, ()
         return row, (*result.spans, *result.later)
 
 
@@ -413,6 +416,8 @@ def check_ready(plan: Plan) -> None:
     if plan.scenario.programs is None:
         for model in (plan.scenario.models.edge, plan.scenario.models.cloud):
             resolve(model)
+    if plan.scenario.placement_free:
+        return
     require_tools(plan.flows())
     from testbed.net.calibration.calibrate import foretell
     from testbed.net.emulators import choose

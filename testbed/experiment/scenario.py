@@ -239,6 +239,7 @@ class Scenario(BaseModel):
     congestion: Annotated[str | None, Field(exclude=True)] = None
     emulator: Annotated[str, AfterValidator(emulators.known)] = "auto"
     reuse: Literal["all", "prefill", "none"] = "all"
+    placement_free: bool = False  #: answers and bytes alone, in one process, without a network
     questions_per_context: Annotated[int, Field(ge=1, le=1_000_000)] = (
         1  #: that share what making a stored cache costs
     )
@@ -392,6 +393,7 @@ class Plan:
     edges: tuple[Edge, ...] = ()  #: who asks, under a load
     own_links: bool = False  #: the swept link is each edge's own
     handovers: tuple[Handover, ...] = ()  #: under a load
+    left_out: tuple[str, ...] = ()  #: sentences on what placement-free leaves out of what was asked
 
     def load_settings(self, cell: Cell) -> dict[str, Any]:
         """A load's part of a cell's identity."""
@@ -446,6 +448,8 @@ class Plan:
         connection (TCP forgets while it idles), a capture, a pipeline. What an emulated machine took longer is billed.
         """
         scenario = self.scenario
+        if scenario.placement_free:
+            return False
         others = [link.profile for link in self.topology.links if link.name != self.link]
         return (
             cell.profile.changes

@@ -75,6 +75,13 @@ def in_one_process(plan: Plan, directory: RunDirectory, say: Callable[[str], Non
         yield Session(plan, network, Pair(plan, both, both))
 
 
+def as_asked(
+    plan: Plan, directory: RunDirectory, say: Callable[[str], None]
+) -> contextlib.AbstractContextManager[Session]:
+    """Across the scenario's links, or `in_one_process` where it is placement-free. Raises as they do."""
+    return (in_one_process if plan.scenario.placement_free else across_links)(plan, directory, say)
+
+
 @contextlib.contextmanager
 def endpoint(role: str, host: Host, directory: RunDirectory, log: str = "") -> Iterator[Endpoint]:
     """An endpoint whose log is in the run's directory, of another name than its role's where one is given."""

@@ -20,7 +20,7 @@ from testbed.experiment.results import RunDirectory
 from testbed.experiment.row import Row
 from testbed.experiment.runner import Runner, begin, check_ready, take_up
 from testbed.experiment.scenario import Plan
-from testbed.experiment.session import Opening, across_links
+from testbed.experiment.session import Opening, as_asked
 from testbed.experiment.shard import Shard, of_folder
 
 FOLDER = "shards"
@@ -53,7 +53,7 @@ def run(
     on_row: OnRow | None = None,
     on_progress: Watcher | None = None,
     accept_uncalibrated: bool = False,
-    opening: Opening = across_links,
+    opening: Opening = as_asked,
 ) -> ShardOutcome:
     """Make a shard's trials in `directory`/shards/…, those that have no finished row there yet.
 

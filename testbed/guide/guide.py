@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from testbed.codecs.spec import parse
 from testbed.diagnosis import request
 from testbed.errors import SpecError, UsageError
 from testbed.experiment import inputs
+from testbed.experiment.placement_free import off_link
 from testbed.experiment.plan import make_plan
 from testbed.experiment.progress import Watcher
 from testbed.experiment.results import RunDirectory
@@ -98,10 +99,7 @@ def measured(
 
 def unlinked(settings: dict[str, Any], place: str) -> Plan:
     """The plan of these scenario settings, on no link. Raises UsageError naming `place`."""
-    plan = make_plan({**settings, "profiles": ["delay=0ms"]}, place)
-    # Loopback is the host's: which congestion controls it permits is not for us to say.
-    links = tuple(replace(link, congestion=None) for link in plan.topology.links)
-    return replace(plan, profiles=(LOOPBACK,), topology=replace(plan.topology, links=links))
+    return off_link(make_plan({**settings, "profiles": ["delay=0ms"]}, place), LOOPBACK)
 
 
 def _open(path: Path, plan: Plan) -> RunDirectory:
