@@ -20,6 +20,8 @@ from testbed.errors import UsageError
 LEAST_REFERENCE = 0.1
 LEAST_REFERENCE_CHOICE = 0.3  #: four options: chance is 0.25
 
+OF_FOUR = ("choice", "mmlu")  #: such tasks begin so
+
 #: What a diagnosis says of INT4's damage by the published rule; "robust" is the third.
 CONCENTRATED, DISTRIBUTED = "concentrated", "distributed"
 
@@ -103,7 +105,7 @@ def collect(runs: list[Run]) -> tuple[Pool, list[str]]:
         left_out.append(f"made on {len(named)} hosts: settings are paired within each, and not across")
     for (model, task), own in table.groupby(["model", "task"], sort=False):
         full = stats.mean(own["reference_score"], own["example"], bounds=(0.0, 1.0))
-        least = LEAST_REFERENCE_CHOICE if str(task).startswith("choice") else LEAST_REFERENCE
+        least = LEAST_REFERENCE_CHOICE if str(task).startswith(OF_FOUR) else LEAST_REFERENCE
         if full.low > least:
             admitted.append(own)
         else:

@@ -7,6 +7,7 @@ a link, a device or a load could show is left away, and so is a delivery that de
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from testbed.errors import SpecError
 from testbed.experiment.scenario import Plan, Scenario
@@ -50,7 +51,13 @@ def freed(scenario: Scenario, place: str) -> tuple[Scenario, tuple[str, ...]]:
         name: fields[name].default
         for name in ("topology", "edge", "cloud", "link", "emulator", "at", "repeats", "reuse")
     }
-    nothing = {"links": {}, "traffic": [], "edges": None, "compute": Compute(), "transport": [Tcp()]}
+    nothing: dict[str, Any] = {
+        "links": {},
+        "traffic": [],
+        "edges": None,
+        "compute": Compute(),
+        "transport": [Tcp()],
+    }
     left = scenario.model_copy(
         update={
             **usual,

@@ -1,31 +1,42 @@
 """What well-known data sets call the parts of a question, brought into the form of a line of a file of ours (see `jsonl`).
 
-SQuAD 1.1 and 2.0, HotpotQA and 2WikiMultihopQA, MuSiQue, BoolQ and RACE, as the hub has them; the first four also as their own
-files do; rows of LongBench and RULER. What is made of a record is checked as a line is.
+SQuAD 1.1 and 2.0, HotpotQA and 2WikiMultihopQA, MuSiQue, TriviaQA, BoolQ, RACE, XSum and CNN/DailyMail, as the hub has them; the
+first five also as their own files do; rows of LongBench and RULER. What is made of a record is checked as a line is.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from testbed.tasks.triviaqa import around_answer
+
+#: What is asked of a text whose answer is its summary, where the data set asks nothing.
+SUMMARIZE = "What does the text say, in a few sentences?"
+#: LongBench's data sets of summaries.
+_SUMMARIES = ("gov_report", "qmsum", "multi_news", "vcsum", "samsum")
+
 
 def convert(record: Any) -> Any:
-    """A record of a known form, as a line of a file of ours would have it; any other, unchanged."""
+    """A record of a known form, as a line of a file of ours would have it; any other, unchanged. None: one of a known form whose
+    text does not hold an answer, to be passed over."""
     if not isinstance(record, dict):
         return record
-    made = {"id": str(record.get("id") or record.get("_id") or record.get("example_id") or "")}
+    names = ("id", "_id", "example_id", "question_id")
+    made = {"id": next((str(record[name]) for name in names if record.get(name)), "")}
     if not made["id"]:
         del made["id"]
-    for form in (_squad, _hotpot, _musique, _boolq, _race, _longbench, _ruler):
+    for form in (_squad, _hotpot, _musique, _triviaqa, _boolq, _race, _xsum, _cnn, _longbench, _ruler):
         try:
-            return {**made, "question": record.get("question"), **form(record)}
+            found = form(record)
+            return None if found is None else {**made, "question": record.get("question"), **found}
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
             continue
     return record
 
 
-def _squad(record: dict[str, Any]) -> dict[str, Any]:
-    return {"context": record["context"] + "", "answers": list(dict.fromkeys(record["answers"]["text"]))}
+def _squad(record: dict[str, Any]) -> dict[str, Any] | None:
+    answers = list(dict.fromkeys(record["answers"]["text"]))
+    return {"context": record["context"] + "", "answers": answers} if answers else None
 
 
 def _hotpot(record: dict[str, Any]) -> dict[str, Any]:
@@ -39,14 +50,25 @@ def _hotpot(record: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _musique(record: dict[str, Any]) -> dict[str, Any]:
-    return _paragraphs(
+def _musique(record: dict[str, Any]) -> dict[str, Any] | None:
+    made = _paragraphs(
         [
             {"title": each["title"], "text": each["paragraph_text"], "gold": each["is_supporting"]}
             for each in record["paragraphs"]
         ],
         [record["answer"], *record.get("answer_aliases", [])],
     )
+    return None if record.get("answerable") is False else made
+
+
+def _triviaqa(record: dict[str, Any]) -> dict[str, Any] | None:
+    """The first of its texts that holds an answer."""
+    pages, results, answer = record["entity_pages"], record["search_results"], record["answer"]
+    answers = list(dict.fromkeys([answer["value"], *answer["aliases"]]))
+    for text in (*pages.get("wiki_context", ()), *results.get("search_context", ())):
+        if (context := around_answer(text, answers)) is not None:
+            return {"context": context, "answers": answers}
+    return None
 
 
 def _paragraphs(paragraphs: list[dict[str, Any]], answers: list[str]) -> dict[str, Any]:
@@ -68,8 +90,24 @@ def _race(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _xsum(record: dict[str, Any]) -> dict[str, Any]:
+    return {"context": record["document"] + "", "answers": [record["summary"] + ""], "summary": True}
+
+
+def _cnn(record: dict[str, Any]) -> dict[str, Any]:
+    return {"context": record["article"] + "", "answers": [record["highlights"] + ""], "summary": True}
+
+
 def _longbench(record: dict[str, Any]) -> dict[str, Any]:
     """The classes of a classification are its choices."""
+    if record.get("dataset") in _SUMMARIES:
+        asked = record["input"].strip() or SUMMARIZE
+        return {
+            "context": record["context"],
+            "question": asked,
+            "answers": record["answers"],
+            "summary": True,
+        }
     made = {"context": record["context"], "question": record["input"], "answers": record["answers"]}
     return {**made, "choices": record["all_classes"]} if record.get("all_classes") else made
 

@@ -22,6 +22,10 @@ KNOWN: dict[str, tuple[str, str | None, str]] = {
     "musique": ("dgslibisey/MuSiQue", None, "validation"),
     "boolq": ("google/boolq", None, "validation"),
     "race": ("ehovy/race", "high", "test"),
+    "triviaqa": ("mandarjoshi/trivia_qa", "rc.wikipedia", "validation"),
+    "xsum": ("EdinburghNLP/xsum", None, "test"),
+    "cnn_dailymail": ("abisee/cnn_dailymail", "3.0.0", "test"),
+    "mmlu": ("cais/mmlu", "all", "test"),
 }
 
 
@@ -40,6 +44,12 @@ def parse_hub(name: str) -> tuple[str, str | None, str]:
 @functools.lru_cache(maxsize=2)
 def read_hub(name: str) -> tuple[Row, ...]:
     """The first 20,000 rows of a hub data set. Raises UsageError where it cannot be had, or its rows are of no known form."""
+    return rows_from(hub_records(name), f"hub:{name}")
+
+
+@functools.lru_cache(maxsize=1)
+def hub_records(name: str) -> list[Any]:
+    """Its first 20,000 records, as it has them. Raises UsageError where it cannot be had."""
     identifier, config, split = parse_hub(name)
     try:
         import datasets
@@ -50,11 +60,10 @@ def read_hub(name: str) -> tuple[Row, ...]:
         ) from error
     try:
         found = datasets.load_dataset(identifier, config, split=split)
-        records = list(itertools.islice(found, _MOST_ROWS))
+        return list(itertools.islice(found, _MOST_ROWS))
     except Exception as error:  # whatever the library, the network and the data set's own form raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"hub:{name}: {identifier} ({split}) cannot be read: {first[:200]}") from error
-    return rows_from(records, f"hub:{name}")
 
 
 def rows_from(found: list[Any], place: str) -> tuple[Row, ...]:

@@ -2,7 +2,8 @@
 
 A line is of one of the forms that `forms` knows, or an object with ``context``, ``question``, ``answers`` (a list of texts, the
 preferred one first), and optionally ``id`` (default: the line's number), ``paragraphs`` (a list of ``title``, ``text``,
-``gold``) and ``choices`` (texts). A ``.json`` file may be one value: a list of such objects, or SQuAD's articles.
+``gold``) and ``choices`` (texts); with ``summary: true`` it needs no question. A ``.json`` file may be one value: a list of such
+objects, SQuAD's articles, or TriviaQA's questions beside their texts (see `triviaqa`).
 Files are not trusted: lines, lists and the file are bounded, and what is wrong is named by file and line.
 """
 
@@ -19,7 +20,8 @@ from typing import Any
 
 from testbed.errors import UsageError
 from testbed.files import open_named
-from testbed.tasks.forms import convert, records
+from testbed.tasks.forms import SUMMARIZE, convert, records
+from testbed.tasks.triviaqa import is_triviaqa, with_texts
 
 _LONGEST_LINE = 4 * 2**20  # bytes
 _LARGEST_FILE = 2**30  # bytes
@@ -30,7 +32,8 @@ _BLANK_LINES = re.compile(r"\s*\n\s*")
 
 @dataclass(frozen=True)
 class Row:
-    """A checked line of a file. `paragraphs` are (text, gold) pairs; they and `choices` are empty where the line had none."""
+    """A checked line of a file. `paragraphs` are (text, gold) pairs; they and `choices` are empty where the line had none.
+    summary: the answer is one of the context."""
 
     id: str
     context: str
@@ -38,6 +41,7 @@ class Row:
     answers: tuple[str, ...]
     paragraphs: tuple[tuple[str, bool], ...] = ()
     choices: tuple[str, ...] = ()
+    summary: bool = False
 
 
 @functools.lru_cache(maxsize=4)
@@ -63,7 +67,7 @@ def read_rows(path: Path) -> tuple[Row, ...]:
 def _read(path: Path) -> Iterator[Row]:
     whole = _one_value(path) if path.suffix.lower() == ".json" else None
     if whole is not None:
-        yield from unique(records(whole), str(path))
+        yield from unique(with_texts(whole, path) if is_triviaqa(whole) else records(whole), str(path))
         return
     seen: dict[str, int] = {}
     with open_named(path) as file:
@@ -76,6 +80,8 @@ def _read(path: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             row = _row(line, f"{path}:{number}", str(number))
+            if row is None:
+                continue
             if row.id in seen:
                 raise UsageError(
                     f"{path}:{number}: the id {row.id[:40]!r} was given in line {seen[row.id]} already"
@@ -106,18 +112,22 @@ def unique(found: list[Any], place: str) -> Iterator[Row]:
     """The rows of records, each id once: the first. Raises UsageError naming the record that has no known form."""
     seen = set()
     for number, record in enumerate(found, start=1):
-        row = make_row(convert(record), f"{place}:{number}", str(number))
+        if (value := convert(record)) is None and record is not None:
+            continue
+        row = make_row(value, f"{place}:{number}", str(number))
         if row.id not in seen:
             yield row
         seen.add(row.id)
 
 
-def _row(line: bytes, place: str, default_id: str) -> Row:
+def _row(line: bytes, place: str, default_id: str) -> Row | None:
+    """The line's row; None where it asks what its text does not answer."""
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{place}: not a line of JSON in UTF-8: {str(error)[:80]}") from error
-    return make_row(convert(value), place, default_id)
+    found = convert(value)
+    return None if value is not None and found is None else make_row(found, place, default_id)
 
 
 def make_row(value: Any, place: str, default_id: str) -> Row:
@@ -132,9 +142,11 @@ def make_row(value: Any, place: str, default_id: str) -> Row:
         raise UsageError(f"{place}: answers is not a list with at least one text")
     golds = tuple(" ".join(_text(gold, f"answers[{i}]", place).split()) for i, gold in enumerate(answers))
     context = _BLANK_LINES.sub("\n", _text(value.get("context"), "context", place).strip())
-    question = " ".join(_text(value.get("question"), "question", place).split())
-    paragraphs = _paragraphs(value.get("paragraphs"), place)
-    return Row(str(name), context, question, golds, paragraphs, _choices(value.get("choices"), place))
+    summary = value.get("summary") is True
+    asked = value.get("question") or (SUMMARIZE if summary else None)
+    question = " ".join(_text(asked, "question", place).split())
+    paragraphs, choices = _paragraphs(value.get("paragraphs"), place), _choices(value.get("choices"), place)
+    return Row(str(name), context, question, golds, paragraphs, choices, summary)
 
 
 def _paragraphs(value: Any, place: str) -> tuple[tuple[str, bool], ...]:

@@ -58,7 +58,7 @@ def _apart(text: str) -> str:
     pieces, before = [], False
     for character in text:
         alone = unspaced(character)
-        marks = unicodedata.category(character)[0] == "M"
+        marks = _marks(character)
         if (alone or before) and not marks:
             pieces.append(" ")
         pieces.append(character)
@@ -79,6 +79,29 @@ def token_f1(answer: str, golds: Sequence[str]) -> float:
     Two texts that are both empty after normalisation agree (1.0); an empty one and another do not (0.0).
     """
     return max((_f1(*_pieces(normalize(answer), normalize(gold))) for gold in golds), default=0.0)
+
+
+def rouge_l(answer: str, golds: Sequence[str]) -> float:
+    """The best ROUGE-L over the gold texts, in 0..1: F1 of the longest common subsequence of their words (Lin, "ROUGE: A Package
+    for Automatic Evaluation of Summaries", 2004, section 3), which are lower-case letters and digits, as Google's rouge_score has
+    them without its stemmer; where a script puts no spaces between words, its characters."""
+    return max((_rouge_l(_words(answer), _words(gold)) for gold in golds), default=0.0)
+
+
+def _words(text: str) -> list[str]:
+    return "".join(c if c.isalnum() or _marks(c) else " " for c in _apart(text.lower())).split()
+
+
+def _marks(character: str) -> bool:
+    return unicodedata.category(character)[0] == "M"
+
+
+def _rouge_l(given: list[str], gold: list[str]) -> float:
+    from rapidfuzz.distance import LCSseq
+
+    if not given or not gold:
+        return 0.0
+    return 2 * float(LCSseq.similarity(given, gold)) / (len(given) + len(gold))
 
 
 def _pieces(given: str, gold: str) -> tuple[list[str], list[str]]:

@@ -84,8 +84,13 @@ class RowTask(ExtractiveTask):
     name: ClassVar[str]
 
     def rows(self) -> Sequence[Row]:
-        """Every row of the source. Raises UsageError naming the line of a malformed one."""
-        return load_rows(self.path)
+        """Every row of the source. Raises UsageError naming the line of a malformed one, and one that another task scores."""
+        found = load_rows(self.path)
+        if (other := next((row.id for row in found if row.summary), None)) is not None:
+            raise UsageError(
+                f"task {self.name}: {self.path}: row {other[:40]!r} asks for a summary; take the task summary"
+            )
+        return found
 
     def example(self, row: Row, context: str) -> Example:
         """The example that a row makes with this context."""

@@ -25,6 +25,8 @@ TASKS = {
     "choice": "testbed.tasks.choice:Choice",
     "multihop": "testbed.tasks.multihop:Multihop",
     "qa": "testbed.tasks.qa:QA",
+    "summary": "testbed.tasks.summary:Summary",
+    "mmlu": "testbed.tasks.mmlu:MMLU",
 }
 
 
@@ -47,7 +49,7 @@ class Task(Protocol):
 
     name: ClassVar[str]
     stop: ClassVar[str]  #: generation ends before this text
-    metric: ClassVar[str]  #: what "score" is: "em", "f1" or "recall"
+    metric: ClassVar[str]  #: what "score" is: "em", "f1", "recall" or "rouge_l"
     max_new_tokens: ClassVar[int]  #: enough for every answer that the task asks for
     demonstrations: ClassVar[tuple[Example, ...]]  #: short examples with their answers, for the prefix
 
@@ -131,9 +133,13 @@ class ExtractiveTask:
         return lambda context: count_tokens(self.context_text(Example("", context, "", ("",))))
 
     def score(self, answer: str, example: Example) -> dict[str, float]:
-        given = answer.split(self.stop, 1)[0].strip()
+        given = self.cut(answer)
         scores = {"em": exact_match(given, example.answers), "f1": token_f1(given, example.answers)}
         return {"score": scores[self.metric], **scores}
+
+    def cut(self, answer: str) -> str:
+        """The answer up to the stop."""
+        return answer.split(self.stop, 1)[0].strip()
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,14 @@ def test_a_classifications_classes_are_its_choices_and_all_that_is_to_be_found_i
     assert first.choices == ("Food", "Place") and second.answers == ("71, 72",)
 
 
+def test_questions_whose_text_holds_no_answer_are_passed_over(tmp_path: Path) -> None:
+    unanswerable = MUSIQUE | {"id": "2hop__3_4", "answerable": False}
+    hub = {"id": "h", "context": STORY, "question": "Who flies?", "answers": {"text": [], "answer_start": []}}
+    rows = written(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, (unanswerable, MUSIQUE, hub))))
+    assert [row.id for row in rows] == ["2hop__1_2"]
+    assert written(tmp_path / "rows.json", json.dumps([unanswerable, MUSIQUE, hub])) == rows
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
