@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 
 from benchmarks import progressive, replayed_delay
 from benchmarks.scale import cut, makespan
+from benchmarks.study_quality import Table, deltas, figures, quantization, selection
 from benchmarks.sweep_bound import account, must_s
 from testbed.experiment.row import STAGES
 from testbed.net.profile.profile import parse_profile
+from tests.analysis.make_run import make_run, rewrite
 
 ROW: dict[str, Any] = {
     **dict.fromkeys(STAGES, 0.0),
@@ -110,3 +113,36 @@ def test_a_replay_of_times_alone_is_short_where_delays_vary_and_one_of_both_dela
     off = {how: median(replayed_delay.round_trips(p, 100, 2.0, 60)) / truth - 1 for how, p in made.items()}
     assert (off["times"] < -0.2) == short
     assert abs(off["light"]) < 0.06 and abs(off["pair"]) < 0.06
+
+
+def test_the_studys_tables_set_our_shares_beside_the_published_ones(tmp_path: Path) -> None:
+    whole, token = "int4(group=0, symmetric=true)", "mixed(high=16, protect=3, scale=token)"
+    selector = "q2c@0.25(scope=global, layers=last, sinks=0, pool=1)"
+    run = make_run(
+        tmp_path / "run",
+        ("5g-mid",),
+        ("int8",),
+        ("split",),
+        ("passages",),
+        examples=4,
+        reference_score=0.8,
+        score=0.6,
+    )
+    rows = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    more = [
+        {**row, "codec": codec, "trial": f"{codec} {row['trial']}"}
+        for codec in (whole, token, selector)
+        for row in rows
+    ]
+    rewrite(run, [*rows, *({**row, "score": 0.2} for row in more)])
+    lines = figures([run])
+    assert {(line["setting"], line["n"]) for line in lines} == {
+        (codec, 4) for codec in ("int8", whole, token, selector)
+    }
+    assert [round(line["kept"], 6) for line in lines] == [0.75, 0.25, 0.25, 0.25]
+    table = Table(lines)
+    ours = next(line for line in quantization(table) if "smollm2" in line)
+    assert [cell.split(" [")[0].strip() for cell in ours.split("|")[3:6]] == ["75", "25", "25"]
+    assert any("| .800 | .200 | – | – | – |" in line for line in selection(table))
+    assert not any("smollm2" in line for line in deltas(table))
+    assert sum("published" in line for line in quantization(table)) == 7 + 4

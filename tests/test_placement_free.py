@@ -10,7 +10,9 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from pandas.testing import assert_frame_equal
 
+from benchmarks.publish import publish
 from testbed.analysis import claims, compare
 from testbed.analysis.figures import FIGURES, NotInThisRun, figure
 from testbed.analysis.recommend import recommend
@@ -201,3 +203,24 @@ class TestAScenario:
         assert [cell.identity(again) for cell in again.cells(0, 300)] == [
             c.identity(plan) for c in plan.cells(0, 300)
         ]
+
+
+def test_published_rows_are_those_of_the_run_in_less_room_and_without_its_paths(
+    unlinked: Path, tmp_path: Path
+) -> None:
+    assert publish(unlinked, tmp_path / "kept") == 14
+    first, second = load(unlinked), load(tmp_path / "kept")
+    assert not second.gaps() and second.scenario == first.scenario
+    said = ["started_at", "host"]
+    order = ["trial"]
+    assert_frame_equal(
+        first.rows.drop(columns=said).sort_values(order, ignore_index=True),
+        second.rows.drop(columns=said).sort_values(order, ignore_index=True),
+    )
+    assert set(second.rows["host"]) == {""}
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"manifest.json", "trials.parquet"}
+    assert "command" not in second.manifest
+    verdicts = [[(claim.name, found) for claim, found in claims.judge([run])[0]] for run in (first, second)]
+    assert str(verdicts[0]) == str(verdicts[1])  # in which NaN is itself
+    first.rows.iloc[:3].to_parquet(tmp_path / "kept" / "trials.parquet")
+    assert load(tmp_path / "kept").gaps() == ["trials.jsonl is missing"]

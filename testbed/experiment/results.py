@@ -36,6 +36,8 @@ from testbed.units import exact_time
 FORMAT = 9
 
 SPANS = "spans.jsonl"
+#: In a manifest: how many rows were kept as ``trials.parquet`` alone, on purpose.
+PUBLISHED = "published"
 #: What only locks it, where a directory cannot be locked itself: it is no part of a run. What a kill may leave before there is a
 #: manifest: copies of traces, which have their digests in their names.
 _LOCK, _BEFORE = ".lock", "traces"
@@ -379,6 +381,9 @@ class RunDirectory:
         except (OSError, ValueError):
             table = pd.DataFrame()
         rows = [as_now({str(k): v for k, v in row.items()}) for row in table.to_dict("records")]
+        with contextlib.suppress(UsageError):
+            if len(rows) == self.manifest().get(PUBLISHED):
+                return rows, []
         return rows, ["trials.jsonl is missing"]
 
     def finished(self) -> set[str]:
