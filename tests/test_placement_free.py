@@ -127,6 +127,17 @@ class TestItsRows:
         )
         assert merged == whole
 
+    def test_of_a_scout_say_what_it_chose_and_not_when(self, scenario: Path, tmp_path: Path) -> None:
+        with undrawn():
+            done = free(
+                str(scenario), "--out", str(tmp_path / "scout"),
+                placements=["scout"], codecs=["q2c@0.25(scope=global)"], examples=1,
+            )  # fmt: skip
+        assert done.status == 0, done.errors
+        for row in rows(tmp_path / "scout"):
+            assert row["choice_overlap"] == 1 and row["payload_bytes"] > 0
+            assert row["e2e_s"] is None and row["busy_transmit_s"] is None
+
 
 class TestWhatReadsThem:
     def test_draws_what_needs_no_times_and_says_of_the_rest_why_not(self, unlinked: Path) -> None:

@@ -63,7 +63,7 @@ def test_the_score_is_rouge_l(path: Path) -> None:
     scores = task.score(" Many bridges are in need of repair.\nMore.", example)
     assert scores["score"] == pytest.approx(2 * 3 / (3 + 7)) and scores["em"] == 0
     assert task.score(" Bridges need repair.", example) == {"score": 1.0, "em": 1.0, "f1": 1.0}
-    for shown in task.demonstrations:  # type: ignore[attr-defined]
+    for shown in task.demonstrations:
         assert task.score(shown.answers[0], shown)["score"] == 1.0
 
 
