@@ -127,18 +127,18 @@ def _published(value: float | None) -> str:
 def selection(table: Table) -> list[str]:
     """Score by selector, at each ratio."""
     lines = ["| | who | n | full cache | Q2C | SnapKV | H2O | random |", "|---|---|--:|--:|--:|--:|--:|--:|"]
-    for place, ratio in enumerate(("25 %", "50 %"), start=1):
-        for name, found in SELECTION.items():
-            cells = " | ".join(f"{value:.3f}".lstrip("0") for value in (found[0], *found[place]))  # type: ignore[misc]
-            lines.append(f"| {ratio} | {name}, SQuAD v2: published | 50 | {cells} |")
-    for ratio, text in ((0.25, "25 %"), (0.5, "50 %"), (0.75, "75 %")):
+    for name, (full, quarter, half) in SELECTION.items():
+        for share, scores in (("25 %", quarter), ("50 %", half)):
+            cells = " | ".join(f"{value:.3f}".lstrip("0") for value in (full, *scores))
+            lines.append(f"| {share} | {name}, SQuAD v2: published | 50 | {cells} |")
+    for ratio, share in ((0.25, "25 %"), (0.5, "50 %"), (0.75, "75 %")):
         for kind, selectors in _SELECTORS.items():
             for pair in table.pairs:
-                found = [table.of(pair, name.format(f"{ratio:g}")) for name in selectors]
-                if any(found[:3]):
-                    full = next(f"{line['full']:.3f}".lstrip("0") for line in found if line)
-                    scores = " | ".join(map(_score, found))
-                    lines.append(f"| {text} | {table.who(pair, kind)} | {full} | {scores} |")
+                found = [table.of(pair, selector.format(f"{ratio:g}")) for selector in selectors]
+                known = [line for line in found[:3] if line]
+                if known:
+                    whole, cells = f"{known[0]['full']:.3f}".lstrip("0"), " | ".join(map(_score, found))
+                    lines.append(f"| {share} | {table.who(pair, kind)} | {whole} | {cells} |")
     return lines
 
 

@@ -19,7 +19,7 @@ from tests.analysis.make_run import make_run
 
 ROOT = Path(__file__).parents[1]
 LEFT_OUT = shutil.ignore_patterns(
-    ".*", "__pycache__", "*.egg-info", "build", "dist", "results*", "tests", "benchmarks"
+    ".*", "__pycache__", "*.egg-info", "build", "dist", "results", "results-published", "tests", "benchmarks"
 )
 OPTIONAL = {"datasets", "kvpress", "ray"}
 """What is imported only where it is installed: each refusal names it."""

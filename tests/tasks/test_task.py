@@ -123,7 +123,8 @@ def test_a_mistake_is_told_in_one_line_with_its_remedy(written: object, told: st
 
 def test_every_task_is_described() -> None:
     described = {row.name: row for row in describe()}
-    assert list(described) == ["needle", "multikey", "variables", "passages", "choice", "multihop", "qa"]
+    generated = ["needle", "multikey", "variables"]
+    assert list(described) == [*generated, "passages", "choice", "multihop", "qa", "summary", "mmlu"]
     assert described["needle"].parameters == {"needles": "1", "depth": "random", "distractors": "0"}
     assert described["qa"].parameters["path"] is None
     assert described["needle"].metric == "em" and described["passages"].metric == "f1"
