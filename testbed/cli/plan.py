@@ -41,16 +41,16 @@ def plan(scenario: str, **changes: Any) -> Any:
             c["placement"],
             c["codec"] or "-",
             c["delivery"],
-            c["transport"],
-            c["profile"],
+            *([c["transport"], c["profile"]] if linked else []),
             format_size(c["payload_bytes"]),
-            "unknown" if c["transmit_s"] is None else format_time(c["transmit_s"]),
+            *(["unknown" if c["transmit_s"] is None else format_time(c["transmit_s"])] if linked else []),
             *([c["load"], c["serving"]] if loaded else []),
             *([c["allocate"]] if planned.scenario.allocate else []),
         ]
         for c in cells
     ]
-    header = ["task", "placement", "codec", "delivery", "transport", "profile", "payload", "transmit"]
+    across = (["transport", "profile"], ["transmit"]) if linked else ([], [])
+    header = ["task", "placement", "codec", "delivery", *across[0], "payload", *across[1]]
     header += ["load", "serving"] if loaded else []
     text = table(rows, header + (["allocate"] if planned.scenario.allocate else []))
     if loaded:
