@@ -1,13 +1,14 @@
 """Kill a run with SIGKILL again and again, clean up, resume, and count: nothing left behind, every trial exactly once.
 
-    sudo .venv/bin/python -m benchmarks.kill_resume [--kills 20] [--pipeline [RUN …] [--stop]] [--json]
+    sudo .venv/bin/python -m benchmarks.kill_resume [--kills 20] [--pipeline [RUN …] [--stop | --interrupt]] [--json]
 
 The model is a tiny random one; the namespaces, links, sockets and processes are real. What the host's own network looks like
 (``ip addr``, ``ip route``, ``iptables-save``, ``sysctl -a``) is compared before and after.
 
 --pipeline: runs of every placement, delivery and transport on a link of 4 Mbit/s, so that most of a trial is transmission. In
 turn the whole run is killed, its edge, and its cloud; with --stop, edge and cloud are stopped (SIGSTOP) instead, and the run has
-to end by itself. Their links and machine are not measured first.
+to end by itself; with --interrupt, the run has SIGINT and SIGTERM in turn, and has to leave nothing before anything is cleaned.
+Their links and machine are not measured first.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.command import hear_signals
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,9 +75,9 @@ examples: 3
 """,
     "datagram": f"""{_PIPELINE}
 placements: [split, store, cloud, edge]
-codecs: [int8]
+codecs: [planes]
 transport: [datagram, datagram(connection=reuse)]
-delivery: [whole, stream(chunk=64), "{_ADAPTIVE}"]
+delivery: [whole, stream(chunk=64), progressive(planes=2), "{_ADAPTIVE}"]
 examples: 5
 """,
     "scout": f"""{_PIPELINE}
@@ -86,6 +89,7 @@ examples: 5
 """,
 }
 VICTIMS = ("run", "edge", "cloud")
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 #: How long a run whose endpoint is gone or stands still may take to end.
 _ENDS_S = 60.0
 
@@ -154,6 +158,8 @@ def testbed(*arguments: str, measured: bool = True) -> subprocess.Popen[str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hear_signals,
+        process_group=0,  # all of which a terminal's Ctrl-C interrupts
     )
 
 
@@ -164,11 +170,11 @@ def torture(
     model: Path,
     scenario: str = SCENARIO,
     victims: Sequence[str] = VICTIMS[:1],
-    fate: signal.Signals = signal.SIGKILL,
+    fates: Sequence[signal.Signals] = (signal.SIGKILL,),
     measured: bool = True,
 ) -> dict[str, Any]:
-    """Kill a run or one of its endpoints `kills` times at random moments, the victims in turn, then let it end. Returns what was
-    found. fate: what an endpoint is sent."""
+    """Send a run or one of its endpoints a signal, `kills` times at random moments, victims and signals in turn, then let it end.
+    Returns what was found."""
     generator = random.Random(seed)
     directory.mkdir(parents=True, exist_ok=True)
     path, out = directory / "killed.yaml", directory / "run"
@@ -178,11 +184,17 @@ def torture(
     killed_at: list[int] = []
     ends: list[dict[str, Any]] = []
     for number in range(kills):
-        victim = victims[number % len(victims)]
+        victim, fate = victims[number % len(victims)], fates[number % len(fates)]
         process = _start(path, out, measured)
-        _let_run(process, out, generator, amid=victim != "run")
-        ends.append(_end(process, victim, fate))
+        try:
+            _let_run(process, out, generator, amid=victim != "run" or fate in INTERRUPTS)
+            ends.append(_end(process, victim, fate))
+        except BaseException:
+            process.terminate()
+            raise
         killed_at.append(_rows(out))
+        if fate in INTERRUPTS:
+            untidy.append(sorted(set(settled(mine)) - mine))
         subprocess.run([sys.executable, "-m", "testbed", "clean"], cwd=ROOT, check=True, capture_output=True)
         untidy.append(sorted(set(settled(mine)) - mine))
     last = _start(path, out, measured)
@@ -197,6 +209,7 @@ def torture(
         "longest_until_ended_s": max((end["took_s"] for end in ends), default=0.0),
         "said": sorted({end["said"] for end in ends if end["said"]})[:6],
         "rows_when_killed": killed_at,
+        "exit_statuses": sorted({end["status"] for end in ends}),
         "left_behind_after_clean": [items for items in untidy if items],
         "final_exit_status": last.returncode,
         "final_errors": errors[-500:] if last.returncode else "",
@@ -210,25 +223,22 @@ def torture(
 
 
 def _end(process: subprocess.Popen[str], victim: str, fate: signal.Signals) -> dict[str, Any]:
-    """Kill the run, or do that to its endpoint and wait until the run has ended by itself; how long that took, what it said."""
-    pid = None if victim == "run" else _endpoint(process.pid, victim)
+    """Send the run or its endpoint that signal, and wait until the run has ended; how long that took, how, what it said."""
+    pid = process.pid if victim == "run" else _endpoint(process.pid, victim)
     before, started, said = process.poll() is not None, time.monotonic(), ""
-    if victim == "run":
+    if pid is not None and not before:
+        (os.killpg if fate == signal.SIGINT else os.kill)(pid, fate)
+    try:
+        said = process.communicate(timeout=_ENDS_S)[1]
+    except subprocess.TimeoutExpired:
+        said = f"has not ended in {_ENDS_S:g} s"
         process.kill()
         process.communicate()
-    elif not before:
-        if pid is not None:
-            os.kill(pid, fate)
-        try:
-            said = process.communicate(timeout=_ENDS_S)[1]
-        except subprocess.TimeoutExpired:
-            said = f"has not ended in {_ENDS_S:g} s"
-            process.kill()
-            process.communicate()
     took_s = time.monotonic() - started
     words = re.findall(r"the (?:edge|cloud) process.*?\)|has not ended.*", said) or said.splitlines()[-1:]
-    said = re.sub(r"\d[\d.]*", "N", words[0]) if words else ""
-    return {"victim": victim, "before": before, "took_s": round(took_s, 2), "said": said}
+    said = re.sub(r"\d[\d.]*", "N", words[0]) if words and process.returncode != -signal.SIGKILL else ""
+    about = {"victim": victim, "before": before, "took_s": round(took_s, 2), "status": process.returncode}
+    return {**about, "said": said}
 
 
 def _endpoint(pid: int, side: str) -> int | None:
@@ -298,6 +308,13 @@ def good(found: dict[str, Any]) -> bool:
     return ended and not any(found[name] for name in wrong) and found["longest_until_ended_s"] < _ENDS_S
 
 
+def _asked_for(options: argparse.Namespace) -> tuple[Sequence[str], Sequence[signal.Signals]]:
+    """Whom to send signals, and which."""
+    if options.interrupt:
+        return VICTIMS[:1], INTERRUPTS
+    return (VICTIMS[1:], (signal.SIGSTOP,)) if options.stop else (VICTIMS, (signal.SIGKILL,))
+
+
 def main() -> int:
     """Print what was found; exit status 1 where anything was left, repeated, missing or changed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -305,6 +322,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pipeline", nargs="*", choices=list(PIPELINE), help="these runs, or all of them")
     parser.add_argument("--stop", action="store_true", help="stop edge and cloud")
+    parser.add_argument("--interrupt", action="store_true", help="interrupt the run")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     from tests.tiny_models import tiny_model_directory
@@ -316,10 +334,10 @@ def main() -> int:
         if options.pipeline is None:
             results[""] = torture(*about, Path(name) / "plain", model)
         else:
-            fate, victims = (signal.SIGSTOP, VICTIMS[1:]) if options.stop else (signal.SIGKILL, VICTIMS)
+            victims, fates = _asked_for(options)
             for run in options.pipeline or PIPELINE:
                 results[run] = torture(
-                    *about, Path(name) / run, model, PIPELINE[run], victims, fate, measured=False
+                    *about, Path(name) / run, model, PIPELINE[run], victims, fates, measured=False
                 )
     if options.json:
         print(json.dumps(results if options.pipeline is not None else results[""], indent=2))
