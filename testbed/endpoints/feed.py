@@ -63,7 +63,7 @@ class Context:
 
     blocks: begins a prefill in blocks; gather: what a codec's selector goes by; knowing: a cache from that layer on with its
     rotary embedding told. stored: its prefill, if that was made beforehand, as was what is encoded where nothing of the request
-    decides about it. made: for earlier requests. pace: a new one for each thread.
+    decides about it. made: for earlier requests. pace: a new one for each thread, that waits or is put forward (see `Pace`).
     """
 
     ids: list[int]
@@ -75,7 +75,7 @@ class Context:
     held: int  #: tokens before it
     gather: Callable[[Codec, Prefill, Pace], Evidence]
     knowing: Callable[[KVCache, int], KVCache]
-    pace: Callable[[], Pace]
+    pace: Callable[[bool], Pace]
     stored: Prefill | None
     made: Made
 
@@ -133,6 +133,7 @@ class Feed(Source):
         self._selected: set[str] = set()  #: levels whose tokens are chosen
         self._gathered: set[Needs] = set()  #: what is known to choose by
         self._made = context.made
+        self._on_the_clock = True  #: of a request: a slower machine is waited for
         if context.stored is not None:
             self._made.prefill = context.stored
         self._turns, self._changed = Turns(), threading.Condition()
@@ -169,7 +170,7 @@ class Feed(Source):
             self._grow(there, started, time.monotonic())
 
     def _prefill_blocks(self) -> None:
-        run, pace = self._context.blocks(), self._context.pace()
+        run, pace = self._context.blocks(), self._context.pace(True)
         ends, done = sorted({part.stop for part in self.parts}), 0
         self._made.steps.clear()  # of one that was not whole
         for end in ends:
@@ -187,7 +188,7 @@ class Feed(Source):
                 return
 
     def _prefill_layers(self) -> None:
-        pace, layers, tokens = self._context.pace(), self._made.layers, len(self._context.ids)
+        pace, layers, tokens = self._context.pace(True), self._made.layers, len(self._context.ids)
         layers.clear()  # those of one that was not whole, and its steps
         self._made.steps.clear()
         self._turns.take("prefill")
@@ -277,7 +278,8 @@ class Feed(Source):
         return Chunk(part, level, payload)
 
     def store(self) -> None:
-        """Encode beforehand, at every level that the request does not decide about."""
+        """Encode beforehand, at every level that the request does not decide about. No clock runs, so nothing is waited for."""
+        self._on_the_clock = False
         for number, level in enumerate(self.levels):
             codec = self._context.codecs.get(level)
             for index, part in enumerate(self.parts):
@@ -287,13 +289,14 @@ class Feed(Source):
         self.stored_s += sum(seconds for _, seconds in self._made.kept.values())
         self.stored_s += sum(seconds for _, seconds in self._made.payloads.values())
         self.spans.clear()
+        self._on_the_clock = True
 
     def _work(
         self, stage: str, index: int, known: float | None, work: Callable[[Pace], T]
     ) -> tuple[T, float]:
         """Does something in a turn of its own, and says how long it took; what is known is waited for."""
         with self._turns.turn(stage):
-            pace = self._context.pace()
+            pace = self._context.pace(self._on_the_clock)
             started = pace.begin()
             result = work(pace)
             if known is None:

@@ -66,7 +66,7 @@ class ReplayedFeed(Feed):
             held=0,
             gather=_never,
             knowing=_never,
-            pace=Pace,
+            pace=lambda waits: Pace(waits=waits),
             stored=stored,
             made=made,
         )

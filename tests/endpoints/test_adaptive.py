@@ -12,6 +12,7 @@ import pytest
 
 from testbed.codecs.codec import Codec
 from testbed.delivery.policies.policy import POLICIES, Policy, Situation
+from testbed.endpoints import side
 from testbed.endpoints.protocol import Stock, TrialRequest
 from testbed.models.kvcache import KVCache, nothing
 from testbed.models.loading import load_model
@@ -202,6 +203,19 @@ def test_what_was_stocked_is_not_encoded_within_the_trial(
     monkeypatch.setattr(Codec, "chunks", encoded)
     result = pair.edge.call(trial, 60)
     assert result.answer_tokens > 0 and result.store_encode_s > 0
+
+
+@pytest.mark.parametrize("delivery", ["whole", "stream(chunk=64)", "adaptive(levels=[int8, int4], chunk=60)"])
+def test_what_is_stocked_at_a_slower_edge_is_timed_by_it_and_not_waited_for(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, delivery: str
+) -> None:
+    pair = in_this_process(tiny_model("llama"), slowdown={"loopback": 1e4})
+    trial = TrialRequest("store", 0, 1, codec="int8", delivery=delivery, link=pair.link)
+    waits: list[float] = []
+    monkeypatch.setattr(side, "wait_until", waits.append)
+    pair.edge.call(Stock(trial), 60)
+    assert not waits
+    assert pair.edge.call(trial, 60).store_encode_s > 1
 
 
 def test_texts_that_wait_together_are_computed_in_one_pass(pair: Pair) -> None:
