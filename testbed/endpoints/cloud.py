@@ -100,7 +100,7 @@ class Cloud(InferenceSide):
         """Take the full cache's next-token distributions along the gold answer."""
         from testbed.models.likelihood import from_bytes
 
-        self._sessions.of(message.client).full = from_bytes(message.distributions, message.vocabulary)
+        self._sessions.of(message.client).compare(from_bytes(message.distributions, message.vocabulary))
 
     def read(self, message: Read) -> FullCache:
         """Answer an example with this side's own model and the full cache; outcomes are compared with it from now on."""
@@ -131,9 +131,10 @@ class Cloud(InferenceSide):
         with self._sessions.turn(message.client):  # which a request keeps until all is known of it
             session = self._sessions.of(message.client)
             served = session.served(message.request)
-            if message.gold not in served.outcomes:
-                served.outcomes[message.gold] = self._outcome(session, served, message.gold, message.selector)
-        return served.outcomes[message.gold]
+            known_by = served.alike(message.gold, message.selector)
+            if known_by not in session.outcomes:
+                session.outcomes[known_by] = self._outcome(session, served, message.gold, message.selector)
+        return session.outcomes[known_by]
 
     def together(self, message: Together) -> Passes:
         """Decode the latest request of a client with others like it, off every clock."""

@@ -38,7 +38,6 @@ class Served:
     #: prefix and context as they arrived; held for a client's latest request only
     past: KVCache | None = None
     trail: Trail | None = None  #: how it was decoded; held as long
-    outcomes: dict[str, Outcome] = field(default_factory=dict)  #: by gold answer
     answer_ids: list[int] = field(default_factory=list)
     #: of a scout, the context's tokens and which of them were chosen
     scouted: tuple[list[int], Positions] | None = None
@@ -46,8 +45,16 @@ class Served:
 
     def answers(self, request: wire.Request) -> bool:
         """Whether that request asks the same, as far as can be told without its payload."""
-        unlike = {"id": 0, "same_as": 0, "replay": False}
-        return structs.replace(request, **unlike) == structs.replace(self.request, **unlike)
+        return _asks(request) == _asks(self.request)
+
+    def alike(self, gold: str, selector: str) -> tuple[object, ...]:
+        """What its outcome follows from: equal for answers that were made of the same bytes, on whichever link these came."""
+        answer = (*self.answer_ids, self.answer.left_out, self.answer.planes)
+        return _asks(self.request), tuple(self.details.items()), answer, gold, selector
+
+
+def _asks(request: wire.Request) -> wire.Request:
+    return structs.replace(request, id=0, same_as=0, replay=False)
 
 
 class Session:
@@ -57,6 +64,7 @@ class Session:
         self._answered: dict[int, Served] = {}
         self._latest: Served | None = None
         self.full: Tensor | None = None  #: the full cache's next-token distributions
+        self.outcomes: dict[tuple[object, ...], Outcome] = {}  #: by what they follow from (`Served.alike`)
         self.overlaps: dict[tuple[str, ...], float] = {}  #: of scouts' choices, by what was chosen of and how
 
     def known(self, request: wire.Request) -> Served | None:
@@ -78,7 +86,12 @@ class Session:
         """Drop answers and distributions (a new example begins: none of them can come again)."""
         self._answered.clear()
         self.overlaps.clear()
-        self.full = None
+        self.compare(None)
+
+    def compare(self, full: Tensor | None) -> None:
+        """Outcomes are compared with these distributions from now on, or with none."""
+        self.full = full
+        self.outcomes.clear()
 
     def served(self, number: int) -> Served:
         """What became of a request. Raises EndpointError where nothing did."""

@@ -95,6 +95,16 @@ def test_an_outcome_is_not_made_up_from_a_cache_that_is_gone(pair: Pair) -> None
         pair.outcome(first)
 
 
+def test_answers_made_of_the_same_bytes_have_one_outcome_whichever_link_these_came_over(pair: Pair) -> None:
+    pair.cloud.call(Forget())
+    pair.reference()
+    delivery = "stream(chunk=64)"
+    first = pair.outcome(pair.ask("int8", delivery=delivery, link={"name": "slow"}))
+    again, other = (pair.ask(codec, delivery=delivery, link={"name": "fast"}) for codec in ("int8", "int4"))
+    assert pair.outcome(again) == first  # whose own cache was given up for the other's
+    assert pair.outcome(other) != first
+
+
 def test_a_slower_machine_leaves_the_answer(pair: Pair, slow: Pair) -> None:
     assert [side.speed for side in slow.loaded] == [Speed(5.0, 5.0), Speed(20.0, 20.0)]
     given = {
