@@ -14,7 +14,7 @@ from testbed.deadline import Deadline
 from testbed.delivery.delivery import TEXT
 from testbed.endpoints.clocks import Clocks, Here
 from testbed.endpoints.feed import Chunk, Source
-from testbed.endpoints.protocol import ROUNDING_S, Link, TrialRequest, TrialResult
+from testbed.endpoints.protocol import ROUNDING_S, Cost, Link, TrialRequest, TrialResult
 from testbed.endpoints.spans import CLOUD, LINK, Span, billed
 from testbed.endpoints.verdicts import Verified, verified
 from testbed.errors import EndpointError, RefusedError, TestbedError
@@ -107,6 +107,16 @@ class Client:
     def __init__(self) -> None:
         self._kept: dict[tuple[str, str], Stream] = {}
         self._clocks = Clocks()
+        self._lingering: tuple[Stream, int] | None = None  #: and what was sent again towards this side
+
+    def hang_up(self) -> Cost:
+        """Close the connection that lingers. Raises EndpointError where none does."""
+        if self._lingering is None:
+            raise EndpointError("no connection is open that was to be closed")
+        (connection, sent_again), self._lingering = self._lingering, None
+        connection.finish()
+        cost = connection.stats()
+        return Cost(cost.sent + cost.received, cost.sent_again + sent_again)
 
     def close(self) -> None:
         """Give up the connections that were kept."""
@@ -176,6 +186,8 @@ class Client:
 
     def _prepared(self, link: Link) -> Offset | None:
         """All that asking needs is there, and what the cloud's clock says, where it has one of its own."""
+        if self._lingering is not None:  # nobody wanted to know what it cost
+            self.hang_up()
         parse(link.transport).prepare()
         return self._clocks.look(link) if link.apart else None
 
@@ -190,7 +202,7 @@ class Client:
         deadline, transport = Deadline(link.timeout), parse(link.transport).closed(link.secret)
         connection, fresh = self._connect(transport, link)
         before = _NOTHING if fresh else connection.stats()
-        exchange, keep = _Exchange(clock=Clock(looked) if looked else None), False
+        exchange, keep, lingers = _Exchange(clock=Clock(looked) if looked else None), False, False
         try:
             converse(connection, exchange, deadline)
             if looked is not None:
@@ -200,15 +212,17 @@ class Client:
             if deadline.passed(spans[-1].end):  # as it would have been had the cloud computed it again
                 raise EndpointError(f"nothing arrived within {deadline}")
             judged = _verified(exchange)
+            assert exchange.answer is not None
             keep = transport.connection == "reuse" and not exchange.unverified
+            if lingers := link.lingers and fresh and not keep:
+                self._lingering = connection, exchange.answer.retransmits
         finally:
             if keep:
                 self._kept[link.name, link.transport] = connection
-            else:
+            elif not lingers:
                 self._kept.pop((link.name, link.transport), None)
                 connection.finish()
         cost = connection.stats()
-        assert exchange.answer is not None
         return Answered(
             answer=exchange.answer,
             spans=spans,

@@ -24,7 +24,9 @@ from testbed.endpoints.local import answered_here
 from testbed.endpoints.plane_feed import PlaneFeed
 from testbed.endpoints.protocol import (
     Asked,
+    Cost,
     FullCache,
+    HangUp,
     Keep,
     Learn,
     Link,
@@ -78,6 +80,7 @@ class Edge(InferenceSide):
             Keep: self.keep,
             Stock: self.stock,
             TrialRequest: self.trial,
+            HangUp: self.hang_up,
         }
         return {**super().handlers(), **own}
 
@@ -144,6 +147,10 @@ class Edge(InferenceSide):
             if ran_out(error):
                 self._at_hand = None
             raise
+
+    def hang_up(self, message: HangUp) -> Cost:
+        """Close the latest trial's connection."""
+        return self._client.hang_up()
 
     def _trial(self, message: TrialRequest) -> TrialResult:
         if message.placement == "edge":

@@ -19,7 +19,7 @@ from testbed.speed.words import HERE, Speed
 from testbed.tasks.task import Example
 from testbed.transport.secret import Secret
 
-VERSION = 5
+VERSION = 6
 
 Count = Annotated[int, Meta(ge=0, le=1 << 48)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
@@ -222,7 +222,8 @@ class Compare(Message[None]):
 class Link(Part):
     """Where the cloud is, and how it is asked. name: of the conditions, by which a connection that is kept is found again.
     transport: canonical text; congestion: the control that it uses where it names none. apart: the cloud's clock is another.
-    secret: what the edge has of it, where the data path is closed.
+    secret: what the edge has of it, where the data path is closed. lingers: a connection that is not kept is closed only when
+    that is asked for (`HangUp`).
     """
 
     address: Name
@@ -234,6 +235,7 @@ class Link(Part):
     client: Name = ""
     apart: bool = False
     secret: Secret | None = None
+    lingers: bool = False
 
 
 EDGE, LINK, CLOUD = "edge", "link", "cloud"
@@ -332,6 +334,17 @@ class TrialRequest(Message[TrialResult], tag="trial"):
     delivery: str = WHOLE
     link: Link | None = None
     rate: tuple[tuple[float, float | None], ...] = ()
+
+
+class Cost(Part):
+    """What a connection cost from its request on, its end included: see `TrialResult`."""
+
+    wire_bytes: Count
+    retransmits: Count
+
+
+class HangUp(Message[Cost]):
+    """Close the latest trial's connection, which `lingers`."""
 
 
 class Stock(Message[None]):

@@ -166,10 +166,18 @@ class Pair:
         """The example's answer by the edge's model, with its full cache, on the edge alone."""
         return self._call(self.edge, protocol.Reference(batch.index, number), CALL_S)
 
-    def trial(self, trial: Trial, origin: float = 0.0) -> TrialResult:
+    def trial(self, trial: Trial, origin: float = 0.0, lingers: bool = False) -> TrialResult:
         """A trial; across the link, where its placement crosses one, as it is now. origin: when its traces began, monotonic
-        seconds."""
-        return self._call(self.edge, self._asked(trial, origin), CALL_S + self.scenario.timeout)
+        seconds. lingers: its connection is left open, for `hang_up`."""
+        asked = self._asked(trial, origin)
+        if lingers and asked.link is not None:
+            asked = structs.replace(asked, link=structs.replace(asked.link, lingers=True))
+        return self._call(self.edge, asked, CALL_S + self.scenario.timeout)
+
+    def hang_up(self, result: TrialResult) -> TrialResult:
+        """Close the connection of a trial that lingers; its result, with all that it cost."""
+        cost = self._call(self.edge, protocol.HangUp(), _SHORT_S)
+        return structs.replace(result, wire_bytes=cost.wire_bytes, retransmits=cost.retransmits)
 
     def stock(self, trial: Trial) -> None:
         """What a trial of `store` finds made; not where each trial is to make all of its own."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from testbed.endpoints.protocol import Loaded, Outcome, Span
 from testbed.errors import EndpointError, NetworkError
 from testbed.experiment import expected, inputs
 from testbed.experiment.compute import Start
+from testbed.experiment.crossing import Crossing
 from testbed.experiment.deployment import Batch
 from testbed.experiment.environment import cpu_name, describe_host, host_name
 from testbed.experiment.gate import Gate
@@ -76,8 +76,6 @@ class Runner:
         self._threads: int | None = None  #: of the edge's compute
         self._host = self._cpu = ""  #: the machine's, as rows have them
         self._unlike = ""  #: that an earlier start of this run computed in another number
-        self._current: Profile | None = None
-        self._origin = time.monotonic()  #: when traces begin
 
     def execute(self) -> None:
         """Run every trial that has not finished. Raises KeyboardInterrupt, NetworkError, EndpointError: the rows so far stay."""
@@ -105,6 +103,7 @@ class Runner:
                 yield
                 return
             self.session = stack.enter_context(self.opening(self.plan, self.directory, self._tally.say))
+            self._crossing = Crossing(self.plan, self.session)
             loaded = self._load()
             if self.session.linked:
                 self._gate = self._prove_compute(loaded)
@@ -244,7 +243,7 @@ class Runner:
 
     def _measured(self, profile: Profile) -> Calibration:
         """The swept link, put under that profile."""
-        self._apply(profile)
+        self._crossing.apply(profile)
         return self.session.network.calibrate(self.plan.link, profile)
 
     def _prove_compute(self, loaded: dict[str, Loaded]) -> Gate:
@@ -265,29 +264,9 @@ class Runner:
         gate.open(self.accept_uncalibrated)
         return gate
 
-    def _apply(self, profile: Profile, restart: bool = False, since_s: float = 0.0) -> None:
-        """Puts the link under a profile; `restart`: its traces begin now, or are so many seconds old."""
-        if restart or profile != self._current:
-            network = self.session.network
-            network.settle(self.plan.link)
-            self._origin = time.monotonic() - since_s if restart else self._origin
-            network.apply(self.plan.link, profile, self._origin)
-            self._current = profile
-
-    def _align(self, trial: Trial) -> float | None:
-        """Puts the link under a trial's profile; how far its traces, which begin with the trial or the run, have come."""
-        profile, at = trial.cell.profile, self.scenario.at
-        since_s = 0.0
-        if at == "example" and profile.changes:
-            number = trial.number + trial.repeat * self.scenario.examples_of(trial.cell.task)
-            asked = self.scenario.examples_of(trial.cell.task) * self.scenario.repeats
-            since_s = profile.length_s * number / asked
-        self._apply(profile, restart=profile.changes and at != "run", since_s=since_s)
-        return time.monotonic() - self._origin if profile.changes else None
-
     def _make_trials(self) -> None:
         self._tally.begin()
-        self._origin, self._current = time.monotonic(), None
+        self._crossing.begin()
         for batch in self._batches:
             task = self.plan.tasks[batch.task]
             for number in self._numbers(batch):
@@ -297,8 +276,8 @@ class Runner:
                 if self._gate is not None:
                     self._gate.between()
                 reference = self._reference(batch, number, task, todo)
-                for trial in todo:
-                    row, spans = self._trial(trial, task, reference)
+                for trial, following in zip(todo, [*todo[1:], None], strict=True):
+                    row, spans = self._trial(trial, task, reference, following)
                     self.directory.append(row, spans)
                     if self.on_row is not None:
                         self.on_row(row, spans)
@@ -342,8 +321,10 @@ class Runner:
             self._identities[cell] = cell.identity(self.plan)
         return self._identities[cell]
 
-    def _trial(self, trial: Trial, task: Task, reference: Reference) -> tuple[Row, Sequence[Span]]:
-        """One request: its row and its spans; what fails is in the row's `error`."""
+    def _trial(
+        self, trial: Trial, task: Task, reference: Reference, following: Trial | None
+    ) -> tuple[Row, Sequence[Span]]:
+        """One request: its row and its spans; what fails is in the row's `error`. following: the one behind it, if any."""
         profile = trial.cell.profile
         calibrated = profile.text() not in self._uncalibrated
         row = new_row(trial, self.plan, self.session.network.emulation, reference, calibrated)
@@ -366,9 +347,9 @@ class Runner:
                 self.session.pair.stock(trial)
                 if self.plan.rehearses(trial.cell):
                     self.session.pair.rehearse(trial)
-                row.trace_s = self._align(trial)
+                row.trace_s = self._crossing.align(trial)
                 with self.session.account.trial(profile.name) as warnings:
-                    result = self.session.pair.trial(trial, self._origin)
+                    result = self._crossing.trial(trial, following)
                 outcome = self.session.pair.outcome(result.request, trial)
         except EndpointError as error:
             if not self.session.pair.alive:

@@ -50,6 +50,10 @@ class Loopback:
         """Nothing is ever under way."""
         return True
 
+    def hurry(self, link: str) -> bool:
+        """No link is slow."""
+        return False
+
     def counters(self, link: str) -> dict[str, Counters]:
         """Nobody counts."""
         return {}

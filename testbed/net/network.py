@@ -66,6 +66,10 @@ class Network(Protocol):
         """Waits until nothing is under way on the link any more; whether that was so before `patience_s` were over."""
         ...
 
+    def hurry(self, link: str) -> bool:
+        """Has the link carry at once whatever it carries, until `apply`: of what is measured no more. Whether it does."""
+        ...
+
     def counters(self, link: str) -> Mapping[str, Counters]:
         """What crossed the link each way since it is there; empty where nobody counts."""
         ...

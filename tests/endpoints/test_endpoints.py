@@ -18,7 +18,7 @@ from msgspec import structs
 from testbed.deadline import Deadline
 from testbed.endpoints import answering, cloud
 from testbed.endpoints.endpoint import Endpoint
-from testbed.endpoints.protocol import Forget, Hello
+from testbed.endpoints.protocol import Forget, HangUp, Hello
 from testbed.errors import EndpointError
 from testbed.experiment import deployment, gate
 from testbed.hosts.local import Local, Namespace
@@ -194,6 +194,17 @@ def test_an_answer_that_was_another_payloads_has_no_outcome(pair: Pair) -> None:
     assert received[1] is not None and isinstance(received[1].header, wire.Answer)
     with pytest.raises(EndpointError, match="unlike"):
         pair.outcome(7 << 30)
+
+
+def test_a_connection_that_lingers_is_closed_and_counted_when_that_is_asked_for(pair: Pair) -> None:
+    for _ in range(2):  # nobody has to ask
+        result = pair.ask("int8", link={"lingers": True})
+    cost = pair.edge.call(HangUp(), 10)
+    segments = (cost.wire_bytes - result.wire_bytes) // 66  # headers: each way's end, and what confirms them
+    assert 2 <= segments <= 6
+    assert cost.retransmits == result.retransmits == 0
+    with pytest.raises(EndpointError, match="no connection is open"):
+        pair.edge.call(HangUp(), 10)
 
 
 def test_tokens_are_counted_and_each_has_its_time(pair: Pair) -> None:

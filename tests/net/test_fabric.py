@@ -393,6 +393,11 @@ def test_a_link_settles_when_its_last_packets_have_left_and_not_while_traffic_go
             assert fabric.counters(link)["up"].cleared == 1
             fabric.apply(link, slow)
             assert fabric.settle(link)
+            datagrams.sendto(b"x", (address, 9))
+            assert fabric.hurry(link) and fabric.settle(link, 0.05)
+            fabric.apply(link, slow)
+            counted = fabric.counters(link)
+            assert (counted["up"].cleared, counted["down"].cleared) == (1, 0)
 
 
 @pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP])

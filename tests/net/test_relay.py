@@ -150,6 +150,27 @@ def test_what_a_line_is_cleared_of_is_counted_as_no_loss_and_delays_nothing_that
     assert (line.under_way, line.held_bytes, line.waiting_bytes) == (0, 0, 0)
 
 
+def test_what_is_hurried_arrives_at_once_in_its_order_and_so_does_what_follows_but_for_what_is_lost():
+    line = Recorder(rate_bps=1e6, delay_s=0.3, queue_bytes=100_000)
+    frames = [bytes(24) + bytes([number]) * 1250 for number in range(7)]
+    for frame in frames[:5]:
+        line.line.enter(frame, 0.0)  # the last of them would leave at 350 ms
+    line.line.advance(0.315)
+    line.line.hurry(0.315)
+    assert line.left == frames[:5]
+    line.line.enter(frames[5], 0.316)
+    assert line.line.leaves == 0.316
+    line.line.advance(0.316)
+    line.line.apply(Conditions(loss=1.0, delay_s=0.3), 0.4)
+    line.line.hurry(0.4)
+    line.line.enter(frames[6], 0.4)
+    line.line.advance(1.0)
+    counted = line.line.counted
+    assert line.left == frames[:6]
+    assert (counted.delivered, counted.cleared, counted.dropped_queue, counted.dropped_loss) == (6, 0, 0, 1)
+    assert (line.line.under_way, line.line.held_bytes, line.line.waiting_bytes) == (0, 0, 0)
+
+
 def test_a_frame_that_cannot_be_delivered_is_counted_and_ends_nothing():
     def refuse(_: bytes) -> None:
         raise OSError
@@ -283,6 +304,17 @@ def test_the_process_changes_conditions_when_told():
         running.b.send(FRAME)
         running.a.recv(2000)
         assert running.ask(do="counters")["up"]["dropped_loss"] == 1
+
+
+def test_the_process_hurries_what_is_under_way_when_told():
+    with Process({"delay_s": 1e3}) as running:
+        running.a.send(FRAME)
+        while not running.ask(do="under_way")["packets"]:
+            pass
+        assert running.ask(do="hurry") == {}
+        assert running.b.recv(2000) == FRAME
+        running.a.send(FRAME[:110])
+        assert running.b.recv(2000) == FRAME[:110]
 
 
 @pytest.mark.parametrize("end", ["stop", "closed", "nonsense"])

@@ -91,6 +91,10 @@ class Attachment(ABC):
         *fresh*: packets under way are dropped (`Counters.cleared`), so that nothing of before is met.
         """
 
+    def hurry(self) -> bool:
+        """Carries what is under way, and all that enters until conditions are applied again, at once: whether it can."""
+        return False
+
     @abstractmethod
     def under_way(self) -> int:
         """How many packets are on the link, both ways."""

@@ -257,6 +257,11 @@ class Fabric:
             now = time.monotonic()
         return False
 
+    def hurry(self, link: str) -> bool:
+        """See `Network.hurry`; not in a cell, whose users share what there is. Raises SpecError: no such link; NetworkError."""
+        number = self.topology.link_number(link)
+        return self.topology.links[number].cell is None and self._attachments[number].hurry()
+
     def check(self) -> None:
         for attachment, link in zip(self._attachments, self.topology.links, strict=True):
             if (fate := attachment.fate()) is not None:

@@ -175,6 +175,11 @@ class Real:
         time.sleep(_SETTLING_S if patience_s is None else min(patience_s, _SETTLING_S))
         return True
 
+    def hurry(self, link: str) -> bool:
+        """Nobody can make a link faster."""
+        self.topology.link_number(link)
+        return False
+
     def counters(self, link: str) -> dict[str, Counters]:
         """Nobody counts what no host shapes: an interface's own figures have others' packets in them."""
         self.topology.link_number(link)

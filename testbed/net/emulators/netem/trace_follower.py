@@ -197,6 +197,9 @@ class Follower:
         self.due = monotonic()
         self.step(self.due)
 
+    def hurry(self, link: str) -> None:
+        """Nobody asks it to."""
+
     def under_way(self, link: str) -> int:
         """The queueing disciplines hold the packets, not this process."""
         return 0

@@ -1,5 +1,5 @@
-"""A process that serves links, from inside: orders to it, one JSON message each (``apply``, ``counters``, ``under_way``,
-``share``, ``remove`` for a ``link``; ``stop``), and its punctuality. From outside: `serving`.
+"""A process that serves links, from inside: orders to it, one JSON message each (``apply``, ``hurry``, ``counters``,
+``under_way``, ``share``, ``remove`` for a ``link``; ``stop``), and its punctuality. From outside: `serving`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Orders(Protocol):
     def apply(
         self, link: str, conditions: dict[str, dict[str, Any]], files: list[int], fresh: bool = False
     ) -> None: ...
+    def hurry(self, link: str) -> None: ...
     def under_way(self, link: str) -> int: ...
     def counters(self, link: str) -> dict[str, dict[str, float]]: ...
     def share(self, link: str, scheduler: str) -> None: ...
@@ -82,6 +83,9 @@ class Control:
     def _answer(self, order: dict[str, Any], files: list[int], relay: Orders) -> dict[str, Any]:
         if order["do"] == "apply":
             relay.apply(order["link"], order["conditions"], files, bool(order.get("fresh")))
+            return {}
+        if order["do"] == "hurry":
+            relay.hurry(order["link"])
             return {}
         if order["do"] == "counters":
             return dict(relay.counters(order["link"]))

@@ -60,7 +60,8 @@ class Line:
         self.worst_lateness = self.recent_lateness = 0.0  # ever; since the counters were last read
         # Bytes left of a packet from that time on, when conditions changed while it was sent.
         self.owed, self.owed_from = 0.0, inf
-        # What the conditions come to; see `apply`.
+        self._conditions = Conditions()
+        # What they come to; see `apply`.
         self._delay_s = 0.0
         self._impair: Onward | None = None
         self._lost: Lost | None = None  # in place of the above
@@ -76,7 +77,7 @@ class Line:
         if conditions.seed is not None and conditions.seed != self.seed:
             self.seed = conditions.seed
             self.chance.seed(self.seed)
-        self._delay_s = conditions.delay_s
+        self._conditions, self._delay_s = conditions, conditions.delay_s
         context = Context(
             conditions, self.chance, self.counted, self._travel, self._overtake, self.under_way_bytes
         )
@@ -113,11 +114,23 @@ class Line:
     def clear(self) -> None:
         """Drops what is under way, and forgets it: what enters next keeps no order with it and waits for none of it."""
         self.counted.cleared += self.under_way
+        self._forget()
+
+    def _forget(self) -> None:
         self.flight.clear()
         self.queue.clear()
         self.last_arrival = self.free = self.begins = self.owed = 0.0
         self.leaves = self.owed_from = inf
         self.waiting_bytes = self.held_bytes = 0
+
+    def hurry(self, now: float) -> None:
+        """What is under way arrives at once, in its order; so does what enters from now on, but for what chance loses of it."""
+        self.advance(now)
+        for item in (*self.queue, *self.flight):
+            self._leave(item, now)
+        self._forget()
+        conditions = self._conditions
+        self.apply(Conditions(loss=conditions.loss, loss_model=conditions.loss_model), now)
 
     def _unsent(self, now: float) -> float:
         """Bytes of the first in the queue that are still to be sent."""

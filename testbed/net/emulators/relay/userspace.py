@@ -213,6 +213,10 @@ class RelayAttachment(Attachment):
     def share(self, scheduler: str) -> None:
         self.relay.ask(self._link, {"do": "share", "scheduler": scheduler})
 
+    def hurry(self) -> bool:
+        self.relay.ask(self._link, {"do": "hurry"})
+        return True
+
     def under_way(self) -> int:
         return int(self.relay.ask(self._link, {"do": "under_way"})["packets"])
 
