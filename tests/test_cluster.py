@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -165,6 +168,52 @@ def test_options_that_do_not_go_together_are_one_line(
     ended = command("run", "quick", *arguments)
     assert (ended.status, ended.errors.count("\n")) == (2, 1), ended.errors
     assert not list(tmp_path.iterdir())
+
+
+class TestAnAddressWhereNoClusterIs:
+    @pytest.fixture
+    def other(self) -> Iterator[str]:
+        """Somebody who listens, and says something else."""
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+    @pytest.fixture(autouse=True)
+    def _impatient(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(cluster, "_KNOCK_S", 0.3)
+        monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    @pytest.mark.parametrize("said", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+    def test_is_one_line_within_seconds_whoever_listens_there(self, said: bytes, tmp_path: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+
+            def answer() -> None:
+                talking, _ = listening.accept()
+                talking.sendall(said)
+                with talking, contextlib.suppress(ConnectionError):
+                    while talking.recv(1024):
+                        pass
+
+            talking = threading.Thread(target=answer)
+            talking.start()
+            address = f"127.0.0.1:{listening.getsockname()[1]}"
+            ended = command("run", "quick", "--ray", address, "--out", str(tmp_path / "out"))
+            talking.join()
+        assert (ended.status, ended.errors.count("\n")) == (2, 1)
+        assert f"--ray {address}: cannot be reached" in ended.errors
+        assert not (tmp_path / "out").exists()
+
+    def test_is_named_with_who_said_it(
+        self, other: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        noted = tmp_path / "ray" / "ray_current_cluster"
+        noted.parent.mkdir()
+        noted.write_text(other)
+        ended = command("run", "quick", "--ray", "auto")
+        assert ended.status == 2 and f"--ray auto ({other}, by {noted}): cannot be reached" in ended.errors
+        monkeypatch.setenv("RAY_ADDRESS", other)
+        ended = command("run", "quick", "--ray", "auto")
+        assert ended.status == 2 and f"--ray auto (RAY_ADDRESS={other}): cannot be reached" in ended.errors
 
 
 def test_nothing_imports_ray_where_no_cluster_is_asked_for() -> None:

@@ -37,7 +37,7 @@ def merge(directories: tuple[Path, ...], out: Path | None, partial: bool, want_j
     from testbed.experiment.shards import FOLDER
 
     if out is None:
-        if len(directories) > 1 or not (directories[0] / FOLDER).is_dir():
+        if len(directories) > 1 or (directories[0].is_dir() and not (directories[0] / FOLDER).is_dir()):
             raise UsageError("say with --out DIR where the run is to be")
         (out,) = directories
     return put_together(directories, out, partial, want_json)

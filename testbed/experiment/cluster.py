@@ -39,6 +39,13 @@ _ROWS = "trials.jsonl"
 _ATTEMPTS = 5
 _LOOK_S, _GRACE_S = 0.2, 30.0
 _START = f"ray start --resources '{{\"{LANE}\": 1}}'"
+_HEAD = _START.replace("start", "start --head")
+
+#: How a client of HTTP/2 begins, as gRPC's do, and how a server has to: with a frame SETTINGS, whose length comes first, of
+#: stream 0 (RFC 9113, 3.4 and 6.5).
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+_SETTINGS = bytes([4, 0, 0, 0, 0, 0])
+_KNOCK_S = 5.0
 
 #: What a worker sends: ("host", its name), ("lines", of which file, them), ("files", in a tar), ("end", exit status, last words).
 Message = tuple[Any, ...]
@@ -90,7 +97,10 @@ def connected(address: str, lanes: int | None) -> Iterator[int]:
                 del quiet["include_dashboard"]
                 ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-            raise UsageError(f"--ray {address}: {str(error).strip().splitlines()[0]}") from error
+            why = str(error).strip().splitlines()[0]
+            if address == "auto" and isinstance(error, ConnectionError):
+                why = f"no Ray is found on this machine; start one by  {_HEAD}  or take --ray local, for this run alone"
+            raise UsageError(f"--ray {address}: {why}") from error
         try:
             there = int(ray.cluster_resources().get(LANE, 0))
             if there < 1:
@@ -370,18 +380,41 @@ def _unpack(data: bytes, path: Path) -> None:
 
 
 def _knock(address: str) -> None:
-    """Raises UsageError where nothing listens at HOST:PORT, which Ray itself finds out after minutes."""
-    host, colon, port = address.rpartition(":")
-    if address in ("local", "auto"):
+    """Raises UsageError where no head of a cluster answers at HOST:PORT, which Ray itself finds out after minutes, or never."""
+    if address == "local":
         return
+    written, where = (address, "") if address != "auto" else _known()
+    host, colon, port = written.rpartition(":")
+    if address == "auto" and not written:
+        return  # it looks for processes
     if not colon or not port.isdecimal() or "/" in host:
         raise UsageError(
-            f"--ray {address}: write local, auto, or the HOST:PORT of the cluster's head, such as 192.0.2.1:6379"
+            f"--ray {address}{where}: write local, auto, or the HOST:PORT of the cluster's head, such as 192.0.2.1:6379"
         )
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S) as head:
+            if os.environ.get("RAY_USE_TLS", "0") == "0":
+                head.sendall(_PREFACE)
+                answers = head.recv(len(_SETTINGS) + 3, socket.MSG_WAITALL)[3:] == _SETTINGS
+                if not answers:
+                    raise OSError("what listens there is no Ray's head")
     except (OSError, OverflowError) as error:
-        raise UsageError(f"--ray {address}: cannot be reached: {error}") from error
+        raise UsageError(f"--ray {address}{where}: cannot be reached: {error}") from error
+
+
+def _known() -> tuple[str, str]:
+    """The address that `auto` takes, by Ray's environment or what was last started here, and a note of that; empty: neither."""
+    if written := os.environ.get("RAY_ADDRESS", ""):
+        return ("" if written == "auto" else written), f" (RAY_ADDRESS={written})"
+    noted = (
+        Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
+        / "ray"
+        / "ray_current_cluster"
+    )
+    with contextlib.suppress(OSError, StorageError, UnicodeDecodeError):
+        written = files.read(noted).decode().strip()
+        return written, f" ({written}, by {noted})"
+    return "", ""
 
 
 def _ray() -> Any:
