@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,11 +20,14 @@ import pytest
 
 from benchmarks import cluster_kills
 from benchmarks.kill_resume import leftovers
-from testbed.errors import EndpointError, StorageError
+from testbed.errors import StorageError
 from testbed.experiment import cluster
+from testbed.experiment.environment import host_name
 from testbed.experiment.results import RunDirectory
 from testbed.experiment.shard import Shard
+from testbed.hosts import rootless
 from tests.command import command
+from tests.net.test_rootless import REPOSITORY, opened
 from tests.runs import SCENARIO, run, undrawn
 
 ONE = {"profiles": ["rate=50mbit,delay=1ms"], "placements": ["split"], "codecs": ["fp16", "q2c@0.25+int4"]}
@@ -99,8 +103,9 @@ class TestACluster:
 
 
 def test_a_worker_with_another_testbed_says_so() -> None:
-    with pytest.raises(EndpointError, match="is not the one that drives the cluster"):
-        next(cluster.work("0" * 16, b"", ()))
+    (_, host), (end, status, why) = cluster.work("0" * 16, b"", ())
+    assert (host, end, status) == (host_name(), "end", 2)
+    assert "is not the one that drives the cluster" in why
 
 
 def test_lines_come_whole_and_spans_before_the_rows_that_they_are_of(tmp_path: Path) -> None:
@@ -114,6 +119,61 @@ def test_lines_come_whole_and_spans_before_the_rows_that_they_are_of(tmp_path: P
         spans.write(b'al": "b"}\n')
     assert list(cluster._written(tmp_path, sent)) == [("lines", "spans.jsonl", b'{"trial": "b"}\n')]
     assert not list(cluster._written(tmp_path, sent))
+
+
+#: As a plain user of a machine where nobody but root may have user namespaces.
+POWERLESS = """
+set -e
+read mapped
+{opened}
+echo {allowed} > /proc/sys/user/max_user_namespaces
+cd {repository}
+exec setpriv --reuid=1000 --regid=1000 --clear-groups env HOME=/tmp TMPDIR={place} PYTHONDONTWRITEBYTECODE=1 \\
+    {python} -m testbed {arguments}
+"""
+
+
+@pytest.mark.netns
+@pytest.mark.slow
+@pytest.mark.skipif(bool(rootless.obstacle()), reason="no user namespaces")
+@pytest.mark.parametrize(
+    ("allowed", "more", "said"),
+    [
+        (
+            0,
+            "--rootless",
+            "and --rootless does not work there either: start its Ray as root, or allow it (rootless: ",
+        ),
+        (100, "", "run with --rootless, which works there, or start its Ray as root"),
+    ],
+)
+def test_a_worker_that_may_build_no_network_says_so_and_what_would_do(
+    allowed: int, more: str, said: str, scenario: Path, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for place in (tmp_path, tmp_path / "out"):
+        place.mkdir(exist_ok=True)
+        place.chmod(0o777)
+    script = POWERLESS.format(
+        repository=REPOSITORY,
+        opened=opened(REPOSITORY, Path(sys.base_prefix), tmp_path, scenario.parent, tiny_model("llama")),
+        allowed=allowed,
+        place=tmp_path,
+        python=sys.executable,
+        arguments=f"run {scenario} --ray local --out {tmp_path}/out {more}",
+    )
+    with subprocess.Popen(
+        ["unshare", "--user", "--mount", "sh", "-c", script],
+        stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as ended:  # fmt: skip
+        process = Path(f"/proc/{ended.pid}")
+        while (process / "ns/user").readlink() == Path("/proc/self/ns/user").readlink():
+            time.sleep(0.01)
+        for ids in ("uid_map", "gid_map"):
+            (process / ids).write_text("0 0 65536")
+        errors = ended.communicate("mapped\n", timeout=120)[1]
+    assert ended.returncode == 1, errors
+    assert f" on {host_name()}: Ray runs there as user 1000, who may build no network" in errors
+    assert said in errors
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed import files
-from testbed.errors import EndpointError, StorageError, UsageError
+from testbed.errors import StorageError, UsageError
 from testbed.experiment import shards
 from testbed.experiment.environment import host_name
 from testbed.experiment.progress import Progress, Watcher
@@ -257,17 +257,11 @@ class _Driver:
 
 
 def work(digest: str, given: bytes, options: Sequence[str]) -> Iterator[Message]:
-    """A worker's part: goes on with a shard whose files are given, and sends what is written, as it is written.
-
-    Raises EndpointError where this machine's testbed is another one.
-    """
-    found = survey.copy_of_testbed()
-    if found.get("digest") != digest:
-        raise EndpointError(
-            f"{host_name()}: its testbed ({found.get('path') or 'none'}) is not the one that drives the cluster; install the "
-            "same there, such as by `testbed hosts install`, and start its Ray from that environment"
-        )
+    """A worker's part: goes on with a shard whose files are given, and sends what is written, as it is written."""
     yield "host", host_name()
+    if why := _unlike(digest) or _powerless("--rootless" in options):
+        yield "end", 2, why
+        return
     with files.scratch("testbed-shard-") as place:
         path = place / "run"  # which whoever goes on with it locks
         path.mkdir()
@@ -282,6 +276,30 @@ def work(digest: str, given: bytes, options: Sequence[str]) -> Iterator[Message]
             log.seek(0)
             words = log.read()[-4096:].decode(errors="replace").strip().splitlines()
             yield "end", process.returncode, words[-1] if words else ""
+
+
+def _unlike(digest: str) -> str:
+    """Why this machine's testbed is not the one that is wanted; empty: it is."""
+    found = survey.copy_of_testbed()
+    if found.get("digest") == digest:
+        return ""
+    return (
+        f"its testbed ({found.get('path') or 'none'}) is not the one that drives the cluster; install the same there, such as by "
+        "`testbed hosts install`, and start its Ray from that environment"
+    )
+
+
+def _powerless(rootless: bool) -> str:
+    """Why whose worker this is cannot build a network; empty: they can, or the program that will says why not."""
+    if os.geteuid() == 0:
+        return ""
+    # A worker has threads, whose locks a child that it forks itself may find taken.
+    asked = [sys.executable, "-c", "from testbed.hosts.rootless import obstacle; print(obstacle())"]
+    why = subprocess.run(asked, capture_output=True, text=True, timeout=_GRACE_S, check=False).stdout.strip()
+    who = f"Ray runs there as user {os.geteuid()}, who may build no network"
+    if not why:
+        return "" if rootless else f"{who}: run with --rootless, which works there, or start its Ray as root"
+    return f"{who}, and --rootless does not work there either: start its Ray as root, or allow it ({why})"
 
 
 @contextlib.contextmanager
