@@ -80,14 +80,14 @@ class TestACluster:
         assert len(RunDirectory.open(out).entries("calibration.json", "measurements")) == 2
         assert set(leftovers()) == before
 
-    def test_loses_a_worker_and_its_driver_but_no_trial(
+    def test_loses_a_worker_a_machine_and_its_driver_but_no_trial(
         self, scenario: Path, alone: Path, machines: cluster_kills.Machines, tmp_path: Path
     ) -> None:
         before = set(leftovers())
         met = cluster_kills.killed(
-            str(scenario), tmp_path / "out", machines, ["worker", "driver"], random.Random(1), within_s=0.1
+            str(scenario), tmp_path / "out", machines, [*cluster_kills.KINDS], random.Random(1), within_s=0.1
         )
-        assert met["worker"] == met["driver"] == 1
+        assert [met[kind] for kind in cluster_kills.KINDS] == [1, 1, 1]
         assert cluster_kills.rows(tmp_path / "out") == cluster_kills.rows(alone)
         assert command("clean").status == 0
         assert set(leftovers()) == before

@@ -315,6 +315,14 @@ class TestFourShards:
         with pytest.raises(UsageError, match="has shards of 4, and 2/5 is one of 5"):
             shards.run(other, Shard(2, 5), four, opening=in_one_process)
 
+    def test_are_not_taken_for_another_whose_directory_they_lie_in(self, four: Path, plan: Plan) -> None:
+        shutil.rmtree(four / "shards" / "2-of-4")
+        (four / "shards" / "1-of-4").rename(four / "shards" / "2-of-4")
+        with pytest.raises(UsageError, match="2-of-4: holds shard 1/4 and not 2/4; call it 1-of-4 again"):
+            shards.run(plan, Shard(2, 4), four, opening=in_one_process)
+        done = command("run", "--resume", str(four), "--shard", "2/4")
+        assert done.status == 2 and "holds shard 1/4 and not 2/4" in done.errors
+
     def test_that_are_damaged_are_refused_in_one_line(self, four: Path, tmp_path: Path) -> None:
         def complaint() -> str:
             done = command("merge", str(four), "--out", str(tmp_path / "out"))
@@ -354,6 +362,8 @@ def test_a_directory_without_shards_or_with_something_else_is_refused(tmp_path: 
         merge([tmp_path], tmp_path / "out")
     done = command("merge", str(tmp_path / "shards"))
     assert done.status == 2 and "--out DIR" in done.errors
+    done = command("merge", str(tmp_path / "none"))
+    assert done.status == 2 and "none is not a directory" in done.errors
 
 
 def test_more_shards_than_examples_leave_some_with_nothing_to_do(plan: Plan, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ _SCRIPT = """\
 cd {cwd}
 mkdir -p {shards}
 array=$(sbatch --parsable --job-name={name} --array="${{1:-1-{count}}}" {resources} \\
-    --output={log} <<'END'
+    --requeue --open-mode=append --output={log} <<'END'
 #!/bin/sh
 exec {run}
 END

@@ -184,7 +184,7 @@ def _part(text: str) -> Shard:
 
 def _begun(out: Path, shard: Shard | None) -> Path:
     """Where a run, or a shard of one, lies that is in `out`. Raises UsageError where it has not begun."""
-    from testbed.experiment.shards import found_in, place
+    from testbed.experiment.shards import begun, found_in
 
     if shard is None:
         if found_in(out) and not (out / "manifest.json").exists():
@@ -192,12 +192,7 @@ def _begun(out: Path, shard: Shard | None) -> Path:
                 f"{out} has shards: say which with --shard, or put them together with  testbed merge {out}"
             )
         return out
-    path = place(out, shard)
-    if not path.is_dir():
-        raise UsageError(
-            f"shard {shard} has not begun in {out}: begin it with  testbed run SCENARIO --shard {shard} --out {out}"
-        )
-    return path
+    return begun(out, shard).path
 
 
 def _make_way(plan: Plan) -> None:

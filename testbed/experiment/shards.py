@@ -18,7 +18,7 @@ from testbed.experiment import inputs
 from testbed.experiment.progress import Watcher
 from testbed.experiment.results import RunDirectory
 from testbed.experiment.row import Row
-from testbed.experiment.runner import Runner, begin, check_ready, take_up
+from testbed.experiment.runner import Runner, begin, check_ready, shard_of, take_up
 from testbed.experiment.scenario import Plan
 from testbed.experiment.session import Opening, as_asked
 from testbed.experiment.shard import Shard, of_folder
@@ -87,9 +87,22 @@ def prepare(
         runner = Runner(plan, begin(plan, path, shard), watch, accept_uncalibrated, shard=shard)
         runner.resumed = True
         return runner
-    directory_of = RunDirectory.open(path)
+    directory_of = begun(directory, shard)
     check_same(plan, directory_of)
     return take_up(plan, directory_of, watch, accept_uncalibrated)
+
+
+def begun(directory: Path, shard: Shard) -> RunDirectory:
+    """That shard of a run in `directory`, which has begun. Raises UsageError where it has not, or another lies in its place."""
+    path = place(directory, shard)
+    if not path.is_dir():
+        raise UsageError(
+            f"shard {shard} has not begun in {directory}: begin it with  testbed run SCENARIO --shard {shard} --out {directory}"
+        )
+    found = RunDirectory.open(path)
+    if (other := shard_of(found)) != shard:
+        raise UsageError(f"{path}: holds shard {other} and not {shard}; call it {other.folder} again")
+    return found
 
 
 def _begun(directory: Path) -> RunDirectory | None:
