@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,7 +24,10 @@ from benchmarks.kill_resume import leftovers
 from testbed.errors import StorageError
 from testbed.experiment import cluster
 from testbed.experiment.environment import host_name
+from testbed.experiment.lanes import Lanes
+from testbed.experiment.plan import load_plan
 from testbed.experiment.results import RunDirectory
+from testbed.experiment.runner import begin
 from testbed.experiment.shard import Shard
 from testbed.hosts import rootless
 from tests.command import command
@@ -106,6 +110,21 @@ def test_a_worker_with_another_testbed_says_so() -> None:
     (_, host), (end, status, why) = cluster.work("0" * 16, b"", ())
     assert (host, end, status) == (host_name(), "end", 2)
     assert "is not the one that drives the cluster" in why
+
+
+def test_a_machine_with_more_lanes_than_it_was_measured_to_carry_makes_nothing(
+    scenario: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(load_plan(str(scenario)), tmp_path / "run")
+    nodes = [{"NodeID": name, "Resources": {cluster.LANE: float(own)}} for name, own in (("a", 1), ("b", 4))]
+    known = Lanes(machine={}, emulator="userspace", profile="5g-good", rate_bps=1e8, replayed=8, computing=2)
+    monkeypatch.setattr("testbed.experiment.environment.lanes", lambda: known)
+    for node, said in (("a", ""), ("b", "4 lanes that compute: this machine was measured to carry 2; ")):
+        context = SimpleNamespace(get_node_id=lambda node=node: node)
+        ray = SimpleNamespace(nodes=lambda: nodes, get_runtime_context=lambda context=context: context)
+        monkeypatch.setattr(cluster, "_ray", lambda ray=ray: ray)
+        assert cluster._crowded(tmp_path / "run").startswith(said)
+        assert bool(said) == bool(cluster._crowded(tmp_path / "run"))
 
 
 def test_lines_come_whole_and_spans_before_the_rows_that_they_are_of(tmp_path: Path) -> None:

@@ -24,10 +24,11 @@ from typing import Any
 
 from testbed import files
 from testbed.errors import StorageError, UsageError
-from testbed.experiment import shards
+from testbed.experiment import lanes, shards
 from testbed.experiment.environment import host_name
 from testbed.experiment.progress import Progress, Watcher
 from testbed.experiment.results import SPANS, RunDirectory
+from testbed.experiment.runner import plan_of
 from testbed.experiment.scenario import Plan
 from testbed.experiment.shard import Shard, first_places, of_folder
 from testbed.hosts import survey
@@ -266,6 +267,9 @@ def work(digest: str, given: bytes, options: Sequence[str]) -> Iterator[Message]
         path = place / "run"  # which whoever goes on with it locks
         path.mkdir()
         _unpack(given, path)
+        if why := _crowded(path):
+            yield "end", 2, why
+            return
         sent = _states(path)
         with tempfile.TemporaryFile() as log:
             with _started(path, options, log) as process:
@@ -300,6 +304,18 @@ def _powerless(rootless: bool) -> str:
     if not why:
         return "" if rootless else f"{who}: run with --rootless, which works there, or start its Ray as root"
     return f"{who}, and --rootless does not work there either: start its Ray as root, or allow it ({why})"
+
+
+def _crowded(path: Path) -> str:
+    """Why this machine has more lanes than it carries of what is to be run, or cannot run it; empty: neither is known."""
+    ray = _ray()
+    here = ray.get_runtime_context().get_node_id()
+    count = next(node["Resources"].get(LANE, 0) for node in ray.nodes() if node["NodeID"] == here)
+    try:
+        lanes.check(plan_of(path), int(count))
+    except UsageError as error:
+        return str(error)
+    return ""
 
 
 @contextlib.contextmanager
