@@ -62,7 +62,7 @@ class Crossing:
         """
         transport, plan = trial.cell.transport, self._plan
         ends = isinstance(transport, Tcp) and transport.connection == "fresh"
-        alone = not plan.flows() and not plan.topology.link(self._link).pcap
+        alone = not plan.flows() and not any(link.pcap for link in plan.topology.links)
         if following is None or plan.rehearses(following.cell):  # which crosses the link as it is
             return False
         return ends and alone and following.cell.profile != trial.cell.profile
