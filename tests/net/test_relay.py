@@ -171,6 +171,22 @@ def test_what_is_hurried_arrives_at_once_in_its_order_and_so_does_what_follows_b
     assert (line.line.under_way, line.line.held_bytes, line.line.waiting_bytes) == (0, 0, 0)
 
 
+def test_what_is_hurried_is_never_late():
+    line = Recorder(delay_s=0.01).line  # whose times are long ago
+    for at in (0.0, 1.0):
+        line.enter(FRAME, at)
+        line.hurry(at + 0.001)
+        line.enter(FRAME, at + 0.002)
+        line.advance(at + 0.003)
+        assert line.counters()["recent_lateness_s"] == 0.0
+        line.apply(Conditions(delay_s=0.01), at + 0.1)
+        assert line.counters()["recent_lateness_s"] == 0.0
+    line.enter(FRAME, 2.0)
+    line.advance(3.0)
+    line.hurry(3.0)
+    assert line.counters()["recent_lateness_s"] > 0  # it was, before
+
+
 def test_a_frame_that_cannot_be_delivered_is_counted_and_ends_nothing():
     def refuse(_: bytes) -> None:
         raise OSError

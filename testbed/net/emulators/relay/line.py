@@ -58,6 +58,9 @@ class Line:
         self.leaves = inf  # when the first in `queue` has been sent
         self.waiting_bytes = self.held_bytes = 0
         self.worst_lateness = self.recent_lateness = 0.0  # ever; since the counters were last read
+        self._hurried: float | None = (
+            None  # what that was before: what is hurried has no time at which it should leave
+        )
         # Bytes left of a packet from that time on, when conditions changed while it was sent.
         self.owed, self.owed_from = 0.0, inf
         self._conditions = Conditions()
@@ -73,6 +76,8 @@ class Line:
 
     def apply(self, conditions: Conditions, now: float) -> None:
         """Changes the conditions; what is being sent goes on at the new rate, what is under way arrives as it would have."""
+        if self._hurried is not None:
+            self.recent_lateness, self._hurried = self._hurried, None
         unsent = self._unsent(now) if self.queue else 0.0
         if conditions.seed is not None and conditions.seed != self.seed:
             self.seed = conditions.seed
@@ -126,11 +131,13 @@ class Line:
     def hurry(self, now: float) -> None:
         """What is under way arrives at once, in its order; so does what enters from now on, but for what chance loses of it."""
         self.advance(now)
+        lateness = self.recent_lateness if self._hurried is None else self._hurried
         for item in (*self.queue, *self.flight):
             self._leave(item, now)
         self._forget()
         conditions = self._conditions
         self.apply(Conditions(loss=conditions.loss, loss_model=conditions.loss_model), now)
+        self._hurried = lateness
 
     def _unsent(self, now: float) -> float:
         """Bytes of the first in the queue that are still to be sent."""
@@ -292,5 +299,7 @@ class Line:
     def counters(self) -> dict[str, float]:
         """See `testbed.net.emulators.emulator.Counters`. What is recent begins anew."""
         recent, self.recent_lateness = self.recent_lateness, 0.0
+        if self._hurried is not None:
+            recent, self._hurried = self._hurried, 0.0
         self.worst_lateness = max(self.worst_lateness, recent)
         return vars(self.counted) | {"worst_lateness_s": self.worst_lateness, "recent_lateness_s": recent}
