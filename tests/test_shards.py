@@ -315,6 +315,25 @@ class TestFourShards:
         with pytest.raises(UsageError, match="has shards of 4, and 2/5 is one of 5"):
             shards.run(other, Shard(2, 5), four, opening=in_one_process)
 
+    def test_that_an_older_version_began_say_so_and_are_merged_with_their_like_alone(
+        self, four: Path, plan: Plan
+    ) -> None:
+        def age(path: Path) -> None:
+            edit(path / "manifest.json", lambda m: (m.update(format=7), m["settings"].pop("serving")))
+            lines = [json.loads(line) for line in (path / "trials.jsonl").read_text().splitlines()]
+            kept = [{key: value for key, value in row.items() if key != "serving"} for row in lines]
+            (path / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+        paths = sorted((four / "shards").iterdir())
+        age(paths[0])
+        with pytest.raises(UsageError, match="was begun by a testbed that knew no serving yet"):
+            shards.run(plan, Shard(1, 4), four, opening=in_one_process)
+        with pytest.raises(UsageError, match=r"not of one run: format is 7 in .*1-of-4, 8 in .*2-of-4"):
+            merge([four], four)
+        for path in paths[1:]:
+            age(path)
+        assert merge([four], four).missing == () and len(rows(four)) == 28
+
     def test_are_not_taken_for_another_whose_directory_they_lie_in(self, four: Path, plan: Plan) -> None:
         shutil.rmtree(four / "shards" / "2-of-4")
         (four / "shards" / "1-of-4").rename(four / "shards" / "2-of-4")
@@ -376,6 +395,13 @@ def test_a_shard_that_was_killed_before_it_had_a_manifest_is_begun_anew(plan: Pl
     (left / "traces").mkdir(parents=True)
     assert shards.run(plan, Shard(15, 15), tmp_path, opening=in_one_process).complete
     assert RunDirectory.open(left).manifest()["shard"] == "15/15"
+
+
+def test_a_shard_is_not_begun_in_a_run_of_one_piece(plan: Plan, tmp_path: Path) -> None:
+    begin(plan, tmp_path)
+    with pytest.raises(UsageError, match="is a run of its own; choose another --out"):
+        shards.run(plan, Shard(1, 2), tmp_path, opening=in_one_process)
+    assert not (tmp_path / "shards").exists()
 
 
 def test_a_load_is_not_made_in_shards(tmp_path: Path) -> None:

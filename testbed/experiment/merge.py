@@ -21,10 +21,8 @@ from testbed.experiment import expected
 from testbed.experiment.expected import Expected
 from testbed.experiment.results import FORMAT, SPANS, RunDirectory, utc_now
 from testbed.experiment.shard import Shard, of_folder, parse
-from testbed.experiment.shards import FOLDER, found_in
+from testbed.experiment.shards import FOLDER, MERGED, check_place, found_in
 
-#: In a manifest: that it is of shards, and of which.
-MERGED = "merged"
 #: Of manifests, what has to be alike; and what of each side's model, whose device is the host's affair.
 _ALIKE = (
     "format", "settings", "prompt", "topology", "link", "profiles", "emulator", "inputs", "traces", "asked"
@@ -258,10 +256,8 @@ def _missing(parts: Sequence[_Part], known: Sequence[Expected]) -> Iterator[Miss
 def _opened(out: Path) -> RunDirectory:
     """Where the run is to be. Raises UsageError where something else is."""
     if (out / "manifest.json").exists():
-        directory = RunDirectory.open(out)
-        if MERGED not in directory.manifest():
-            raise UsageError(f"{out} is a run of its own; choose another --out")
-        return directory
+        check_place(out)
+        return RunDirectory.open(out)
     if out.is_dir() and {path.name for path in out.iterdir()} <= {FOLDER, ".lock"}:
         return RunDirectory(out)
     return RunDirectory.create(out)

@@ -24,6 +24,8 @@ from testbed.experiment.session import Opening, as_asked
 from testbed.experiment.shard import Shard, of_folder
 
 FOLDER = "shards"
+#: In a run's manifest: that it was put together from shards, and from which.
+MERGED = "merged"
 OnRow = Callable[[Row, Sequence[Span]], None]
 
 
@@ -73,6 +75,7 @@ def prepare(
 ) -> Runner:
     """A shard that is yet to be executed: begun anew, or taken up where it ended. Raises UsageError."""
     check_shares(plan, shard.count)
+    check_place(directory)
     path = place(directory, shard)
     for other in found_in(directory):
         known = of_folder(other.name)
@@ -116,6 +119,12 @@ def _begun(directory: Path) -> RunDirectory | None:
     return None
 
 
+def check_place(directory: Path) -> None:
+    """Raises UsageError where shards, or what they come to, would lie in a run that was made in one piece."""
+    if (directory / "manifest.json").exists() and MERGED not in RunDirectory.open(directory).manifest():
+        raise UsageError(f"{directory} is a run of its own; choose another --out")
+
+
 def check_shares(plan: Plan, count: int) -> None:
     """Raises UsageError where a plan is not to be made in so many shards."""
     if plan.scenario.programs is not None:
@@ -147,8 +156,13 @@ def check_same(plan: Plan, directory: RunDirectory) -> None:
     before, now = directory.settings(), plan.scenario.model_dump(mode="json")
     for key in dict.fromkeys([*before, *now]):
         if before.get(key) != now.get(key):
+            was = (
+                f"with {key} {_short(before[key])}"
+                if key in before
+                else f"by a testbed that knew no {key} yet"
+            )
             raise UsageError(
-                f"{path}: was begun with {key} {_short(before.get(key))}, and now it is {_short(now.get(key))}; "
+                f"{path}: was begun {was}, and now it is {_short(now.get(key))}; "
                 "choose another --out, or continue it as it was with --resume"
             )
     inputs.check_traces(directory.manifest().get("traces"), plan)
