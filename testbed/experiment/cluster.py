@@ -252,7 +252,7 @@ class _Driver:
                 self._ray.cancel(stream)
         deadline = time.monotonic() + _GRACE_S
         for stream, share in self._under_way.items():
-            with contextlib.suppress(StopIteration, self._ray.exceptions.RayError):
+            with contextlib.suppress(StopIteration, StorageError, self._ray.exceptions.RayError):
                 while (left := deadline - time.monotonic()) > 0:
                     self._receive(share, self._ray.get(next(stream), timeout=left))
 
