@@ -145,7 +145,7 @@ POWERLESS = """
 set -e
 read mapped
 {opened}
-echo {allowed} > /proc/sys/user/max_user_namespaces
+sh -c 'echo {allowed} > /proc/sys/user/max_user_namespaces'
 cd {repository}
 exec setpriv --reuid=1000 --regid=1000 --clear-groups env HOME=/tmp TMPDIR={place} PYTHONDONTWRITEBYTECODE=1 \\
     {python} -m testbed {arguments}
