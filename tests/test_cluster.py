@@ -147,7 +147,7 @@ read mapped
 {opened}
 sh -c 'echo {allowed} > /proc/sys/user/max_user_namespaces'
 cd {repository}
-exec setpriv --reuid=1000 --regid=1000 --clear-groups env HOME=/tmp TMPDIR={place} PYTHONDONTWRITEBYTECODE=1 \\
+exec setpriv --reuid=1000 --regid=1000 --clear-groups env HOME=/tmp PYTHONDONTWRITEBYTECODE=1 \\
     {python} -m testbed {arguments}
 """
 
@@ -169,14 +169,13 @@ exec setpriv --reuid=1000 --regid=1000 --clear-groups env HOME=/tmp TMPDIR={plac
 def test_a_worker_that_may_build_no_network_says_so_and_what_would_do(
     allowed: int, more: str, said: str, scenario: Path, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    for place in (tmp_path, tmp_path / "out"):
-        place.mkdir(exist_ok=True)
+    needed = (tmp_path, scenario.parent, tiny_model("llama"))
+    for place in (*needed, *tiny_model("llama").iterdir()):
         place.chmod(0o777)
     script = POWERLESS.format(
         repository=REPOSITORY,
-        opened=opened(REPOSITORY, Path(sys.base_prefix), tmp_path, scenario.parent, tiny_model("llama")),
+        opened=opened(REPOSITORY, Path(sys.base_prefix), *needed),
         allowed=allowed,
-        place=tmp_path,
         python=sys.executable,
         arguments=f"run {scenario} --ray local --out {tmp_path}/out {more}",
     )

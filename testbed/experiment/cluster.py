@@ -131,7 +131,8 @@ def run(
         stack.enter_context(interruptible())
         shares = []
         for number in range(1, count + 1):
-            runner = shards.prepare(plan, Shard(number, count), out, watch, accept_uncalibrated)
+            shard = Shard(number, count)
+            runner = shards.prepare(plan, shard, out, watch, accept_uncalibrated, elsewhere=True)
             stack.enter_context(runner.directory.locked())
             runner.directory.repair()
             shares.append(_Share(runner.shard, runner.directory))

@@ -472,9 +472,13 @@ def resume(path: Path, watch: Watcher, accept_uncalibrated: bool) -> Runner:
     return take_up(plan_of(path), directory, watch, accept_uncalibrated)
 
 
-def take_up(plan: Plan, directory: RunDirectory, watch: Watcher, accept_uncalibrated: bool) -> Runner:
-    """Take up a run of this very plan. Raises UsageError where what it reads is not what it was."""
-    check_ready(plan)
+def take_up(
+    plan: Plan, directory: RunDirectory, watch: Watcher, accept_uncalibrated: bool, elsewhere: bool = False
+) -> Runner:
+    """Take up a run of this very plan, to be executed here or elsewhere. Raises UsageError where what it reads is not what it
+    was."""
+    if not elsewhere:
+        check_ready(plan)
     inputs.check_unchanged(directory.manifest().get("inputs"), plan)
     runner = _runner(plan)(plan, directory, watch, accept_uncalibrated, shard=shard_of(directory))
     runner.resumed = True

@@ -71,9 +71,16 @@ def run(
 
 
 def prepare(
-    plan: Plan, shard: Shard, directory: Path, watch: Watcher, accept_uncalibrated: bool = False
+    plan: Plan,
+    shard: Shard,
+    directory: Path,
+    watch: Watcher,
+    accept_uncalibrated: bool = False,
+    elsewhere: bool = False,
 ) -> Runner:
-    """A shard that is yet to be executed: begun anew, or taken up where it ended. Raises UsageError."""
+    """A shard that is yet to be executed: begun anew, or taken up where it ended. elsewhere: it is executed there, and does not
+    have to be executable here. Raises UsageError.
+    """
     check_shares(plan, shard.count)
     check_place(directory)
     path = place(directory, shard)
@@ -84,7 +91,8 @@ def prepare(
                 f"{directory} has shards of {known.count}, and {shard} is one of {shard.count}; choose another --out"
             )
     if not (path / "manifest.json").exists():
-        check_ready(plan)
+        if not elsewhere:
+            check_ready(plan)
         if (sibling := _begun(directory)) is not None:
             check_same(plan, sibling)
         runner = Runner(plan, begin(plan, path, shard), watch, accept_uncalibrated, shard=shard)
@@ -92,7 +100,7 @@ def prepare(
         return runner
     directory_of = begun(directory, shard)
     check_same(plan, directory_of)
-    return take_up(plan, directory_of, watch, accept_uncalibrated)
+    return take_up(plan, directory_of, watch, accept_uncalibrated, elsewhere)
 
 
 def begun(directory: Path, shard: Shard) -> RunDirectory:
