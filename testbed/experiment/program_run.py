@@ -87,6 +87,7 @@ class ProgramRunner(Runner):
         self._host, self._cpu = host_name(), cpu_name()
         self._total = len(self._settings) * self.scenario.repeats
         self._made = 0
+        self._current: Profile | None = None  # what the link is under
         with interruptible(), self.directory.locked():
             self.directory.repair()
             self._done = self.directory.finished()
