@@ -53,7 +53,7 @@ def freed(scenario: Scenario, place: str) -> tuple[Scenario, tuple[str, ...]]:
     }
     nothing: dict[str, Any] = {
         "links": {},
-        "traffic": [],
+        "traffic": [], "allocate": [], "handovers": [],
         "edges": None,
         "compute": Compute(),
         "transport": [Tcp()],
