@@ -53,7 +53,9 @@ def freed(scenario: Scenario, place: str) -> tuple[Scenario, tuple[str, ...]]:
     }
     nothing: dict[str, Any] = {
         "links": {},
-        "traffic": [], "allocate": [], "handovers": [],
+        "traffic": [],
+        "allocate": [],
+        "handovers": [],
         "edges": None,
         "compute": Compute(),
         "transport": [Tcp()],
