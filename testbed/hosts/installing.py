@@ -43,6 +43,10 @@ _FOLDER = (
     "import os, tempfile; sent = os.path.expanduser('~/.cache/testbed/sent'); os.makedirs(sent, 0o700, True); "
     "print(tempfile.mkdtemp(prefix='wheels-', dir=sent))"
 )
+_REMOVE = (
+    "import os, shutil, sys; shutil.rmtree(sys.argv[1], ignore_errors=True); "
+    "sys.argv[2] and not os.listdir(sys.argv[2]) and os.rmdir(sys.argv[2])"
+)
 #: What stays as it is where it is there: a GPU host's, whose build fits its driver.
 KEPT = frozenset({"torch"})
 
@@ -231,11 +235,10 @@ class Installation:
             # The same version may be there with other contents.
             self._call([*pip, "--no-index", "--no-deps", "--force-reinstall", str(built)], _PIP_S)
         finally:
-            self._remove(python, str(there))
+            self._remove(python, str(there), str(there.parent))
 
-    def _remove(self, python: str, folder: str) -> None:
-        remove = "import shutil, sys; shutil.rmtree(sys.argv[1], ignore_errors=True)"
-        asking.run(self.host, [python, "-I", "-c", remove, folder], _SHORT_S)
+    def _remove(self, python: str, folder: str, if_empty: str = "") -> None:
+        asking.run(self.host, [python, "-I", "-c", _REMOVE, folder, if_empty], _SHORT_S)
 
     def _call(self, argv: list[str], within_s: float, offline: bool = False) -> bytes:
         """What a program that is to do well prints. Raises EndpointError or StorageError with what it complains of, and the

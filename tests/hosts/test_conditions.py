@@ -76,11 +76,14 @@ def test_wheels_that_a_lost_connection_left_there_are_cleaned(
 
     (tmp_path / "constraints.txt").write_text("")
     (tmp_path / "a.whl").write_bytes(b"no wheel")
+    files = [tmp_path / "constraints.txt", tmp_path / "a.whl"]
+    installation = Installation(there, "edge", "/usr/bin/python3", print)
+    with pytest.raises(TestbedError):
+        installation._put_and_install("/usr/bin/python3", files, True)
+    assert ".cache/testbed" in edge.files() and ".cache/testbed/sent" not in edge.files()
     monkeypatch.setattr(Installation, "_remove", lost)
     with pytest.raises(TestbedError):
-        Installation(there, "edge", "/usr/bin/python3", print)._put_and_install(
-            "/usr/bin/python3", [tmp_path / "constraints.txt", tmp_path / "a.whl"], True
-        )
+        installation._put_and_install("/usr/bin/python3", files, True)
     assert any(name.endswith("/a.whl") for name in edge.files())
     (line,) = there.clean(sent=True)
     assert line == f"{edge.url}: removed {installing_folder(edge)}, which was sent there for runs"

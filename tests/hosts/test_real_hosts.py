@@ -155,8 +155,12 @@ def test_install_puts_this_very_testbed_on_both_hosts_which_can_then_run(
 ) -> None:
     for host in hosts.values():
         equip(host, packages)
-    _show_an_old_python(hosts["edge"])  # which is not asked, where its user made an environment with another
     path = both(hosts, tmp_path)
+    with _an_old_python(hosts["edge"]):  # which is not asked, where its user made an environment with another
+        _installed(hosts, path)
+
+
+def _installed(hosts: dict[str, Host], path: str) -> None:
     done = command("hosts", "install", path, "--offline")
     assert done.status == 0, done
     assert [line.partition(": ")[0] for line in done.out.splitlines()] == ["edge", "cloud"]
@@ -174,10 +178,10 @@ def test_install_puts_this_very_testbed_on_both_hosts_which_can_then_run(
     assert there["rtt_s"] > link.up.delay_s  # by the emulated link, and not by the way of SSH
     assert there["source"] == "10.0.0.1" and there["interface"] == "eth0"
     assert command("clean", path).out == "nothing to remove\n"
-    (hosts["edge"].home / ".bashrc").unlink()
 
 
-def _show_an_old_python(host: Host) -> None:
+@contextlib.contextmanager
+def _an_old_python(host: Host) -> Iterator[None]:
     """By the name of python3, as a Jetson's."""
     place = host.home / ".local/old"
     place.mkdir(parents=True)
@@ -186,6 +190,10 @@ def _show_an_old_python(host: Host) -> None:
     )
     (place / "python3").chmod(0o755)
     (host.home / ".bashrc").write_text("PATH=$HOME/.local/old:$PATH\n")
+    try:
+        yield
+    finally:
+        (host.home / ".bashrc").unlink()
 
 
 def test_a_host_that_is_not_there_is_one_line_and_the_other_is_looked_at(
@@ -329,7 +337,7 @@ def test_two_laptops_work_as_the_page_has_it(
 
 def _show_the_model(host: Host, folder: Path) -> None:
     """The host has no network to fetch a model by."""
-    folder.chmod(0o755)
+    folder.chmod(0o777)
     host.execute("mkdir", "-m", "777", f"/home/{host.user}/.cache")
     host.execute("ln", "-s", str(folder), f"/home/{host.user}/.cache/testbed")
 
