@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,9 @@ class Table:
             (v for (*own, s), v in self.lines.items() if tuple(own) == pair and s.startswith("mixed(")), None
         )
 
-    def who(self, pair: tuple[str, str], kind: str = "") -> str:
-        """Model and task (and form), with n and a mark where the rule leaves the pair out."""
-        own = [line for line in self.lines.values() if (line["model"], line["task"]) == pair]
+    def who(self, pair: tuple[str, str], found: Iterable[dict[str, Any] | None], kind: str = "") -> str:
+        """Model and task (and form), with the n of what was found, and a mark where the rule leaves the pair out."""
+        own = [line for line in found if line]
         least, most = min(line["n"] for line in own), max(line["n"] for line in own)
         count = f"{most}" if least == most else f"{least} to {most}"
         form = f": {kind}" if kind else ""
@@ -137,7 +138,7 @@ def selection(table: Table) -> list[str]:
                 known = [line for line in found[:3] if line]
                 if known:
                     whole, cells = f"{known[0]['full']:.3f}".lstrip("0"), " | ".join(map(_score, found))
-                    lines.append(f"| {share} | {table.who(pair, kind)} | {whole} | {cells} |")
+                    lines.append(f"| {share} | {table.who(pair, found, kind)} | {whole} | {cells} |")
     return lines
 
 
@@ -152,7 +153,7 @@ def quantization(table: Table) -> list[str]:
     for pair in table.pairs:
         found = (table.of(pair, "int8"), table.of(pair, _INT4), table.mixed(pair))
         if any(found):
-            lines.append(f"| {table.who(pair)} | {' | '.join(map(_share, found))} |")
+            lines.append(f"| {table.who(pair, found)} | {' | '.join(map(_share, found))} |")
     return lines
 
 
@@ -163,7 +164,7 @@ def deltas(table: Table) -> list[str]:
     for pair in table.pairs:
         found = [table.of(pair, setting) for setting in _DELTAS.values()]
         if any(found):
-            lines.append(f"| {table.who(pair)} | {' | '.join(map(_share, found))} |")
+            lines.append(f"| {table.who(pair, found)} | {' | '.join(map(_share, found))} |")
     return lines
 
 
