@@ -78,7 +78,8 @@ def figures(runs: list[Path]) -> list[dict[str, Any]]:
         for setting, part in own.groupby("setting", sort=False):
             kept = stats.kept(part["score"], part["reference_score"], part["example"])
             score = stats.mean(part["score"], part["example"], bounds=(0.0, 1.0)).value
-            share = {"kept": kept.value, "low": kept.low, "high": kept.high}
+            whole = stats.mean(part["reference_score"], part["example"], bounds=(0.0, 1.0)).value
+            share = {"full": whole, "kept": kept.value, "low": kept.low, "high": kept.high}
             name = str(setting).removesuffix("+fp16")  # of what is kept, in 16 bits
             lines.append({**about, "setting": name, "n": part["example"].nunique(), "score": score, **share})
     return lines
