@@ -16,8 +16,9 @@ from msgspec import Meta, Struct
 
 from testbed.errors import UsageError
 from testbed.experiment.deployment import Batch
+from testbed.experiment.readers import MOST_EXAMPLES
 from testbed.experiment.results import FORMAT, RunDirectory
-from testbed.experiment.scenario import MOST_EXAMPLES, Plan
+from testbed.experiment.scenario import Plan
 from testbed.experiment.shard import first_places
 from testbed.experiment.trial import task_label
 

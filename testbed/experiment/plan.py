@@ -26,8 +26,9 @@ from testbed.experiment.edges import Edge
 from testbed.experiment.loads import bound_load, edges_of, handovers_of
 from testbed.experiment.on_hosts import on_hosts
 from testbed.experiment.placement_free import NOWHERE, freed, off_link
+from testbed.experiment.readers import EXAMPLES
 from testbed.experiment.row import COLUMNS, SENDING
-from testbed.experiment.scenario import EXAMPLES, OF_TWO_MODELS, Plan, Scenario
+from testbed.experiment.scenario import OF_TWO_MODELS, Plan, Scenario
 from testbed.experiment.sides import Models
 from testbed.models.shapes import find_shape, is_shape
 from testbed.models.sources import find as find_model

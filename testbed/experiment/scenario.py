@@ -23,22 +23,21 @@ from pydantic import (
     model_validator,
 )
 
-from testbed import strict_yaml
 from testbed.codecs.spec import CodecSpec
 from testbed.codecs.spec import parse as parse_codec
 from testbed.delivery.delivery import Delivery, Pipelined
-from testbed.delivery.delivery import parse as parse_delivery
 from testbed.delivery.whole import Whole
 from testbed.errors import SpecError
+from testbed.experiment import readers
 from testbed.experiment.allocation import Allocation
 from testbed.experiment.edges import Edge, Edges, edges_from
 from testbed.experiment.handovers import Entry as HandoverEntry
 from testbed.experiment.handovers import Handover
 from testbed.experiment.programs import Parameters, Programs, combinations
+from testbed.experiment.readers import EXAMPLES, MOST_EXAMPLES
 from testbed.experiment.row import SENDING
 from testbed.experiment.sides import Compute, Models, Sides, known_devices, model_from, sides_from, written
 from testbed.load.load import Load
-from testbed.load.load import parse as parse_load
 from testbed.load.sequential import Sequential
 from testbed.models.shapes import is_shape
 from testbed.net import emulators
@@ -48,15 +47,13 @@ from testbed.net.topology.topology import Link, Topology
 from testbed.net.traffic.traffic import Flow
 from testbed.serving.fifo import Fifo
 from testbed.serving.serving import Serving
-from testbed.serving.serving import parse as parse_serving
 from testbed.speed.files import Device
 from testbed.speed.words import Speed
-from testbed.tasks.prompt import DEFAULT, PromptFormat, choose_prompt, parse_prompt
+from testbed.tasks.prompt import DEFAULT, PromptFormat, choose_prompt
 from testbed.tasks.task import Task
 from testbed.transport.tcp import Tcp
 from testbed.transport.transport import Transport
-from testbed.transport.transport import parse as parse_transport
-from testbed.units import exact_time, parse_time
+from testbed.units import exact_time
 
 Placement = Literal["split", "store", "cloud", "scout", "edge"]
 #: Those that need no cache of the other side's model.
@@ -78,68 +75,6 @@ _OF_MODELS = (
     "serving",
 )
 
-#: Of a task's mapping: how many of its examples. The rest are the task's own parameters.
-EXAMPLES = "examples"
-MOST_EXAMPLES = 100_000
-
-
-def _listed(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
-def _unsplit(text: str, what: str, example: str) -> str:
-    """The text, which YAML has not split. Raises SpecError where it has."""
-    if text.count("(") > text.count(")"):
-        raise SpecError(
-            f"{what} {text[:80]!r}: ends within its parentheses; in brackets, YAML splits at commas: "
-            f'quote it, as ["{example}"]'
-        )
-    return text
-
-
-def _codec(value: Any) -> CodecSpec:
-    return parse_codec(_unsplit(str(value), "codec", "q2c@0.25(pool=1, scope=global)+int8"))
-
-
-def _delivery(value: Any) -> Delivery:
-    return parse_delivery(_unsplit(str(value), "delivery", "stream(by=layers, chunk=8)"))
-
-
-def _load(value: Any) -> Load:
-    return parse_load(_unsplit(str(value), "load", "closed(clients=8, think=1s)"))
-
-
-def _serving(value: Any) -> Serving:
-    return parse_serving(_unsplit(str(value), "serving", "batch(max=8, memory=40gb)"))
-
-
-def _transport(value: Any) -> Transport:
-    return parse_transport(_unsplit(str(value), "transport", "datagram(fec=0.05, connections=4)"))
-
-
-def _seconds(value: Any) -> float:
-    return parse_time(value)
-
-
-def _task(value: Any) -> dict[str, Any]:
-    if isinstance(value, str):
-        return {"task": value}
-    if not isinstance(value, dict) or not isinstance(value.get("task"), str):
-        raise ValueError("write a task's name, or a mapping with `task: NAME` and its parameters")
-    examples = value.get(EXAMPLES, 1)
-    if not isinstance(examples, int) or isinstance(examples, bool) or not 1 <= examples <= MOST_EXAMPLES:
-        raise ValueError(f"`examples` of a task: write a whole number from 1 to {MOST_EXAMPLES}")
-    return value
-
-
-def _flow(value: Any) -> dict[str, Any]:
-    strict_yaml.checked(Flow, value)  # kept as it was written, for the manifest
-    return dict(value)
-
-
-def _prompt(value: Any) -> str:
-    return str(parse_prompt(str(value)) or "auto")
-
 
 class Scenario(BaseModel):
     """The file, checked. Lists may be written as a single value."""
@@ -154,7 +89,7 @@ class Scenario(BaseModel):
     #: the link whose profile is swept; None: the topology's only one, or its "bottleneck"
     link: str | None = None
     #: of the swept link; none: between hosts, its own
-    profiles: Annotated[list[Any], BeforeValidator(_listed), Field(min_length=1)] = []
+    profiles: Annotated[list[Any], BeforeValidator(readers.listed), Field(min_length=1)] = []
     model: Annotated[
         str | InstanceOf[Models], BeforeValidator(model_from), PlainSerializer(written, when_used="json")
     ] = "smollm2-135m"
@@ -162,68 +97,90 @@ class Scenario(BaseModel):
     dtype: Annotated[Sides, BeforeValidator(sides_from)] = Sides()
     compute: Compute = Compute()  #: emulates slower machines: stretches their compute stages in real time
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    placements: Annotated[list[Placement], BeforeValidator(_listed), Field(min_length=1)] = ["split"]
+    placements: Annotated[list[Placement], BeforeValidator(readers.listed), Field(min_length=1)] = ["split"]
     codecs: Annotated[
         list[
-            Annotated[InstanceOf[CodecSpec], BeforeValidator(_codec), PlainSerializer(str, when_used="json")]
+            Annotated[
+                InstanceOf[CodecSpec], BeforeValidator(readers.codec), PlainSerializer(str, when_used="json")
+            ]
         ],
-        BeforeValidator(_listed),
+        BeforeValidator(readers.listed),
         Field(min_length=1, default_factory=lambda: [parse_codec("fp16")]),
     ]
     #: how a cache crosses; a text crosses whole
     delivery: Annotated[
         list[
             Annotated[
-                InstanceOf[Delivery], BeforeValidator(_delivery), PlainSerializer(str, when_used="json")
+                InstanceOf[Delivery],
+                BeforeValidator(readers.delivery),
+                PlainSerializer(str, when_used="json"),
             ]
         ],
-        BeforeValidator(_listed),
+        BeforeValidator(readers.listed),
         Field(min_length=1),
     ] = [Whole()]
     #: what moves it, and a text
     transport: Annotated[
         list[
             Annotated[
-                InstanceOf[Transport], BeforeValidator(_transport), PlainSerializer(str, when_used="json")
+                InstanceOf[Transport],
+                BeforeValidator(readers.transport),
+                PlainSerializer(str, when_used="json"),
             ]
         ],
-        BeforeValidator(_listed),
+        BeforeValidator(readers.listed),
         Field(min_length=1),
     ] = [Tcp()]
     #: who asks, where that is not `edge` alone
     edges: Annotated[Edges | None, BeforeValidator(edges_from)] = None
     #: who asks when, for how long, and for how long before anything of that counts
     load: Annotated[
-        list[Annotated[InstanceOf[Load], BeforeValidator(_load), PlainSerializer(str, when_used="json")]],
-        BeforeValidator(_listed),
+        list[
+            Annotated[InstanceOf[Load], BeforeValidator(readers.load), PlainSerializer(str, when_used="json")]
+        ],
+        BeforeValidator(readers.listed),
         Field(min_length=1),
     ] = [Sequential()]
     duration: Annotated[
-        float, BeforeValidator(_seconds), Field(gt=0, le=86400), PlainSerializer(exact_time, when_used="json")
+        float,
+        BeforeValidator(readers.seconds),
+        Field(gt=0, le=86400),
+        PlainSerializer(exact_time, when_used="json"),
     ] = 60.0
     warmup: Annotated[
-        float, BeforeValidator(_seconds), Field(ge=0, le=86400), PlainSerializer(exact_time, when_used="json")
+        float,
+        BeforeValidator(readers.seconds),
+        Field(ge=0, le=86400),
+        PlainSerializer(exact_time, when_used="json"),
     ] = 0.0
     #: in which order the cloud answers who asks at the same time
     serving: Annotated[
         list[
-            Annotated[InstanceOf[Serving], BeforeValidator(_serving), PlainSerializer(str, when_used="json")]
+            Annotated[
+                InstanceOf[Serving], BeforeValidator(readers.serving), PlainSerializer(str, when_used="json")
+            ]
         ],
-        BeforeValidator(_listed),
+        BeforeValidator(readers.listed),
         Field(min_length=1),
     ] = [Fifo()]
     #: how the cells of its links are shared out; none: as the topology says
-    allocate: Annotated[list[Allocation], BeforeValidator(_listed)] = []
-    handovers: Annotated[list[HandoverEntry], BeforeValidator(_listed)] = []  #: of edges, while a load is on
-    tasks: Annotated[list[Annotated[dict[str, Any], BeforeValidator(_task)]], BeforeValidator(_listed)] = []
+    allocate: Annotated[list[Allocation], BeforeValidator(readers.listed)] = []
+    handovers: Annotated[
+        list[HandoverEntry], BeforeValidator(readers.listed)
+    ] = []  #: of edges, while a load is on
+    tasks: Annotated[
+        list[Annotated[dict[str, Any], BeforeValidator(readers.task)]], BeforeValidator(readers.listed)
+    ] = []
     #: in place of tasks: programs of one's own, and what of their commands is varied
     programs: Programs | None = None
     parameters: Parameters = {}
-    prompt: Annotated[str, BeforeValidator(_prompt)] = (
+    prompt: Annotated[str, BeforeValidator(readers.prompt)] = (
         "auto"  #: how the task's texts are laid out for the model
     )
     context_tokens: Annotated[
-        list[Annotated[int, Field(ge=8, le=1_000_000)] | None], BeforeValidator(_listed), Field(min_length=1)
+        list[Annotated[int, Field(ge=8, le=1_000_000)] | None],
+        BeforeValidator(readers.listed),
+        Field(min_length=1),
     ] = [256]
     examples: Annotated[int, Field(ge=1, le=MOST_EXAMPLES)] = (
         10  #: of each task that has no number of its own
@@ -244,10 +201,15 @@ class Scenario(BaseModel):
         1  #: that share what making a stored cache costs
     )
     timeout: Annotated[
-        float, BeforeValidator(_seconds), Field(gt=0, le=86400), PlainSerializer(exact_time, when_used="json")
+        float,
+        BeforeValidator(readers.seconds),
+        Field(gt=0, le=86400),
+        PlainSerializer(exact_time, when_used="json"),
     ] = 120.0
     links: dict[str, Any] = {}  #: profiles of links that are not swept
-    traffic: Annotated[list[Annotated[dict[str, Any], BeforeValidator(_flow)]], BeforeValidator(_listed)] = []
+    traffic: Annotated[
+        list[Annotated[dict[str, Any], BeforeValidator(readers.flow)]], BeforeValidator(readers.listed)
+    ] = []
 
     @property
     def models(self) -> Models:
