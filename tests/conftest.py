@@ -25,6 +25,7 @@ NETWORKS = "networks"
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker has one core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.pop("COLUMNS", None)  # which pytest-xdist sets; what is printed into a pipe has no width
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m deselects

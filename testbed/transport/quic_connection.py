@@ -426,7 +426,9 @@ class Connection:
             elif isinstance(event, events.StreamReset):
                 self.error = "the peer gave the stream up"
             elif isinstance(event, events.ConnectionTerminated):
-                self.misheard = not self.established and event.error_code == QuicErrorCode.PROTOCOL_VIOLATION
+                # The latter: of a server that took a later datagram for the first, since it had given the first one's sender up.
+                wrong = (QuicErrorCode.PROTOCOL_VIOLATION, QuicErrorCode.TRANSPORT_PARAMETER_ERROR)
+                self.misheard = not self.established and event.error_code in wrong
                 self.error = self.error or event.reason_phrase or "the peer closed it"
             self._tell()
 

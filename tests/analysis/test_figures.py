@@ -117,6 +117,13 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_load(tmp_path_factory.mktemp("loaded") / "run")
 
 
+@pytest.fixture(scope="module")
+def of_programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("programs") / "run"
+    of = {"placement": "program", "delivery": "", "transport": "", "model": ""}
+    return make_run(path, codecs=("fp16", "int8"), placements=("split",), tasks=("needle",), examples=6, **of)
+
+
 @pytest.mark.slow
 def test_the_same_rows_give_the_same_bytes(small: Path) -> None:
     first = [p.read_bytes() for p in draw(small, ["stages"])]
@@ -126,9 +133,21 @@ def test_the_same_rows_give_the_same_bytes(small: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_no_text_leaves_the_picture(
-    name: str, run: Path, wide: Path, sweep: Path, pipelines: Path, changing: Path, loaded: Path
+    name: str,
+    run: Path,
+    wide: Path,
+    sweep: Path,
+    pipelines: Path,
+    changing: Path,
+    loaded: Path,
+    of_programs: Path,
 ) -> None:
-    others = {"latency_quality_by_task": run, "link_sweep": sweep, "who_prefills": pipelines}
+    others = {
+        "programs": of_programs,
+        "latency_quality_by_task": run,
+        "link_sweep": sweep,
+        "who_prefills": pipelines,
+    }
     others |= dict.fromkeys(("load_latency", "goodput", "load_timeline"), loaded)
     others |= dict.fromkeys(("pipeline", "adaptive", "deadlines"), changing)
     path = others.get(name, wide)

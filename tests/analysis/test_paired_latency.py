@@ -94,7 +94,7 @@ def test_a_recommendation_on_a_measured_link_names_ties(alike: Path) -> None:
     assert found.tied == (other,)
     said = recommend.text(found)
     assert f"not shown to be slower than it, example by example: {other}" in said
-    assert f" = {other} " in said and " + fp16 " in said
+    assert f" =  {other} " in said and " +  fp16 " in said
     assert recommend.recommend(load(alike), Link(20e6, 0.02, 0.02)).tied == ()
 
 
