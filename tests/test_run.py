@@ -66,7 +66,7 @@ def finished(scenario: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "out"
     done = run(str(scenario), "--out", str(out))
     assert done.status == 0, done.errors
-    assert "latency_quality.png" in done.out
+    assert re.search(r"figures/ \(\d+, PNG and PDF\)", done.out)
     assert set(leftovers()) == before
     return out
 
