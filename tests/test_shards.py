@@ -24,7 +24,7 @@ from testbed.analysis.run import load
 from testbed.errors import UsageError
 from testbed.experiment import shards
 from testbed.experiment.merge import merge
-from testbed.experiment.results import RunDirectory
+from testbed.experiment.results import FORMAT, RunDirectory
 from testbed.experiment.runner import Runner, begin
 from testbed.experiment.scenario import Plan
 from testbed.experiment.session import in_one_process
@@ -328,7 +328,9 @@ class TestFourShards:
         age(paths[0])
         with pytest.raises(UsageError, match="was begun by a testbed that knew no serving yet"):
             shards.run(plan, Shard(1, 4), four, opening=in_one_process)
-        with pytest.raises(UsageError, match=r"not of one run: format is 7 in .*1-of-4, 8 in .*2-of-4"):
+        with pytest.raises(
+            UsageError, match=rf"not of one run: format is 7 in .*1-of-4, {FORMAT} in .*2-of-4"
+        ):
             merge([four], four)
         for path in paths[1:]:
             age(path)
