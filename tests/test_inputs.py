@@ -236,7 +236,7 @@ def test_a_model_and_what_codecs_name_are_found_beside_the_scenario(
     made = load_plan(str(scenario)).scenario
     assert made.model == str(own / "tiny")
     codecs = [str(codec) for codec in made.codecs]
-    assert codecs[0] == "mixed(protect=K1)" and tables.size(codecs[1][-33:-1]) > 0
+    assert codecs[0] == "mixed(protect=K1)" and tables.KEPT.size(codecs[1][-33:-1]) > 0
     assert (
         make_plan(made.model_dump(mode="json"), "manifest.json").scenario == made
     )  # from wherever it goes on

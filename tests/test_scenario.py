@@ -85,10 +85,10 @@ def test_what_tables_a_file_holds_is_part_of_the_cell(
     part = Part(0, "keys", 1, 4, 2, "float16")
     for occurred in (1, 2):
         made = tables.count("a test", [(2, part, np.full((2, 4), occurred) * [1, 2, 3, 4])] * occurred)
-        _, kept = tables.save(made)
+        _, kept = tables.KEPT.save(made)
         file.write_bytes(kept.read_bytes())
         found.append(codecs_of(plan(codecs=[f"int2+ans(table={file})"]))[0])
-        assert found[-1] == f"int2+ans(table={tables.load(file)[0]})"
+        assert found[-1] == f"int2+ans(table={tables.KEPT.load(file)[0]})"
     assert found[0] != found[1]
 
 

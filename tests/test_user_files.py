@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from testbed.codecs.diagnosed import load_diagnosis
-from testbed.codecs.entropy.tables import load as load_tables
+from testbed.codecs.entropy import tables
 from testbed.errors import UsageError
 from testbed.experiment.plan import load_plan
 from testbed.files import read_at_most
@@ -23,7 +23,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "trace": lambda path: parse_profile(f"trace:{path}").steady(),
     "jitter": lambda path: parse_profile(f"delay=5ms,jitter=table(1ms,file={path})"),
     "questions": read_rows,
-    "tables": load_tables,
+    "tables": tables.KEPT.load,
     "diagnosis": load_diagnosis,
 }
 

@@ -49,7 +49,7 @@ def fitted(options: argparse.Namespace) -> tuple[str, Path]:
         sums = [a + b for a, b in zip(sums, own[1], strict=True)] if sums else own[1]
         heads = [len(model.attended(i, layer)[0]) for i, layer in enumerate(context.cache.layers)]
     directions = [main_direction(*each) for each in zip(grams, sums, heads, strict=True)]
-    name, path = filters.save(filters.made(of, directions))
+    name, path = filters.KEPT.save(filters.made(of, directions))
     if options.out:
         files.replace(options.out, path.read_bytes())
     return name, options.out or path

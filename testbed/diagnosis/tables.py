@@ -102,7 +102,7 @@ def counted(options: argparse.Namespace) -> tuple[str, Path]:
     for context in contexts:
         add_counts(counts, codec, model.knowing_ropes(context.cache))
     kept = tables.count(f"{codec} on {of}", [counts[at] for at in sorted(counts)])
-    name, path = tables.save(kept)
+    name, path = tables.KEPT.save(kept)
     if options.out:
         files.replace(options.out, path.read_bytes())
     return name, options.out or path

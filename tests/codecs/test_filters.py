@@ -25,8 +25,8 @@ from tests.codecs.test_selectors import DIM, GROUP, HEADS, make_evidence
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine of its own: where its filters are."""
-    monkeypatch.setattr(filters, "directory", lambda: tmp_path / "filters")
-    filters.known.cache_clear()
+    monkeypatch.setattr(filters.KEPT, "directory", lambda: tmp_path / "filters")
+    filters.KEPT.known.cache_clear()
     return tmp_path
 
 
@@ -56,7 +56,7 @@ def test_qfilters_rank_keys_along_the_main_direction_of_the_contexts_queries() -
 def test_filters_of_a_file_need_no_query_and_are_named_by_what_they_say(machine: Path) -> None:
     evidence = make_evidence()
     given_directions = [torch.randn(HEADS, DIM, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    name, path = filters.save(filters.made("a test", given_directions))
+    name, path = filters.KEPT.save(filters.made("a test", given_directions))
     mine = machine / "mine.filters"
     mine.write_bytes(path.read_bytes())
     codec = Codec(f"qfilters@0.5(filters={mine})")
@@ -69,14 +69,14 @@ def test_filters_of_a_file_need_no_query_and_are_named_by_what_they_say(machine:
     cache = evidence.cache.to(dtype=torch.float16)
     payload = codec.encode(cache, codec.select(evidence))
     path.unlink()
-    filters.known.cache_clear()
+    filters.KEPT.known.cache_clear()
     assert decode(payload).length == cache.length
     with pytest.raises(SpecError, match="are not on this machine"):
         codec.select(evidence)
 
 
 def test_filters_of_another_model_are_refused(machine: Path) -> None:
-    name, _ = filters.save(filters.made("a test", [torch.ones(HEADS, DIM + 1)]))
+    name, _ = filters.KEPT.save(filters.made("a test", [torch.ones(HEADS, DIM + 1)]))
     with pytest.raises(CodecError, match="of another model's layer 0"):
         Codec(f"qfilters@0.5(filters={name})").select(make_evidence())
 
@@ -88,23 +88,25 @@ def test_files_that_say_something_else_are_refused(
     path = tmp_path_factory.mktemp("filters") / "any.filters"
     path.write_bytes(data)
     with pytest.raises(SpecError, match="filters"):
-        filters.load(path)
+        filters.KEPT.load(path)
 
 
 def test_a_file_with_a_number_too_few_or_one_that_is_none_is_refused(machine: Path) -> None:
-    path = filters.save(filters.made("a test", [torch.full((2, 3), torch.nan)]))[1]
+    path = filters.KEPT.save(filters.made("a test", [torch.full((2, 3), torch.nan)]))[1]
     with pytest.raises(SpecError, match="layer 0 has an element that is not a number"):
-        filters.load(path)
+        filters.KEPT.load(path)
     whole = filters.made("a test", [torch.ones(2, 3)])
     layer = whole.layers[0]
     whole.layers[0] = type(layer)(layer.heads, 4, layer.data)
-    path = filters.save(whole)[1]
+    path = filters.KEPT.save(whole)[1]
     with pytest.raises(SpecError, match="another number of elements"):
-        filters.load(path)
-    right = filters.save(filters.made("a test", [torch.ones(2, 3)]))[1]
+        filters.KEPT.load(path)
+    right = filters.KEPT.save(filters.made("a test", [torch.ones(2, 3)]))[1]
     right.rename(right.with_name("0f" * 16 + ".filters"))
     with pytest.raises(SpecError, match="the file holds the filters"):
-        filters.known("0f" * 16)
+        filters.KEPT.known("0f" * 16)
+    with pytest.raises(SpecError, match="not on this machine"):
+        filters.KEPT.known(f"../filters/{'0f' * 16}")  # a name is a hash, and leads nowhere else
 
 
 def test_filters_are_fitted_on_a_tasks_contexts(
@@ -115,7 +117,7 @@ def test_filters_are_fitted_on_a_tasks_contexts(
     assert main([str(path), *options]) == 0
     name = capsys.readouterr().out.split()[1]
     model = load_model(str(path), threads=1)
-    fitted = filters.load(out)
+    fitted = filters.KEPT.load(out)
     assert fitted[0] == name and len(fitted[1].layers) == model.num_layers
     for layer in range(model.num_layers):
         found = fitted[1].direction(layer)

@@ -31,8 +31,8 @@ def channelled(tokens: int, seed: int) -> KVCache:
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine of its own: where its tables are."""
-    monkeypatch.setattr(tables, "directory", lambda: tmp_path)
-    tables.known.cache_clear()
+    monkeypatch.setattr(tables.KEPT, "directory", lambda: tmp_path)
+    tables.KEPT.known.cache_clear()
     return tmp_path
 
 
@@ -40,7 +40,7 @@ def counted(text: str, *caches: KVCache) -> tuple[str, Path]:
     counts: Counts = {}
     for cache in caches:
         add_counts(counts, Codec(text), cache)
-    return tables.save(tables.count(text, [counts[at] for at in sorted(counts)]))
+    return tables.KEPT.save(tables.count(text, [counts[at] for at in sorted(counts)]))
 
 
 @pytest.mark.parametrize("text", ["int4", "int3", "int8(group=32)", "cachegen"])
@@ -80,7 +80,7 @@ def test_a_decoder_without_the_tables_refuses_them_by_name(machine: Path) -> Non
     payload = Codec(f"int4+ans(table={name})").encode(channelled(100, 2))
     other, wrong = counted("int4", channelled(100, 7))
     path.unlink()
-    tables.known.cache_clear()
+    tables.KEPT.known.cache_clear()
     with pytest.raises(PayloadError, match=f"the tables {name} are not on this machine"):
         decode(payload)
     path.write_bytes(wrong.read_bytes())
@@ -110,7 +110,7 @@ def test_any_bytes_as_a_file_are_tables_or_one_line(data: bytes) -> None:
         file.write(data)
         file.flush()
         with pytest.raises(SpecError) as error:
-            tables.load(Path(file.name))
+            tables.KEPT.load(Path(file.name))
     assert "\n" not in str(error.value)
 
 
@@ -130,10 +130,10 @@ def test_a_file_of_other_frequencies_than_are_counted_is_refused(
     path = tmp_path / "made.tables"
     path.write_bytes(msgspec.msgpack.encode((tables.FORMAT, "", [part])))
     with pytest.raises(SpecError, match=says):
-        tables.load(path)
+        tables.KEPT.load(path)
     path.write_bytes(b"\0" * ((64 << 20) + 1))
     with pytest.raises(SpecError, match="larger than"):
-        tables.load(path)
+        tables.KEPT.load(path)
 
 
 def test_what_both_sides_must_have_beforehand_is_counted_and_named_by_its_content(machine: Path) -> None:

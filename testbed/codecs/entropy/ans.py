@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from testbed import lookup
 from testbed.codecs.entropy import tables
+from testbed.codecs.kept import is_name
 from testbed.codecs.steps import Coder, Piece
 from testbed.errors import PayloadError, SpecError
 
@@ -47,23 +48,23 @@ class ANS(Coder):
 
     @property
     def refers(self) -> bool:
-        return self.table != "none" and not tables.is_name(self.table)
+        return self.table != "none" and not is_name(self.table)
 
     def bound(self, model: str | None) -> ANS:
         if not self.refers:
             return self
         path = Path(lookup.find(self.table) or self.table).expanduser()
-        return replace(self, table=tables.save(tables.load(path)[1])[0])
+        return replace(self, table=tables.KEPT.save(tables.KEPT.load(path)[1])[0])
 
     @property
     def shared_bytes(self) -> int:
-        return 0 if self.table == "none" else tables.size(self.table)
+        return 0 if self.table == "none" else tables.KEPT.size(self.table)
 
     def _known(self, piece: Piece) -> Symbols | None:
         """Frequencies that both sides have for a part's channels, where they do."""
         if self.table == "none" or _CHANNEL not in _modes(piece):
             return None
-        return tables.known(self.table).rows(piece)
+        return tables.KEPT.known(self.table).rows(piece)
 
     def compress(self, piece: Piece, data: memoryview) -> bytes:
         import numpy as np

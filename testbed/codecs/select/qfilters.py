@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from testbed import lookup
 from testbed.codecs import CodecError
-from testbed.codecs.entropy.tables import is_name
 from testbed.codecs.evidence import Needs
+from testbed.codecs.kept import is_name
 from testbed.codecs.select import Selector, filters
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class QFilters(Selector):
         if not self.refers:
             return self
         path = Path(lookup.find(self.filters) or self.filters).expanduser()
-        return replace(self, filters=filters.save(filters.load(path)[1])[0])
+        return replace(self, filters=filters.KEPT.save(filters.KEPT.load(path)[1])[0])
 
     def needs(self) -> Needs:
         return Needs(context_queries=None) if self.filters == "own" else Needs()
@@ -58,7 +58,7 @@ class QFilters(Selector):
                 raise CodecError(f"{self.name} needs the queries of all {evidence.tokens} context tokens")
             direction = main_direction(gram(queries[layer]), queries[layer].double().sum(1), len(keys))
         else:
-            fitted = filters.known(self.filters).direction(layer)
+            fitted = filters.KEPT.known(self.filters).direction(layer)
             if fitted is None or fitted.shape != (len(keys), keys.shape[2]):
                 raise CodecError(
                     f"{self.name}: the filters {self.filters} are of another model's layer {layer}"
