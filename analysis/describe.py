@@ -104,6 +104,21 @@ def caveats(run: Run) -> list[str]:
     warned = int(((rows["warnings"] != "") & rows["calibrated"] & rows["compute_steady"]).sum())
     if warned:
         sentences.append(f"{counted(warned, 'trial')} with warnings.")
+    sentences += _unlike(rows)
+    loaded = int((rows["load"] != "sequential").sum())
+    if loaded:
+        sentences.append(
+            f"{counted(loaded, 'request')} under a load, which wait for each other: intervals over examples do not know of it, "
+            "those of the loads do."
+        )
+    if run.notes:
+        sentences.append(f"Run directory: {'; '.join(run.notes)}.")
+    return sentences
+
+
+def _unlike(rows: pd.DataFrame) -> list[str]:
+    """What is compared though it is not alike."""
+    sentences = []
     lengths = rows.loc[rows["context_tokens"] > 0].groupby("task")["context_tokens"].agg(["min", "max"])
     if (lengths["max"] > 1.5 * lengths["min"]).any():
         sentences.append(
@@ -115,14 +130,6 @@ def caveats(run: Run) -> list[str]:
         sentences.append(
             f"Settings have from {counts.min()} to {counts.max()} examples: compare them with care."
         )
-    loaded = int((rows["load"] != "sequential").sum())
-    if loaded:
-        sentences.append(
-            f"{counted(loaded, 'request')} under a load, which wait for each other: intervals over examples do not know of it, "
-            "those of the loads do."
-        )
-    if run.notes:
-        sentences.append(f"Run directory: {'; '.join(run.notes)}.")
     return sentences
 
 

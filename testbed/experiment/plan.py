@@ -135,10 +135,7 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
                 f"--link {next(iter(given))}: placement-free has no links; leave one of the two away"
             )
         scenario, left_out = freed(scenario, place)
-    if beside := lookup.find(scenario.topology):  # and so it is found again when the run is resumed
-        scenario = scenario.model_copy(update={"topology": beside})
-    tasks = [_beside(task) for task in scenario.tasks]
-    scenario = scenario.model_copy(update={"tasks": tasks, "model": _models_beside(scenario.model)})
+    scenario = _with_files(scenario)
     many = scenario.edges if isinstance(scenario.edges, int) else None
     topology = _at(f"{place}: topology", lambda: load_topology(scenario.topology, many))
     edges = edges_of(scenario, topology, place)
@@ -185,6 +182,16 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
         _at(f"{place}: profiles", partial(plan.under, profile))
     _check_extent(plan, place)
     return plan
+
+
+def _with_files(scenario: Scenario) -> Scenario:
+    """The scenario with the files that it names where they are, and so they are found again when the run is resumed."""
+    found = {
+        "topology": lookup.find(scenario.topology) or scenario.topology,
+        "tasks": [_beside(task) for task in scenario.tasks],
+        "model": _models_beside(scenario.model),
+    }
+    return scenario.model_copy(update=found)
 
 
 def _beside(task: dict[str, Any]) -> dict[str, Any]:
