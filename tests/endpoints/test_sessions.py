@@ -107,9 +107,9 @@ def test_only_so_many_clients_are_remembered() -> None:
 def test_a_row_has_the_bytes_that_the_cloud_needed_beforehand(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "directory", lambda: tmp_path)
+    monkeypatch.setattr(tables.KEPT, "directory", lambda: tmp_path)
     counted = tables.Counted(4, 2, 16, bytes([255]) * (2 * 16 * 16))
-    name, path = tables.save(tables.Tables(tables.FORMAT, "", [counted] * 6))
+    name, path = tables.KEPT.save(tables.Tables(tables.FORMAT, "", [counted] * 6))
     for codec, shared in (("int4+ans", 0), (f"int4+ans(table={name})", path.stat().st_size)):
         made, result = a_row(1), pair.ask(codec)
         made.fill(result, pair.outcome(result), {"score": 1.0, "em": 1.0, "f1": 1.0})
