@@ -14,7 +14,7 @@ export PYTHONDONTWRITEBYTECODE = 1
 PYTEST = $(BIN)/python -m pytest -p no:cacheprovider
 BESIDE = -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: run quick test check lint types unit bench setup clean
+.PHONY: run quick test check lint types unit bench docs setup clean
 
 run: setup
 	$(AS_ROOT) $(BIN)/testbed run $(SCENARIO)
@@ -46,6 +46,10 @@ unit: $(STAMPS)/venv
 bench: setup
 	$(BIN)/python -m benchmarks.codec_speed
 	$(AS_ROOT) $(BIN)/python -m benchmarks.link_fidelity --quick
+
+# The pages as a site, below build/site.
+docs: $(STAMPS)/venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file .ci/mkdocs.yml
 
 setup: $(STAMPS)/system $(STAMPS)/venv $(STAMPS)/model-$(MODEL)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -26,9 +29,15 @@ from testbed.transport.transport import TRANSPORTS
 from tests.command import command
 
 ROOT = Path(__file__).parents[1]
-PAGES = {path.name: path.read_text() for path in [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]}
+PAGES = {
+    str(path.relative_to(ROOT / "docs")): path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))
+} | {"README.md": (ROOT / "README.md").read_text()}
+_PLANNED = ["scenarios.md", "pipeline.md", "README.md", "claims.md", "links.md", "programs.md", "tutorial.md"]
+_PLANNED += [page for page in PAGES if page.startswith("howto/")]
 #: What stands for something that a reader puts there.
-_PLACEHOLDER = re.compile(r"…|\||\b[A-Z]\b|FILE|MODEL|TRACE|NAME|TOPOLOGY|PROFILE|SCENARIO|RUN")
+_PLACEHOLDER = re.compile(
+    r"…|\||\b[A-Z]\b|FILE|MODEL|TRACE|NAME|TOPOLOGY|PROFILE|SCENARIO|RUN|laptops\.yaml|drive\.csv|my-model|Qwen/"
+)
 _SHAPE = "llama-3.1-8b"
 _DEVICES = {"edge": f"device:m1-max-{_SHAPE}", "cloud": f"device:rtx-4090-{_SHAPE}"}
 
@@ -77,13 +86,13 @@ def test_every_block_of_yaml_is_a_scenarios_a_topologys_or_a_devices(page: str) 
             planned(value, place)
 
 
-@pytest.mark.parametrize("page", ["scenarios.md", "pipeline.md", "tasks.md", "links.md"])
+@pytest.mark.parametrize("page", ["scenarios.md", "pipeline.md", "tasks.md", "links.md", "measured/pipeline.md"])
 def test_every_setting_of_a_scenario_in_a_text_is_one(page: str) -> None:
     for text in spans(page, rf"({'|'.join(Scenario.model_fields)}): "):
         planned(strict_yaml.parse(text, page), f"{page}: {text}")
 
 
-@pytest.mark.parametrize("page", ["scenarios.md", "pipeline.md"])
+@pytest.mark.parametrize("page", ["scenarios.md", "pipeline.md", "measured/pipeline.md"])
 def test_every_delivery_policy_and_transport_in_a_text_is_one(page: str) -> None:
     for known, what in ((DELIVERIES, "delivery"), (POLICIES, "policy"), (TRANSPORTS, "transport")):
         for text in spans(page, rf"({'|'.join(known)})\("):
@@ -133,9 +142,7 @@ def test_every_benchmark_is_there_with_its_options(page: str) -> None:
             assert not word.startswith("--") or f'"{word}"' in source, (module, word)
 
 
-@pytest.mark.parametrize(
-    "page", ["scenarios.md", "pipeline.md", "README.md", "claims.md", "links.md", "programs.md"]
-)
+@pytest.mark.parametrize("page", _PLANNED)
 def test_every_run_that_is_shown_can_be_planned(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for _, _, *words in commands(page, r"testbed (run|plan) [a-z]"):
@@ -165,3 +172,45 @@ def test_the_example_of_a_forecast_is_forecast_as_it_says(tmp_path: Path) -> Non
     assert {codec for codec, _ in says} == set(found)
     for codec, mbit in says:
         assert found[codec] == pytest.approx(float(mbit) * 1e6, rel=0.05)
+
+
+def test_the_pages_are_a_site_without_a_warning(tmp_path: Path) -> None:
+    """Every page has its place, every link leads to a page, and every `#` to a heading."""
+    made = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", ROOT / ".ci/mkdocs.yml", "-d", tmp_path / "site"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert made.returncode == 0, made.stderr
+    assert "WARNING" not in made.stderr
+    assert (tmp_path / "site/tutorial.html").is_file()
+
+
+def test_every_link_of_the_readme_leads_to_a_file_and_its_heading() -> None:
+    for file, heading in re.findall(r"\]\((?!https?:)([^)#]+)#?([^)]*)\)", PAGES["README.md"]):
+        assert (ROOT / file).is_file(), file
+        headings = re.findall(r"^#+ (.+)$", (ROOT / file).read_text(), re.MULTILINE) if heading else []
+        assert not heading or heading in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+
+
+@pytest.mark.netns
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_first_hour_goes_as_it_is_told(tmp_path: Path) -> None:
+    """Each command of the tutorial, one after the other; those that only ask for more of the same are planned above."""
+    ran = []
+    for line in re.findall(r"^ {4}(?:sudo )?(testbed .+)$", PAGES["tutorial.md"], re.MULTILINE):
+        words = shlex.split(line)
+        if set(words) & {"--examples", "--codec", "--link"}:
+            continue
+        done = subprocess.run(
+            [sys.executable, "-m", "testbed", *words[1:], *(["--accept-uncalibrated"] if words[1] == "run" else [])],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        ran.append(words[1])
+        assert done.returncode == 0, (line, done.stdout, done.stderr)
+    assert ran == "doctor plan run report recommend codecs summary plot run up exec set show down".split()
+    assert (tmp_path / "first/report.html").is_file()
