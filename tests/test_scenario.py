@@ -223,6 +223,7 @@ def test_what_changes_an_answer_or_a_time_is_part_of_a_cells_identity_and_what_i
         ({"edge": "cloud"}, r"same node"),
         ({"link": "moon"}, r"t.yaml: link: .*'moon'"),
         ({"links": {"moon": "lte"}}, r"no link 'moon'"),
+        ({"model": "./moon"}, r"t.yaml: model: model './moon': there is no such directory"),
         ({"device": {"edge": "cpu", "fog": "cpu"}}, r"device: unknown key 'fog'"),
         ({"name": "../../etc"}, r"t.yaml: name"),
         ({"codecs": ["delta+kivi"]}, r"codecs: delta: a closed loop needs .* kivi does not. Use loop=open"),

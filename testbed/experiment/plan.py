@@ -294,12 +294,13 @@ def _bound(scenario: Scenario, place: str) -> tuple[Scenario, dict[str, str]]:
     they were written, by what they are now.
     """
     codecs, asked = [], {}
+    model = _at(f"{place}: model", lambda: find_model(scenario.models.edge).name)
     for spec in scenario.codecs:
         bound = spec
         if spec.unfit:
             raise SpecError(f"{place}: codecs: {spec.unfit}")
         if spec.refers:
-            bound = _at(f"{place}: codecs", lambda s=spec: s.bound(find_model(scenario.models.edge).name))
+            bound = _at(f"{place}: codecs", lambda s=spec: s.bound(model))
         if bound in codecs:
             same = f" (it is {str(bound)!r})" if bound != spec or str(bound) in asked else ""
             raise SpecError(f"{place}: codecs: {str(spec)!r} is listed twice{same}")
@@ -308,7 +309,7 @@ def _bound(scenario: Scenario, place: str) -> tuple[Scenario, dict[str, str]]:
             asked[str(bound)] = str(spec)
     deliveries = []
     for delivery in scenario.delivery:
-        bound = _at(f"{place}: delivery", lambda d=delivery: d.bound(find_model(scenario.models.edge).name))
+        bound = _at(f"{place}: delivery", lambda d=delivery: d.bound(model))
         deliveries.append(bound)
         for here, there in zip(delivery.codecs, bound.codecs, strict=True):
             asked |= {str(there): str(here)} if here.refers else {}
