@@ -86,7 +86,9 @@ def test_every_block_of_yaml_is_a_scenarios_a_topologys_or_a_devices(page: str) 
             planned(value, place)
 
 
-@pytest.mark.parametrize("page", ["scenarios.md", "pipeline.md", "tasks.md", "links.md", "measured/pipeline.md"])
+@pytest.mark.parametrize(
+    "page", ["scenarios.md", "pipeline.md", "tasks.md", "links.md", "measured/pipeline.md"]
+)
 def test_every_setting_of_a_scenario_in_a_text_is_one(page: str) -> None:
     for text in spans(page, rf"({'|'.join(Scenario.model_fields)}): "):
         planned(strict_yaml.parse(text, page), f"{page}: {text}")
@@ -177,7 +179,17 @@ def test_the_example_of_a_forecast_is_forecast_as_it_says(tmp_path: Path) -> Non
 def test_the_pages_are_a_site_without_a_warning(tmp_path: Path) -> None:
     """Every page has its place, every link leads to a page, and every `#` to a heading."""
     made = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", ROOT / ".ci/mkdocs.yml", "-d", tmp_path / "site"],
+        [
+            sys.executable,
+            "-m",
+            "mkdocs",
+            "build",
+            "--strict",
+            "-f",
+            ROOT / ".ci/mkdocs.yml",
+            "-d",
+            tmp_path / "site",
+        ],
         capture_output=True,
         text=True,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
@@ -191,7 +203,9 @@ def test_every_link_of_the_readme_leads_to_a_file_and_its_heading() -> None:
     for file, heading in re.findall(r"\]\((?!https?:)([^)#]+)#?([^)]*)\)", PAGES["README.md"]):
         assert (ROOT / file).is_file(), file
         headings = re.findall(r"^#+ (.+)$", (ROOT / file).read_text(), re.MULTILINE) if heading else []
-        assert not heading or heading in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+        assert not heading or heading in [
+            re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings
+        ]
 
 
 @pytest.mark.netns
@@ -205,7 +219,13 @@ def test_the_first_hour_goes_as_it_is_told(tmp_path: Path) -> None:
         if set(words) & {"--examples", "--codec", "--link"}:
             continue
         done = subprocess.run(
-            [sys.executable, "-m", "testbed", *words[1:], *(["--accept-uncalibrated"] if words[1] == "run" else [])],
+            [
+                sys.executable,
+                "-m",
+                "testbed",
+                *words[1:],
+                *(["--accept-uncalibrated"] if words[1] == "run" else []),
+            ],
             cwd=tmp_path,
             capture_output=True,
             text=True,
