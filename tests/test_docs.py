@@ -232,5 +232,20 @@ def test_the_first_hour_goes_as_it_is_told(tmp_path: Path) -> None:
         )
         ran.append(words[1])
         assert done.returncode == 0, (line, done.stdout, done.stderr)
-    assert ran == ["doctor", "plan", "run", "report", "recommend", "codecs", "summary", "plot", "run", "up", "exec", "set", "show", "down"]
+    assert ran == [
+        "doctor",
+        "plan",
+        "run",
+        "report",
+        "recommend",
+        "codecs",
+        "summary",
+        "plot",
+        "run",
+        "up",
+        "exec",
+        "set",
+        "show",
+        "down",
+    ]
     assert (tmp_path / "first/report.html").is_file()
