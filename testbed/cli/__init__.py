@@ -17,6 +17,7 @@ from testbed import __version__, identity
 from testbed.cli import (
     answers,
     calibrate,
+    coding,
     device,
     diagnose,
     guide,
@@ -70,6 +71,8 @@ for _command in (
     listings.models,
     device.devices,
     device.device,
+    coding.encode,
+    coding.decode,
     answers.summary,
     answers.plot,
     diagnose.diagnose,
