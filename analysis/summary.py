@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from testbed import stats
-from testbed.analysis import hosts, layout, loads, paired_latency, settings
+from testbed.analysis import energy, hosts, layout, loads, paired_latency, settings
 from testbed.analysis.describe import caveats, computing, conditions, megabytes
 from testbed.analysis.names import short
 from testbed.analysis.run import Run
@@ -112,6 +112,9 @@ def _cell(keys: Any, both: pd.DataFrame) -> dict[str, Any]:
         name: rows[name].mean() for name in ("wire_bytes", "retransmits", "tokens_kept", "bits_per_element")
     }
     line |= {f"{name}_mean": rows[name].mean() for name in _PIPELINE}
+    line |= {
+        f"radio_{name}_j": energy.per_request(rows, radio).mean() for name, radio in energy.RADIOS.items()
+    }
     line |= {
         "over_bound": (rows["e2e_s"] / rows["bound_s"]).median(),
         "amortized_s": rows["amortized_s"].median(),

@@ -176,7 +176,7 @@ class Asked:
         size = size_of(codec, self.cache, kept, len(payload))
         name = str(replace(codec.spec, coder=None))  # a coder gives back what it was given
         if name not in self._seen:
-            self._seen[name] = self._quality(decode(payload))
+            self._seen[name] = self.quality(decode(payload))
         return size, self._seen[name]
 
     def _evidence(self, codec: Codec) -> Evidence:
@@ -184,7 +184,8 @@ class Asked:
             self.model, codec.needs, self.prefix, self.context, self.question, self.gold, self.example.id
         )
 
-    def _quality(self, cache: KVCache) -> Quality:
+    def quality(self, cache: KVCache) -> Quality:
+        """Of the answer behind this cache of the context."""
         past = self._behind(cache)
         found = self.model.likelihood(self.question, self.gold, past)
         forced = self.model.likelihood(self.question, self._answer, past) if self._answer else None

@@ -150,6 +150,14 @@ CLAIMS = (
         judges.coded,
     ),
     Claim(
+        "guide-loses-nothing",
+        "15",
+        "robust: INT4; few layers: these at 16 bits; spread: INT8",
+        f"what the guide names for the model's diagnosis: ΔNLL at most 0.02 nats/token, and at most {rules.MOST_LOST:.0%} of "
+        f"examples lose more than {rules.LOST}",
+        judges.guided,
+    ),
+    Claim(
         "scout-overlap",
         "16",
         "84 to 92 % of the tokens at 75 %, from a small model of the same family",
@@ -183,16 +191,19 @@ CLAIMS = (
     ),
 )
 
-#: What no row here can decide, and why.
+#: What no row can decide, and what does instead.
 NOT_YET = (
-    ("12", "incremental Q2C", "selection while the context streams in has no placement of a run yet"),
+    (
+        "12",
+        "incremental Q2C",
+        "no placement of a run selects while the context streams in; python -m benchmarks.study_incremental",
+    ),
     (
         "13",
         "how architecture and compression compose",
-        "no model with a latent cache that answers is at hand",
+        "bytes: python -m benchmarks.study_composition; answers: no model with a latent cache that answers is at hand",
     ),
     ("14", "loss, 5G and jitter", "a capability, not a claim: scenarios/5g.yaml measures it"),
-    ("15", "the deployment guide", "a procedure: testbed guide walks it"),
 )
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from testbed import stats
 from testbed.analysis import settings
 from testbed.analysis.claims import rules
-from testbed.analysis.claims.pool import CONCENTRATED, DISTRIBUTED, Pool
+from testbed.analysis.claims.pool import CONCENTRATED, DISTRIBUTED, ROBUST, Pool
 from testbed.analysis.claims.rules import Verdict
 from testbed.codecs.method import Method
 from testbed.codecs.quantize.mixed import Mixed, coarse
@@ -143,6 +143,22 @@ def unprotected(pool: Pool) -> Iterator[Verdict]:
         if pool.damage.get(sample.model) == DISTRIBUTED:
             for plain, first, _ in _protections(sample.table):
                 yield rules.nothing_gained(sample, plain, first)
+
+
+def guided(pool: Pool) -> Iterator[Verdict]:
+    """What the published guide says to send, of a model whose diagnosis lies beside the rows: INT4 where it is robust, the
+    diagnosed layers at 16 bits where the damage sits in few, INT8 where it is spread.
+    """
+    for sample in pool.samples():
+        damage = pool.damage.get(sample.model, "")
+        named = {
+            ROBUST: _alone(sample.table, "int4"),
+            CONCENTRATED: [first for _, first, _ in _protections(sample.table)],
+            DISTRIBUTED: _alone(sample.table, "int8"),
+        }
+        for setting in named.get(damage, ()):
+            verdict = rules.lossless(sample, setting)
+            yield replace(verdict, what=f"{setting}, for damage that is {damage}")
 
 
 def _deltas(table: pd.DataFrame) -> Iterator[tuple[str, str, CodecSpec]]:

@@ -22,8 +22,8 @@ LEAST_REFERENCE_CHOICE = 0.3  #: four options: chance is 0.25
 
 OF_FOUR = ("choice", "mmlu")  #: such tasks begin so
 
-#: What a diagnosis says of INT4's damage by the published rule; "robust" is the third.
-CONCENTRATED, DISTRIBUTED = "concentrated", "distributed"
+#: What a diagnosis says of INT4's damage by the published rule.
+ROBUST, CONCENTRATED, DISTRIBUTED = "robust", "concentrated", "distributed"
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,20 @@ def _by_seed(runs: list[Run]) -> list[pd.DataFrame]:
     """
     seeds = [str(run.scenario.get("seed", 0)) for run in runs]
     several = len(set(seeds)) > 1
-    rows = [run.require().alone.rows for run in runs]
+    rows = _with_lengths(runs)
     return [
         own.assign(example=own["example"] + f" (seed {seed})") if several else own
         for own, seed in zip(rows, seeds, strict=True)
+    ]
+
+
+def _with_lengths(runs: list[Run]) -> list[pd.DataFrame]:
+    """The runs' rows, tasks of a run of one length named with it where another run, of several, has the task so."""
+    rows = [run.require().alone.rows for run in runs]
+    named = {task.rpartition("@")[0] for own in rows for task in map(str, own["task"]) if "@" in task}
+    lengths = [run.scenario.get("context_tokens") for run in runs]
+    ends = [f"@{length[0] if isinstance(length, list) else length or 'own'}" for length in lengths]
+    return [
+        own.assign(task=own["task"].where(~own["task"].isin(named), own["task"] + end))
+        for own, end in zip(rows, ends, strict=True)
     ]

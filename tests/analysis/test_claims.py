@@ -137,6 +137,34 @@ def test_a_protected_layer_has_to_restore_what_int4_loses_and_other_layers_do_no
     assert ("nothing to restore" in found.figures) == (verdict == "undecided")
 
 
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [("robust", "int4"), ("concentrated", "mixed(protect=3)"), ("distributed", "int8"), ("", None)],
+)
+def test_the_guide_is_judged_by_what_it_names_for_the_diagnosis(
+    tmp_path: Path, damage: str, named: str | None
+) -> None:
+    others = dict.fromkeys(("int4", "mixed(protect=3)", "mixed(protect=7)", "int8"), 0.3)
+    for rise, verdict in ((0.005, "holds"), (0.3, "fails")):
+        run = losing(tmp_path / verdict, others | ({named: rise} if named else {}))
+        found = judged(diagnose(run, damage))["guide-loses-nothing"]
+        expected = [(f"{named}, for damage that is {damage}", verdict)] if named else []
+        assert [(one.what, one.verdict) for one in found] == expected
+
+
+def test_a_run_of_one_length_has_the_tasks_of_one_of_several(tmp_path: Path) -> None:
+    """Of two models one was asked at 256 tokens alone, the other at 256 and at 512."""
+    one, several = (
+        losing(tmp_path / name, {"int4": rise}, model=name) for name, rise in (("a", 0.0), ("b", 0.5))
+    )
+    change(several, lambda row: {"task": "needle@256"})
+    assert verdicts("int4-fragility", one, several) == []
+    write_manifest(one, settings={"context_tokens": [256]})
+    assert verdicts("int4-fragility", one, several) == ["holds"]
+    write_manifest(one, settings={"context_tokens": 512})
+    assert verdicts("int4-fragility", one, several) == []
+
+
 def test_protections_are_judged_against_int4_with_scales_of_their_kind(tmp_path: Path) -> None:
     plain = ("int4", "int4(group=0, symmetric=true)")
     of_groups = ("mixed(protect=3)", "mixed(protect=7)")
