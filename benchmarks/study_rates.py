@@ -81,12 +81,14 @@ def distortions(caches: Iterable[KVCache], codec: Codec) -> list[float]:
 
 
 def bound(own: list[Source], lost: list[float]) -> dict[str, float]:
-    """Means over parts: decibels between variance and distortion, and the least bits an element, by channels and by axes."""
+    """Means over parts: decibels between variance and distortion, and the least bits an element, by channels and by axes. What
+    arrives as it was (layers that are kept at 16 bits) counts with these bits, and has no decibels.
+    """
     pairs = list(zip(own, lost, strict=True))
     return {
-        "snr_db": fmean(10 * math.log10(part.variance / error) for part, error in pairs),
-        "channels": fmean(gaussian_bits(part.channels, error) for part, error in pairs),
-        "axes": fmean(gaussian_bits(part.axes, error) for part, error in pairs),
+        "snr_db": fmean(10 * math.log10(part.variance / error) for part, error in pairs if error),
+        "channels": fmean(gaussian_bits(part.channels, error) if error else 16 for part, error in pairs),
+        "axes": fmean(gaussian_bits(part.axes, error) if error else 16 for part, error in pairs),
     }
 
 

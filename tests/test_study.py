@@ -64,6 +64,9 @@ def test_what_channels_have_in_common_lowers_the_bound_of_axes_alone() -> None:
     assert found["channels"] == pytest.approx(0.5 * np.log2(101), rel=0.02)
     assert found["axes"] == pytest.approx(0.5 * np.log2(801) / 8, rel=0.05)
     assert study_rates.bound([values], [0.01])["axes"] == pytest.approx(0.5 * np.log2(100), rel=0.02)
+    half = study_rates.bound([values, values], [0.01, 0.0])  # half of it arrives as it was
+    assert half["axes"] == pytest.approx((16 + 0.5 * np.log2(100)) / 2, rel=0.02)
+    assert half["snr_db"] == pytest.approx(20, rel=0.02)
 
 
 def test_scales_of_groups_multiply_with_what_heads_share_and_scales_of_tokens_with_what_a_head_has() -> None:
