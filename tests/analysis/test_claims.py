@@ -346,7 +346,7 @@ SCENARIOS = {
     "q2c": {claim.name for claim in claims.CLAIMS if claim.number in ("1", "2")},
     "int8": {"int8-lossless"},
     "int4": {"int4-fragility"},
-    "protected-layer": {"protected-layer", "protected-layer-distributed"},
+    "protected-layer": {"protected-layer", "protected-layer-distributed", "guide-loses-nothing"},
     "delta": {"delta-hurts", "delta-spreads"},
     "transmission": {"transmission-dominates"},
     "q2c-free": {"q2c-free"},
