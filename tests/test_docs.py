@@ -211,6 +211,7 @@ def test_every_link_of_the_readme_leads_to_a_file_and_its_heading() -> None:
 @pytest.mark.netns
 @pytest.mark.model
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_first_hour_goes_as_it_is_told(tmp_path: Path) -> None:
     """Each command of the tutorial, one after the other; those that only ask for more of the same are planned above."""
     ran = []
