@@ -338,7 +338,10 @@ class Decoder:
         if self._shape is not None:
             check_fits(header, self._shape)
         codec = _codec_of(header)
-        layout = lay_out(header.parts(), codec.quantizer)
+        try:
+            layout = lay_out(header.parts(), codec.quantizer)
+        except SpecError as error:  # it lacks what its sizes follow from
+            raise PayloadError(str(error)) from None
         side, symbols, position_bytes, extra = sections(header, layout, body, codec)
         if len(behind) and not codec.quantizer.planes:
             raise PayloadError(f"the payload says {len(whole)} bytes, but {len(whole) + len(behind)} arrived")

@@ -52,6 +52,7 @@ QUANTIZERS = {
     "planes": "testbed.codecs.quantize.planes:Planes",
     "think": "testbed.codecs.quantize.think:ThinK",
     "lossless": "testbed.codecs.quantize.lossless:Lossless",
+    "lowrank": "testbed.codecs.quantize.lowrank:LowRank",
 }
 CODERS = {
     "zstd": "testbed.codecs.entropy.zstd:Zstd",

@@ -60,6 +60,7 @@ VARIANTS = (
     "cachegen(level=4)",
     "lossless(coder=ans)",
     "think(keep=0.3, of=int4)",
+    "lowrank(keep=0.2, of=fp16)",
 )
 EVERY = [*itertools.product((*CODECS, *VARIANTS), (*CACHES, "uneven", "uneven, in bf16"))]
 
@@ -119,6 +120,7 @@ BITS = {
     "planes": 8 + 32 / 32,
     "think": (16 * 77 / 128 + 1 / 4096 + 16) / 2,  # a bit a channel of keys to say which are sent
     "think(keep=0.5, of=int4)": (5 / 2 + 1 / 4096 + 5) / 2,
+    "lowrank": (4 + 32 / 32) / 2 + 16 * (1 + 64) / 4096,  # its own mean and 64 components a head
     # of 32 layers, 10 of keys and 2 of values have 32 bins and 5 bits; a scale for each token over all heads
     "cachegen": 4 + 12 / 64 + 16 / 1024,
 }

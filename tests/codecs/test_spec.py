@@ -129,7 +129,8 @@ def _values(name: str, kind: str, choices: tuple[str, ...]) -> st.SearchStrategy
         "seed": st.integers(0, 2**31 - 1),
         "anchor": st.integers(2, 4096),
         "filters": st.sampled_from(["own", "0f" * 16, "some/where.filters"]),
-        "keep": st.floats(0, 1, exclude_min=True),
+        "keep": st.floats(0.125, 1),
+        "basis": st.sampled_from(["own", "0f" * 16, "some/where.bases"]),
         "of": st.sampled_from(["fp16", "int8", "int4"]),
         "by": st.sampled_from(["q2c", "keynorm", "lagkv"]),
     }

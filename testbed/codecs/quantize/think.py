@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
-from testbed.codecs import CodecError, registry
+from testbed.codecs import CodecError
 from testbed.codecs.evidence import Needs
+from testbed.codecs.quantize.projected import CHANNELWISE, channelwise
 from testbed.codecs.steps import Part, Quantizer
 
 if TYPE_CHECKING:
@@ -38,12 +39,12 @@ class ThinK(Quantizer):
     def __post_init__(self) -> None:
         self.require("keep", "above 0 and at most 1", 0 < self.keep <= 1)
         self.require("window", "0 (the question) or from 1 to 65536", 0 <= self.window <= 65536)
-        self.require("of", f"one of {', '.join(_INNER)}", self.of in _INNER)
+        self.require("of", f"one of {', '.join(CHANNELWISE)}", self.of in CHANNELWISE)
 
     @cached_property
     def inner(self) -> Quantizer:
         """What codes the channels that are sent."""
-        return cast(type[Quantizer], registry.find(self.of))()
+        return channelwise(self.of)
 
     def needs(self) -> Needs:
         return Needs(context_queries=self.window) if self.window else Needs(question=True)
@@ -115,10 +116,6 @@ class ThinK(Quantizer):
         first = mask.sort(dim=1, descending=True, stable=True).indices[:, : narrow.head_dim]
         out = sent.new_zeros(part.shape)
         return out.scatter_(2, first[:, None].expand(narrow.shape), sent.view(narrow.shape))
-
-
-#: Quantizers of which any number of channels may be coded by itself.
-_INNER = ("fp16", "int8", "int4", "int3", "int2", "fp8")
 
 
 def _packed(mask: Tensor) -> Tensor:
