@@ -17,6 +17,7 @@ from testbed import __version__, identity
 from testbed.cli import (
     answers,
     calibrate,
+    check,
     coding,
     device,
     diagnose,
@@ -78,6 +79,7 @@ for _command in (
     diagnose.diagnose,
     answers.report,
     answers.compare,
+    check.check,
     answers.recommend,
     answers.claims,
     guide.guide,

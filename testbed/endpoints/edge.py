@@ -14,12 +14,13 @@ from testbed.codecs.evidence import Needs, blocks_for, gather, prefill_for
 from testbed.delivery.adaptive import Adaptive
 from testbed.delivery.delivery import SKIP, TEXT, Pipelined, parse
 from testbed.delivery.progressive import Progressive
+from testbed.delivery.run_lengths import run_lengths
 from testbed.endpoints import choice
 from testbed.endpoints.at_hand import Encoded, Prefilled, TaskExamples
 from testbed.endpoints.choosing import AdaptiveFeed, Outlook
 from testbed.endpoints.client import REBUILDS, Client
 from testbed.endpoints.experience import Experience, Passes
-from testbed.endpoints.feed import Context, Feed, Made, run_lengths
+from testbed.endpoints.feed import Context, Feed, Made
 from testbed.endpoints.local import answered_here
 from testbed.endpoints.plane_feed import PlaneFeed
 from testbed.endpoints.protocol import (

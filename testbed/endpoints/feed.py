@@ -6,7 +6,6 @@ made for an earlier request is not made again, but waited for as long as it took
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 import zlib
@@ -385,9 +384,3 @@ class Feed(Source):
                 cache = kvcache.between(whole, begin + part.start, begin + part.stop)
         first = part.start if part.by == "layers" else 0
         return self._context.knowing(cache, first) if with_ropes else cache
-
-
-def run_lengths(levels: list[str]) -> str:
-    """`["int8", "int8", "skip"]` -> ``"int8*2,skip"``."""
-    runs = [(level, len(list(same))) for level, same in itertools.groupby(levels)]
-    return ",".join(level if count == 1 else f"{level}*{count}" for level, count in runs)

@@ -19,8 +19,8 @@ from pathlib import Path
 from msgspec import structs
 
 from testbed import files
+from testbed.delivery.run_lengths import run_lengths
 from testbed.endpoints.client import REBUILDS, Answered, Client
-from testbed.endpoints.feed import run_lengths
 from testbed.endpoints.load_messages import Collect, Collected, Happened, Looping, Offer, Planned, Stage
 from testbed.endpoints.protocol import Greeting, Hello, Link, Span, TrialRequest, TrialResult, Ware
 from testbed.endpoints.replayed_feed import ReplayedFeed

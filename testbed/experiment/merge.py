@@ -19,6 +19,7 @@ from testbed import files
 from testbed.errors import UsageError
 from testbed.experiment import expected
 from testbed.experiment.expected import Expected
+from testbed.experiment.provenance import QUESTIONS
 from testbed.experiment.results import FORMAT, SPANS, RunDirectory, utc_now
 from testbed.experiment.shard import Shard, of_folder, parse
 from testbed.experiment.shards import FOLDER, MERGED, check_place, found_in
@@ -283,6 +284,8 @@ def _write(directory: RunDirectory, parts: Sequence[_Part], known: Sequence[Expe
             with files.replacing(directory.path / "traces" / trace.name) as copy:
                 shutil.copyfile(trace, copy)
     directory.write(expected.NAME, first.directory.read(expected.NAME))
+    if (questions := first.directory.path / QUESTIONS).exists():
+        files.replace(directory.path / QUESTIONS, files.read(questions))
     for name, key in _LISTS.items():
         entries = [
             {**entry, "shard": str(part.shard), **({"judged": True} if name == "compute.json" else {})}
@@ -331,6 +334,7 @@ def _manifest(parts: Sequence[_Part], trials: int) -> dict[str, Any]:
         ),
         "host": {k: v for k, v in hosts[0].items() if all(host.get(k) == v for host in hosts)},
         "machines": machines,
+        "provenance": {"shards": {str(part.shard): part.manifest.get("provenance") for part in parts}},
         MERGED: {
             "at": utc_now(),
             "shards": {str(part.shard): str(part.directory.path) for part in parts},

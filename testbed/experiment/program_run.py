@@ -21,6 +21,7 @@ from testbed import files
 from testbed.descriptors import ready as readable
 from testbed.errors import EndpointError, NetworkError, SpecError
 from testbed.experiment import programs as words
+from testbed.experiment import provenance
 from testbed.experiment.environment import cpu_name, describe_host, host_name
 from testbed.experiment.programs import CLIENT, Program, Scalar
 from testbed.experiment.progress import Progress
@@ -217,10 +218,11 @@ class ProgramRunner(Runner):
 
     def _write_about(self) -> None:
         profiles = {p.name: {"text": p.text(), "source": p.source} for p in self.plan.profiles}
+        before, node = self.directory.manifest(), self._fabric.host(self._programs[CLIENT].node)
         self.directory.write(
             "manifest.json",
             {
-                **self.directory.manifest(),
+                **before,
                 "format": FORMAT,
                 "topology": self.plan.topology.name,
                 "link": self.plan.link,
@@ -229,6 +231,7 @@ class ProgramRunner(Runner):
                 "trials": self._total,
                 "starts": [*self.directory.entries("manifest.json", "starts"), utc_now()],
                 "host": describe_host(),
+                "provenance": provenance.recorded(before.get("provenance"), self.plan, node),
             },
         )
 

@@ -29,8 +29,8 @@ from typing import Any
 from testbed import files
 from testbed.endpoints.protocol import Span
 from testbed.errors import StorageError, UsageError
-from testbed.experiment import compute
-from testbed.experiment.row import COLUMNS, MEASURED, Row, in_turn
+from testbed.experiment import columns, compute
+from testbed.experiment.row import MEASURED, Row, in_turn
 from testbed.units import exact_time
 
 FORMAT = 9
@@ -374,17 +374,21 @@ class RunDirectory:
                 lost = sum(1 for line in lines if line.strip()) - len(rows)
             many = "s" if lost > 1 else ""
             return rows, [f"{lost} unreadable line{many} of trials.jsonl passed over"] if lost else []
+        rows = self.parquet_rows()
+        with contextlib.suppress(UsageError):
+            if len(rows) == self.manifest().get(PUBLISHED):
+                return rows, []
+        return rows, ["trials.jsonl is missing"]
+
+    def parquet_rows(self) -> list[dict[str, Any]]:
+        """The rows of ``trials.parquet`` as `rows` has them; empty where it cannot be read."""
         import pandas as pd
 
         try:
             table = pd.read_parquet(self.path / "trials.parquet")
         except (OSError, ValueError):
-            table = pd.DataFrame()
-        rows = [as_now({str(k): v for k, v in row.items()}) for row in table.to_dict("records")]
-        with contextlib.suppress(UsageError):
-            if len(rows) == self.manifest().get(PUBLISHED):
-                return rows, []
-        return rows, ["trials.jsonl is missing"]
+            return []
+        return [as_now(row) for row in columns.plain(table)]
 
     def finished(self) -> set[str]:
         """The trials that have a row without an error: what is not to be run again."""
@@ -397,24 +401,15 @@ class RunDirectory:
         """
         import pandas as pd
 
-        rows = list(self.rows())
-        own = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in COLUMNS]
-        frame = pd.DataFrame(rows, columns=[*COLUMNS, *own])
-        for name in own:  # a program may print a number now and a word then
-            kinds = {type(value) for value in frame[name].dropna()}
-            if len(kinds) > 1 and not kinds <= {int, float}:
-                frame[name] = frame[name].map(lambda value: None if pd.isna(value) else str(value))
-        for column in dataclasses.fields(Row):
-            if column.type == "int | None":  # whole, and missing in failed rows
-                with self._typed("trials.jsonl"):
-                    frame[column.name] = frame[column.name].astype("Int64")
+        with self._typed("trials.jsonl"):
+            frame = columns.typed(list(self.rows()))
         self._write_table("trials", frame)
         if (self.path / SPANS).exists():
             self._write_table("spans", pd.DataFrame(self._spans(), columns=["trial", *_span(Span("", 0, 0))]))
 
     def _write_table(self, name: str, frame: Any) -> None:
         with files.replacing(self.path / f"{name}.parquet") as temporary, self._typed(f"{name}.jsonl"):
-            frame.to_parquet(temporary, index=False)
+            frame.to_parquet(temporary, index=False, schema=columns.schema(frame))
 
     @contextlib.contextmanager
     def _typed(self, source: str) -> Iterator[None]:

@@ -15,7 +15,7 @@ from testbed import lookup
 from testbed.codecs.spec import CodecSpec
 from testbed.endpoints.protocol import Loaded, Outcome, Span
 from testbed.errors import EndpointError, NetworkError
-from testbed.experiment import expected, inputs
+from testbed.experiment import expected, inputs, provenance
 from testbed.experiment.compute import Start
 from testbed.experiment.crossing import Crossing
 from testbed.experiment.deployment import Batch
@@ -183,6 +183,8 @@ class Runner:
     def _write_manifest(self, loaded: dict[str, Loaded], network: Network) -> None:
         before = self.directory.manifest()
         machines = kept if isinstance(kept := before.get("machines"), dict) else {}
+        provenance.keep_questions(self.directory, self.plan, self._batches)
+        edge = network.host(self.scenario.edge)
         self.directory.write(
             "manifest.json",
             {
@@ -202,6 +204,7 @@ class Runner:
                 "host": describe_host(),
                 "machines": {**machines, self._host: describe_host()},
                 **({"hosts": hosts} if (hosts := network.described()) else {}),
+                "provenance": provenance.recorded(before.get("provenance"), self.plan, edge),
                 "command": sys.argv,
             },
         )
