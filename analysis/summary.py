@@ -52,7 +52,9 @@ def summarise(run: Run) -> pd.DataFrame:
     """
     run.require()
     rows = settings.labelled(run.attempts)
-    groups = rows.groupby(["cell", "profile", "placement", "codec", "task"], sort=False)
+    # Edges of one load may have models and deliveries of their own.
+    by = ["cell", "profile", "placement", "codec", "task", "model", "delivery"]
+    groups = rows.groupby(by, sort=False)
     against = {
         (str(panel), str(task), ratio.setting): ratio
         for panel, own in rows.groupby("panel", sort=False)
@@ -93,7 +95,7 @@ def _cell(keys: Any, both: pd.DataFrame) -> dict[str, Any]:
     latency = stats.median(times["e2e_s"], settings.clusters(both))
     first = stats.median(times["ttft_s"], settings.clusters(both))
     payload = float(rows["payload_bytes"].mean()) if len(rows) else float("nan")
-    line: dict[str, Any] = dict(zip(("cell", "profile", "placement", "codec", "task"), keys, strict=True))
+    line: dict[str, Any] = dict(zip(("cell", "profile", "placement", "codec", "task"), keys[:5], strict=True))
     line |= {name: both[name].iloc[0] for name in _SAME}
     line |= {"n": examples.nunique(), "trials": len(rows), "failed": int(len(both) - len(rows))}
     line |= {"score": score.value, "score_lo": score.low, "score_hi": score.high}

@@ -27,11 +27,12 @@ class Stage(Message[None]):
 
 class Answers(Message[None]):
     """A cloud without a model: answer requests for wares so, in the order of a discipline (its canonical text). Whoever is still
-    being served goes on by the one before. times: of the device, where passes over several tokens are waited for."""
+    being served goes on by the one before. times: of devices, by wares' `model`, where passes over several tokens are waited
+    for."""
 
     serving: Name
     wares: dict[int, Replayed]
-    times: DeviceTimes | None = None
+    times: dict[str, DeviceTimes]
 
 
 class Planned(NamedTuple):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from testbed.deadline import Deadline
@@ -26,13 +26,13 @@ _MAX_CONNECTIONS = 4096
 _IDLE_S = 3600.0
 
 
-def step_s(times: DeviceTimes | None) -> Callable[[Sequence[Job]], float]:
-    """Seconds of a pass that makes the next token of each of several requests.
+def step_s(times: Mapping[str, DeviceTimes]) -> Callable[[Sequence[Job]], float]:
+    """Seconds of what makes the next token of each of several requests: a pass for all of one model, one behind the other.
 
-    By a device's times of decoding alone: a pass reads the weights once, and each request's cache. What a token takes behind
-    the shortest context that was measured is taken as the former, what it takes more behind a longer one as the latter. It takes
-    no less than a pass over as many tokens, which have to be multiplied. Without a device: as passes of as many requests like
-    each of these were measured, and the mean of that; and where none were, each token by itself, in turn.
+    By a device's times of decoding alone (`times`, by jobs' `model`): a pass reads the weights once, and each request's cache.
+    What a token takes behind the shortest context that was measured is taken as the former, what it takes more behind a longer
+    one as the latter. It takes no less than a pass over as many tokens, which have to be multiplied. Without a device: as
+    passes of as many requests like each of these were measured, and the mean of that; and where none were, each token by itself.
     """
 
     def each(jobs: Sequence[Job]) -> float:
@@ -40,13 +40,21 @@ def step_s(times: DeviceTimes | None) -> Callable[[Sequence[Job]], float]:
             return sum(line(job.passes, len(jobs)) for job in jobs) / len(jobs)
         return sum(job.token_s[job.told] for job in jobs)
 
-    def together(jobs: Sequence[Job]) -> float:
-        assert times is not None
-        weights = times.token_s(0)
+    def together(jobs: Sequence[Job], device: DeviceTimes) -> float:
+        weights = device.token_s(0)
         caches = sum(max(0.0, job.token_s[job.told] - weights) for job in jobs)
-        return max(weights + caches, times.pass_s(len(jobs)))
+        return max(weights + caches, device.pass_s(len(jobs)))
 
-    return together if times is not None and times.decode else each
+    def step(jobs: Sequence[Job]) -> float:
+        alike = dict[str, list[Job]]()
+        for job in jobs:
+            alike.setdefault(job.model, []).append(job)
+        known = {model: device for model in alike if (device := times.get(model)) and device.decode}
+        return sum(
+            together(own, known[model]) if model in known else each(own) for model, own in alike.items()
+        )
+
+    return step
 
 
 @dataclass(eq=False)
@@ -179,8 +187,9 @@ class ReplayedCloud:
             raise WireError(f"the request is for ware {request.same_as}, which is not known here")
         rebuild_s = sum(ware.parts_s[-1:]) + ware.rebuild_s
         job = Job(
-            rebuild_s, ware.first_s, ware.token_s, ware.held, ware.memory, ware.passes, behind=tuple(parts)
+            rebuild_s, ware.first_s, ware.token_s, ware.held, ware.memory, ware.passes, model=ware.model
         )
+        job.behind = tuple(parts)
         asked, why = served_by.offer(job, at)
         if asked is None:
             self._complain(connection, wire.Failure(request.id, f"refused: {why}", refused=True))

@@ -132,10 +132,10 @@ class Crowd:
 
     def _stage(self, cell: Cell, put: Put) -> None:
         plan = self._plan
-        device = plan.devices.get("cloud")
+        devices = {edge.computed: plan.of_edge(edge).devices.get("cloud") for edge in plan.edges}
+        times = {who: device.times for who, device in devices.items() if device is not None}
         used = {number for own in put.wares for number in own}
         answers = {number: self._wares.numbered(number).answer for number in used}
-        times = device.times if device else None
         self._cloud.call(Answers(str(cell.serving), answers, times), _CALL_S)
         for number, own in enumerate(put.wares):
             wares = {ware: self._wares.numbered(ware).ware for ware in own}

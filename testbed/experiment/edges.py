@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, InstanceOf, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer
 
 from testbed import strict_yaml
 from testbed.codecs.spec import CodecSpec
 from testbed.codecs.spec import parse as parse_codec
+from testbed.delivery.delivery import Delivery
 from testbed.errors import SpecError
+from testbed.experiment import readers
+from testbed.experiment.sides import Compute
 from testbed.net.profile.profile import Profile, profile_from
 from testbed.net.topology.topology import Topology
+from testbed.speed.files import Device
 
 #: What one machine runs: a process an edge.
 MOST = 64
@@ -22,6 +26,10 @@ MOST = 64
 
 def _codec(value: Any) -> CodecSpec | None:
     return parse_codec(str(value)) if value is not None else None
+
+
+def _delivery(value: Any) -> Delivery | None:
+    return readers.delivery(value) if value is not None else None
 
 
 class Own(BaseModel):
@@ -35,6 +43,15 @@ class Own(BaseModel):
         BeforeValidator(_codec),
         PlainSerializer(str, when_used="json-unless-none"),
     ] = None
+    delivery: Annotated[
+        InstanceOf[Delivery] | None,
+        BeforeValidator(_delivery),
+        PlainSerializer(str, when_used="json-unless-none"),
+    ] = None
+    model: Annotated[str, Field(min_length=1)] | None = (
+        None  #: of its requests, which the cloud then has, too
+    )
+    compute: Compute | None = None  #: of its requests, on both sides
 
 
 #: Names or patterns of nodes, with what is each one's own; a number: so many, which a generated topology then has.
@@ -69,12 +86,42 @@ def edges_from(value: Any) -> Edges | None:
 
 @dataclass(frozen=True)
 class Edge:
-    """An edge of a plan: its node, the link by which it leaves that, and what is its own (None: the cell's)."""
+    """An edge of a plan: its node, the link by which it leaves that, and what is its own (None: the cell's). devices: whose
+    times are waited for, by side, where it has a model or `compute` of its own.
+    """
 
     node: str
     link: str
     profile: Profile | None = None
     codec: CodecSpec | None = None
+    delivery: Delivery | None = None
+    model: str | None = None
+    compute: Compute | None = None
+    devices: dict[str, Device] = field(default_factory=dict)
+
+    @property
+    def computed(self) -> str:
+        """What tells apart whose requests are computed by another model, or as elsewhere; empty: as the scenario has it."""
+        return f"{self.model or ''} {self._speeds}".strip()
+
+    @property
+    def said(self) -> list[str]:
+        """All of that as text, for a cell's identity."""
+        own = [self.node, self.link, self.profile.text() if self.profile else "", str(self.codec or "")]
+        more = [str(self.delivery or ""), self.model or "", self._speeds]
+        return own + (more if any(more) else [])
+
+    @property
+    def _speeds(self) -> str:
+        """How both sides compute, a device by its times, wherever its file lies."""
+        if self.compute is None:
+            return ""
+        found = []
+        for side in ("edge", "cloud"):
+            speed, device = getattr(self.compute, side), self.devices.get(side)
+            named = replace(speed, device=f"{device.name}/{device.digest}") if device else speed
+            found.append(f"{side}: {named.written()}")
+        return ", ".join(found)
 
 
 def matched(edges: dict[str, Own], topology: Topology, cloud: str, place: str) -> tuple[Edge, ...]:
@@ -102,12 +149,13 @@ def matched(edges: dict[str, Own], topology: Topology, cloud: str, place: str) -
 
 def _edge(name: str, own: Own, topology: Topology, place: str) -> Edge:
     link = topology.links[topology.interfaces(name)[0].link].name
+    more = (own.codec, own.delivery, own.model, own.compute)
     if own.profile is None:
-        return Edge(name, link, None, own.codec)
+        return Edge(name, link, None, *more)
     here = f"{place}: edges.{name}.profile"
     profile = profile_from(own.profile, here)
     for way, direction in profile.ways.items():
         direction.schedule(
             way, 0.0
         )  # its trace's file is read, and what is wrong with it known before anything is built
-    return Edge(name, link, profile, own.codec)
+    return Edge(name, link, profile, *more)

@@ -44,7 +44,8 @@ def described(plan: Plan) -> dict[str, str]:
             paths[f"task file {path}"] = Path(path)
     if Path(plan.scenario.topology).is_file():
         paths[f"topology {plan.scenario.topology}"] = Path(plan.scenario.topology)
-    for speed in (plan.scenario.compute.edge, plan.scenario.compute.cloud):
+    computes = [plan.scenario.compute, *(edge.compute for edge in plan.edges if edge.compute)]
+    for speed in (speed for compute in computes for speed in (compute.edge, compute.cloud)):
         if speed.device:
             paths[f"device profile {speed.device}"] = find_device(speed.device)
     for profile in _profiles(plan):
@@ -57,7 +58,7 @@ def described(plan: Plan) -> dict[str, str]:
     commits = {}
     # Hosts have models of their own, and programs none.
     here = plan.topology.kind == "namespaces" and plan.scenario.programs is None
-    for name in dict.fromkeys((plan.scenario.models.edge, plan.scenario.models.cloud) if here else ()):
+    for name in plan.models if here else ():
         model = resolve(name)
         if model.path is not None:
             paths[f"model {name}"] = model.path

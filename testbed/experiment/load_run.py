@@ -74,7 +74,7 @@ class LoadRunner(Runner):
             self._take_up()
             if not self.settled:
                 with making.made(self.plan, self.directory, self._cell_id, self._tally.say) as wares:
-                    self._batches = wares.batches
+                    self._batches = next(iter(wares.batches.values()))
                     if batches := wares.passes():
                         self.directory.write("batches.json", {"format": FORMAT, "batches": batches})
                     self._put_on(wares)
@@ -115,7 +115,7 @@ class LoadRunner(Runner):
             Crowd(self.plan, fabric, self.directory, wares) as crowd,
         ):
             self._fabric = fabric
-            self._write_manifest(wares.loaded, fabric)
+            self._write_manifest(next(iter(wares.loaded.values())), fabric)
             self._calibrate(self._profiles_under(ahead))
             first = {(each.cell.profile, each.cell.allocate): each for each in reversed(ahead)}
             self._fill(list(reversed(first.values())), wares)
@@ -207,8 +207,7 @@ class LoadRunner(Runner):
 
     def _made(self, episode: Episode, edge: Edge, wares: Wares) -> list[Made]:
         """What that edge sends in a load, example by example."""
-        cell = self.plan.at_edge(episode.cell, edge)
-        return [wares.of(episode.batch, number, cell) for number in range(len(episode.batch.examples))]
+        return wares.of(episode.batch, self.plan.at_edge(episode.cell, edge), edge)
 
     def _one(self, episode: Episode, crowd: Crowd, wares: Wares) -> None:
         """Put a load on, and keep what became of it."""
@@ -262,13 +261,13 @@ class LoadRunner(Runner):
         own = self.plan.edges[edge]
         trial = replace(made.trial, cell=self.plan.at_edge(episode.cell, own), cell_id=episode.cell_id)
         calibrated = trial.cell.profile.text() not in self._uncalibrated
-        row = new_row(trial, self.plan, self._fabric.emulation, made.reference, calibrated)
+        row = new_row(trial, self.plan.of_edge(own), self._fabric.emulation, made.reference, calibrated)
         row.trial, row.repeat = episode.trial(happened.number), episode.repeat
         row.link, row.client, row.arrived_at = own.link, happened.client, happened.at
         row.warmup, row.refused = happened.at < self.scenario.warmup, happened.refused
         done = happened.at if happened.ended is None else happened.ended
         row.handover = ", ".join(each.links for each in met if each.by(own.node, happened.at, done))
-        row.threads = wares.loaded["edge"].threads
+        row.threads = wares.loaded[own.computed]["edge"].threads
         row.host, row.cpu, row.replayed = self._host, self._cpu, True
         if not made.alike:
             row.warnings = "decoded with others at once, its answer is another"

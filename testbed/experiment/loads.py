@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from testbed.codecs.spec import CodecSpec
-from testbed.delivery.delivery import Delivery
+from testbed.delivery.delivery import Delivery, Pipelined
 from testbed.delivery.stream import Stream
 from testbed.delivery.whole import Whole
-from testbed.errors import SpecError
+from testbed.errors import SpecError, UsageError
 from testbed.experiment import allocation
-from testbed.experiment.devices import needs_values
-from testbed.experiment.edges import Edge, Own, matched
+from testbed.experiment.devices import look_up, needs_values
+from testbed.experiment.edges import Edge, Edges, Own, matched
 from testbed.experiment.handovers import Handover, resolved
 from testbed.experiment.scenario import Scenario
 from testbed.load.load import Arrival, Load, Open
-from testbed.models.shapes import is_shape
+from testbed.models.shapes import find_shape, is_shape
 from testbed.models.sources import find as find_model
 from testbed.net.topology.topology import Topology
 from testbed.serving.fifo import Fifo
 from testbed.speed.files import Device
+from testbed.transport.wire import MAX_PARTS
 from testbed.units import exact_time
 
 #: What crosses a link, or nothing: of a scout there is no ware.
@@ -74,6 +76,7 @@ def bound_load(
     edges: tuple[Edge, ...],
     devices: Mapping[str, Device],
     topology: Topology,
+    asked: Mapping[str, str],
     place: str,
 ) -> tuple[Scenario, tuple[Edge, ...]]:
     """The scenario with loads' files where they are, and the edges with what their codecs refer to written out. Raises SpecError
@@ -95,8 +98,8 @@ def bound_load(
             allocation.check(scenario.allocate, edges, topology)
         except SpecError as error:
             raise SpecError(f"{place}: allocate: {error}") from None
-    bound = tuple(_bound(edge, scenario, place) for edge in edges)
-    return scenario.model_copy(update={"load": loads}), bound
+    bound = tuple(_bound(edge, scenario, asked, place) for edge in edges)
+    return scenario.model_copy(update={"load": loads, "edges": _found(scenario)}), bound
 
 
 def _some_count(load: Load, arrivals: Sequence[Arrival], scenario: Scenario) -> None:
@@ -112,26 +115,32 @@ def _some_count(load: Load, arrivals: Sequence[Arrival], scenario: Scenario) -> 
 def _check(scenario: Scenario, devices: Mapping[str, Device], place: str) -> None:
     if not all(load.timed for load in scenario.load):
         raise SpecError(f"{place}: load: sequential beside others; make it a scenario of its own")
-    for serving in scenario.serving:
-        device = devices.get("cloud")
-        if serving.most > 1 and device is not None and not device.times.decode:
-            raise SpecError(
-                f"{place}: serving: {serving}: how long a token of several requests takes follows from a device's times of "
-                f"decoding, and device {device.name} has none; take another (`testbed devices` lists them), or fifo, or shortest"
-            )
-    refused: dict[str, list[Any]] = {
+    _check_batches(scenario, devices, f"{place}: serving")
+    refused: dict[str, list[str]] = {
         "placements": [p for p in scenario.placements if p not in _PLACEMENTS],
-        "delivery": [str(d) for d in scenario.delivery if not isinstance(d, Whole) and not _by_tokens(d)],
         "at": [scenario.at] if scenario.at == "example" else [],
     }
-    can = {
-        "placements": ", ".join(_PLACEMENTS),
-        "delivery": "whole, stream(by=tokens)",
-        "at": "trial, run",
-    }
+    can = {"placements": ", ".join(_PLACEMENTS), "at": "trial, run"}
     for key, values in refused.items():
         if values:
             raise SpecError(f"{place}: {key}: {str(values[0])[:60]} under a load; there it takes {can[key]}")
+    for delivery in scenario.delivery:
+        _check_delivery(delivery, f"{place}: delivery")
+
+
+def _check_batches(scenario: Scenario, devices: Mapping[str, Device], here: str) -> None:
+    device = devices.get("cloud")
+    for serving in scenario.serving:
+        if serving.most > 1 and device is not None and not device.times.decode:
+            raise SpecError(
+                f"{here}: {serving}: how long a token of several requests takes follows from a device's times of "
+                f"decoding, and device {device.name} has none; take another (`testbed devices` lists them), or fifo, or shortest"
+            )
+
+
+def _check_delivery(delivery: Delivery, here: str) -> None:
+    if not isinstance(delivery, Whole) and not _by_tokens(delivery):
+        raise SpecError(f"{here}: {str(delivery)[:60]} under a load; there it takes whole, stream(by=tokens)")
 
 
 def _by_tokens(delivery: Delivery) -> bool:
@@ -139,16 +148,74 @@ def _by_tokens(delivery: Delivery) -> bool:
     return isinstance(delivery, Stream) and delivery.by == "tokens"
 
 
-def _bound(edge: Edge, scenario: Scenario, place: str) -> Edge:
-    codec: CodecSpec | None = edge.codec
-    if codec is None:
-        return edge
-    if codec.unfit:
-        raise SpecError(f"{place}: edges.{edge.node}.codec: {codec.unfit}")
-    if is_shape(scenario.models.edge) and (why := needs_values(codec)):
+def _found(scenario: Scenario) -> Edges | None:
+    """What is each edge's own, with device profiles where they are."""
+    if not isinstance(scenario.edges, dict):
+        return scenario.edges
+    found = {}
+    for name, own in scenario.edges.items():
+        if own.compute is not None:
+            compute = look_up(_as_own(scenario, own), name)[0].compute
+            own = own.model_copy(update={"compute": compute})
+        found[name] = own
+    return found
+
+
+def _as_own(scenario: Scenario, own: Own | Edge) -> Scenario:
+    """The scenario as such an edge's requests have it."""
+    said: dict[str, Any] = {"model": own.model, "compute": own.compute}
+    said |= {"codecs": own.codec and [own.codec], "delivery": own.delivery and [own.delivery]}
+    return scenario.model_copy(update={key: value for key, value in said.items() if value is not None})
+
+
+def _bound(edge: Edge, scenario: Scenario, asked: Mapping[str, str], place: str) -> Edge:
+    """The edge with what its codec and delivery refer to written out, and the devices whose times are waited for."""
+    here = f"{place}: edges.{edge.node}"
+    try:
+        if edge.model in (scenario.models.edge, None) and edge.compute is None:
+            edge = replace(edge, model=None)
+        else:
+            edge = _computing(edge, scenario, asked, here)
+        model = _as_own(scenario, edge).models.edge
+        return _coded(edge, scenario, find_model(model).name, is_shape(model), here)
+    except UsageError as error:
+        text = str(error)
+        raise SpecError(text if text.startswith(place) else f"{here}: {text}") from None
+
+
+def _coded(edge: Edge, scenario: Scenario, model: str, shape: bool, here: str) -> Edge:
+    codec, delivery = edge.codec, edge.delivery
+    if codec is not None:
+        if codec.unfit:
+            raise SpecError(f"{here}.codec: {codec.unfit}")
+        if shape and (why := needs_values(codec)):
+            raise SpecError(f"{here}.codec: {str(codec)!r}: {why}, and those of model {model} only stand in")
+        codec = codec.bound(model) if codec.refers else codec
+    if delivery is not None:
+        _check_delivery(delivery, f"{here}.delivery")
+        delivery = delivery.bound(model)
+        for tokens in filter(None, scenario.context_tokens):
+            if isinstance(delivery, Pipelined) and (why := delivery.too_many(tokens, 1, MAX_PARTS)):
+                raise SpecError(f"{here}.delivery: {why}")
+    both = itertools.product(
+        [codec] if codec else scenario.codecs, [delivery] if delivery else scenario.delivery
+    )
+    if why := next(filter(None, (each.unfit(str(spec)) for spec, each in both)), ""):
+        raise SpecError(f"{here}: {why}")
+    return replace(edge, codec=codec, delivery=delivery)
+
+
+def _computing(edge: Edge, scenario: Scenario, asked: Mapping[str, str], here: str) -> Edge:
+    """An edge whose requests are computed by another model, or as on other devices."""
+    model = edge.model or scenario.models.edge
+    if is_shape(model):
+        find_shape(model)  # what it does not know is told before anything of it is looked up
+    bound = [text for codec in scenario.codecs if (text := str(codec)) in asked]
+    if edge.model and edge.codec is None and bound:
         raise SpecError(
-            f"{place}: edges.{edge.node}.codec: {str(codec)!r}: {why}, and those of model {scenario.models.edge} only stand in"
+            f"{here}.model: codec {asked[bound[0]]!r} is what was found of model {scenario.models.edge}; give this edge a codec "
+            "of its own"
         )
-    if codec.refers:
-        codec = codec.bound(find_model(scenario.models.edge).name)
-    return Edge(edge.node, edge.link, edge.profile, codec)
+    own, devices = look_up(_as_own(scenario, edge), here)
+    _check_batches(scenario, devices, f"{here}: serving")
+    return replace(edge, compute=own.compute, devices=devices)

@@ -22,7 +22,7 @@ from testbed.delivery.delivery import Pipelined
 from testbed.errors import SpecError, UsageError
 from testbed.experiment import programs
 from testbed.experiment.devices import look_up
-from testbed.experiment.edges import Edge
+from testbed.experiment.edges import Edge, Own
 from testbed.experiment.loads import bound_load, edges_of, handovers_of
 from testbed.experiment.on_hosts import on_hosts
 from testbed.experiment.placement_free import NOWHERE, freed, off_link
@@ -162,7 +162,7 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
     scenario, devices = look_up(scenario, place)
     _check_decoding(scenario, place)
     conditions = _under(topology, scenario, place)
-    scenario, edges = bound_load(scenario, edges, devices, conditions, place)
+    scenario, edges = bound_load(scenario, edges, devices, conditions, asked, place)
     handovers = handovers_of(scenario, edges, conditions, place)
     plan = Plan(
         scenario,
@@ -186,11 +186,13 @@ def make_plan(settings: dict[str, Any], place: str, links: dict[str, str] | None
 
 def _with_files(scenario: Scenario) -> Scenario:
     """The scenario with the files that it names where they are, and so they are found again when the run is resumed."""
-    found = {
+    found: dict[str, Any] = {
         "topology": lookup.find(scenario.topology) or scenario.topology,
         "tasks": [_beside(task) for task in scenario.tasks],
         "model": _models_beside(scenario.model),
     }
+    if isinstance(scenario.edges, dict):
+        found["edges"] = {name: _model_of_edge(own) for name, own in scenario.edges.items()}
     return scenario.model_copy(update=found)
 
 
@@ -204,6 +206,10 @@ def _models_beside(model: str | Models) -> str | Models:
     if isinstance(model, str):
         return _model_beside(model)
     return Models(_model_beside(model.edge), _model_beside(model.cloud))
+
+
+def _model_of_edge(own: Own) -> Own:
+    return own.model_copy(update={"model": _model_beside(own.model)}) if own.model else own
 
 
 def _model_beside(name: str) -> str:

@@ -398,7 +398,7 @@ def check_ready(plan: Plan) -> None:
     if plan.topology.kind == "hosts":  # who have the models, and say so where they do not
         return
     if plan.scenario.programs is None:
-        for model in (plan.scenario.models.edge, plan.scenario.models.cloud):
+        for model in plan.models:
             resolve(model)
     if plan.scenario.placement_free:
         return

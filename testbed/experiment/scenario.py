@@ -359,9 +359,7 @@ class Plan:
 
     def load_settings(self, cell: Cell) -> dict[str, Any]:
         """A load's part of a cell's identity."""
-        edges = [
-            [e.node, e.link, e.profile.text() if e.profile else "", str(e.codec or "")] for e in self.edges
-        ]
+        edges = [edge.said for edge in self.edges]
         times = [self.scenario.warmup, self.scenario.duration]
         settings = {"load": cell.load.identity, "serving": str(cell.serving), "edges": edges, "lasts": times}
         over = [list(astuple(each)) for each in self.handovers]
@@ -369,9 +367,19 @@ class Plan:
 
     def at_edge(self, cell: Cell, edge: Edge) -> Cell:
         """The cell as that edge has it."""
-        codec = edge.codec if edge.codec and cell.placement in SENDING else cell.codec
         profile = edge.profile or cell.profile
-        return replace(cell, codec=codec, profile=profile)
+        if cell.placement not in SENDING:
+            return replace(cell, profile=profile)
+        delivery, codec = edge.delivery or cell.delivery, edge.codec or cell.codec
+        named = delivery.codec_of(codec) if codec else None
+        return replace(cell, codec=named, profile=profile, delivery=delivery)
+
+    def of_edge(self, edge: Edge) -> Plan:
+        """The plan as that edge's requests are computed."""
+        own = {"model": edge.model, "compute": edge.compute}
+        said = {key: value for key, value in own.items() if value is not None}
+        devices = edge.devices if said else self.devices
+        return replace(self, scenario=self.scenario.model_copy(update=said), devices=devices)
 
     def flows(self) -> list[Flow]:
         """The background traffic."""
@@ -382,6 +390,12 @@ class Plan:
         speed: Speed = getattr(self.scenario.compute, side)
         device = self.devices.get(side)
         return (replace(speed, device=f"{device.name}/{device.digest}") if device else speed).written()
+
+    @property
+    def models(self) -> list[str]:
+        """All of them: the sides', and what edges have of their own."""
+        own = (edge.model for edge in self.edges if edge.model)
+        return list(dict.fromkeys((*astuple(self.scenario.models), *own)))
 
     @property
     def swept(self) -> Link:
@@ -463,7 +477,8 @@ class Plan:
     @property
     def codecs(self) -> list[CodecSpec]:
         """All that a cache may cross as, those among deliveries' levels included."""
-        levels = (codec for delivery in self.scenario.delivery for codec in delivery.codecs)
+        deliveries = [*self.scenario.delivery, *(edge.delivery for edge in self.edges if edge.delivery)]
+        levels = (codec for delivery in deliveries for codec in delivery.codecs)
         own = (edge.codec for edge in self.edges if edge.codec)
         return list(dict.fromkeys((*self.scenario.codecs, *levels, *own)))
 

@@ -28,6 +28,7 @@ from testbed.endpoints.protocol import (
     Ware,
 )
 from testbed.experiment.deployment import Batch, Pair
+from testbed.experiment.edges import Edge
 from testbed.experiment.results import RunDirectory
 from testbed.experiment.scenario import Cell, Plan
 from testbed.experiment.session import endpoint
@@ -39,8 +40,8 @@ from testbed.transport.tcp import Tcp
 _FOLDER = ".wares-"
 #: So often is each made: what took the middle of these times is what every request takes, which one slow start must not decide.
 _TRIES = 3
-#: What a ware depends on, besides its example: neither link nor load.
-Key = tuple[int, int, str, str, Delivery]
+#: What a ware depends on, besides its example: who computes it, but neither link nor load.
+Key = tuple[int, int, str, str, str, Delivery]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Made:
     """A ware and its answer, each as the side that has no model is told it; the trial that made both, and what came of it."""
 
     number: int
+    model: str
     trial: Trial
     reference: Reference
     ware: Ware
@@ -60,16 +62,17 @@ class Made:
 
 @dataclass
 class Wares:
-    """All of a plan, and what was said while they were made."""
+    """All of a plan, and what was said while they were made, by whose requests they are (`Edge.computed`)."""
 
-    loaded: dict[str, Loaded]
-    batches: list[Batch]
-    bound: int  #: bytes of the largest payload, and a little
+    loaded: dict[str, dict[str, Loaded]] = field(default_factory=dict)
+    batches: dict[str, list[Batch]] = field(default_factory=dict)
+    bound: int = 0  #: bytes of the largest payload, and a little
     made: dict[Key, Made] = field(default_factory=dict)
 
-    def of(self, batch: Batch, number: int, cell: Cell) -> Made:
-        """An example's, as a cell sends it."""
-        return self.made[_key(batch.index, number, cell)]
+    def of(self, batch: Batch, cell: Cell, edge: Edge) -> list[Made]:
+        """A batch's, as an edge sends it in a cell, example by example."""
+        own = next(each for each in self.batches[edge.computed] if each.index == batch.index)
+        return [self.made[_key(own.index, number, cell, edge)] for number in range(len(own.examples))]
 
     def numbered(self, number: int) -> Made:
         """The one of that number."""
@@ -81,6 +84,7 @@ class Wares:
             {
                 "setting": f"{made.trial.cell.placement} {made.trial.cell.codec_text}".strip(),
                 "delivery": str(made.trial.cell.delivery),
+                "model": made.model,
                 "example": made.trial.example.id,
                 "tokens_held": made.answer.held,
                 "pass_s": {str(count): seconds for count, seconds in made.answer.passes},
@@ -95,8 +99,8 @@ class Wares:
         return {made.number: made for made in self.made.values()}
 
 
-def _key(batch: int, number: int, cell: Cell) -> Key:
-    return batch, number, cell.placement, cell.codec_text, cell.delivery
+def _key(batch: int, number: int, cell: Cell, edge: Edge) -> Key:
+    return batch, number, edge.computed, cell.placement, cell.codec_text, cell.delivery
 
 
 @contextlib.contextmanager
@@ -110,22 +114,40 @@ def made(
     home = directory.path.absolute()
     for left in home.glob(f"{_FOLDER}*"):  # by a start that was killed
         shutil.rmtree(left, ignore_errors=True)
+    wares, alike = Wares(), dict[str, list[Edge]]()
+    for edge in plan.edges:
+        alike.setdefault(edge.computed, []).append(edge)
     with tempfile.TemporaryDirectory(prefix=_FOLDER, dir=home) as folder:
-        with Loopback() as network, contextlib.ExitStack() as stack:
-            edge, cloud = (
-                stack.enter_context(endpoint(role, network.host(role), directory, f"{role}-wares"))
-                for role in ("edge", "cloud")
-            )
-            pair = Pair(_plain(plan), edge, cloud)
-            say(f"loading {plan.scenario.models.edge} to make what will be sent")
-            loaded = pair.load()
-            wares = Wares(loaded, pair.prepare(), 0)
-            pair.serve(network.address("cloud"), loaded["edge"].kv_bytes_per_token)
-            wares.bound = pair.bound
-            for batch in wares.batches:
-                say(f"making {len(batch.examples)} examples' requests of {plan.tasks[batch.task].label}")
-                _make_batch(plan, pair, batch, wares, Path(folder), ids)
+        for edges in alike.values():
+            own = replace(plan.of_edge(edges[0]), edges=tuple(edges))
+            _make_all(own, directory, wares, Path(folder), ids, say)
         yield wares
+
+
+def _make_all(
+    plan: Plan,
+    directory: RunDirectory,
+    wares: Wares,
+    folder: Path,
+    ids: Callable[[Cell], str],
+    say: Callable[[str], None],
+) -> None:
+    """Those of a plan whose edges' requests are computed alike."""
+    who = plan.edges[0].computed
+    with Loopback() as network, contextlib.ExitStack() as stack:
+        edge, cloud = (
+            stack.enter_context(endpoint(role, network.host(role), directory, f"{role}-wares"))
+            for role in ("edge", "cloud")
+        )
+        pair = Pair(_plain(plan), edge, cloud)
+        say(f"loading {plan.scenario.models.edge} to make what will be sent")
+        loaded = wares.loaded[who] = pair.load()
+        batches = wares.batches[who] = pair.prepare()
+        pair.serve(network.address("cloud"), loaded["edge"].kv_bytes_per_token)
+        wares.bound = max(wares.bound, pair.bound)
+        for batch in batches:
+            say(f"making {len(batch.examples)} examples' requests of {plan.tasks[batch.task].label}")
+            _make_batch(plan, pair, batch, wares, folder, ids)
 
 
 def _plain(plan: Plan) -> Plan:
@@ -144,7 +166,7 @@ def _make_batch(
         for cell in cells:
             for edge in plan.edges:
                 own = replace(plan.at_edge(cell, edge), transport=Tcp())
-                key = _key(batch.index, number, own)
+                key = _key(batch.index, number, own, edge)
                 if key in wares.made:
                     continue
                 if reference is None:
@@ -153,7 +175,7 @@ def _make_batch(
                 trial = Trial(own, ids(cell), 0, *about)
                 place = len(wares.made) + 1
                 path = folder / f"{place}.payload"
-                wares.made[key] = _make(plan, pair, trial, place, path, reference, wares.loaded)
+                wares.made[key] = _make(plan, edge, pair, trial, place, path, reference, wares)
 
 
 def _reference(pair: Pair, batch: Batch, number: int, task: Task) -> Reference:
@@ -165,12 +187,13 @@ def _reference(pair: Pair, batch: Batch, number: int, task: Task) -> Reference:
 
 def _make(
     plan: Plan,
+    edge: Edge,
     pair: Pair,
     trial: Trial,
     number: int,
     path: Path,
     reference: Reference,
-    loaded: dict[str, Loaded],
+    wares: Wares,
 ) -> Made:
     tries = []
     for repeat in range(_TRIES):
@@ -194,12 +217,23 @@ def _make(
             encode_s=stages.encode_s,
         )
     answer = _answer(plan, result, texts, ware, outcome.tokens_kept)
-    memory = answer.held * loaded["cloud"].kv_bytes_per_token
-    answer = structs.replace(answer, memory=memory, passes=passes.seconds)
+    memory = answer.held * wares.loaded[edge.computed]["cloud"].kv_bytes_per_token
+    answer = structs.replace(answer, memory=memory, passes=passes.seconds, model=edge.computed)
     scores: dict[str, Any] = {}
     if reference.nll is not None:
         scores = plan.tasks[trial.cell.task].score(result.answer, trial.example)
-    return Made(number, trial, reference, ware, answer, result, outcome, scores, passes.alike)
+    return Made(
+        number,
+        plan.scenario.models.cloud,
+        trial,
+        reference,
+        ware,
+        answer,
+        result,
+        outcome,
+        scores,
+        passes.alike,
+    )
 
 
 def _passes(plan: Plan, pair: Pair, request: int) -> Passes:

@@ -13,7 +13,7 @@ from testbed.serving.serving import Serving
 @dataclass(frozen=True)
 class Batch(Serving):
     """First come, first served, up to `max` at a time: who comes in is rebuilt and read at once, then all are decoded in one pass
-    a token.
+    a token, or one for each model.
     """
 
     name: ClassVar[str] = "batch"

@@ -21,6 +21,7 @@ class Job:
     held: int = 0
     memory: int = 0
     passes: tuple[tuple[int, float], ...] = ()
+    model: str = ""  #: requests of one alone are decoded in one pass
     part: bool = False
     behind: tuple[Job, ...] = ()
 

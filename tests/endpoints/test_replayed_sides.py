@@ -32,7 +32,7 @@ class Sides:
         self.ware = Ware("split", str(path), (4000, 6000), "p", "why?", "\n", 8, codec="int4")
         self.cloud = ReplayedCloud()
         port = self.cloud.serve(Serve(1 << 20, address="127.0.0.1"))
-        self.cloud.answers(Answers(serving, {1: structs.replace(ANSWER, **answer)}))
+        self.cloud.answers(Answers(serving, {1: structs.replace(ANSWER, **answer)}, {}))
         self.link = Link("127.0.0.1", port, timeout=10.0)
         self.edges = [ReplayedEdge() for _ in range(edges)]
         self.stage()
@@ -200,7 +200,7 @@ def test_an_edge_makes_one_request_at_a_time_in_parts_too_and_its_link_is_one_re
 
 def test_parts_are_rebuilt_between_others_tokens_in_a_batch_and_not_within_a_turn() -> None:
     for text, first in (("batch(max=4)", "rebuild"), ("fifo", "tokens")):
-        server = Server(parse(text), step_s(None))
+        server = Server(parse(text), step_s({}))
         server.offer(Job(0.1, 0.1, (0.1, 0.1)), 1.0)
         for _ in range(2):  # rebuilt, and its first token
             work = server.begin(1.0)
@@ -215,15 +215,24 @@ def test_parts_are_rebuilt_between_others_tokens_in_a_batch_and_not_within_a_tur
 
 def test_passes_of_several_take_what_was_measured_of_their_like() -> None:
     job = Job(0.0, 0.0, (0.010,), passes=((1, 0.010), (2, 0.012), (4, 0.020)))
-    step = step_s(None)
+    step = step_s({})
     assert step([job]) == pytest.approx(0.010)
     assert step([job] * 3) == pytest.approx(0.016)
     assert step([job, Job(0.0, 0.0, (0.010,), passes=((1, 0.030), (2, 0.040)))]) == pytest.approx(0.026)
 
 
+def test_requests_of_two_models_are_decoded_in_a_pass_each_one_behind_the_other() -> None:
+    times = {"m": DeviceTimes("d", "m", ((1, 0.001), (100, 0.200)), ((100, 0.010), (1100, 0.020)))}
+    own = [Job(0.0, 0.0, (0.010,), held=100, model="m")] * 2
+    here = [Job(0.0, 0.0, (0.010,), passes=((1, 0.010), (2, 0.012)))] * 2
+    step = step_s(times)
+    assert step([own[0], here[0], own[1], here[1]]) == pytest.approx(step(own) + step(here))
+    assert (step(own), step(here)) == (pytest.approx(0.010), pytest.approx(0.012))
+
+
 def test_what_is_not_known_at_the_cloud_fails_by_name(tmp_path: Path) -> None:
     sides = Sides(tmp_path)
-    sides.cloud.answers(Answers("fifo", {}))
+    sides.cloud.answers(Answers("fifo", {}, {}))
     ((happened,),) = sides.offer(planned(0.0))
     assert happened.error == "the cloud: the request is for ware 1, which is not known here"
     assert not happened.refused
@@ -235,9 +244,9 @@ def test_a_step_reads_the_weights_once_and_every_cache_and_multiplies_as_much_as
     def job(past: int) -> Job:
         return Job(0.0, 0.0, (times.token_s(past),), held=past)
 
-    step = step_s(times)
+    step = step_s({"": times})
     assert step([job(100)]) == pytest.approx(0.010)
     assert step([job(1100)]) == pytest.approx(0.020)
     assert step([job(1100)] * 2) == pytest.approx(0.010 + 2 * 0.010)
     assert step([job(100)] * 50) == pytest.approx(times.pass_s(50))
-    assert step_s(None)([job(100), job(1100)]) == pytest.approx(0.030)
+    assert step_s({})([job(100), job(1100)]) == pytest.approx(0.030)

@@ -76,6 +76,45 @@ def test_what_is_an_edges_own_goes_before_a_patterns_and_that_before_the_cells()
     assert "int8" in map(str, made.codecs)
 
 
+OWN = {
+    "model": "shape:qwen2.5-3b",
+    "compute": {"edge": "device:phone", "cloud": "device:phone"},
+    "delivery": "stream(chunk=64)",
+}
+
+
+def device(path: Path, model: str) -> str:
+    path.write_text(
+        f"{{device: {path.stem}, model: {model}, dtype: float16, basis: measured, source: here, "
+        "prefill: [[16, 20ms], [512, 40ms]], decode: [[16, 5ms], [512, 6ms]]}"
+    )
+    return f"device:{path}"
+
+
+def test_an_edge_may_have_a_model_devices_and_a_delivery_of_its_own(tmp_path: Path) -> None:
+    phone = device(tmp_path / "phone.yaml", "qwen2.5-3b")
+    own = {**OWN, "compute": {"edge": phone, "cloud": phone}}
+    made = plan(edges={"n1": None, "n2": own, "n3": {"delivery": "stream(chunk=64)"}})
+    cell = made.cells(0, 256)[0]
+    first, second, third = made.edges
+    assert (first.computed, third.computed) == ("", "") != second.computed
+    assert made.of_edge(first) == made and made.models == ["shape:llama-3.1-8b", "shape:qwen2.5-3b"]
+    theirs = made.of_edge(second)
+    assert theirs.scenario.models.cloud == "shape:qwen2.5-3b"
+    assert {side: found.name for side, found in theirs.devices.items()} == {"edge": "phone", "cloud": "phone"}
+    assert [str(made.at_edge(cell, edge).delivery) for edge in made.edges] == [
+        "whole",
+        "stream(chunk=64)",
+        "stream(chunk=64)",
+    ]
+    assert identity(made) != identity(plan(edges=["n1", "n2", "n3"]))
+    again = make_plan(made.scenario.model_dump(mode="json"), "manifest.json")
+    assert again.scenario == made.scenario and again.edges == made.edges
+    # The same model by another name is no other.
+    same = plan(edges={"n1": {"model": "shape:llama-3.1-8b"}})
+    assert identity(same) == identity(plan(edges=["n1"]))
+
+
 def test_a_plan_is_the_same_when_it_is_read_back_from_its_manifest() -> None:
     made = plan(
         edges={"n1": {"profile": "lte", "codec": "int8"}, "n2": None}, serving="batch(max=4)", warmup="2s"
@@ -153,6 +192,19 @@ def test_a_file_of_arrivals_is_found_and_known_by_what_it_says(tmp_path: Path) -
         (
             {"edges": {"n1": {"codec": "int8+zstd"}}},
             r"t.yaml: edges.n1.codec: 'int8\+zstd': what coder zstd makes of a cache depends on its values",
+        ),
+        (
+            {"edges": {"n1": {"model": "shape:qwen2.5-3b"}}},
+            r"t.yaml: edges.n1: compute.edge: device m1-max-llama-3.1-8b was measured for model llama-3.1-8b",
+        ),
+        ({"edges": {"n1": {"model": "shape:nobody"}}}, r"t.yaml: edges.n1: .*nobody"),
+        (
+            {"edges": {"n1": {"compute": {"edge": "device:none-such"}}}},
+            r"t.yaml: edges.n1: compute.edge: .*none-such",
+        ),
+        (
+            {"edges": {"n1": {"delivery": "meet"}}},
+            r"t.yaml: edges.n1.delivery: meet under a load; there it takes whole",
         ),
         ({"serving": "lifo"}, r"t.yaml: serving.*: serving 'lifo': unknown; did you mean 'fifo'"),
     ],
