@@ -148,7 +148,9 @@ def test_an_edge_of_a_device_without_times_of_decoding_makes_no_answer(tmp_path:
         plan(compute={"edge": f"device:{path}", "cloud": CLOUD}, placements=["edge"])
 
 
-@pytest.mark.parametrize("name", [n for n in registry.QUANTIZERS if n not in ("cachegen", "lossless")])
+@pytest.mark.parametrize(
+    "name", [n for n in registry.QUANTIZERS if n not in ("cachegen", "lossless", "kvtc")]
+)
 def test_what_every_other_quantizer_makes_of_a_shape_is_as_large_whatever_the_values(name: str) -> None:
     model = ShapeModel(SMALL)
     codec = Codec(parse({"mixed": "mixed(protect=K1)"}.get(name, name)))

@@ -53,6 +53,7 @@ QUANTIZERS = {
     "think": "testbed.codecs.quantize.think:ThinK",
     "lossless": "testbed.codecs.quantize.lossless:Lossless",
     "lowrank": "testbed.codecs.quantize.lowrank:LowRank",
+    "kvtc": "testbed.codecs.quantize.kvtc:KVTC",
 }
 CODERS = {
     "zstd": "testbed.codecs.entropy.zstd:Zstd",

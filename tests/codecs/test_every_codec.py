@@ -61,6 +61,8 @@ VARIANTS = (
     "lossless(coder=ans)",
     "think(keep=0.3, of=int4)",
     "lowrank(keep=0.2, of=fp16)",
+    "kvtc(bits=0.8, sinks=1, last=3)",
+    "kvtc(bits=8, sinks=0, last=0)",
 )
 EVERY = [*itertools.product((*CODECS, *VARIANTS), (*CACHES, "uneven", "uneven, in bf16"))]
 
@@ -121,6 +123,7 @@ BITS = {
     "think": (16 * 77 / 128 + 1 / 4096 + 16) / 2,  # a bit a channel of keys to say which are sent
     "think(keep=0.5, of=int4)": (5 / 2 + 1 / 4096 + 5) / 2,
     "lowrank": (4 + 32 / 32) / 2 + 16 * (1 + 64) / 4096,  # its own mean and 64 components a head
+    "kvtc": (16 * 132 + 2 * 3964) / 4096 + 16 * (1 + 128) / 4096,  # 132 tokens whole
     # of 32 layers, 10 of keys and 2 of values have 32 bins and 5 bits; a scale for each token over all heads
     "cachegen": 4 + 12 / 64 + 16 / 1024,
 }
