@@ -25,6 +25,7 @@ from testbed.experiment.plan import make_plan
 from testbed.experiment.row import STAGES
 from testbed.load.load import Open
 from testbed.net.calibration.calibrate import Attempt, Calibration
+from testbed.net.emulators.emulator import Counters
 from tests.load.unlinked import Unlinked
 
 SCENARIO = {
@@ -222,3 +223,22 @@ def test_who_is_refused_has_a_row_with_the_reason_and_is_no_failure(
     refused = [row for row in rows(started) if row["refused"]]
     assert refused and started.failures == 0
     assert all("refused: 1 requests wait already" in row["error"] and row["e2e_s"] is None for row in refused)
+
+
+def test_a_late_packet_is_told_of_the_client_behind_whose_link_it_was(
+    tmp_path: Path, devices: dict[str, str]
+) -> None:
+    late = {"n1-hub": 0.001, "n2-hub": 0.007, "n3-hub": 0.0}
+
+    def counters(self: Unlinked, link: str) -> dict[str, Counters]:
+        return {"up": Counters(9, 900, 0, 0, 0.5, recent_lateness_s=late[link])}
+
+    started = begun(tmp_path, devices, load="poisson(rate=12/s)", duration="1s", warmup="0s")
+    with patch.object(Unlinked, "counters", counters):
+        started.execute()
+    (ended,) = json.loads((tmp_path / "run" / "loads.json").read_text())["ended"]
+    assert ended["late_s"] == {"n1": 0.001, "n2": 0.007, "n3": 0.0}
+    found = rows(started)
+    assert {row["client"] for row in found} == {"n1", "n2", "n3"}
+    warned = {row["client"] for row in found if "the emulator was late by up to 7ms" in row["warnings"]}
+    assert warned == {"n2"} and all(bool(row["warnings"]) == (row["client"] == "n2") for row in found)
