@@ -443,7 +443,8 @@ class Replayed(Part):
     """How a request of a ware is answered: what that takes, in seconds, and what is said. stage: what is done with what came;
     token_s: of each token behind the first; held: tokens before these; memory: bytes of its cache in 16 bits; parts_s: of each
     chunk that is rebuilt as it comes, `rebuild_s` being what is left then; passes: see `Passes`; model: a word for what computes
-    it, of which alone a pass may make tokens for several."""
+    it, of which alone a pass may make tokens for several; reads_s: of reading the question through each chunk but the last, where
+    that is done as they come, `first_s` being what is left then."""
 
     stage: Literal["decode", "prefill"]
     rebuild_s: Seconds
@@ -457,3 +458,4 @@ class Replayed(Part):
     parts_s: tuple[Seconds, ...] = ()
     passes: tuple[tuple[Count, Seconds], ...] = ()
     model: str = ""
+    reads_s: tuple[Seconds, ...] = ()

@@ -180,7 +180,7 @@ class ReplayedCloud:
             if ware is None or served_by is None or not isinstance(frame.header, wire.Chunk):
                 continue
             if len(arrived) < len(ware.parts_s) - 1:  # the last one is rebuilt as the answer begins
-                parts.append(Job(ware.parts_s[len(arrived)], 0.0, part=True))
+                parts.append(part_of(ware, parts))
                 served_by.offer(parts[-1], at)
             arrived.append(at)
         if ware is None or served_by is None:
@@ -224,12 +224,20 @@ class ReplayedCloud:
         )
 
 
+def part_of(ware: Replayed, before: Sequence[Job]) -> Job:
+    """What is done with the next part of a context behind these; where the question is read through it, in their order."""
+    place = len(before)
+    if not ware.reads_s:
+        return Job(ware.parts_s[place], 0.0, part=True)
+    return Job(ware.parts_s[place], ware.reads_s[place], part=True, behind=tuple(before[-1:]))
+
+
 def _worked(jobs: Iterable[tuple[float, Job]], ware: Replayed, first: int = 0) -> Iterator[wire.Worked]:
     """What was done for jobs since they were there, chunk by chunk; the last thing of all is the first token."""
     for chunk, (at, job) in enumerate(jobs, first):
         yield wire.Worked("queue", at, job.began, chunk)
         yield wire.Worked(ware.stage, job.began, job.rebuilt, chunk)
-        if not job.part:
+        if not job.part or job.first_s > 0:
             yield wire.Worked("first_token", job.rebuilt, job.first, chunk)
 
 

@@ -139,13 +139,9 @@ def _check_batches(scenario: Scenario, devices: Mapping[str, Device], here: str)
 
 
 def _check_delivery(delivery: Delivery, here: str) -> None:
-    if not isinstance(delivery, Whole) and not _by_tokens(delivery):
-        raise SpecError(f"{here}: {str(delivery)[:60]} under a load; there it takes whole, stream(by=tokens)")
-
-
-def _by_tokens(delivery: Delivery) -> bool:
-    """Whether it streams blocks of tokens: levels chosen on the way, or layers read as they come, are not made beforehand."""
-    return isinstance(delivery, Stream) and delivery.by == "tokens"
+    """What is decided on the way is not made beforehand."""
+    if not isinstance(delivery, Whole | Stream):
+        raise SpecError(f"{here}: {str(delivery)[:60]} under a load; there it takes whole, stream")
 
 
 def _found(scenario: Scenario) -> Edges | None:

@@ -246,21 +246,27 @@ def _passes(plan: Plan, pair: Pair, request: int) -> Passes:
 
 
 def _answer(plan: Plan, result: TrialResult, texts: bool, ware: Ware, held: int) -> Replayed:
-    """What answering took. Of a context in parts each was rebuilt as it came; what is behind the last was done of all."""
+    """What answering took. Of a context in parts each was rebuilt as it came; what is behind the last was done of all.
+    Of layers, the question was read through each part as it was there."""
     stages, stage = result.stages, "prefill" if texts else "decode"
     rebuilt = [span.end - span.start for span in result.spans if span.stage == stage and span.side == CLOUD]
     parts = len(ware.lengths) if ware.parts is not None else 0
+    reads = [
+        span.end - span.start for span in result.spans if span.stage == "first_token" and span.side == CLOUD
+    ]
+    by_layers = len(reads) > 1
     tokens = max(0, result.answer_tokens - 1)
     return Replayed(
         stage="prefill" if texts else "decode",
         rebuild_s=sum(rebuilt[parts:]) if parts else stages.prefill_s if texts else stages.decode_s,
-        first_s=stages.first_token_s,
+        first_s=reads[-1] if by_layers else stages.first_token_s,
         token_s=tuple(_token_s(plan, held, tokens, stages.generate_s)),
         held=held,
         memory=0,
         text=result.answer,
         tokens=result.answer_tokens,
         parts_s=tuple(rebuilt[:parts]),
+        reads_s=tuple(reads[:-1]) if by_layers else (),
     )
 
 

@@ -12,10 +12,10 @@ from msgspec import structs
 
 from testbed.endpoints.load_messages import Answers, Collect, Happened, Looping, Offer, Planned, Stage
 from testbed.endpoints.protocol import Link, Parts, Replayed, Serve, TrialResult, Ware
-from testbed.endpoints.replayed_cloud import ReplayedCloud, step_s
+from testbed.endpoints.replayed_cloud import ReplayedCloud, part_of, step_s
 from testbed.endpoints.replayed_edge import ReplayedEdge
 from testbed.serving.job import Job
-from testbed.serving.server import Server
+from testbed.serving.server import Server, simulate
 from testbed.serving.serving import parse
 from testbed.speed.times import DeviceTimes
 
@@ -211,6 +211,23 @@ def test_parts_are_rebuilt_between_others_tokens_in_a_batch_and_not_within_a_tur
         server.offer(whole, 1.0), server.offer(part, 1.0)
         work = server.begin(1.0)
         assert work is not None and work.kind == first and (whole not in work.jobs)
+
+
+@pytest.mark.parametrize("text", ["fifo", "shortest", "batch(max=4)"])
+def test_the_question_is_read_through_parts_of_layers_in_their_order(text: str) -> None:
+    ware = structs.replace(ANSWER, parts_s=(0.3, 0.1, 0.2), reads_s=(0.05, 0.02), first_s=0.04)
+    parts = list[Job]()
+    for _ in ware.reads_s:
+        parts.append(part_of(ware, parts))
+    last = Job(0.2, ware.first_s, behind=tuple(parts))
+    other = Job(0.01, 0.01)
+    answered = simulate(Server(parse(text), step_s({})), [(0.0, job) for job in (*parts, last, other)])
+    assert len(answered) == 4
+    order = [*parts, last]
+    assert all(a.first <= b.began for a, b in itertools.pairwise(order))
+    for job, rebuild_s, read_s in zip(order, ware.parts_s, (*ware.reads_s, ware.first_s), strict=True):
+        assert job.rebuilt - job.began == pytest.approx(rebuild_s)
+        assert job.first - job.rebuilt == pytest.approx(read_s)
 
 
 def test_passes_of_several_take_what_was_measured_of_their_like() -> None:

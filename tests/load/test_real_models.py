@@ -37,7 +37,7 @@ def test_a_load_of_a_real_model_is_served_in_batches_and_in_parts(model: Path, t
         "tasks": ["needle"],
         "placements": ["split"],
         "codecs": ["int8", "q2c@0.5+int8"],
-        "delivery": ["whole", "stream(chunk=32)"],
+        "delivery": ["whole", "stream(chunk=32)", "stream(by=layers, chunk=1)"],
         "context_tokens": [128],
         "examples": 1,
         "max_new_tokens": 6,
@@ -69,13 +69,13 @@ def test_a_load_of_a_real_model_is_served_in_batches_and_in_parts(model: Path, t
     for row in rows:
         parts = row["delivery"] != "whole"
         assert sum(row[stage] for stage in STAGES) == pytest.approx(row["e2e_s"], abs=1e-5)
-        assert (row["chunks"] or 0) >= (3 if parts else 0) and row["nll"] is not None and row["replayed"]
+        assert (row["chunks"] or 0) >= (2 if parts else 0) and row["nll"] is not None and row["replayed"]
     # A setting's answer is one, however it came.
     assert all(
         len({row["answer"] for row in rows if (row["placement"], row["codec"]) == setting}) == 1
         for setting in {(row["placement"], row["codec"]) for row in rows}
     )
     measured = json.loads((tmp_path / "run" / "batches.json").read_text())["batches"]
-    assert len(measured) == 4
+    assert len(measured) == 6
     for each in measured:
         assert each["alike"] and list(each["pass_s"]) == ["1", "2", "3"] and min(each["pass_s"].values()) > 0

@@ -170,10 +170,6 @@ def test_a_file_of_arrivals_is_found_and_known_by_what_it_says(tmp_path: Path) -
             {"placements": ["edge"]},
             r"t.yaml: placements: edge under a load; there it takes split, store, cloud",
         ),
-        (
-            {"delivery": ["stream", "stream(by=layers)"]},
-            r"t.yaml: delivery: stream\(by=layers\) under a load; there it takes whole, stream\(by=tokens\)",
-        ),
         ({"delivery": "meet"}, r"t.yaml: delivery: meet under a load; there it takes whole, stream"),
         (
             {"delivery": "progressive(planes=3)", "codecs": ["int4"]},
