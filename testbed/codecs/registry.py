@@ -54,6 +54,7 @@ QUANTIZERS = {
     "lossless": "testbed.codecs.quantize.lossless:Lossless",
     "lowrank": "testbed.codecs.quantize.lowrank:LowRank",
     "kvtc": "testbed.codecs.quantize.kvtc:KVTC",
+    "gear": "testbed.codecs.quantize.gear:Gear",
 }
 CODERS = {
     "zstd": "testbed.codecs.entropy.zstd:Zstd",

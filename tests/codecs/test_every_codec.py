@@ -62,6 +62,8 @@ VARIANTS = (
     "think(keep=0.3, of=int4)",
     "lowrank(keep=0.2, of=fp16)",
     "kvtc(bits=0.8, sinks=1, last=3)",
+    "gear(bits=4, rank=0)",
+    "gear(outliers=0.5, rank=100)",
     "kvtc(bits=8, sinks=0, last=0)",
 )
 EVERY = [*itertools.product((*CODECS, *VARIANTS), (*CACHES, "uneven", "uneven, in bf16"))]
@@ -123,6 +125,8 @@ BITS = {
     "think": (16 * 77 / 128 + 1 / 4096 + 16) / 2,  # a bit a channel of keys to say which are sent
     "think(keep=0.5, of=int4)": (5 / 2 + 1 / 4096 + 5) / 2,
     "lowrank": (4 + 32 / 32) / 2 + 16 * (1 + 64) / 4096,  # its own mean and 64 components a head
+    # keys: 41 outliers at each end of a channel; values: one at each end of a token; factors of rank 4
+    "gear": 2 + (82 * 32 + 32) / 4096 / 2 + (2 * 32 + 32) / 128 / 2 + 16 * 4 * (4096 + 128) / (4096 * 128),
     "kvtc": (16 * 132 + 2 * 3964) / 4096 + 16 * (1 + 128) / 4096,  # 132 tokens whole
     # of 32 layers, 10 of keys and 2 of values have 32 bins and 5 bits; a scale for each token over all heads
     "cachegen": 4 + 12 / 64 + 16 / 1024,
