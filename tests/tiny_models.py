@@ -92,6 +92,51 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt neox whole rotary": ("GPTNeoXConfig", {"rotary_pct": 1.0, "use_parallel_residual": False}),
 }
 
+_SHARED: dict[str, Any] = {
+    "head_dim": 16,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+
+#: Architectures whose attention or cache has something that the families' has not.
+NEWEST: dict[str, tuple[str, dict[str, Any]]] = {
+    # Attention sinks: a score of each head that no token's value stands behind.
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            "head_dim": 16,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "sliding_window": WINDOW,
+        },
+    ),
+    # Three layers that see their own chunk alone, and one without rotary positions that sees everything.
+    "llama4_text": (
+        "Llama4TextConfig",
+        {
+            "num_hidden_layers": 4,
+            "intermediate_size_mlp": 64,
+            "head_dim": 16,
+            "num_local_experts": 2,
+            "attention_chunk_size": WINDOW,
+        },
+    ),
+    # The last two layers attend to what the first two cached.
+    "gemma3n_text": (
+        "Gemma3nTextConfig",
+        {
+            **_SHARED,
+            "vocab_size_per_layer_input": 400,
+            "hidden_size_per_layer_input": 16,
+            "laurel_rank": 8,
+            "activation_sparsity_pattern": [0.0] * 4,
+        },
+    ),
+    "gemma4_text": ("Gemma4TextConfig", {**_SHARED, "global_head_dim": 32}),
+}
+
 #: Models of the same tokenizer that are larger or smaller than the families'.
 SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     f"{family} small": (
@@ -149,7 +194,7 @@ def tiny_model_directory(family: str = "llama", path: Path | None = None, seed: 
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{START} $A", special_tokens=[(START, tokenizer.token_to_id(START))]
         )
-    kind, settings = (FAMILIES | SHAPES | SIZES)[family]
+    kind, settings = (FAMILIES | SHAPES | SIZES | NEWEST)[family]
     common = {
         "vocab_size": tokenizer.get_vocab_size(),
         "hidden_size": 64,

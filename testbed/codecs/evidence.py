@@ -58,6 +58,10 @@ def _no_softcap(layer: int) -> float | None:
     return None
 
 
+def _no_sinks(layer: int) -> Tensor | None:
+    return None
+
+
 def _as_cached(layer: int, held: KVLayer) -> tuple[Tensor, Tensor]:
     return held.keys.float(), held.values.float()
 
@@ -96,6 +100,7 @@ class Evidence:
         None  #: a layer's output projection, [hidden, q_heads · value_dim]
     )
     softcap: Callable[[int], float | None] = field(default=_no_softcap)
+    sinks: Callable[[int], Tensor | None] = field(default=_no_sinks)  #: see `models.attention.with_sinks`
     seed: int | str = 0  #: of random choices; names the example
 
     @property
@@ -179,6 +184,7 @@ class Evidence:
                 key_positions=nowhere,
                 scaling=self.scaling(layer),
                 softcap=self.softcap(layer),
+                sinks=self.sinks(layer),
             )
             for own_queries, own, nowhere in zip(asking, stretches, at, strict=True)
         ]
@@ -206,6 +212,7 @@ class Evidence:
             key_positions=key_positions,
             scaling=self.scaling(layer),
             softcap=self.softcap(layer),
+            sinks=self.sinks(layer),
             window=held.window,
         ):
             most = most.maximum(paid.amax(1))
@@ -239,6 +246,7 @@ class Evidence:
             key_positions=key_positions,
             scaling=self.scaling(layer),
             softcap=self.softcap(layer),
+            sinks=self.sinks(layer),
             window=held.window,
             weights=weights,
         )
@@ -362,6 +370,7 @@ def gather(
         context_inputs=context.inputs,
         scaling=model.scaling,
         softcap=model.softcap,
+        sinks=model.sinks,
         attended=model.attended,
         rotation=model.rotation,
         projection=model.projection,

@@ -49,7 +49,14 @@ class Pass(Protocol):
         """A memory for the masks of this pass, since most layers share theirs."""
 
     def observe(
-        self, layer: int, queries: Tensor, *, scaling: float, softcap: float | None, window: int | None
+        self,
+        layer: int,
+        queries: Tensor,
+        *,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
+        sinks: Tensor | None,
     ) -> None:
         """Takes the queries of a layer, [q_heads, n, head_dim], and what is done with their scores."""
 
@@ -64,14 +71,21 @@ class Several:
     """A forward pass over one token of each of several requests; `together.TogetherPass` is one."""
 
     def seen(self, layer: int, window: int | None) -> Tensor:
-        """Which of a layer's keys each request's query sees, bool [requests, kv_heads or 1, 1, places]."""
+        """Which of a layer's keys each request's query sees, bool [requests, kv_heads or 1, 1, places]. Window: see `visible`."""
         raise NotImplementedError
 
 
 _RUNNING: ContextVar[Pass | Several] = ContextVar("testbed.pass")
 
 #: What a backend may be given that this one does not compute.
-_TERMS = {"s_aux": "attention sinks", "position_bias": "position biases"}
+_TERMS = {"position_bias": "position biases"}
+
+
+class Chunk(int):
+    """The length of attention's chunks (Llama 4), where others have a window: a query sees its own chunk's keys up to itself.
+
+    Counted from position 0 on. A window of that length hides nothing that is seen.
+    """
 
 
 @contextmanager
@@ -101,6 +115,7 @@ def backend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: query [1, q_heads, n, d], key and value [1, kv_heads, tokens, d].
@@ -119,15 +134,25 @@ def backend(
         raise NotImplementedError("its attention sees later tokens, not earlier ones alone")
     layer: int = module.layer_idx  # type: ignore[assignment]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = _chunk(module) or sliding_window
     if isinstance(run, Several):
-        each = attend_each(query, key, value, run.seen(layer, sliding_window), scaling, softcap)
+        each = attend_each(query, key, value, run.seen(layer, window), scaling, softcap, s_aux)
         return each.transpose(1, 2).contiguous(), None
-    run.observe(layer, query[0], scaling=scaling, softcap=softcap, window=sliding_window)
+    run.observe(layer, query[0], scaling=scaling, softcap=softcap, window=window, sinks=s_aux)
     sums = run.sums(layer, key.shape[1])
     output = attend(
-        query, key, value, run.positions(layer), scaling, sliding_window, softcap, run.masks(), sums
+        query, key, value, run.positions(layer), scaling, window, softcap, run.masks(), sums, s_aux
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def _chunk(module: torch.nn.Module) -> Chunk | None:
+    """The length of its chunks, where a layer has them: of these transformers tells a backend by a mask alone."""
+    config: Any = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None) or ()
+    layer: Any = module.layer_idx
+    chunked = layer < len(kinds) and kinds[layer] == "chunked_attention"
+    return Chunk(config.attention_chunk_size) if chunked else None
 
 
 def attend(
@@ -140,18 +165,20 @@ def attend(
     softcap: float | None = None,
     masks: dict[Any, Any] | None = None,
     sums: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of the last n keys' queries: query [1, q_heads, n, d] -> [1, q_heads, n, value_dim].
 
     `positions` ([tokens] or [kv_heads, tokens], on the CPU) may have gaps, but not among the last n. To `sums`, float32
     [kv_heads, tokens], the attention that all queries pay to each key is added, averaged over the heads that share it.
+    sinks: [q_heads], see `with_sinks`.
     """
     import torch
 
     masks = {} if masks is None else masks
     new, tokens = query.shape[2], key.shape[2]
     past = tokens - new
-    written_out = softcap is not None or sums is not None
+    written_out = softcap is not None or sums is not None or sinks is not None
     if new > 1 and window is None and not written_out and positions.dim() == 1 and _flash(query, key, value):
         return _at_once(query, key, value, scaling)
     block = BLOCK if sums is None else SUMMED_BLOCK
@@ -166,7 +193,7 @@ def attend(
         keys, values = key[:, :, seen], value[:, :, seen]
         if written_out:
             paid = None if sums is None else sums[:, seen]
-            blocks.append(_written_out(asking, keys, values, mask, scaling, softcap, paid))
+            blocks.append(_written_out(asking, keys, values, mask, scaling, softcap, paid, sinks))
             continue
         if isinstance(mask, str) and keys.shape[2] > stop - start:
             mask = _lower_right(stop - start, keys.shape[2], tokens, query, masks)
@@ -174,20 +201,39 @@ def attend(
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
 
 
+def with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax in float32 of scores [..., q_heads, n, keys], -inf where a key is not seen.
+
+    sinks [q_heads]: the score of one more key of each head, which every query sees and whose value is nothing (GPT-OSS,
+    arXiv:2508.10925): what it is paid is missing from the others.
+    """
+    import torch
+
+    if sinks is None:
+        return scores.softmax(-1, dtype=torch.float32)
+    column = sinks.to(scores.device, scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], -1).softmax(-1, dtype=torch.float32)[..., :-1]
+
+
 def attend_each(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling: float, softcap: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query of each of several requests: query [requests, q_heads, 1, d], key and value [requests, kv_heads,
     places, d], and which of these each sees (`Several.seen`) -> [requests, q_heads, 1, value_dim].
     """
-    import torch
-
     requests, q_heads, _, width = query.shape
     asking = (query * scaling).reshape(requests, key.shape[1], -1, width)
     scores = asking @ key.transpose(2, 3)
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
-    weights = scores.masked_fill_(~seen, float("-inf")).softmax(-1, dtype=torch.float32)
+    scores = scores.masked_fill_(~seen, float("-inf"))
+    weights = with_sinks(scores.reshape(requests, q_heads, 1, -1), sinks).reshape(scores.shape)
     return (weights.to(value.dtype) @ value).reshape(requests, q_heads, 1, -1)
 
 
@@ -251,13 +297,13 @@ def _block_mask(
         too_old = positions[..., :stop] <= queries[..., :1] - window
         # Keys that no head's first query sees are seen by none: later queries see less of the past.
         first = int(too_old.sum(-1).min())
-        if int((queries[..., -1] - positions[..., first]).max()) < window:
+        if not isinstance(window, Chunk) and int((queries[..., -1] - positions[..., first]).max()) < window:
             window = None
     empty = positions.dim() == 2 and bool((positions[:, first] < 0).any())
     if window is None and not empty:
         return first, None if stop - start == 1 else "causal"
     seen = positions[..., first:stop]
-    if positions.dim() == 2 or int(seen[-1] - seen[0]) != stop - first - 1:
+    if positions.dim() == 2 or isinstance(window, Chunk) or int(seen[-1] - seen[0]) != stop - first - 1:
         return first, visible(queries, seen, window).to(device)
     name = (
         "window",
@@ -271,12 +317,19 @@ def _block_mask(
 
 
 def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
-    """Which keys each query sees: [..., n] and [..., tokens] -> bool [..., n, tokens]."""
+    """Which keys each query sees: [..., n] and [..., tokens] -> bool [..., n, tokens]. window: may be a `Chunk`."""
     queries, keys = query_positions[..., :, None], key_positions[..., None, :]
     seen = keys <= queries
     if key_positions.dim() == 2:
         seen = seen & (keys >= 0)
-    return seen if window is None else seen & (keys > queries - window)
+    return seen if window is None else seen & within(queries, keys, window)
+
+
+def within(queries: Tensor, keys: Tensor, window: int) -> Tensor:
+    """Whether keys are not too far back for queries, of the absolute positions of both."""
+    if isinstance(window, Chunk):
+        return keys >= queries - queries % int(window)
+    return keys > queries - window
 
 
 def _per_query_head(mask: Tensor, q_heads: int) -> Tensor:
@@ -316,8 +369,9 @@ def _written_out(
     scaling: float,
     softcap: float | None,
     sums: Tensor | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Attention whose weights are at hand: to be added to `sums` [kv_heads, keys], or because scores are capped.
+    """Attention whose weights are at hand: to be added to `sums` [kv_heads, keys], or because scores are capped or have sinks.
 
     A score goes through softcap × tanh(score / softcap), as in Gemma 2 (arXiv:2408.00118).
     """
@@ -336,7 +390,7 @@ def _written_out(
         by_head[..., keys - n :].masked_fill_(later, float("-inf"))
     elif mask is not None:
         by_head.masked_fill_(~(mask if mask.dim() == 2 else mask[:, None]), float("-inf"))
-    weights = scores.softmax(-1, dtype=torch.float32)
+    weights = with_sinks(by_head.reshape(q_heads, n, keys), sinks).reshape(scores.shape)
     if sums is not None:
         sums.add_(weights.sum(1), alpha=kv_heads / q_heads)
     return torch.bmm(weights.to(value.dtype), value[0]).view(1, q_heads, n, -1)

@@ -22,6 +22,7 @@ from torch import Tensor
 from testbed.errors import NotFiniteError, UsageError
 from testbed.models import attention as _attention
 from testbed.models import kvcache as _kvcache
+from testbed.models import supported
 from testbed.models.answer import Answer
 from testbed.models.arriving import Past
 from testbed.models.kvcache import KVCache, KVLayer
@@ -60,10 +61,12 @@ class LanguageModel:
         half = torch.float16 if self.dtype == torch.float32 else self.dtype
         self.cache_dtype: torch.dtype = half if cache_dtype is None else cache_dtype
         config = network.config.get_text_config(decoder=True)
-        self.num_layers: int = config.num_hidden_layers
+        self._sources = supported.sources(config)
+        #: Of layers with keys and values of their own: others attend to those.
+        self.num_layers: int = config.num_hidden_layers - len(self._sources)
         self.max_positions: int = getattr(config, "max_position_embeddings", None) or 2**31
         self._stretching = Stretching(network, self.max_positions)
-        self._layers, self._drops = decoder_layers(network, self.num_layers), True
+        self._layers, self._drops = decoder_layers(network, config.num_hidden_layers), True
         self.shapes = self._probe(config)
         self.kv_heads: int = self.shapes[0].kv_heads
         self.head_dim: int = self.shapes[0].head_dim
@@ -74,30 +77,29 @@ class LanguageModel:
             module.layer_idx: module for module in network.modules() if hasattr(module, "expand_kv")
         }
         self._rotations = self._found_rotations()
-        self._drops = drops_tokens(partial(self.blocks, past=None), self.num_layers)
+        self._drops = drops_tokens(partial(self.blocks, past=None), config.num_hidden_layers)
 
     def _probe(self, config: Any) -> list[LayerShape]:
         """Run one token and see what each layer's attention does, instead of trusting names in configs."""
         live = self._live(None, 1)
         unsupported = f"model {self.name!r}: architecture {config.model_type!r} is not supported"
-        strange = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-        if strange:
-            raise UsageError(f"{unsupported}: it has layers of the kinds {', '.join(sorted(strange))}")
+        if why := supported.refusal(self._network.config):
+            raise UsageError(f"{unsupported}: {why}")
         own_code = not getattr(self._network, "_supports_attention_backend", True)
         try:
             _, run = self._forward(live, [0], queries=1)
         except (NotImplementedError, TypeError, AttributeError, RuntimeError) as error:
             raise UsageError(f"{unsupported}: {_attention.OWN_CODE if own_code else error}") from error
-        if set(run.told) != set(range(self.num_layers)) or live.written != [1] * self.num_layers:
+        if set(run.told) != set(range(config.num_hidden_layers)) or live.written != [1] * self.num_layers:
             why = "not every layer attends to keys and values of its own"
             raise UsageError(f"{unsupported}: {_attention.OWN_CODE if own_code else why}")
         shapes = []
         for index in range(self.num_layers):
             keys, values = live.held(index)
-            scaling, softcap, window = run.told[index]
-            shapes.append(
-                LayerShape(keys.shape[1], keys.shape[3], values.shape[3], scaling, softcap, window or None)
-            )
+            scaling, softcap, window, sinks = run.told[index]
+            window, sinks = None if not window else int(window), None if sinks is None else sinks.detach()
+            sizes = keys.shape[1], keys.shape[3], values.shape[3]
+            shapes.append(LayerShape(*sizes, scaling, softcap, window, sinks))
         return shapes
 
     @property
@@ -140,6 +142,10 @@ class LanguageModel:
     def softcap(self, layer: int) -> float | None:
         """What the layer's attention caps its scores at; None: nothing."""
         return self.shapes[layer].softcap
+
+    def sinks(self, layer: int) -> Tensor | None:
+        """The scores of the layer's sinks, [q_heads] (see `attention.with_sinks`); None: it has none."""
+        return self.shapes[layer].sinks
 
     def window(self, layer: int) -> int | None:
         """The layer's sliding-window length; None: it sees everything."""
@@ -223,6 +229,7 @@ class LanguageModel:
             cache_dtype=self.cache_dtype,
             device=self.device,
             layers=self.num_layers,
+            sources=self._sources,
         )
 
     def _check_length(self, past: Past | None, new: int) -> int:

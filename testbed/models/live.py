@@ -6,7 +6,7 @@ length, sliding-window layers too; the masks of `attention` decide who sees what
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ class LayerShape:
     scaling: float
     softcap: float | None
     window: int | None
+    sinks: Tensor | None = None  #: [q_heads], see `attention.with_sinks`
 
 
 def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -59,7 +60,10 @@ class LiveCache:
         cache_dtype: torch.dtype,
         device: torch.device,
         layers: int,
+        sources: Mapping[int, int] | None = None,
     ) -> None:
+        """sources: of layers that attend to another one's keys and values, which one that is."""
+        self.sources = sources or {}
         self.dtype, self.cache_dtype, self.device = dtype, cache_dtype, device
         self.length = past.length if past is not None else 0
         self.start = self.length  #: absolute position of the first token written here
@@ -207,13 +211,12 @@ class LivePass:
         self._masks: dict[Any, Any] = {}
         self.queries: dict[int, Tensor] = {}
         self.attention: dict[int, Tensor] | None = {} if attention else None
-        self.told: dict[
-            int, tuple[float, float | None, int | None]
-        ] = {}  #: scaling, softcap, window by layer
+        #: scaling, softcap, window and sinks by layer, of those without a cache of their own, too
+        self.told: dict[int, tuple[float, float | None, int | None, Tensor | None]] = {}
 
     def positions(self, layer: int) -> Tensor:
         """Absolute positions of the layer's keys, the past's and those written up to this pass's end."""
-        past = self._cache.past_positions(layer)
+        past = self._cache.past_positions(self._cache.sources.get(layer, layer))
         name = None if past is None else id(past)
         if name not in self._positions:
             tail = torch.arange(self._cache.start, self._cache.length + self.tokens)
@@ -233,18 +236,25 @@ class LivePass:
         return self._masks
 
     def observe(
-        self, layer: int, queries: Tensor, *, scaling: float, softcap: float | None, window: int | None
+        self,
+        layer: int,
+        queries: Tensor,
+        *,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
+        sinks: Tensor | None,
     ) -> None:
-        """Note what attention used; keeps the last queries asked for, [q_heads, n, head_dim]."""
-        self.told[layer] = (scaling, softcap, window)
-        if self._keep:
+        """Note what attention used; keeps the last queries asked for, [q_heads, n, head_dim], of layers with a cache."""
+        self.told[layer] = (scaling, softcap, window, sinks)
+        if self._keep and layer not in self._cache.sources:
             first = queries.shape[1] - self._keep
             # All of them are kept as they are; of a part a copy, so that the rest is freed.
             self.queries[layer] = queries[:, first:].clone() if first else queries
 
     def sums(self, layer: int, kv_heads: int) -> Tensor | None:
-        """Zeros for the layer's keys, to be added to, where the pass is to keep `attention`."""
-        if self.attention is None:
+        """Zeros for the layer's keys, to be added to, where the pass is to keep `attention` and the layer has a cache."""
+        if self.attention is None or layer in self._cache.sources:
             return None
         tokens = self.positions(layer).shape[-1]
         return self.attention.setdefault(layer, torch.zeros(kv_heads, tokens, device=self._cache.device))

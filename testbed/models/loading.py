@@ -14,6 +14,7 @@ from testbed.models.language import LanguageModel
 from testbed.models.shape import ShapeModel
 from testbed.models.shapes import find_shape
 from testbed.models.sources import ModelSource, resolve
+from testbed.models.supported import refusal
 
 #: What a model is run on before it is called loaded: a number format that it overflows in is refused then.
 _PROBE = "The quick brown fox jumps over the lazy dog. " * 4
@@ -47,7 +48,7 @@ def load_model(
     except (OSError, ValueError, KeyError, ImportError) as error:
         if error.args[:1] == (attention.BACKEND,):  # looked up among the attention classes of an architecture
             raise UsageError(
-                f"model {name!r}: architecture {_architecture(source)!r} is not supported: {attention.OWN_CODE}"
+                f"model {name!r}: architecture {_config(source).model_type!r} is not supported: {attention.OWN_CODE}"
             ) from error
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"model {name!r} cannot be loaded from {source.location}: {first}") from error
@@ -89,6 +90,9 @@ def _network(source: ModelSource, device: torch.device, dtype: torch.dtype | str
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     attention.register()
+    config = _config(source)
+    if why := refusal(config):  # before the weights are fetched
+        raise UsageError(f"model {source.name!r}: architecture {config.model_type!r} is not supported: {why}")
     network = AutoModelForCausalLM.from_pretrained(
         source.location,
         dtype=dtype,
@@ -100,12 +104,11 @@ def _network(source: ModelSource, device: torch.device, dtype: torch.dtype | str
     return network.to(device).eval()
 
 
-def _architecture(source: ModelSource) -> str:
+def _config(source: ModelSource) -> Any:
     from transformers import AutoConfig
 
     local = source.path is not None
-    config = AutoConfig.from_pretrained(source.location, trust_remote_code=False, local_files_only=local)
-    return str(config.model_type)
+    return AutoConfig.from_pretrained(source.location, trust_remote_code=False, local_files_only=local)
 
 
 def _tokenizer(source: ModelSource) -> tuple[tokenizers.Tokenizer, int | None]:

@@ -223,18 +223,22 @@ def _candidates(
         end = at + 2 * half
         yield Rotation(angles, slice(at, at + half), slice(at + half, end), head_dim)
         yield Rotation(angles, slice(at, end, 2), slice(at + 1, end, 2), head_dim)
+    yield unrotated(head_dim, device)  # every layer is given angles, and some make no use of them (Llama 4)
 
 
 @torch.no_grad()
 def _half_angles(module: Any, arguments: dict[str, Any], positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of each pair, float32 [n, pairs], from the model's own module."""
     x = arguments["x"].float()  # its format is the one that cos and sin are rounded to, and of no other use
-    made = module(**arguments | {"x": x}, position_ids=positions[None].to(x.device))
+    asked = torch.cat([positions, positions.new_tensor([_PROBE])])  # where angles can be told from each other
+    made = module(**arguments | {"x": x}, position_ids=asked[None].to(x.device))
     if isinstance(made, Tensor):  # complex numbers, as DeepSeek-V2 has them
-        return made[0].real.float(), made[0].imag.float()
-    cos, sin = made[0][0].float(), made[1][0].float()
-    pairs = cos.shape[-1] // 2
-    # Models write each pair's angle twice: the row of angles repeated, or each angle beside itself.
-    if torch.equal(cos[:, :pairs], cos[:, pairs:]) and torch.equal(sin[:, :pairs], sin[:, pairs:]):
-        return cos[:, :pairs], sin[:, :pairs]
-    return cos[:, 0::2], sin[:, 0::2]
+        return made[0, :-1].real.float(), made[0, :-1].imag.float()
+    both = torch.stack([made[0][0].float(), made[1][0].float()])
+    pairs, (*_, probed) = both.shape[-1] // 2, both.unbind(1)
+    # Most models write each pair's angle twice: the row of angles repeated, or each angle beside itself.
+    if torch.equal(probed[:, :pairs], probed[:, pairs:]):
+        both = both[..., :pairs]
+    elif torch.equal(probed[:, 0::2], probed[:, 1::2]):
+        both = both[..., 0::2]
+    return both[0, :-1], both[1, :-1]

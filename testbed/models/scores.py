@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from testbed.models.attention import BLOCK, visible
+from testbed.models.attention import BLOCK, visible, with_sinks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +24,7 @@ def attention_blocks(
     scaling: float,
     softcap: float | None = None,
     window: int | None = None,
+    sinks: Tensor | None = None,
     block: int = BLOCK,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Softmaxed attention probabilities, a block of queries at a time, so that the full matrix is never held.
@@ -52,7 +53,7 @@ def attention_blocks(
         seen = visible(query_positions[start:stop], key_positions, window)
         if seen.dim() == 3:
             seen = seen.repeat_interleave(group, 0)
-        probabilities = scores.masked_fill_(~seen, float("-inf")).softmax(-1)
+        probabilities = with_sinks(scores.masked_fill_(~seen, float("-inf")), sinks)
         if not bool(seen.any(-1).all()):
             # Those rows alone: NaN of another origin has to be seen.
             probabilities = probabilities.masked_fill_(~seen.any(-1, keepdim=True), 0.0)
@@ -68,6 +69,7 @@ def attention_sum(
     scaling: float,
     softcap: float | None = None,
     window: int | None = None,
+    sinks: Tensor | None = None,
     block: int = BLOCK,
     weights: Tensor | None = None,
 ) -> Tensor:
@@ -92,6 +94,7 @@ def attention_sum(
             scaling=scaling,
             softcap=softcap,
             window=window,
+            sinks=sinks,
             block=block,
         )
         for _, _, probabilities in blocks:

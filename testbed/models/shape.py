@@ -129,6 +129,9 @@ class ShapeModel(LanguageModel):
     def softcap(self, layer: int) -> float | None:
         return None
 
+    def sinks(self, layer: int) -> None:
+        return None
+
     def window(self, layer: int) -> int | None:
         return self.shapes[layer].window
 

@@ -43,6 +43,7 @@ class SideBySide:
             0,
         )  #: tokens of each row since they were laid out, all layers' at the end of a pass
         self._dtype, self._cache_dtype, self.device = like.dtype, like.cache_dtype, like.device
+        self.sources = like.sources
         self._layers = [self._laid_out(layers) for layers in zip(*(c.layers for c in caches), strict=True)]
         self._held = [[layer.tokens for layer in cache.layers] for cache in caches]
         known: list[Tensor] = []
@@ -119,12 +120,14 @@ class TogetherPass(attention.Several):
 
     def seen(self, layer: int, window: int | None) -> Tensor:
         """Which keys each row's query sees, bool [rows, heads or 1, 1, places]."""
+        layer = self._cache.sources.get(layer, layer)
         name = self._cache.identity(layer), window
         if name not in self._seen:
             keys = self._cache.positions(layer)
             asking = self._asking[:, None, None]
             seen = (keys >= 0) & (keys <= asking)
-            self._seen[name] = (seen if window is None else seen & (keys > asking - window))[:, :, None]
+            seen = seen if window is None else seen & attention.within(asking, keys, window)
+            self._seen[name] = seen[:, :, None]
         return self._seen[name]
 
 

@@ -22,11 +22,13 @@ def _textbook(
     heads, tokens = query.shape[1], query.shape[2]
     window = given.get("sliding_window") or tokens
     softcap = given.get("softcap")
-    hidden, replaced = _current.hidden[module.layer_idx], _current.replaced
+    layer = _cached(module)
+    hidden, replaced = _current.hidden[layer], _current.replaced
+    chunk = module.config.attention_chunk_size if _kind(module) == "chunked_attention" else None
     if replaced is not None:
         key, value = key.clone(), value.clone()
-        for held, new in zip((key[0], value[0]), replaced[module.layer_idx][1:], strict=True):
-            for head, positions in enumerate(replaced[module.layer_idx][0].expand(len(new), -1)):
+        for held, new in zip((key[0], value[0]), replaced[layer][1:], strict=True):
+            for head, positions in enumerate(replaced[layer][0].expand(len(new), -1)):
                 there = positions >= 0
                 held[head, positions[there]] = new[head, there]
     out = torch.empty(1, heads, tokens, value.shape[3])
@@ -37,11 +39,27 @@ def _textbook(
             scores = softcap * torch.tanh(scores / softcap)
         for q in range(tokens):
             for_all = torch.zeros(tokens, dtype=torch.bool)
-            for_all[max(0, q - window + 1) : q + 1] = True
+            for_all[max(0, q - window + 1) if chunk is None else q // chunk * chunk : q + 1] = True
             seen = for_all & ~hidden[kv * len(hidden) // key.shape[1], q, :tokens]
             scores[q, ~seen] = -torch.inf
-        out[0, head] = (scores.softmax(-1) @ value[0, kv].double()).float()
+        total = scores.logsumexp(-1, keepdim=True)
+        if given.get("s_aux") is not None:
+            total = total.logaddexp(given["s_aux"][head].double())
+        out[0, head] = ((scores - total).exp() @ value[0, kv].double()).float()
     return out.transpose(1, 2), None
+
+
+def _kind(module: Any) -> str | None:
+    kinds = getattr(module.config, "layer_types", None)
+    return kinds[module.layer_idx] if kinds else None
+
+
+def _cached(module: Any) -> int:
+    """The layer whose keys and values this one attends to: its own, or the last of its kind among those that have some."""
+    own = len(_current.hidden)
+    if module.layer_idx < own:
+        return int(module.layer_idx)
+    return max(layer for layer in range(own) if module.config.layer_types[layer] == _kind(module))
 
 
 def reference_network(path: Path, implementation: str = "textbook") -> Any:

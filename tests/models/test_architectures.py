@@ -13,13 +13,18 @@ from testbed.errors import UsageError
 from testbed.models.kvcache import join
 from testbed.models.loading import load_model
 from tests.models import reference
-from tests.tiny_models import tiny_tokenizer
+from tests.tiny_models import NEWEST, tiny_tokenizer
 
 _OLD: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
 _USUAL: dict[str, Any] = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512,
 }  # fmt: skip
 _GROUPED: dict[str, Any] = {**_USUAL, "intermediate_size": 64, "num_key_value_heads": 2, "pad_token_id": 0}
+_LINEAR: dict[str, Any] = {
+    **_GROUPED, "head_dim": 16, "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+}  # fmt: skip
+_MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_state": 16, "mamba_d_head": 16}
 
 READ: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", _OLD),
@@ -33,6 +38,9 @@ READ: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("GraniteConfig", _GROUPED),
     "smollm3": ("SmolLM3Config", _GROUPED),
     "mixtral": ("MixtralConfig", {**_GROUPED, "num_local_experts": 2}),
+    "cohere": ("CohereConfig", _GROUPED),
+    "olmo3": ("Olmo3Config", {**_GROUPED, "sliding_window": 8}),
+    **{name: (kind, {**_GROUPED, **settings}) for name, (kind, settings) in NEWEST.items()},
 }
 OWN_CODE = "computes its attention in code of its own"
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -47,16 +55,21 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "codegen": ("CodeGenConfig", {**_OLD, "rotary_dim": 8}, OWN_CODE),
     "bloom": ("BloomConfig", {"hidden_size": 64, "n_layer": 2, "n_head": 4}, OWN_CODE),
     "mpt": ("MptConfig", {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 512}, OWN_CODE),
-    "gpt_oss": (
-        "GptOssConfig",
-        {**_GROUPED, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
-        "attention sinks",
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {**_LINEAR, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32,
+         "shared_expert_intermediate_size": 32},
+        "layers of the kinds linear_attention",
     ),
-    "llama4_text": (
-        "Llama4TextConfig",
-        {**_GROUPED, "intermediate_size_mlp": 64, "head_dim": 16, "num_local_experts": 2},
-        "layers of the kinds chunked_attention",
+    "qwen3_5_text": ("Qwen3_5TextConfig", _LINEAR, "layers of the kinds linear_attention"),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        {**_GROUPED, **_MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 0,
+         "shared_intermediate_size": 64},
+        "layers of the kinds linear_attention",
     ),
+    "lfm2": ("Lfm2Config", {**_GROUPED, "layer_types": ["conv", "full_attention"]}, "layers of the kinds conv"),
+    "falcon_h1": ("FalconH1Config", {**_GROUPED, **_MAMBA, "mamba_d_ssm": 128}, "layers of the kinds hybrid"),
     "rwkv": ("RwkvConfig", {"hidden_size": 32, "num_hidden_layers": 2}, OWN_CODE),
     "bert": ("BertConfig", {**_USUAL, "intermediate_size": 64}, "sees later tokens"),
     "gemma3_text": (
@@ -64,7 +77,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {**_GROUPED, "head_dim": 16, "use_bidirectional_attention": True},
         "sees later tokens",
     ),
-}
+}  # fmt: skip
 
 
 def written(path: Path, kind: str, settings: dict[str, Any]) -> Path:
@@ -98,3 +111,13 @@ def test_what_is_not_supported_is_refused_by_name_with_the_reason(name: str, tmp
         load_model(str(directory), threads=1)
     assert f"architecture {name.partition(' ')[0]!r} is not supported: " in str(caught.value)
     assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if REFUSED[name][2] != "sees later tokens"])
+def test_it_is_refused_by_its_configuration_before_weights_are_fetched(name: str, tmp_path: Path) -> None:
+    kind, settings, reason = REFUSED[name]
+    directory = written(tmp_path, kind, settings)
+    for weights in directory.glob("*.safetensors*"):
+        weights.write_bytes(b"")
+    with pytest.raises(UsageError, match=reason):
+        load_model(str(directory), threads=1)

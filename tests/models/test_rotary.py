@@ -10,7 +10,7 @@ from torch import Tensor
 from testbed.models.loading import load_model
 from testbed.models.rotary import Rotation, unrotated
 from tests.models.reference import reference_network
-from tests.tiny_models import FAMILIES
+from tests.tiny_models import FAMILIES, NEWEST
 
 Tiny = Callable[[str], Path]
 
@@ -18,11 +18,12 @@ TEXT = "Context: The harbour clock was mended in spring by Anna Lind, and the ke
 LLAMA_SHAPED = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *NEWEST])
 def test_a_rotation_undone_at_one_position_and_applied_at_another_is_the_models_own(
     tiny_model: Tiny, family: str
 ) -> None:
-    model = load_model(str(tiny_model(family)), threads=1)
+    # A lone token's sink leaves it a share that rounded keys would change.
+    model = load_model(str(tiny_model(family)), threads=1, cache_dtype=torch.float32)
     at = {position: model._queries_at(position) for position in (0, 5, 1000)}
     for layer in range(model.num_layers):
         rotation = model.rotation(layer)
@@ -30,7 +31,8 @@ def test_a_rotation_undone_at_one_position_and_applied_at_another_is_the_models_
         for position, queries in at.items():
             turned = rotation.apply(plain, torch.tensor([position]))
             torch.testing.assert_close(turned, queries[layer], atol=2e-4, rtol=1e-3)
-        assert float((at[5][layer] - at[0][layer]).abs().max()) > 0.01  # or there was nothing to undo
+        turns = float((at[5][layer] - at[0][layer]).abs().max()) > 0.01
+        assert turns == rotation.turns == ((family, layer) != ("llama4_text", 3))
 
 
 @pytest.mark.parametrize("family", LLAMA_SHAPED)

@@ -38,6 +38,8 @@ OTHERWISE: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "beam": ("BeamConfig", {**_USUAL, "moe_intermediate_size": 32}),
+    # Layers that attend to what earlier ones cached are given other numbers of tokens by transformers itself.
+    **{name: READ[name] for name in ("gemma3n_text", "gemma4_text")},
 }
 
 
@@ -74,7 +76,7 @@ def test_what_is_left_of_a_pass_is_what_a_pass_over_it_alone_gives(
     check(load_model(str(tiny_model(family)), threads=1, cache_dtype=getattr(torch, held)))
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", [name for name in READ if name not in OTHERWISE])
 def test_passes_of_other_architectures_shrink_too(name: str, tmp_path: Path) -> None:
     check(load_model(str(written(tmp_path, *READ[name])), threads=1))
 
