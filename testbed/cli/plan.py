@@ -54,7 +54,7 @@ def plan(scenario: str, **changes: Any) -> Any:
     header += ["load", "serving"] if loaded else []
     text = table(rows, header + (["allocate"] if planned.scenario.allocate else []))
     if loaded:
-        names = ", ".join(edge.node for edge in planned.edges)
+        names = ", ".join(map(str, planned.edges))
         text += f"\n\n{planned.trials} loads, about {format_duration(seconds)}; edges: {names}"
     else:
         text += f"\n\n{planned.trials} trials of {len(cells)} cells, "

@@ -99,6 +99,21 @@ class Edge:
     compute: Compute | None = None
     devices: dict[str, Device] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        """For people: its node, and what is its own."""
+        own: dict[str, Any] = {
+            "profile": self.profile and self.profile.name,
+            "codec": self.codec,
+            "delivery": self.delivery,
+        }
+        own |= {"model": self.model}
+        if self.compute is not None and self.compute != Compute():
+            sides = {"edge": self.compute.edge, "cloud": self.compute.cloud}
+            names = {side: device.name for side, device in self.devices.items()}
+            own["compute"] = " / ".join(names.get(side) or str(at.written()) for side, at in sides.items())
+        said = ", ".join(f"{key} {value}" for key, value in own.items() if value)
+        return f"{self.node} ({said})" if said else self.node
+
     @property
     def computed(self) -> str:
         """What tells apart whose requests are computed by another model, or as elsewhere; empty: as the scenario has it."""

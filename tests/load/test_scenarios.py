@@ -102,6 +102,9 @@ def test_an_edge_may_have_a_model_devices_and_a_delivery_of_its_own(tmp_path: Pa
     theirs = made.of_edge(second)
     assert theirs.scenario.models.cloud == "shape:qwen2.5-3b"
     assert {side: found.name for side, found in theirs.devices.items()} == {"edge": "phone", "cloud": "phone"}
+    assert str(first) == "n1" and str(third) == "n3 (delivery stream(chunk=64))"
+    told = "delivery stream(chunk=64), model shape:qwen2.5-3b, compute phone / phone"
+    assert str(second) == f"n2 ({told})"
     assert [str(made.at_edge(cell, edge).delivery) for edge in made.edges] == [
         "whole",
         "stream(chunk=64)",
