@@ -24,7 +24,7 @@ _PASSED = Calibration("n1-hub", "p", "none", (Attempt((), {}),))
 @pytest.mark.slow
 def test_each_edge_sends_what_its_own_model_makes_in_its_own_way(tmp_path: Path) -> None:
     star = tmp_path / "star.yaml"
-    star.write_text("{kind: star, nodes: 4, profile: 5g-mid}")
+    star.write_text("{kind: star, nodes: 5, profile: 5g-mid}")
     here = device(tmp_path / "here.yaml", "qwen2.5-3b")
     phone = device(tmp_path / "phone.yaml", "qwen2.5-7b")
     scenario: dict[str, Any] = {
@@ -35,6 +35,7 @@ def test_each_edge_sends_what_its_own_model_makes_in_its_own_way(tmp_path: Path)
             "n1": None,
             "n2": {"model": "shape:qwen2.5-7b", "compute": {"edge": phone, "cloud": phone}},
             "n3": {"delivery": "stream(chunk=32)"},
+            "n4": {"delivery": "stream(by=layers, chunk=12)"},
         },
         "profiles": ["rate=50mbit,delay=5ms"],
         "tasks": ["needle"],
@@ -42,7 +43,7 @@ def test_each_edge_sends_what_its_own_model_makes_in_its_own_way(tmp_path: Path)
         "context_tokens": [64],
         "examples": 1,
         "max_new_tokens": 3,
-        "load": "poisson(rate=8/s)",
+        "load": "poisson(rate=12/s)",
         "serving": "batch(max=4)",
         "duration": "1500ms",
         "timeout": "20s",
@@ -63,6 +64,7 @@ def test_each_edge_sends_what_its_own_model_makes_in_its_own_way(tmp_path: Path)
         ("n1", "shape:qwen2.5-3b", "here", "whole"),
         ("n2", "shape:qwen2.5-7b", "phone", "whole"),
         ("n3", "shape:qwen2.5-3b", "here", "stream(chunk=32)"),
+        ("n4", "shape:qwen2.5-3b", "here", "stream(by=layers, chunk=12)"),
     }
     for row in rows:
         assert sum(row[stage] for stage in STAGES) == pytest.approx(row["e2e_s"], abs=1e-5)
@@ -75,9 +77,10 @@ def test_each_edge_sends_what_its_own_model_makes_in_its_own_way(tmp_path: Path)
     }
     run = load(tmp_path / "run")
     (each,) = loads.served(run)
-    assert each.clients == 3 and "qwen2.5-7b" in each.panel and "stream(chunk=32)" in each.setting
+    assert each.clients == 4 and "qwen2.5-7b" in each.panel and "stream(chunk=32)" in each.setting
     lines = summary.summarise(run)
     assert sorted(zip(lines["model"], lines["delivery"], strict=True)) == [
+        ("shape:qwen2.5-3b", "stream(by=layers, chunk=12)"),
         ("shape:qwen2.5-3b", "stream(chunk=32)"),
         ("shape:qwen2.5-3b", "whole"),
         ("shape:qwen2.5-7b", "whole"),
