@@ -165,7 +165,7 @@ def load(path: Path, where: str | None = None) -> Run:
     rows, lost = directory.all_rows()
     table = _latest(_typed(pd.DataFrame(rows)))
     if where:
-        table = _select(table, where)
+        table = select(table, where)
     early = table["warmup"].astype(bool)
     warming, table = table[early].reset_index(drop=True), table[~early]
     if len(warming):
@@ -286,7 +286,8 @@ def _latest(table: pd.DataFrame) -> pd.DataFrame:
     return kept.sort_index()
 
 
-def _select(table: pd.DataFrame, where: str) -> pd.DataFrame:
+def select(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    """The rows for which an expression over the columns holds. Raises UsageError where it cannot be evaluated."""
     outside_quotes = re.sub(r"'[^']*'|\"[^\"]*\"", "", where)
     if "@" in outside_quotes or "__" in where:
         raise UsageError(

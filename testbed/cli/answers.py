@@ -89,18 +89,34 @@ def report(path: Path) -> None:
 
 
 @click.command()
-@click.argument("first", metavar="RUN", type=click.Path(path_type=Path))
-@click.argument("second", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("paths", metavar="RUN [RUN]", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--expected",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="In place of a second run: what the scenario is expected to come to, such as scenarios/expected/quick.yaml.",
+)
 @click.option(
     "--across-hosts", is_flag=True, help="Also where the machines differ, and with them what is measured."
 )
 @as_json
-def compare(first: Path, second: Path, across_hosts: bool) -> Any:
-    """Put two runs side by side, paired where their examples match."""
+def compare(paths: tuple[Path, ...], expected: Path | None, across_hosts: bool) -> Any:
+    """Put two runs side by side, paired where their examples match. With --expected: hold a run against what its scenario is
+    expected to come to; exit status 1 where something is not.
+    """
     from testbed.analysis import compare as comparing
     from testbed.analysis import layout
 
-    a, b = open_run(first), open_run(second)
+    if expected is not None and len(paths) == 1:
+        from testbed.analysis import expected as expecting
+
+        asked = expecting.read(expected)
+        met = expecting.judge(open_run(paths[0]), asked)
+        text = expecting.text(paths[0], asked, met, layout.terminal_width())
+        return expecting.to_dict(paths[0], met), text, 0 if all(each.ok for each in met) else 1
+    if expected is not None or len(paths) != 2:
+        raise click.UsageError("write two runs, or one and --expected FILE")
+    a, b = map(open_run, paths)
     lines = comparing.compare(a, b, across_hosts)
     return comparing.to_dict(a, b, lines), comparing.text(a, b, lines, layout.terminal_width()), 0
 
