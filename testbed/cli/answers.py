@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from testbed.cli import completion
 from testbed.cli.parts import as_json, open_run
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("path", metavar="RUN", type=click.Path(path_type=Path), shell_complete=completion.runs)
 @click.argument("figures", nargs=-1, metavar="[FIGURE]...")
 @click.option("--where", help="Only rows for which this holds, such as 'profile==\"5g-mid\"'.")
 @click.option(
@@ -53,7 +54,7 @@ def plot(path: Path, figures: tuple[str, ...], where: str | None, width: str, no
 
 
 @click.command()
-@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("path", metavar="RUN", type=click.Path(path_type=Path), shell_complete=completion.runs)
 @click.option("--where", help="Only rows for which this holds, such as 'profile==\"5g-mid\"'.")
 @as_json
 def summary(path: Path, where: str | None) -> Any:
@@ -75,7 +76,7 @@ def summary(path: Path, where: str | None) -> Any:
 
 
 @click.command()
-@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("path", metavar="RUN", type=click.Path(path_type=Path), shell_complete=completion.runs)
 def report(path: Path) -> None:
     """Write RUN's report: one page with figures, table, claims and caveats, to be read without a network."""
     from testbed.analysis import programs, report
@@ -89,7 +90,9 @@ def report(path: Path) -> None:
 
 
 @click.command()
-@click.argument("paths", metavar="RUN [RUN]", nargs=-1, type=click.Path(path_type=Path))
+@click.argument(
+    "paths", metavar="RUN [RUN]", nargs=-1, type=click.Path(path_type=Path), shell_complete=completion.runs
+)
 @click.option(
     "--expected",
     type=click.Path(path_type=Path),
@@ -122,7 +125,7 @@ def compare(paths: tuple[Path, ...], expected: Path | None, across_hosts: bool) 
 
 
 @click.command()
-@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("path", metavar="RUN", type=click.Path(path_type=Path), shell_complete=completion.runs)
 @click.option("--rate", help="The link's rate from edge to cloud, such as 40mbit.")
 @click.option("--delay", help="Its one-way delay, such as 20ms.")
 @click.option("--loss", default="0%", show_default=True, help="Its packet loss.")
@@ -212,7 +215,14 @@ def _of_load(
 
 
 @click.command()
-@click.argument("paths", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument(
+    "paths",
+    metavar="RUN...",
+    nargs=-1,
+    required=True,
+    type=click.Path(path_type=Path),
+    shell_complete=completion.runs,
+)
 @click.option("--markdown", is_flag=True, help="Print the verdicts as a Markdown table.")
 @as_json
 def claims(paths: tuple[Path, ...], markdown: bool) -> Any:

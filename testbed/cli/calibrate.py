@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from testbed.cli import completion
 from testbed.cli.parts import EMULATORS, as_json, require_root, rootless_option, table
 from testbed.errors import UsageError
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("profiles", nargs=-1, metavar="PROFILE...|TOPOLOGY")
+@click.argument("profiles", nargs=-1, metavar="PROFILE...|TOPOLOGY", shell_complete=completion.presets)
 @click.option("--all", "every", is_flag=True, help="Every preset.")
 @click.option(
     "--trace", "traces", multiple=True, metavar="FILE", help="A recorded link; options as in a profile."

@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
+from testbed.cli import completion
 from testbed.cli.parts import as_json
 
 
 @click.command()
-@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("path", metavar="RUN", type=click.Path(path_type=Path), shell_complete=completion.runs)
 @as_json
 def check(path: Path) -> Any:
     """Look RUN through: answers scored again, stages summed and derived from spans again, tables and figures made from the rows

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import click
 
+from testbed.cli import completion
 from testbed.cli.parts import as_json, table
 
 
@@ -24,7 +25,7 @@ def hosts() -> None:
 
 
 @hosts.command(hidden=True)
-@click.argument("topology")
+@click.argument("topology", shell_complete=completion.topologies)
 @as_json
 def look(topology: str) -> Any:
     """Say what each host of TOPOLOGY can and cannot do, and what lies between them: `testbed hosts TOPOLOGY`."""
@@ -69,7 +70,7 @@ def _mark(ok: bool, needed: bool) -> str:
 
 
 @hosts.command()
-@click.argument("topology")
+@click.argument("topology", shell_complete=completion.topologies)
 @click.option(
     "--offline", is_flag=True, help="For hosts that reach no package index: wheels are downloaded here."
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from testbed.cli import completion
 from testbed.cli.parts import (
     EMULATORS,
     as_json,
@@ -23,7 +24,7 @@ from testbed.errors import UsageError
 
 
 @click.command()
-@click.argument("topology")
+@click.argument("topology", shell_complete=completion.topologies)
 @link_option
 @click.option("--emulator", type=EMULATORS, default="auto", show_default=True)
 @click.option(
@@ -110,7 +111,7 @@ def _counted(counters: dict[str, float]) -> str:
     name="exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
 )
 @click.option("--id", "identifier", help="Which network, where several stand: its id or name.")
-@click.argument("node")
+@click.argument("node", shell_complete=completion.nodes)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def exec_(identifier: str | None, node: str, command: tuple[str, ...]) -> int:
     """Run COMMAND inside NODE of the network that `testbed up` built; node names resolve."""
@@ -206,7 +207,9 @@ def ls() -> Any:
 
 @click.command(name="set")
 @click.option("--id", "identifier", help="Which network, where several stand: its id or name.")
-@click.argument("changes", metavar="LINK=PROFILE...", nargs=-1, required=True)
+@click.argument(
+    "changes", metavar="LINK=PROFILE...", nargs=-1, required=True, shell_complete=completion.changes
+)
 @as_json
 def set_(identifier: str | None, changes: tuple[str, ...]) -> Any:
     """Put links of the network that stands under other profiles. Connections go on; traces begin now."""
@@ -234,7 +237,7 @@ def set_(identifier: str | None, changes: tuple[str, ...]) -> Any:
 @click.command()
 @click.option("--id", "identifier", help="Which network, where several stand: its id or name.")
 @click.argument("state", type=click.Choice(["up", "down"]))
-@click.argument("name", metavar="LINK|NODE")
+@click.argument("name", metavar="LINK|NODE", shell_complete=completion.links_and_nodes)
 def link(identifier: str | None, state: str, name: str) -> None:
     """Take a link down, or all links of a node, or bring them up again, with addresses, neighbours and routes.
 
@@ -251,8 +254,8 @@ def link(identifier: str | None, state: str, name: str) -> None:
 
 @click.command()
 @click.option("--id", "identifier", help="Which network, where several stand: its id or name.")
-@click.argument("node")
-@click.argument("link")
+@click.argument("node", shell_complete=completion.nodes)
+@click.argument("link", shell_complete=completion.links)
 @click.option(
     "--outage", default="0s", show_default=True, help="How long the node is on no link, such as 200ms."
 )

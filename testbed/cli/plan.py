@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from testbed.cli import completion
 from testbed.cli.parts import as_json, sentences, sweep_options, table
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("scenario")
+@click.argument("scenario", shell_complete=completion.scenarios)
 @sweep_options
 @as_json
 def plan(scenario: str, **changes: Any) -> Any:

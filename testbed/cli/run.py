@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from testbed.cli import completion
 from testbed.cli.parts import enter_rootless, require_root, rootless_flag, sweep_options
 from testbed.cli.progress import Console
 from testbed.errors import StorageError, TestbedError, UsageError
@@ -24,7 +25,7 @@ INTERRUPTED = 130
 
 
 @click.command()
-@click.argument("scenario", required=False)
+@click.argument("scenario", required=False, shell_complete=completion.scenarios)
 @click.option(
     "--resume",
     "resumed",

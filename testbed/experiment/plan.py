@@ -54,7 +54,11 @@ def scenario_path(name: str) -> Path:
             return path
     if Path(name).exists():
         raise UsageError(f"{name}: not a regular file, so no scenario")
-    known = sorted(str(p.relative_to(shipped).with_suffix("")) for p in shipped.rglob("*.yaml"))
+    known = sorted(
+        str(p.relative_to(shipped).with_suffix(""))
+        for p in shipped.rglob("*.yaml")
+        if p.parent.name != "expected"
+    )
     near = difflib.get_close_matches(name.removesuffix(".yaml"), known, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"shipped ones: {', '.join(known) or 'none'}"
     raise UsageError(f"no scenario file {name}; {hint}")
