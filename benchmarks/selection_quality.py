@@ -106,7 +106,8 @@ def measure(
         for text in codecs:
             codec, mine = Codec(text), figures[text]
             kept = codec.select(evidence)
-            payload = codec.encode(prefilled.cache, kept)
+            known = model.knowing_ropes(prefilled.cache) if codec.undoes_rope else prefilled.cache
+            payload = codec.encode(known, kept)
             past = behind(prefix, decode(payload))
             found = model.likelihood(question, gold, past)
             mine.more_nll.append(mean_nll(found, gold) - mean_nll(reference, gold))
