@@ -17,26 +17,23 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from benchmarks.selection_quality import Row, asked, summary
 from testbed.codecs import registry
-from testbed.codecs.codec import Codec, decode
+from testbed.codecs.codec import Codec
 from testbed.codecs.entropy import pack
-from testbed.codecs.evidence import Evidence, Kept, gather
+from testbed.codecs.evidence import Kept, Needs
 from testbed.codecs.layout import packed_bytes
-from testbed.diagnosis.choose import interval
-from testbed.models.kvcache import KVCache, join
+from testbed.models.kvcache import KVCache
 from testbed.models.language import LanguageModel
-from testbed.models.likelihood import mean_kl, mean_nll
 from testbed.models.loading import load_model
-from testbed.models.prefill import Prefill
 from testbed.tasks import Task, parse_task
-from testbed.tasks.task import Example
 
 
 def every_method() -> list[str]:
@@ -142,110 +139,29 @@ def size_of(codec: Codec, cache: KVCache, kept: Kept | None, payload_bytes: int)
     )
 
 
-@dataclass(frozen=True)
-class Quality:
-    """What is left of one example's answer. more_nll, kl: nats a token of the gold answer."""
-
-    score: float
-    more_nll: float
-    kl: float
-
-
-class Asked:
-    """An example whose context is prefilled once, and the answer to compare with."""
-
-    def __init__(self, model: LanguageModel, task: Task, example: Example, prefix: KVCache | None):
-        self.model, self.task, self.example, self.prefix = model, task, example, prefix
-        self.question = model.tokenize(task.question_text(example))
-        self.gold = model.tokenize(task.answer_text(example))
-        self.context: Prefill = model.prefill(
-            model.tokenize(task.context_text(example)), prefix, queries=None
-        )
-        self.cache = model.knowing_ropes(self.context.cache)
-        full = self._behind(self.context.cache)
-        self._reference = model.likelihood(self.question, self.gold, full)
-        # The full cache's answer through what ends it: a cache along which each of its tokens comes next answers alike.
-        self._answer = self._through_stop(model.generate(self.question, full, task.max_new_tokens, None))
-        self.full = Quality(self._score(self._answer), 0.0, 0.0)
-        self._seen: dict[str, Quality] = {}
-
-    def measured(self, codec: Codec) -> tuple[Size, Quality]:
-        """Sizes and quality of the context sent by this codec."""
-        kept = codec.select(self._evidence(codec)) if codec.selects else None
-        payload = codec.encode(self.cache, kept)
-        size = size_of(codec, self.cache, kept, len(payload))
-        name = str(replace(codec.spec, coder=None))  # a coder gives back what it was given
-        if name not in self._seen:
-            self._seen[name] = self.quality(decode(payload))
-        return size, self._seen[name]
-
-    def _evidence(self, codec: Codec) -> Evidence:
-        return gather(
-            self.model, codec.needs, self.prefix, self.context, self.question, self.gold, self.example.id
-        )
-
-    def quality(self, cache: KVCache) -> Quality:
-        """Of the answer behind this cache of the context."""
-        past = self._behind(cache)
-        found = self.model.likelihood(self.question, self.gold, past)
-        forced = self.model.likelihood(self.question, self._answer, past) if self._answer else None
-        if forced is not None and self._ends(self._answer) and forced.argmax(-1).tolist() == self._answer:
-            score = self.full.score
-        else:
-            score = self._score(
-                self.model.generate(self.question, past, self.task.max_new_tokens, self.task.stop)
-            )
-        more = mean_nll(found, self.gold) - mean_nll(self._reference, self.gold)
-        return Quality(score, more, mean_kl(self._reference, found))
-
-    def _behind(self, cache: KVCache) -> KVCache:
-        return cache if self.prefix is None else join(self.prefix, cache)
-
-    def _score(self, ids: list[int]) -> float:
-        return self.task.score(self.model.text(ids, self.task.stop), self.example)["score"]
-
-    def _through_stop(self, ids: list[int]) -> list[int]:
-        for end in range(1, len(ids)):
-            if self._ends(ids[:end]):
-                return ids[:end]
-        return ids
-
-    def _ends(self, ids: list[int]) -> bool:
-        return len(ids) >= self.task.max_new_tokens or self.task.stop in self.model.text(ids)
-
-
 def measure(
     model: LanguageModel, tasks: list[Task], codecs: list[str], context: int, count: int, seed: int
 ) -> list[dict[str, Any]]:
     """A row a codec: mean sizes over all examples, and quality task by task with 95 % intervals."""
     made = [Codec(text, model.name) for text in codecs]
+    needs = Needs.of_all(codec.needs for codec in made)
     sizes: dict[str, list[Size]] = {text: [] for text in codecs}
-    qualities: dict[str, dict[str, list[Quality]]] = {text: {t.label: [] for t in tasks} for text in codecs}
-    full: dict[str, list[float]] = {task.label: [] for task in tasks}
+    rows: list[Row] = []
     for task in tasks:
-        ids = model.tokenize(task.prefix, start=True)
-        prefix = model.prefill(ids, None).cache if ids else None
-        for example in task.examples(count, context, lambda text: len(model.tokenize(text)), seed):
-            asked = Asked(model, task, example, prefix)
-            full[task.label].append(asked.full.score)
+        for example, prefill in asked(model, task, context, count, seed, needs, True):
+            held = prefill()
             for text, codec in zip(codecs, made, strict=True):
-                size, quality = asked.measured(codec)
-                sizes[text].append(size)
-                qualities[text][task.label].append(quality)
+                row = held.row(codec)
+                kept = codec.select(held.evidence) if codec.selects else None
+                sizes[text].append(size_of(codec, held.cache, kept, row["bytes"]))
+                place = {"model": model.name, "task": task.label, "example": example, "asked": text}
+                rows.append({**place, "full_score": held.full_score, **row})
+    quality = {(row["task"], row["codec"]): row for row in summary(rows)}
     return [
         {
             "codec": str(codec),
             **_means(sizes[text]),
-            "tasks": {
-                name: {
-                    "n": len(found),
-                    "full_score": statistics.fmean(full[name]),
-                    "score": asdict(interval([q.score for q in found])),
-                    "more_nll": asdict(interval([q.more_nll for q in found])),
-                    "kl": asdict(interval([q.kl for q in found])),
-                }
-                for name, found in qualities[text].items()
-            },
+            "tasks": {task.label: quality[task.label, text] for task in tasks},
         }
         for text, codec in zip(codecs, made, strict=True)
     ]
@@ -278,9 +194,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         shown.append("" if row["coded_of_entropy"] is None else f"{row['coded_of_entropy']:.3f}")
         for own in row["tasks"].values():
             shown += [
-                f"{own['score']['mean']:.2f}",
-                f"{own['more_nll']['mean']:+.3f}",
-                f"{own['kl']['mean']:.4f}",
+                f"{own['score'].mean:.2f}",
+                f"{own['more_nll'].mean:+.3f}",
+                f"{own['kl'].mean:.4f}",
             ]
         print("| " + " | ".join(shown) + " |")
 
@@ -311,11 +227,11 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in ("model", "context", "examples", "seed")}
     settings |= {"tasks": [task.label for task in tasks], "seconds": round(time.monotonic() - started, 1)}
     if options.json:
-        print(json.dumps({**settings, "codecs": rows}))
+        print(json.dumps({**settings, "codecs": rows}, default=vars))
         return
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
     for task, own in rows[0]["tasks"].items():
-        print(f"full cache, {task}: score {own['full_score']:.2f}, n = {own['n']}")
+        print(f"full cache, {task}: score {own['full_score'].mean:.2f}, n = {own['n']}")
     print_table(rows)
 
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.codec_size import Asked
+from benchmarks.selection_quality import Asked
 from testbed import stats
 from testbed.codecs.codec import Codec
-from testbed.codecs.evidence import Kept, gather
+from testbed.codecs.evidence import Kept, Needs, gather
 from testbed.codecs.select import OnlineSelection, Selector, highest
 from testbed.endpoints.examples import prompted
 from testbed.models.kvcache import KVCache
@@ -92,7 +92,9 @@ def measure(
         (form, chunk): [] for form in forms for chunk in chunks
     }
     for example in asked_as.examples(count, tokens, lambda text: len(model.tokenize(text)), seed):
-        asked = Asked(model, asked_as, example, prefix)
+        asked = Asked(
+            model, asked_as, example, prefix, Needs.of_all(codec.needs for codec in codecs.values())
+        )
         for form, codec in codecs.items():
             selector = codec.selector
             assert selector is not None
@@ -104,6 +106,7 @@ def measure(
                 kept = committed(online, selector, asked.context.cache, chunk)
                 after = asked.quality(kept.apply(asked.cache))
                 both = shared(kept, waited)
+                assert before.score is not None and after.score is not None
                 found[form, chunk].append(
                     (both, after.more_nll - before.more_nll, after.score - before.score)
                 )

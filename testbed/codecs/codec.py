@@ -166,7 +166,8 @@ class Codec:
     @property
     def undoes_rope(self) -> bool:
         """Whether `encode` makes use of a cache that knows its rotary embedding."""
-        return self.transform is not None and self.transform.undoes_rope
+        turns = self.selector is not None and self.selector.together
+        return turns or (self.transform is not None and self.transform.undoes_rope)
 
     def select(self, evidence: Evidence) -> Kept:
         """The context tokens to send, and the channels. Raises CodecError where the evidence lacks what that needs."""

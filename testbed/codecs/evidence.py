@@ -269,6 +269,8 @@ class Kept:
     context_tokens: int
     #: Of each layer the keys' channels that are sent, bool [kv_heads, head_dim], where a quantizer chose some; the others are 0.
     channels: tuple[Tensor, ...] = ()
+    #: Whether what a layer keeps is turned to positions one behind the other, of which the last is the context's.
+    together: bool = False
 
     @classmethod
     def everything(cls, cache: KVCache) -> Kept:
@@ -296,7 +298,9 @@ class Kept:
         ) / len(pruned)
 
     def apply(self, cache: KVCache) -> KVCache:
-        """The cache of the kept tokens, with their original positions and the original length; other channels of keys are 0."""
+        """The cache of the kept tokens, with the original length, and original positions unless they are put `together`; other
+        channels of keys are 0. Raises CodecError where keys are to be turned and the cache does not know how.
+        """
         from testbed.models.kvcache import KVCache
 
         if len(self.layers) != len(cache.layers):
@@ -305,6 +309,15 @@ class Kept:
             )
         pairs = zip(cache.layers, self.layers, strict=True)
         layers = [layer if index is None else layer.select(index) for layer, index in pairs]
+        if self.together:
+            if all(layer.rope is None for layer in layers):
+                raise CodecError(
+                    "keys are to be turned to other positions, and how they were turned is not known"
+                )
+            layers = [
+                layer if index is None else _moved_up(layer, cache.length)
+                for layer, index in zip(layers, self.layers, strict=True)
+            ]
         if self.channels:
             layers = [
                 replace(layer, keys=layer.keys.masked_fill(~sent[:, None], 0))
@@ -314,7 +327,8 @@ class Kept:
 
     def digest(self) -> str:
         """Sixteen hex digits, equal for equal choices on any machine."""
-        digest = hashlib.blake2b(str((len(self.layers), self.context_tokens)).encode(), digest_size=8)
+        start = (len(self.layers), self.context_tokens, *(["together"] if self.together else []))
+        digest = hashlib.blake2b(str(start).encode(), digest_size=8)
         known: dict[int, bytes] = {}
         for index in self.layers:
             if index is None:
@@ -326,6 +340,19 @@ class Kept:
                 )
             digest.update(known[id(index)])
         return digest.hexdigest()
+
+
+def _moved_up(layer: KVLayer, end: int) -> KVLayer:
+    """A layer's tokens at the positions before `end`, none left out between them; one that turns no keys keeps its keys."""
+    import torch
+
+    positions = torch.arange(end - layer.tokens, end, device=layer.positions.device)
+    if layer.counts is not None:
+        positions = positions.expand_as(layer.positions).where(layer.positions != -1, -1)
+    if layer.rope is None:
+        return replace(layer, positions=positions)
+    keys = layer.rope.turn(layer.keys, (positions - layer.positions) * (layer.positions != -1))
+    return replace(layer, keys=keys.to(layer.keys.dtype), positions=positions)
 
 
 def prefill_for(model: LanguageModel, needs: Needs, ids: Sequence[int], prefix: KVCache | None) -> Prefill:

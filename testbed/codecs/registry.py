@@ -32,6 +32,7 @@ SELECTORS = {
     "critical": "testbed.codecs.select.critical:Critical",
     "perhead": "testbed.codecs.select.perhead:PerHead",
     "perlayer": "testbed.codecs.select.perlayer:PerLayer",
+    "rerotate": "testbed.codecs.select.rerotate:Rerotate",
 }
 TRANSFORMS = {
     "delta": "testbed.codecs.transform.delta:Delta",
@@ -55,6 +56,7 @@ QUANTIZERS = {
     "lowrank": "testbed.codecs.quantize.lowrank:LowRank",
     "kvtc": "testbed.codecs.quantize.kvtc:KVTC",
     "gear": "testbed.codecs.quantize.gear:Gear",
+    "best": "testbed.codecs.quantize.best:Best",
 }
 CODERS = {
     "zstd": "testbed.codecs.entropy.zstd:Zstd",

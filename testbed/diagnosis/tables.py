@@ -24,11 +24,13 @@ from testbed.codecs.entropy.ans import rows_by_channel
 from testbed.codecs.steps import Part
 from testbed.endpoints.examples import prompted
 from testbed.errors import SpecError, TestbedError
+from testbed.models.kvcache import KVCache
 from testbed.models.language import LanguageModel
 from testbed.models.loading import load_model
 from testbed.models.prefill import Prefill
 from testbed.tasks import parse_task
-from testbed.tasks.prompt import parse_prompt
+from testbed.tasks.prompt import Prompted, parse_prompt
+from testbed.tasks.task import Example
 
 Counts = dict[int, tuple[int, Part, npt.NDArray[np.int64]]]
 
@@ -57,10 +59,10 @@ def with_contexts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="another copy, for another machine")
 
 
-def prefilled(
-    options: argparse.Namespace, queries: int | None
-) -> tuple[LanguageModel, str, Iterator[Prefill]]:
-    """The model, in words what is prefilled, and the prefill of each context behind the task's prefix, with so many queries."""
+def prepared(
+    options: argparse.Namespace,
+) -> tuple[LanguageModel, Prompted, KVCache | None, list[Example], str]:
+    """The model, the task in its prompt, its prefix's cache, the examples, and in words what that is."""
     plain, prompt = parse_task(options.task), parse_prompt(options.prompt)
     model = load_model(options.model)
     task = prompted(model, plain, str(prompt or "auto"))
@@ -68,12 +70,20 @@ def prefilled(
     examples = task.examples(options.examples, options.context_tokens, length, options.seed)
     model.expect(task.reach(examples, length, len(ids), task.max_new_tokens))
     prefix = model.prefill(ids, None).cache if ids else None
-    contexts = (
-        model.prefill(model.tokenize(task.context_text(example)), prefix, queries) for example in examples
-    )
     of = (
         f"{options.model}, {options.task} in prompt {task.prompt}, "
         f"{options.examples} contexts of {options.context_tokens} tokens"
+    )
+    return model, task, prefix, examples, of
+
+
+def prefilled(
+    options: argparse.Namespace, queries: int | None
+) -> tuple[LanguageModel, str, Iterator[Prefill]]:
+    """The model, in words what is prefilled, and the prefill of each context behind the task's prefix, with so many queries."""
+    model, task, prefix, examples, of = prepared(options)
+    contexts = (
+        model.prefill(model.tokenize(task.context_text(example)), prefix, queries) for example in examples
     )
     return model, of, contexts
 

@@ -377,7 +377,8 @@ class Feed(Source):
         elif made.prefill is None:  # layers that are there before the others
             cache = kvcache.KVCache(made.layers[part.start : part.stop], self._end)
         else:
-            whole = kept.apply(made.prefill.cache) if kept is not None else made.prefill.cache
+            whole = self._context.knowing(made.prefill.cache, 0) if with_ropes else made.prefill.cache
+            whole = kept.apply(whole) if kept is not None else whole
             if part.by == "layers":
                 cache = kvcache.layers(whole, part.start, part.stop)
             else:

@@ -25,7 +25,10 @@ SHAPES = {
     "one token": (2, 64, 64, 1),
 }
 QUANTIZERS = (
-    *({"mixed": "mixed(low=3, high=16, protect=K0.V1)"}.get(name, name) for name in registry.QUANTIZERS),
+    *(
+        {"mixed": "mixed(low=3, high=16, protect=K0.V1)", "best": "best(plan=none)"}.get(name, name)
+        for name in registry.QUANTIZERS
+    ),
     "int4(axis=channel, group=48)",
     "int8(group=48, symmetric=false)",
     "planes(bits=3)",

@@ -18,7 +18,10 @@ from testbed.errors import PayloadError
 from tests.codecs import caches
 from tests.codecs.caches import CACHES, cache_of, same_cache
 
-_QUANTIZERS = [{"mixed": "mixed(protect=K0.V1)"}.get(name, name) for name in registry.QUANTIZERS]
+_QUANTIZERS = [
+    {"mixed": "mixed(protect=K0.V1)", "best": "best(plan=none)"}.get(name, name)
+    for name in registry.QUANTIZERS
+]
 CODECS = (
     *_QUANTIZERS,
     *(f"{quantizer}+{coder}" for quantizer in ("int4", "int8", "fp16") for coder in registry.CODERS),

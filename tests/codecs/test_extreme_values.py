@@ -20,7 +20,10 @@ from tests.codecs.test_every_codec import VARIANTS
 HEADS, TOKENS, DIM = 2, 37, 64
 INTEGERS = ("int8", "int4", "int3", "int2", "int8(symmetric=false)", "int4(symmetric=true, group=0)", "fp16")
 TEXTS = (
-    *({"mixed": "mixed(low=2, high=8, protect=K0.V1)"}.get(name, name) for name in registry.QUANTIZERS),
+    *(
+        {"mixed": "mixed(low=2, high=8, protect=K0.V1)", "best": "best(plan=none)"}.get(name, name)
+        for name in registry.QUANTIZERS
+    ),
     *VARIANTS,
     *(
         f"delta({given})+{integer}"

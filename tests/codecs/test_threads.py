@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from testbed.codecs import registry
 from testbed.codecs.codec import Codec
 from testbed.codecs.evidence import Evidence
 from testbed.codecs.fast.threads import bytes_for
+from testbed.models.kvcache import KVCache
+from testbed.models.rope import Rope
 from tests.codecs.test_selectors import shaped_evidence
 
 CODECS = (
     *(f"{name}@0.3+int8" for name in registry.SELECTORS),
     *(f"{name}@0.3(scope=global)+int8" for name in ("q2c", "snapkv", "h2o", "expected", "keynorm")),
-    *(f"{name}+ans" for name in registry.QUANTIZERS if name != "mixed"),
+    *(f"{name}+ans" for name in registry.QUANTIZERS if name not in ("mixed", "best")),
     "delta(order=consecutive)+int4+zstd",
     "mixed(protect=K0)+lz4",
 )
@@ -25,7 +28,9 @@ CODECS = (
 
 @pytest.fixture(scope="module")
 def evidence() -> Evidence:
-    return shaped_evidence("grouped", 1100)
+    made = shaped_evidence("grouped", 1100)
+    knowing = [replace(layer, rope=Rope((0.5, 0.1), (0, 1), 2)) for layer in made.cache.layers]
+    return replace(made, cache=KVCache(knowing, made.cache.length))
 
 
 @pytest.fixture

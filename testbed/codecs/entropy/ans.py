@@ -19,21 +19,18 @@ if TYPE_CHECKING:
     Symbols = npt.NDArray[np.uint8]
     Counts = npt.NDArray[np.int64]
 
-_PART, _CHANNEL, _BYTES, _KNOWN = (
-    0,
-    1,
-    2,
-    3,
-)  # what shares a table; by channel, of tables that both sides have
+#: What shares a table: a part, a channel, one of a number's two bytes, a channel by tables that both sides have, a head.
+_PART, _CHANNEL, _BYTES, _KNOWN, _HEAD = 0, 1, 2, 3, 4
+_CUT = 8  #: added where tables are sent from the first symbol that occurs to the last, which two bytes tell
 
 
 @dataclass(frozen=True)
 class ANS(Coder):
     """Range asymmetric numeral systems (constriction), each layer's keys and values by themselves, one symbol at a time.
 
-    tables: a frequency table for each channel of a head, for the whole part, or whichever makes fewer bytes (auto). A
-    table takes 2^bits bytes of the payload: frequencies relative to the most frequent symbol, which has 255. Values of
-    16 bits are coded as two bytes with a table each.
+    tables: a frequency table for each channel of a head, for the whole part, or whichever makes fewer bytes (auto; one for each
+    head is a choice, too). A table takes a byte a symbol from the first that occurs to the last: frequencies relative to the
+    most frequent one, which has 255. Values of 16 bits are coded as two bytes with a table each.
     table: a file of tables by channel that were counted beforehand (``python -m testbed.diagnosis.tables``), or the hash that
     names them: they take no bytes, and are used for each part that they suit better than its own. The payload names the hash,
     and a machine that has no such tables refuses it.
@@ -76,10 +73,12 @@ class ANS(Coder):
         if self.tables != "auto" and _CHANNEL in modes:
             modes = [_CHANNEL if self.tables == "channel" else _PART]
         costs = {}
+        first, last = int(symbols.min()), int(symbols.max())
+        sent = slice(0, width) if last - first + 3 > width or _BYTES in modes else slice(first, last + 1)
         for mode in modes:
             rows = _rows(piece, mode, symbols)
             counts = np.stack([np.bincount(row, minlength=width) for row in rows])
-            costs[mode] = (_bits(counts) + 8 * counts.size, rows, counts)
+            costs[mode] = (_bits(counts) + 8 * counts[:, sent].size, rows, counts)
         known = self._known(piece)
         if known is not None:
             rows = _rows(piece, _CHANNEL, symbols)
@@ -92,7 +91,11 @@ class ANS(Coder):
         for row, frequencies in zip(rows[::-1], table[::-1], strict=True):
             coder.encode_reverse(row.astype(np.int32), _model(frequencies))
         words = coder.get_compressed().astype("<u4")
-        return bytes([mode]) + (b"" if mode == _KNOWN else table.tobytes()) + words.tobytes()
+        told = bytes([mode])
+        if mode != _KNOWN:
+            cut = b"" if sent == slice(0, width) else bytes([first, last])
+            told = bytes([mode + (_CUT if cut else 0)]) + cut + table[:, sent].tobytes()
+        return told + words.tobytes()
 
     def expand(self, piece: Piece, data: memoryview) -> bytes:
         import numpy as np
@@ -100,21 +103,27 @@ class ANS(Coder):
         size = self.input_bytes(piece)
         if not size:
             raise PayloadError("ans: bytes for a part without symbols")
-        mode = data[0] if len(data) else -1
+        mode, width = data[0] if len(data) else -1, _widths(piece)
         known = self._known_here(piece) if mode == _KNOWN else None
+        at, sent = 1, slice(0, width)
+        if mode >= _CUT and len(data) > 2 and _BYTES not in _modes(piece):
+            mode, at, sent = mode - _CUT, 3, slice(data[1], data[2] + 1)
         if mode not in _modes(piece) and known is None:
             raise PayloadError(f"ans: a part whose tables are of kind {mode}")
+        if not sent.start < sent.stop <= width:
+            raise PayloadError("ans: a table of symbols that there are not")
         shared = _CHANNEL if mode == _KNOWN else mode
         rows = _rows(piece, shared, np.empty(size, dtype=np.uint8))
-        table_bytes = 0 if known is not None else rows.shape[0] * _widths(piece)
-        if (len(data) - 1 - table_bytes) % 4 or len(data) <= table_bytes:
+        begin = at + (0 if known is not None else rows.shape[0] * (sent.stop - sent.start))
+        if (len(data) - begin) % 4 or len(data) < begin:
             raise PayloadError(f"ans: {len(data)} bytes do not hold {rows.shape[0]} tables and words")
         table = known
         if table is None:
-            table = np.frombuffer(data[1 : 1 + table_bytes], dtype=np.uint8).reshape(rows.shape[0], -1)
+            table = np.zeros((rows.shape[0], width), dtype=np.uint8)
+            table[:, sent] = np.frombuffer(data[at:begin], dtype=np.uint8).reshape(rows.shape[0], -1)
         if not (table.max(1) == 255).all():
             raise PayloadError("ans: a table that no encoder writes")
-        words = np.frombuffer(data[1 + table_bytes :], dtype="<u4").astype(np.uint32)
+        words = np.frombuffer(data[begin:], dtype="<u4").astype(np.uint32)
         try:
             coder = _ans().AnsCoder(words)
             for row, frequencies in zip(rows, table, strict=True):
@@ -157,7 +166,7 @@ def _modes(piece: Piece) -> list[int]:
     if piece.bits == 16:
         return [_BYTES]
     channels = piece.part.kv_heads * piece.part.head_dim
-    return [_PART, _CHANNEL] if piece.symbols % channels == 0 else [_PART]
+    return [_PART, _CHANNEL, _HEAD] if piece.symbols % channels == 0 else [_PART]
 
 
 def _shape(piece: Piece) -> tuple[int, int, int]:
@@ -170,8 +179,8 @@ def _rows(piece: Piece, mode: int, symbols: Symbols) -> Symbols:
     """Symbols that share a table, a row a table."""
     import numpy as np
 
-    if mode == _PART:
-        return symbols.reshape(1, -1)
+    if mode in (_PART, _HEAD):
+        return symbols.reshape(1 if mode == _PART else piece.part.kv_heads, -1)
     if mode == _BYTES:
         return np.ascontiguousarray(symbols.reshape(-1, 2).T)
     heads, tokens, channels = _shape(piece)
@@ -183,7 +192,7 @@ def _unrowed(piece: Piece, mode: int, rows: Symbols) -> Symbols:
     """The inverse of `_rows`."""
     import numpy as np
 
-    if mode == _PART:
+    if mode in (_PART, _HEAD):
         return rows
     if mode == _BYTES:
         return np.ascontiguousarray(rows.T)
@@ -213,6 +222,14 @@ def _rounded(counts: Counts) -> Symbols:
 
     scaled = np.rint(counts * (255 / counts.max(1, keepdims=True)))
     return np.where(counts > 0, np.maximum(scaled, 1), 0).astype(np.uint8)
+
+
+def entropy_bits(symbols: Symbols) -> float:
+    """About what flat symbols take with a table of their own, the table included."""
+    import numpy as np
+
+    first, last = (int(symbols.min()), int(symbols.max())) if len(symbols) else (0, 0)
+    return _bits(np.bincount(symbols, minlength=1)[None]) + 8 * (last - first + 1)
 
 
 def rows_by_channel(piece: Piece, symbols: Symbols) -> Symbols | None:

@@ -33,6 +33,9 @@ class Selector(Method):
     """
 
     stage: ClassVar[Literal["selector"]] = "selector"
+    together: ClassVar[bool] = (
+        False  #: whether keys are turned to positions one behind the other (`Kept.together`)
+    )
 
     ratio: float
     scope: Scope = field(default="head", kw_only=True)
@@ -49,7 +52,7 @@ class Selector(Method):
         """Whether all layers that are pruned keep the same tokens."""
         own = type(self)
         alike = own.budgets is Selector.budgets and own.allot is Selector.allot
-        return self.scope == "global" and alike
+        return self.scope == "global" and alike and not self.together
 
     def needs(self) -> Needs:
         """Which queries `scores` looks at."""
@@ -106,7 +109,8 @@ class Selector(Method):
                     always[:own].sort().values if len(always) >= own else highest(total, always, own)
                 )
             chosen[layer] = shared[own]
-        return Kept(tuple(chosen.get(layer) for layer in range(len(evidence.cache.layers))), tokens)
+        layers = tuple(chosen.get(layer) for layer in range(len(evidence.cache.layers)))
+        return Kept(layers, tokens, together=self.together)
 
 
 class OnlineSelection:
