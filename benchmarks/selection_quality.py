@@ -73,7 +73,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Quality:
-    """What is left of one example's answer. more_nll, kl: nats a token of the gold answer; score: None where none is asked for."""
+    """What is left of one example's answer. more_nll, kl: nats a token of the gold one; score: None where none is asked for."""
 
     more_nll: float
     kl: float
@@ -144,12 +144,11 @@ class Asked:
         return cache if self.prefix is None else join(self.prefix, cache)
 
     def _score_of(self, past: KVCache) -> float | None:
-        answer = self._answer
         if self.full_score is None:
             return None
-        if answer and self._ends(answer):
-            if self.model.likelihood(self.question, answer, past).argmax(-1).tolist() == answer:
-                return self.full_score
+        answer = self._answer if self._ends(self._answer) else []
+        if answer and self.model.likelihood(self.question, answer, past).argmax(-1).tolist() == answer:
+            return self.full_score
         return self._score(self.model.generate(self.question, past, self.task.max_new_tokens, self.task.stop))
 
     def _score(self, ids: list[int]) -> float:

@@ -79,7 +79,7 @@ def uncoded(text: str, name: str, dtype: torch.dtype) -> tuple[int, KVCache]:
 
 @pytest.mark.parametrize("quantizer, coder", [*itertools.product(QUANTIZERS, CODERS)])
 def test_a_coded_cache_is_the_uncoded_one_wherever_coding_pays(quantizer: str, coder: str) -> None:
-    saved, own = [], quantizer.startswith(("cachegen", "lossless", "kvtc"))  # which bring a coder
+    saved, own = [], quantizer.startswith(("cachegen", "lossless", "best", "kvtc"))  # which bring a coder
     for i, name in enumerate(SHAPES):
         dtype = (torch.float16, torch.bfloat16)[(i + len(quantizer)) % 2]
         size, plain = uncoded(quantizer, name, dtype)
