@@ -91,8 +91,7 @@ def allocate(choices: list[_Choice], budget: float) -> list[int]:
     )
 
     def best(slope: float) -> tuple[list[int], float]:
-        with np.errstate(invalid="ignore"):
-            steps = (kl + slope * bits).argmin(1)
+        steps = width - 1 - (kl + slope * bits)[:, ::-1].argmin(1)  # the coarsest of equal ones
         return steps.tolist(), float(bits[np.arange(len(bits)), steps].sum())
 
     low, high = 1e-15, 1e15
