@@ -157,6 +157,31 @@ class Evidence:
             raise CodecError(f"the selector needs the queries of {wanted} context tokens; {kept} were kept")
         return self._attention(layer, queries[layer][:, kept - wanted :], positions[kept - wanted :], None)
 
+    def attention_before(self, layer: int, last: int) -> Tensor:
+        """Attention that each of the last `last` context tokens pays to each context token before them: float32 [q_heads, last,
+        n]. Causal softmax over prefix and context. Raises CodecError where their queries were not kept.
+        """
+        import torch
+
+        from testbed.models.scores import attention_blocks
+
+        queries, positions = self.context_queries, self.context_query_positions
+        wanted = min(last, self.tokens)
+        kept = queries[layer].shape[1] if queries else 0
+        if not queries or positions is None or kept < wanted:
+            raise CodecError(f"the selector needs the queries of {wanted} context tokens; {kept} were kept")
+        held, keys, key_positions = self._stretched(layer, None)
+        paid = attention_blocks(
+            queries[layer][:, kept - wanted :],
+            keys,
+            query_positions=positions[kept - wanted :],
+            key_positions=key_positions,
+            scaling=self.scaling(layer),
+            softcap=self.softcap(layer),
+        )
+        before = keys.shape[1] - held.tokens
+        return torch.cat([block for _, _, block in paid], dim=1)[..., before : keys.shape[1] - wanted]
+
     def attention_within_context(self, layer: int, tokens: slice, size: int) -> Tensor:
         """Attention paid to each of these context tokens, summed over those of its stretch of `size`, later ones too: float32
         [kv_heads, n].

@@ -33,6 +33,7 @@ SELECTORS = {
     "perhead": "testbed.codecs.select.perhead:PerHead",
     "perlayer": "testbed.codecs.select.perlayer:PerLayer",
     "rerotate": "testbed.codecs.select.rerotate:Rerotate",
+    "cake": "testbed.codecs.select.cake:Cake",
 }
 TRANSFORMS = {
     "delta": "testbed.codecs.transform.delta:Delta",
