@@ -36,7 +36,7 @@ types: $(STAMPS)/venv
 
 # First what may run side by side, then what measures links. Namespaces need root; where sudo would have to ask and cannot, the
 # tests that need it are skipped and say so. A lane in which PYTEST_FLAGS leave no test (status 5) has not failed.
-unit: $(STAMPS)/venv
+unit: $(STAMPS)/venv $(STAMPS)/browser
 	@if [ "$$(id -u)" = 0 ]; then root=; elif sudo -n true 2>/dev/null; then root="sudo -E"; else root=; fi; \
 	status=0; set -x; \
 	$$root $(PYTEST) $(BESIDE) $(PYTEST_FLAGS) -m 'not alone' || [ $$? = 5 ] || status=1; \
@@ -56,6 +56,12 @@ setup: $(STAMPS)/system $(STAMPS)/venv $(STAMPS)/model-$(MODEL)
 $(STAMPS)/system: .ci/system-packages
 	@mkdir -p $(STAMPS)
 	@sh .ci/system-packages
+	@touch $@
+
+# What tests of pages open them in.
+$(STAMPS)/browser: .ci/system-packages
+	@mkdir -p $(STAMPS)
+	@sh .ci/system-packages chromium
 	@touch $@
 
 $(STAMPS)/venv: pyproject.toml constraints.txt | $(STAMPS)/system

@@ -132,7 +132,7 @@ def table(run: Run, width: int | None = None) -> str:
     run.require()
     if run.untimed:
         return _untimed(run, width)
-    panels = [_panel(name, rows) for name, rows in settings.panels(run.attempts)]
+    panels = outcomes(run)
     notes = [*filter(None, [computing(run)]), *caveats(run)]
     tasks = run.rows["task"].nunique()
     over = f" over {tasks} tasks, then the task that keeps least and what it keeps" if tasks > 1 else ""
@@ -184,7 +184,7 @@ def _untimed(run: Run, width: int | None) -> str:
 
 
 @dataclass(frozen=True)
-class _Panel:
+class Panel:
     """A link's settings, from the fastest on, and which of them are chosen."""
 
     name: str
@@ -198,7 +198,12 @@ class _Panel:
     unknown: str  #: why no quality is known
 
 
-def _panel(name: str, rows: pd.DataFrame) -> _Panel:
+def outcomes(run: Run) -> list[Panel]:
+    """What came out on each of the run's links."""
+    return [_panel(name, rows) for name, rows in settings.panels(run.attempts)]
+
+
+def _panel(name: str, rows: pd.DataFrame) -> Panel:
     measured = settings.measured(rows)
     full = settings.full_cache_quality(rows)
     able = settings.holding(measured, full)
@@ -207,7 +212,7 @@ def _panel(name: str, rows: pd.DataFrame) -> _Panel:
     nothing = unknown or (
         "the full cache scores nothing here" if full == full else "the full cache's score is unknown"
     )
-    return _Panel(
+    return Panel(
         name,
         conditions(rows),
         f"full cache {full:.2f}" if full == full else unknown or "full cache unknown",
@@ -220,7 +225,7 @@ def _panel(name: str, rows: pd.DataFrame) -> _Panel:
     )
 
 
-def _block(panel: _Panel, width: int | None) -> str:
+def _block(panel: Panel, width: int | None) -> str:
     names = short((m.label for m in panel.measured), _WIDEST)
     lines = []
     for each in panel.measured:
@@ -244,7 +249,7 @@ def _block(panel: _Panel, width: int | None) -> str:
     return "\n".join([head, rows, *([f"     ({panel.nothing})"] if panel.chosen is None else [])])
 
 
-def _result(panels: list[_Panel], width: int | None) -> str:
+def _result(panels: list[Panel], width: int | None) -> str:
     """What came out, a line a link."""
     names = short((m.label for panel in panels for m in panel.measured), _WIDEST)
     rows = []

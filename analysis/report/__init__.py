@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import importlib
+import inspect
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +16,11 @@ import pandas as pd
 from testbed.analysis import adaptive, claims, comparisons, hosts, naive
 from testbed.analysis.describe import caveats, computing, models, subject
 from testbed.analysis.figures import FIGURES, draw_all
+from testbed.analysis.report import data, vega
 from testbed.analysis.run import Run
-from testbed.analysis.summary import summarise, table
-from testbed.net.calibration.outcome import outcomes
+from testbed.analysis.settings import QUALITY_FLOOR, labelled
+from testbed.analysis.summary import Panel, outcomes, summarise, table
+from testbed.net.calibration.outcome import outcomes as calibrations
 
 Column = tuple[str, str, int | None]
 #: Columns of the table: name in the summary, heading, digits.
@@ -35,6 +40,44 @@ COLUMNS: tuple[Column, ...] = (
     ("ratio", "smaller ×", 2),
     ("failed", "failed", 0),
 )
+#: The page's sections: anchor, heading.
+_CONTENTS = (
+    ("answer", "what came out"),
+    ("explore", "explore"),
+    ("table", "every setting"),
+    ("examples", "examples"),
+    ("spans", "one request"),
+    ("figures", "figures"),
+    ("claims", "claims"),
+    ("run", "how it was measured"),
+    ("calibration", "the links"),
+    ("glossary", "words"),
+)
+_GLOSSARY = (
+    (
+        "first token",
+        "seconds from the request's start until the first token of the answer is known at the edge",
+    ),
+    ("latency", "the same, or until the last token, as it says"),
+    ("quality", "the mean score of the answers by the task's metric, 0 to 1"),
+    ("ΔNLL", "by how many nats a token the gold answer is less likely than given the full cache"),
+    (
+        "KL",
+        "divergence of the next token's distribution from the full cache's, over the gold answer's tokens",
+    ),
+    ("payload", "bytes of the compressed cache, headers and scales included"),
+    (
+        "store, split, cloud, edge",
+        "the cache lay at the edge before; the edge prefills first; the text crosses; nothing crosses",
+    ),
+    ("n", "examples behind a figure"),
+    ("brackets", "95 % interval over examples"),
+    ("not shown to be slower", "a tie: the paired difference from the fastest may be chance"),
+)
+_ENOUGH = 20  #: examples below which no order of settings on a link is taken for shown, as claims have it
+_COLORS = (64, 24, 12)  #: of a figure's pixels on the page: more, where there is room
+_FIGURES_BYTES = 950_000  #: of the two megabytes that a page may have, of which the drawing scripts take 0.9
+
 _WIDE = 120  #: characters of a line of what the terminal prints
 _OF_TIMES = {"e2e_s", "latency_ratio", "ttft_s", "transmit_s_mean"}
 _WITH_INTERVAL = {"e2e_s", "latency_ratio", "ttft_s", "score", "delta_nll"}
@@ -66,18 +109,28 @@ def render(run: Run, figures: list[Path]) -> str:
         autoescape=True, loader=jinja2.FileSystemLoader(here), undefined=jinja2.StrictUndefined
     )
     judged, left_out = claims.judge([run])
+    came_out = [] if run.untimed else outcomes(run)
     shown = [column for column in COLUMNS if not (run.untimed and column[0] in _OF_TIMES)]
     missing = [name for name in FIGURES if name not in {p.stem for p in figures}]
     return environment.get_template("page.html").render(
         title=str(run.manifest.get("name") or run.path.name),
+        description=str(run.scenario.get("description") or ""),
         subject=subject(run.rows),
+        contents=_CONTENTS,
+        glossary=_GLOSSARY,
+        floor=f"{QUALITY_FLOOR:.0%}",
+        latency=run.latency,
+        answers=[_answer(panel) for panel in came_out],
+        doubts=[doubt for panel in came_out for doubt in _doubts(panel)],
         facts=_facts(run),
         caveats=_caveats(run),
-        figures=[(p.stem, base64.b64encode(p.read_bytes()).decode()) for p in figures],
+        figures=[
+            (p.stem, _about(p.stem), picture) for p, picture in zip(figures, _pictures(figures), strict=True)
+        ],
         missing=missing,
         calibration=_calibration(run),
         columns=[heading for _, heading, _ in shown],
-        lines=_lines(summarise(run), shown),
+        lines=_lines(run, summarise(run), shown),
         comparisons="\n\n".join(
             filter(None, [comparisons.text(comparisons.against(run)), comparisons.latency_text(run)])
         ),
@@ -87,14 +140,74 @@ def render(run: Run, figures: list[Path]) -> str:
         headline=table(run, _WIDE),
         claims=judged,
         left_out=left_out,
-        script=(here / "table.js").read_text(encoding="utf-8"),
+        data=data.as_json(data.of(run)),
+        script_vega=vega.bundle(),
+        scripts=[(here / name).read_text(encoding="utf-8") for name in ("explore.js", "table.js")],
         style=(here / "page.css").read_text(encoding="utf-8"),
     )
 
 
+def _answer(panel: Panel) -> dict[str, str]:
+    """A line of what came out on a link."""
+    about = {"link": panel.name, "conditions": f"{panel.conditions} · {panel.reference}"}
+    if panel.chosen is None:
+        return about | {"setting": "none", "latency": panel.nothing, "n": "", "ties": ""}
+    latency = panel.chosen.latency
+    interval = (
+        f" [{latency.low:.3f}, {latency.high:.3f}]" if math.isfinite(latency.low + latency.high) else ""
+    )
+    return about | {
+        "setting": panel.chosen.label,
+        "latency": f"{latency.value:.3f} s{interval}",
+        "n": str(latency.n),
+        "ties": ", ".join(panel.level),
+    }
+
+
+def _doubts(panel: Panel) -> list[str]:
+    """What the figures of a link do not show, a sentence each."""
+    if panel.chosen is None:
+        return []
+    doubts, n = [], panel.chosen.latency.n
+    if panel.level:
+        doubts.append(
+            f"On {panel.name} it is not shown that {panel.chosen.label} is faster than {', '.join(panel.level)}."
+        )
+    if n < _ENOUGH:
+        doubts.append(
+            f"On {panel.name} each setting has {n} examples, below {_ENOUGH}: no order of settings is taken for shown."
+        )
+    return doubts
+
+
+def _about(name: str) -> str:
+    """What a figure shows, in a sentence."""
+    module, function = FIGURES[name].split(":")
+    text = inspect.getdoc(getattr(importlib.import_module(module), function)) or name
+    return " ".join(text.split()).split(" Raises ")[0]
+
+
+def _pictures(figures: list[Path]) -> list[str]:
+    """Figures for the page, in base64: all of their pixels, in so few colours that together they are within `_FIGURES_BYTES`."""
+    for colors in _COLORS:
+        made = [base64.b64encode(_picture(path, colors)).decode() for path in figures]
+        if sum(map(len, made)) <= _FIGURES_BYTES:
+            break
+    return made
+
+
+def _picture(path: Path, colors: int) -> bytes:
+    from PIL import Image
+
+    small = io.BytesIO()
+    with Image.open(path) as image:
+        few = image.convert("RGB").quantize(colors, method=Image.Quantize.FASTOCTREE)
+        few.convert("RGB").save(small, "WEBP", lossless=True, method=2, quality=20)
+    return small.getvalue()
+
+
 def _facts(run: Run) -> list[tuple[str, str]]:
     facts = [
-        ("what", str(run.scenario.get("description") or "")),
         ("started", str(run.manifest.get("created") or "")),
         ("model", models(run.rows)),
         ("links", ", ".join(map(str, run.rows["profile"].unique()))),
@@ -142,14 +255,20 @@ def _calibration(run: Run) -> list[dict[str, Any]]:
     verdicts = {True: "ok", False: "OUT", None: "–"}
     return [
         {"profile": outcome.label, **check.line(), "ok": verdicts[check.ok]}
-        for outcome in outcomes(run.calibration)
+        for outcome in calibrations(run.calibration)
         for check in outcome.checks
     ]
 
 
-def _lines(summary: pd.DataFrame, columns: Sequence[Column]) -> list[list[tuple[str, str]]]:
-    """For each line and column what is shown, and what it sorts by."""
-    return [[_cell(row, name, digits) for name, _, digits in columns] for _, row in summary.iterrows()]
+def _lines(
+    run: Run, summary: pd.DataFrame, columns: Sequence[Column]
+) -> list[tuple[str, list[tuple[str, str]]]]:
+    """For each line its setting, and of each column what is shown and what it sorts by."""
+    named = labelled(run.attempts).groupby("cell")["setting"].first()
+    return [
+        (str(named[row["cell"]]), [_cell(row, name, digits) for name, _, digits in columns])
+        for _, row in summary.iterrows()
+    ]
 
 
 def _cell(row: pd.Series[Any], name: str, digits: int | None) -> tuple[str, str]:

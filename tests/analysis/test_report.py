@@ -7,7 +7,9 @@ import json
 import re
 import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,9 +34,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_page_needs_nothing_from_outside(page: Path) -> None:
     text = page.read_text()
-    outside = re.findall(r"""(?:src|href)=["']?(?!data:)[^"'>]+""", text)
-    assert outside == []
-    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
+    scripts = re.compile(r"<script>.*?</script>", re.S)  # these name schemas, and may fetch nothing
+    bare = scripts.sub("", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
+    assert re.findall(r"""(?:src|href)=["']?(?!data:|#)[^"'>]+""", bare) == []
+    assert "http" not in bare.replace("http-equiv", "")
+    assert "default-src 'none'" in text and len(text.encode()) <= 2_000_000
 
 
 @pytest.mark.slow
@@ -113,28 +117,162 @@ window.addEventListener("load", () => {
 """
 
 
+EXPLORE = """
+<script>
+window.addEventListener("load", async () => {
+  const wait = () => new Promise((done) => setTimeout(done, 300));
+  const seen = { dark: matchMedia("(prefers-color-scheme: dark)").matches };
+  const look = () => ({
+    hash: decodeURIComponent(location.hash),
+    off: [...document.querySelectorAll("#settings tbody tr.off")].map((r) => r.dataset.setting),
+    answers: [...document.querySelectorAll("#answers tbody tr")].map((r) => r.cells[0].textContent),
+    requests: [...document.getElementById("request").options].map((o) => o.value),
+    points: document.querySelectorAll("#chart .mark-symbol path").length,
+    chart: document.getElementById("chart").getAttribute("aria-label"),
+    bars: document.querySelectorAll("#gantt .mark-rect path").length,
+  });
+  try {
+    await wait();
+    seen.first = look();
+    [...document.querySelectorAll("#legend button")].find((b) => b.textContent === "int4").click();
+    await wait();
+    seen.isolated = look();
+    const row = [...document.querySelectorAll("#settings tbody tr")].find((r) => r.dataset.setting === "int4");
+    row.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter" }));
+    const link = document.getElementById("link");
+    link.value = "lte";
+    link.dispatchEvent(new Event("change"));
+    await wait();
+    seen.again = look();
+    seen.question = document.getElementById("question").textContent;
+    if (window.axe) {
+      const found = await axe.run();
+      seen.violations = found.violations.map((v) => [v.id, v.nodes.map((n) => n.target.join(" ")).slice(0, 3)]);
+    }
+  } catch (error) { seen.failed = String(error.stack || error); }
+  document.body.innerHTML = "<pre id=seen></pre>";
+  document.getElementById("seen").textContent = JSON.stringify({ ...seen, console: window.said });
+});
+</script>
+"""
+_WATCH = """<script>window.failed=[];window.said=[];window.onerror=(m)=>{window.failed.push(m);window.said.push(m)};
+for (const each of ["log", "info", "warn", "error"]) console[each] = (...what) => window.said.push(what.join(" "));</script>"""
+
+
+def browse(page: Path, at: Path, probe: str, *flags: str) -> dict[str, Any]:
+    """What the probe saw in the page."""
+    head, _, rest = page.read_text().partition("<head>")
+    body, _, end = rest.rpartition("</body>")
+    watched = f"{head}<head>{_WATCH}{body}{probe}</body>{end}"
+    (copy := at / "page.html").write_text(watched)
+    found = re.search(
+        r'<pre id="seen">(.*?)</pre>', chromium(at, "--dump-dom", *flags, f"file://{copy}"), re.S
+    )
+    assert found is not None
+    seen: dict[str, Any] = json.loads(html.unescape(found[1]))
+    return seen
+
+
+def chromium(home: Path, *flags: str) -> str:
+    quiet = ["gpu", "background-networking", "component-update", "sync", "quic"]
+    command = [
+        str(CHROMIUM),
+        "--headless",
+        "--no-sandbox",
+        "--no-first-run",
+        f"--user-data-dir={home / 'home'}",
+    ]
+    command += [f"--disable-{each}" for each in quiet] + ["--virtual-time-budget=8000", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240).stdout
+
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt install chromium)")
+
+
+@pytest.fixture(scope="module")
+def asked(page: Path) -> Path:
+    """The page of a run that kept its questions."""
+    examples = {row["example"] for row in lines(page.parent)}
+    kept = [{"task": "needle", "example": e, "question": f"Which <b> of {e}?", "gold": "x"} for e in examples]
+    (page.parent / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in kept))
+    (other := page.parent / "asked.html").write_text(report.render(load(page.parent), []))
+    return other
+
+
+@needs_chromium
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (800, True), (1400, False)])
+def test_what_is_isolated_is_so_everywhere_and_nothing_hinders_a_reader(
+    asked: Path, tmp_path: Path, width: int, dark: bool
+) -> None:
+    axe = find_spec("axe_core_python")
+    assert axe is not None and axe.origin is not None
+    rules = (Path(axe.origin).parent / "axe.min.js").read_text().replace("</script", "<\\/script")
+    flags = [f"--window-size={max(width, 500)},900", *(["--force-dark-mode"] if dark else [])]
+    seen = browse(asked, tmp_path, f"<script>{rules}</script>{EXPLORE}", *flags)
+    assert "failed" not in seen, seen["failed"]
+    assert seen["console"] == []
+    assert seen["violations"] == []
+    assert seen["dark"] is dark
+    first, isolated, again = seen["first"], seen["isolated"], seen["again"]
+    assert first["off"] == [] and first["points"] == 5 and first["bars"] > 2
+    assert set(first["requests"]) == {"fp16", "int8", "int4", "cloud", "edge"}
+    assert "of 5 settings on 5g-good. Not beaten in both: " in first["chart"]
+    assert set(isolated["off"]) == {"fp16", "int8", "cloud", "edge"} and isolated["requests"] == ["int4"]
+    assert isolated["answers"] == ["the full cache, on one machine", "int4"]
+    assert "only=int4" in isolated["hash"] and "link=5g-good" in isolated["hash"]
+    assert again["off"] == [] and "only" not in again["hash"] and "link=lte" in again["hash"]
+    assert seen["question"].startswith("Which <b> of ")
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_the_address_restores_what_was_looked_at(asked: Path, tmp_path: Path) -> None:
+    text = asked.read_text().replace(
+        "<head>", "<head><script>location.hash='link=lte&only=int8&x=bytes'</script>", 1
+    )
+    (copy := tmp_path / "at.html").write_text(text)
+    first = browse(copy, tmp_path, EXPLORE)["first"]
+    assert (
+        set(first["off"]) == {"fp16", "int4", "cloud", "edge"}
+        and "payload (bytes) of" in first["chart"]
+        and "on lte" in first["chart"]
+    )
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_the_page_is_printed_with_all_its_columns(asked: Path, tmp_path: Path) -> None:
+    chromium(tmp_path, f"--print-to-pdf={tmp_path / 'page.pdf'}", f"file://{asked}")
+    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+    printed = """<script>window.addEventListener("load", () => {
+      const table = document.getElementById("settings").getBoundingClientRect();
+      const text = JSON.stringify({ right: table.right, width: innerWidth });
+      document.body.innerHTML = "<pre id=seen></pre>"; document.getElementById("seen").textContent = text; });</script>"""
+    (copy := tmp_path / "print.html").write_text(asked.read_text().replace("@media print", "@media all"))
+    seen = browse(copy, tmp_path, printed, "--window-size=794,1100")  # A4 at 96 pixels an inch
+    assert seen["right"] <= seen["width"]
+
+
+def test_a_run_of_five_thousand_rows_is_a_page_within_its_size(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ("lte", "5g-good"), ("fp16", "int8", "int4", "int2"), examples=5)
+    few = lines(run)
+    rewrite(
+        run,
+        [row | {"trial": f"{i}-{row['trial']}", "repeat": i} for i in range(5000 // len(few)) for row in few],
+    )
+    text = report.render(load(run), [])
+    assert len(text.encode()) < 1_950_000
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])  # type: ignore[index]
+    assert len(data["answers"]) > 4900 and data["points"][0]["n"] == 5
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt install chromium)")
 @pytest.mark.parametrize("width", [500, 1280])
 def test_the_page_opens_from_disk_sorts_and_filters_in_a_browser(
     page: Path, tmp_path: Path, width: int
 ) -> None:
-    watched = page.read_text().replace(
-        "<head>", "<head><script>window.failed=[];window.onerror=(m)=>{window.failed.push(m)}</script>"
-    )
-    copy = tmp_path / "page.html"
-    copy.write_text(watched.replace("</body>", PROBE + "</body>"))
-    command = [
-        CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'home'}",
-    ]
-    command += [f"--window-size={width},900", "--virtual-time-budget=5000", "--dump-dom", f"file://{copy}"]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    found = re.search(r'<pre id="seen">(.*?)</pre>', shown, re.S)
-    assert found is not None, shown[-500:]
-    seen = json.loads(html.unescape(found[1]))
+    seen = browse(page, tmp_path, PROBE, f"--window-size={width},900")
     assert seen["errors"] == []
     assert seen["widest"] <= seen["width"]
     assert all(w > 300 for w in seen["pictures"])
