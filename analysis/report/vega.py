@@ -22,7 +22,7 @@ def bundle() -> str:
         pass
     import vl_convert
 
-    made = str(vl_convert.javascript_bundle()).replace("</script", "<\\/script")
+    made = str(vl_convert.javascript_bundle(None)).replace("</script", "<\\/script")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         files.replace(kept, made.encode())
