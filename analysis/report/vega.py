@@ -7,6 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 from testbed import files
 from testbed.models.sources import cache_directory
 
+_NAMES = (
+    "window.vegaEmbed = vegaEmbed; window.vega = vega; window.vegaLite = vegaLite;"  #: as the page calls them
+)
+
 
 def bundle() -> str:
     """As text that may stand in a page's `<script>`; empty where vl-convert is not installed. Made once a version, then kept in
@@ -22,7 +26,7 @@ def bundle() -> str:
         pass
     import vl_convert
 
-    made = str(vl_convert.javascript_bundle(None)).replace("</script", "<\\/script")
+    made = vl_convert.javascript_bundle(_NAMES).replace("</script", "<\\/script")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         files.replace(kept, made.encode())
