@@ -27,8 +27,8 @@ _QUESTIONS = "questions.jsonl"
 
 
 def of(run: Run) -> dict[str, Any]:
-    """`measures`; `points`, one a link, task and setting; `answers`, one a trial; `questions`, by example; `spans`, of each
-    link's and setting's request with the median latency."""
+    """`measures`; `points`, one a link, task and setting; `answers`, one a trial; `questions`, by task and example; `spans`, of
+    each link's and setting's request with the median latency."""
     shown = [each for each in MEASURES if not (run.untimed and each[2])]
     points, rows = _points(run), settings.labelled(run.attempts)
     shown = [each for each in shown if any(point[each[0]] is not None for point in points)]
@@ -89,16 +89,15 @@ def _answers(rows: pd.DataFrame) -> list[list[Any]]:
 
 
 def _questions(run: Run) -> dict[str, list[str]]:
-    """Question and gold answer of each example; empty where the run's directory has none."""
+    """Question and gold answer of each task's examples, under both names with a unit separator between them; empty where the
+    run's directory has none."""
     found: dict[str, list[str]] = {}
     try:
         with files.reading(run.path / _QUESTIONS) as lines:
             for line in lines:
                 one = json.loads(line)
-                found[str(one["example"])] = [
-                    str(one["question"])[:_MOST_TEXT],
-                    str(one["gold"])[:_MOST_TEXT],
-                ]
+                texts = [str(one[key])[:_MOST_TEXT] for key in ("question", "gold")]
+                found[f"{one['task']}\x1f{one['example']}"] = texts
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return found

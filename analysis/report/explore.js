@@ -118,7 +118,7 @@
     const one = own.find(([, setting]) => setting === select.value);
     byId("spans").hidden = !own.length;
     if (!one) return;
-    const values = one[3].map(([stage, side, chunk, level, bytes, start, end]) => ({ what: `${side} ${stage}`, stage, side, chunk, level, bytes, start, end, took: shown(end - start) }));
+    const values = [...one[3]].sort((a, b) => a[5] - b[5]).map(([stage, side, chunk, level, bytes, start, end]) => ({ what: `${side} ${stage}`, stage, side, chunk, level, bytes, start, end, took: shown(end - start) }));
     const longest = [...values].sort((a, b) => b.end - b.start - (a.end - a.start))[0];
     const description = `The request with the median latency of ${select.value} on ${state.link}, question ${one[2]}: ${values.length} spans to ${shown(Math.max(...values.map((v) => v.end)))} s; the longest is ${longest.what}, ${longest.took} s.`;
     draw(byId("gantt"), {
@@ -139,7 +139,7 @@
     const before = select.value;
     select.replaceChildren(...unique(here.map((row) => row[3])).map((id) => node("option", id, { value: id })));
     if ([...select.options].some((o) => o.value === before)) select.value = before;
-    const [question, gold] = data.questions[select.value] || ["", ""];
+    const [question, gold] = data.questions[`${state.task}\u001f${select.value}`] || ["", ""];
     byId("question").textContent = question;
     byId("gold").textContent = gold;
     byId("asked").hidden = !question;
@@ -166,6 +166,9 @@
   choose("task", tasks, "task");
   choose("x", [...times.map((m) => m.name), "bytes"], "x", (v) => titles[v]);
   choose("y", qualities.map((m) => m.name), "y", (v) => titles[v]);
+  // The address keeps what is looked at: a link within the page moves there, and leaves it.
+  for (const link of document.querySelectorAll("nav a"))
+    link.addEventListener("click", (event) => { event.preventDefault(); document.querySelector(link.getAttribute("href"))?.scrollIntoView(); });
   byId("everything").addEventListener("click", () => isolate(""));
   byId("request").addEventListener("change", gantt);
   byId("example").addEventListener("change", examples);

@@ -121,7 +121,7 @@ EXPLORE = """
 <script>
 window.addEventListener("load", async () => {
   const wait = () => new Promise((done) => setTimeout(done, 300));
-  const seen = { dark: matchMedia("(prefers-color-scheme: dark)").matches };
+  const seen = { width: innerWidth, dark: matchMedia("(prefers-color-scheme: dark)").matches };
   const look = () => ({
     hash: decodeURIComponent(location.hash),
     off: [...document.querySelectorAll("#settings tbody tr.off")].map((r) => r.dataset.setting),
@@ -152,19 +152,23 @@ window.addEventListener("load", async () => {
   } catch (error) { seen.failed = String(error.stack || error); }
   document.body.innerHTML = "<pre id=seen></pre>";
   document.getElementById("seen").textContent = JSON.stringify({ ...seen, console: window.said });
+  parent.postMessage(document.getElementById("seen").textContent, "*");
 });
 </script>
 """
+_FRAME = """<body><iframe src="page.html" style="width:WIDTHpx;height:900px;border:0"></iframe><pre id="seen"></pre>
+<script>addEventListener("message", (e) => { document.getElementById("seen").textContent = e.data; });</script></body>"""
 _WATCH = """<script>window.failed=[];window.said=[];window.onerror=(m)=>{window.failed.push(m);window.said.push(m)};
 for (const each of ["log", "info", "warn", "error"]) console[each] = (...what) => window.said.push(what.join(" "));</script>"""
 
 
-def browse(page: Path, at: Path, probe: str, *flags: str) -> dict[str, Any]:
-    """What the probe saw in the page."""
+def browse(page: Path, at: Path, probe: str, *flags: str, width: int = 1280) -> dict[str, Any]:
+    """What the probe saw in the page. A window has at least 500 pixels: a narrower page stands in a frame."""
     head, _, rest = page.read_text().partition("<head>")
     body, _, end = rest.rpartition("</body>")
-    watched = f"{head}<head>{_WATCH}{body}{probe}</body>{end}"
-    (copy := at / "page.html").write_text(watched)
+    (copy := at / "page.html").write_text(f"{head}<head>{_WATCH}{body}{probe}</body>{end}")
+    if width < 500:
+        (copy := at / "frame.html").write_text(_FRAME.replace("WIDTH", str(width)))
     found = re.search(
         r'<pre id="seen">(.*?)</pre>', chromium(at, "--dump-dom", *flags, f"file://{copy}"), re.S
     )
@@ -192,8 +196,11 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (ap
 @pytest.fixture(scope="module")
 def asked(page: Path) -> Path:
     """The page of a run that kept its questions."""
-    examples = {row["example"] for row in lines(page.parent)}
-    kept = [{"task": "needle", "example": e, "question": f"Which <b> of {e}?", "gold": "x"} for e in examples]
+    examples = {(row["task"], row["example"]) for row in lines(page.parent)}
+    kept = [
+        {"task": task, "example": name, "question": f"Which <b> of {name}?", "gold": "x"}
+        for task, name in examples
+    ]
     (page.parent / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in kept))
     (other := page.parent / "asked.html").write_text(report.render(load(page.parent), []))
     return other
@@ -209,11 +216,11 @@ def test_what_is_isolated_is_so_everywhere_and_nothing_hinders_a_reader(
     assert axe is not None and axe.origin is not None
     rules = (Path(axe.origin).parent / "axe.min.js").read_text().replace("</script", "<\\/script")
     flags = [f"--window-size={max(width, 500)},900", *(["--force-dark-mode"] if dark else [])]
-    seen = browse(asked, tmp_path, f"<script>{rules}</script>{EXPLORE}", *flags)
+    seen = browse(asked, tmp_path, f"<script>{rules}</script>{EXPLORE}", *flags, width=width)
     assert "failed" not in seen, seen["failed"]
     assert seen["console"] == []
     assert seen["violations"] == []
-    assert seen["dark"] is dark
+    assert seen["dark"] is dark and abs(seen["width"] - width) <= 1
     first, isolated, again = seen["first"], seen["isolated"], seen["again"]
     assert first["off"] == [] and first["points"] == 5 and first["bars"] > 2
     assert set(first["requests"]) == {"fp16", "int8", "int4", "cloud", "edge"}
