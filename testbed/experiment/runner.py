@@ -184,7 +184,7 @@ class Runner:
         before = self.directory.manifest()
         machines = kept if isinstance(kept := before.get("machines"), dict) else {}
         provenance.keep_questions(self.directory, self.plan, self._batches)
-        edge = network.host(self.scenario.edge)
+        edge = network.host(self.plan.edges[0].node if self.plan.edges else self.scenario.edge)
         self.directory.write(
             "manifest.json",
             {
