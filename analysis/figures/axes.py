@@ -46,26 +46,35 @@ def round_values(low: float, high: float) -> list[float]:
     return [t for t in sorted(float(d * s) for d in decades for s in steps) if low <= t <= high]
 
 
-def at_values(ax: Axes, values: Iterable[float], logarithmic: bool) -> None:
-    """Ticks of the x axis at the values that were measured, and nowhere else."""
+def at_values(ax: Axes, values: Iterable[float], logarithmic: bool, beside: int = 1) -> None:
+    """Ticks of the x axis at the values that were measured, and nowhere else. `beside`: marks that stand `aside` at each."""
     places = sorted(set(values))
+    room = 0.08 + _step(places, beside, logarithmic) * (beside - 1) / 2 if beside > 1 else 0.08
     if logarithmic:
         ax.set_xscale("log")
     ticks(ax.xaxis, places)
     if logarithmic:
-        pad = (places[-1] / places[0]) ** 0.08 if places[-1] > places[0] else 1.5
+        pad = (places[-1] / places[0]) ** room if places[-1] > places[0] else 1.5
         ax.set_xlim(places[0] / pad, places[-1] * pad)
     else:
-        pad = 0.08 * (places[-1] - places[0]) or 0.5
+        pad = room * (places[-1] - places[0]) or 0.5
         ax.set_xlim(places[0] - pad, places[-1] + pad)
 
 
-def aside(value: float, number: int, count: int, low: float, high: float, logarithmic: bool) -> float:
-    """Where the `number`th of `count` marks at one value stands beside the others, on an axis from `low` to `high`."""
-    step = 0.013 * (number - (count - 1) / 2)
+def aside(value: float, number: int, count: int, values: Iterable[float], logarithmic: bool) -> float:
+    """Where the `number`th of `count` marks at one of these values stands beside the others, nearest to its own value."""
+    places = sorted(set(values))
+    step = _step(places, count, logarithmic) * (number - (count - 1) / 2)
     if logarithmic:
-        return float(value * max(high / low, 2.0) ** step)
-    return value + step * (high - low or 1.0)
+        return float(value * max(places[-1] / places[0], 2.0) ** step)
+    return value + step * (places[-1] - places[0] or 1.0)
+
+
+def _step(places: list[float], count: int, logarithmic: bool) -> float:
+    """From mark to mark, as a share of the axis from the first of these places to the last."""
+    ends = np.log(places) if logarithmic else np.asarray(places)
+    gaps = np.diff(ends) / (ends[-1] - ends[0]) if len(ends) > 1 else np.ones(1)
+    return min(0.035, 0.7 * float(gaps.min()) / max(1, count - 1))
 
 
 def limit_scores(ax: Axes, ends: Iterable[float]) -> None:

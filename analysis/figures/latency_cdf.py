@@ -14,14 +14,14 @@ from matplotlib.lines import Line2D
 from testbed import stats
 from testbed.analysis import settings
 from testbed.analysis.describe import caveats, conditions, counted, subject
-from testbed.analysis.figures import NotInThisRun
+from testbed.analysis.figures import NotInThisRun, labels
 from testbed.analysis.figures.axes import limit_seconds
 from testbed.analysis.figures.panels import DASHES, Legend, fill
-from testbed.analysis.figures.style import INK, Frame, Mark, panel_title, tell_missing
+from testbed.analysis.figures.style import INK, Frame, panel_title, tell_missing
 from testbed.analysis.run import Run
 from testbed.analysis.settings import Measured
 
-MOST = 7  #: so many curves can be told apart in one panel
+MOST = 5  #: so many curves can be told apart in one panel, and have a dash of their own
 
 
 def draw(run: Run) -> Figure:
@@ -56,7 +56,7 @@ def draw(run: Run) -> Figure:
         left=0.75,
     )
     figure, axes = frame.figure()
-    draw_panel = partial(_draw_panel, legend.looks)
+    draw_panel = partial(_draw_panel, legend)
     fill(axes, columns, panels, draw_panel, f"{run.latency} (s)", "share of requests")
     handles = [
         Line2D(
@@ -82,12 +82,14 @@ def _few(rows: pd.DataFrame, measured: list[Measured], every: list[str]) -> list
     return [label for label in every if label in order]
 
 
-def _draw_panel(looks: dict[str, Mark], ax: Axes, panel: tuple[str, pd.DataFrame]) -> None:
+def _draw_panel(legend: Legend, ax: Axes, panel: tuple[str, pd.DataFrame]) -> None:
     name, rows = panel
     panel_title(ax, name, conditions(rows))
     ends: list[float] = []
     missing: list[str] = []
-    for number, (label, mark) in enumerate(looks.items()):
+    named: list[tuple[float, float, str]] = []
+    crossed: list[labels.Segment] = []
+    for number, (label, mark) in enumerate(legend.looks.items()):
         own = rows[rows["setting"] == label]
         if own.empty:
             continue
@@ -111,14 +113,22 @@ def _draw_panel(looks: dict[str, Mark], ax: Axes, panel: tuple[str, pd.DataFrame
             point = stats.quantile(every, q, settings.clusters(own))
             if not math.isfinite(point.value) or (q > 0.5 and not math.isfinite(point.high)):
                 continue
-            height = q - 0.012 * (number - len(looks) / 2)  # intervals beside each other, not on top
+            height = q - 0.014 * (number - len(legend.looks) / 2)  # intervals beside each other, not on top
             if math.isfinite(point.low) and math.isfinite(point.high):
                 interval = [point.low, point.high]
-                ax.plot(interval, [height, height], color=mark.color, lw=1.6, alpha=0.6, zorder=3)
+                ax.plot(
+                    interval, [height, height], color=mark.color, lw=1.6, alpha=0.6, zorder=3, gid="interval"
+                )
             ax.plot(point.value, height, zorder=4, **{**mark.options(), "markersize": 5.5})
+            if q == 0.5:
+                named.append((point.value, height, legend.names[label]))
+        for low, high in zip((0, 0.2, 0.4, 0.6, 0.8), (0.2, 0.4, 0.6, 0.8, 1), strict=True):
+            part = times[(shares >= low) & (shares <= high)]
+            crossed += [((float(part[0]), low), (float(part[-1]), high))] if len(part) else []
         ends += [float(times[0]), float(times[-1])]
     limit_seconds(ax, ends)
     tell_missing(ax, missing)
     ax.set_ylim(-0.02, 1.04)
     ax.yaxis.set_major_formatter("{x:.0%}")
     ax.axhline(0.5, color=INK, lw=0.4, zorder=1)
+    labels.place(ax, named, [(x, y) for x, y, _ in named], crossed)

@@ -55,8 +55,8 @@ _TIE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Panel:
-    """What one panel shows. `full`: the full cache's quality, NaN where unknown; `chosen`: what gets a
-    ring; `tied`: what is not shown to be slower than the first of these; `missing`: what has no place, in words.
+    """What one panel shows. `full`: the full cache's quality, NaN where unknown; `chosen`: what is shown to be the fastest that
+    keeps the quality, of all and of what sends KV; `tied`: what may be; `missing`: what has no place, in words.
     """
 
     title: str
@@ -118,11 +118,15 @@ def _panel(name: str, rows: pd.DataFrame, metric: Metric) -> Panel:
     measured = [m for m in every if math.isfinite(m.quality.value) and 0 < m.latency.value < math.inf]
     full = settings.full_cache_quality(rows) if metric is SCORE else 0.0
     able = settings.holding(measured, full) if metric is SCORE else []
-    chosen = [group[0] for group in (able, _split(able)) if group]
-    level = paired_latency.tied(rows, able[0].label, [m.label for m in able]) if able else []
-    tied = [m for m in able if m.label in level and not any(m is c for c in chosen)]
+    chosen, tied = [], dict[str, Measured]()
+    for group in (able, _split(able)):
+        level = paired_latency.tied(rows, group[0].label, [m.label for m in group]) if group else []
+        if level or (group and not settings.shown_to_hold(rows[rows["setting"] == group[0].label])):
+            tied |= {m.label: m for m in group if m is group[0] or m.label in level}
+        else:
+            chosen += group[:1]
     missing = [f"{m.label} {m.gap}" for m in every if m.gap]
-    return Panel(name, conditions(rows), measured, full, chosen, tied, missing)
+    return Panel(name, conditions(rows), measured, full, chosen, list(tied.values()), missing)
 
 
 def _split(measured: list[Measured]) -> list[Measured]:
@@ -137,7 +141,7 @@ def _figure(run: Run, panels: list[Panel], columns: int, metric: Metric, title: 
     below = legend_height([str(line.get_label()) for line in lines], len(lines))
     frame = Frame(
         title=title,
-        subtitle=f"{compared}\n{what}; median of the {run.latency}; bars: 95 % intervals over examples",
+        subtitle=f"{compared}\n{what}; median of the {run.latency}; bars: 95 % intervals over examples, of the fronts",
         footnotes=[_reading(panels), *caveats(run)],
         rows=math.ceil(len(panels) / columns),
         columns=columns,
@@ -159,10 +163,10 @@ def _figure(run: Run, panels: list[Panel], columns: int, metric: Metric, title: 
 def _reading(panels: list[Panel]) -> str:
     note = "Shape: selector or placement. Fill: precision (full 16 bit, left half 8 bit, open 4 bit, lower half other)."
     note += " Size: tokens kept."
-    if any(len(p.chosen) > 1 and p.chosen[0] is not p.chosen[1] for p in panels):
-        note += " Thick ring: fastest of all; thin ring: fastest that sends KV."
+    if any(p.chosen for p in panels):
+        note += " Ring: shown to keep the quality, and to be the fastest of all, or that sends KV, that does."
     if any(p.tied for p in panels):
-        note += " Dotted ring: keeps the quality and is not shown to be slower than the fastest, example by example."
+        note += " Dotted ring: keeps it by its estimate, and is not shown to be slower than the fastest, example by example."
     return note
 
 
@@ -175,6 +179,9 @@ def _lines(panels: list[Panel]) -> list[Line2D]:
     if any(p.chosen for p in panels):
         ring = {**_RING, "markersize": 11}
         lines.append(Line2D([], [], **ring, label=f"fastest with ≥ {QUALITY_FLOOR:.0%} of full cache"))
+    if any(p.tied for p in panels):
+        ring = {**_RING, "marker": "$\u25cc$", "markersize": 11, "markeredgewidth": 0.2}  # a dotted circle
+        lines.append(Line2D([], [], **ring, label="may be that: tied, or not shown"))
     return lines
 
 
@@ -187,12 +194,9 @@ def _draw_panel(ax: Axes, panel: Panel, looks: dict[str, Mark], metric: Metric) 
     if math.isfinite(panel.full):
         ax.axhline(panel.full, zorder=1, **_FULL)
     for shown in panel.measured:
-        mark = looks[shown.label]
-        for xs, ys in _bars(shown):
-            ax.plot(xs, ys, color=mark.color, lw=1.0, alpha=0.6, zorder=2, solid_capstyle="butt")
-        ax.plot(shown.latency.value, shown.quality.value, zorder=4, **mark.options())
-    for shown, width in zip(panel.chosen, (1.4, 0.8), strict=False):
-        ax.plot(shown.latency.value, shown.quality.value, zorder=3.5, markeredgewidth=width, **_RING)
+        ax.plot(shown.latency.value, shown.quality.value, zorder=4, **looks[shown.label].options())
+    for shown in panel.chosen:
+        ax.plot(shown.latency.value, shown.quality.value, zorder=3.5, markeredgewidth=1.4, **_RING)
     for shown in panel.tied:
         ax.scatter([shown.latency.value], [shown.quality.value], zorder=3.5, **_TIE)
     limit_seconds(ax, (e for m in panel.measured for e in (m.latency.low, m.latency.value, m.latency.high)))
@@ -200,6 +204,12 @@ def _draw_panel(ax: Axes, panel: Panel, looks: dict[str, Mark], metric: Metric) 
     crossed = front(ax, [_place(m) for m in whole], FRONT)
     if sent != whole:
         crossed += front(ax, [_place(m) for m in sent], _SPLIT_FRONT)
+    barred = {m.label: m for m in whole + sent}.values()  # all settings' bars would be a fence
+    for shown in barred:
+        for xs, ys in _bars(shown):
+            look = {"color": looks[shown.label].color, "lw": 1.0, "alpha": 0.6, "zorder": 2}
+            ax.plot(xs, ys, gid="interval", solid_capstyle="butt", **look)
+    crossed += [((xs[0], ys[0]), (xs[1], ys[1])) for m in barred for xs, ys in _bars(m)]
     _label(ax, panel, sent + whole, crossed)
 
 
@@ -225,9 +235,8 @@ def _label(ax: Axes, panel: Panel, fronts: list[Measured], crossed: list[labels.
     """Name the members of both fronts and the placements in the panel itself, some where they are many; the legend names all."""
     named = fronts + [m for m in panel.measured if not m.sends]
     drawn = short(m.label for m in panel.measured)
-    points = {m.label: (*_place(m), drawn[m.label]) for m in _thinned(named, panel.chosen)}
-    lines = [((xs[0], ys[0]), (xs[1], ys[1])) for m in panel.measured for xs, ys in _bars(m)] + crossed
-    lines.append(((ax.get_xlim()[0], panel.full), (ax.get_xlim()[1], panel.full)))
+    points = {m.label: (*_place(m), drawn[m.label]) for m in _thinned(named, panel.chosen + panel.tied)}
+    lines = [*crossed, ((ax.get_xlim()[0], panel.full), (ax.get_xlim()[1], panel.full))]
     known = [line for line in lines if np.isfinite(line).all()]
     labels.place(ax, list(points.values()), [_place(m) for m in panel.measured], known)
 

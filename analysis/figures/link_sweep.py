@@ -68,7 +68,7 @@ def draw(run: Run) -> Figure:
             f"median of the {run.latency} and mean score; bars: 95 % intervals over examples"
         ),
         footnotes=[
-            "Points of one setting are joined by lines for the eye. Qualities at one value stand beside each other for "
+            "Latencies of one setting are joined by lines for the eye. Qualities at one value stand beside each other for "
             "legibility; what a setting's differ by between links is chance, since transport loses nothing.",
             *_left_out(run.rows),
             *caveats(run),
@@ -136,14 +136,14 @@ def _draw(ax: Axes, sweep: Sweep, looks: dict[str, Mark], quality: bool) -> None
         points = sweep.of(label)
         estimates = [(x, m.quality if quality else m.latency) for x, m in points]
         if quality:  # whose intervals would else cover each other
-            places = (min(sweep.points), max(sweep.points), sweep.condition.logarithmic)
+            places = (sweep.points, sweep.condition.logarithmic)
             estimates = [(aside(x, number, len(looks), *places), e) for x, e in estimates]
         missing += [f"{label} {m.gap} at {x:g}" for x, m in points if m.gap and not quality]
         known = [(x, e) for x, e in estimates if math.isfinite(e.value)]
         if points:
-            ends += curve(ax, number, mark, 0.75 * mark.size, known)
+            ends += curve(ax, number, mark, (0.6 if quality else 0.75) * mark.size, known, joined=not quality)
     (limit_scores if quality else lambda a, e: limit_seconds(a, e, "y"))(ax, ends)
     tell_missing(ax, missing)
-    at_values(ax, sweep.points, sweep.condition.logarithmic)
+    at_values(ax, sweep.points, sweep.condition.logarithmic, len(looks))
     if quality:
         ax.set_xlabel(sweep.condition.label, color=INK)

@@ -92,16 +92,22 @@ def empty(ax: Axes) -> None:
 
 
 def curve(
-    ax: Axes, number: int, mark: Mark, size: float, points: Sequence[tuple[float, stats.Estimate]]
+    ax: Axes,
+    number: int,
+    mark: Mark,
+    size: float,
+    points: Sequence[tuple[float, stats.Estimate]],
+    joined: bool = True,
 ) -> list[float]:
-    """The `number`th setting's estimates with their intervals, joined for the eye; returns where they end."""
+    """The `number`th setting's estimates with their intervals, `joined` for the eye; returns where they end."""
     xs, ends = [x for x, _ in points], [estimate.value for _, estimate in points]
-    ax.plot(xs, ends, color=mark.color, lw=1.0, ls=DASHES[number % len(DASHES)], zorder=2)
+    if joined and len(xs) > 1:
+        ax.plot(xs, ends, color=mark.color, lw=1.0, ls=DASHES[number % len(DASHES)], zorder=2, gid="joined")
     ax.plot(xs, ends, zorder=4, **{**mark.options(), "markersize": size})
     for x, estimate in points:
         if math.isfinite(estimate.low) and math.isfinite(estimate.high):
             interval = [estimate.low, estimate.high]
-            ax.plot([x, x], interval, color=mark.color, lw=1.0, alpha=0.6, zorder=3)
+            ax.plot([x, x], interval, color=mark.color, lw=1.0, alpha=0.6, zorder=3, gid="interval")
             ends = [*ends, *interval]
     return ends
 

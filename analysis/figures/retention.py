@@ -24,7 +24,7 @@ from testbed.errors import SpecError
 
 @dataclass(frozen=True)
 class Curve:
-    """One selector with one quantizer: quality by the fraction kept."""
+    """One selector with one quantizer: quality by the fraction kept; or a quantizer alone, which keeps all."""
 
     label: str
     codec: str
@@ -56,15 +56,15 @@ def draw(run: Run) -> Figure:
     drawn = {(row, i): _curves(own, m) for row, m in enumerate(metrics) for i, (_, own) in enumerate(panels)}
     named = {c.label: (c.label, "split", c.codec) for curves in drawn.values() for c in curves}
     legend = Legend(marks(named.values()), most=4)
-    whole = any(x == 1 for curves in drawn.values() for curve in curves for x, _ in curve.points)
+    selectors = [label for label, _, codec in named.values() if split_selection(codec)]
     frame = Frame(
         title="What is left of the answers when tokens are dropped",
         subtitle=(
-            f"{counted(len(named), 'selector')} · {subject(run.rows)}\n"
+            f"{counted(len(selectors), 'selector')} · {subject(run.rows)}\n"
             "mean over examples against the fraction of context tokens kept; bars: 95 % intervals"
         ),
         footnotes=[
-            ("1: the same precision with every token kept. " if whole else "")
+            ("At 1: the same precision with every token kept. " if len(selectors) < len(named) else "")
             + "Dashed: the full cache. Points at one fraction stand beside each other for legibility; every link gives "
             "the same quality, since transport loses nothing.",
             *caveats(run),
@@ -104,12 +104,13 @@ def _curves(rows: pd.DataFrame, metric: Metric) -> list[Curve]:
             parts.setdefault((selection[0], selection[2]), {})[selection[1]] = estimate
     curves = []
     for (selector, rest), points in parts.items():
-        ends = {1.0: whole[rest]} if rest in whole and 1.0 not in points else {}
-        known = sorted((points | ends).items())
+        known = sorted(points.items())
         name, _, options = selector.partition("(")
         text = f"{name}@r" + (f"({options}" if options else "") + ("" if rest == "fp16" else f"+{rest}")
         codec = f"{name}@0.6" + (f"({options}" if options else "") + f"+{rest}"
         curves.append(Curve(text, codec, tuple(p for p in known if math.isfinite(p[1].value))))
+    for rest in dict.fromkeys(rest for _, rest in parts if rest in whole):
+        curves.append(Curve(rest, rest, ((1.0, whole[rest]),) if math.isfinite(whole[rest].value) else ()))
     return [c for c in curves if c.points]
 
 
@@ -118,10 +119,11 @@ def _draw(ax: Axes, curves: list[Curve], looks: dict[str, Mark], metric: Metric,
     if math.isfinite(full):
         ax.axhline(full, color="#222222", lw=0.9, ls=(0, (5, 3)), zorder=1)
     values = sorted({x for c in curves for x, _ in c.points})
-    at_values(ax, values, logarithmic=True)
+    at_values(ax, values, True, len(curves))
     for number, line in enumerate(curves):
+        beside = {x: [c.label for c in curves if any(x == at for at, _ in c.points)] for x, _ in line.points}
         points = [
-            (aside(x, number, len(curves), values[0], 1, True) if x < 1 else x, estimate)
+            (aside(x, beside[x].index(line.label), len(beside[x]), values, True), estimate)
             for x, estimate in line.points
         ]
         ends += curve(ax, number, looks[line.label], 6, points)

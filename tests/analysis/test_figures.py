@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from testbed.analysis.figures import FIGURES, figure
@@ -75,6 +78,10 @@ once = functools.cache(drawn)
 def texts(made: Figure) -> list[str]:
     shown = (t.get_text() for t in made.findobj(Text) if isinstance(t, Text) and t.get_visible())
     return [text.replace("\n", " ") for text in shown if text.strip()]
+
+
+def by_gid(ax: Axes, gid: str) -> list[Line2D]:
+    return [line for line in ax.lines if line.get_gid() == gid]
 
 
 def words(name: str, path: Path) -> str:
@@ -204,6 +211,57 @@ def test_a_figure_says_what_was_run(run: Path) -> None:
     assert "5  ↓ 15 Mbit/s · 30 ms one way · 1% loss" in said
 
 
+def test_intervals_are_those_of_the_fronts_alone(run: Path) -> None:
+    rows = load(run).rows
+    for ax, profile in zip(once("latency_quality", run).axes, PROFILES, strict=True):
+        own = rows[rows["profile"] == profile]
+        points = own.groupby(["placement", "codec"]).agg(e2e=("e2e_s", "median"))
+        points["score"] = (
+            own.groupby(["placement", "codec", "task"])["score"].mean().groupby(level=[0, 1]).mean()
+        )
+        best = set()
+        for these in (points, points.loc[["split"]]):
+            for one in these.itertuples():
+                least = these["score"][these["e2e"] <= one.e2e].drop(one.Index)
+                best |= {(one.e2e, one.score)} if one.score > max(least, default=-1) else set()
+        drawn = {
+            (np.mean(a.get_xdata()) if len(set(a.get_xdata())) == 1 else 0, b.get_ydata()[0])
+            for b, a in itertools.pairwise(by_gid(ax, "interval"))
+            if len(set(b.get_ydata())) == 1
+        }
+        assert np.asarray(sorted(drawn)) == pytest.approx(np.asarray(sorted(best)))
+
+
+def test_what_is_not_shown_to_be_fastest_has_no_ring(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", ("lte",), ("int8", "int4"), ("split",), ("needle",), examples=80)
+
+    def rings(**changes: float) -> tuple[int, int]:
+        change(path, lambda row: {"score": 1.0, "reference_score": 1.0})
+        change(path, lambda row: {"e2e_s": changes[row["codec"]]})
+        (ax,) = drawn("latency_quality", path).axes
+        return sum(line.get_markersize() == 16 for line in ax.lines), len(ax.collections)
+
+    assert rings(int8=1.0, int4=2.0)[0] > 0
+    assert rings(int8=1.0, int4=1.0) == (0, 2)
+
+
+def test_distributions_are_few_and_named_where_they_are(run: Path) -> None:
+    for ax in once("latency_cdf", run).axes:
+        curves = [line for line in ax.lines if line.get_drawstyle() == "steps-post"]
+        looks = {(line.get_linestyle(), str(line._dash_pattern)) for line in curves}  # type: ignore[attr-defined]
+        assert 2 <= len(curves) == len(looks) <= 5
+        names = [t.get_text() for t in ax.texts if t.get_text() in [*CODECS, "cloud", "edge"]]
+        assert len(names) == len(set(names)) == len(curves)
+
+
+def test_kept_fractions_are_joined_where_they_were_measured_alone(run: Path) -> None:
+    for ax in once("retention", run).axes:
+        (line,) = by_gid(ax, "joined")  # q2c with INT8, the only one of two fractions
+        assert 0.2 < line.get_xdata()[0] < 0.3 and line.get_xdata()[1] == pytest.approx(0.5)
+        whole = [x for line in ax.lines if line.get_marker() != "None" for x in line.get_xdata() if x > 0.7]
+        assert len(whole) == 2 and np.sqrt(np.prod(whole)) == pytest.approx(1)  # INT8 and INT4, once each
+
+
 def test_every_setting_has_its_own_mark() -> None:
     settings = [(c, "split", c) for c in CODECS] + [("cloud", "cloud", ""), ("edge", "edge", "")]
     settings += [
@@ -323,7 +381,12 @@ def test_link_sweep_s_qualities_stand_beside_each_other(sweep: Path) -> None:
         if len(line.get_xdata()) == 3 and line.get_marker() != "None"
     ]
     assert len(marks_at) == len(set(marks_at)) == 5
-    assert all(4.5 < x < 5.5 for x in marks_at)
+    assert all(2.5 < x < 10 for x in marks_at)  # nearer to 5 than to 20, as the axis has them
+    assert by_gid(made.axes[0], "joined") and not by_gid(lower, "joined")
+    bars = sorted(
+        {lower.transData.transform((line.get_xdata()[0], 0))[0] for line in by_gid(lower, "interval")}
+    )
+    assert len(bars) == 15 and min(np.diff(bars)) > 4  # pixels
 
 
 @pytest.mark.parametrize(
