@@ -181,7 +181,7 @@ def _lines(panels: list[Panel]) -> list[Line2D]:
         lines.append(Line2D([], [], **ring, label=f"fastest with ≥ {QUALITY_FLOOR:.0%} of full cache"))
     if any(p.tied for p in panels):
         ring = {**_RING, "marker": "$\u25cc$", "markersize": 11, "markeredgewidth": 0.2}  # a dotted circle
-        lines.append(Line2D([], [], **ring, label="may be that: tied, or not shown"))
+        lines.append(Line2D([], [], **ring, label=f"may be the fastest with ≥ {QUALITY_FLOOR:.0%}: tied, or not shown"))
     return lines
 
 
