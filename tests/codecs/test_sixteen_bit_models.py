@@ -61,7 +61,11 @@ def straight_attention(model: LanguageModel, evidence: Evidence, layer: int) -> 
     cap = model.softcap(layer)
     scores = scores if cap is None else torch.tanh(scores / cap) * cap
     unseen = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(before + 1)
-    weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(unseen, -torch.inf)
+    if (sinks := model.sinks(layer)) is not None:  # one more key of each head, whose value is nothing
+        beside = sinks.double().view(*scores.shape[:2], 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, beside], -1)
+    weights = scores.softmax(-1)
     weights = weights[..., before : before + evidence.tokens].flatten(0, 1)
     weights = weights.unflatten(0, (evidence.cache.layers[layer].kv_heads, -1))  # as it is cached
     return torch.nn.functional.pad(weights, (0, 0, before, 0), value=torch.nan)

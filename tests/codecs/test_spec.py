@@ -132,6 +132,9 @@ def _values(name: str, kind: str, choices: tuple[str, ...]) -> st.SearchStrategy
         "keep": st.floats(0.125, 1),
         "basis": st.sampled_from(["own", "0f" * 16, "some/where.bases"]),
         "of": st.sampled_from(["fp16", "int8", "int4"]),
+        "plan": st.sampled_from(["auto", "none", "0f" * 16, "some/where.sensitivity"]),
+        "keys": st.sampled_from(["none", "0", "09az"]),
+        "values": st.sampled_from(["none", "z"]),
         "by": st.sampled_from(["q2c", "keynorm", "lagkv"]),
     }
     odd = st.integers(0, 511).map(lambda n: 2 * n + 1)
