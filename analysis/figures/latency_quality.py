@@ -181,7 +181,9 @@ def _lines(panels: list[Panel]) -> list[Line2D]:
         lines.append(Line2D([], [], **ring, label=f"fastest with ≥ {QUALITY_FLOOR:.0%} of full cache"))
     if any(p.tied for p in panels):
         ring = {**_RING, "marker": "$\u25cc$", "markersize": 11, "markeredgewidth": 0.2}  # a dotted circle
-        lines.append(Line2D([], [], **ring, label=f"may be the fastest with ≥ {QUALITY_FLOOR:.0%}: tied, or not shown"))
+        lines.append(
+            Line2D([], [], **ring, label=f"may be the fastest with ≥ {QUALITY_FLOOR:.0%}: tied, or not shown")
+        )
     return lines
 
 
@@ -207,7 +209,7 @@ def _draw_panel(ax: Axes, panel: Panel, looks: dict[str, Mark], metric: Metric) 
     barred = {m.label: m for m in whole + sent}.values()  # all settings' bars would be a fence
     for shown in barred:
         for xs, ys in _bars(shown):
-            look = {"color": looks[shown.label].color, "lw": 1.0, "alpha": 0.6, "zorder": 2}
+            look: dict[str, Any] = {"color": looks[shown.label].color, "lw": 1.0, "alpha": 0.6, "zorder": 2}
             ax.plot(xs, ys, gid="interval", solid_capstyle="butt", **look)
     crossed += [((xs[0], ys[0]), (xs[1], ys[1])) for m in barred for xs, ys in _bars(m)]
     _label(ax, panel, sent + whole, crossed)
