@@ -21,12 +21,12 @@ ROOT = Path(__file__).parents[1]
 LEFT_OUT = shutil.ignore_patterns(
     ".*", "__pycache__", "*.egg-info", "build", "dist", "results", "results-published", "tests", "benchmarks"
 )
-OPTIONAL = {"datasets", "kvpress", "ray"}
+OPTIONAL = {"datasets", "kvpress", "lmcache", "ray"}
 """What is imported only where it is installed: each refusal names it."""
-INDIRECT = {"accelerate", "pyarrow", "safetensors"}
+INDIRECT = {"accelerate"}
 """What is declared and imported by nothing of ours: what transformers reads a GGUF file with, and pandas' and
 transformers' file formats."""
-NAMES = {"pyyaml": "yaml"}
+NAMES = {"pillow": "PIL", "pyyaml": "yaml", "vl-convert-python": "vl_convert"}
 
 
 LOOK = """

@@ -225,7 +225,7 @@ def test_a_run_has_an_error_row_for_what_does_not_fit_and_goes_on(tmp_path: Path
 
             def loaded() -> dict[str, Loaded]:
                 told = load()
-                spare(session.pair.edge, 520 << 20)
+                spare(session.pair.edge, 600 << 20)
                 return told
 
             session.pair.load = loaded  # type: ignore[method-assign]
