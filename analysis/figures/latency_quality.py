@@ -78,7 +78,7 @@ def draw(run: Run) -> Figure:
 
 
 def draw_by_task(run: Run) -> Figure:
-    """The same with a row of panels for each profile and a column for each task."""
+    """Mean score against median latency: a row of panels for each profile, a column for each task."""
     _need(run, SCORE, "score")
     tasks = list(run.rows["task"].unique())
     if len(tasks) < 2:
