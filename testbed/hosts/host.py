@@ -86,16 +86,21 @@ def lines(process: Process, what: str) -> Iterator[bytes]:
     where it stands still."""
     rest = b""
     while True:
+        ended = False
         if descriptors.ready([process.stdout], _LOOK_S):
             piece = os.read(process.stdout.fileno(), 1 << 16)
-            if not piece:
-                break
             *whole, rest = (rest + piece).split(b"\n")
             yield from whole
+            if (
+                ended := not piece
+            ):  # its host may have ended it for standing still, and says so as it says that it ended
+                process.status(_STOPPED_S)
         if (stopped_s := process.stopped_s()) > _STOPPED_S:
             raise EndpointError(
                 f"{what} (process {process.pid}) has been stopped for {stopped_s:.1f} s (SIGSTOP)"
             )
+        if ended:
+            break
     if rest:
         yield rest
 

@@ -88,7 +88,9 @@ def test_what_runs_without_end_or_prints_without_end_is_ended(there: Ssh) -> Non
 def test_a_program_that_stands_still_is_ended_and_that_is_said(there: Ssh) -> None:
     said = []
     with there.start(["sh", "-c", "echo one; kill -STOP $$; echo two"], {}) as process:
-        said += lines(process, "it")
+        with pytest.raises(EndpointError, match=r"it \(process \d+\) has been stopped for 1"):
+            for line in lines(process, "it"):
+                said.append(line)
         assert process.status(None) == -9 and process.stopped_s() > 1
         assert "has been stopped for 1" in process.last_words()
     assert said == [b"one"]
