@@ -137,7 +137,7 @@ def test_a_context_that_does_not_fit_is_refused_by_the_side_that_is_short_and_sh
         for side in (edge, cloud):
             side.call(Load("shape:llama-3.1-8b", "cpu", threads=1, times=TIMES), 120)
         link = Link("127.0.0.1", cloud.call(Serve(1 << 30), 60), timeout=60.0)
-        spare(edge if short == "edge" else cloud, 440 << 20)
+        spare(edge if short == "edge" else cloud, 400 << 20)
         batches = []
         for tokens in (4096, 64):
             about = {"count": 1, "context_tokens": tokens, "codecs": ("int4",), "max_new_tokens": 2}
@@ -233,7 +233,7 @@ def test_a_run_has_an_error_row_for_what_does_not_fit_and_goes_on(tmp_path: Path
 
             def loaded() -> dict[str, Loaded]:
                 told = load()
-                spare(session.pair.edge, 440 << 20)
+                spare(session.pair.edge, 400 << 20)
                 return told
 
             session.pair.load = loaded  # type: ignore[method-assign]

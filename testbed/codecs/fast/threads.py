@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3), which also has the variable
 _RUNS = 4  # stretches a thread: so many that the slowest thread leaves the others little to wait for
 _LINE = 64  # bytes of a cache line
 _KEPT_BYTES, _LARGEST_MMAP_THRESHOLD = 256 << 20, 32 << 20
@@ -92,8 +92,11 @@ def keep_freed_memory() -> None:
     """Lets glibc keep what is freed, up to a bound, for the next part.
 
     It gives blocks of megabytes back to the kernel at once, and the next part's temporaries are then cleared and mapped
-    page by page, which takes several times as long as all that is computed in them.
+    page by page, which takes several times as long as all that is computed in them. Where the environment says how it is to
+    be, that stands.
     """
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
