@@ -55,7 +55,8 @@ CODECS = [
     "h2o@0.25", "h2o@0.25(normalised=true)", "keynorm@0.25", "pyramid@0.25", "adaptive@0.25", "adaptive@0.25(by=q2c)",
     "window@0.25", "random@0.25", "keydiff@0.25", "lagkv@0.25", "leverage@0.25", "compactor@0.25", "simlayer@0.25",
     "qfilters@0.25", "kvzip@0.25", "perhead@0.25(by=kvzip, floor=0)", "finch@0.25", "chunk@0.25(by=q2c)",
-    "critical@0.25(by=q2c)", "perlayer@0.25(by=q2c)", "rerotate@0.25(by=q2c)",
+    "critical@0.25(by=q2c)", "perlayer@0.25(by=q2c)", "rerotate@0.25(by=q2c)", "merge@0.25(by=q2c)",
+    "merge@0.25(by=q2c, form=cam)",
 ]  # fmt: skip
 GRID = [
     f"{name}@{ratio}{settings}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -48,14 +49,17 @@ def doctor(links: bool, lanes: int | None) -> Any:
 
 
 @click.command()
+@click.argument("catalogue", type=click.Path(path_type=Path), required=False)
 @as_json
-def profiles() -> Any:
-    """List the links' presets."""
+def profiles(catalogue: Path | None) -> Any:
+    """List the links' presets; or, as profiles to write, those of another testbed's CATALOGUE (6G-Testbed's profiles.yaml)."""
+    from testbed.net.profile.catalogue import read_catalogue
     from testbed.net.profile.profile import PRESETS
 
+    listed = PRESETS if catalogue is None else read_catalogue(catalogue)
     presets = [
-        {"name": preset.name, "up": str(preset.up), "down": str(preset.down), "source": preset.source}
-        for preset in PRESETS.values()
+        {"name": name, "up": str(preset.up), "down": str(preset.down), "source": preset.source}
+        for name, preset in listed.items()
     ]
     rows = [list(preset.values()) for preset in presets]
     return {"profiles": presets}, table(rows, ["profile", "up", "down", "source"]), 0

@@ -12,6 +12,7 @@ from testbed.codecs import CodecError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from testbed.codecs.merged import Merged
     from testbed.models.inputs import AttentionInputs
     from testbed.models.kvcache import KVCache, KVLayer
     from testbed.models.language import LanguageModel
@@ -296,6 +297,7 @@ class Kept:
     channels: tuple[Tensor, ...] = ()
     #: Whether what a layer keeps is turned to positions one behind the other, of which the last is the context's.
     together: bool = False
+    merged: tuple[Merged | None, ...] = ()  #: of each layer what goes into its kept tokens, where any does
 
     @classmethod
     def everything(cls, cache: KVCache) -> Kept:
@@ -334,6 +336,11 @@ class Kept:
             )
         pairs = zip(cache.layers, self.layers, strict=True)
         layers = [layer if index is None else layer.select(index) for layer, index in pairs]
+        if self.merged:
+            layers = [
+                layer if own is None else own.apply(whole, layer)
+                for whole, layer, own in zip(cache.layers, layers, self.merged, strict=True)
+            ]
         if self.together:
             if all(layer.rope is None for layer in layers):
                 raise CodecError(
@@ -352,7 +359,8 @@ class Kept:
 
     def digest(self) -> str:
         """Sixteen hex digits, equal for equal choices on any machine."""
-        start = (len(self.layers), self.context_tokens, *(["together"] if self.together else []))
+        apart = [word for word in ("together", "merged") if getattr(self, word)]
+        start = (len(self.layers), self.context_tokens, *apart)
         digest = hashlib.blake2b(str(start).encode(), digest_size=8)
         known: dict[int, bytes] = {}
         for index in self.layers:

@@ -34,6 +34,7 @@ SELECTORS = {
     "perlayer": "testbed.codecs.select.perlayer:PerLayer",
     "rerotate": "testbed.codecs.select.rerotate:Rerotate",
     "cake": "testbed.codecs.select.cake:Cake",
+    "merge": "testbed.codecs.select.merge:Merge",
 }
 TRANSFORMS = {
     "delta": "testbed.codecs.transform.delta:Delta",

@@ -40,7 +40,11 @@ class _Coded(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields
 
 
 def chosen(kept: Kept, count: int) -> Positions:
-    """The tokens that a selector keeps of a context of so many. Raises CodecError where layers keep different ones."""
+    """The tokens that a selector keeps of a context of so many. Raises CodecError where layers keep different ones, and where
+    more than a choice is made.
+    """
+    if kept.merged:
+        raise CodecError("a scout chooses tokens of a text; its selector merges caches")
     lists = list({id(index): index for index in kept.layers if index is not None}.values())
     if not lists:
         return np.arange(count, dtype=np.int64)
