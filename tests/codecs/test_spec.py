@@ -104,6 +104,8 @@ def specs(draw: st.DrawFn) -> CodecSpec:
             values = {p.name: draw(_values(p.name, p.type, p.choices)) for p in parameters(method)}
             if values.get("layers") == "last":  # which makes one list for all
                 values["scope"] = "global"
+            if "form" in values and values["scope"] != "head":  # merged runs are a head's own
+                values["form"] = "cam"
             chosen[stage] = method(**values)
     return CodecSpec(**{"selector": None, "transform": None, "coder": None, **chosen})
 
