@@ -89,6 +89,14 @@ class Run:
         return {}
 
     @property
+    def ended_loads(self) -> list[dict[str, Any]]:
+        """What ``loads.json`` has of each load that was put on; empty where it cannot be read."""
+        with contextlib.suppress(UsageError):
+            entries = RunDirectory(self.path).entries("loads.json", "ended")
+            return [each for each in entries if isinstance(each, dict)]
+        return []
+
+    @property
     def alone(self) -> Run:
         """The run without requests that were made under a load: what is said of a single request is said of these."""
         loaded = sum(int((part["load"] != "sequential").sum()) for part in (self.rows, self.failed))

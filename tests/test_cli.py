@@ -97,6 +97,13 @@ def test_plan_answers_in_json() -> None:
     assert value["trials"] == len(value["cells"]) * 3
 
 
+def test_the_commands_wait_for_no_library_but_clicks_own() -> None:
+    code = "import sys, testbed.cli; print(*{name.partition('.')[0] for name in sys.modules} & set(sys.argv[1].split()))"
+    heavy = "msgspec numpy pydantic pyroute2 yaml tempfile"
+    done = subprocess.run([sys.executable, "-c", code, heavy], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("listed", "key"),
     [("codecs", "methods"), ("tasks", "tasks"), ("profiles", "profiles"), ("models", "models")],

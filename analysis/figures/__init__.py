@@ -133,17 +133,21 @@ def _save(drawn: Figure, path: Path) -> None:
     from testbed.analysis.figures import pages
     from testbed.analysis.figures.style import paper
 
-    # No dates and versions inside: the same rows give the same bytes.
+    # No dates and versions inside: the same rows give the same bytes. What it shows is, for whoever cannot see it.
+    metadata = {
+        "Software": None,
+        "Description": " ".join(str(drawn.get_label()).partition("\n\n")[0].splitlines()),
+    }
     scale = paper().printed / float(drawn.get_size_inches()[0])
     if path.suffix == ".pdf":
         pages.save(drawn, path, scale)
     elif scale == 1:
-        drawn.savefig(path, metadata={"Software": None})
+        drawn.savefig(path, metadata=metadata)
     else:
         drawn.savefig(
             path,
             dpi=_PRINTED_DPI * scale,
-            metadata={"Software": None},
+            metadata=metadata,
             pil_kwargs={"dpi": (_PRINTED_DPI,) * 2},
         )
 

@@ -17,7 +17,16 @@ from matplotlib.ticker import MaxNLocator
 from testbed.analysis import settings
 from testbed.analysis.describe import caveats, conditions, subject
 from testbed.analysis.figures import NotInThisRun
-from testbed.analysis.figures.style import BLUE, INK, ORANGE, VERMILLION, Frame, bottom_legend, panel_title
+from testbed.analysis.figures.style import (
+    BLUE,
+    INK,
+    ORANGE,
+    VERMILLION,
+    Frame,
+    bottom_legend,
+    legible,
+    panel_title,
+)
 from testbed.analysis.levels import ladder
 from testbed.analysis.link_rates import Floats, rates
 from testbed.analysis.names import short
@@ -150,14 +159,22 @@ def _draw_request(
             if length > 0.02 * longest:
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.85}
                 at = (float(span["start_s"]) + length / 2, rung)
-                ax.text(*at, str(span["chunk"]), ha="center", va="center", fontsize=5.8, bbox=box, zorder=4)
+                ax.text(
+                    *at,
+                    str(span["chunk"]),
+                    ha="center",
+                    va="center",
+                    fontsize=legible(5.8),
+                    bbox=box,
+                    zorder=4,
+                )
     moments = np.linspace(0.0, longest, 600)
     under_way = _under_way(request.sent, moments)
     peak = float(np.max(under_way, initial=0.0))
     if peak > 0:
         ax.plot(moments, bottom - (bottom + 0.5) * 0.94 * under_way / peak, color=BLUE, lw=1.2, zorder=5)
         _note(ax, f"{peak / 1e6:.2g} MB", "bottom", BLUE)
-    ax.set_yticks(range(len(rungs)), list(short(rungs, 20).values()), fontsize=7)
+    ax.set_yticks(range(len(rungs)), list(short(rungs, 20).values()), fontsize=legible(7))
     ax.set_ylim(bottom, -0.5)
     ax.set_xlim(0, longest)
     ax.tick_params(axis="y", length=0)
@@ -175,7 +192,7 @@ def _note(ax: Axes, text: str, side: str, color: str) -> None:
         "xycoords": "axes fraction",
         "textcoords": "offset points",
         "ha": "right",
-        "fontsize": 6.2,
+        "fontsize": legible(6.2),
     }
     ax.annotate(text, (1, 1), (-3, -3 if side == "top" else -12), va="top", color=color, zorder=7, **at)
 

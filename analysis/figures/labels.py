@@ -12,6 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
+from testbed.analysis.figures.style import legible
+
 # Where a label may stand around its point: the offset's direction, and the text's side that faces the point.
 _SIDES = [
     (1, 1, "left", "bottom"),
@@ -54,7 +56,7 @@ def place(
     crossed = [Bbox(axes.transData.transform(np.asarray(ends, dtype=float))) for ends in lines]
     for x, y, text in points:
         own = np.asarray(axes.transData.transform((x, y)))
-        label = axes.annotate(text, (x, y), fontsize=_SIZE, zorder=6)
+        label = axes.annotate(text, (x, y), fontsize=legible(_SIZE), zorder=6)
         size = np.asarray(label.get_window_extent(renderer).size)
         label.remove()
         best: tuple[float, float, tuple[Any, ...], Bbox] | None = None
@@ -95,7 +97,7 @@ def _write(axes: Axes, at: tuple[float, float], text: str, distance: float, side
         textcoords="offset points",
         ha=horizontal,
         va=vertical,
-        fontsize=_SIZE,
+        fontsize=legible(_SIZE),
         zorder=6,
         arrowprops=line if distance > 7 else None,
         path_effects=[withStroke(linewidth=2, foreground="white")],

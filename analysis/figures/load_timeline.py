@@ -20,6 +20,7 @@ from testbed.analysis.figures.style import (
     GREY,
     INK,
     ORANGE,
+    PURPLE,
     SKY,
     VERMILLION,
     Frame,
@@ -41,6 +42,10 @@ _PARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("waits in the cloud", VERMILLION, ("queue_s",)),
     ("cloud computes", GREEN, ("decode_s", "first_token_s", "generate_s")),
 )
+#: By what bars and lines of each are told apart without colours: what computes is plain, what waits is hatched and dashed.
+_HATCHES = ("xxxxxx", "", "//////", "", "......", "")
+_EDGE = "#FFFFFFB0"
+_DASHES: tuple[Any, ...] = ((0, (1, 1)), "-", (0, (4, 1.5)), "-", "-", "-")
 
 
 def draw(run: Run) -> Figure:
@@ -56,6 +61,7 @@ def draw(run: Run) -> Figure:
     begins, ends = _stretch(rows)
     rows = rows[(rows["arrived_at"] < ends) & ~(rows["arrived_at"] + rows["e2e_s"] < begins)]
     left_out = f" · the first {MOST_CLIENTS} of {len(clients)} clients" if len(clients) > MOST_CLIENTS else ""
+    over = _handovers(run, shown)
     of_clients = 0.25 + 0.17 * min(len(clients), MOST_CLIENTS)
     frame = Frame(
         title="A load as time goes by",
@@ -66,7 +72,12 @@ def draw(run: Run) -> Figure:
         footnotes=[
             "Above: a client's requests from when they come up to the last token, in as many rows as it has under way at once; "
             "a cross: refused, or failed. Below: "
-            "how many requests of all clients wait where. Grey: the warm-up, which nothing counts.",
+            "how many requests of all clients wait where. Grey: the warm-up, which nothing counts."
+            + (
+                " Purple: a handover, from when its edge is on no link until it is on the next."
+                if over
+                else ""
+            ),
             *caveats(run),
         ],
         rows=2,
@@ -80,18 +91,36 @@ def draw(run: Run) -> Figure:
     _draw_clients(upper, rows, clients[:MOST_CLIENTS])
     _draw_queues(lower, rows, begins, ends)
     for ax in (upper, lower):
+        for handed in over:
+            ax.axvspan(
+                float(handed["begun_s"]), float(handed["ended_s"]), color=PURPLE, alpha=0.35, zorder=0.5
+            )
         early = rows.loc[rows["warmup"].astype(bool), "arrived_at"]
         if len(early) and float(early.max()) > begins:
             ax.axvspan(begins, float(early.max()), color="#DDDDDD", alpha=0.5, lw=0, zorder=0)
         ax.set_xlim(begins, ends)
     lower.set_xlabel("time since the load's start (s)")
-    bottom_legend(figure, frame, [Patch(facecolor=color, label=name) for name, color, _ in _PARTS], 3)
+    handles = [
+        Patch(facecolor=color, hatch=hatch, edgecolor=_EDGE, linewidth=0, label=name)
+        for (name, color, _), hatch in zip(_PARTS, _HATCHES, strict=True)
+    ]
+    bottom_legend(figure, frame, handles, 3)
     return figure
 
 
 def _busy(served: Served) -> float:
     """Requests under way on average (J. D. C. Little, 1961); what failed counts as none."""
     return float(served.rows["e2e_s"].fillna(0.0).sum())
+
+
+def _handovers(run: Run, shown: Served) -> list[dict[str, Any]]:
+    """Those of the load that is drawn."""
+    return [
+        each
+        for own in run.ended_loads
+        if own.get("cell") == shown.cell and own.get("repeat") == shown.rows["repeat"].min()
+        for each in own.get("handovers", ())
+    ]
 
 
 def _timed(run: Run, shown: Served) -> pd.DataFrame:
@@ -123,9 +152,11 @@ def _draw_clients(ax: Axes, rows: pd.DataFrame, clients: list[str]) -> None:
             if row["failed"]:
                 ax.plot(at, y, marker="x", color=INK, markersize=4)
                 continue
-            for _, color, stages in _PARTS:
+            for (_, color, stages), hatch in zip(_PARTS, _HATCHES, strict=True):
                 took = float(np.nansum([row[stage] for stage in stages]))
-                ax.barh(y, took, left=at, height=height * 0.9, color=color, lw=0)
+                ax.barh(
+                    y, took, left=at, height=height * 0.9, color=color, hatch=hatch, edgecolor=_EDGE, lw=0
+                )
                 at += took
         if place:
             ax.axhline(place - 0.5, color="#DDDDDD", lw=0.5, zorder=1)
@@ -170,10 +201,16 @@ def _draw_queues(ax: Axes, rows: pd.DataFrame, begins: float, ends: float) -> No
     behind: tuple[str, ...] = ()
     most = 1
     look: dict[str, Any] = {"where": "post", "lw": 1.2}
-    for name, color, stages in _PARTS:
+    for (name, color, stages), dashes in zip(_PARTS, _DASHES, strict=True):
         if "wait" in name:
             times, counts = waiting(rows, stages, behind)
-            ax.step([begins, *times, ends], [0, *counts, counts[-1] if counts else 0], color=color, **look)
+            ax.step(
+                [begins, *times, ends],
+                [0, *counts, counts[-1] if counts else 0],
+                color=color,
+                ls=dashes,
+                **look,
+            )
             most = max([most, *(n for t, n in zip(times, counts, strict=True) if begins <= t <= ends)])
         behind += stages
     ax.set_ylim(-0.04 * most, most * 1.06)

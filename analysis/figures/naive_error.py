@@ -27,6 +27,7 @@ from testbed.analysis.figures.style import (
     Mark,
     bottom_legend,
     legend_columns,
+    legible,
     panel_title,
 )
 from testbed.analysis.naive import Choice, Error
@@ -141,7 +142,7 @@ def _draw_choices(ax: Axes, choices: list[Choice]) -> None:
         "dot: fastest as measured; arrow: from what the formula promises to what its choice takes",
     )
     limit_seconds(ax, [e for c in choices for e in (c.fastest_s, c.promised_s, c.takes_s)])
-    names = short((name for c in choices for name in (c.measured, c.named)), 40)
+    names, wrapped = short((name for c in choices for name in (c.measured, c.named)), 40), False
     for row, choice in enumerate(choices):
         wrong = choice.named != choice.measured
         color = VERMILLION if wrong else GREY
@@ -154,14 +155,24 @@ def _draw_choices(ax: Axes, choices: list[Choice]) -> None:
         else:
             said += f"the same, {choice.promised_s:.2f} s"
         said += f"; apart in {choice.apart} of {choice.n} examples"
-        size = min(7.2, ax.get_window_extent().width / ax.figure.dpi * 72 / (0.52 * len(said)))
+        width = ax.get_window_extent().width / ax.figure.dpi * 72
+        if len(said) * 0.52 * legible(0) > width:
+            wrapped = True
+            said = said.replace("; ", ";\n")
+        size = min(7.2, width / (0.52 * max(map(len, said.splitlines()))))
         at: dict[str, Any] = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points"}
         ax.annotate(
-            said, (0, row), (4, 6), fontsize=size, color=VERMILLION if wrong else INK, va="bottom", **at
+            said,
+            (0, row),
+            (4, 6),
+            fontsize=legible(size),
+            color=VERMILLION if wrong else INK,
+            va="bottom",
+            **at,
         )
     links = short((choice.panel for choice in choices), 26)
-    ax.set_yticks(range(len(choices)), [links[choice.panel] for choice in choices], fontsize=7.6)
-    ax.set_ylim(len(choices) - 0.6, -0.85)
+    ax.set_yticks(range(len(choices)), [links[choice.panel] for choice in choices], fontsize=legible(7.6))
+    ax.set_ylim(len(choices) - 0.6, -1.05 if wrapped else -0.85)
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
     ax.set_xlabel("latency (s)")

@@ -8,13 +8,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from testbed import stats
 from testbed.analysis.figures.labels import Segment
-from testbed.analysis.figures.style import GREY, Frame, Mark, bottom_legend, legend_columns, marks
+from testbed.analysis.figures.style import (
+    BLUE,
+    GREY,
+    Frame,
+    Mark,
+    bottom_legend,
+    legend_columns,
+    legible,
+    marks,
+)
+from testbed.analysis.link_rates import Floats
 from testbed.analysis.names import short
 from testbed.analysis.settings import Measured
 
@@ -22,6 +33,8 @@ from testbed.analysis.settings import Measured
 DASHES: list[Any] = ["-", (0, (5, 2)), (0, (1.2, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2))]
 #: How a Pareto front is drawn.
 FRONT: dict[str, Any] = {"color": GREY, "lw": 2.2, "alpha": 0.55}
+
+_RATE = "#BBD0E3"
 
 Panel = TypeVar("Panel")
 
@@ -110,6 +123,24 @@ def curve(
             ax.plot([x, x], interval, color=mark.color, lw=1.0, alpha=0.6, zorder=3, gid="interval")
             ends = [*ends, *interval]
     return ends
+
+
+def rate_above(ax: Axes, rate: tuple[Floats, Floats]) -> None:
+    """A link's rate as it changes, in the lane above the first: edges of bins (s) and bit/s in them."""
+    edges, values = rate
+    most = float(np.max(values)) or 1.0
+    ax.stairs(-0.58 - 0.85 * values / most, edges, baseline=-0.58, fill=True, color=_RATE, zorder=0.5)
+    ax.annotate(
+        f"{most / 1e6:.3g} Mbit/s",
+        (1, -1.43),
+        (-2, 0),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        fontsize=legible(6),
+        color=BLUE,
+    )
 
 
 def front(ax: Axes, points: Sequence[tuple[float, float]], look: dict[str, Any]) -> list[Segment]:

@@ -17,15 +17,16 @@ from matplotlib.ticker import MaxNLocator
 from testbed.analysis import settings
 from testbed.analysis.describe import caveats, conditions, megabytes, subject
 from testbed.analysis.figures import NotInThisRun
+from testbed.analysis.figures.panels import rate_above
 from testbed.analysis.figures.stages import LOOKS, patch
 from testbed.analysis.figures.style import (
-    BLUE,
     GREY,
     INK,
     ORANGE,
     Frame,
     bottom_legend,
     legend_height,
+    legible,
     panel_title,
 )
 from testbed.analysis.link_rates import Floats, rates
@@ -36,7 +37,6 @@ from testbed.analysis.spans import PLACES, STAGE_NAMES, lanes, of_stages, spans
 MOST = 8  #: settings below each other
 #: Of the levels of chunks, one after the other; what has none looks as in `LOOKS`.
 _HATCHES = ("", "xxxx", "....", "||||", "++", "oo", "**")
-_RATE = "#BBD0E3"
 
 
 @dataclass(frozen=True)
@@ -155,20 +155,7 @@ def _draw_request(
         _draw_lane(ax, number, table[[lane == number for lane in of]], levels, longest)
     top = -1.55 if rated else -0.6
     if request.rate is not None:
-        edges, values = request.rate
-        most = float(np.max(values)) or 1.0
-        ax.stairs(-0.58 - 0.85 * values / most, edges, baseline=-0.58, fill=True, color=_RATE, zorder=0.5)
-        at: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        ax.annotate(
-            f"{most / 1e6:.3g} Mbit/s",
-            (1, -1.43),
-            (-2, 0),
-            ha="right",
-            va="top",
-            fontsize=6,
-            color=BLUE,
-            **at,
-        )
+        rate_above(ax, request.rate)
     first = table.loc[table["stage"] == "first_token", "end_s"]
     if len(first):
         ax.plot(first.max(), top, marker="v", color=INK, markersize=5, clip_on=False, zorder=7)
@@ -204,7 +191,16 @@ def _draw_lane(ax: Axes, lane: int, table: pd.DataFrame, levels: dict[str, str],
         if several and span["stage"] == "transmit" and length > 0.018 * longest and height > 0.15:
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.85}
             middle = span["start_s"] + length / 2
-            ax.text(middle, y, str(span["chunk"]), ha="center", va="center", fontsize=5.8, bbox=box, zorder=4)
+            ax.text(
+                middle,
+                y,
+                str(span["chunk"]),
+                ha="center",
+                va="center",
+                fontsize=legible(5.8),
+                bbox=box,
+                zorder=4,
+            )
 
 
 def _apart(table: pd.DataFrame) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from matplotlib.patches import Rectangle
 from testbed.analysis import settings
 from testbed.analysis.describe import caveats, subject
 from testbed.analysis.figures import NotInThisRun
-from testbed.analysis.figures.style import GREY, INK, Frame, Mark, marks, panel_title
+from testbed.analysis.figures.style import GREY, INK, Frame, Mark, legible, marks, panel_title
 from testbed.analysis.latency_model import steady
 from testbed.analysis.names import short
 from testbed.analysis.paired_latency import LatencyRatio, ratios
@@ -40,6 +41,7 @@ class Square:
 
 
 _ROOM_FOR_A_MARK = 110.0  #: points
+_WIDE = 0.58  #: of a text's size, a character's width
 _SMALLEST = 5.6  #: points of a font
 
 Place = tuple[float, float]  #: rate up (bit/s; 0: unlimited), delay up (s)
@@ -150,15 +152,17 @@ def _draw_square(ax: Axes, square: Square, x: float, y: float, height: float, lo
     ax.add_patch(Rectangle(at, *size, edgecolor="none", **look))
     ax.add_patch(Rectangle(at, *size, facecolor="none", edgecolor=GREY, linewidth=0.8))
 
-    def write(where: float, text: str, size: float, share: float = 0.94, **more: Any) -> None:
-        _write(ax, x + 0.5, y + where * height, text, size, share, **more)
+    def write(where: float, texts: Sequence[str], size: float, share: float = 0.94, **more: Any) -> None:
+        _write(ax, x + 0.5, y + where * height, texts, size, share, **more)
 
     # A link written out says in its name what its place says already.
-    name = "" if "=" in square.profile else f"{square.profile} · "
-    changing = " · means of a trace" if square.changes else ""
-    write(0.84, f"{name}{format_fraction(square.loss)} loss{changing}", 6.8, color="#444444")
+    named = [] if "=" in square.profile else [square.profile]
+    loss = f"{format_fraction(square.loss)} loss"
+    changing = ["means of a trace"] if square.changes else []
+    parts = [*named, loss, *changing]
+    write(0.84, [" · ".join(parts), *([" · ".join([*named, *changing])] if named else []), *named], 6.8, color="#444444")
     if square.best is None or mark is None:
-        write(0.4, "none keeps it", 8.0, color=INK)
+        write(0.4, ["none keeps it"], 8.0, color=INK)
         return
     best, label = square.best.latency, _short(square.best)
     interval = f" [{best.low:.2f}, {best.high:.2f}]" if best.low == best.low else ""
@@ -166,10 +170,10 @@ def _draw_square(ax: Axes, square: Square, x: float, y: float, height: float, lo
     if wide:
         ax.plot(x + 0.08, y + 0.5 * height, **{**mark.options(), "markersize": 8})
     share = 0.8 if wide else 0.94
-    write(0.6, label if square.shown else f"({label})", 8.6, share, weight="bold")
-    write(0.38, f"{best.value:.2f} s{interval}", 7.8, share)
+    write(0.6, [label if square.shown else f"({label})"], 8.6, share, weight="bold")
+    write(0.38, [f"{best.value:.2f} s{interval}", f"{best.value:.2f} s"], 7.8, share)
     if square.slower is not None and square.second is not None:
-        write(0.14, _next(square, square.second, square.slower), 6.8, color="#444444")
+        write(0.14, [_next(square, square.second, square.slower)], 6.8, color="#444444")
 
 
 def _next(square: Square, second: Measured, slower: LatencyRatio) -> str:
@@ -185,12 +189,15 @@ def _points(ax: Axes) -> float:
     return float(ax.get_window_extent().width / ax.figure.dpi * 72 / ax.get_xlim()[1])
 
 
-def _write(ax: Axes, x: float, y: float, text: str, size: float, share: float, **more: Any) -> None:
-    """The text, smaller where a square is too narrow for it, and cut in the middle where that is not enough."""
-    width = _points(ax) * share
-    size = max(min(size, width / (0.58 * max(1, len(text)))), min(size, _SMALLEST))
-    most = max(6, int(width / (0.58 * size)))
+def _write(
+    ax: Axes, x: float, y: float, texts: Sequence[str], size: float, share: float, **more: Any
+) -> None:
+    """The first of the texts that a square has room for, smaller where it is narrow; the last cut in the middle where none fits."""
+    width, least = _points(ax) * share, legible(min(size, _SMALLEST))
+    most = max(6, int(width / (_WIDE * least)))
+    text = next((text for text in texts if len(text) <= most), texts[-1])
     text = text if len(text) <= most else f"{text[: most - 4]}…{text[-3:]}"
+    size = max(least, min(size, width / (_WIDE * max(1, len(text)))))
     ax.text(x, y, text, ha="center", va="center", fontsize=size, **more)
 
 

@@ -31,6 +31,7 @@ from testbed.analysis.figures.style import (
     Frame,
     bottom_legend,
     legend_height,
+    legible,
     panel_title,
 )
 from testbed.analysis.names import short
@@ -52,6 +53,8 @@ LOOKS = {
 }
 
 
+#: Settings that are drawn; slower ones are left out.
+MOST = 20
 #: What stands beside each setting's bar, of a panel's rows.
 Beside = Callable[[pd.DataFrame], dict[str, str]]
 
@@ -63,8 +66,9 @@ def draw(run: Run) -> Figure:
     panels = list(settings.panels(run.attempts))
     columns = 1 if len(panels) == 1 else 2
     stages = stage_names(run.rows)
-    order = list(settings.labelled(run.attempts)["setting"].unique())
-    bars = len(order)
+    every = by_latency(settings.labelled(run.attempts))
+    order = every[:MOST]
+    bars, left_out = len(order), len(every) - len(order)
     links = counted(len(panels), "emulated link")
     frame = Frame(
         title="Where the time of a request goes",
@@ -75,7 +79,9 @@ def draw(run: Run) -> Figure:
         ),
         footnotes=[
             "Beside each bar: median end-to-end latency, and mean payload. "
-            "First token: from the cache rebuilt (or the text received) to the first token at the edge.",
+            "First token: from the cache rebuilt (or the text received) to the first token at the edge. "
+            "In the order of their latencies over all panels"
+            + (f"; {counted(left_out, 'slower setting')} left out." if left_out else "."),
             *overlapping(run.rows),
             *caveats(run),
         ],
@@ -93,6 +99,16 @@ def draw(run: Run) -> Figure:
         ax.tick_params(labelleft=spec is None or spec.is_first_col())
     bottom_legend(figure, frame, [patch(stage) for stage in stages], 4)
     return figure
+
+
+def by_latency(rows: pd.DataFrame) -> list[str]:
+    """The settings of labelled rows, the fastest first: by the mean, over the panels that have it, of the logarithm of the median
+    latency over the panel's fastest. One that failed most of the time somewhere comes last.
+    """
+    times = rows["e2e_s"].mask(rows["failed"].astype(bool), math.inf).fillna(math.inf)
+    medians = times.groupby([rows["setting"], rows["panel"]]).median().unstack()
+    behind = np.log(medians / medians.min()).replace(np.nan, math.inf).where(medians.notna())
+    return [str(name) for name in behind.mean(axis=1).sort_values(kind="stable").index]
 
 
 def patch(stage: str) -> Patch:
@@ -169,7 +185,11 @@ def _draw_bars(
         parts = [_seconds(median.value)] if math.isfinite(median.value) else []
         parts += [beside[label]] if beside.get(label) else []
         text = " · ".join([*parts, *([note] if note else [])])
-        look: dict[str, Any] = {"va": "center", "fontsize": 7.6, "color": VERMILLION if note else INK}
+        look: dict[str, Any] = {
+            "va": "center",
+            "fontsize": legible(7.6),
+            "color": VERMILLION if note else INK,
+        }
         ax.annotate(text, (end, place), xytext=(4, 0), textcoords="offset points", **look)
     return ends
 

@@ -30,6 +30,8 @@ GREY, INK = "#8A8A8A", "#222222"
 
 _RIGHT = 0.18  #: inches, room for half of a tick's label
 _NARROW = 6.0  #: inches, below which panels stand below one another
+_BOLD = 0.663  #: of a bold text's size, a character's width
+_LEAST = 6.0  #: points, of a text as it is printed
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ _paper: ContextVar[Paper] = ContextVar("paper", default=PAPERS["screen"])
 def paper() -> Paper:
     """What the figure that is being made is for."""
     return _paper.get()
+
+
+def legible(points: float) -> float:
+    """A text's size, or the one that is 6 points when it is printed."""
+    return max(points, _LEAST * paper().drawn / paper().printed)
 
 
 @contextlib.contextmanager
@@ -234,8 +241,8 @@ class Frame:
         return (0.14 if paper().titles else 0.06) + 0.135 * len(self._notes)
 
     def caption(self) -> str:
-        """Its texts, for where they are not in the figure."""
-        return "\n".join([self.title, *self.subtitle.splitlines(), *self.footnotes])
+        """Its texts, for where they are not in the figure; what it shows, and behind an empty line what is to be known of it."""
+        return "\n".join([self.title, *self.subtitle.splitlines(), "", *self.footnotes])
 
     def figure(self) -> tuple[Figure, list[Axes]]:
         """The figure with its texts, and its axes row by row."""
@@ -274,7 +281,7 @@ def _write_around(
     places: list[tuple[float, list[str], dict[str, Any]]] = [
         (1 - 0.1 / height, title, {"va": "top", "fontsize": 12, "fontweight": "bold", "color": INK}),
         (1 - (0.16 + 0.2 * len(title)) / height, below, {"va": "top", "fontsize": 8.5, "color": "#444444"}),
-        (0.08 / height, notes, {"va": "bottom", "fontsize": 7.2, "color": "#555555"}),
+        (0.08 / height, notes, {"va": "bottom", "fontsize": legible(7.2), "color": "#555555"}),
     ]
     for y, lines, look in places:
         figure.text(start, y, "\n".join(lines), linespacing=1.3, **look)
@@ -287,13 +294,15 @@ def _wrapped(paragraphs: Iterable[str], characters: float) -> list[str]:
 def panel_title(axes: Axes, title: str, below: str) -> None:
     """A panel's name, and under it the conditions that it shows; both kept within the panel's width."""
     width = axes.get_window_extent().width / axes.figure.dpi * 72  # points
-    if len(title) * 6.3 > width:
-        most = int(width / 6.3)  # what differs between links may stand at the end of their names
+    large = max(legible(6.8), min(9.5, width / (_BOLD * max(1, len(title)))))
+    if len(title) * _BOLD * large > width:
+        most = int(width / (_BOLD * large))  # what differs between links may stand at the end of their names
         title = f"{title[: most // 2]} … {title[3 - (most - most // 2) :]}"
-    size = min(8.0, width / (0.55 * max(1, len(below))))
-    looks: list[tuple[str, int, dict[str, Any]]] = [
-        (title, 17, {"fontsize": 9.5, "fontweight": "bold"}),
-        (below, 5, {"fontsize": size, "color": "#444444"}),
+    small = max(legible(6.0), min(8.0, width / (0.55 * max(1, len(below)))))
+    lines = textwrap.wrap(below, max(20, int(width / (0.55 * small)))) or [""]
+    looks: list[tuple[str, float, dict[str, Any]]] = [
+        (title, 17 + 1.2 * small * (len(lines) - 1), {"fontsize": large, "fontweight": "bold"}),
+        ("\n".join(lines), 5, {"fontsize": small, "color": "#444444"}),
     ]
     for text, height, look in looks:
         axes.annotate(text, (0, 1), (0, height), xycoords="axes fraction", textcoords="offset points", **look)
@@ -336,7 +345,7 @@ def tell_missing(ax: Axes, missing: list[str], most: int = 4) -> None:
             transform=ax.transAxes,
             ha="right",
             va="bottom",
-            fontsize=6.8,
+            fontsize=legible(6.8),
             color=VERMILLION,
             zorder=1.8,
             bbox=box,

@@ -8,12 +8,23 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import blended_transform_factory
 
 from testbed.analysis import settings
 from testbed.analysis.describe import caveats, conditions, megabytes
 from testbed.analysis.figures import NotInThisRun
+from testbed.analysis.figures.panels import rate_above
 from testbed.analysis.figures.stages import LOOKS, patch
-from testbed.analysis.figures.style import GREY, INK, Frame, bottom_legend, legend_height, panel_title
+from testbed.analysis.figures.style import (
+    GREY,
+    INK,
+    Frame,
+    bottom_legend,
+    legend_height,
+    legible,
+    panel_title,
+)
+from testbed.analysis.link_rates import rates
 from testbed.analysis.run import Run, stage_names
 from testbed.analysis.spans import PLACES, lanes, of_stages, spans
 
@@ -31,6 +42,14 @@ def draw(run: Run) -> Figure:
     chosen = _trials(rows)
     used = stage_names(chosen)
     first = chosen.iloc[0]
+    longest = float(chosen["e2e_s"].max())
+    of_link = [
+        rates(run, str(trial["profile"]), float(trial["trace_s"]), longest)
+        if trial["trace_s"] == trial["trace_s"]
+        else None
+        for _, trial in chosen.iterrows()
+    ]
+    rated = any(rate is not None for rate in of_link)
     frame = Frame(
         title="One request" if len(chosen) == 1 else f"One request under {len(chosen)} settings",
         subtitle=(
@@ -40,23 +59,27 @@ def draw(run: Run) -> Figure:
         ),
         footnotes=[
             "The example is the one whose latencies are nearest to the settings' medians. "
-            "Stages in parentheses were taken over from an identical earlier trial.",
+            "Stages in parentheses were taken over from an identical earlier trial."
+            + (" Rate: what the link's trace has then." if rated else ""),
             *caveats(run),
         ],
         rows=len(chosen),
         columns=1,
-        panel=0.72,
+        panel=0.95 if rated else 0.72,
         legend=legend_height([LOOKS[stage][2] for stage in used], 4),
         left=0.7,
         above=0.4,
         below=0.12,
     )
     figure, axes = frame.figure()
-    longest = float(chosen["e2e_s"].max())
     table = spans(run)
-    for ax, (_, trial) in zip(axes, chosen.iterrows(), strict=True):
+    for ax, (_, trial), rate in zip(axes, chosen.iterrows(), of_link, strict=True):
         own = table[table["trial"] == trial["trial"]]
         _draw_trial(ax, trial, own if len(own) else of_stages(trial), longest)
+        ax.set_yticks([*([-1] if rated else []), 0, 1, 2], [*(["rate"] if rated else []), *PLACES])
+        ax.set_ylim(2.5, -1.55 if rated else -0.6)
+        if rate is not None:
+            rate_above(ax, rate)
         ax.set_xlim(0, longest * 1.02)
         ax.tick_params(labelbottom=ax is axes[-1])
     axes[-1].set_xlabel("time since the request (s)")
@@ -117,13 +140,13 @@ def _draw_trial(ax: Axes, trial: pd.Series, table: pd.DataFrame, longest: float)
         text = f"({text})" if stage in reused else text
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
         if length > 0.05 * longest:
-            ax.text(start + length / 2, lane, text, ha="center", va="center", fontsize=6.6, bbox=box)
+            ax.text(start + length / 2, lane, text, ha="center", va="center", fontsize=legible(6.6), bbox=box)
         if span["stage"] == "first_token":
-            ax.plot(start + length, -0.62, marker="v", color=INK, markersize=5, clip_on=False, zorder=5)
-    for border in (0.5, 1.5):
+            above = blended_transform_factory(ax.transData, ax.transAxes)
+            look = {"marker": "v", "color": INK, "markersize": 5, "clip_on": False, "zorder": 5}
+            ax.plot(start + length, 1.0, transform=above, **look)
+    for border in (-0.5, 0.5, 1.5):
         ax.axhline(border, color=GREY, lw=0.3)
-    ax.set_yticks(range(3), PLACES)
-    ax.set_ylim(2.5, -0.6)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="y", visible=False)
     ax.xaxis.set_major_locator(MaxNLocator(8))

@@ -29,6 +29,7 @@ from testbed.analysis.figures.style import (
     Frame,
     bottom_legend,
     legend_columns,
+    legible,
     panel_title,
 )
 from testbed.analysis.latency_model import HeldOut, LatencyModel, leave_one_out, median_error, steady
@@ -171,7 +172,7 @@ def _name_regions(ax: Axes, chart: SpeedMap) -> None:
         side = "left" if share < 0.2 else "right" if share > 0.8 else "center"
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.5}
         at = chart.rates[column] / 1e6, chart.speeds[row]
-        ax.text(*at, names[name], ha=side, va="center", fontsize=7.6, bbox=box, zorder=4)
+        ax.text(*at, names[name], ha=side, va="center", fontsize=legible(7.6), bbox=box, zorder=4)
 
 
 def _unknown(names: list[str], predicted: list[str]) -> list[str]:

@@ -125,7 +125,8 @@ def render(run: Run, figures: list[Path]) -> str:
         facts=_facts(run),
         caveats=_caveats(run),
         figures=[
-            (p.stem, _about(p.stem), picture) for p, picture in zip(figures, _pictures(figures), strict=True)
+            (p.stem, _about(p.stem), _shown(p), picture)
+            for p, picture in zip(figures, _pictures(figures), strict=True)
         ],
         missing=missing,
         calibration=_calibration(run),
@@ -185,6 +186,14 @@ def _about(name: str) -> str:
     module, function = FIGURES[name].split(":")
     text = inspect.getdoc(getattr(importlib.import_module(module), function)) or name
     return " ".join(text.split()).split(" Raises ")[0]
+
+
+def _shown(path: Path) -> str:
+    """What a figure's file says that it shows, of this run."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return str(image.info.get("Description", path.stem))
 
 
 def _pictures(figures: list[Path]) -> list[str]:

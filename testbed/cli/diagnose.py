@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from testbed.cli.parts import as_json, table
-from testbed.diagnosis.choose import best_form
 from testbed.errors import UsageError
 
 
@@ -99,6 +98,8 @@ def _draw(path: Path) -> list[tuple[str, Path]]:
 
 def _text(diagnosis: dict[str, Any]) -> str:
     """The tables: the forms of the coarse integers, and what layers cost."""
+    from testbed.diagnosis.choose import best_form
+
     rows = [
         [
             form["codec"],

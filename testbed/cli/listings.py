@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from msgspec import structs
 
 from testbed.cli.parts import as_json, require_root, sentences, table
 
@@ -38,6 +37,8 @@ def doctor(links: bool, lanes: int | None) -> Any:
     if lanes is not None:
         require_root()
         measured = measure_lanes(lambda line: click.echo(line, err=True), lanes)
+        from msgspec import structs
+
         steps = [{**structs.asdict(step), "ok": step.ok} for step in measured.steps]
     findings = examine()
     rows = [[f.what, "yes" if f.ok else ("MISSING" if f.needed else "no"), f.detail] for f in findings]

@@ -23,7 +23,7 @@ class Q2C(Selector):
 
     sinks: the context's first tokens, always kept. pool: tokens of a max-pooling window (odd; 1: none). A question looks at
     its own words in the context more than at the answer, which stands beside them: without pooling, a needle's digits get
-    less attention than the median token. 15, and a list for each head, kept most (docs/codecs.md has the figures).
+    less attention than the median token. 15, and a list for each head, kept most (docs/measured/codecs.md has the figures).
 
     As published it is ``q2c@0.25(sinks=0, pool=1, scope=global, layers=last)``: sums over all heads and question tokens of
     the last layer alone rank the tokens, once for the whole cache.
