@@ -4,8 +4,10 @@
 
 That is M/D/1. At the server: eight edges, each with a fast link of its own, ask a cloud that answers one request at a time. At
 the link: one edge's. Printed are the mean wait with its interval (Student's, over ten stretches of time), and that of Pollaczek
-and Khinchine, load x service / 2 (1 - load). A link's wait is what crossing it took longer than the fastest request's; its
-service, the payload with its packets' headers over the rate. At the server: `queue_s`, and what the cloud does for one request.
+and Khinchine, load x service / 2 (1 - load), at the load and the service that the run had. A link's wait is what crossing it took
+longer than the fastest request's; its service, the payload with its packets' headers over the rate. At the server: `queue_s`, and
+what the cloud does for one request. Beside it the mean of Lindley's recursion over the very moments at which these requests came:
+what is left between both is the testbed's, without chance.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 from scipy import stats as scipy_stats
 
 from benchmarks.runs import rows
+from testbed.experiment.row import STAGES
 
 _SHARE = 1448 / 1500  # of a packet, what is TCP's data
 _STRETCHES = 10
@@ -66,6 +69,19 @@ def service_s(where: str, found: Sequence[dict[str, Any]]) -> float:
     return float(median(sum(row[stage] for stage in _CLOUD) - row["delay_down_s"] for row in found))
 
 
+def lindley(where: str, found: Sequence[dict[str, Any]], service: float) -> float:
+    """The mean wait of one after the other, as they came, each of which takes so long (D. V. Lindley, 1952)."""
+    before = {"server": STAGES[: STAGES.index("queue_s")], "link": STAGES[: STAGES.index("link_queue_s")]}[
+        where
+    ]
+    came = sorted(row["arrived_at"] + sum(row[stage] for stage in before) for row in found)
+    waits, free = [], 0.0
+    for at in came:
+        waits.append(max(0.0, free - at))
+        free = max(free, at) + service
+    return fmean(waits)
+
+
 def waited(where: str, found: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
     """(when it came up, how long it waited) of each request."""
     if where == "server":
@@ -97,13 +113,16 @@ def main() -> None:
     options = parser.parse_args()
     lines = []
     for where in options.where:
-        service = service_s(where, asked(where, "poisson(rate=1/s)", 10.0))
-        for load in options.loads:
-            rate = load / service
+        alone = service_s(where, asked(where, "poisson(rate=1/s)", 10.0))
+        for asked_load in options.loads:
+            rate = asked_load / alone
             found = asked(where, f"poisson(rate={rate:.3f}/s)", options.seconds)
             wait, low, high = mean(waited(where, found), options.seconds)
+            service = service_s(where, found)  # its own: what is replayed was measured anew
+            load = rate * service
             theory = load * service / (2 * (1 - load))
             about = {"where": where, "load": load, "n": len(found), "service_s": service, "theory_s": theory}
+            about |= {"lindley_s": lindley(where, found, service)}
             late = sum(bool(row["warnings"]) for row in found)
             lines.append({**about, "wait_s": wait, "low_s": low, "high_s": high, "not_kept_up": late})
             lines[-1]["within"] = bool(low <= theory <= high)

@@ -160,7 +160,12 @@ def _draw_square(ax: Axes, square: Square, x: float, y: float, height: float, lo
     loss = f"{format_fraction(square.loss)} loss"
     changing = ["means of a trace"] if square.changes else []
     parts = [*named, loss, *changing]
-    write(0.84, [" · ".join(parts), *([" · ".join([*named, *changing])] if named else []), *named], 6.8, color="#444444")
+    write(
+        0.84,
+        [" · ".join(parts), *([" · ".join([*named, *changing])] if named else []), *named],
+        6.8,
+        color="#444444",
+    )
     if square.best is None or mark is None:
         write(0.4, ["none keeps it"], 8.0, color=INK)
         return
@@ -192,7 +197,7 @@ def _points(ax: Axes) -> float:
 def _write(
     ax: Axes, x: float, y: float, texts: Sequence[str], size: float, share: float, **more: Any
 ) -> None:
-    """The first of the texts that a square has room for, smaller where it is narrow; the last cut in the middle where none fits."""
+    """The first of the texts that a square has room for, smaller where it is narrow; the last cut where none fits."""
     width, least = _points(ax) * share, legible(min(size, _SMALLEST))
     most = max(6, int(width / (_WIDE * least)))
     text = next((text for text in texts if len(text) <= most), texts[-1])
