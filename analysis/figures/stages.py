@@ -107,7 +107,7 @@ def by_latency(rows: pd.DataFrame) -> list[str]:
     """
     times = rows["e2e_s"].mask(rows["failed"].astype(bool), math.inf).fillna(math.inf)
     medians = times.groupby([rows["setting"], rows["panel"]]).median().unstack()
-    behind = np.log(medians / medians.min()).replace(np.nan, math.inf).where(medians.notna())
+    behind = pd.DataFrame(np.log(medians / medians.min())).fillna(math.inf).where(medians.notna())
     return [str(name) for name in behind.mean(axis=1).sort_values(kind="stable").index]
 
 
