@@ -52,7 +52,7 @@ def test_no_letter_is_printed_smaller_than_six_points(
 
 
 def test_a_long_name_is_written_smaller_before_it_is_cut(run: Path, tmp_path: Path) -> None:
-    long = "up:rate=10mbit,delay=20ms,jitter=5ms;down:rate=50mbit,delay=20ms"
+    long = "up:rate=10mbit,delay=20ms,jitter=5ms,loss=0.5%,queue=2bdp;down:rate=50mbit,delay=20ms,loss=0.1%"
     path = make_run(tmp_path / "run", ("lte",), ("fp16", "int8"), tasks=("needle",), examples=3)
     rewrite(path, [row | {"profile": long} for row in lines(path)])
     with style():
