@@ -24,6 +24,7 @@ from testbed.endpoints.spans import billed, busy
 from testbed.errors import TestbedError, UsageError
 from testbed.experiment import expected, inputs
 from testbed.experiment.provenance import QUESTIONS
+from testbed.experiment.readers import EXAMPLES
 from testbed.experiment.results import SPANS, RunDirectory
 from testbed.experiment.row import BUSY, SENDING, STAGES, naive
 from testbed.tasks.task import Example, Task, parse_task
@@ -186,8 +187,10 @@ def _tasks(directory: RunDirectory) -> tuple[dict[str, Task], list[str]]:
     known, unread = {}, []
     written = directory.settings().get("tasks")
     for each in written if isinstance(written, list) else ():
+        # How many of its examples are asked for is no parameter of a task.
+        alone = {k: v for k, v in each.items() if k != EXAMPLES} if isinstance(each, dict) else each
         try:
-            task = parse_task(each)
+            task = parse_task(alone)
             known[task.label] = task
         except UsageError as error:
             unread.append(str(error))

@@ -60,7 +60,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         _consistent,
     )
-    write_manifest(path, settings={"tasks": [{"task": "needle"}]})
+    write_manifest(path, settings={"tasks": [{"task": "needle", "examples": 6}]})
     rows = lines(path)
     asked = [
         {
