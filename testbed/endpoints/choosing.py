@@ -102,6 +102,11 @@ class AdaptiveFeed(Feed):
         with self._changed:
             self._arrived[index] = at - self._began
 
+    @property
+    def deadline_s(self) -> float | None:
+        """Of the first token, from when the request begins."""
+        return self._delivery.deadline
+
     def learn(self, spans: Sequence[Span], first_token_s: float) -> None:
         """How the request went, for those to come."""
         experience, made = self._outlook.experience, self._made

@@ -379,7 +379,8 @@ class Examine(Message[Outcome]):
 class Parts(Part):
     """How a ware is made part by part, each of which is sent as soon as it is: (tokens prefilled, seconds that took since those
     before) in turn, nothing where it is stored; seconds of encoding each chunk. whole: what is sent of a part is chosen by the
-    whole context; asks: and by the question, so that it is encoded within the request wherever the prefill lies."""
+    whole context; asks: and by the question, so that it is encoded within the request wherever the prefill lies. choices: levels
+    of which each chunk is sent at one, stored all, one level's chunks behind the other's; none: all are `level`."""
 
     tokens: Count
     layers: Count
@@ -388,6 +389,7 @@ class Parts(Part):
     encode_s: tuple[Seconds, ...]
     whole: bool = False
     asks: bool = False
+    choices: tuple[Name, ...] = ()
 
 
 class Passes(Part):
@@ -444,7 +446,8 @@ class Replayed(Part):
     token_s: of each token behind the first; held: tokens before these; memory: bytes of its cache in 16 bits; parts_s: of each
     chunk that is rebuilt as it comes, `rebuild_s` being what is left then; passes: see `Passes`; model: a word for what computes
     it, of which alone a pass may make tokens for several; reads_s: of reading the question through each chunk but the last, where
-    that is done as they come, `first_s` being what is left then."""
+    that is done as they come, `first_s` being what is left then; levels_s: where a chunk comes at one of several levels,
+    `parts_s` of each level that a request of it names."""
 
     stage: Literal["decode", "prefill"]
     rebuild_s: Seconds
@@ -459,3 +462,4 @@ class Replayed(Part):
     passes: tuple[tuple[Count, Seconds], ...] = ()
     model: str = ""
     reads_s: tuple[Seconds, ...] = ()
+    levels_s: tuple[tuple[Seconds, ...], ...] = ()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from testbed.deadline import Deadline
+from testbed.delivery.delivery import SKIP
 from testbed.endpoints.load_messages import Answers
 from testbed.endpoints.protocol import Greeting, Hello, Replayed, Serve
 from testbed.endpoints.side import Handlers, main, wait_until
@@ -174,18 +175,24 @@ class ReplayedCloud:
 
     def _answer(self, connection: Stream, request: wire.Request, deadline: Deadline) -> None:
         ware, served_by = self._wares.get(request.same_as), self._queue
-        at, arrived, parts = 0.0, list[float](), list[Job]()
+        at, arrived, parts, last_s, left_out = 0.0, list[float](), list[Job](), 0.0, 0
         for frame in connection.receive_context(request, self._max_payload, deadline):
             at = frame.at
             if ware is None or served_by is None or not isinstance(frame.header, wire.Chunk):
                 continue
+            if request.receipts:
+                connection.send(wire.Receipt(request.id, frame.header.index, at))
+            if request.levels[frame.header.level : frame.header.level + 1] == (SKIP,):
+                left_out += frame.header.stop - frame.header.start
             if len(arrived) < len(ware.parts_s) - 1:  # the last one is rebuilt as the answer begins
-                parts.append(part_of(ware, parts))
+                parts.append(part_of(ware, parts, frame.header.level))
                 served_by.offer(parts[-1], at)
+            else:
+                last_s = _rebuilt_s(ware, len(arrived), frame.header.level)
             arrived.append(at)
         if ware is None or served_by is None:
             raise WireError(f"the request is for ware {request.same_as}, which is not known here")
-        rebuild_s = sum(ware.parts_s[-1:]) + ware.rebuild_s
+        rebuild_s = last_s + ware.rebuild_s
         job = Job(
             rebuild_s, ware.first_s, ware.token_s, ware.held, ware.memory, ware.passes, model=ware.model
         )
@@ -217,6 +224,7 @@ class ReplayedCloud:
                 generate_s=max(0.0, min(job.done - job.first, last_at - first_at)),
                 token_s=(job.done - job.first) / len(job.token_s) if job.token_s else None,
                 skipped_s=0.0,
+                left_out=left_out,
                 sent_at=last_at,
                 reused=True,
                 retransmits=connection.stats().sent_again,
@@ -224,12 +232,22 @@ class ReplayedCloud:
         )
 
 
-def part_of(ware: Replayed, before: Sequence[Job]) -> Job:
-    """What is done with the next part of a context behind these; where the question is read through it, in their order."""
+def part_of(ware: Replayed, before: Sequence[Job], level: int = 0) -> Job:
+    """What is done with the next part of a context behind these; where the question is read through it, in their order. Raises
+    WireError for a level that the ware has not.
+    """
     place = len(before)
     if not ware.reads_s:
-        return Job(ware.parts_s[place], 0.0, part=True)
+        return Job(_rebuilt_s(ware, place, level), 0.0, part=True)
     return Job(ware.parts_s[place], ware.reads_s[place], part=True, behind=tuple(before[-1:]))
+
+
+def _rebuilt_s(ware: Replayed, place: int, level: int) -> float:
+    """Seconds of rebuilding a part that came at that level; none of what comes behind the last."""
+    if ware.levels_s and level >= len(ware.levels_s):
+        raise WireError(f"a chunk of level {level}, of {len(ware.levels_s)}")
+    times = ware.levels_s[level] if ware.levels_s else ware.parts_s
+    return times[place] if place < len(times) else 0.0
 
 
 def _worked(jobs: Iterable[tuple[float, Job]], ware: Replayed, first: int = 0) -> Iterator[wire.Worked]:

@@ -21,9 +21,10 @@ from msgspec import structs
 from testbed import files
 from testbed.delivery.run_lengths import run_lengths
 from testbed.endpoints.client import REBUILDS, Answered, Client
+from testbed.endpoints.experience import Experience, Passes
 from testbed.endpoints.load_messages import Collect, Collected, Happened, Looping, Offer, Planned, Stage
 from testbed.endpoints.protocol import Greeting, Hello, Link, Span, TrialRequest, TrialResult, Ware
-from testbed.endpoints.replayed_feed import ReplayedFeed
+from testbed.endpoints.replayed_feed import ReplayedChoice, ReplayedFeed
 from testbed.endpoints.room import within_memory
 from testbed.endpoints.side import Handlers, main, wait_until
 from testbed.errors import EndpointError, RefusedError, TestbedError
@@ -42,7 +43,7 @@ class _Asked:
     then: Callable[[], None]
     spans: list[Span] = field(default_factory=list)
     handed: threading.Event = field(default_factory=threading.Event)
-    feed: ReplayedFeed | None = None
+    feed: ReplayedFeed | ReplayedChoice | None = None
 
 
 class _Line:
@@ -66,6 +67,7 @@ class ReplayedEdge:
         self._wares: dict[int, Ware] = {}
         self._payloads: dict[str, memoryview] = {}  #: by file
         self._link: Link | None = None
+        self._experience = Experience(Passes((1, 0.0)))  #: of requests over that link whose levels are chosen
         self._clients: queue.SimpleQueue[Client] = queue.SimpleQueue()  #: that nobody uses
         self._changed = threading.Lock()
         self._happened: list[Happened] = []
@@ -83,6 +85,7 @@ class ReplayedEdge:
         """Have these wares at hand, and that link; connections that were kept go."""
         parse_transport(message.link.transport).prepare()
         self._wares, self._link = message.wares, message.link
+        self._experience = Experience(Passes((1, 0.0)))
         with contextlib.suppress(queue.Empty):
             while True:
                 self._clients.get_nowait().close()
@@ -139,7 +142,12 @@ class ReplayedEdge:
         asked.spans.append(Span("edge_queue", asked.came_at, at))
         if ware.parts is not None:
             pieces = list(_pieces(self._payloads[ware.path], ware.lengths))
-            asked.feed = ReplayedFeed(ware, pieces, asked.handed.set)
+            if ware.parts.choices:
+                assert self._link is not None
+                about = (asked.came_at, self._experience, self._link.name)
+                asked.feed = ReplayedChoice(ware, pieces, asked.handed.set, *about)
+            else:
+                asked.feed = ReplayedFeed(ware, pieces, asked.handed.set)
             self._uplink.put(asked)
             threading.Thread(target=self._ask, args=(asked,), daemon=True).start()
             asked.feed.make()
@@ -204,7 +212,12 @@ class ReplayedEdge:
             client=planned.client,
         )
         if asked.feed is not None and ware.parts is not None:
-            request = structs.replace(request, levels=asked.feed.levels, tokens=ware.parts.tokens)
+            request = structs.replace(
+                request,
+                levels=asked.feed.levels,
+                tokens=ware.parts.tokens,
+                receipts=asked.feed.asks_receipts,
+            )
             return _of_parts(client.feed(request, asked.feed, link), asked.feed, asked.spans)
         payload = self._payloads[ware.path]
         answered = client.ask(request, list(_pieces(payload, ware.lengths)), link, asked.handed.set)
@@ -227,14 +240,27 @@ class ReplayedEdge:
         asked.then()
 
 
-def _of_parts(answered: Answered, feed: ReplayedFeed, before: list[Span]) -> TrialResult:
+def _of_parts(answered: Answered, feed: ReplayedFeed | ReplayedChoice, before: list[Span]) -> TrialResult:
     done = max(span.end for span in answered.spans)
     here = [span._replace(end=min(span.end, done)) for span in feed.spans if span.start < done]
     message = TrialRequest("split", 0, 0, replay=True)
     reused = [*sorted(feed.reused), REBUILDS["split"], "first_token", "generate"]
-    result = answered.result(message, [*before, *here, *answered.spans], reused)
+    spans = [*before, *here, *answered.spans]
+    result = structs.replace(
+        answered.result(message, spans, reused),
+        chunks=len(feed.sent),
+        levels=run_lengths(feed.sent),
+        tokens_left_out=answered.answer.left_out,
+    )
+    if isinstance(feed, ReplayedFeed):
+        return result
+    first_token_s, deadline_s = result.e2e_s - result.stages.generate_s, feed.deadline_s
+    feed.learn(spans, first_token_s)
     return structs.replace(
-        result, chunks=len(feed.sent), levels=run_lengths(feed.sent), tokens_left_out=answered.answer.left_out
+        result,
+        payload_bytes=feed.payload_bytes,
+        deadline_s=deadline_s,
+        met=None if deadline_s is None else first_token_s <= deadline_s,
     )
 
 

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from msgspec import structs
+
 from testbed.endpoints.load_messages import Happened
 from testbed.endpoints.protocol import Span
 from testbed.errors import NetworkError
@@ -276,7 +278,8 @@ class LoadRunner(Runner):
             row.error = happened.error
             return row, ()
         result.replayed = True
-        result.payload_bytes, result.shared_bytes = made.result.payload_bytes, made.result.shared_bytes
-        result.question_s = made.result.question_s
-        row.fill(result, made.outcome, made.scores)
+        result.payload_bytes = result.payload_bytes or made.result.payload_bytes
+        result.shared_bytes, result.question_s = made.result.shared_bytes, made.result.question_s
+        kept = max(0, made.outcome.tokens_kept - (result.tokens_left_out or 0))
+        row.fill(result, structs.replace(made.outcome, tokens_kept=kept), made.scores)
         return row, result.spans

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from testbed.delivery.delivery import Delivery, Pipelined
+from testbed.delivery.adaptive import Adaptive
+from testbed.delivery.delivery import SKIP, TEXT, Delivery, Pipelined
 from testbed.delivery.stream import Stream
 from testbed.delivery.whole import Whole
 from testbed.errors import SpecError, UsageError
@@ -125,7 +126,7 @@ def _check(scenario: Scenario, devices: Mapping[str, Device], place: str) -> Non
         if values:
             raise SpecError(f"{place}: {key}: {str(values[0])[:60]} under a load; there it takes {can[key]}")
     for delivery in scenario.delivery:
-        _check_delivery(delivery, f"{place}: delivery")
+        _check_delivery(delivery, scenario, is_shape(scenario.models.edge), f"{place}: delivery")
 
 
 def _check_batches(scenario: Scenario, devices: Mapping[str, Device], here: str) -> None:
@@ -138,10 +139,28 @@ def _check_batches(scenario: Scenario, devices: Mapping[str, Device], here: str)
             )
 
 
-def _check_delivery(delivery: Delivery, here: str) -> None:
-    """What is decided on the way is not made beforehand."""
-    if not isinstance(delivery, Whole | Stream):
-        raise SpecError(f"{here}: {str(delivery)[:60]} under a load; there it takes whole, stream")
+def _check_delivery(delivery: Delivery, scenario: Scenario, shape: bool, here: str) -> None:
+    """What is decided on the way is not made beforehand, but for levels of what is stored, of which nobody knows the answers."""
+    if isinstance(delivery, Adaptive):
+        if why := _not_stored(delivery, scenario, shape):
+            raise SpecError(f"{here}: adaptive under a load: {why}")
+    elif not isinstance(delivery, Whole | Stream):
+        raise SpecError(f"{here}: {str(delivery)[:60]} under a load; there it takes whole, stream, adaptive")
+
+
+def _not_stored(delivery: Adaptive, scenario: Scenario, shape: bool) -> str:
+    """Why no such request can be made beforehand; empty where one can."""
+    if any(placement != "store" for placement in scenario.placements):
+        return "each level has to lie at the edge before; write placements: store"
+    if not shape:
+        return "nobody knows beforehand what parts of several levels answer; take a shape, as model: shape:llama-3.1-8b"
+    if delivery.policy.foresees:
+        return f"policy {delivery.policy} is told a rate, which others share; take mpc, ewma, throughput or fixed"
+    if TEXT in delivery.levels:
+        return f"level {TEXT} would be computed in the cloud behind others' requests; take codecs, and {SKIP}"
+    if chosen := next((codec for codec in delivery.codecs if codec.selector is not None), None):
+        return f"level {chosen} chooses tokens; take those that send all"
+    return ""
 
 
 def _found(scenario: Scenario) -> Edges | None:
@@ -188,7 +207,7 @@ def _coded(edge: Edge, scenario: Scenario, model: str, shape: bool, here: str) -
             raise SpecError(f"{here}.codec: {str(codec)!r}: {why}, and those of model {model} only stand in")
         codec = codec.bound(model) if codec.refers else codec
     if delivery is not None:
-        _check_delivery(delivery, f"{here}.delivery")
+        _check_delivery(delivery, scenario, shape, f"{here}.delivery")
         delivery = delivery.bound(model)
         for tokens in filter(None, scenario.context_tokens):
             if isinstance(delivery, Pipelined) and (why := delivery.too_many(tokens, 1, MAX_PARTS)):

@@ -6,6 +6,7 @@ What of them crosses links later is kept in files; what computing them took is w
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,7 +17,10 @@ from typing import Any
 
 from msgspec import structs
 
+from testbed import files
+from testbed.delivery.adaptive import Adaptive
 from testbed.delivery.delivery import Delivery
+from testbed.delivery.stream import Stream
 from testbed.endpoints.protocol import (
     CLOUD,
     FullCache,
@@ -175,7 +179,8 @@ def _make_batch(
                 trial = Trial(own, ids(cell), 0, *about)
                 place = len(wares.made) + 1
                 path = folder / f"{place}.payload"
-                wares.made[key] = _make(plan, edge, pair, trial, place, path, reference, wares)
+                make = _make_levels if isinstance(own.delivery, Adaptive) else _make
+                wares.made[key] = make(plan, edge, pair, trial, place, path, reference, wares)
 
 
 def _reference(pair: Pair, batch: Batch, number: int, task: Task) -> Reference:
@@ -234,6 +239,49 @@ def _make(
         scores,
         passes.alike,
     )
+
+
+def _make_levels(
+    plan: Plan,
+    edge: Edge,
+    pair: Pair,
+    trial: Trial,
+    number: int,
+    path: Path,
+    reference: Reference,
+    wares: Wares,
+) -> Made:
+    """A request whose parts' levels are chosen on the way: it is made at each of them, and all are stored. What is answered, and
+    what is not of a part, is the best one's.
+    """
+    delivery = trial.cell.delivery
+    assert isinstance(delivery, Adaptive)
+    each: dict[str, Made] = {}
+    for codec in delivery.codecs:
+        cell = replace(trial.cell, codec=codec, delivery=Stream(chunk=delivery.chunk))
+        part, again = path.with_suffix(f".{len(each)}"), replace(trial, cell=cell)
+        each[str(codec)] = _make(plan, edge, pair, again, number, part, reference, wares)
+    best = next(iter(each.values()))
+    with files.writing(path) as file, files.storing(path):
+        for made in each.values():
+            own = Path(made.ware.path)
+            with open(files.open_own(own, os.O_RDONLY), "rb") as source:
+                shutil.copyfileobj(source, file)
+            own.unlink()
+    assert best.ware.parts is not None
+    ware = structs.replace(
+        best.ware,
+        path=str(path),
+        lengths=tuple(length for made in each.values() for length in made.ware.lengths),
+        codec=trial.cell.codec_text,
+        delivery=str(delivery),
+        parts=structs.replace(best.ware.parts, encode_s=(), choices=tuple(each)),
+    )
+    nothing = (0.0,) * len(best.answer.parts_s)
+    levels_s = tuple(each[level].answer.parts_s if level in each else nothing for level in delivery.levels)
+    answer = structs.replace(best.answer, levels_s=levels_s)
+    outcome = structs.replace(best.outcome, payload_digest="", kept_digest="")
+    return replace(best, trial=trial, ware=ware, answer=answer, outcome=outcome)
 
 
 def _passes(plan: Plan, pair: Pair, request: int) -> Passes:

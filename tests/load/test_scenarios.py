@@ -180,7 +180,19 @@ def test_a_file_of_arrivals_is_found_and_known_by_what_it_says(tmp_path: Path) -
         ),
         (
             {"delivery": "adaptive(deadline=1s, levels=[int8, int4])"},
-            r"t.yaml: delivery: adaptive\(.* under a load; there it takes whole, stream",
+            r"t.yaml: delivery: adaptive under a load: each level has to lie at the edge before; write placements: store",
+        ),
+        (
+            {"delivery": "adaptive(levels=[int8, text])", "placements": ["store"]},
+            r"t.yaml: delivery: adaptive under a load: level text would be computed in the cloud behind others' requests",
+        ),
+        (
+            {"delivery": "adaptive(levels=[int8, q2c@0.5+int4])", "placements": ["store"]},
+            r"t.yaml: delivery: adaptive under a load: level q2c@0.5\+int4 chooses tokens",
+        ),
+        (
+            {"delivery": "adaptive(levels=[int8, int4], policy=oracle)", "placements": ["store"]},
+            r"t.yaml: delivery: adaptive under a load: policy oracle is told a rate, which others share",
         ),
         (
             {"load": "rounds(every=100s)", "warmup": "5s"},
