@@ -69,7 +69,8 @@ def main() -> None:
         run = repeated(options.run, options.rows, Path(folder) / "run") if options.rows else options.run
         loaded = load(run)
         text = report.render(loaded, sorted((run / "figures").glob("*.png")))
-        (page := Path(folder) / "page.html").write_text(text.replace("</body>", f"{_PROBE}</body>"))
+        body, _, end = text.rpartition("</body>")
+        (page := Path(folder) / "page.html").write_text(f"{body}{_PROBE}</body>{end}")
         (empty := Path(folder) / "empty.html").write_text("<title>drawn</title>")
         turns = [(opened(browser, empty), opened(browser, page)) for _ in range(options.times)]
     took = [full - bare for bare, full in turns]
