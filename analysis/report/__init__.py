@@ -75,8 +75,9 @@ _GLOSSARY = (
     ("not shown to be slower", "a tie: the paired difference from the fastest may be chance"),
 )
 _ENOUGH = 20  #: examples below which no order of settings on a link is taken for shown, as claims have it
-_COLORS = (64, 24, 12)  #: of a figure's pixels on the page: more, where there is room
-_FIGURES_BYTES = 950_000  #: of the two megabytes that a page may have, of which the drawing scripts take 0.9
+_PAGE_BYTES = 2_000_000  #: at most, unless figures have to be unreadable for it
+#: Colours of a figure's pixels on the page, and how large it is: as much as there is room for.
+_LOOKS = ((64, 1.0), (24, 1.0), (12, 1.0), (12, 0.7), (8, 0.5))
 
 _WIDE = 120  #: characters of a line of what the terminal prints
 _OF_TIMES = {"e2e_s", "latency_ratio", "ttft_s", "transmit_s_mean"}
@@ -112,40 +113,41 @@ def render(run: Run, figures: list[Path]) -> str:
     came_out = [] if run.untimed else outcomes(run)
     shown = [column for column in COLUMNS if not (run.untimed and column[0] in _OF_TIMES)]
     missing = [name for name in FIGURES if name not in {p.stem for p in figures}]
-    return environment.get_template("page.html").render(
-        title=str(run.manifest.get("name") or run.path.name),
-        description=str(run.scenario.get("description") or ""),
-        subject=subject(run.rows),
-        contents=_CONTENTS,
-        glossary=_GLOSSARY,
-        floor=f"{QUALITY_FLOOR:.0%}",
-        latency=run.latency,
-        answers=[_answer(panel) for panel in came_out],
-        doubts=[doubt for panel in came_out for doubt in _doubts(panel)],
-        facts=_facts(run),
-        caveats=_caveats(run),
-        figures=[
-            (p.stem, _about(p.stem), _shown(p), picture)
-            for p, picture in zip(figures, _pictures(figures), strict=True)
-        ],
-        missing=missing,
-        calibration=_calibration(run),
-        columns=[heading for _, heading, _ in shown],
-        lines=_lines(run, summarise(run), shown),
-        comparisons="\n\n".join(
+    page = environment.get_template("page.html")
+    told: dict[str, Any] = {
+        "title": str(run.manifest.get("name") or run.path.name),
+        "description": str(run.scenario.get("description") or ""),
+        "subject": subject(run.rows),
+        "contents": _CONTENTS,
+        "glossary": _GLOSSARY,
+        "floor": f"{QUALITY_FLOOR:.0%}",
+        "latency": run.latency,
+        "answers": [_answer(panel) for panel in came_out],
+        "doubts": [doubt for panel in came_out for doubt in _doubts(panel)],
+        "facts": _facts(run),
+        "caveats": _caveats(run),
+        "missing": missing,
+        "calibration": _calibration(run),
+        "columns": [heading for _, heading, _ in shown],
+        "lines": _lines(run, summarise(run), shown),
+        "comparisons": "\n\n".join(
             filter(None, [comparisons.text(comparisons.against(run)), comparisons.latency_text(run)])
         ),
-        formula=naive.text(run),
-        hosts=hosts.text(run),
-        deadlines=adaptive.text(run),
-        headline=table(run, _WIDE),
-        claims=judged,
-        left_out=left_out,
-        data=data.as_json(data.of(run)),
-        script_vega=vega.bundle(),
-        scripts=[(here / name).read_text(encoding="utf-8") for name in ("explore.js", "table.js")],
-        style=(here / "page.css").read_text(encoding="utf-8"),
-    )
+        "formula": naive.text(run),
+        "hosts": hosts.text(run),
+        "deadlines": adaptive.text(run),
+        "headline": table(run, _WIDE),
+        "claims": judged,
+        "left_out": left_out,
+        "data": data.as_json(data.of(run)),
+        "script_vega": vega.bundle(),
+        "scripts": [(here / name).read_text(encoding="utf-8") for name in ("explore.js", "table.js")],
+        "style": (here / "page.css").read_text(encoding="utf-8"),
+    }
+    about = [(path.stem, _about(path.stem), _shown(path)) for path in figures]
+    bare = page.render(figures=[(*each, "") for each in about], **told)
+    pictures = _pictures(figures, _PAGE_BYTES - len(bare.encode()))
+    return page.render(figures=[(*each, one) for each, one in zip(about, pictures, strict=True)], **told)
 
 
 def _answer(panel: Panel) -> dict[str, str]:
@@ -196,21 +198,26 @@ def _shown(path: Path) -> str:
         return str(image.info.get("Description", path.stem))
 
 
-def _pictures(figures: list[Path]) -> list[str]:
-    """Figures for the page, in base64: all of their pixels, in so few colours that together they are within `_FIGURES_BYTES`."""
-    for colors in _COLORS:
-        made = [base64.b64encode(_picture(path, colors)).decode() for path in figures]
-        if sum(map(len, made)) <= _FIGURES_BYTES:
+def _pictures(figures: list[Path], room: int) -> list[str]:
+    """Figures for the page, in base64: in so many colours, and so large, that together they are within `room` bytes."""
+    for look in _LOOKS:
+        made = [base64.b64encode(_picture(path, *look)).decode() for path in figures]
+        if sum(map(len, made)) <= room:
             break
     return made
 
 
-def _picture(path: Path, colors: int) -> bytes:
+def _picture(path: Path, colors: int, scale: float) -> bytes:
     from PIL import Image
 
     small = io.BytesIO()
     with Image.open(path) as image:
-        few = image.convert("RGB").quantize(colors, method=Image.Quantize.FASTOCTREE)
+        plain = image.convert("RGB")
+        if scale < 1:
+            plain = plain.resize(
+                (round(plain.width * scale), round(plain.height * scale)), Image.Resampling.LANCZOS
+            )
+        few = plain.quantize(colors, method=Image.Quantize.FASTOCTREE)
         few.convert("RGB").save(small, "WEBP", lossless=True, method=2, quality=20)
     return small.getvalue()
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from testbed.analysis import report
+from testbed.analysis.figures import draw_all
 from testbed.analysis.run import load
 from tests.analysis.make_run import lines, make_run, rewrite
 
@@ -270,6 +271,12 @@ def test_a_run_of_five_thousand_rows_is_a_page_within_its_size(tmp_path: Path) -
     )
     text = report.render(load(run), [])
     assert len(text.encode()) < 1_950_000
+    pictures = [
+        path
+        for path in draw_all(load(run), ["stages", "latency_quality", "timeline"])
+        if path.suffix == ".png"
+    ]
+    assert len(report.render(load(run), pictures * 6).encode()) <= 2_000_000
     data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])  # type: ignore[index]
     assert len(data["answers"]) > 4900 and data["points"][0]["n"] == 5
 
