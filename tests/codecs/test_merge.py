@@ -143,6 +143,8 @@ def test_equal_keys_are_one_run_and_their_mean() -> None:
 def test_what_cannot_be_merged_is_said() -> None:
     with pytest.raises(SpecError, match="head where form=kvmerger"):
         Codec("merge@0.5(scope=layer)")
+    with pytest.raises(SpecError, match="a selector that has scores where form=cam"):
+        Codec("merge@0.5(by=window, form=cam)")
     with pytest.raises(CodecError, match="gives scores below 0"):
         Codec("merge@0.5(by=keydiff, form=cam)").select(make_evidence())
     with pytest.raises(CodecError, match="its selector merges caches"):

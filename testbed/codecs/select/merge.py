@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from testbed.codecs import CodecError
+from testbed.codecs import CodecError, registry
 from testbed.codecs.merged import Merged
-from testbed.codecs.select import rankable
+from testbed.codecs.select import Selector, rankable
 from testbed.codecs.select.wrapper import Wrapper
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class Merge(Wrapper):
         super().__post_init__()
         self.require("form", "kvmerger or cam", self.form in ("kvmerger", "cam"))
         self.require("reach", "from 1 to 65536", 1 <= self.reach <= 65536)
+        scored = registry.find(self.by).scores is not Selector.scores  # type: ignore[attr-defined]
+        self.require("by", "a selector that has scores where form=cam", scored or self.form != "cam")
         self.require("scope", "head where form=kvmerger", self.scope == "head" or self.form == "cam")
 
     def always(self, tokens: int, budget: int) -> Iterable[int]:
