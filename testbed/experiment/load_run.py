@@ -278,7 +278,8 @@ class LoadRunner(Runner):
             row.error = happened.error
             return row, ()
         result.replayed = True
-        result.payload_bytes = result.payload_bytes or made.result.payload_bytes
+        if made.ware.parts is None or not made.ware.parts.choices:  # else each request has its own
+            result.payload_bytes = made.result.payload_bytes
         result.shared_bytes, result.question_s = made.result.shared_bytes, made.result.question_s
         kept = max(0, made.outcome.tokens_kept - (result.tokens_left_out or 0))
         row.fill(result, structs.replace(made.outcome, tokens_kept=kept), made.scores)
