@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from testbed.analysis import settings
 from testbed.analysis.describe import caveats, conditions, subject
 from testbed.analysis.figures import NotInThisRun
+from testbed.analysis.figures.panels import chunk_number
 from testbed.analysis.figures.style import (
     BLUE,
     INK,
@@ -157,17 +158,7 @@ def _draw_request(
             rung = rungs.index(span["level"])
             ax.barh(rung, length, left=span["start_s"], height=0.62, **look)
             if length > 0.02 * longest:
-                box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.85}
-                at = (float(span["start_s"]) + length / 2, rung)
-                ax.text(
-                    *at,
-                    str(span["chunk"]),
-                    ha="center",
-                    va="center",
-                    fontsize=legible(5.8),
-                    bbox=box,
-                    zorder=4,
-                )
+                chunk_number(ax, float(span["start_s"]) + length / 2, rung, span["chunk"])
     moments = np.linspace(0.0, longest, 600)
     under_way = _under_way(request.sent, moments)
     peak = float(np.max(under_way, initial=0.0))

@@ -143,6 +143,12 @@ def rate_above(ax: Axes, rate: tuple[Floats, Floats]) -> None:
     )
 
 
+def chunk_number(ax: Axes, x: float, y: float, chunk: object) -> None:
+    """A chunk's number on its bar."""
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.85}
+    ax.text(x, y, str(chunk), ha="center", va="center", fontsize=legible(5.8), bbox=box, zorder=4)
+
+
 def front(ax: Axes, points: Sequence[tuple[float, float]], look: dict[str, Any]) -> list[Segment]:
     """A step at each of a front's points: the best to be had at that cost or less. Returns its horizontal and vertical pieces,
     which labels avoid. The axes must have their limits.

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from testbed.analysis import settings
 from testbed.analysis.describe import caveats, conditions, megabytes, subject
 from testbed.analysis.figures import NotInThisRun
-from testbed.analysis.figures.panels import rate_above
+from testbed.analysis.figures.panels import chunk_number, rate_above
 from testbed.analysis.figures.stages import LOOKS, patch
 from testbed.analysis.figures.style import (
     GREY,
@@ -26,7 +26,6 @@ from testbed.analysis.figures.style import (
     Frame,
     bottom_legend,
     legend_height,
-    legible,
     panel_title,
 )
 from testbed.analysis.link_rates import Floats, rates
@@ -189,18 +188,7 @@ def _draw_lane(ax: Axes, lane: int, table: pd.DataFrame, levels: dict[str, str],
         }
         ax.barh(y, length, left=span["start_s"], height=0.94 * height, **look)
         if several and span["stage"] == "transmit" and length > 0.018 * longest and height > 0.15:
-            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.85}
-            middle = span["start_s"] + length / 2
-            ax.text(
-                middle,
-                y,
-                str(span["chunk"]),
-                ha="center",
-                va="center",
-                fontsize=legible(5.8),
-                bbox=box,
-                zorder=4,
-            )
+            chunk_number(ax, float(span["start_s"]) + length / 2, y, span["chunk"])
 
 
 def _apart(table: pd.DataFrame) -> list[int]:
