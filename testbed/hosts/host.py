@@ -92,9 +92,8 @@ def lines(process: Process, what: str) -> Iterator[bytes]:
             *whole, rest = (rest + piece).split(b"\n")
             yield from whole
             if ended := not piece:
-                process.status(
-                    _STOPPED_S
-                )  # its host may have ended it for standing still, and says so with that
+                # Its host may have ended it for standing still, and says so as it says that it ended.
+                process.status(_STOPPED_S)
         if (stopped_s := process.stopped_s()) > _STOPPED_S:
             raise EndpointError(
                 f"{what} (process {process.pid}) has been stopped for {stopped_s:.1f} s (SIGSTOP)"
